@@ -1,0 +1,41 @@
+# Every target does its own set-up; on a fresh machine only Python >= 3.11, pip and make are needed.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+.PHONY: help train test check format lint types layers wheel clean
+
+help:  ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: $(VENV)/.run  ## train the default model; ARGS="--rounds 5" passes options on
+	$(PY) train.py $(ARGS)
+
+test: $(VENV)/.dev  ## run every test
+	$(PY) -m pytest
+
+check: $(VENV)/.dev  ## format, lint, types, layers, then the tests
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(MAKE) test
+
+format: $(VENV)/.dev  ## put the code into shape
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+wheel: $(VENV)/.dev  ## build the wheel into dist/
+	$(PY) -m build --wheel
+
+clean:  ## remove the environment and what was built
+	rm -rf $(VENV) dist build

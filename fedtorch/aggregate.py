@@ -1,0 +1,33 @@
+"""The weighted mean of what clients send, built up as updates arrive."""
+
+from fedtorch.tree import weighted_sum
+from fedtorch.types import Params, Update
+
+
+class Mean:
+    """Running weighted sums in float64; K updates never have to be held at once."""
+
+    def __init__(self) -> None:
+        """Nothing added yet."""
+        self.weight = 0.0
+        self.sent: dict[str, Params] = {}
+        self.buffers: Params = {}
+
+    def add(self, update: Update) -> None:
+        """Add the clients of one chunk."""
+        self.weight += float(update.weight.sum())
+        for group, stack in update.sent.items():
+            _accumulate(self.sent.setdefault(group, {}), weighted_sum(stack, update.weight))
+        _accumulate(self.buffers, weighted_sum(update.buffers, update.weight))
+
+    def result(self) -> tuple[dict[str, Params], Params]:
+        """Mean of each sent group and of the float buffers, on the CPU."""
+        return (
+            {g: {k: (v / self.weight).cpu() for k, v in s.items()} for g, s in self.sent.items()},
+            {k: (v / self.weight).cpu() for k, v in self.buffers.items()},
+        )
+
+
+def _accumulate(total: Params, more: Params) -> None:
+    for k, v in more.items():
+        total[k] = total[k] + v if k in total else v

@@ -1,0 +1,90 @@
+"""Which examples a client sees, in which order: the only place data order is decided."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+
+class Order(Protocol):
+    """The part of a Recipe that decides data order."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the data."""
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps, in place of epochs."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Examples a step; None for all."""
+
+    @property
+    def drop_last(self) -> bool:
+        """Leave out the smaller last batch of a pass."""
+
+
+def length(data: Dataset) -> int:
+    """Number of examples of a map-style dataset."""
+    return len(cast(Any, data))
+
+
+def plan(n: int, order: Order, seed: int) -> Tensor:
+    """Shuffled batches of ``n`` examples, [steps, batch], short ones padded with -1 at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(order.batch_size or n, n)
+    per_epoch = n // size if order.drop_last else -(-n // size)
+    steps = order.steps or order.epochs * per_epoch
+    if size == n:  # every step sees everything: shuffling would only reorder the sum
+        return torch.arange(n).expand(steps, n)
+    rows = []
+    for _ in range(-(-steps // per_epoch)):
+        perm = torch.randperm(n, generator=generator)[: per_epoch * size]
+        rows.append(F.pad(perm, (0, per_epoch * size - len(perm)), value=-1).view(-1, size))
+    return torch.cat(rows)[:steps]
+
+
+def fetch(data: Dataset, index: Tensor) -> tuple[Any, Any]:
+    """The examples at ``index`` as one batch ``(x, y)``; datasets are collated as DataLoader does."""
+    if isinstance(data, TensorDataset):
+        x, y = (t[index] for t in data.tensors)
+        return x, y
+    if hasattr(data, "__getitems__"):
+        items = data.__getitems__(index.tolist())
+    else:
+        items = [data[i] for i in index.tolist()]
+    x, y = default_collate(items)
+    return x, y
+
+
+def side_by_side(
+    datasets: Sequence[Dataset], plans: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Step by step, K clients' batches as one: x [K, B, ...], y [K, B, ...], mask [K, B].
+
+    Where a client has no example (a short batch, or its steps are over) the mask is False and one of
+    its own examples stands in, so that every row is real data of that client.
+    """
+    steps, size = max(len(p) for p in plans), max(p.shape[1] for p in plans)
+    index = torch.stack(
+        [F.pad(p, (0, size - p.shape[1], 0, steps - len(p)), value=-1) for p in plans]
+    )
+    if all(isinstance(d, TensorDataset) for d in datasets):
+        tables = [d.tensors for d in datasets if isinstance(d, TensorDataset)]
+        xs, ys = torch.cat([t[0] for t in tables]), torch.cat([t[1] for t in tables])
+        sizes = torch.tensor([len(t[0]) for t in tables])
+        start = (sizes.cumsum(0) - sizes)[:, None]
+        for t in range(steps):
+            i = index[:, t]
+            at = start + i.clamp(min=0)
+            yield xs[at], ys[at], i >= 0
+    else:
+        for t in range(steps):
+            i = index[:, t]
+            pairs = [fetch(d, i[k].clamp(min=0)) for k, d in enumerate(datasets)]
+            yield torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs]), i >= 0

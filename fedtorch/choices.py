@@ -1,0 +1,118 @@
+"""The short names a config may use, and the help text that lists them."""
+
+import dataclasses
+import importlib
+import textwrap
+from typing import Any
+
+from docstring_parser import parse_from_object
+
+CHOICES: dict[str, dict[str, str]] = {
+    "dataset": {
+        "digits": "fedtorch.data.Digits",
+        "idx": "fedtorch.data.Idx",
+        "mnist": "fedtorch.data.Idx",
+        "text": "fedtorch.data.Text",
+        "csv": "fedtorch.data.Csv",
+        "npz": "fedtorch.data.Npz",
+        "hf": "fedtorch.data.HuggingFace",
+        "custom": "fedtorch.data.Custom",
+    },
+    "partition": {
+        "iid": "fedtorch.data.Iid",
+        "dirichlet": "fedtorch.data.Dirichlet",
+        "shards": "fedtorch.data.Shards",
+        "quantity": "fedtorch.data.QuantitySkew",
+        "natural": "fedtorch.data.Natural",
+    },
+    "strategy": {
+        "fedavg": "fedtorch.strategies.FedAvg",
+        "fedprox": "fedtorch.strategies.FedProx",
+        "scaffold": "fedtorch.strategies.Scaffold",
+    },
+    "strategy.server": {
+        "sgd": "fedtorch.optimizers.ServerSGD",
+        "adam": "fedtorch.optimizers.ServerAdam",
+        "yogi": "fedtorch.optimizers.ServerYogi",
+        "adagrad": "fedtorch.optimizers.ServerAdagrad",
+    },
+    "participation": {
+        "everyone": "fedtorch.participation.Everyone",
+        "uniform": "fedtorch.participation.Uniform",
+        "poisson": "fedtorch.participation.Poisson",
+    },
+    "schedule": {
+        "constant": "fedtorch.schedules.Constant",
+        "exponential": "fedtorch.schedules.Exponential",
+        "step": "fedtorch.schedules.Step",
+        "cosine": "fedtorch.schedules.Cosine",
+    },
+    "engine": {"local": "fedtorch.engines.Local"},
+}
+"""Short names of each choice; the dotted path is what a user's own class is given by."""
+
+FREE = {"model", "optimizer"}
+"""Choices whose options belong to a function that is only found later: a table ``<name>_args``."""
+
+
+def help_text(cls: type, command: str) -> str:
+    """Every option of the config dataclass ``cls``, with its default and, for a choice, the names."""
+    lines = [
+        f"usage: {command} [--config run.toml] [--option value ...]",
+        "",
+        "Flags override the TOML file. Options of a choice: --strategy fedprox --strategy.mu 0.1.",
+        "",
+    ]
+    docs = _docs(cls)
+    for f in dataclasses.fields(cls):
+        if f.name.removesuffix("_args") in FREE and f.name.endswith("_args"):
+            continue
+        lines += _option(f"--{f.name.replace('_', '-')}", _shown(_default(f)), docs.get(f.name, ""))
+        for choice in (f.name, f"{f.name}.server"):
+            for name, path in CHOICES.get(choice, {}).items():
+                lines += _choice(choice, name, path)
+    return "\n".join(lines)
+
+
+def _option(flag: str, default: str, text: str) -> list[str]:
+    head = f"  {flag} {default}".rstrip()
+    return [head, *textwrap.wrap(text, 88, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+
+
+def _choice(choice: str, name: str, path: str) -> list[str]:
+    module, _, attr = path.rpartition(".")
+    cls = getattr(importlib.import_module(module), attr)
+    options = "".join(
+        f" --{choice}.{f.name} {_shown(_default(f))}"
+        for f in dataclasses.fields(cls)
+        if f"{choice}.{f.name}" not in CHOICES
+    )
+    label = f"{name} (as --{choice})" if "." in choice else name
+    return textwrap.wrap(
+        f"{label}:{options or ' no options'}",
+        92,
+        initial_indent=" " * 12,
+        subsequent_indent=" " * 16,
+    )
+
+
+def _docs(cls: type) -> dict[str, str]:
+    found = parse_from_object(cls).params
+    return {p.arg_name: " ".join((p.description or "").split()) for p in found}
+
+
+def _default(f: "dataclasses.Field[Any]") -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def _shown(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        paths = {p.rpartition(".")[2]: n for names in CHOICES.values() for n, p in names.items()}
+        return paths.get(type(value).__name__, type(value).__name__)
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return (
+        {None: "null", "": "''"}.get(value, str(value))
+        if not isinstance(value, float)
+        else f"{value:g}"
+    )

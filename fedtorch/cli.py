@@ -1,0 +1,230 @@
+"""Flags and TOML files -> one frozen config object, and back.
+
+``--strategy fedprox --strategy.mu 0.1`` and ``[strategy] name = "fedprox", mu = 0.1`` are the same
+nested table. A choice names one of a few classes or, by dotted path, a class of the user's own; its
+options are that class's constructor arguments. jsonargparse checks and converts the values.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from fedtorch.choices import CHOICES, FREE
+from fedtorch.types import ConfigError
+
+Table = dict[str, Any]
+
+
+def parse(cls: type, argv: Sequence[str], base: Table | None = None) -> Any:
+    """An instance of the config dataclass ``cls``; raises ConfigError naming what is wrong."""
+    flags = from_flags(argv, {f.name: f.type for f in dataclasses.fields(cls)})
+    path = flags.pop("config", None)
+    return build(cls, merge(merge(base or {}, read(path) if path else {}), flags))
+
+
+def resume(cls: type, argv: Sequence[str], config: Path, free: set[str]) -> Any:
+    """Flags over a run's saved config, of which they may change the options in ``free`` alone."""
+    if not config.is_file():
+        raise ConfigError(f"nothing to resume: {config.parent} holds no run; leave out --resume")
+    saved = read(config)
+    old, new = build(cls, saved), parse(cls, argv, base=saved)
+    for f in dataclasses.fields(cls):
+        before, after = getattr(old, f.name), getattr(new, f.name)
+        if f.name not in free and before != after:
+            raise ConfigError(
+                f"the run in {config.parent} has {f.name} = {before!r}, not {after!r}; a resumed "
+                "run keeps it (start a new run to change it)"
+            )
+    return new
+
+
+def from_flags(argv: Sequence[str], fields: Mapping[str, Any]) -> Table:
+    """``--a.b value``, ``--a.b=value`` and bare ``--switch`` -> a nested table."""
+    table: Table = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected argument {word!r}: options start with --")
+        key, eq, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        top = key.partition(".")[0]
+        if top not in fields and top != "config":
+            raise ConfigError(f"unknown option --{top}; fedtorch train --help lists them")
+        if not eq:
+            if fields.get(key) is bool and (not words or words[0].startswith("--")):
+                value = "true"
+            elif not words or words[0].startswith("--"):
+                raise ConfigError(f"--{key} needs a value")
+            else:
+                value = words.pop(0)
+        put(table, key.split("."), value)
+    return table
+
+
+def put(table: Table, keys: list[str], value: Any) -> None:
+    """Set a nested key; a choice given both by name and by options becomes one table."""
+    key, *rest = keys
+    if rest:
+        inner = table.get(key, {})
+        table[key] = inner = inner if isinstance(inner, dict) else {"name": inner}
+        put(inner, rest, value)
+    elif isinstance(table.get(key), dict):
+        table[key]["name"] = value
+    else:
+        table[key] = value
+
+
+def read(path: str | Path) -> Table:
+    """A TOML file as a table."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {e.strerror}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"config file {str(path)!r} is not TOML: {e}") from e
+
+
+def merge(under: Table, over: Table) -> Table:
+    """``over`` wins; naming another choice drops the options of the one below."""
+    result = dict(under)
+    for key, value in over.items():
+        below = result.get(key)
+        if isinstance(value, dict) and isinstance(below, (dict, str)):
+            below = below if isinstance(below, dict) else {"name": below}
+            same = "name" not in value or value["name"] == below.get("name")
+            result[key] = merge(below, value) if same else value
+        elif isinstance(below, dict) and not isinstance(value, dict):
+            result[key] = below if below.get("name") == value else value
+        else:
+            result[key] = value
+    return result
+
+
+def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
+    """Call ``cls`` with a table of options; nested choices are built first."""
+    args: Table = {}
+    plain: Table = {}
+    takes = inspect.signature(cls).parameters
+    for key, value in table.items():
+        full = f"{where}.{key}" if where else key
+        if key not in takes:
+            known = ", ".join(takes) or "none"
+            label = f"{where} {getattr(cls, '__name__', cls)}" if where else "the config"
+            raise ConfigError(f"{label} has no option {key!r}; it has {known}")
+        if full in CHOICES:
+            args[key] = choose(full, value)
+        elif full in FREE:
+            name, options = _named(value)
+            if name is not None:
+                args[key] = str(name)
+            plain[f"{key}_args"] = {k: _literal(v) for k, v in options.items()}
+        else:
+            plain[key] = value
+    skip = {k for k in takes if (f"{where}.{k}" if where else k) in CHOICES or k in FREE}
+    return cls(**_checked(cls, plain, skip, where), **args)
+
+
+def choose(choice: str, value: Any) -> Any:
+    """``"fedprox"`` or ``{"name": "fedprox", "mu": 0.1}`` -> the object."""
+    name, options = _named(value)
+    if name is None:
+        name = next(iter(CHOICES[choice]))
+    if str(name).lower() == "none":
+        return None
+    return build(_class(choice, str(name)), options, choice)
+
+
+def describe(obj: Any) -> Any:
+    """The table that builds ``obj`` again: what goes into config.toml, logs and checkpoints."""
+    if not dataclasses.is_dataclass(obj):
+        return obj
+    table = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj)}
+    for key in FREE & table.keys():
+        options = table.pop(f"{key}_args")
+        table[key] = {"name": table[key], **options} if options else table[key]
+    return {k: _entry(v) for k, v in table.items() if v is not None}
+
+
+def _entry(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    path = f"{type(value).__module__}.{type(value).__name__}"
+    for names in CHOICES.values():
+        for name, dotted in names.items():
+            if _import(dotted) is type(value):
+                return {"name": name, **describe(value)}
+    return {"name": path, **describe(value)}
+
+
+def _class(choice: str, name: str) -> Callable[..., Any]:
+    names = CHOICES[choice]
+    if name.lower() in names:
+        return _import(names[name.lower()])
+    if "." not in name and ":" not in name:
+        raise ConfigError(
+            f"unknown {choice} {name!r}; there are {', '.join(names)}, "
+            "or give the dotted path of a class of your own"
+        )
+    return _import(name.replace(":", "."))
+
+
+def _import(dotted: str) -> Callable[..., Any]:
+    module, _, attr = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attr)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ConfigError(f"cannot import {dotted!r}: {e}") from e
+
+
+def _named(value: Any) -> tuple[Any, Table]:
+    if isinstance(value, dict):
+        return value.get("name"), {k: v for k, v in value.items() if k != "name"}
+    return value, {}
+
+
+def _checked(cls: Callable[..., Any], table: Table, skip: set[str], where: str) -> Table:
+    parser = parser_for(cls, skip)
+    try:
+        checked = parser.parse_object(table, defaults=False)
+    except ArgumentError as e:
+        raise ConfigError(_plain(str(e), where)) from e
+    return {k: v for k, v in vars(checked).items() if k in table}
+
+
+def parser_for(cls: Callable[..., Any], skip: set[str]) -> ArgumentParser:
+    """A jsonargparse parser for a class's options, with help from the attribute docstrings."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, as_group=False, skip=skip, fail_untyped=False)
+    return parser
+
+
+def _plain(message: str, where: str) -> str:
+    # jsonargparse: 'Parser key "mu":\n  Expected a <class 'float'>. Got value: x'
+    key, _, rest = message.partition(":")
+    name = key.removeprefix("Parser key ").strip('" ')
+    rest = " ".join(rest.split()).replace("<class '", "").replace("'>", "")
+    types = re.findall(r"Subtypes: \[(.*?)\]", rest)
+    if types:
+        value = rest.rpartition("Given value: ")[2]
+        rest = f"expected {types[0].replace(', ', ' or ').replace('NoneType', 'null')}, got {value}"
+    rest = rest.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
+    return f"{where + '.' if where else ''}{name}: {rest.replace('typing.', '')}"
+
+
+def _literal(text: Any) -> Any:
+    # free options are for a function found later; read numbers, booleans and lists as TOML would
+    if not isinstance(text, str):
+        return text
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text

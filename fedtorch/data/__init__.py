@@ -1,0 +1,35 @@
+"""Datasets and how to cut them into clients."""
+
+from fedtorch.data.base import Data, from_tensors
+from fedtorch.data.hub import Custom, HuggingFace
+from fedtorch.data.images import Digits, Idx
+from fedtorch.data.partition import (
+    Dirichlet,
+    Iid,
+    Natural,
+    Partition,
+    QuantitySkew,
+    Shards,
+    partition,
+)
+from fedtorch.data.tables import Csv, Npz
+from fedtorch.data.text import Text
+
+__all__ = [
+    "Csv",
+    "Custom",
+    "Data",
+    "Digits",
+    "Dirichlet",
+    "HuggingFace",
+    "Idx",
+    "Iid",
+    "Natural",
+    "Npz",
+    "Partition",
+    "QuantitySkew",
+    "Shards",
+    "Text",
+    "from_tensors",
+    "partition",
+]

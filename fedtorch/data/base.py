@@ -1,0 +1,81 @@
+"""What a dataset is once loaded: train and test examples, and the facts a model is built from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from fedtorch import seeds
+from fedtorch.types import ConfigError
+
+
+@dataclass(frozen=True)
+class Data:
+    """Real examples, ready to be cut into clients."""
+
+    name: str
+    train: Dataset
+    test: Dataset
+    kind: str
+    """``classification``, ``binary`` or ``regression``: decides the default loss and metric."""
+    outputs: int
+    """Classes, or numbers to predict."""
+    labels: Tensor | None = None
+    """Class of each training example, [N]; none where label skew has no meaning."""
+    keys: Sequence[str] | None = None
+    """Natural owner of each training example (a writer, a speaker, a hospital)."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What a model may ask for by name: input_shape, in_features, in_channels, vocab_size, ..."""
+
+
+def from_tensors(
+    name: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    kind: str,
+    outputs: int,
+    keys: Sequence[str] | None = None,
+    **facts: Any,
+) -> Data:
+    """Data from ``(x, y)`` pairs, with the usual facts filled in."""
+    shape = tuple(train[0].shape[1:])
+    usual = {
+        "input_shape": shape,
+        "in_features": train[0][0].numel(),
+        "in_channels": shape[0] if len(shape) == 3 else 1,
+        "num_classes": outputs,
+        "num_outputs": 1 if kind == "binary" else outputs,
+        "out_features": 1 if kind == "binary" else outputs,
+    }
+    labels = train[1] if kind != "regression" and train[1].dim() == 1 else None
+    return Data(
+        name,
+        TensorDataset(*train),
+        TensorDataset(*test),
+        kind,
+        outputs,
+        None if labels is None else labels.long(),
+        keys,
+        usual | facts,
+    )
+
+
+def split(n: int, test_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices for training and for the central test set, drawn at random."""
+    if not 0 < test_fraction < 1:
+        raise ConfigError(f"dataset.test_fraction must be between 0 and 1, got {test_fraction}")
+    order = torch.randperm(n, generator=seeds.generator(seed, "test split"))
+    size = max(1, round(n * test_fraction))
+    if size >= n:
+        raise ConfigError(f"{n} examples are too few to split into train and test")
+    return order[size:].sort().values, order[:size].sort().values
+
+
+def subset(data: Dataset, index: Tensor) -> Dataset:
+    """Some examples of a dataset; tensors stay tensors, so that batches stay cheap."""
+    if isinstance(data, TensorDataset):
+        return TensorDataset(*(t[index] for t in data.tensors))
+    return Subset(data, index.tolist())

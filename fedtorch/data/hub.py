@@ -1,0 +1,94 @@
+"""Data from elsewhere: Hugging Face ``datasets`` by name, or a function of the user's own."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtorch.data.base import Data, from_tensors, split
+from fedtorch.types import ConfigError
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """A dataset of the Hugging Face hub, or a local folder it can load (extra ``hf``)."""
+
+    path: str = ""
+    """Name on the hub (``ylecun/mnist``) or a local folder."""
+    config: str = ""
+    """Configuration of the dataset, where it has several."""
+    x: str = "image"
+    """Column with the input: images, or lists of numbers."""
+    y: str = "label"
+    """Column with the class."""
+    client: str = ""
+    """Column that names each row's owner; empty: none."""
+    test_fraction: float = 0.2
+    """Share kept for the test where the dataset has no test split."""
+
+    def load(self, seed: int) -> Data:
+        """X [N, ...] (images [N, channels, rows, columns] in 0..1), y [N]."""
+        try:
+            import datasets
+        except ImportError as e:
+            raise ConfigError(
+                "dataset hf needs the package datasets: pip install 'fedtorch[hf]'"
+            ) from e
+        try:
+            found = datasets.load_dataset(self.path, self.config or None)
+        except Exception as e:
+            raise ConfigError(f"Hugging Face dataset {self.path!r} cannot be loaded: {e}") from e
+        train = found["train"]
+        for column in filter(None, (self.x, self.y, self.client)):
+            if column not in train.column_names:
+                raise ConfigError(
+                    f"{self.path} has no column {column!r}; it has {', '.join(train.column_names)}"
+                )
+        x, y = self._tensors(train)
+        keys = [str(k) for k in train[self.client]] if self.client else None
+        if "test" in found:
+            test = self._tensors(found["test"])
+        else:
+            keep, held = split(len(y), self.test_fraction, seed)
+            test = x[held], y[held]
+            keys = [keys[i] for i in keep.tolist()] if keys else None
+            x, y = x[keep], y[keep]
+        classes = int(max(y.max(), test[1].max())) + 1
+        name = self.path.rstrip("/").split("/")[-1]
+        return from_tensors(name, (x, y), test, "classification", classes, keys)
+
+    def _tensors(self, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        values = [np.asarray(v) for v in rows[self.x]]
+        x = torch.tensor(np.stack(values))
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
+            x = x.unsqueeze(1) if x.dim() == 3 else x.movedim(-1, 1)
+        return x.float(), torch.tensor(rows[self.y]).long()
+
+
+@dataclass(frozen=True)
+class Custom:
+    """A function of yours, ``package.module:function``, that returns a ``fedtorch.data.Data``."""
+
+    path: str = ""
+    """Where it is."""
+
+    def load(self, seed: int) -> Data:
+        """Call it; raises ConfigError when it is not there or returns something else."""
+        data = resolve(self.path)()
+        if not isinstance(data, Data):
+            raise ConfigError(
+                f"{self.path} must return fedtorch.data.Data, not {type(data).__name__}"
+            )
+        return data
+
+
+def resolve(path: str) -> Any:
+    """``package.module:name`` or ``package.module.name`` -> the object."""
+    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise ConfigError(f"cannot find {path!r}: {e}") from e

@@ -1,0 +1,106 @@
+"""Image data: scikit-learn's digits (offline, the default) and MNIST-style IDX files."""
+
+import gzip
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtorch.data.base import Data, from_tensors, split
+from fedtorch.types import ConfigError
+
+
+@dataclass(frozen=True)
+class Digits:
+    """scikit-learn's 1,797 handwritten digits, 8x8 (Alpaydin & Kaynak 1998): bundled, offline."""
+
+    test_fraction: float = 0.2
+    """Share of the examples kept for the central test."""
+
+    def load(self, seed: int) -> Data:
+        """X [N, 1, 8, 8] in 0..1, y [N] in 0..9."""
+        from sklearn.datasets import load_digits  # a second to import: only when it is used
+
+        images, target = load_digits(return_X_y=True)
+        x = torch.tensor(images / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)
+        y = torch.tensor(target, dtype=torch.int64)
+        train, test = split(len(y), self.test_fraction, seed)
+        return from_tensors(
+            "digits", (x[train], y[train]), (x[test], y[test]), "classification", 10
+        )
+
+
+@dataclass(frozen=True)
+class Idx:
+    """A folder of MNIST-style IDX files (MNIST, Fashion-MNIST, EMNIST, KMNIST), gzipped or not.
+
+    With ``train-*`` and ``t10k-*`` the files' own split is used; with one pair alone its last
+    ``test_fraction`` is the test set.
+    """
+
+    path: str = ""
+    """Folder with ...-images-idx3-ubyte and ...-labels-idx1-ubyte."""
+    test_fraction: float = 0.2
+    """Share kept for the test where only one pair of files is there."""
+
+    def load(self, seed: int) -> Data:
+        """X [N, 1, rows, columns] in 0..1, y [N]."""
+        folder = Path(self.path)
+        if not self.path or not folder.is_dir():
+            raise ConfigError(f"dataset.path must be a folder with IDX files, got {self.path!r}")
+        pairs = {p: found for p in ("train", "t10k") if (found := _pair(folder, p))}
+        if len(pairs) == 2:
+            train, test = pairs["train"], pairs["t10k"]
+        elif pairs:
+            (x, y) = next(iter(pairs.values()))
+            if not 0 < self.test_fraction < 1:
+                raise ConfigError(
+                    f"dataset.test_fraction must be between 0 and 1, got {self.test_fraction}"
+                )
+            cut = round(len(y) * (1 - self.test_fraction))
+            train, test = (x[:cut], y[:cut]), (x[cut:], y[cut:])
+        else:
+            raise ConfigError(
+                f"no IDX files in {self.path!r}: expected e.g. train-images-idx3-ubyte.gz and "
+                "train-labels-idx1-ubyte.gz"
+            )
+        classes = int(max(train[1].max(), test[1].max())) + 1
+        return from_tensors(folder.name or "idx", train, test, "classification", classes)
+
+
+def _pair(folder: Path, prefix: str) -> tuple[Tensor, Tensor] | None:
+    images, labels = (
+        sorted(p for p in folder.glob(f"{prefix}-{what}*") if p.suffix in (".gz", "", f".{end}"))
+        for what, end in (("images", "idx3-ubyte"), ("labels", "idx1-ubyte"))
+    )
+    if not images and not labels:
+        return None
+    if not images or not labels:
+        raise ConfigError(f"{folder}: {prefix} needs both an images and a labels file")
+    x, y = read_idx(images[0]), read_idx(labels[0])
+    if len(x) != len(y):
+        raise ConfigError(f"{images[0]} has {len(x)} images but {labels[0]} {len(y)} labels")
+    return x.float().div_(255).unsqueeze(1), y.long()
+
+
+def read_idx(path: Path) -> Tensor:
+    """One IDX file as a uint8 tensor; raises ConfigError when it is cut short or something else."""
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except (EOFError, OSError) as e:
+        raise ConfigError(f"{path} cannot be read ({e}); it may be cut short") from e
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
+        raise ConfigError(f"{path} is not an IDX file of unsigned bytes")
+    dims = raw[3]
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
+    body = np.frombuffer(raw, np.uint8, offset=min(4 + 4 * dims, len(raw)))
+    if len(body) != math.prod(shape):
+        raise ConfigError(
+            f"{path} is cut short or damaged: {shape} needs {math.prod(shape)} bytes, "
+            f"there are {len(body)}"
+        )
+    return torch.from_numpy(body.reshape(shape).copy())

@@ -1,0 +1,146 @@
+"""Try one batch before training starts, so that what does not fit is said in one sentence."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils.data import Dataset
+
+from fedtorch import seeds
+from fedtorch.batches import fetch, length
+from fedtorch.client import Client, Recipe
+from fedtorch.losses import reduce
+from fedtorch.solvers import forward, snapshot, to
+from fedtorch.types import ConfigError
+
+
+def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
+    """Run one small batch forward and backward; raises ConfigError naming what does not fit."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    name = type(model).__name__
+    if not params:
+        raise ConfigError(f"model {name} has no trainable parameters")
+    if any(p.is_complex() for p in params):
+        raise ConfigError(f"model {name} has complex parameters, which are not supported")
+    client = clients[0]
+    try:
+        x, y = to(_batch(client.data), params[0].device)
+    except Exception as e:
+        raise ConfigError(
+            f"client {client.id}: a dataset must give (x, y) pairs, but taking a batch failed: {e}"
+        ) from e
+    before = snapshot(model)
+    with seeds.seeded(0):
+        try:
+            output = forward(model.train(), x)
+        except Exception as e:
+            raise ConfigError(f"model {name} cannot take a batch {_shape(x)}: {e}") from e
+        try:
+            loss = reduce(recipe.loss(output, y))
+        except ConfigError:
+            raise
+        except Exception as e:
+            raise ConfigError(
+                f"the loss does not fit model {name} (output {_shape(output)}) and the labels "
+                f"{_shape(y)}: {e}"
+            ) from e
+        if not isinstance(loss, Tensor) or (loss.dim() and len(loss) != len(y)):
+            raise ConfigError(
+                "the loss must return a scalar or one number for each example, got "
+                f"{_shape(loss)} for labels {_shape(y)}"
+            )
+        if not loss.requires_grad:
+            raise ConfigError(f"the loss does not depend on the parameters of model {name}")
+        loss.mean().backward()
+    model.zero_grad()
+    _put_back(model, before)
+
+
+def classes_fit(model: nn.Module, data: Dataset, classes: int) -> None:
+    """A classifier needs an output for every label there is (a batch may miss the largest one)."""
+    x, _ = fetch(data, torch.arange(min(2, length(data))))
+    before = snapshot(model)
+    with torch.no_grad(), seeds.seeded(0):
+        output = forward(model.eval(), x)
+    _put_back(model, before)
+    if output.dim() < 2 or output.shape[-1] < classes:
+        raise ConfigError(
+            f"model {type(model).__name__} gives {_shape(output)} for a batch of {len(output)}, but "
+            f"the data has {classes} classes: it needs an output of {classes} for each example"
+        )
+
+
+def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | None:
+    """Why these clients cannot train side by side, or None when they can."""
+    if not recipe.optimizer.elementwise:
+        return f"optimizer {recipe.optimizer.name} does not work element by element"
+    x, y = to(_batch(clients[0].data), next(model.parameters()).device)
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return "the data is not a plain pair of tensors (x, y)"
+    shapes = {tuple(c.data[0][0].shape) if hasattr(c.data[0][0], "shape") else () for c in clients}
+    if len(shapes) > 1:
+        return f"examples of clients differ in shape ({', '.join(map(str, sorted(shapes)))})"
+    state = snapshot(model)
+    names = {k for k, p in model.named_parameters() if p.requires_grad}
+    stack = {k: v.expand(2, *v.shape).clone() for k, v in state.items()}
+    params = {k: v.requires_grad_() for k, v in stack.items() if k in names}
+    rest = {k: v for k, v in stack.items() if k not in names}
+    entered: list[str] = []
+    hooks = [
+        m.register_forward_pre_hook(
+            lambda m, _, n=n: entered.append(f"{n or 'the model'} ({m._get_name()})")
+        )
+        for n, m in model.named_modules()
+    ]
+
+    def loss(params: dict[str, Tensor], rest: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return reduce(recipe.loss(functional_call(model.train(), (params, rest), (x,)), y))
+
+    try:
+        with seeds.seeded(0):
+            each = vmap(loss, randomness="different")(
+                params, rest, x.expand(2, *x.shape), y.expand(2, *y.shape)
+            )
+            each.sum().backward()
+    except Exception as e:
+        where = entered[-1] if entered else "the model"
+        return f"layer {where} cannot be vectorised ({str(e).splitlines()[0]})"
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return None
+
+
+def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
+    """Whether an example's result depends on its neighbours (BatchNorm, a whole-batch loss)."""
+    x, y = to(_batch(data), next(model.parameters()).device)
+    before = snapshot(model)
+    off = [m for m in model.modules() if "Dropout" in m._get_name()]
+    try:
+        with torch.no_grad(), seeds.seeded(0):
+            model.train()
+            for m in off:
+                m.eval()
+            output = forward(model, x)
+            longer = forward(model, torch.cat([x, x[:1]]))[: len(x)]
+            if reduce(recipe.loss(output, y)).dim() == 0:
+                return True
+            return not torch.allclose(output, longer, rtol=1e-3, atol=1e-5)
+    finally:
+        _put_back(model, before)
+
+
+def _batch(data: Dataset) -> tuple[object, object]:
+    # two examples even of a client that has one: BatchNorm cannot train on a single value
+    return fetch(data, torch.tensor([0, length(data) - 1]))
+
+
+def _put_back(model: nn.Module, state: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for k, v in (*model.named_parameters(), *model.named_buffers()):
+            v.copy_(state[k])
+
+
+def _shape(value: object) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,89 @@
+"""The folder of a run: what it is made of, and what it leaves behind."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from safetensors.torch import save_file
+from torch import nn
+
+from fedtorch import checkpoint
+from fedtorch.types import ConfigError
+
+PACKAGES = ("fedtorch", "torch", "numpy", "tensorboard", "safetensors")
+
+
+def create(folder: Path) -> None:
+    """Make the folder; raises ConfigError when another run is in it or it cannot be written."""
+    if (folder / "config.toml").exists() or checkpoint.everything(folder / "checkpoints"):
+        raise ConfigError(
+            f"{folder} already holds a run: --resume continues it, or choose another --run-dir"
+        )
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"run folder {folder} cannot be written: {e.strerror}") from e
+
+
+def write_config(folder: Path, table: dict[str, Any]) -> None:
+    """The resolved config, as ``--config`` reads it, and what it ran with."""
+    replace(folder / "config.toml", tomli_w.dumps(table))
+    about = {
+        "command": sys.argv,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "packages": {p: installed(p) for p in PACKAGES},
+    }
+    replace(folder / "about.json", json.dumps(about, indent=2) + "\n")
+
+
+def finish(folder: Path, model: nn.Module, summary: dict[str, Any]) -> None:
+    """The trained model as a plain state_dict, and ``summary.json``."""
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    part = folder / "model.safetensors.part"
+    save_file(state, part)
+    os.replace(part, folder / "model.safetensors")
+    replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Commit of the source fedtorch runs from, with ``+`` when it has changes."""
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip()

@@ -1,0 +1,192 @@
+"""Solvers: ways to run the local steps of a stack of clients, all with the same meaning.
+
+A solver gets the working module, the clients' datasets and plans, and returns the trained weights with
+a client axis. ``general`` is what a PyTorch user would write for one client; ``stacked`` gives each
+weight a client axis and lets torch.func.vmap run K clients as one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils.data import Dataset
+
+from fedtorch.batches import Order, fetch, side_by_side
+from fedtorch.losses import Loss, reduce
+from fedtorch.optimizers import ClientOptimizer
+from fedtorch.strategies import Strategy
+from fedtorch.tree import expand, per_client
+from fedtorch.types import Context, Params, Stack, Task
+
+
+class Recipe(Order, Protocol):
+    """What a solver needs of ``fedtorch.client.Recipe``."""
+
+    @property
+    def strategy(self) -> Strategy:
+        """Corrects each gradient."""
+
+    @property
+    def loss(self) -> Loss:
+        """Per example or for the whole batch."""
+
+    @property
+    def optimizer(self) -> ClientOptimizer:
+        """Builds the local optimizer."""
+
+
+class Trained(NamedTuple):
+    """What is left after the local steps of K clients."""
+
+    params: Stack
+    """Trainable weights, [K, ...]."""
+    buffers: Stack
+    """Float buffers, [K, ...]."""
+    loss: Tensor
+    """Mean training loss over the visit's steps, [K], on the CPU."""
+
+
+def general(
+    model: nn.Module,
+    datasets: Sequence[Dataset],
+    plans: Sequence[Tensor],
+    task: Task,
+    recipe: Recipe,
+    ctx: Context,
+) -> Trained:
+    """One client through the module itself: any model, any loss, any torch optimizer."""
+    (data,), (steps,) = datasets, plans
+    load(model, task.state)
+    model.train()
+    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    views = expand({k: p.detach() for k, p in params.items()})
+    optimizer = recipe.optimizer.build(params.values(), task.lr)
+    correcting = type(recipe.strategy).correct is not Strategy.correct
+    device = next(iter(params.values())).device
+    total = torch.zeros((), dtype=torch.float64)
+    for index in steps:
+        x, y = to(fetch(data, index[index >= 0]), device)
+        optimizer.zero_grad()
+        loss = reduce(recipe.loss(forward(model, x), y)).mean()
+        loss.backward()
+        if correcting:
+            correct(recipe.strategy, params, views, ctx)
+        optimizer.step()
+        total += loss.detach().double().cpu()
+    optimizer.zero_grad()  # a gradient left behind would be seen by the next client
+    floats = {k: b.clone()[None] for k, b in model.named_buffers() if b.is_floating_point()}
+    return Trained({k: v.clone() for k, v in views.items()}, floats, total[None] / len(steps))
+
+
+def stacked(
+    model: nn.Module,
+    datasets: Sequence[Dataset],
+    plans: Sequence[Tensor],
+    task: Task,
+    recipe: Recipe,
+    ctx: Context,
+) -> Trained:
+    """K clients at once: every weight gets a client axis and an ordinary torch optimizer steps it.
+
+    The K losses are independent, so the gradient of their sum is each client's own gradient. Clients
+    whose steps are over stay as they are.
+    """
+    K = len(datasets)
+    model.train()
+    names = {k for k, p in model.named_parameters() if p.requires_grad}
+    state = {k: v.expand(K, *v.shape).clone() for k, v in task.state.items()}
+    params = {k: v.requires_grad_() for k, v in state.items() if k in names}
+    rest = {k: v for k, v in state.items() if k not in names}
+    views = {k: v.detach() for k, v in params.items()}
+    optimizer = recipe.optimizer.build(params.values(), task.lr)
+    correcting = type(recipe.strategy).correct is not Strategy.correct
+    device = next(iter(params.values())).device
+    total = torch.zeros(K, dtype=torch.float64)
+
+    def losses(params: Params, rest: Params, x: Tensor, y: Tensor) -> Tensor:
+        return reduce(recipe.loss(functional_call(model, (params, rest), (x,)), y))
+
+    for t, (x, y, mask) in enumerate(side_by_side(datasets, plans)):
+        x, y, mask = x.to(device), y.to(device), mask.to(device)
+        live = t < ctx.steps
+        before = None if live.all() else {k: v.detach().clone() for k, v in state.items()}
+        each = vmap(losses, randomness="different")(params, rest, x, y)
+        if each.dim() == 2:  # one loss for each example: average each client's real ones
+            each = torch.where(mask, each, 0).sum(1) / mask.sum(1).clamp(min=1)
+        optimizer.zero_grad()
+        each.sum().backward()
+        if correcting:
+            correct(recipe.strategy, params, views, ctx, stacked=True)
+        optimizer.step()
+        with torch.no_grad():
+            total += torch.where(live, each.detach().double().cpu(), 0)
+            if before is not None:
+                on = live.to(device)
+                for k, v in state.items():
+                    v.copy_(torch.where(per_client(on, v), v, before[k]))
+    floats = {k: v for k, v in rest.items() if v.is_floating_point() and k in buffers(model)}
+    return Trained(views, floats, total / ctx.steps)
+
+
+def correct(
+    strategy: Strategy,
+    params: Mapping[str, Tensor],
+    views: Stack,
+    ctx: Context,
+    stacked: bool = False,
+) -> None:
+    """Let the strategy replace the gradients in place; weights the loss never reached stay out."""
+    with torch.no_grad():
+        shown = {
+            k: torch.zeros_like(views[k]) if p.grad is None else p.grad if stacked else p.grad[None]
+            for k, p in params.items()
+        }
+        grads = strategy.correct(shown, views, ctx)
+        for k, p in params.items():
+            if p.grad is not None:
+                p.grad = grads[k] if stacked else grads[k][0]
+
+
+def load(model: nn.Module, state: Params) -> None:
+    """Copy parameters and buffers into the module, in place."""
+    with torch.no_grad():
+        for k, v in (*model.named_parameters(), *model.named_buffers()):
+            v.copy_(state[k])
+
+
+def to_device(task: Task, model: nn.Module) -> Task:
+    """The task where the working model is."""
+    device = next(model.parameters()).device
+    return replace(task, state=to(task.state, device), extras=to(task.extras, device))
+
+
+def snapshot(model: nn.Module) -> Params:
+    """A copy of every parameter and buffer; tied weights appear once."""
+    both = (*model.named_parameters(), *model.named_buffers())
+    return {k: v.detach().clone() for k, v in both}
+
+
+def buffers(model: nn.Module) -> set[str]:
+    """Names of the module's buffers."""
+    return {k for k, _ in model.named_buffers()}
+
+
+def forward(model: nn.Module, x: Any) -> Any:
+    """Call the model: a tuple of inputs is spread, a dict goes by keyword."""
+    if isinstance(x, (tuple, list)):
+        return model(*x)
+    return model(**x) if isinstance(x, dict) else model(x)
+
+
+def to(value: Any, device: torch.device) -> Any:
+    """Move tensors, also inside tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: to(v, device) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(to(v, device) for v in value)
+    return value

@@ -1,0 +1,7 @@
+"""Federated algorithms: one file each, client half and server half together."""
+
+from fedtorch.strategies.base import FedAvg, Strategy
+from fedtorch.strategies.fedprox import FedProx
+from fedtorch.strategies.scaffold import Scaffold
+
+__all__ = ["FedAvg", "FedProx", "Scaffold", "Strategy"]

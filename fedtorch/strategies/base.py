@@ -1,0 +1,58 @@
+"""A strategy is a frozen dataclass of hyper-parameters with pure methods; every default is FedAvg."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fedtorch.optimizers import ServerOptimizer
+from fedtorch.tree import tmap
+from fedtorch.types import ConfigError, Context, Params, Stack
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What a federated algorithm decides, on the client and on the server.
+
+    Override the methods that differ; a method never stores to ``self``. Client methods see K clients
+    at once: everything that varies per client has a leading axis.
+    """
+
+    server: ServerOptimizer | None = None
+    """Server optimizer fed with the mean delta; none: the mean delta is simply added."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """Average clients by their number of examples, or all alike."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.weighting not in ("examples", "uniform"):
+            raise ConfigError(
+                f"strategy.weighting must be 'examples' or 'uniform', not {self.weighting!r}"
+            )
+
+    def init(self, params: Params) -> dict[str, Params]:
+        """Groups the server keeps and broadcasts beside the weights."""
+        return {}
+
+    def remember(self, params: Params) -> dict[str, Params]:
+        """A client's memory before its first visit; it never leaves the client."""
+        return {}
+
+    def correct(self, grads: Stack, params: Stack, ctx: Context) -> Stack:
+        """The gradient each local step really uses, [K, ...]; called after any clipping and noise."""
+        return grads
+
+    def upload(self, params: Stack, ctx: Context) -> tuple[dict[str, Stack], dict[str, Stack]]:
+        """What is sent (``"delta"`` and own groups) and the new memory, each group [K, ...]."""
+        return {"delta": tmap(torch.sub, params, ctx.anchor)}, {}
+
+    def step(
+        self, mean: dict[str, Params], extras: dict[str, Params], share: float
+    ) -> tuple[Params, dict[str, Params]]:
+        """Mean of what was sent -> the server's update and its new groups; share = cohort / all."""
+        return mean["delta"], extras
+
+
+@dataclass(frozen=True)
+class FedAvg(Strategy):
+    """Weighted mean of the clients' weights (McMahan et al. 2017, arXiv:1602.05629, Alg. 1)."""

@@ -1,0 +1,25 @@
+"""FedProx: a proximal term keeps local training near the global model."""
+
+from dataclasses import dataclass
+
+from fedtorch.strategies.base import Strategy
+from fedtorch.tree import tmap
+from fedtorch.types import ConfigError, Context, Stack
+
+
+@dataclass(frozen=True)
+class FedProx(Strategy):
+    """Adds mu/2 ||w - w_t||^2 to each local loss (Li et al. 2020, arXiv:1812.06127, eq. 2)."""
+
+    mu: float = 0.01
+    """Proximal weight; 0 is FedAvg."""
+
+    def __post_init__(self) -> None:
+        """Refuse a negative or NaN weight."""
+        super().__post_init__()
+        if not self.mu >= 0:
+            raise ConfigError(f"strategy.mu must be >= 0, got {self.mu}")
+
+    def correct(self, grads: Stack, params: Stack, ctx: Context) -> Stack:
+        """The gradient of the proximal term, mu (w - w_t), on top of the loss's."""
+        return tmap(lambda g, w, w0: g + self.mu * (w - w0), grads, params, ctx.anchor)

@@ -1,0 +1,55 @@
+"""Arithmetic on ``dict[str, Tensor]``, with or without the leading client axis."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fedtorch.types import Params, Stack
+
+
+def tmap(fn: Callable[..., Tensor], *trees: Params) -> Params:
+    """Apply ``fn`` name by name; every tree must hold the names of the first."""
+    return {k: fn(*(t[k] for t in trees)) for k in trees[0]}
+
+
+def stack(trees: Sequence[Params]) -> Stack:
+    """K models -> one stack, [K, ...]."""
+    return {k: torch.stack([t[k] for t in trees]) for k in trees[0]}
+
+
+def expand(params: Params) -> Stack:
+    """One model -> a view with a client axis of 1, which broadcasts against any K."""
+    return {k: v.unsqueeze(0) for k, v in params.items()}
+
+
+def row(tree: Stack, k: int) -> Params:
+    """Client k of a stack."""
+    return {name: v[k] for name, v in tree.items()}
+
+
+def per_client(values: Tensor, like: Tensor) -> Tensor:
+    """[K] -> [K, 1, ...] so that it broadcasts over ``like`` [K, ...]."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def sq_norms(tree: Stack) -> Tensor:
+    """Squared L2 norm of each client's tensors together, [K], in float64."""
+    return torch.stack([v.double().flatten(1).square().sum(1) for v in tree.values()]).sum(0)
+
+
+def double(tree: Params) -> Params:
+    """The same numbers in float64."""
+    return {k: v.double() for k, v in tree.items()}
+
+
+def finite(tree: Stack) -> Tensor:
+    """Whether every number of client k is finite, [K] bool."""
+    return torch.stack([v.isfinite().flatten(1).all(1) for v in tree.values()]).all(0)
+
+
+def weighted_sum(tree: Stack, weight: Tensor) -> Params:
+    """Sum over the client axis of ``weight[k] * tree[k]``, accumulated in float64."""
+    return {
+        k: torch.tensordot(weight.double().to(v.device), v.double(), 1) for k, v in tree.items()
+    }

@@ -1,0 +1,73 @@
+"""What crosses each boundary: server -> client, client -> server, and nothing else."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""One model: name -> [...]."""
+
+Stack = dict[str, Tensor]
+"""K models: name -> [K, ...]. The leading axis is the client, always, even when K = 1."""
+
+
+class ConfigError(ValueError):
+    """Something the user asked for cannot be done; the message names it and the fix."""
+
+
+class ClientError(RuntimeError):
+    """A client's own code (its dataset, the model, the loss) raised; the message says whose."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything the server sends to a client for one round."""
+
+    state: Params
+    """Every parameter and buffer of the global model."""
+    extras: dict[str, Params]
+    """What else the strategy broadcasts, by group (SCAFFOLD: ``{"c": ...}``)."""
+    round: int
+    seed: int
+    lr: float
+    """Client learning rate of this round, after the schedule."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a strategy may look at on the client. Shared tensors have a leading axis of 1."""
+
+    anchor: Stack
+    """Trainable weights the visit started from, [1, ...]."""
+    extras: dict[str, Stack]
+    """The strategy's broadcast groups, each [1, ...]."""
+    memory: dict[str, Stack]
+    """The clients' own memory groups, each [K, ...]."""
+    steps: Tensor
+    """Optimizer steps of each client in this visit, [K]."""
+    lr: float
+
+
+@dataclass(frozen=True)
+class Update:
+    """What K clients send back. Sent tensors are float64, so that a sum loses nothing."""
+
+    ids: tuple[str, ...]
+    sent: dict[str, Stack]
+    """``"delta"`` (weights minus anchor) and the strategy's own groups, each [K, ...]."""
+    buffers: Stack
+    """Float buffers (BatchNorm statistics) after the visit, [K, ...]."""
+    weight: Tensor
+    """Aggregation weight, [K]."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Figures about the visit, each [K]; never about single examples."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that has no usable update this round."""
+
+    id: str
+    kind: str
+    """``nonfinite`` or ``dropped``."""
+    reason: str

@@ -1,0 +1,303 @@
+"""Train a model over many clients: ``python train.py --help``.
+
+The whole run is in ``train`` below: data, clients, model, server, and one loop over rounds.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fedtorch import checkpoint, cli, losses, probe, runs, seeds, zoo
+from fedtorch.choices import help_text
+from fedtorch.client import Client, Recipe
+from fedtorch.console import Report, StopSignal, partition_table
+from fedtorch.data import Data, Digits, Partition, partition
+from fedtorch.data.base import split, subset
+from fedtorch.data.hub import resolve
+from fedtorch.engines import Engine, Local
+from fedtorch.evaluate import evaluate, evaluate_clients
+from fedtorch.optimizers import ClientOptimizer
+from fedtorch.participation import Everyone, Participation
+from fedtorch.schedules import Constant, Schedule
+from fedtorch.server import Server
+from fedtorch.strategies import FedAvg, Strategy
+from fedtorch.tracking import Tracker
+from fedtorch.types import ClientError, ConfigError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option of a run. ``--config run.toml`` sets them, flags override."""
+
+    dataset: Any = Digits()
+    """Data: digits, idx (or mnist), text, csv, npz, hf, custom; e.g. --dataset.path FOLDER."""
+    partition: Partition | None = None
+    """How examples become clients: iid, dirichlet, shards, quantity, natural; none given: by owner
+    where the data names owners, else Dirichlet over labels, else iid."""
+    clients: int | None = None
+    """Number of clients; none: 10, or every owner with a natural partition."""
+    validation: float = 0.0
+    """Share of each client's examples held out of training to validate the global model on."""
+    model: str = "cnn"
+    """A file of models/, path/file.py:Name or package.module:Name; options as --model.hidden 64."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    loss: str = "auto"
+    """cross_entropy, bce, mse, or package.module:function (output, target) -> Tensor."""
+    metrics: list[str] = field(default_factory=lambda: ["auto"])
+    """accuracy, binary_accuracy, mae, or package.module:function."""
+    strategy: Strategy = FedAvg()
+    """fedavg, fedprox, scaffold or your own; --strategy.server sgd, adam, yogi, adagrad."""
+    participation: Participation = Everyone()
+    """Who takes part in a round: everyone, uniform, poisson."""
+    privacy: str = "none"
+    """none: nothing is noised (private training is not part of this version)."""
+    rounds: int = 30
+    """Rounds to train in all."""
+    optimizer: str = "sgd"
+    """Client optimizer, any of torch.optim; options as --optimizer.momentum 0.9."""
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    lr: float = 0.1
+    """Client learning rate."""
+    schedule: Schedule = Constant()
+    """Learning rate over rounds: constant, exponential, step, cosine."""
+    epochs: int = 2
+    """Passes over a client's data in a round."""
+    steps: int | None = None
+    """Local steps in a round, in place of epochs."""
+    batch_size: int | None = 16
+    """Examples in a local step; null: all of a client's."""
+    drop_last: bool = False
+    """Leave out the last, smaller batch of each pass."""
+    engine: Engine = Local()
+    """Where clients train: local (--engine.chunk N, --engine.device cuda)."""
+    threads: int = 1
+    """Threads inside one operation; more than 1 often slows small models."""
+    seed: int = 0
+    """Decides every draw: split, partition, initial weights, cohorts, batches."""
+    eval_every: int = 1
+    """Rounds between two evaluations on the test set."""
+    checkpoint_every: int = 1
+    """Rounds between two checkpoints."""
+    run_dir: str | None = None
+    """Folder of the run; none: runs/<dataset>-<model>-<strategy>-<time>."""
+    resume: bool = False
+    """Continue the run in run_dir from its last checkpoint."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can do."""
+        for name in ("rounds", "eval_every", "checkpoint_every", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.validation < 1:
+            raise ConfigError(f"validation must be in [0, 1), got {self.validation}")
+        if self.privacy != "none":
+            raise ConfigError(f"unknown privacy {self.privacy!r}; there is none")
+        if self.resume and not self.run_dir:
+            raise ConfigError("--resume needs --run-dir, the folder of the run to continue")
+
+
+FREE_ON_RESUME = {"rounds", "resume", "run_dir", "checkpoint_every", "eval_every", "threads"}
+"""Options a resumed run may change; any other would make it a different run."""
+
+
+def train(config: Config) -> dict[str, Any]:
+    """One run from data to trained model; returns the summary."""
+    began = time.perf_counter()
+    torch.set_num_threads(config.threads)
+    data = config.dataset.load(config.seed)
+    ids, parts = partition(data, config.partition, config.clients, config.seed)
+    clients = make_clients(config, data, ids, parts)
+    model = make_model(config, data)
+    loss, metrics = pick(config, data)
+    recipe = Recipe(
+        config.strategy,
+        loss,
+        ClientOptimizer(config.optimizer, config.optimizer_args),
+        config.lr,
+        config.epochs,
+        config.steps,
+        config.batch_size,
+        config.drop_last,
+    )
+    server = Server(
+        model, clients, recipe, config.participation, config.schedule, config.engine, config.seed
+    )
+    if data.kind == "classification":
+        probe.classes_fit(model, data.train, data.outputs)
+    folder = open_folder(config, server)
+
+    with (
+        Tracker(folder, server.round_number) as tracker,
+        Report(config.rounds, server.round_number) as report,
+        StopSignal(report) as stop,
+    ):
+        introduce(config, data, server, ids, parts, tracker, report)
+        scores = evaluate(model, data.test, metrics)
+        while server.round_number < config.rounds and not stop.asked:
+            start = time.perf_counter()
+            figures = server.round()
+            seconds = time.perf_counter() - start
+            last = server.round_number == config.rounds
+            if last or server.round_number % config.eval_every == 0:
+                scores = evaluate(model, data.test, metrics)
+                figures |= {f"test_{k}": v for k, v in scores.items()}
+                figures |= validate(model, clients, metrics)
+                figures["seconds_evaluate"] = time.perf_counter() - start - seconds
+            tracker.round(figures)
+            report.round(figures, seconds)
+            if last or stop.asked or server.round_number % config.checkpoint_every == 0:
+                checkpoint.save(folder / "checkpoints", server.state_dict())
+
+    summary = {
+        **{f"test_{k}": v for k, v in scores.items()},
+        "test_accuracy": next((v for k, v in scores.items() if "accuracy" in k), None),
+        "test_loss": scores["loss"],
+        "rounds": server.round_number,
+        "clients": len(clients),
+        "seconds": round(time.perf_counter() - began, 3),
+        "epsilon": None,
+        "delta": None,
+        "seed": config.seed,
+    }
+    runs.finish(folder, model, summary)
+    conclude(report, folder, summary, stop)
+    if stop.asked:
+        raise SystemExit(128 + stop.asked)
+    return summary
+
+
+def make_clients(config: Config, data: Data, ids: list[str], parts: list[Any]) -> list[Client]:
+    """Cut the training data into clients, each with its own validation share if asked."""
+    clients = []
+    for k, (name, index) in enumerate(zip(ids, parts, strict=True)):
+        held = None
+        if config.validation and len(index) > 1:
+            keep, out = split(len(index), config.validation, seeds.derive(config.seed, "held", k))
+            index, held = index[keep], subset(data.train, index[out])
+        clients.append(Client(name, subset(data.train, index), held))
+    return clients
+
+
+def make_model(config: Config, data: Data) -> nn.Module:
+    """Build the model with initial weights that depend on the seed alone."""
+    with seeds.seeded(seeds.derive(config.seed, "model")):
+        return zoo.build(config.model, data.facts, config.model_args)
+
+
+def pick(config: Config, data: Data) -> tuple[losses.Loss, dict[str, losses.Loss]]:
+    """The loss, and the metrics by name with the loss among them."""
+    default_loss, default_metric = losses.DEFAULTS[data.kind]
+    name = default_loss if config.loss == "auto" else config.loss
+    loss = losses.LOSSES.get(name) or resolve(name)
+    names = [default_metric if m == "auto" else m for m in config.metrics]
+    chosen = {n.rpartition(":")[2]: losses.METRICS.get(n) or resolve(n) for n in names}
+    return loss, {"loss": loss, **chosen}
+
+
+def validate(model: nn.Module, clients: list[Client], metrics: dict[str, Any]) -> dict[str, float]:
+    """The global model on the clients' validation data: mean over clients, and the worst."""
+    scores = list(evaluate_clients(model, clients, metrics).values())
+    figures = {}
+    for name in metrics if scores else ():
+        values = [s[name] for s in scores]
+        figures[f"validation_{name}"] = sum(values) / len(values)
+        figures[f"validation_{name}_min"] = min(values)
+        figures[f"validation_{name}_max"] = max(values)
+    return figures
+
+
+def open_folder(config: Config, server: Server) -> Path:
+    """A new run folder, or the old one with the server brought to its last checkpoint."""
+    kind = type(config.dataset).__name__
+    name = f"{kind}-{Path(config.model.partition(':')[0]).stem}-{type(config.strategy).__name__}"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(config.run_dir or f"runs/{name.lower()}-{stamp}")
+    if config.resume:
+        server.load_state_dict(checkpoint.load(folder / "checkpoints"))
+        return folder
+    runs.create(folder)
+    table = {k: v for k, v in cli.describe(config).items() if k not in ("resume", "run_dir")}
+    runs.write_config(folder, table)
+    checkpoint.save(folder / "checkpoints", server.state_dict())
+    return folder
+
+
+def introduce(
+    config: Config,
+    data: Data,
+    server: Server,
+    ids: list[str],
+    parts: list[Any],
+    tracker: Tracker,
+    report: Report,
+) -> None:
+    """Say what is about to run, to the person and to TensorBoard."""
+    model = server.model
+    size = sum(p.numel() for p in model.parameters())
+    report.say(
+        f"{data.name}: {len(parts)} clients, {config.model} with {size:,} parameters, "
+        f"{config.strategy}, {config.rounds} rounds, no privacy noise"
+    )
+    for note in server.session.notes:
+        report.say(f"note: {note}")
+    kinds = {b.is_floating_point() for b in model.buffers()}
+    if kinds:
+        kept = " (integer counters keep the server's value)" if False in kinds else ""
+        report.say(f"note: float buffers such as BatchNorm statistics are averaged{kept}")
+    if server.round_number:
+        report.say(f"resumed after round {server.round_number}")
+        return
+    report.console.print(partition_table(ids, parts, data.labels))
+    tracker.partition(ids, parts, data.labels)
+    tracker.text(
+        "config", "\n".join(f"    {f.name} = {getattr(config, f.name)!r}" for f in fields(config))
+    )
+
+
+def conclude(report: Report, folder: Path, summary: dict[str, Any], stop: StopSignal) -> None:
+    """The last lines: how good, how long, where."""
+    state = "stopped, saved" if stop.asked else "done"
+    figures = "  ".join(
+        f"{k.replace('_', ' ')} {v:.4f}" for k, v in summary.items() if k.startswith("test_") and v
+    )
+    report.say(f"{state}: {summary['rounds']} rounds in {summary['seconds']:.1f} s  {figures}")
+    report.say(f"run folder: {folder}   model: {folder}/model.safetensors")
+    if stop.asked:
+        report.say(f"continue: fedtorch train --run-dir {folder} --resume")
+    report.say(f"watch: tensorboard --logdir {folder.parent}")
+
+
+def read_config(argv: Sequence[str]) -> Config:
+    """Flags over the --config file; with --resume, over the run's own config."""
+    flags = cli.from_flags(argv, {f.name: f.type for f in fields(Config)})
+    if str(flags.get("resume", "false")).lower() == "true" and "run_dir" in flags:
+        config = Path(str(flags["run_dir"])) / "config.toml"
+        return cast(Config, cli.resume(Config, argv, config, FREE_ON_RESUME))
+    return cast(Config, cli.parse(Config, argv))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 trained, 1 a client's own code failed, 2 the request cannot be done."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(help_text(Config, "fedtorch train"))
+        return 0
+    try:
+        train(read_config(argv))
+    except ConfigError as e:
+        print(f"fedtorch: {e}", file=sys.stderr)
+        return 2
+    except ClientError as e:
+        print(f"fedtorch: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
