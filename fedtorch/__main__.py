@@ -1,50 +1,49 @@
-"""The ``fedtorch`` command: ``train``, ``models``; the same as ``python -m fedtorch``."""
+"""The ``fedtorch`` command, the same as ``python -m fedtorch``: a table of what it can do."""
 
-import importlib.util
+import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
 
-import fedtorch
-from fedtorch import zoo
+from fedtorch.types import ClientError, ConfigError
 
-USAGE = """usage: fedtorch COMMAND [options]
+COMMANDS = {
+    "train": ("train a model over many clients", "fedtorch.commands.train:main"),
+    "models": ("models that --model can name", "fedtorch.commands.listing:models"),
+    "datasets": ("datasets that --dataset can name", "fedtorch.commands.listing:datasets"),
+    "strategies": ("strategies that --strategy can name", "fedtorch.commands.listing:strategies"),
+    "version": ("the version installed", "fedtorch.commands.listing:version"),
+}
+"""Command -> one line of help and where its function is: arguments in, exit status out.
 
-  train     train a model over many clients (fedtorch train --help)
-  models    the models that --model can name
-  version   the version installed"""
+The module is imported when the command is run, so that no command waits for another's imports.
+"""
+
+
+def usage() -> str:
+    """What there is, one line each."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (text, _) in COMMANDS.items()]
+    return "\n".join(["usage: fedtorch COMMAND [options]", "", *lines])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; exit status 2 for one that does not exist."""
+    """Run a command: 0 done, 1 a client's own code failed, 2 the request cannot be done."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help", "help"):
-        print(USAGE)
-    elif command == "version":
-        print(fedtorch.__version__)
-    elif command == "models":
-        print("\n".join(zoo.names()))
-    elif command == "train":
-        return int(train_module().main(rest))
-    else:
-        print(
-            f"fedtorch: unknown command {command!r}; there are train, models, version",
-            file=sys.stderr,
-        )
-        return 2
-    return 0
-
-
-def train_module() -> ModuleType:
-    """train.py: inside the package in a wheel, beside it in a checkout."""
-    here = Path(__file__).parent
-    path = next(p for p in (here / "train.py", here.parent / "train.py") if p.is_file())
-    spec = importlib.util.spec_from_file_location("fedtorch.train", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["fedtorch.train"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+        print(usage())
+        return 0
+    command = {"--version": "version"}.get(command, command)
+    try:
+        if command not in COMMANDS:
+            raise ConfigError(f"unknown command {command!r}; there are {', '.join(COMMANDS)}")
+        module, _, name = COMMANDS[command][1].partition(":")
+        return int(getattr(importlib.import_module(module), name)(rest))
+    except (ConfigError, ClientError) as e:
+        print(f"fedtorch: {e}", file=sys.stderr)
+        return 2 if isinstance(e, ConfigError) else 1
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        sys.stderr.close()
+        return 0
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def _entry(value: Any) -> Any:
     path = f"{type(value).__module__}.{type(value).__name__}"
     for names in CHOICES.values():
         for name, dotted in names.items():
-            if _import(dotted) is type(value):
+            if find(dotted) is type(value):
                 return {"name": name, **describe(value)}
     return {"name": path, **describe(value)}
 
@@ -167,16 +167,17 @@ def _entry(value: Any) -> Any:
 def _class(choice: str, name: str) -> Callable[..., Any]:
     names = CHOICES[choice]
     if name.lower() in names:
-        return _import(names[name.lower()])
+        return find(names[name.lower()])
     if "." not in name and ":" not in name:
         raise ConfigError(
             f"unknown {choice} {name!r}; there are {', '.join(names)}, "
             "or give the dotted path of a class of your own"
         )
-    return _import(name.replace(":", "."))
+    return find(name.replace(":", "."))
 
 
-def _import(dotted: str) -> Callable[..., Any]:
+def find(dotted: str) -> Callable[..., Any]:
+    """The object a dotted path names; raises ConfigError when it is not there."""
     module, _, attr = dotted.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attr)  # type: ignore[no-any-return]
