@@ -148,6 +148,11 @@ def local_update(
 def as_dataset(data: Dataset | tuple[Tensor, ...], owner: str) -> Dataset:
     """Tensors or a map-style dataset -> a dataset of known, positive length."""
     if isinstance(data, (tuple, list)):
+        if not all(isinstance(t, Tensor) and t.dim() for t in data):
+            kinds = ", ".join(type(t).__name__ for t in data)
+            raise ConfigError(
+                f"{owner}: data must be tensors (x, y) with one row each, got {kinds}"
+            )
         sizes = [len(t) for t in data]
         if len(set(sizes)) != 1:
             raise ConfigError(f"{owner}: tensors of different lengths {sizes}")

@@ -1,6 +1,7 @@
 """The server: the global model, and one round in the order of the papers' pseudo-code."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,12 +41,9 @@ class Server:
         self.ids = [c.id for c in clients]
         if not clients:
             raise ConfigError("there are no clients")
-        if (
-            twice := {i for i in self.ids if self.ids.count(i) > 1}
-            if len(self.ids) > len(set(self.ids))
-            else set()
-        ):
-            raise ConfigError(f"client ids must differ, but {sorted(twice)[0]!r} is there twice")
+        twice = [i for i, n in Counter(self.ids).items() if n > 1]
+        if twice:
+            raise ConfigError(f"client ids must differ, but {twice[0]!r} is there twice")
         participation.check(len(clients))
         self.model = model
         self.recipe = recipe or Recipe()
@@ -112,6 +110,9 @@ class Server:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict()``; raises ConfigError when it belongs to another model."""
+        missing = [k for k in self.state_dict() if k not in state]
+        if missing:
+            raise ConfigError(f"the checkpoint has no {missing[0]!r}: another version wrote it")
         own, other = snapshot(self.model), state["model"]
         wrong = [
             k

@@ -30,12 +30,12 @@ def row(tree: Stack, k: int) -> Params:
 
 def per_client(values: Tensor, like: Tensor) -> Tensor:
     """[K] -> [K, 1, ...] so that it broadcasts over ``like`` [K, ...]."""
-    return values.reshape(-1, *[1] * (like.dim() - 1))
+    return values.to(like.device).reshape(-1, *[1] * (like.dim() - 1))
 
 
 def sq_norms(tree: Stack) -> Tensor:
     """Squared L2 norm of each client's tensors together, [K], in float64."""
-    return torch.stack([v.double().flatten(1).square().sum(1) for v in tree.values()]).sum(0)
+    return torch.stack([_rows(v.double()).square().sum(1) for v in tree.values()]).sum(0)
 
 
 def double(tree: Params) -> Params:
@@ -45,7 +45,7 @@ def double(tree: Params) -> Params:
 
 def finite(tree: Stack) -> Tensor:
     """Whether every number of client k is finite, [K] bool."""
-    return torch.stack([v.isfinite().flatten(1).all(1) for v in tree.values()]).all(0)
+    return torch.stack([_rows(v.isfinite()).all(1) for v in tree.values()]).all(0)
 
 
 def weighted_sum(tree: Stack, weight: Tensor) -> Params:
@@ -53,3 +53,8 @@ def weighted_sum(tree: Stack, weight: Tensor) -> Params:
     return {
         k: torch.tensordot(weight.double().to(v.device), v.double(), 1) for k, v in tree.items()
     }
+
+
+def _rows(v: Tensor) -> Tensor:
+    # flatten(1) fails on [K], the stack of a scalar parameter
+    return v.reshape(len(v), -1)

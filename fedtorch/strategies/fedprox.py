@@ -1,5 +1,6 @@
 """FedProx: a proximal term keeps local training near the global model."""
 
+import math
 from dataclasses import dataclass
 
 from fedtorch.strategies.base import Strategy
@@ -17,8 +18,8 @@ class FedProx(Strategy):
     def __post_init__(self) -> None:
         """Refuse a negative or NaN weight."""
         super().__post_init__()
-        if not self.mu >= 0:
-            raise ConfigError(f"strategy.mu must be >= 0, got {self.mu}")
+        if not 0 <= self.mu < math.inf:
+            raise ConfigError(f"strategy.mu must be a number >= 0, got {self.mu}")
 
     def correct(self, grads: Stack, params: Stack, ctx: Context) -> Stack:
         """The gradient of the proximal term, mu (w - w_t), on top of the loss's."""

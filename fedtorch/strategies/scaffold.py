@@ -37,7 +37,9 @@ class Scaffold(Strategy):
         """Paper's lines 12-14: delta and the change of c_k are sent, the new c_k is kept."""
         delta = tmap(torch.sub, params, ctx.anchor)
         change = tmap(
-            lambda d, c: -c - d / (per_client(ctx.steps, d) * ctx.lr), delta, ctx.extras["c"]
+            lambda d, c: -c - d / (per_client(ctx.steps.double(), d) * ctx.lr),
+            delta,
+            ctx.extras["c"],
         )
         return {"delta": delta, "c": change}, {"c": tmap(torch.add, ctx.memory["c"], change)}
 

@@ -1,0 +1,60 @@
+"""What many tests need: small unequal clients, a small model, and the command run in this process."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedtorch import Client
+from fedtorch.__main__ import main
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def make_clients(sizes: Sequence[int], features: int = 6, classes: int = 4) -> list[Client]:
+    g = torch.Generator().manual_seed(0)
+    return [
+        Client(
+            f"c{k}",
+            (torch.randn(n, features, generator=g), torch.randint(0, classes, (n,), generator=g)),
+        )
+        for k, n in enumerate(sizes)
+    ]
+
+
+def mlp(features: int = 6, classes: int = 4) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(features, 12), nn.Tanh(), nn.Linear(12, classes))
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.fixture
+def fedtorch(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """``fedtorch("train", ...)`` in a new folder -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(a) for a in argv])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        finally:
+            torch.set_num_threads(threads)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"the shared data is not here: {SHARED}")
+    return SHARED

@@ -1,0 +1,29 @@
+import torch
+
+from fedtorch.aggregate import Mean
+from fedtorch.types import Update
+
+
+def update(ids: str, values: list[float], weight: list[float]) -> Update:
+    v = torch.tensor(values, dtype=torch.float64)[:, None]
+    return Update(tuple(ids), {"delta": {"w": v}}, {"s": v.float()}, torch.tensor(weight))
+
+
+def test_mean_is_weighted_and_does_not_depend_on_how_clients_are_chunked():
+    values, weight = [1.0, 5.0, 9.0], [1.0, 2.0, 5.0]
+    whole, parts = Mean(), Mean()
+    whole.add(update("abc", values, weight))
+    parts.add(update("b", values[1:2], weight[1:2]))
+    parts.add(update("ac", values[::2], weight[::2]))
+    want = (1 * 1 + 2 * 5 + 5 * 9) / 8
+    for mean in (whole, parts):
+        sent, buffers = mean.result()
+        assert sent["delta"]["w"].item() == want
+        assert buffers["s"].item() == want
+
+
+def test_ten_thousand_small_updates_lose_nothing():
+    mean = Mean()
+    for _ in range(10_000):
+        mean.add(update("a", [0.1], [1.0]))
+    assert abs(mean.result()[0]["delta"]["w"].item() - 0.1) < 1e-12

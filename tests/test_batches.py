@@ -1,0 +1,81 @@
+from dataclasses import dataclass
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import Dataset, TensorDataset
+
+from fedtorch.batches import fetch, plan, side_by_side
+
+
+@dataclass(frozen=True)
+class Order:
+    epochs: int = 1
+    steps: int | None = None
+    batch_size: int | None = 4
+    drop_last: bool = False
+
+
+@given(st.integers(1, 50), st.integers(1, 3), st.integers(1, 60), st.integers(0, 2**31))
+def test_each_epoch_sees_every_example_once(n, epochs, batch, seed):
+    rows = plan(n, Order(epochs, batch_size=batch), seed)
+    per_epoch = -(-n // min(batch, n))
+    assert len(rows) == epochs * per_epoch
+    for e in range(epochs):
+        seen = rows[e * per_epoch : (e + 1) * per_epoch].flatten()
+        assert sorted(seen[seen >= 0].tolist()) == list(range(n))
+
+
+@given(st.integers(1, 50), st.integers(1, 60), st.integers(0, 2**31))
+def test_drop_last_never_pads(n, batch, seed):
+    rows = plan(n, Order(batch_size=batch, drop_last=True), seed)
+    assert (rows >= 0).all()
+    assert rows.shape[1] == min(batch, n)
+
+
+def test_steps_take_the_place_of_epochs():
+    assert len(plan(10, Order(epochs=1, steps=7), 0)) == 7
+    assert len(plan(10, Order(epochs=100, steps=2), 0)) == 2
+
+
+def test_order_follows_the_seed():
+    a, b, c = (plan(30, Order(), s) for s in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_full_batch_is_every_example_in_order():
+    assert plan(5, Order(epochs=2, batch_size=None), 0).tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+class Squares(Dataset):
+    def __init__(self, n: int, start: int = 0) -> None:
+        self.n, self.start = n, start
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return torch.tensor([float(self.start + i)]), (self.start + i) ** 2
+
+
+def test_fetch_collates_any_dataset_as_a_loader_would():
+    x, y = fetch(Squares(5), torch.tensor([3, 1]))
+    assert x.tolist() == [[3.0], [1.0]]
+    assert y.tolist() == [9, 1]
+
+
+def test_side_by_side_masks_what_a_client_does_not_have():
+    datasets = [Squares(5), Squares(2, start=100)]
+    tables = [TensorDataset(*fetch(d, torch.arange(len(d)))) for d in datasets]
+    plans = [plan(len(d), Order(epochs=2, batch_size=3), k) for k, d in enumerate(datasets)]
+    for these in (datasets, tables):
+        seen = [[], []]
+        for x, y, mask in side_by_side(these, plans):
+            assert x.shape[:2] == y.shape == mask.shape == (2, 3)
+            for k in range(2):
+                seen[k] += y[k][mask[k]].tolist()
+                # what stands in for a missing example is the client's own
+                assert (x[k] >= 100).all() == (k == 1)
+        assert sorted(seen[0]) == sorted([0, 1, 4, 9, 16] * 2)
+        assert sorted(seen[1]) == sorted([100**2, 101**2] * 2)

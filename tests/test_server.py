@@ -1,0 +1,157 @@
+import pytest
+import torch
+from torch import nn
+
+from conftest import make_clients, mlp, weights
+from fedtorch import (
+    Client,
+    ConfigError,
+    Everyone,
+    FedAvg,
+    Local,
+    Recipe,
+    Scaffold,
+    Server,
+    ServerAdam,
+    ServerSGD,
+)
+
+
+def test_the_model_is_trained_in_place_and_stays_a_plain_module():
+    model = mlp()
+    server = Server(model, make_clients([30, 20]), Recipe(lr=0.3, epochs=3))
+    losses = [figures["train_loss"] for figures in server.rounds(5)]
+    assert losses[-1] < losses[0]
+    assert server.model is model
+    assert type(model) is nn.Sequential
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_figures_of_a_round():
+    figures = Server(mlp(), make_clients([30, 10]), Recipe(), Everyone()).round()
+    assert figures["round"] == 1
+    assert figures["clients"] == 2
+    assert sorted(figures["cohort"]) == ["c0", "c1"]
+    assert figures["failed"] == {}
+    assert figures["examples"] == 40
+    assert figures["update_norm"] > 0
+
+
+def test_a_client_that_becomes_nan_is_named_and_left_out_and_the_model_stays_finite():
+    clients = make_clients([30, 10])
+    x, y = clients[1].data.tensors
+    clients.append(Client("bad", (x * float("nan"), y)))
+    alone = mlp()
+    Server(alone, clients[:2], Recipe(Scaffold())).round()
+    for chunk in (1, 3):
+        model = mlp()
+        server = Server(model, clients, Recipe(Scaffold()), engine=Local(chunk=chunk))
+        figures = server.round()
+        assert figures["failed"] == {"bad": "nonfinite"}
+        assert sorted(figures["cohort"]) == ["c0", "c1"]
+        for k, v in weights(model).items():
+            assert v.isfinite().all()
+            assert torch.allclose(v, alone.state_dict()[k], atol=1e-6)
+
+
+def test_when_every_client_is_nan_the_model_stays_as_it_was():
+    (client,) = make_clients([10])
+    x, y = client.data.tensors
+    model = mlp()
+    before = weights(model)
+    figures = Server(model, [Client("bad", (x * float("nan"), y))], Recipe()).round()
+    assert figures["failed"] == {"bad": "nonfinite"}
+    assert all(torch.equal(before[k], v) for k, v in weights(model).items())
+
+
+def test_a_server_step_that_overflows_is_refused_and_the_model_is_kept():
+    model = mlp()
+    before = weights(model)
+    server = Server(model, make_clients([10]), Recipe(FedAvg(ServerSGD(lr=1e300))))
+    with pytest.raises(ConfigError, match="server's step is not finite"):
+        server.round()
+    assert all(torch.equal(before[k], v) for k, v in weights(model).items())
+
+
+@pytest.mark.parametrize(
+    "strategy", [FedAvg(), FedAvg(ServerAdam()), Scaffold(ServerSGD(momentum=0.9))]
+)
+def test_state_goes_out_and_comes_back_bit_for_bit(strategy):
+    def server() -> Server:
+        return Server(mlp(), make_clients([12, 5, 9]), Recipe(strategy, batch_size=4), seed=5)
+
+    whole, first, second = server(), server(), server()
+    for _ in whole.rounds(5):
+        pass
+    for _ in first.rounds(2):
+        pass
+    second.load_state_dict(first.state_dict())
+    for _ in second.rounds(3):
+        pass
+    a, b = weights(whole.model), weights(second.model)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_state_of_another_model_is_refused():
+    other = Server(mlp(classes=7), make_clients([12]), Recipe()).state_dict()
+    with pytest.raises(ConfigError, match="checkpoint is of another model"):
+        Server(mlp(), make_clients([12]), Recipe()).load_state_dict(other)
+
+
+def test_state_without_its_parts_is_refused():
+    server = Server(mlp(), make_clients([12]), Recipe())
+    with pytest.raises(ConfigError, match="checkpoint has no 'seed'"):
+        server.load_state_dict({"round": 3})
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [([], "there are no clients"), (["a", "b", "a"], "'a' is there twice")],
+)
+def test_clients_that_cannot_be_told_apart_are_refused(ids, message):
+    clients = [Client(i, (torch.zeros(4, 6), torch.zeros(4).long())) for i in ids]
+    with pytest.raises(ConfigError, match=message):
+        Server(mlp(), clients)
+
+
+def batchnorm() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4))
+
+
+def test_buffer_policy_float_statistics_averaged_integer_counters_kept():
+    """One full-batch step a client: running statistics can be computed by hand."""
+    model, start, clients = batchnorm(), batchnorm(), make_clients([8, 24])
+    recipe = Recipe(batch_size=None, lr=0.1)
+    Server(model, clients, recipe).round()
+    with torch.no_grad():
+        seen = [start[0](c.data.tensors[0]) for c in clients]
+    share = (8 / 32, 24 / 32)
+    mean = sum(p * 0.1 * h.mean(0) for p, h in zip(share, seen, strict=True))
+    var = sum(p * (0.9 + 0.1 * h.var(0)) for p, h in zip(share, seen, strict=True))
+    assert torch.allclose(model[1].running_mean, mean, atol=1e-6)
+    assert torch.allclose(model[1].running_var, var, atol=1e-6)
+    assert model[1].num_batches_tracked == 0
+
+
+def test_frozen_parameters_stay_and_tied_ones_stay_tied():
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    before = weights(model)
+    Server(model, make_clients([10, 20]), Recipe(Scaffold(), lr=0.5)).round()
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert not torch.equal(model[2].weight, before["2.weight"])
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.tanh(self.a(x)))
+
+    for chunk in (1, 2):
+        tied = Tied()
+        Server(tied, make_clients([10, 20]), Recipe(lr=0.5), engine=Local(chunk=chunk)).round()
+        assert tied.a.weight is tied.b.weight

@@ -1,0 +1,64 @@
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from conftest import make_clients, mlp, weights
+from fedtorch import ConfigError, FedAvg, FedProx, Recipe, Scaffold, Server, Strategy
+from fedtorch.tree import tmap
+
+
+def after(strategy: Strategy, rounds: int = 2) -> dict[str, torch.Tensor]:
+    model = mlp()
+    for _ in Server(model, make_clients([9, 20]), Recipe(strategy, batch_size=4)).rounds(rounds):
+        pass
+    return weights(model)
+
+
+def test_fedprox_without_a_term_is_fedavg_and_with_a_large_one_hardly_moves():
+    plain, zero, tight = after(FedAvg()), after(FedProx(mu=0.0)), after(FedProx(mu=9.0))
+    start = mlp().state_dict()
+    assert all(torch.equal(plain[k], zero[k]) for k in plain)
+    moved = [sum(float((s[k] - start[k]).norm()) for k in start) for s in (tight, plain)]
+    assert moved[0] < 0.5 * moved[1]
+
+
+@pytest.mark.parametrize("mu", [-0.1, float("nan"), float("inf")])
+def test_a_proximal_weight_that_cannot_be_meant_is_refused(mu):
+    with pytest.raises(ConfigError, match=r"strategy\.mu"):
+        FedProx(mu=mu)
+
+
+def test_unknown_weighting_is_refused():
+    with pytest.raises(ConfigError, match=r"strategy\.weighting"):
+        FedAvg(weighting="size")
+
+
+def test_scaffold_keeps_memory_on_the_client_and_a_variate_on_the_server():
+    model, clients = mlp(), make_clients([9, 20])
+    server = Server(model, clients, Recipe(Scaffold(), batch_size=4))
+    server.round()
+    own = [c.memory["c"] for c in clients]
+    mean = tmap(lambda a, b: (a + b) / 2, *own)
+    # all clients took part, so c is the mean of the c_k
+    assert all(torch.allclose(server.extras["c"][k], v, atol=1e-6) for k, v in mean.items())
+    assert float(own[0]["0.weight"].norm()) > 0
+
+
+@dataclass(frozen=True)
+class SignedMean(Strategy):
+    """A strategy nobody here prepared: the server moves by a fixed amount in the mean's direction."""
+
+    amount: float = 0.01
+
+    def step(self, mean, extras, share):
+        return tmap(lambda d: self.amount * d.sign(), mean["delta"]), extras
+
+
+def test_a_strategy_of_the_users_own_is_one_method():
+    start, end = mlp().state_dict(), after(SignedMean(amount=0.25), rounds=1)
+    for k in start:
+        assert set(((end[k] - start[k]) * 4).round(decimals=4).abs().flatten().tolist()) <= {
+            0.0,
+            1.0,
+        }

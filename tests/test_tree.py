@@ -1,0 +1,52 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtorch import tree
+
+
+def example(k: int) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(k)
+    return {"w": torch.randn(2, 3, generator=g), "b": torch.randn((), generator=g)}
+
+
+def test_stack_and_row_are_inverse():
+    models = [example(k) for k in range(4)]
+    stacked = tree.stack(models)
+    assert stacked["w"].shape == (4, 2, 3)
+    assert stacked["b"].shape == (4,)
+    for k, model in enumerate(models):
+        assert all(torch.equal(tree.row(stacked, k)[n], v) for n, v in model.items())
+
+
+def test_expand_broadcasts_against_any_number_of_clients():
+    shared, stacked = tree.expand(example(0)), tree.stack([example(k) for k in range(3)])
+    difference = tree.tmap(torch.sub, stacked, shared)
+    assert torch.equal(difference["w"][0], torch.zeros(2, 3))
+
+
+def test_per_client_scales_each_client_by_its_own_number():
+    scale = torch.tensor([1.0, 10.0])
+    out = tree.per_client(scale, torch.ones(2, 3, 4)) * torch.ones(2, 3, 4)
+    assert out[0].sum() == 12
+    assert out[1].sum() == 120
+
+
+def test_sq_norms_are_over_all_tensors_of_a_client():
+    stacked = {"a": torch.tensor([[3.0], [0.0]]), "b": torch.tensor([4.0, 2.0])}
+    assert tree.sq_norms(stacked).tolist() == [25.0, 4.0]
+
+
+def test_finite_is_per_client():
+    stacked = {"a": torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [0.0, 0.0]])}
+    stacked["b"] = torch.tensor([1.0, 1.0, float("inf")])
+    assert tree.finite(stacked).tolist() == [True, False, False]
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=6))
+def test_weighted_sum_is_the_sum(weight):
+    models = [example(k) for k in range(len(weight))]
+    got = tree.weighted_sum(tree.stack(models), torch.tensor(weight))
+    want = sum(w * m["w"].double() for w, m in zip(torch.tensor(weight), models, strict=True))
+    assert torch.allclose(got["w"], want)
+    assert got["w"].dtype == torch.float64
