@@ -60,12 +60,23 @@ class HuggingFace:
         return from_tensors(name, (x, y), test, "classification", classes, keys)
 
     def _tensors(self, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        values = [np.asarray(v) for v in rows[self.x]]
-        x = torch.tensor(np.stack(values))
+        try:
+            x = torch.tensor(np.stack([np.asarray(v) for v in rows[self.x]]))
+        except (TypeError, ValueError) as e:
+            raise ConfigError(
+                f"{self.path}: column {self.x!r} must hold images or lists of numbers, all of one "
+                f"size ({e})"
+            ) from e
+        try:
+            y = torch.tensor([int(v) for v in rows[self.y]])
+        except (TypeError, ValueError) as e:
+            raise ConfigError(
+                f"{self.path}: column {self.y!r} must hold class numbers ({e})"
+            ) from e
         if x.dtype == torch.uint8:
             x = x.float() / 255
             x = x.unsqueeze(1) if x.dim() == 3 else x.movedim(-1, 1)
-        return x.float(), torch.tensor(rows[self.y]).long()
+        return x.float(), y
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,11 @@ class Custom:
 
     def load(self, seed: int) -> Data:
         """Call it; raises ConfigError when it is not there or returns something else."""
-        data = resolve(self.path)()
+        make = resolve(self.path)
+        try:
+            data = make()
+        except Exception as e:
+            raise ConfigError(f"{self.path} failed: {type(e).__name__}: {e}") from e
         if not isinstance(data, Data):
             raise ConfigError(
                 f"{self.path} must return fedtorch.data.Data, not {type(data).__name__}"
@@ -90,5 +105,5 @@ def resolve(path: str) -> Any:
     module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise ConfigError(f"cannot find {path!r}: {e}") from e
+    except Exception as e:  # a user's module can fail in any way while it is imported
+        raise ConfigError(f"cannot find {path!r}: {type(e).__name__}: {e}") from e

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,13 +92,15 @@ def read_idx(path: Path) -> Tensor:
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (EOFError, OSError) as e:
+    except (EOFError, OSError, zlib.error) as e:
         raise ConfigError(f"{path} cannot be read ({e}); it may be cut short") from e
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise ConfigError(f"{path} is not an IDX file of unsigned bytes")
     dims = raw[3]
+    if len(raw) < 4 + 4 * dims:
+        raise ConfigError(f"{path} is cut short within its header")
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
-    body = np.frombuffer(raw, np.uint8, offset=min(4 + 4 * dims, len(raw)))
+    body = np.frombuffer(raw, np.uint8, offset=4 + 4 * dims)
     if len(body) != math.prod(shape):
         raise ConfigError(
             f"{path} is cut short or damaged: {shape} needs {math.prod(shape)} bytes, "

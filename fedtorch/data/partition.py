@@ -1,5 +1,6 @@
 """Cut the training examples into clients: seeded, and lossless (each example exactly once)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -166,8 +167,8 @@ def partition(
 
 
 def _positive(alpha: float) -> None:
-    if not alpha > 0:
-        raise ConfigError(f"partition.alpha must be above 0, got {alpha}")
+    if not 0 < alpha < math.inf:
+        raise ConfigError(f"partition.alpha must be a number above 0, got {alpha}")
 
 
 def _whole(shares: np.ndarray, n: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Tables: CSV and NPZ files, with an optional column that names each row's client."""
 
 import csv
-import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Csv:
             raise ConfigError(f"{self.path} has no feature columns beside {target!r}")
         x = torch.tensor(_numbers(self.path, header, rows, features), dtype=torch.float32)
         y = torch.tensor(_numbers(self.path, header, rows, [target]), dtype=torch.float64)[:, 0]
-        keys = [r[header.index(self.client)] for r in rows] if self.client else None
+        keys = [row[header.index(self.client)] for _, row in rows] if self.client else None
         train, test = split(len(y), self.test_fraction, seed)
         if self.standardize:
             mean, std = x[train].mean(0), x[train].std(0)
@@ -68,26 +68,18 @@ class Npz:
 
     def load(self, seed: int) -> Data:
         """X [N, ...] as float32 (integers of a vocabulary stay integers), y [N]."""
-        try:
-            with np.load(self.path, allow_pickle=False) as archive:
-                arrays = {k: archive[k] for k in archive.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-            raise ConfigError(f"{self.path} cannot be read as an NPZ file: {e}") from e
-        for name in ("x", "y"):
-            if name not in arrays:
-                raise ConfigError(
-                    f"{self.path} has no array {name!r}; it has {', '.join(arrays) or 'none'}"
-                )
-        x, y = _tensor(arrays["x"]), torch.from_numpy(arrays["y"].astype(np.float64))
+        arrays = _arrays(self.path)
+        x, y = _inputs(self.path, arrays, "x"), _targets(self.path, arrays, "y")
         keys = [str(k) for k in arrays["client"]] if "client" in arrays else None
-        for name, n in (("y", len(y)), ("client", len(keys) if keys else len(x))):
-            if n != len(x):
-                raise ConfigError(f"{self.path}: {len(x)} rows in x but {n} in {name}")
-        if "x_test" in arrays and "y_test" in arrays:
-            train, test = torch.arange(len(x)), torch.arange(len(x), len(x) + len(arrays["x_test"]))
-            x = torch.cat([x, _tensor(arrays["x_test"])])
-            y = torch.cat([y, torch.from_numpy(arrays["y_test"].astype(np.float64))])
-            keys = keys and keys + [""] * len(test)
+        _same_rows(self.path, x=len(x), y=len(y), client=len(keys) if keys else len(x))
+        if "x_test" in arrays:
+            x_test = _inputs(self.path, arrays, "x_test")
+            y_test = _targets(self.path, arrays, "y_test")
+            _same_rows(self.path, x_test=len(x_test), y_test=len(y_test))
+            if x_test.shape[1:] != x.shape[1:] or y_test.shape[1:] != y.shape[1:]:
+                raise ConfigError(f"{self.path}: x_test and y_test must have the shape of x and y")
+            train, test = torch.arange(len(x)), torch.arange(len(x), len(x) + len(x_test))
+            x, y = torch.cat([x, x_test]), torch.cat([y, y_test])
         else:
             train, test = split(len(y), self.test_fraction, seed)
         return _data(Path(self.path).stem, self.kind, x, y, keys, train, test)
@@ -125,37 +117,45 @@ def _data(
     return from_tensors(name, (x[train], y[train]), (x[test], y[test]), kind, outputs, owners)
 
 
-def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+Rows = list[tuple[int, list[str]]]
+"""Line of the file, and its values."""
+
+
+def _read(path: Path) -> tuple[list[str], Rows]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            header, *rows = [r for r in csv.reader(file) if r]
-    except (OSError, UnicodeDecodeError) as e:
+        # utf-8-sig: spreadsheets write a byte order mark that would be part of the first name
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            table = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise ConfigError(f"dataset.path must be a CSV file: {e}") from e
-    except ValueError as e:
-        raise ConfigError(f"{path} is empty") from e
+    if not table:
+        raise ConfigError(f"{path} is empty")
+    (_, header), *rows = table
+    twice = [h for h, n in Counter(header).items() if n > 1]
+    if twice:
+        raise ConfigError(f"{path} names column {twice[0]!r} twice")
     if not rows:
         raise ConfigError(f"{path} has a header but no rows")
-    for i, row in enumerate(rows):
+    for line, row in rows:
         if len(row) != len(header):
             raise ConfigError(
-                f"{path}, row {i + 2}: {len(row)} values, but the header names {len(header)}; "
+                f"{path}, line {line}: {len(row)} values, but the header names {len(header)}; "
                 "the file may be cut short"
             )
     return header, rows
 
 
-def _numbers(
-    path: str, header: list[str], rows: list[list[str]], columns: list[str]
-) -> list[list[float]]:
+def _numbers(path: str, header: list[str], rows: Rows, columns: list[str]) -> list[list[float]]:
     at = [header.index(c) for c in columns]
     table = []
-    for i, row in enumerate(rows):
+    for line, row in rows:
         try:
             table.append([float(row[j]) for j in at])
         except ValueError:
             bad = next(c for c, j in zip(columns, at, strict=True) if not _is_number(row[j]))
             raise ConfigError(
-                f"{path}, row {i + 2}: column {bad!r} holds {row[header.index(bad)]!r}, not a "
+                f"{path}, line {line}: column {bad!r} holds {row[header.index(bad)]!r}, not a "
                 "number; encode or drop it, or name it as dataset.client"
             ) from None
     return table
@@ -169,5 +169,43 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _tensor(array: np.ndarray) -> Tensor:
+def _arrays(path: str) -> dict[str, np.ndarray]:
+    try:
+        # allow_pickle=False: a foreign file must not run code here
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ValueError(
+                    "it holds one array without a name; write np.savez(path, x=x, y=y)"
+                )
+            with archive:
+                return {k: archive[k] for k in archive.files}
+    except Exception as e:  # zip, zlib and NumPy each have errors of their own for damaged files
+        raise ConfigError(f"{path!r} cannot be read as an NPZ file: {e}") from e
+
+
+def _inputs(path: str, arrays: dict[str, np.ndarray], name: str) -> Tensor:
+    array = _rows(path, arrays, name)
     return torch.from_numpy(array if array.dtype == np.int64 else array.astype(np.float32))
+
+
+def _targets(path: str, arrays: dict[str, np.ndarray], name: str) -> Tensor:
+    return torch.from_numpy(_rows(path, arrays, name).astype(np.float64))
+
+
+def _rows(path: str, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+    if name not in arrays:
+        raise ConfigError(f"{path} has no array {name!r}; it has {', '.join(arrays) or 'none'}")
+    array = arrays[name]
+    if array.dtype.kind not in "biuf":
+        raise ConfigError(f"{path}: array {name!r} must hold numbers, not {array.dtype}")
+    if array.ndim == 0 or len(array) == 0:
+        raise ConfigError(f"{path}: array {name!r} must have a row for each example")
+    return array
+
+
+def _same_rows(path: str, **sizes: int) -> None:
+    (first, n), *others = sizes.items()
+    for name, other in others:
+        if other != n:
+            raise ConfigError(f"{path}: {n} rows in {first} but {other} in {name}")

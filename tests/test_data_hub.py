@@ -1,0 +1,93 @@
+import json
+import sys
+
+import pytest
+
+from fedtorch import ConfigError
+from fedtorch.data import Custom, HuggingFace, partition
+from fedtorch.data.hub import resolve
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    pytest.importorskip("datasets")
+    return tmp_path
+
+
+def write(folder, rows: int) -> None:
+    folder.mkdir(exist_ok=True)
+    lines = [
+        json.dumps({"features": [i * 0.1, 1.0], "label": i % 3, "ward": f"w{i % 2}"})
+        for i in range(rows)
+    ]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+
+
+def test_a_local_folder_loads_without_a_network(offline):
+    write(offline / "clinic", 30)
+    data = HuggingFace(str(offline / "clinic"), x="features", client="ward").load(0)
+    assert (len(data.train), len(data.test), data.outputs) == (24, 6, 3)
+    ids, parts = partition(data, None, None, 0)
+    assert ids == ["w0", "w1"]
+    rows = data.train.tensors[0][parts[0]][:, 0]
+    assert all(round(float(v) * 10) % 2 == 0 for v in rows)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"x": "pixels"}, "no column 'pixels'; it has features, label, ward"),
+        ({"x": "features", "y": "ward"}, "column 'ward' must hold class numbers"),
+        ({"x": "ward"}, "column 'ward' must hold images or lists of numbers"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(offline, options, message):
+    write(offline / "clinic", 12)
+    with pytest.raises(ConfigError, match=message):
+        HuggingFace(str(offline / "clinic"), **options).load(0)
+
+
+def test_a_name_that_cannot_be_loaded_is_one_sentence(offline):
+    with pytest.raises(ConfigError, match="'no/such' cannot be loaded"):
+        HuggingFace("no/such").load(0)
+
+
+def test_without_the_extra_the_fix_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install 'fedtorch\[hf\]'"):
+        HuggingFace("x").load(0)
+
+
+def test_custom_data_comes_from_a_function(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "ward_data.py").write_text(
+        "import torch\n"
+        "from fedtorch.data import from_tensors\n"
+        "def load():\n"
+        "    x, y = torch.randn(20, 2), torch.arange(20) % 2\n"
+        "    return from_tensors('ward', (x, y), (x, y), 'classification', 2)\n"
+        "def wrong():\n"
+        "    return 3\n"
+        "def broken():\n"
+        "    raise OSError('disk is gone')\n"
+    )
+    assert Custom("ward_data:load").load(0).name == "ward"
+    with pytest.raises(ConfigError, match=r"must return fedtorch\.data\.Data, not int"):
+        Custom("ward_data:wrong").load(0)
+    with pytest.raises(ConfigError, match="ward_data:broken failed: OSError: disk is gone"):
+        Custom("ward_data:broken").load(0)
+
+
+@pytest.mark.parametrize("path", ["", "nothing", "no.such.module", "json:nothing", "a b:c", ":x"])
+def test_paths_to_nowhere_are_refused(path):
+    with pytest.raises(ConfigError, match="cannot find"):
+        resolve(path)
+
+
+def test_a_module_that_fails_to_import_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "half_written.py").write_text("def f(:\n")
+    with pytest.raises(ConfigError, match=r"cannot find 'half_written:f': SyntaxError"):
+        resolve("half_written:f")

@@ -1,0 +1,138 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedtorch import ConfigError
+from fedtorch.data import Csv, Npz, partition
+
+
+def csv(tmp_path: Path, text: str, **options: object) -> Csv:
+    path = tmp_path / "table.csv"
+    path.write_text(text, encoding="utf-8")
+    return Csv(str(path), **options)
+
+
+ROWS = "\n".join(f"{i},{i * 0.5},{'abc'[i % 3]},{i % 2}" for i in range(30))
+TABLE = f"age,dose,site,sick\n{ROWS}\n"
+
+
+def test_target_client_and_features(tmp_path):
+    data = csv(tmp_path, TABLE, client="site").load(0)
+    assert data.kind == "classification"
+    assert data.outputs == 2
+    assert data.facts["in_features"] == 2
+    assert (len(data.train), len(data.test)) == (24, 6)
+    ids, parts = partition(data, None, None, 0)
+    assert set(ids) == set("abc")
+    # a row keeps its owner: age is i, and the owner is i mod 3
+    ages = data.train.tensors[0][:, 0]
+    assert all((ages[p] % 3 == "abc".index(k)).all() for k, p in zip(ids, parts, strict=True))
+
+
+def test_kinds(tmp_path):
+    assert csv(tmp_path, TABLE, client="site", kind="binary").load(0).facts["num_outputs"] == 1
+    numbers = csv(tmp_path, TABLE, client="site", target="dose").load(0)
+    assert (numbers.kind, numbers.outputs, numbers.labels) == ("regression", 1, None)
+
+
+def test_standardize_uses_training_rows_alone(tmp_path):
+    data = csv(tmp_path, TABLE, client="site", standardize=True).load(0)
+    x = data.train.tensors[0]
+    assert torch.allclose(x.mean(0), torch.zeros(2), atol=1e-6)
+    assert torch.allclose(x.std(0), torch.ones(2), atol=1e-6)
+    assert not torch.allclose(data.test.tensors[0].mean(0), torch.zeros(2), atol=1e-3)
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_part_of_the_table(tmp_path):
+    data = csv(tmp_path, "\ufeff" + TABLE.replace("\n", "\n\n"), client="site", target="age")
+    assert data.load(0).facts["in_features"] == 2
+
+
+@pytest.mark.parametrize(
+    "text, options, message",
+    [
+        ("", {}, "is empty"),
+        ("a,b\n", {}, "header but no rows"),
+        ("a,b\n1,2\n3\n", {}, "line 3: 1 values, but the header names 2; the file may be cut"),
+        ("a,b\n1,2\n3,x\n", {}, "line 3: column 'b' holds 'x', not a number"),
+        ("a,b\n1,2\n,1\n", {}, "line 3: column 'a' holds '', not a number"),
+        (TABLE, {}, "column 'site' holds 'a', not a number"),
+        (TABLE, {"client": "ward"}, "no client column 'ward'; it has age, dose, site, sick"),
+        (TABLE, {"target": "fever", "client": "site"}, "no target column 'fever'"),
+        ("a\n1\n2\n", {}, "no feature columns beside 'a'"),
+        ("a,a,b\n1,2,0\n1,2,1\n", {}, "names column 'a' twice"),
+        ("a,b\n1,0\nnan,1\n1,0\n", {}, "NaN or infinite"),
+        ("a,b\n1,0\n1,1\n", {"kind": "clas"}, r"dataset\.kind must be"),
+        ("a,b\n1,0\n1,2\n1,0\n", {"kind": "binary"}, "must be 0 or 1"),
+        ("a,b\n1,0.5\n1,2\n1,0\n", {"kind": "classification"}, "labels must be 0, 1"),
+        ("a,b\n1,\0\n", {}, "not a number|line contains NUL"),
+    ],
+)
+def test_tables_that_cannot_be_used_are_refused(tmp_path, text, options, message):
+    with pytest.raises(ConfigError, match=message):
+        csv(tmp_path, text, **options).load(0)
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "picture.csv").write_bytes(bytes(range(256)))
+    for path in ("", "nowhere.csv", str(tmp_path), str(tmp_path / "picture.csv")):
+        with pytest.raises(ConfigError, match=r"dataset\.path must be a CSV file"):
+            Csv(path).load(0)
+
+
+def npz(tmp_path: Path, **arrays: object) -> Npz:
+    path = tmp_path / "data.npz"
+    np.savez_compressed(path, **arrays)
+    return Npz(str(path))
+
+
+X, Y = np.random.default_rng(0).normal(size=(20, 3)), np.arange(20) % 4
+
+
+def test_npz_with_and_without_its_own_test_set(tmp_path):
+    owners = np.array(["u", "v"] * 10)
+    data = npz(tmp_path, x=X, y=Y, client=owners).load(0)
+    assert (len(data.train), len(data.test), data.outputs) == (16, 4, 4)
+    assert set(data.keys) == {"u", "v"}
+    own = npz(tmp_path, x=X, y=Y, x_test=X[:7], y_test=Y[:7], client=owners).load(0)
+    assert (len(own.train), len(own.test)) == (20, 7)
+    assert torch.equal(own.test.tensors[1], torch.tensor(Y[:7]))
+    assert len(own.keys) == 20
+
+
+def test_npz_regression_with_several_outputs(tmp_path):
+    data = npz(tmp_path, x=X, y=X[:, :2] * 0.5).load(0)
+    assert (data.kind, data.outputs) == ("regression", 2)
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"x": X}, "has no array 'y'; it has x"),
+        ({"x": X, "y": Y[:5]}, "20 rows in x but 5 in y"),
+        ({"x": X, "y": Y, "client": Y[:5]}, "20 rows in x but 5 in client"),
+        ({"x": X, "y": np.array(["a"] * 20)}, "array 'y' must hold numbers"),
+        ({"x": np.array(["a"] * 20), "y": Y}, "array 'x' must hold numbers"),
+        ({"x": np.array(1.0), "y": np.array(1.0)}, "array 'x' must have a row for each"),
+        ({"x": X, "y": Y, "x_test": X[:3, :2], "y_test": Y[:3]}, "x_test .* shape"),
+        ({"x": X, "y": Y, "x_test": X[:3], "y_test": Y[:2]}, "3 rows in x_test but 2 in y_test"),
+        ({"x": np.array([object()] * 20), "y": Y}, "cannot be read as an NPZ"),
+    ],
+)
+def test_archives_that_cannot_be_used_are_refused(tmp_path, arrays, message):
+    with pytest.raises(ConfigError, match=message):
+        npz(tmp_path, **arrays).load(0)
+
+
+def test_damaged_archives_are_refused_and_never_half_read(tmp_path):
+    whole = npz(tmp_path, x=X, y=Y)
+    raw = Path(whole.path).read_bytes()
+    for cut in range(0, len(raw), max(1, len(raw) // 20)):
+        Path(whole.path).write_bytes(raw[:cut])
+        with pytest.raises(ConfigError, match="cannot be read as an NPZ"):
+            whole.load(0)
+    np.save(tmp_path / "one.npy", X)
+    with pytest.raises(ConfigError, match="cannot be read as an NPZ"):
+        Npz(str(tmp_path / "one.npy")).load(0)

@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from fedtorch import ConfigError
+from fedtorch.data import Text, partition
+from fedtorch.data.text import by_speaker
+
+PLAY = (
+    "ROMEO:\n"
+    + "but soft what light " * 20
+    + "\nJULIET:\n"
+    + "o romeo romeo " * 30
+    + "\nROMEO:\nay me\n"
+)
+
+
+def test_speakers_own_their_lines_in_order():
+    said = by_speaker(PLAY)
+    assert list(said) == ["ROMEO", "JULIET"]
+    assert said["ROMEO"].endswith("ay me\n")
+    assert by_speaker("just words") == {"text": "just words"}
+
+
+def test_each_position_predicts_the_next_character(tmp_path):
+    (tmp_path / "play.txt").write_text(PLAY, encoding="utf-8")
+    data = Text(str(tmp_path / "play.txt"), length=10).load(0)
+    x, y = data.train.tensors
+    assert x.shape == y.shape
+    assert x.shape[1] == 10
+    assert torch.equal(x[0, 1:], y[0, :-1])
+    vocabulary = data.facts["vocabulary"]
+    assert "".join(vocabulary[i] for i in x[0]) == PLAY[7:17]
+    assert data.facts["vocab_size"] == len(set(PLAY))
+    ids, _ = partition(data, None, None, 0)
+    assert ids == ["JULIET", "ROMEO"]
+
+
+def test_a_text_without_speakers_has_no_owners(tmp_path):
+    (tmp_path / "plain.txt").write_text("abc " * 500, encoding="utf-8")
+    data = Text(str(tmp_path / "plain.txt"), length=20).load(0)
+    assert data.keys is None
+    assert len(partition(data, None, 5, 0)[1]) == 5
+
+
+def test_train_and_test_windows_do_not_overlap(tmp_path):
+    text = "".join(chr(33 + i % 90) for i in range(3000))
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    data = Text(str(tmp_path / "t.txt"), length=30, test_fraction=0.2).load(0)
+    n = len(data.train) + len(data.test)
+    assert n == (3000 - 1) // 30
+    assert len(data.test) == int(n * 0.2)
+
+
+@pytest.mark.parametrize(
+    "content, options, message",
+    [
+        (b"", {}, "too short"),
+        (b"short", {}, "too short"),
+        (b"\xff\xfe\x00", {}, "must be a text file"),
+        (b"words " * 99, {"length": 0}, r"dataset\.length must be at least 1"),
+        (b"words " * 99, {"test_fraction": 1.0}, "test_fraction must be between"),
+    ],
+)
+def test_texts_that_cannot_be_used_are_refused(tmp_path, content, options, message):
+    path = tmp_path / "t.txt"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        Text(str(path), **options).load(0)
+
+
+def test_the_shared_shakespeare(shared):
+    data = Text(str(shared / "tinyshakespeare.txt")).load(0)
+    assert data.facts["vocab_size"] == 65
+    assert len(set(data.keys)) > 100
