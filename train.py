@@ -13,15 +13,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fedtorch import checkpoint, cli, losses, probe, runs, seeds, zoo
+from fedtorch import assemble, checkpoint, cli, probe, runs, seeds, zoo
 from fedtorch.choices import help_text
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Recipe
 from fedtorch.console import Report, StopSignal, partition_table
 from fedtorch.data import Data, Digits, Partition, partition
-from fedtorch.data.base import split, subset
-from fedtorch.data.hub import resolve
 from fedtorch.engines import Engine, Local
-from fedtorch.evaluate import evaluate, evaluate_clients
+from fedtorch.evaluate import evaluate
 from fedtorch.optimizers import ClientOptimizer
 from fedtorch.participation import Everyone, Participation
 from fedtorch.schedules import Constant, Schedule
@@ -112,9 +110,9 @@ def train(config: Config) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     data = config.dataset.load(config.seed)
     ids, parts = partition(data, config.partition, config.clients, config.seed)
-    clients = make_clients(config, data, ids, parts)
+    clients = assemble.clients(data, ids, parts, config.validation, config.seed)
     model = make_model(config, data)
-    loss, metrics = pick(config, data)
+    loss, metrics = assemble.loss_and_metrics(data.kind, config.loss, config.metrics)
     recipe = Recipe(
         config.strategy,
         loss,
@@ -129,7 +127,8 @@ def train(config: Config) -> dict[str, Any]:
         model, clients, recipe, config.participation, config.schedule, config.engine, config.seed
     )
     if data.kind == "classification":
-        probe.classes_fit(model, data.train, data.outputs)
+        probe.classes_fit(model, data)
+    probe.metrics_fit(model, data.test, metrics)
     folder = open_folder(config, server)
 
     with (
@@ -139,19 +138,21 @@ def train(config: Config) -> dict[str, Any]:
     ):
         introduce(config, data, server, ids, parts, tracker, report)
         scores = evaluate(model, data.test, metrics)
-        while server.round_number < config.rounds and not stop.asked:
+        last = server.round_number >= config.rounds
+        while not last:
             start = time.perf_counter()
             figures = server.round()
             seconds = time.perf_counter() - start
-            last = server.round_number == config.rounds
+            # read once: a signal after this line is heeded one round later, and nothing is half saved
+            last = stop.asked > 0 or server.round_number >= config.rounds
             if last or server.round_number % config.eval_every == 0:
                 scores = evaluate(model, data.test, metrics)
                 figures |= {f"test_{k}": v for k, v in scores.items()}
-                figures |= validate(model, clients, metrics)
+                figures |= assemble.validate(model, clients, metrics)
                 figures["seconds_evaluate"] = time.perf_counter() - start - seconds
             tracker.round(figures)
             report.round(figures, seconds)
-            if last or stop.asked or server.round_number % config.checkpoint_every == 0:
+            if last or server.round_number % config.checkpoint_every == 0:
                 checkpoint.save(folder / "checkpoints", server.state_dict())
 
     summary = {
@@ -172,44 +173,10 @@ def train(config: Config) -> dict[str, Any]:
     return summary
 
 
-def make_clients(config: Config, data: Data, ids: list[str], parts: list[Any]) -> list[Client]:
-    """Cut the training data into clients, each with its own validation share if asked."""
-    clients = []
-    for k, (name, index) in enumerate(zip(ids, parts, strict=True)):
-        held = None
-        if config.validation and len(index) > 1:
-            keep, out = split(len(index), config.validation, seeds.derive(config.seed, "held", k))
-            index, held = index[keep], subset(data.train, index[out])
-        clients.append(Client(name, subset(data.train, index), held))
-    return clients
-
-
 def make_model(config: Config, data: Data) -> nn.Module:
     """Build the model with initial weights that depend on the seed alone."""
     with seeds.seeded(seeds.derive(config.seed, "model")):
         return zoo.build(config.model, data.facts, config.model_args)
-
-
-def pick(config: Config, data: Data) -> tuple[losses.Loss, dict[str, losses.Loss]]:
-    """The loss, and the metrics by name with the loss among them."""
-    default_loss, default_metric = losses.DEFAULTS[data.kind]
-    name = default_loss if config.loss == "auto" else config.loss
-    loss = losses.LOSSES.get(name) or resolve(name)
-    names = [default_metric if m == "auto" else m for m in config.metrics]
-    chosen = {n.rpartition(":")[2]: losses.METRICS.get(n) or resolve(n) for n in names}
-    return loss, {"loss": loss, **chosen}
-
-
-def validate(model: nn.Module, clients: list[Client], metrics: dict[str, Any]) -> dict[str, float]:
-    """The global model on the clients' validation data: mean over clients, and the worst."""
-    scores = list(evaluate_clients(model, clients, metrics).values())
-    figures = {}
-    for name in metrics if scores else ():
-        values = [s[name] for s in scores]
-        figures[f"validation_{name}"] = sum(values) / len(values)
-        figures[f"validation_{name}_min"] = min(values)
-        figures[f"validation_{name}_max"] = max(values)
-    return figures
 
 
 def open_folder(config: Config, server: Server) -> Path:
@@ -285,6 +252,8 @@ def read_config(argv: Sequence[str]) -> Config:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 trained, 1 a client's own code failed, 2 the request cannot be done."""
     argv = sys.argv[1:] if argv is None else argv
+    if "" not in sys.path:  # a user's own modules are found from the working folder, as with -m
+        sys.path.append("")
     if "--help" in argv or "-h" in argv:
         print(help_text(Config, "fedtorch train"))
         return 0
@@ -296,6 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ClientError as e:
         print(f"fedtorch: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before the first round, when there is nothing to save yet
+        print("fedtorch: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -126,6 +126,8 @@ def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
             if name is not None:
                 args[key] = str(name)
             plain[f"{key}_args"] = {k: _literal(v) for k, v in options.items()}
+        elif takes[key].annotation == list[str] and isinstance(value, str):
+            plain[key] = value.split(",")
         else:
             plain[key] = value
     skip = {k for k in takes if (f"{where}.{k}" if where else k) in CHOICES or k in FREE}
@@ -150,7 +152,11 @@ def describe(obj: Any) -> Any:
     for key in FREE & table.keys():
         options = table.pop(f"{key}_args")
         table[key] = {"name": table[key], **options} if options else table[key]
-    return {k: _entry(v) for k, v in table.items() if v is not None}
+    # TOML has no null: the word stands for it where leaving the option out would mean something else
+    defaults = {f.name: f.default for f in dataclasses.fields(obj)}
+    empty = {k for k, v in table.items() if v is None}
+    kept = {k: "null" for k in empty if defaults.get(k) is not None}
+    return {k: _entry(v) for k, v in table.items() if k not in empty} | kept
 
 
 def _entry(value: Any) -> Any:

@@ -7,6 +7,7 @@ ones are per example, which is what lets clients with unequal batches train side
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -60,6 +61,7 @@ def _like(output: Tensor, target: Tensor) -> Tensor:
 
 def reduce(values: Tensor) -> Tensor:
     """A loss or metric's return value -> one number for each example [B], or a scalar as it is."""
+    values = torch.as_tensor(values)  # a metric of the user's own may give a plain number
     return values if values.dim() < 2 else values.flatten(1).mean(1)
 
 

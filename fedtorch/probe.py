@@ -1,24 +1,44 @@
 """Try one batch before training starts, so that what does not fit is said in one sentence."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import Dataset
 
 from fedtorch import seeds
 from fedtorch.batches import fetch, length
 from fedtorch.client import Client, Recipe
-from fedtorch.losses import reduce
+from fedtorch.losses import Loss, reduce
 from fedtorch.solvers import forward, snapshot, to
 from fedtorch.types import ConfigError
 
 
+class Classes(Protocol):
+    """The part of ``fedtorch.data.Data`` that says which classes there are."""
+
+    @property
+    def train(self) -> Dataset:
+        """Training examples."""
+
+    @property
+    def outputs(self) -> int:
+        """Number of classes."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class of each training example."""
+
+
 def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     """Run one small batch forward and backward; raises ConfigError naming what does not fit."""
-    params = [p for p in model.parameters() if p.requires_grad]
     name = type(model).__name__
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise ConfigError(f"model {name} has lazy layers; run one batch through it first")
+    params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ConfigError(f"model {name} has no trainable parameters")
     if any(p.is_complex() for p in params):
@@ -57,18 +77,40 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     _put_back(model, before)
 
 
-def classes_fit(model: nn.Module, data: Dataset, classes: int) -> None:
+def classes_fit(model: nn.Module, data: Classes) -> None:
     """A classifier needs an output for every label there is (a batch may miss the largest one)."""
-    x, _ = fetch(data, torch.arange(min(2, length(data))))
-    before = snapshot(model)
-    with torch.no_grad(), seeds.seeded(0):
-        output = forward(model.eval(), x)
-    _put_back(model, before)
+    classes = data.outputs
+    if (
+        data.labels is not None
+        and not 0 <= int(data.labels.min()) <= int(data.labels.max()) < classes
+    ):
+        raise ConfigError(
+            f"the data names {classes} classes, but its labels go from {int(data.labels.min())} to "
+            f"{int(data.labels.max())}: they must be 0 to {classes - 1}"
+        )
+    output, _ = _try(model, data.train)
     if output.dim() < 2 or output.shape[-1] < classes:
         raise ConfigError(
             f"model {type(model).__name__} gives {_shape(output)} for a batch of {len(output)}, but "
             f"the data has {classes} classes: it needs an output of {classes} for each example"
         )
+
+
+def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) -> None:
+    """Each metric must give numbers for a batch of test data."""
+    output, y = _try(model, data)
+    for name, metric in metrics.items():
+        try:
+            value = reduce(metric(output, y)).double().mean()
+        except ConfigError:
+            raise
+        except Exception as e:
+            raise ConfigError(
+                f"metric {name} does not fit the output {_shape(output)} and the labels "
+                f"{_shape(y)}: {e}"
+            ) from e
+        if value.dim():
+            raise ConfigError(f"metric {name} must give numbers, got {_shape(value)}")
 
 
 def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | None:
@@ -129,6 +171,17 @@ def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
             return not torch.allclose(output, longer, rtol=1e-3, atol=1e-5)
     finally:
         _put_back(model, before)
+
+
+def _try(model: nn.Module, data: Dataset) -> tuple[Any, Any]:
+    x, y = fetch(data, torch.arange(min(2, length(data))))
+    before = snapshot(model)
+    was_training = model.training
+    with torch.no_grad(), seeds.seeded(0):
+        output = forward(model.eval(), x)
+    model.train(was_training)
+    _put_back(model, before)
+    return output, y
 
 
 def _batch(data: Dataset) -> tuple[object, object]:

@@ -1,6 +1,7 @@
 """The folder of a run: what it is made of, and what it leaves behind."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -22,7 +23,8 @@ PACKAGES = ("fedtorch", "torch", "numpy", "tensorboard", "safetensors")
 
 def create(folder: Path) -> None:
     """Make the folder; raises ConfigError when another run is in it or it cannot be written."""
-    if (folder / "config.toml").exists() or checkpoint.everything(folder / "checkpoints"):
+    # a config without a checkpoint is a run killed before it began: there is nothing to lose
+    if checkpoint.everything(folder / "checkpoints"):
         raise ConfigError(
             f"{folder} already holds a run: --resume continues it, or choose another --run-dir"
         )
@@ -55,7 +57,11 @@ def finish(folder: Path, model: nn.Module, summary: dict[str, Any]) -> None:
     part = folder / "model.safetensors.part"
     save_file(state, part)
     os.replace(part, folder / "model.safetensors")
-    replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    # JSON has no NaN: a loss that overflowed is null, as a figure that does not apply is
+    plain = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()
+    }
+    replace(folder / "summary.json", json.dumps(plain, indent=2) + "\n")
 
 
 def replace(path: Path, text: str) -> None:
@@ -74,11 +80,14 @@ def installed(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Commit of the source fedtorch runs from, with ``+`` when it has changes."""
+    """Commit of the source fedtorch runs from, with ``+`` when it has changes; none for a wheel."""
+    source = Path(__file__).parents[1]
+    if not (source / ".git").exists():  # installed: a repository around it is somebody else's
+        return None
     try:
         out = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
-            cwd=Path(__file__).parent,
+            cwd=source,
             capture_output=True,
             text=True,
             timeout=10,

@@ -1,0 +1,63 @@
+"""From names and numbers of a config to the clients, loss and metrics of a run."""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+from fedtorch import losses, seeds
+from fedtorch.client import Client
+from fedtorch.data.base import Data, split, subset
+from fedtorch.data.hub import resolve
+from fedtorch.evaluate import evaluate_clients
+from fedtorch.losses import Loss
+from fedtorch.types import ConfigError
+
+
+def clients(
+    data: Data, ids: Sequence[str], parts: Sequence[Tensor], validation: float, seed: int
+) -> list[Client]:
+    """Cut the training data into clients, each with its own validation share if asked."""
+    made = []
+    for k, (name, index) in enumerate(zip(ids, parts, strict=True)):
+        held = None
+        if validation and len(index) > 1:
+            keep, out = split(len(index), validation, seeds.derive(seed, "held", k))
+            index, held = index[keep], subset(data.train, index[out])
+        made.append(Client(name, subset(data.train, index), held))
+    return made
+
+
+def loss_and_metrics(kind: str, loss: str, metrics: Sequence[str]) -> tuple[Loss, dict[str, Loss]]:
+    """The loss, and the metrics by name with the loss among them; ``auto`` follows the data's kind."""
+    default_loss, default_metric = losses.DEFAULTS[kind]
+    made = named("loss", default_loss if loss == "auto" else loss, losses.LOSSES)
+    names = [default_metric if m == "auto" else m for m in metrics]
+    chosen = {n.rpartition(":")[2]: named("metric", n, losses.METRICS) for n in names}
+    return made, {"loss": made, **chosen}
+
+
+def named(role: str, name: str, known: Mapping[str, Loss]) -> Loss:
+    """A built-in loss or metric, a function, or a class such as torch.nn:HuberLoss made once."""
+    if name in known:
+        return known[name]
+    if ":" not in name and "." not in name:
+        raise ConfigError(
+            f"unknown {role} {name!r}; there are {', '.join(known)}, or give package.module:function"
+        )
+    found = resolve(name)
+    return cast(Loss, found() if isinstance(found, type) else found)
+
+
+def validate(
+    model: nn.Module, clients: Sequence[Client], metrics: Mapping[str, Loss]
+) -> dict[str, float]:
+    """The global model on the clients' validation data: mean over clients, lowest and highest."""
+    scores = list(evaluate_clients(model, clients, metrics).values())
+    figures = {}
+    for name in metrics if scores else ():
+        values = [s[name] for s in scores]
+        figures[f"validation_{name}"] = sum(values) / len(values)
+        figures[f"validation_{name}_min"] = min(values)
+        figures[f"validation_{name}_max"] = max(values)
+    return figures

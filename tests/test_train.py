@@ -1,0 +1,224 @@
+"""The command from the outside: a run that works, and one sentence for each that cannot."""
+
+import gzip
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedtorch import zoo
+from fedtorch.data import Digits
+
+SMALL = ["train", "--privacy", "none", "--model", "mlp", "--rounds", "2", "--run-dir", "run"]
+FACTS = Digits().load(0).facts
+
+
+def test_a_run_leaves_all_it_should(fedtorch):
+    code, out, err = fedtorch(*SMALL, "--seed", 3, "--validation", 0.1, "--schedule", "cosine")
+    assert (code, err) == (0, "")
+    folder = Path("run")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary | {"test_accuracy": 0, "test_loss": 0, "seconds": 0} == {
+        "test_accuracy": 0,
+        "test_loss": 0,
+        "rounds": 2,
+        "clients": 10,
+        "seconds": 0,
+        "epsilon": None,
+        "delta": None,
+        "seed": 3,
+    }
+    assert 0 < summary["test_accuracy"] <= 1
+    assert "10 clients, 1438 examples" in out
+    assert "round    2/2" in out
+    assert f"test accuracy {summary['test_accuracy']:.4f}" in out
+    assert "tensorboard --logdir" in out
+    # the model loads without fedtorch
+    model = zoo.build("mlp", FACTS, {})
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    about = json.loads((folder / "about.json").read_text())
+    assert about["packages"]["torch"] == torch.__version__
+    assert tomllib.loads((folder / "config.toml").read_text())["schedule"]["name"] == "cosine"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2]
+    assert {"validation_accuracy", "validation_accuracy_min"} <= lines[0].keys()
+    assert list(folder.glob("events.out.tfevents.*"))
+
+
+def test_the_saved_config_repeats_the_run(fedtorch):
+    odd = ["--strategy", "scaffold", "--strategy.server", "adam", "--batch-size", "null"]
+    assert fedtorch(*SMALL, *odd, "--model.hidden", 20)[0] == 0
+    again = fedtorch("train", "--config", "run/config.toml", "--run-dir", "again")
+    assert again[0] == 0
+    a, b = (load_file(f"{f}/model.safetensors") for f in ("run", "again"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    first, second = (tomllib.loads(Path(f"{f}/config.toml").read_text()) for f in ("run", "again"))
+    assert first == second
+    assert first["batch_size"] == "null"
+
+
+def test_the_same_seed_is_bit_identical_in_another_process(fedtorch):
+    runs = []
+    for k, hashseed in enumerate(("0", "12345")):
+        command = [sys.executable, "-m", "fedtorch", *SMALL[:-1], f"p{k}", "--strategy", "scaffold"]
+        env = {"PYTHONHASHSEED": hashseed, "PATH": "", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "")
+        runs.append(Path(f"p{k}/model.safetensors").read_bytes())
+    assert fedtorch(*SMALL, "--strategy", "scaffold")[0] == 0
+    assert runs[0] == runs[1] == Path("run/model.safetensors").read_bytes()
+
+
+def test_help_lists_every_contracted_flag(fedtorch):
+    code, out, _ = fedtorch("train", "--help")
+    assert code == 0
+    flags = "dataset model strategy clients rounds lr seed privacy engine run-dir resume config"
+    for flag in flags.split(" "):
+        assert f"--{flag}" in out
+    assert "--strategy.mu" in out
+
+
+CSV = "a,b,label\n" + "".join(f"{i},{i * 2},{i % 2}\n" for i in range(20))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model", "cnnn"], "unknown model 'cnnn'; there are cnn, logistic, lstm, mlp"),
+        (["--dataset", "digit"], "unknown dataset 'digit'; there are digits, idx"),
+        (
+            ["--strategy", "fedagv"],
+            "unknown strategy 'fedagv'; there are fedavg, fedprox, scaffold",
+        ),
+        (["--strategy", "no.such.Class"], "cannot import 'no.such.Class'"),
+        (["--strategy.server", "adamm"], "unknown strategy.server 'adamm'; there are sgd, adam"),
+        (["--partition", "dirichelet"], "unknown partition 'dirichelet'; there are iid"),
+        (["--engine", "cloud"], "unknown engine 'cloud'; there are local"),
+        (["--clients", "1439"], "1439 clients are more than the 1438 training examples"),
+        (["--clients", "0"], "clients must be at least 1"),
+        (["--clients", "ten"], "clients: expected int or null, got ten"),
+        (["--rounds", "0"], "rounds must be at least 1"),
+        (["--rounds", "2.5"], "rounds: "),
+        (["--lr", "0"], "lr must be a positive number, got 0"),
+        (["--lr", "-1"], "lr must be a positive number, got -1"),
+        (["--lr", "nan"], "lr: expected float, got nan"),
+        (["--config", "nan.toml"], "lr must be a positive number, got nan"),
+        (["--lr", "fast"], "lr: expected float, got fast"),
+        (["--lr"], "--lr needs a value"),
+        (["--strategy", "fedprox", "--strategy.mu", "-1"], "strategy.mu must be a number >= 0"),
+        (["--strategy.mu", "1"], "FedAvg has no option 'mu'; it has server, weighting"),
+        (["--model.num_outputs", "5"], "it needs an output of 10 for each example"),
+        (["--model.hiden", "5"], "model 'mlp' has no argument 'hiden'; it takes in_features"),
+        (["--model", "lstm"], "model 'lstm' needs vocab_size; give it as --model.vocab_size VALUE"),
+        (["--model", "nowhere.py:Net"], "there is no model file 'nowhere.py'"),
+        (["--loss", "crossentropy"], "unknown loss 'crossentropy'; there are cross_entropy, bce"),
+        (["--loss", "mse"], "this loss needs one output for each target"),
+        (["--metrics", "accurcy"], "unknown metric 'accurcy'; there are accuracy"),
+        (["--metrics", "mae"], "this loss needs one output for each target"),
+        (["--optimizer", "sdg"], "unknown client optimizer 'sdg'; there are"),
+        (["--optimizer.momentun", "0.9"], "client optimizer sgd: "),
+        (
+            ["--participation", "uniform", "--participation.cohort-size", "11"],
+            "between 1 and the 10",
+        ),
+        (["--validation", "1"], "validation must be in [0, 1)"),
+        (["--learning-rate", "1"], "unknown option --learning_rate; fedtorch train --help lists"),
+        (["--config", "nowhere.toml"], "config file 'nowhere.toml' cannot be read"),
+        (["--config", "bad.toml"], "config file 'bad.toml' is not TOML"),
+        (["--config", "key.toml"], "the config has no option 'learning_rate'; it has dataset"),
+        (["--config", "nested.toml"], "strategy FedProx has no option 'muu'; it has"),
+        (["--resume", "--run-dir", "nowhere"], "nothing to resume: nowhere holds no run"),
+        (["--resume", "--run-dir", "empty"], "nothing to resume: empty holds no run"),
+        (["--run-dir", "t.csv/run"], "run folder t.csv/run cannot be written"),
+        (["--dataset", "csv"], "dataset.path must be a CSV file"),
+        (["--dataset", "csv", "--dataset.path", "gap.csv"], "gap.csv, line 3: 2 values"),
+        (["--dataset", "csv", "--dataset.path", "word.csv"], "line 2: column 'b' holds 'high'"),
+        (
+            ["--dataset", "csv", "--dataset.path", "t.csv", "--dataset.target", "y"],
+            "no target column",
+        ),
+        (["--dataset", "idx", "--dataset.path", "cut"], "it may be cut short"),
+        (["--dataset", "npz", "--dataset.path", "cut.npz"], "cannot be read as an NPZ file"),
+        (["extra"], "unexpected argument 'extra': options start with --"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_exit_2_and_nothing_half_written(
+    fedtorch, flags, message
+):
+    here = Path()
+    (here / "bad.toml").write_text("rounds = ")
+    (here / "key.toml").write_text("learning_rate = 0.1")
+    (here / "nan.toml").write_text("lr = nan")
+    (here / "nested.toml").write_text('[strategy]\nname = "fedprox"\nmuu = 1.0')
+    (here / "t.csv").write_text(CSV)
+    (here / "gap.csv").write_text("a,b,label\n1,2,0\n3,4\n")
+    (here / "word.csv").write_text("a,b,label\n1,high,0\n3,4,1\n")
+    (here / "empty").mkdir()
+    (here / "cut").mkdir()
+    raw = gzip.compress(np.random.default_rng(0).bytes(500))
+    for kind in ("images-idx3-ubyte.gz", "labels-idx1-ubyte.gz"):
+        (here / "cut" / f"train-{kind}").write_bytes(raw[:100])
+    np.savez(here / "whole.npz", x=np.zeros((50, 2)), y=np.zeros(50))
+    (here / "cut.npz").write_bytes((here / "whole.npz").read_bytes()[:300])
+    before = sorted(here.rglob("*"))
+    code, out, err = fedtorch(*SMALL, *flags)
+    assert message in err
+    assert code == 2
+    assert err.startswith("fedtorch: ")
+    assert err.count("\n") == 1, "one line"
+    assert "Traceback" not in out + err
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(fedtorch):
+    assert fedtorch(*SMALL)[0] == 0
+    before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
+    code, _, err = fedtorch(*SMALL)
+    assert code == 2
+    assert "already holds a run" in err
+    assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == before
+
+
+def test_a_client_that_becomes_nan_is_named_and_the_run_goes_on(fedtorch):
+    rows = "".join(f"{i},{i % 7},w{i % 3},{i % 2}\n" for i in range(60))
+    big = (
+        "1e38,1e38,bad,0\n1e38,1e38,bad,1\n" * 10
+    )  # finite in the file, infinite in the first product
+    Path("t.csv").write_text("a,b,ward,label\n" + rows + big)
+    data = ["--dataset", "csv", "--dataset.path", "t.csv", "--dataset.client", "ward"]
+    code, out, _ = fedtorch(*SMALL, *data)
+    assert code == 0
+    assert "client bad left out, its update is not finite" in out
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert all(line["failed"] == {"bad": "nonfinite"} for line in lines)
+    assert all(v.isfinite().all() for v in load_file("run/model.safetensors").values())
+
+
+def test_own_loss_metric_strategy_and_data_come_from_the_working_folder(fedtorch):
+    Path("ward.py").write_text(
+        "from dataclasses import dataclass\n"
+        "import torch\n"
+        "from fedtorch import FedAvg\n"
+        "def loss(output, target):\n"
+        "    return torch.nn.functional.cross_entropy(output, target, label_smoothing=0.1)\n"
+        "def error(output, target):\n"
+        "    return 1 - float((output.argmax(1) == target).float().mean())\n"
+        "@dataclass(frozen=True)\n"
+        "class Mine(FedAvg):\n"
+        "    strength: float = 0.5\n"
+    )
+    code, out, err = fedtorch(
+        *SMALL, "--loss", "ward:loss", "--metrics", "ward:error,accuracy", "--strategy", "ward.Mine",
+        "--strategy.strength", 0.25,
+    )  # fmt: skip
+    sys.modules.pop("ward", None)
+    assert (code, err) == (0, "")
+    assert "strength=0.25" in out
+    last = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["test_error"] == pytest.approx(1 - last["test_accuracy"])
