@@ -1,0 +1,1 @@
+"""Differential privacy: what a release costs, what a run has spent, and how noise is made."""

@@ -1,0 +1,103 @@
+"""Closed forms: what one Gaussian or Laplace release costs, without any accountant.
+
+``noise`` is the standard deviation of the Gaussian over the L2 sensitivity, or the scale of the Laplace
+over the L1 sensitivity. T Gaussian releases at noise s cost what one costs at s / sqrt(T).
+"""
+
+import math
+
+from scipy.special import erfc, erfcx, log_ndtr
+
+ROOT_2 = math.sqrt(2)
+
+
+def gaussian_delta(noise: float, epsilon: float) -> float:
+    """Smallest delta of a Gaussian release at this epsilon >= 0.
+
+    delta = Phi(1/(2s) - eps s) - e^eps Phi(-1/(2s) - eps s): Balle and Wang 2018, theorem 8. Exact for
+    every epsilon, unlike the textbook sqrt(2 ln(1.25/delta)) / epsilon.
+    """
+    return math.exp(_log_delta(noise, epsilon))
+
+
+def gaussian_epsilon(noise: float, delta: float) -> float:
+    """Smallest epsilon of a Gaussian release at this delta; inf without noise, never below the truth."""
+    if noise == 0:
+        return math.inf
+    target = math.log(delta)
+    if _log_delta(noise, 0.0) <= target:
+        return 0.0
+    high = 1.0
+    while _log_delta(noise, high) > target:
+        high *= 2
+        if math.isinf(high):
+            return math.inf
+    low = 0.0
+    while high - low > 1e-14 * high:
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        low, high = (middle, high) if _log_delta(noise, middle) > target else (low, middle)
+    return high
+
+
+def gaussian_noise(epsilon: float, delta: float) -> float:
+    """Smallest noise whose Gaussian release is (epsilon, delta)-private, never below the truth."""
+    target = math.log(delta)
+    low, high = 1.0, 1.0
+    while _log_delta(low, epsilon) <= target:
+        low /= 2
+    while _log_delta(high, epsilon) > target:
+        high *= 2
+    while high - low > 1e-14 * high:
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        low, high = (middle, high) if _log_delta(middle, epsilon) > target else (low, middle)
+    return high
+
+
+def sampled_delta(noise: float, epsilon: float, rate: float) -> float:
+    """Delta of one Poisson-sampled Gaussian release when a record is removed; 0 < rate <= 1.
+
+    With c = e^eps the two densities cross at z = s^2 ln((c - 1 + q) / q) + 1/2, and delta is the mass that
+    (1-q) N(0, s^2) + q N(1, s^2) has beyond it over c times that of N(0, s^2).
+    """
+    if noise == 0:
+        return rate
+    c = math.exp(epsilon)
+    z = noise * noise * math.log((c - 1 + rate) / rate) + 0.5
+    inside, outside = _tail((z - 1) / noise), _tail(z / noise)
+    return max(0.0, rate * inside - (c - 1 + rate) * outside)
+
+
+def laplace_epsilon(noise: float, rate: float = 1.0) -> float:
+    """Pure epsilon of one Laplace release, Poisson-sampled at ``rate``; T releases cost T times that."""
+    if noise == 0:
+        return math.inf
+    # ln(1 + q (e^eps - 1)), written so that a large epsilon does not overflow
+    whole = 1 / noise
+    return whole + math.log(rate + (1 - rate) * math.exp(-whole)) if rate < 1 else whole
+
+
+def laplace_noise(epsilon: float, steps: int = 1) -> float:
+    """Laplace scale over L1 sensitivity for ``steps`` releases that cost epsilon together."""
+    return steps / epsilon
+
+
+def _tail(x: float) -> float:
+    return float(erfc(x / ROOT_2)) / 2
+
+
+def _log_delta(noise: float, epsilon: float) -> float:
+    if noise == 0:
+        return 0.0
+    a, b = 0.5 / noise - epsilon * noise, -0.5 / noise - epsilon * noise
+    # e^eps phi(b) = phi(a): with the scaled erfcx both terms share the factor exp(-a^2 / 2), so nothing
+    # overflows and no large exponents are subtracted
+    second = float(erfcx(-b / ROOT_2)) / 2
+    if a > 0:
+        delta = math.exp(float(log_ndtr(a))) - second * math.exp(-a * a / 2)
+        return math.log(delta) if delta > 0 else -math.inf
+    rest = float(erfcx(-a / ROOT_2)) / 2 - second
+    return math.log(rest) - a * a / 2 if rest > 0 else -math.inf
