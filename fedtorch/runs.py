@@ -24,7 +24,7 @@ PACKAGES = ("fedtorch", "torch", "numpy", "tensorboard", "safetensors")
 def create(folder: Path) -> None:
     """Make the folder; raises ConfigError when another run is in it or it cannot be written."""
     # a config without a checkpoint is a run killed before it began: there is nothing to lose
-    if checkpoint.everything(folder / "checkpoints"):
+    if checkpoint.everything(folder / "checkpoints") or any(folder.glob("events.out.tfevents.*")):
         raise ConfigError(
             f"{folder} already holds a run: --resume continues it, or choose another --run-dir"
         )

@@ -90,12 +90,12 @@ def trim(folder: Path, start: int) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     for path in folder.glob("events.out.tfevents.*"):
-        if path.name.endswith(".part"):
+        if path.name.endswith(".part") or start == 0:  # round 0 describes the run once more
             path.unlink()
             continue
         raw = list(RawEventFileLoader(str(path)).Load())
         kept = [r for r in raw if Event.FromString(r).step <= start]
-        if len(kept) < len(raw) or start == 0:
+        if len(kept) < len(raw):
             part = path.with_name(path.name + ".part")
             with part.open("wb") as file:
                 writer = RecordWriter(file)

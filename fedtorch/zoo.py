@@ -36,7 +36,10 @@ def names() -> list[str]:
 def build(spec: str, facts: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Module:
     """The model ``spec``; raises ConfigError naming what there is or what does not fit."""
     make = find(spec)
-    takes = inspect.signature(make).parameters
+    try:
+        takes = inspect.signature(make).parameters
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"model {spec!r} cannot be called: {e}") from e
     open_ended = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     for name in args:
         if name not in takes and not open_ended:

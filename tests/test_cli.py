@@ -1,0 +1,191 @@
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtorch import ConfigError, FedProx, Scaffold, ServerAdam, Strategy, Uniform, cli
+from fedtorch.commands.train import train_module
+from fedtorch.data import Csv, Dirichlet, Natural
+
+Config = train_module().Config
+
+
+def parse(*argv: str) -> Any:
+    return cli.parse(Config, argv)
+
+
+def test_flags_become_objects():
+    config = parse(
+        "--strategy", "fedprox", "--strategy.mu", "0.5", "--strategy.server=adam",
+        "--strategy.server.lr", "0.03", "--participation", "uniform",
+        "--participation.cohort-size", "3", "--rounds", "7", "--drop-last", "--lr=1e-2",
+        "--model.hidden", "64", "--optimizer", "adam", "--optimizer.betas", "[0.9, 0.99]",
+    )  # fmt: skip
+    assert config.strategy == FedProx(mu=0.5, server=ServerAdam(lr=0.03))
+    assert config.participation == Uniform(cohort_size=3)
+    assert (config.rounds, config.lr, config.drop_last) == (7, 0.01, True)
+    assert config.model_args == {"hidden": 64}
+    assert (config.optimizer, config.optimizer_args) == ("adam", {"betas": [0.9, 0.99]})
+
+
+def test_options_may_come_before_the_choice_they_belong_to():
+    assert parse("--strategy.mu", "2", "--strategy", "fedprox").strategy == FedProx(mu=2.0)
+
+
+def test_flags_override_the_file_and_another_choice_drops_the_files_options(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        'rounds = 5\nlr = 0.3\n[strategy]\nname = "fedprox"\nmu = 0.7\n'
+        '[dataset]\nname = "csv"\npath = "a.csv"\n[partition]\nname = "natural"\n'
+    )
+    config = parse("--config", str(path), "--rounds", "9", "--strategy.mu", "0.2")
+    assert (config.rounds, config.lr, config.strategy) == (9, 0.3, FedProx(mu=0.2))
+    assert (config.dataset, config.partition) == (Csv("a.csv"), Natural())
+    other = parse("--config", str(path), "--strategy", "scaffold")
+    assert other.strategy == Scaffold()
+    same = parse("--config", str(path), "--strategy", "fedprox")
+    assert same.strategy == FedProx(mu=0.7)
+
+
+def test_null_is_none():
+    assert parse("--batch-size", "null").batch_size is None
+    assert parse("--partition", "none").partition is None
+    assert parse("--steps", "4", "--clients", "null").clients is None
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--batch-size", "null", "--clients", "3"],
+        ["--strategy", "scaffold", "--strategy.server", "yogi", "--strategy.server.tau", "0.1"],
+        ["--dataset", "csv", "--dataset.path", 'a "quoted" name.csv', "--dataset.client", "c"],
+        ["--model", "a/b.py:C", "--model.width", "3", "--model.name", "x", "--metrics", "a.b,mae"],
+        ["--partition", "dirichlet", "--partition.alpha", "0.1", "--schedule", "step"],
+    ],
+)
+def test_what_is_described_builds_the_same_config_again(argv, tmp_path):
+    import tomli_w
+
+    config = parse(*argv)
+    path = tmp_path / "config.toml"
+    path.write_text(tomli_w.dumps(cli.describe(config)), encoding="utf-8")
+    again = parse("--config", str(path))
+    for f in fields(Config):
+        assert getattr(again, f.name) == getattr(config, f.name), f.name
+
+
+@dataclass(frozen=True)
+class Shifted(Strategy):
+    """A strategy of the user's own."""
+
+    amount: float = 1.0
+
+
+def test_a_class_of_ones_own_goes_by_its_dotted_path():
+    own = parse("--strategy", f"{__name__}.Shifted", "--strategy.amount", "3")
+    assert own.strategy == Shifted(amount=3.0)
+    assert cli.describe(own)["strategy"]["name"] == f"{__name__}.Shifted"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["rounds"], "unexpected argument 'rounds': options start with --"),
+        (["-r", "3"], "unexpected argument '-r'"),
+        (["--round", "3"], "unknown option --round"),
+        (["--rounds"], "--rounds needs a value"),
+        (["--rounds", "--lr", "3"], "--rounds needs a value"),
+        (["--rounds", "x"], "rounds: expected int, got x"),
+        (["--drop-last", "maybe"], "drop_last: expected bool, got maybe"),
+        (["--strategy", "prox"], "unknown strategy 'prox'; there are fedavg, fedprox, scaffold"),
+        (["--strategy.m", "1"], "strategy FedAvg has no option 'm'; it has server, weighting"),
+        (["--strategy", "fedprox", "--strategy.mu", "x"], "strategy.mu: expected float, got x"),
+        (
+            ["--strategy.server", "sgd", "--strategy.server.momentun", "1"],
+            "has no option 'momentun'",
+        ),
+        (["--schedule", "no.such.Schedule"], "cannot import 'no.such.Schedule'"),
+        (["--lr.x", "1"], "lr: expected float"),
+    ],
+)
+def test_mistakes_are_one_sentence(argv, message):
+    with pytest.raises(ConfigError) as caught:
+        parse(*argv)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.lists(st.text(min_size=1, max_size=12), max_size=5))
+def test_no_words_make_anything_but_a_config_or_a_sentence(words):
+    try:
+        parse(*words)
+    except ConfigError as e:
+        assert str(e)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([f.name for f in fields(Config)] + ["strategy.server", "model.x"]),
+            st.text(max_size=8),
+        ),
+        max_size=4,
+    )
+)
+def test_no_value_makes_anything_but_a_config_or_a_sentence(pairs):
+    try:
+        parse(*(f"--{name}={value}" for name, value in pairs))
+    except ConfigError as e:
+        assert str(e)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rounds = ", "is not TOML"),
+        ("rounds = 3\nrounds = 4", "is not TOML"),
+        ("learning_rate = 1.0", "the config has no option 'learning_rate'; it has dataset"),
+        ('[strategy]\nname = "fedprox"\nm = 1', "strategy FedProx has no option 'm'"),
+        ("strategy = 3", "unknown strategy '3'"),
+        ("rounds = [1, 2]", "rounds: expected int"),
+    ],
+)
+def test_files_with_mistakes_are_one_sentence(tmp_path, text, message):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        parse("--config", str(tmp_path / "c.toml"))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_there_or_not_text(tmp_path):
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        parse("--config", str(tmp_path / "none.toml"))
+    with pytest.raises(ConfigError, match="is not TOML"):
+        parse("--config", str(tmp_path / "b.toml"))
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Free options are read as TOML values would be."""
+
+    model: str = "m"
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("3", 3), ("0.5", 0.5), ("true", True), ("[1, 2]", [1, 2]), ("relu", "relu")],
+)
+def test_free_options_keep_their_type(text, value):
+    assert cli.build(Tiny, {"model": {"name": "m", "a": text}}).model_args == {"a": value}
+
+
+def test_a_config_may_name_a_partition_with_options(tmp_path):
+    Path(tmp_path / "c.toml").write_text('partition = { name = "dirichlet", alpha = 0.2 }')
+    assert parse("--config", str(tmp_path / "c.toml")).partition == Dirichlet(0.2)

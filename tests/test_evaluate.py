@@ -1,0 +1,46 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fedtorch import Client, evaluate
+from fedtorch.evaluate import evaluate_clients
+from fedtorch.losses import accuracy, cross_entropy
+
+
+def data(n: int) -> TensorDataset:
+    g = torch.Generator().manual_seed(n)
+    return TensorDataset(torch.randn(n, 4, generator=g), torch.randint(0, 3, (n,), generator=g))
+
+
+def test_means_are_over_examples_whatever_the_batches():
+    model, held = nn.Linear(4, 3), data(37)
+    x, y = held.tensors
+    with torch.no_grad():
+        want = float(cross_entropy(model(x), y).mean())
+    for size in (None, 1, 5, 36, 37, 1000):
+        got = evaluate(model, held, {"loss": cross_entropy, "hit": accuracy}, size)
+        assert got["loss"] == pytest.approx(want, rel=1e-6)
+        assert got["hit"] == pytest.approx(float((model(x).argmax(1) == y).double().mean()))
+
+
+def test_dropout_is_off_and_the_mode_is_put_back():
+    model = nn.Sequential(nn.Dropout(0.9), nn.Linear(4, 3))
+    state = torch.get_rng_state()
+    one, two = (evaluate(model, data(20), {"loss": cross_entropy}) for _ in range(2))
+    assert one == two
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_whole_batch_metrics_and_plain_numbers():
+    def spread(output: torch.Tensor, target: torch.Tensor) -> float:
+        return float(len(target))
+
+    assert evaluate(nn.Linear(4, 3), data(20), {"n": spread}, batch_size=None) == {"n": 20.0}
+
+
+def test_clients_without_validation_data_are_left_out():
+    held = data(5).tensors
+    clients = [Client("a", data(9)), Client("b", data(9), held)]
+    assert list(evaluate_clients(nn.Linear(4, 3), clients, {"loss": cross_entropy})) == ["b"]

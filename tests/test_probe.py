@@ -1,0 +1,130 @@
+import pytest
+import torch
+from torch import nn
+
+from conftest import make_clients, mlp, weights
+from fedtorch import Client, ClientOptimizer, ConfigError, Local, Recipe, Server
+from fedtorch.data import from_tensors
+from fedtorch.losses import accuracy, binary_accuracy, mean_squared_error
+from fedtorch.probe import classes_fit, fits, metrics_fit, mixes_examples, no_stacking
+
+
+class Raises(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:  # control flow on data: torch.func cannot follow it
+            return self.inner(x)
+        return -self.inner(x)
+
+
+@pytest.mark.parametrize(
+    "model, recipe, message",
+    [
+        (nn.Linear(5, 4), Recipe(), r"model Linear cannot take a batch \[2, 6\]"),
+        (nn.Flatten(), Recipe(), "no trainable parameters"),
+        (nn.Linear(6, 4).requires_grad_(False), Recipe(), "no trainable parameters"),
+        (nn.Linear(6, 4, dtype=torch.complex64), Recipe(), "complex parameters"),
+        (nn.LazyLinear(4), Recipe(), "lazy layers"),
+        (nn.Linear(6, 2), Recipe(loss=mean_squared_error), "one output for each target"),
+        (nn.Linear(6, 4), Recipe(loss=lambda o, t: t.float()), "does not depend on the parameters"),
+        (nn.Linear(6, 4), Recipe(loss=lambda o, t: o.sum(0)), "one number for each example"),
+        (
+            nn.Linear(6, 4),
+            Recipe(loss=lambda o, t: o.nothing),
+            "the loss does not fit model Linear",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_before_training(model, recipe, message):
+    with pytest.raises(ConfigError, match=message):
+        fits(model, make_clients([5]), recipe)
+
+
+def test_trying_leaves_no_trace():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    before, state = weights(model), torch.get_rng_state()
+    fits(model, make_clients([5]), Recipe())
+    assert all(torch.equal(before[k], v) for k, v in weights(model).items())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def named(labels: torch.Tensor, classes: int):
+    x = torch.randn(len(labels), 6)
+    return from_tensors("d", (x, labels), (x, labels), "classification", classes)
+
+
+@pytest.mark.parametrize(
+    "outputs, labels, classes, message",
+    [
+        (3, [0, 1, 2, 3], 4, "4 classes: it needs an output of 4"),
+        (4, [1, 2, 3, 4], 4, "its labels go from 1 to 4: they must be 0 to 3"),
+        (4, [-1, 0, 1, 2], 4, "its labels go from -1 to 2"),
+    ],
+)
+def test_labels_and_outputs_must_fit(outputs, labels, classes, message):
+    with pytest.raises(ConfigError, match=message):
+        classes_fit(mlp(classes=outputs), named(torch.tensor(labels), classes))
+
+
+def test_metrics_are_tried_too():
+    data = named(torch.tensor([0, 1]), 4)
+    metrics_fit(mlp(), data.test, {"accuracy": accuracy})
+    with pytest.raises(ConfigError, match="one output for each target"):
+        metrics_fit(mlp(), data.test, {"binary": binary_accuracy})
+    with pytest.raises(ConfigError, match="metric odd does not fit the output"):
+        metrics_fit(mlp(), data.test, {"odd": lambda o, t: o @ t})
+
+
+def stacks(model: nn.Module, recipe: Recipe | None = None) -> str | None:
+    return no_stacking(model, make_clients([5, 6]), recipe or Recipe())
+
+
+def test_modules_that_vmap_can_follow_stack():
+    assert stacks(mlp()) is None
+    assert stacks(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))) is None
+
+
+def test_what_cannot_stack_is_named_by_layer_and_falls_back():
+    why = stacks(nn.Sequential(nn.Linear(6, 6), Raises()))
+    assert why is not None
+    assert why.startswith("layer 1 (Raises) cannot be vectorised")
+    adafactor = Recipe(optimizer=ClientOptimizer("Adafactor"))
+    assert stacks(mlp(), adafactor) == "optimizer Adafactor does not work element by element"
+    server = Server(Raises(), make_clients([5, 6]), engine=Local(chunk=2))
+    assert server.session.chunk == 1
+    assert "layer the model (Raises) cannot be vectorised" in server.session.notes[0]
+    assert server.round()["clients"] == 2
+
+
+def test_an_lstm_trains_one_client_after_another_and_says_so():
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.lstm = nn.Embedding(9, 4), nn.LSTM(4, 8, batch_first=True)
+            self.head = nn.Linear(8, 9)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.lstm(self.embed(x))[0])
+
+    clients = [Client(str(k), (torch.arange(40).view(5, 8) % 9,) * 2) for k in range(3)]
+    server = Server(Reader(), clients, Recipe(lr=1.0), engine=Local(chunk=3))
+    assert "layer lstm (LSTM) cannot be vectorised" in server.session.notes[0]
+    losses = [figures["train_loss"] for figures in server.rounds(3)]
+    assert losses[-1] < losses[0]
+
+
+def test_examples_of_clients_with_different_shapes_do_not_stack():
+    clients = [Client(str(k), (torch.zeros(4, 3 + k), torch.zeros(4).long())) for k in range(2)]
+    assert "differ in shape" in str(no_stacking(nn.Linear(3, 4), clients, Recipe()))
+
+
+def test_batchnorm_and_whole_batch_losses_mix_examples():
+    data = make_clients([9])[0].data
+    assert not mixes_examples(nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5)), data, Recipe())
+    assert not mixes_examples(nn.Sequential(nn.Linear(6, 4), nn.GroupNorm(2, 4)), data, Recipe())
+    assert mixes_examples(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), data, Recipe())
+    assert mixes_examples(mlp(), data, Recipe(loss=nn.CrossEntropyLoss()))

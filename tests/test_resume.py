@@ -1,0 +1,201 @@
+"""Stopped and continued is the same run: bit for bit, whatever stopped it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+# client memory, server optimizer, dropped clients, a schedule and dropout: all there is to lose
+RUN = [
+    "train", "--privacy", "none", "--model", "wide.py", "--strategy", "scaffold",
+    "--strategy.server", "adam", "--participation", "uniform", "--participation.cohort-size", "6",
+    "--participation.dropout", "0.2", "--schedule", "exponential", "--optimizer.momentum", "0.9",
+    "--lr", "0.02", "--engine.chunk", "3",
+]  # fmt: skip
+
+MODEL = """
+from torch import nn
+def build(in_features: int, num_outputs: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(in_features, 64), nn.BatchNorm1d(64), nn.Dropout(0.2), nn.ReLU(),
+        nn.Linear(64, num_outputs),
+    )
+"""
+RUN += ["--drop-last"]
+
+
+@pytest.fixture
+def folder(fedtorch, tmp_path) -> Path:
+    (tmp_path / "wide.py").write_text(MODEL)
+    return tmp_path
+
+
+def same(a: str, b: str) -> None:
+    one, two = (load_file(f"{f}/model.safetensors") for f in (a, b))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    for name in ("test_loss", "test_accuracy", "rounds"):
+        first, second = (json.loads(Path(f"{f}/summary.json").read_text()) for f in (a, b))
+        assert first[name] == second[name]
+    assert figures(a) == figures(b)
+
+
+def figures(run: str) -> list[dict]:
+    lines = [json.loads(line) for line in Path(f"{run}/metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
+
+
+def steps(run: str) -> dict[str, list[int]]:
+    """TensorBoard tag -> its steps, over all event files of the run."""
+    found: dict[str, list[int]] = {}
+    for path in sorted(Path(run).glob("events.out.tfevents.*")):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append(event.step)
+    return found
+
+
+def start(*argv: str) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedtorch", *argv], env=env, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_round(process: subprocess.Popen, run: str, n: int) -> None:
+    lines = Path(run) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not lines.exists() or lines.read_text().count("\n") < n:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_n_and_m_rounds_are_n_plus_m(fedtorch, folder):
+    assert fedtorch(*RUN, "--rounds", 5, "--run-dir", "whole")[0] == 0
+    assert fedtorch(*RUN, "--rounds", 2, "--run-dir", "parts")[0] == 0
+    code, out, _ = fedtorch("train", "--resume", "--run-dir", "parts", "--rounds", 5)
+    assert code == 0
+    assert "resumed after round 2" in out
+    same("whole", "parts")
+
+
+def test_killed_between_rounds_3_and_8_and_resumed_is_the_uninterrupted_run(fedtorch, folder):
+    assert fedtorch(*RUN, "--rounds", 10, "--run-dir", "whole")[0] == 0
+    process = start(*RUN, "--rounds", "10", "--run-dir", "killed")
+    wait_for_round(process, "killed", random.randint(3, 7))
+    time.sleep(random.random() * 0.05)  # anywhere in a round, in a write too
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not Path("killed/summary.json").exists()
+    done = len(figures("killed")) if Path("killed/metrics.jsonl").read_text().endswith("\n") else 0
+    assert done < 10
+    code, _, err = fedtorch("train", "--resume", "--run-dir", "killed")
+    assert (code, err) == (0, "")
+    same("whole", "killed")
+    for tag, seen in steps("killed").items():
+        assert len(seen) == len(set(seen)), f"{tag} has doubled steps {seen}"
+    assert steps("killed")["test/accuracy"] == list(range(1, 11))
+    assert not list(Path("killed").rglob("*.part"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits_and_the_run_can_go_on(fedtorch, folder, number):
+    # far fewer checkpoints than rounds: what is saved is saved because of the signal
+    rare = ["--checkpoint-every", "1000", "--eval-every", "1000"]
+    process = start(*RUN, *rare, "--rounds", "100000", "--run-dir", "stopped")
+    wait_for_round(process, "stopped", 1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    assert "stopped, saved" in out
+    assert "--resume" in out
+    reached = json.loads(Path("stopped/summary.json").read_text())
+    assert reached["test_accuracy"] == figures("stopped")[-1]["test_accuracy"]
+    goal = reached["rounds"] + 1
+    assert fedtorch("train", "--resume", "--run-dir", "stopped", "--rounds", goal)[0] == 0
+    assert fedtorch(*RUN, *rare, "--rounds", goal, "--run-dir", "straight")[0] == 0
+    one, two = (load_file(f"{f}/model.safetensors") for f in ("stopped", "straight"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_finished_run_resumed_stays_as_it_is(fedtorch, folder):
+    assert fedtorch(*RUN, "--rounds", 2, "--run-dir", "done")[0] == 0
+    before = load_file("done/model.safetensors"), steps("done")
+    assert fedtorch("train", "--resume", "--run-dir", "done")[0] == 0
+    after = load_file("done/model.safetensors"), steps("done")
+    assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
+    assert before[1] == after[1]
+
+
+def test_a_run_killed_before_its_first_round_starts_again_without_doubles(fedtorch, folder):
+    assert fedtorch(*RUN, "--rounds", 1, "--run-dir", "run")[0] == 0
+    whole = steps("run")
+    for path in Path("run/checkpoints").glob("round-000001.pt"):
+        path.unlink()
+    code, _, err = fedtorch("train", "--resume", "--run-dir", "run")
+    assert (code, err) == (0, "")
+    assert steps("run") == whole
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (["--lr", "0.5"], "has lr = 0.02, not 0.5; a resumed run keeps it"),
+        (["--strategy", "fedavg"], "has strategy = Scaffold"),
+        (["--seed", "9"], "has seed = 0, not 9"),
+        (["--clients", "3"], "has clients = None, not 3"),
+    ],
+)
+def test_what_would_make_it_another_run_is_refused(fedtorch, folder, change, message):
+    assert fedtorch(*RUN, "--rounds", 1, "--run-dir", "run")[0] == 0
+    code, _, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 2, *change)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "foreign", "pickle", "values"])
+def test_a_corrupt_or_foreign_checkpoint_is_one_sentence(fedtorch, folder, damage):
+    assert fedtorch(*RUN, "--rounds", 1, "--run-dir", "run")[0] == 0
+    path = Path("run/checkpoints/round-000001.pt")
+    raw = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(raw[: len(raw) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "flipped":
+        at = len(raw) // 2
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 0xFF]) + raw[at + 1 :])
+    elif damage == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif damage == "pickle":
+        torch.save(Payload(), path)
+    else:
+        torch.save({"format": "fedtorch checkpoint 1", "round": 1, "model": {}}, path)
+    before = Path("run/metrics.jsonl").read_bytes(), steps("run")
+    code, out, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 2)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "checkpoint" in err
+    assert "Traceback" not in out + err
+    assert not Path("ran").exists()
+    assert (Path("run/metrics.jsonl").read_bytes(), steps("run")) == before
+
+
+class Payload:
+    """What a foreign pickle could do if it were ever unpickled."""
+
+    def __reduce__(self):
+        return (Path("ran").write_text, ("code ran",))
