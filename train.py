@@ -6,6 +6,7 @@ The whole run is in ``train`` below: data, clients, model, server, and one loop 
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
@@ -73,7 +74,7 @@ class Config:
     drop_last: bool = False
     """Leave out the last, smaller batch of each pass."""
     engine: Engine = Local()
-    """Where clients train: local (--engine.chunk N, --engine.device cuda)."""
+    """Where clients train: local, processes (--engine.workers N); --engine.device cuda."""
     threads: int = 1
     """Threads inside one operation; more than 1 often slows small models."""
     seed: int = 0
@@ -132,6 +133,7 @@ def train(config: Config) -> dict[str, Any]:
     folder = open_folder(config, server)
 
     with (
+        closing(server),
         Tracker(folder, server.round_number) as tracker,
         Report(config.rounds, server.round_number) as report,
         StopSignal(report) as stop,

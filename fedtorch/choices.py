@@ -47,7 +47,10 @@ CHOICES: dict[str, dict[str, str]] = {
         "step": "fedtorch.schedules.Step",
         "cosine": "fedtorch.schedules.Cosine",
     },
-    "engine": {"local": "fedtorch.engines.Local"},
+    "engine": {
+        "local": "fedtorch.engines.Local",
+        "processes": "fedtorch.engines.Processes",
+    },
 }
 """Short names of each choice; the dotted path is what a user's own class is given by."""
 

@@ -2,5 +2,6 @@
 
 from fedtorch.engines.base import Engine, Session
 from fedtorch.engines.local import Local
+from fedtorch.engines.processes import Processes
 
-__all__ = ["Engine", "Local", "Session"]
+__all__ = ["Engine", "Local", "Processes", "Session"]

@@ -70,15 +70,21 @@ class LocalSession:
     _asked: list[tuple[list[Client], Task]] = field(default_factory=list)
 
     def submit(self, ids: Sequence[str], task: Task) -> None:
-        """Cut the cohort into chunks of clients of like size."""
+        """Cut the cohort into chunks."""
+        self._asked.extend((chunk, task) for chunk in self.cut(ids))
+
+    def cut(self, ids: Sequence[str], most: int | None = None) -> list[list[Client]]:
+        """Chunks of clients of like size, of at most ``most`` clients, the largest clients first."""
         cohort = sorted((self.clients[i] for i in ids), key=len, reverse=True)
+        chunks = []
         while cohort:
-            size = self.chunk
+            size = min(self.chunk, most or self.chunk)
             if self.strict:
                 size = sum(len(c) == len(cohort[0]) for c in cohort[:size])
                 size = size if self._unpadded(len(cohort[0])) else 1
-            self._asked.append((cohort[:size], task))
+            chunks.append(cohort[:size])
             cohort = cohort[size:]
+        return chunks
 
     def collect(self) -> Iterator[Update | Failure]:
         """Train chunk by chunk."""

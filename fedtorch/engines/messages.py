@@ -1,0 +1,169 @@
+"""Tasks and outcomes as messages, and what a server checks before it believes an outcome."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedtorch.engines.wire import Message, MessageError
+from fedtorch.types import Failure, Params, Stack, Task, Update
+
+Memory = dict[str, dict[str, Params]]
+"""Client memory: id -> group -> name -> tensor."""
+
+
+class Outcome(NamedTuple):
+    """What came of a chunk of clients."""
+
+    update: Update
+    failures: list[Failure]
+    memory: Memory
+    """Where the engine keeps it for the worker; always empty from a site."""
+
+
+class Expected(NamedTuple):
+    """The tensors every client's update must have: group -> name -> (shape, dtype)."""
+
+    sent: dict[str, dict[str, tuple[torch.Size, torch.dtype]]]
+    buffers: dict[str, tuple[torch.Size, torch.dtype]]
+
+
+def task_message(task: Task, **facts: Any) -> Message:
+    """A task, and whatever else the engine wants to say with it."""
+    own = {"round": task.round, "seed": task.seed, "lr": task.lr}
+    groups = {"state": task.state} | {f"extras/{g}": e for g, e in task.extras.items()}
+    return Message("task", own | facts, groups)
+
+
+def read_task(message: Message) -> Task:
+    """The task in a message; raises MessageError when there is none."""
+    _kind(message, "task")
+    lr = _fact(message, "lr", (int, float))
+    if not math.isfinite(lr):
+        raise MessageError("the learning rate is not finite")
+    extras = _under(message, "extras/")
+    return Task(
+        state=message.groups.get("state", {}),
+        extras=extras,
+        round=_fact(message, "round", (int,)),
+        seed=_fact(message, "seed", (int,)),
+        lr=float(lr),
+    )
+
+
+def outcome_message(outcome: Outcome, asked: Sequence[str], **facts: Any) -> Message:
+    """An outcome; clients go by their place in ``asked``."""
+    update, failures, memory = outcome
+    place = {id: k for k, id in enumerate(asked)}
+    groups = {f"sent/{g}": s for g, s in update.sent.items()}
+    groups |= {"buffers": update.buffers, "metrics": update.metrics, "": {"weight": update.weight}}
+    for id, kept in memory.items():
+        groups |= {f"memory/{place[id]}/{g}": tree for g, tree in kept.items()}
+    own = {
+        "ids": list(update.ids),
+        "failures": [[f.id, f.kind, f.reason] for f in failures],
+    }
+    return Message("outcome", own | facts, groups)
+
+
+def read_outcome(message: Message, asked: Sequence[str]) -> Outcome:
+    """The outcome in a message; each client asked must be in it once, and no other."""
+    _kind(message, "outcome")
+    ids = _strings(message.facts.get("ids"))
+    listed = message.facts.get("failures")
+    rows = listed if isinstance(listed, list) else [None]
+    failures = [Failure(*_strings(row, 3)) for row in rows]
+    if sorted([*ids, *(f.id for f in failures)]) != sorted(asked):
+        raise MessageError("it is about other clients than those asked")
+    weight = message.groups.get("", {}).get("weight")
+    if weight is None or weight.shape != (len(ids),) or weight.dtype not in _FLOATS:
+        raise MessageError("it has no weight for each client")
+    memory: Memory = {}
+    for group, tree in _under(message, "memory/").items():
+        place, _, name = group.partition("/")
+        if not (place.isascii() and place.isdecimal() and int(place) < len(asked)):
+            raise MessageError("it has memory of another client")
+        memory.setdefault(asked[int(place)], {})[name] = tree
+    update = Update(
+        ids=tuple(ids),
+        sent=_under(message, "sent/"),
+        buffers=message.groups.get("buffers", {}),
+        weight=weight,
+        metrics=message.groups.get("metrics", {}),
+    )
+    return Outcome(update, failures, memory)
+
+
+def check(update: Update, expected: Expected, most: float = 1e12) -> None:
+    """Refuse an update that differs from what this model and strategy send, or is not finite."""
+    clients = len(update.ids)
+    if update.sent.keys() != expected.sent.keys():
+        raise MessageError(f"it sends {_listed(update.sent)}, not {_listed(expected.sent)}")
+    for group, names in expected.sent.items():
+        _same(update.sent[group], names, clients)
+    _same(update.buffers, expected.buffers, clients)
+    if not bool(((update.weight > 0) & (update.weight <= most)).all()):
+        raise MessageError("its weight is not a positive number")
+    for name, values in update.metrics.items():
+        if values.shape != (clients,) or len(name) > 64 or not values.dtype.is_floating_point:
+            raise MessageError(f"its figure {name[:64]!r} is not one number for each client")
+    for tree in (*update.sent.values(), update.buffers, update.metrics):
+        for name, values in tree.items():
+            if not bool(values.isfinite().all()):
+                raise MessageError(f"{name!r} is not finite")
+
+
+def schema(tree: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype by name."""
+    return {k: (v.shape, v.dtype) for k, v in tree.items()}
+
+
+def same_schema(tree: Params, names: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
+    """Refuse tensors of other names, shapes or dtypes."""
+    if tree.keys() != names.keys():
+        odd = sorted(tree.keys() ^ names.keys())[0]
+        raise MessageError(f"{odd[:100]!r} is on one side only")
+    for name, (shape, dtype) in names.items():
+        if tree[name].shape != shape or tree[name].dtype != dtype:
+            raise MessageError(
+                f"{name!r} is {list(tree[name].shape)} {tree[name].dtype}, "
+                f"not {list(shape)} {dtype}"
+            )
+
+
+_FLOATS = (torch.float32, torch.float64)
+
+
+def _same(stack: Stack, names: dict[str, tuple[torch.Size, torch.dtype]], clients: int) -> None:
+    rows = {k: (torch.Size((clients, *shape)), dtype) for k, (shape, dtype) in names.items()}
+    same_schema(stack, rows)
+
+
+def _listed(groups: Mapping[str, object]) -> str:
+    return ", ".join(sorted(groups))[:200] or "nothing"
+
+
+def _under(message: Message, prefix: str) -> dict[str, Params]:
+    return {g.removeprefix(prefix): t for g, t in message.groups.items() if g.startswith(prefix)}
+
+
+def _kind(message: Message, kind: str) -> None:
+    if message.kind != kind:
+        raise MessageError(f"a message of kind {message.kind[:40]!r}, not {kind!r}")
+
+
+def _fact(message: Message, name: str, kinds: tuple[type, ...]) -> Any:
+    value = message.facts.get(name)
+    if type(value) not in kinds:
+        raise MessageError(f"the fact {name!r} is missing or of a wrong type")
+    return value
+
+
+def _strings(value: Any, count: int | None = None) -> list[str]:
+    if not (isinstance(value, list) and all(isinstance(v, str) and len(v) < 1000 for v in value)):
+        raise MessageError("a list of names is wrong")
+    if count is not None and len(value) != count:
+        raise MessageError("a list of names is of a wrong length")
+    return value

@@ -1,0 +1,251 @@
+"""Worker processes: the same weights as in one process, whatever happens to the workers."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from fedtorch import Client, FedAvg, FedProx, Local, Recipe, Scaffold, Server, checkpoint
+from fedtorch.engines import Processes
+from fedtorch.types import ClientError, ConfigError
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # workers have one thread, and a sum's last bit depends on how many threads shared it
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+SIZES = [37, 5, 18, 64, 2, 23, 50, 8]
+
+
+def clients() -> list[Client]:
+    g = torch.Generator().manual_seed(0)
+    return [
+        Client(f"c/{k}", (torch.randn(n, 6, generator=g), torch.randint(0, 4, (n,), generator=g)))
+        for k, n in enumerate(SIZES)
+    ]
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Linear(12, 4))
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def trained(engine, strategy, rounds=3, many=None, disturb=None):
+    server = Server(mlp(), many or clients(), recipe(strategy), engine=engine, seed=3)
+    try:
+        for _ in range(rounds):
+            if disturb:
+                disturb(server.session)
+            server.round()
+        return state(server.model), server.session.memory()
+    finally:
+        server.close()
+
+
+def recipe(strategy) -> Recipe:
+    return Recipe(strategy, lr=0.1, epochs=2, batch_size=4, drop_last=True)
+
+
+def equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_workers_give_the_very_weights_of_one_process():
+    # one pair of workers for each strategy; chunks of one client, so also the sums are the same
+    for strategy in (FedProx(mu=0.1), Scaffold()):
+        here, kept = trained(Local(chunk=1), strategy)
+        there, remembered = trained(Processes(workers=2, chunk=1), strategy)
+        assert equal(here, there), strategy
+        assert kept.keys() == remembered.keys()
+        assert all(equal(kept[i]["c"], remembered[i]["c"]) for i in kept)
+
+
+def test_chunks_are_shared_out_and_agree():
+    here, _ = trained(Local(chunk=1), FedAvg())
+    there, _ = trained(Processes(workers=2), FedAvg())
+    assert max((here[k].double() - there[k]).abs().max().item() for k in here) <= 1e-6
+
+
+def test_a_killed_worker_is_replaced_and_nothing_is_lost():
+    here, kept = trained(Local(chunk=1), Scaffold())
+
+    def kill(session):
+        if session.board.handed:  # not before the first round: there is memory to lose
+            os.kill(session.workers[0].process.pid, signal.SIGKILL)
+
+    there, remembered = trained(Processes(workers=2, chunk=1), Scaffold(), disturb=kill)
+    assert equal(here, there)
+    assert all(equal(kept[i]["c"], remembered[i]["c"]) for i in kept)
+
+
+class Slow(Dataset):
+    """Takes its time, so that a test can strike in the middle of a round."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        time.sleep(0.01)
+        return torch.full((6,), float(i)), torch.tensor(i % 4)
+
+
+class Struck(Slow):
+    """Kills its worker, once or always."""
+
+    def __init__(self, flag: str):
+        self.flag = flag
+
+    def __getitem__(self, i):
+        if self.flag and os.getppid() and not os.path.exists(self.flag) and i == 5 and in_worker():
+            if not self.flag.endswith("always"):
+                open(self.flag, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(i)
+
+
+class Broken(Slow):
+    def __getitem__(self, i):
+        if i == 5 and in_worker():
+            raise ValueError("row 5 is bad")
+        return super().__getitem__(i)
+
+
+def in_worker() -> bool:
+    import multiprocessing
+
+    return multiprocessing.parent_process() is not None
+
+
+def slow_clients(last: Dataset) -> list[Client]:
+    return [Client(f"s{k}", Slow()) for k in range(3)] + [Client("last", last)]
+
+
+def test_kill_9_in_the_middle_of_a_round_changes_nothing(tmp_path):
+    here, _ = trained(Local(chunk=1), Scaffold(), 2, slow_clients(Slow()))
+    struck = slow_clients(Struck(str(tmp_path / "struck")))
+    there, _ = trained(Processes(workers=2, chunk=1), Scaffold(), 2, struck)
+    assert (tmp_path / "struck").exists()
+    assert equal(here, there)
+
+
+def test_a_client_that_keeps_killing_workers_is_named(tmp_path):
+    many = slow_clients(Struck(str(tmp_path / "always")))
+    with pytest.raises(ClientError, match=r"client last, round 0: 3 workers died .* code -9"):
+        trained(Processes(workers=1, chunk=1), FedAvg(), 1, many)
+
+
+def test_an_error_in_a_worker_names_the_client_and_the_session_goes_on():
+    many = slow_clients(Broken())
+    server = Server(mlp(), many, recipe(FedAvg()), engine=Processes(workers=2, chunk=1))
+    try:
+        with pytest.raises(ClientError, match="client last, round 0: ValueError: row 5 is bad"):
+            server.round()
+        server.session.submit(["s0", "s1"], task(server))
+        assert [u.ids for u in server.session.collect()] == [("s0",), ("s1",)]
+    finally:
+        server.close()
+
+
+def task(server):
+    from fedtorch.solvers import snapshot
+    from fedtorch.types import Task
+
+    return Task(snapshot(server.model), server.extras, 1, 0, 0.1)
+
+
+def test_what_cannot_be_sent_is_said_before_training():
+    class Local_(nn.Linear):
+        pass
+
+    for model, loss in ((Local_(6, 4), nn.functional.cross_entropy), (mlp(), lambda o, y: o.sum())):
+        with pytest.raises(ConfigError, match=r"cannot be sent to a worker process.*engine local"):
+            Server(model, clients(), Recipe(loss=loss), engine=Processes(workers=1))
+    with pytest.raises(ConfigError, match="workers"):
+        Processes(workers=0)
+
+
+def test_resume_is_bit_for_bit(tmp_path):
+    whole, _ = trained(Local(chunk=3), Scaffold(), 4)
+    server = Server(mlp(), clients(), recipe(Scaffold()), engine=Processes(1, 3), seed=3)
+    for _ in server.rounds(2):
+        pass
+    checkpoint.save(tmp_path, server.state_dict())
+    server.close()
+    server = Server(mlp(), clients(), recipe(Scaffold()), engine=Processes(1, 3), seed=3)
+    server.load_state_dict(checkpoint.load(tmp_path))
+    for _ in server.rounds(2):
+        pass
+    server.close()
+    assert equal(whole, state(server.model))
+
+
+ORPHANS = """
+    import sys, time
+    import torch
+    from fedtorch import Client, Server
+    from fedtorch.engines import Processes
+    if __name__ == "__main__":
+        data = torch.randn(8, 6), torch.arange(8) % 4
+        server = Server(torch.nn.Linear(6, 4), [Client("a", data)], engine=Processes(workers=2))
+        print(*(w.process.pid for w in server.session.workers), flush=True)
+        time.sleep(60)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks processes up in /proc")
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / "orphans.py"
+    script.write_text(textwrap.dedent(ORPHANS))
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    pids = [int(p) for p in parent.stdout.readline().split()]
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert len(pids) == 2
+    end = time.monotonic() + 20
+    while any(alive(p) for p in pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(alive(p) for p in pids)
+
+
+def test_a_script_without_a_main_guard_is_told_what_to_do(tmp_path):
+    script = tmp_path / "unguarded.py"
+    body = textwrap.dedent(ORPHANS).replace('if __name__ == "__main__":', "if True:")
+    script.write_text(body)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1
+    assert "its work under `if __name__ == '__main__':`" in done.stderr
+
+
+def test_closing_leaves_no_process():
+    server = Server(mlp(), clients(), recipe(FedAvg()), engine=Processes(workers=2))
+    pids = [w.process.pid for w in server.session.workers]
+    server.close()
+    server.close()
+    assert not any(alive(p) for p in pids)
