@@ -1,34 +1,20 @@
 """What a list of noised releases costs together: (epsilon, delta) of a whole run.
 
-Neighbouring relation: one unit (an example, or a client) is added or removed. The one file that talks to
-Opacus, whose accountants are wrapped so that no input makes them fail silently.
+Neighbouring relation: one unit (an example, or a client) is added or removed.
 """
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
-from typing import Any
 
-from fedtorch.privacy.gaussian import (
-    gaussian_epsilon,
-    gaussian_noise,
-    laplace_epsilon,
-    sampled_delta,
-)
+from fedtorch.privacy import bounds
+from fedtorch.privacy.gaussian import gaussian_noise, laplace_epsilon
 from fedtorch.types import ConfigError
 
 ACCOUNTANTS = ("prv", "rdp")
-
-PRV_ERROR = 0.01
-"""How far the PRV bound may lie above the exact epsilon, for epsilons from 0.2 to 20; below and above,
-a twentieth and a two-thousandth of epsilon. It is part of the figure returned."""
-
-PRV_POINTS = 2_500_000
-"""Grid points a PRV computation may use (a few seconds); beyond, the error is widened."""
 
 MAX_NOISE = 1e7
 """Noise beyond which no model is left, in standard deviations over sensitivity."""
@@ -59,12 +45,12 @@ def epsilon(events: Iterable[Event], delta: float, accountant: str = "prv") -> f
     """Epsilon of all ``events`` together; always a valid upper bound.
 
     Gaussian events without sampling have an exact closed form, which is used whatever the accountant.
-    Sampled ones: ``prv`` is Opacus's numerical composition (Gopi et al. 2021), at most ``PRV_ERROR`` above
-    the exact value; ``rdp`` is Opacus's Renyi accountant, looser, comparable with older papers. With
-    ``prv`` the figure is the smallest of three bounds that all hold: PRV, RDP, and the closed form of the
-    same events without sampling. So where PRV cannot be computed (tiny deltas, epsilons in the hundreds)
-    the next best bound is returned, and never one that does not hold. Laplace events add their pure
-    epsilon; with Laplace events alone ``delta`` may be 0. No events cost 0; an event without noise, inf.
+    Sampled ones: ``prv`` is Opacus's numerical composition (Gopi et al. 2021), at most 0.01 above the exact
+    value up to epsilon 20; ``rdp`` is Opacus's Renyi accountant, looser, comparable with older papers.
+    With ``prv`` the figure is the smallest of three bounds that all hold: PRV, RDP, and the closed form of
+    the same events without sampling. So where PRV cannot be computed (tiny deltas, epsilons in the
+    hundreds) the next best bound is returned, and never one that does not hold. Laplace events add their
+    pure epsilon; with Laplace events alone ``delta`` may be 0. No events cost 0; one without noise, inf.
     """
     merged = merge(events)
     check_accountant(accountant)
@@ -72,8 +58,8 @@ def epsilon(events: Iterable[Event], delta: float, accountant: str = "prv") -> f
     pure = sum(
         e.steps * laplace_epsilon(e.noise, e.rate) for e in merged if e.mechanism == "laplace"
     )
-    gaussian = tuple(e for e in merged if e.mechanism == "gaussian")
-    return pure + (_gaussian(gaussian, float(delta), accountant) if gaussian else 0.0)
+    run = tuple((e.noise, e.rate, e.steps) for e in merged if e.mechanism == "gaussian")
+    return pure + (_gaussian(run, float(delta), accountant) if run else 0.0)
 
 
 @lru_cache(maxsize=512)
@@ -168,99 +154,19 @@ def _number(x: object) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _gaussian(events: tuple[Event, ...], delta: float, accountant: str) -> float:
-    if any(e.noise == 0 for e in events):
+def _gaussian(run: bounds.Run, delta: float, accountant: str) -> float:
+    if any(noise == 0 for noise, _, _ in run):
         return math.inf
-    unsampled = sum(e.steps / e.noise / e.noise for e in events)
-    closed = gaussian_epsilon(1 / math.sqrt(unsampled), delta)
-    if all(e.rate == 1 for e in events):
+    closed = bounds.unsampled(run, delta)
+    if all(rate == 1 for _, rate, _ in run):
         return closed
     if accountant == "rdp":
-        return _rdp(events, delta)
-    # leaving units out at random never adds to what a release tells, so closed holds with sampling too
-    if closed < 0.01:  # the others are slow there, and nobody needs it tighter
+        return bounds.rdp(run, delta)
+    # three rising bounds cut off at the same height: their smallest rises with every step too
+    if closed <= bounds.LEAST:
         return closed
-    bounds = [closed, _rdp(events, delta)]
-    least = max(_single_step(e, delta) for e in events)
-    prv = _prv(events, delta, min(bounds))
-    # more than one of the steps alone, which is known exactly: otherwise its numbers broke down
-    return min([*bounds, prv] if prv >= least else bounds)
-
-
-def _rdp(events: tuple[Event, ...], delta: float) -> float:
-    """Opacus's RDP bound, with larger orders than its default, which small epsilons need."""
-    from opacus.accountants.analysis.rdp import get_privacy_spent
-
-    orders = _orders()
-    try:
-        total = sum(_renyi(e.noise, e.rate) * e.steps for e in events)
-        with _quiet():
-            found = float(get_privacy_spent(orders=orders, rdp=total, delta=delta)[0])
-    except (ArithmeticError, ValueError):
-        return math.inf
-    return math.inf if math.isnan(found) else max(0.0, found)
-
-
-@lru_cache(maxsize=4096)
-def _renyi(noise: float, rate: float) -> Any:
-    from opacus.accountants.analysis.rdp import compute_rdp
-
-    with _quiet():
-        return compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=_orders())
-
-
-@lru_cache(maxsize=1)
-def _orders() -> list[float]:
-    from opacus.accountants import RDPAccountant
-
-    more = [72, 80, 96, 112, 128, 160, 192, 256, 384, 512, 768, 1024]
-    return [*RDPAccountant.DEFAULT_ALPHAS, *more]
-
-
-def _prv(events: tuple[Event, ...], delta: float, bound: float) -> float:
-    """Opacus's PRV bound; inf where it cannot be computed or would take too long.
-
-    ``bound`` is an upper bound known already; the error that is allowed goes with it.
-    """
-    from opacus.accountants import PRVAccountant
-    from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV
-
-    accountant = PRVAccountant()
-    accountant.history = [(e.noise, e.rate, e.steps) for e in events]
-    prvs = [PoissonSubsampledGaussianPRV(e.rate, e.noise) for e in events]
-    error, steps = max(min(PRV_ERROR, bound / 20), bound / 2000), [e.steps for e in events]
-    try:
-        with _quiet():
-            while True:
-                domain = accountant._get_domain(prvs, steps, error, delta / 1000)
-                over = domain.size * len(events) / PRV_POINTS
-                if over <= 1:
-                    return _finite(accountant.get_epsilon(delta, eps_error=error))
-                error *= 1.1 * over
-                if error > min(1.0, bound / 20):
-                    return math.inf
-    except (ArithmeticError, ValueError, RuntimeError, MemoryError):
-        return math.inf
-
-
-def _finite(x: float) -> float:
-    return max(0.0, float(x)) if math.isfinite(x) else math.inf
-
-
-def _single_step(event: Event, delta: float) -> float:
-    """Exact epsilon of one step of a sampled Gaussian when a unit is removed (0 beyond 700)."""
-    low, high = 0.0, 1.0
-    if sampled_delta(event.noise, 0.0, event.rate) <= delta:
-        return 0.0
-    while sampled_delta(event.noise, high, event.rate) > delta:
-        high *= 2
-        if high > 700:
-            return 0.0
-    while high - low > 1e-6 * high:
-        middle = (low + high) / 2
-        over = sampled_delta(event.noise, middle, event.rate) > delta
-        low, high = (middle, high) if over else (low, middle)
-    return low
+    sampled = min(bounds.rdp(run, delta), bounds.prv(run, delta))
+    return min(closed, max(sampled, bounds.LEAST))
 
 
 def _smallest(cost: Callable[[float], float], target: float, start: float) -> float:
@@ -293,16 +199,3 @@ def _smallest(cost: Callable[[float], float], target: float, start: float) -> fl
         else:
             high, at_high = guess, value
     return high
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Opacus's advice on orders and NumPy's on values that are checked afterwards."""
-    import numpy
-
-    with warnings.catch_warnings(), numpy.errstate(all="ignore"):
-        warnings.filterwarnings(
-            "ignore", r"Optimal order is the (largest|smallest) alpha", UserWarning
-        )
-        warnings.filterwarnings("ignore", r"The (maximum number|occurrence|integral)", UserWarning)
-        yield
