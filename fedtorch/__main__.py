@@ -11,6 +11,9 @@ COMMANDS = {
     "models": ("models that --model can name", "fedtorch.commands.listing:models"),
     "datasets": ("datasets that --dataset can name", "fedtorch.commands.listing:datasets"),
     "strategies": ("strategies that --strategy can name", "fedtorch.commands.listing:strategies"),
+    "epsilon": ("what a private run with given noise costs", "fedtorch.commands.privacy:epsilon"),
+    "noise": ("noise of a run that may cost a given epsilon", "fedtorch.commands.privacy:noise"),
+    "plan": ("table of epsilon over rounds and noises", "fedtorch.commands.privacy:plan"),
     "version": ("the version installed", "fedtorch.commands.listing:version"),
 }
 """Command -> one line of help and where its function is: arguments in, exit status out.

@@ -1,6 +1,6 @@
 """Pictures for TensorBoard, drawn without a window system."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,4 +28,23 @@ def partition_figure(ids: Sequence[str], parts: Sequence[Tensor], labels: Tensor
         axes.set_xticks(shown, [ids[k][:16] for k in shown], rotation=90 if len(shown) > 10 else 0)
     axes.set_xlabel("client" + (f" (first 100 of {len(ids)})" if len(ids) > 100 else ""))
     axes.set_title("Who got what")
+    return figure
+
+
+def epsilon_figure(
+    rounds: Sequence[int], curves: Mapping[float, Sequence[float]], title: str
+) -> Any:
+    """Epsilon over rounds, one line for each noise multiplier; infinite ones are left out."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for noise, epsilons in curves.items():
+        axes.plot(rounds, epsilons, marker=".", label=f"{noise:g}")
+    axes.set_yscale("log")
+    axes.set_xlabel("rounds")
+    axes.set_ylabel("epsilon")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(title="noise multiplier")
+    axes.set_title(title)
     return figure

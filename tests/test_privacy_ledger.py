@@ -340,8 +340,8 @@ for r in range(100000):
 """
 
 
-@pytest.mark.parametrize("after", [1, 40])
-def test_kill_dash_nine_never_loses_a_release(tmp_path: Path, after: int) -> None:
+def test_kill_dash_nine_never_loses_a_release(tmp_path: Path) -> None:
+    after = 20
     path = tmp_path / "ledger.jsonl"
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE, text=True

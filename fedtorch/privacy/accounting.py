@@ -4,7 +4,7 @@ Neighbouring relation: one unit (an example, or a client) is added or removed.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -93,6 +93,25 @@ def calibrate(
         with suppress(ConfigError):
             start = calibrate(target_epsilon, delta, rate, steps, "rdp")
     return _smallest(cost, target_epsilon, start)
+
+
+def over_rounds(
+    noises: Iterable[float],
+    rounds: Sequence[int],
+    steps_per_round: int,
+    rate: float,
+    delta: float,
+    accountant: str = "prv",
+) -> dict[float, list[float]]:
+    """Epsilon after each of ``rounds``, for each Gaussian noise."""
+    check_steps(steps_per_round)
+    for r in rounds:
+        check_steps(r, "rounds")
+
+    def cost(noise: float, r: int) -> float:
+        return epsilon([Event("gaussian", noise, rate, r * steps_per_round)], delta, accountant)
+
+    return {noise: [cost(noise, r) for r in rounds] for noise in noises}
 
 
 def merge(events: Iterable[Event]) -> tuple[Event, ...]:
