@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -119,6 +119,7 @@ def test_jax_privacy_on_normal_scores(shift: float, bound: float, against_gaussi
     assert best(one_run_gaussian_epsilon) == pytest.approx(against_gaussian, rel=1e-5)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 60), st.floats(0, 3))
 def test_p_value_by_the_definition(
     canaries: int, guesses: int, correct: int, epsilon: float
@@ -133,6 +134,7 @@ def test_p_value_by_the_definition(
     assert one_run_p_value(canaries, guesses, correct, epsilon, delta) == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.floats(0, 1), st.floats(0, 1))
 def test_more_right_guesses_never_prove_less(guesses: int, share: float, more: float) -> None:
     few = int(share * guesses)

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
@@ -94,6 +94,7 @@ def test_one_sampled_step_by_integration(rate: float, noise: float, epsilon: flo
     assert sampled_delta(noise, epsilon, rate) == pytest.approx(value, rel=1e-7, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(st.floats(0.05, 50), st.floats(0, 20))
 def test_sampling_at_rate_one_is_the_plain_release(noise: float, epsilon: float) -> None:
     assert sampled_delta(noise, epsilon, 1.0) == pytest.approx(
@@ -101,6 +102,7 @@ def test_sampling_at_rate_one_is_the_plain_release(noise: float, epsilon: float)
     )
 
 
+@settings(deadline=None)
 @given(st.floats(1e-3, 300), st.floats(1e-12, 0.5))
 def test_noise_and_epsilon_are_inverses(epsilon: float, delta: float) -> None:
     noise = gaussian_noise(epsilon, delta)
@@ -108,6 +110,7 @@ def test_noise_and_epsilon_are_inverses(epsilon: float, delta: float) -> None:
     assert gaussian_delta(noise, epsilon) <= delta * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(st.floats(1e-3, 1e6), st.floats(1e-12, 0.5), st.floats(1.001, 10))
 def test_more_noise_never_costs_more(noise: float, delta: float, factor: float) -> None:
     assert gaussian_epsilon(noise * factor, delta) <= gaussian_epsilon(noise, delta)
@@ -132,6 +135,7 @@ def test_laplace() -> None:
     assert laplace_epsilon(1e-5, rate=0.5) == pytest.approx(1e5 + math.log(0.5))
 
 
+@settings(deadline=None)
 @given(st.floats(0.05, 10), st.floats(0.01, 1))
 def test_sampled_laplace_is_the_largest_ratio(noise: float, rate: float) -> None:
     def density(x: float, at: float) -> float:

@@ -56,6 +56,8 @@ def prv(run: Run, delta: float) -> float:
     from opacus.accountants.analysis import prv as opacus
 
     bound = _quick(run, delta)
+    if bound <= LEAST:  # nothing to gain
+        return math.inf
     slack, steps = delta / 1000, [t for _, _, t in run]
     error = max(min(PRV_ERROR, bound / 20), min(bound / 2000, 0.5))
     one = max(_quick(((s, q, 1),), slack / (8 * sum(steps))) for s, q, _ in run)
