@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,10 @@ from fedtorch.engines import Engine, Local
 from fedtorch.evaluate import evaluate
 from fedtorch.optimizers import ClientOptimizer
 from fedtorch.participation import Everyone, Participation
+from fedtorch.privacy import Privacy, SampleLevel, checks
+from fedtorch.privacy.ledger import Ledger
+from fedtorch.privacy.report import promise, statement, text
+from fedtorch.privacy.run import BudgetSpent
 from fedtorch.schedules import Constant, Schedule
 from fedtorch.server import Server
 from fedtorch.strategies import FedAvg, Strategy
@@ -43,7 +47,7 @@ class Config:
     """Number of clients; none: 10, or every owner with a natural partition."""
     validation: float = 0.0
     """Share of each client's examples held out of training to validate the global model on."""
-    model: str = "cnn"
+    model: str = "small"
     """A file of models/, path/file.py:Name or package.module:Name; options as --model.hidden 64."""
     model_args: dict[str, Any] = field(default_factory=dict)
     loss: str = "auto"
@@ -54,15 +58,16 @@ class Config:
     """fedavg, fedprox, scaffold or your own; --strategy.server sgd, adam, yogi, adagrad."""
     participation: Participation = Everyone()
     """Who takes part in a round: everyone, uniform, poisson."""
-    privacy: str = "none"
-    """none: nothing is noised (private training is not part of this version)."""
+    privacy: Privacy | None = SampleLevel()
+    """Whose data the model hides: sample (each example), client, local (each client, from everybody) or
+    none; --privacy.epsilon 8 for the whole run, or --privacy.noise-multiplier 1.1."""
     rounds: int = 30
     """Rounds to train in all."""
     optimizer: str = "sgd"
     """Client optimizer, any of torch.optim; options as --optimizer.momentum 0.9."""
     optimizer_args: dict[str, Any] = field(default_factory=dict)
-    lr: float = 0.1
-    """Client learning rate."""
+    lr: float | None = None
+    """Client learning rate; none: 0.1, and 1 under sample-level privacy, where gradients are clipped."""
     schedule: Schedule = Constant()
     """Learning rate over rounds: constant, exponential, step, cosine."""
     epochs: int = 2
@@ -95,14 +100,15 @@ class Config:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.validation < 1:
             raise ConfigError(f"validation must be in [0, 1), got {self.validation}")
-        if self.privacy != "none":
-            raise ConfigError(f"unknown privacy {self.privacy!r}; there is none")
         if self.resume and not self.run_dir:
             raise ConfigError("--resume needs --run-dir, the folder of the run to continue")
 
 
 FREE_ON_RESUME = {"rounds", "resume", "run_dir", "checkpoint_every", "eval_every", "threads"}
 """Options a resumed run may change; any other would make it a different run."""
+
+LEDGER = "ledger.jsonl"
+"""What the privacy budget was spent on, in the run folder: written before anything is released."""
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -113,16 +119,19 @@ def train(config: Config) -> dict[str, Any]:
     ids, parts = partition(data, config.partition, config.clients, config.seed)
     clients = assemble.clients(data, ids, parts, config.validation, config.seed)
     model = make_model(config, data)
+    if config.privacy and config.privacy.fix_model:
+        model = checks.fixed(model)
     loss, metrics = assemble.loss_and_metrics(data.kind, config.loss, config.metrics)
     recipe = Recipe(
         config.strategy,
         loss,
         ClientOptimizer(config.optimizer, config.optimizer_args),
-        config.lr,
+        learning_rate(config),
         config.epochs,
         config.steps,
         config.batch_size,
         config.drop_last,
+        config.privacy and replace(config.privacy, rounds=config.privacy.rounds or config.rounds),
     )
     server = Server(
         model, clients, recipe, config.participation, config.schedule, config.engine, config.seed
@@ -140,17 +149,17 @@ def train(config: Config) -> dict[str, Any]:
     ):
         introduce(config, data, server, ids, parts, tracker, report)
         scores = evaluate(model, data.test, metrics)
-        last = server.round_number >= config.rounds
+        last = over(server, config, stop)
         while not last:
             start = time.perf_counter()
             figures = server.round()
             seconds = time.perf_counter() - start
             # read once: a signal after this line is heeded one round later, and nothing is half saved
-            last = stop.asked > 0 or server.round_number >= config.rounds
+            last = over(server, config, stop)
             if last or server.round_number % config.eval_every == 0:
                 scores = evaluate(model, data.test, metrics)
                 figures |= {f"test_{k}": v for k, v in scores.items()}
-                figures |= assemble.validate(model, clients, metrics)
+                figures |= server.mark(assemble.validate(model, clients, metrics))
                 figures["seconds_evaluate"] = time.perf_counter() - start - seconds
             tracker.round(figures)
             report.round(figures, seconds)
@@ -164,15 +173,33 @@ def train(config: Config) -> dict[str, Any]:
         "rounds": server.round_number,
         "clients": len(clients),
         "seconds": round(time.perf_counter() - began, 3),
-        "epsilon": None,
-        "delta": None,
+        "epsilon": server.private.spent() if server.private else None,
+        "delta": server.private.delta if server.private else None,
         "seed": config.seed,
     }
     runs.finish(folder, model, summary)
-    conclude(report, folder, summary, stop)
+    if server.private:
+        runs.write_json(folder / "privacy.json", statement(server.private))
+    conclude(report, folder, summary, stop, server)
     if stop.asked:
         raise SystemExit(128 + stop.asked)
+    if config.privacy and config.privacy.budget == "error" and not server.within_budget():
+        raise BudgetSpent(
+            f"the privacy budget is spent after {server.round_number} of {config.rounds} rounds"
+        )
     return summary
+
+
+def learning_rate(config: Config) -> float:
+    """The client learning rate, or the default that fits the kind of step."""
+    default = 1.0 if isinstance(config.privacy, SampleLevel) else 0.1
+    return default if config.lr is None else config.lr
+
+
+def over(server: Server, config: Config, stop: StopSignal) -> bool:
+    """All rounds are trained, somebody asked to stop, or the privacy budget has no room for more."""
+    done = server.round_number >= config.rounds
+    return stop.asked > 0 or done or not server.within_budget()
 
 
 def make_model(config: Config, data: Data) -> nn.Module:
@@ -188,9 +215,14 @@ def open_folder(config: Config, server: Server) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(config.run_dir or f"runs/{name.lower()}-{stamp}")
     if config.resume:
-        server.load_state_dict(checkpoint.load(folder / "checkpoints"))
+        saved = checkpoint.load(folder / "checkpoints")
+        private = saved.get("privacy")
+        ledger = Ledger.resume(folder / LEDGER, private["ledger"]) if private else None
+        server.load_state_dict(saved, ledger)
         return folder
     runs.create(folder)
+    if server.private:
+        server.private.ledger = Ledger(folder / LEDGER, server.private.plan.unit)
     table = {k: v for k, v in cli.describe(config).items() if k not in ("resume", "run_dir")}
     runs.write_config(folder, table)
     checkpoint.save(folder / "checkpoints", server.state_dict())
@@ -211,9 +243,11 @@ def introduce(
     size = sum(p.numel() for p in model.parameters())
     report.say(
         f"{data.name}: {len(parts)} clients, {config.model} with {size:,} parameters, "
-        f"{config.strategy}, {config.rounds} rounds, no privacy noise"
+        f"{config.strategy}, {config.rounds} rounds"
     )
-    for note in server.session.notes:
+    for line in promise(server.private) if server.private else ["no privacy: nothing is noised"]:
+        report.say(line)
+    for note in server.notes:
         report.say(f"note: {note}")
     kinds = {b.is_floating_point() for b in model.buffers()}
     if kinds:
@@ -222,20 +256,29 @@ def introduce(
     if server.round_number:
         report.say(f"resumed after round {server.round_number}")
         return
-    report.console.print(partition_table(ids, parts, data.labels))
-    tracker.partition(ids, parts, data.labels)
+    if not (
+        config.privacy and config.privacy.strict
+    ):  # who has what is nobody's to know, if strict
+        report.console.print(partition_table(ids, parts, data.labels))
+        tracker.partition(ids, parts, data.labels)
     tracker.text(
         "config", "\n".join(f"    {f.name} = {getattr(config, f.name)!r}" for f in fields(config))
     )
 
 
-def conclude(report: Report, folder: Path, summary: dict[str, Any], stop: StopSignal) -> None:
+def conclude(
+    report: Report, folder: Path, summary: dict[str, Any], stop: StopSignal, server: Server
+) -> None:
     """The last lines: how good, how long, where."""
     state = "stopped, saved" if stop.asked else "done"
     figures = "  ".join(
         f"{k.replace('_', ' ')} {v:.4f}" for k, v in summary.items() if k.startswith("test_") and v
     )
     report.say(f"{state}: {summary['rounds']} rounds in {summary['seconds']:.1f} s  {figures}")
+    if server.private:
+        report.say(f"privacy: epsilon {summary['epsilon']:.3f} spent at delta {summary['delta']:g}")
+        report.say(text(server.private))
+        report.say("without privacy: --privacy none")
     report.say(f"run folder: {folder}   model: {folder}/model.safetensors")
     if stop.asked:
         report.say(f"continue: fedtorch train --run-dir {folder} --resume")
@@ -252,7 +295,7 @@ def read_config(argv: Sequence[str]) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 trained, 1 a client's own code failed, 2 the request cannot be done."""
+    """Exit status: 0 trained, 1 a client's code failed or the budget is spent, 2 it cannot be done."""
     argv = sys.argv[1:] if argv is None else argv
     if "" not in sys.path:  # a user's own modules are found from the working folder, as with -m
         sys.path.append("")
@@ -264,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as e:
         print(f"fedtorch: {e}", file=sys.stderr)
         return 2
-    except ClientError as e:
+    except (ClientError, BudgetSpent) as e:
         print(f"fedtorch: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first round, when there is nothing to save yet

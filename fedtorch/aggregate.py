@@ -20,6 +20,10 @@ class Mean:
             _accumulate(self.sent.setdefault(group, {}), weighted_sum(stack, update.weight))
         _accumulate(self.buffers, weighted_sum(update.buffers, update.weight))
 
+    def sums(self) -> dict[str, Params]:
+        """Weighted sum of each sent group, on the CPU."""
+        return {g: {k: v.cpu() for k, v in s.items()} for g, s in self.sent.items()}
+
     def result(self) -> tuple[dict[str, Params], Params]:
         """Mean of each sent group and of the float buffers, on the CPU."""
         return (

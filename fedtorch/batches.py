@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
+from fedtorch.tree import rows
+
 
 class Order(Protocol):
     """The part of a Recipe that decides data order."""
@@ -42,11 +44,11 @@ def plan(n: int, order: Order, seed: int) -> Tensor:
     steps = order.steps or order.epochs * per_epoch
     if size == n:  # every step sees everything: shuffling would only reorder the sum
         return torch.arange(n).expand(steps, n)
-    rows = []
+    passes = []
     for _ in range(-(-steps // per_epoch)):
         perm = torch.randperm(n, generator=generator)[: per_epoch * size]
-        rows.append(F.pad(perm, (0, per_epoch * size - len(perm)), value=-1).view(-1, size))
-    return torch.cat(rows)[:steps]
+        passes.append(F.pad(perm, (0, per_epoch * size - len(perm)), value=-1).view(-1, size))
+    return torch.cat(passes)[:steps]
 
 
 def fetch(data: Dataset, index: Tensor) -> tuple[Any, Any]:
@@ -54,6 +56,9 @@ def fetch(data: Dataset, index: Tensor) -> tuple[Any, Any]:
     if isinstance(data, TensorDataset):
         x, y = (t[index] for t in data.tensors)
         return x, y
+    if len(index) == 0:  # a Poisson batch may be empty, but nothing cannot be collated
+        x, y = fetch(data, torch.tensor([0]))
+        return rows(x, slice(0)), rows(y, slice(0))
     if hasattr(data, "__getitems__"):
         items = data.__getitems__(index.tolist())
     else:

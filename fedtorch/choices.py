@@ -41,6 +41,13 @@ CHOICES: dict[str, dict[str, str]] = {
         "uniform": "fedtorch.participation.Uniform",
         "poisson": "fedtorch.participation.Poisson",
     },
+    "privacy": {
+        "sample": "fedtorch.privacy.SampleLevel",
+        "client": "fedtorch.privacy.ClientLevel",
+        "local": "fedtorch.privacy.LocalDP",
+    },
+    "privacy.adaptive": {"on": "fedtorch.privacy.AdaptiveClip"},
+    "privacy.bands": {"on": "fedtorch.privacy.Bands"},
     "schedule": {
         "constant": "fedtorch.schedules.Constant",
         "exponential": "fedtorch.schedules.Exponential",
@@ -71,8 +78,8 @@ def help_text(cls: type, command: str) -> str:
         if f.name.removesuffix("_args") in FREE and f.name.endswith("_args"):
             continue
         lines += _option(f"--{f.name.replace('_', '-')}", _shown(_default(f)), docs.get(f.name, ""))
-        for choice in (f.name, f"{f.name}.server"):
-            for name, path in CHOICES.get(choice, {}).items():
+        for choice in (c for c in CHOICES if c.partition(".")[0] == f.name):
+            for name, path in CHOICES[choice].items():
                 lines += _choice(choice, name, path)
     return "\n".join(lines)
 

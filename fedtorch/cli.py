@@ -139,7 +139,7 @@ def choose(choice: str, value: Any) -> Any:
     name, options = _named(value)
     if name is None:
         name = next(iter(CHOICES[choice]))
-    if str(name).lower() == "none":
+    if str(name).lower() in ("none", "null"):
         return None
     return build(_class(choice, str(name)), options, choice)
 

@@ -15,6 +15,8 @@ from fedtorch import seeds, solvers
 from fedtorch.batches import length, plan
 from fedtorch.losses import Loss, cross_entropy
 from fedtorch.optimizers import ClientOptimizer, positive
+from fedtorch.privacy import Privacy, SampleLevel
+from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.tree import double, expand, finite, row, sq_norms, stack
 from fedtorch.types import ClientError, ConfigError, Context, Failure, Params, Task, Update
@@ -65,6 +67,8 @@ class Recipe:
     """Examples in a local step; None: all of the client's at once."""
     drop_last: bool = False
     """Leave out the last, smaller batch of each pass (clients smaller than a batch keep theirs)."""
+    privacy: Privacy | None = None
+    """SampleLevel, ClientLevel or LocalDP; none: nothing is noised."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot train, by name."""
@@ -74,6 +78,12 @@ class Recipe:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         self.optimizer.check()
+
+    @property
+    def weighting(self) -> str:
+        """How clients are weighed: auto is by examples, and alike where privacy asks for it."""
+        chosen = self.strategy.weighting
+        return chosen if chosen != "auto" else "uniform" if self.privacy else "examples"
 
 
 def local_update(
@@ -90,9 +100,7 @@ def local_update(
     anchor = {k: task.state[k] for k in names}
     device = next(iter(anchor.values())).device
     memory = [c.memory or recipe.strategy.remember(anchor) for c in clients]
-    plans = [
-        plan(len(c), recipe, seeds.derive(task.seed, "order", task.round, c.id)) for c in clients
-    ]
+    plans, private = _steps(clients, task, recipe)
     ctx = Context(
         anchor=expand(anchor),
         extras={g: expand(e) for g, e in task.extras.items()},
@@ -100,10 +108,11 @@ def local_update(
         steps=torch.tensor([len(p) for p in plans]),
         lr=task.lr,
     )
-    solve = solvers.general if len(clients) == 1 else solvers.stacked
+    alone = len(clients) == 1 and not (private and private.mode == "stacked")
+    solve = solvers.general if alone else solvers.stacked
     with seeds.seeded(seeds.derive(task.seed, "visit", task.round, clients[0].id)):
         try:
-            trained = solve(model, [c.data for c in clients], plans, task, recipe, ctx)
+            trained = solve(model, [c.data for c in clients], plans, task, recipe, ctx, private)
         except Exception as e:
             who = f"client {clients[0].id}" if len(clients) == 1 else f"{len(clients)} clients"
             raise ClientError(f"{who}, round {task.round}: {type(e).__name__}: {e}") from e
@@ -118,31 +127,63 @@ def local_update(
     )
     with torch.no_grad():
         sent, remembered = recipe.strategy.upload(double(trained.params), exact)
-    groups = [*sent.values(), *([trained.buffers] if trained.buffers else [])]
+    buffers = {} if recipe.privacy else trained.buffers  # statistics of the data are never noised
+    groups = [*sent.values(), *([buffers] if buffers else [])]
     keep = torch.stack([finite(g) for g in groups]).all(0).cpu()
-    failures = []
     for k, client in enumerate(clients):
         if keep[k]:
             client.memory = {
                 g: {n: v.to(anchor[n].dtype) for n, v in row(m, k).items()}
                 for g, m in remembered.items()
             }
-        else:
-            failures.append(Failure(client.id, "nonfinite", "its update is not finite"))
     examples = torch.tensor([float(len(c)) for c in clients])
+    figures = {"train_loss": trained.loss, "examples": examples, "steps": ctx.steps.double()}
+    if recipe.privacy:
+        sent = recipe.privacy.client(sent, examples, task, [c.id for c in clients])
+        if recipe.privacy.unit == "client":
+            # made zero by the plan, and sent: who reports must not depend on anybody's data
+            figures["zeroed"] = (~keep).double()
+            keep = torch.ones_like(keep)
+    failures = [
+        Failure(c.id, "nonfinite", "its update is not finite")
+        for k, c in enumerate(clients)
+        if not keep[k]
+    ]
+    weight = examples if recipe.weighting == "examples" else torch.ones(len(clients))
     update = Update(
         ids=tuple(c.id for k, c in enumerate(clients) if keep[k]),
         sent={g: {n: v[keep] for n, v in s.items()} for g, s in sent.items()},
-        buffers={n: v[keep] for n, v in trained.buffers.items()},
-        weight=(examples if recipe.strategy.weighting == "examples" else examples * 0 + 1)[keep],
+        buffers={n: v[keep] for n, v in buffers.items()},
+        weight=weight[keep],
         metrics={
-            "train_loss": trained.loss[keep],
-            "examples": examples[keep],
-            "steps": ctx.steps.double()[keep],
+            **{name: v[keep] for name, v in figures.items()},
             "update_norm": sq_norms(sent["delta"]).sqrt().cpu()[keep],
         },
     )
     return update, failures
+
+
+def _steps(
+    clients: Sequence[Client], task: Task, recipe: Recipe
+) -> tuple[list[Tensor], PrivateSteps | None]:
+    """Which examples each client sees in which step, and what makes the steps private, if anything."""
+    privacy = recipe.privacy
+    if not isinstance(privacy, SampleLevel):
+        order = [seeds.derive(task.seed, "order", task.round, c.id) for c in clients]
+        return [plan(len(c), recipe, s) for c, s in zip(clients, order, strict=True)], None
+    batches, noise = (
+        [privacy.stream(purpose, task.round, c.id) for c in clients]
+        for purpose in ("batches", "noise")
+    )
+    plans = [privacy.batches(len(c), s) for c, s in zip(clients, batches, strict=True)]
+    return plans, PrivateSteps(
+        task.privacy["clip"],
+        task.privacy["noise"],
+        privacy.batch_size,
+        noise,
+        "stacked" if privacy.mode == "auto" else privacy.mode,
+        privacy.max_batch,
+    )
 
 
 def as_dataset(data: Dataset | tuple[Tensor, ...], owner: str) -> Dataset:

@@ -35,7 +35,8 @@ class Report:
 
     def round(self, metrics: Mapping[str, Any], seconds: float) -> None:
         """One round is done."""
-        for who, kind in metrics["failed"].items():
+        failed = metrics.get("failed") or metrics.get("nonprivate_failed") or {}
+        for who, kind in failed.items():
             if kind == "nonfinite":
                 self.say(
                     f"round {metrics['round']}: client {who} left out, its update is not finite"
@@ -45,7 +46,9 @@ class Report:
             for label, key in _shown(metrics)
             if metrics.get(key) is not None
         ]
-        parts.append(f"{metrics['clients'] / max(seconds, 1e-9):.1f} clients/s")
+        clients = metrics.get("clients", metrics.get("nonprivate_clients"))
+        if clients is not None:
+            parts.append(f"{clients / max(seconds, 1e-9):.1f} clients/s")
         line = "  ".join(parts)
         self.bar.update(self.task, completed=metrics["round"], description=line)
         if not self.console.is_terminal:
@@ -96,7 +99,11 @@ class StopSignal:
 
 def _shown(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     tests = [(k.replace("_", " "), k) for k in metrics if k.startswith("test_")]
-    return [("train loss", "train_loss"), *tests]
+    private = [
+        ("(not private) train loss", "nonprivate_train_loss"),
+        ("epsilon", "privacy_epsilon"),
+    ]
+    return [("train loss", "train_loss"), *private, *tests]
 
 
 def partition_table(

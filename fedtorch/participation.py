@@ -20,9 +20,15 @@ class Participation:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"participation.dropout must be in [0, 1), got {self.dropout}")
 
-    def cohort(self, population: int, seed: int, round: int) -> tuple[list[int], list[int]]:
-        """Indices of the clients that report, and of those that were chosen but dropped out."""
-        chosen = self.choose(population, seeds.generator(seed, "cohort", round))
+    def cohort(
+        self, population: int, seed: int, round: int, chosen: list[int] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Indices of the clients that report, and of those that were chosen but dropped out.
+
+        ``chosen`` are clients that somebody else has drawn already (client-level privacy does).
+        """
+        if chosen is None:
+            chosen = self.choose(population, seeds.generator(seed, "cohort", round))
         lost = torch.rand(len(chosen), generator=seeds.generator(seed, "dropout", round))
         late = (lost < self.dropout).tolist()
         return (

@@ -45,7 +45,7 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
         raise ConfigError(f"model {name} has complex parameters, which are not supported")
     client = clients[0]
     try:
-        x, y = to(_batch(client.data), params[0].device)
+        x, y = to(two_examples(client.data), params[0].device)
     except Exception as e:
         raise ConfigError(
             f"client {client.id}: a dataset must give (x, y) pairs, but taking a batch failed: {e}"
@@ -74,7 +74,7 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
             raise ConfigError(f"the loss does not depend on the parameters of model {name}")
         loss.mean().backward()
     model.zero_grad()
-    _put_back(model, before)
+    put_back(model, before)
 
 
 def classes_fit(model: nn.Module, data: Classes) -> None:
@@ -117,7 +117,7 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
     """Why these clients cannot train side by side, or None when they can."""
     if not recipe.optimizer.elementwise:
         return f"optimizer {recipe.optimizer.name} does not work element by element"
-    x, y = to(_batch(clients[0].data), next(model.parameters()).device)
+    x, y = to(two_examples(clients[0].data), next(model.parameters()).device)
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return "the data is not a plain pair of tensors (x, y)"
     shapes = {tuple(c.data[0][0].shape) if hasattr(c.data[0][0], "shape") else () for c in clients}
@@ -156,7 +156,7 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
 
 def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
     """Whether an example's result depends on its neighbours (BatchNorm, a whole-batch loss)."""
-    x, y = to(_batch(data), next(model.parameters()).device)
+    x, y = to(two_examples(data), next(model.parameters()).device)
     before = snapshot(model)
     off = [m for m in model.modules() if "Dropout" in m._get_name()]
     try:
@@ -170,7 +170,7 @@ def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
                 return True
             return not torch.allclose(output, longer, rtol=1e-3, atol=1e-5)
     finally:
-        _put_back(model, before)
+        put_back(model, before)
 
 
 def _try(model: nn.Module, data: Dataset) -> tuple[Any, Any]:
@@ -180,16 +180,18 @@ def _try(model: nn.Module, data: Dataset) -> tuple[Any, Any]:
     with torch.no_grad(), seeds.seeded(0):
         output = forward(model.eval(), x)
     model.train(was_training)
-    _put_back(model, before)
+    put_back(model, before)
     return output, y
 
 
-def _batch(data: Dataset) -> tuple[object, object]:
+def two_examples(data: Dataset) -> tuple[Any, Any]:
+    """A batch of two, or twice the only one."""
     # two examples even of a client that has one: BatchNorm cannot train on a single value
     return fetch(data, torch.tensor([0, length(data) - 1]))
 
 
-def _put_back(model: nn.Module, state: dict[str, Tensor]) -> None:
+def put_back(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Undo what a trial did to parameters and buffers."""
     with torch.no_grad():
         for k, v in (*model.named_parameters(), *model.named_buffers()):
             v.copy_(state[k])

@@ -57,11 +57,15 @@ def finish(folder: Path, model: nn.Module, summary: dict[str, Any]) -> None:
     part = folder / "model.safetensors.part"
     save_file(state, part)
     os.replace(part, folder / "model.safetensors")
-    # JSON has no NaN: a loss that overflowed is null, as a figure that does not apply is
+    write_json(folder / "summary.json", summary)
+
+
+def write_json(path: Path, table: dict[str, Any]) -> None:
+    """A table as a JSON file; JSON has no NaN: a figure that overflowed is null."""
     plain = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in table.items()
     }
-    replace(folder / "summary.json", json.dumps(plain, indent=2) + "\n")
+    replace(path, json.dumps(plain, indent=2) + "\n")
 
 
 def replace(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ weight a client axis and lets torch.func.vmap run K clients as one.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from torch.utils.data import Dataset
 from fedtorch.batches import Order, fetch, side_by_side
 from fedtorch.losses import Loss, reduce
 from fedtorch.optimizers import ClientOptimizer
+from fedtorch.privacy.gradients import PrivateSteps, opacus_gradients, stacked_gradients
 from fedtorch.strategies import Strategy
 from fedtorch.tree import expand, per_client
 from fedtorch.types import Context, Params, Stack, Task
@@ -56,8 +58,12 @@ def general(
     task: Task,
     recipe: Recipe,
     ctx: Context,
+    private: PrivateSteps | None = None,
 ) -> Trained:
-    """One client through the module itself: any model, any loss, any torch optimizer."""
+    """One client through the module itself: any model, any loss, any torch optimizer.
+
+    With ``private`` each step takes its gradient, clipped by example and noised, from Opacus.
+    """
     (data,), (steps,) = datasets, plans
     load(model, task.state)
     model.train()
@@ -67,15 +73,20 @@ def general(
     correcting = type(recipe.strategy).correct is not Strategy.correct
     device = next(iter(params.values())).device
     total = torch.zeros((), dtype=torch.float64)
-    for index in steps:
-        x, y = to(fetch(data, index[index >= 0]), device)
-        optimizer.zero_grad()
-        loss = reduce(recipe.loss(forward(model, x), y)).mean()
-        loss.backward()
-        if correcting:
-            correct(recipe.strategy, params, views, ctx)
-        optimizer.step()
-        total += loss.detach().double().cpu()
+    hooks = opacus_gradients(model, recipe.loss, private, forward) if private else nullcontext()
+    with hooks as gradients:
+        for index in steps:
+            x, y = to(fetch(data, index[index >= 0]), device)
+            optimizer.zero_grad()
+            if gradients is None:
+                loss = reduce(recipe.loss(forward(model, x), y)).mean()
+                loss.backward()
+            else:
+                loss = gradients.backward(x, y)
+            if correcting:
+                correct(recipe.strategy, params, views, ctx)
+            optimizer.step()
+            total += loss.detach().double().cpu()
     optimizer.zero_grad()  # a gradient left behind would be seen by the next client
     floats = {k: b.clone()[None] for k, b in model.named_buffers() if b.is_floating_point()}
     return Trained({k: v.clone() for k, v in views.items()}, floats, total[None] / len(steps))
@@ -88,6 +99,7 @@ def stacked(
     task: Task,
     recipe: Recipe,
     ctx: Context,
+    private: PrivateSteps | None = None,
 ) -> Trained:
     """K clients at once: every weight gets a client axis and an ordinary torch optimizer steps it.
 
@@ -113,11 +125,18 @@ def stacked(
         x, y, mask = x.to(device), y.to(device), mask.to(device)
         live = t < ctx.steps
         before = None if live.all() else {k: v.detach().clone() for k, v in state.items()}
-        each = vmap(losses, randomness="different")(params, rest, x, y)
+        optimizer.zero_grad()
+        if private is None:
+            each = vmap(losses, randomness="different")(params, rest, x, y)
+        else:
+            batch = x, y, mask
+            grads, each = stacked_gradients(model, recipe.loss, params, rest, batch, private)
+            for k, v in params.items():
+                v.grad = grads[k]
         if each.dim() == 2:  # one loss for each example: average each client's real ones
             each = torch.where(mask, each, 0).sum(1) / mask.sum(1).clamp(min=1)
-        optimizer.zero_grad()
-        each.sum().backward()
+        if private is None:
+            each.sum().backward()
         if correcting:
             correct(recipe.strategy, params, views, ctx, stacked=True)
         optimizer.step()

@@ -40,7 +40,7 @@ class Tracker:
     def round(self, metrics: Mapping[str, Any]) -> None:
         """Log one round's figures and flush, so that a kill loses nothing that was saved."""
         step = int(metrics["round"])
-        kinds = list(metrics["failed"].values())
+        kinds = list(metrics.get("failed", {}).values())
         figures = dict(metrics) | {k: kinds.count(k) for k in ("dropped", "nonfinite")}
         for name, value in figures.items():
             tag = TAGS.get(name) or _section(name)
@@ -74,7 +74,7 @@ class Tracker:
 
 
 def _section(name: str) -> str | None:
-    for section in ("test", "validation"):
+    for section in ("test", "validation", "privacy", "nonprivate"):
         if name.startswith(f"{section}_"):
             return f"{section}/{name.removeprefix(f'{section}_')}"
     return None

@@ -1,6 +1,7 @@
 """Arithmetic on ``dict[str, Tensor]``, with or without the leading client axis."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,3 +59,12 @@ def weighted_sum(tree: Stack, weight: Tensor) -> Params:
 def _rows(v: Tensor) -> Tensor:
     # flatten(1) fails on [K], the stack of a scalar parameter
     return v.reshape(len(v), -1)
+
+
+def rows(batch: Any, index: Tensor | slice) -> Any:
+    """Some examples of a batch, which may be a tensor or a tuple, list or dict of such."""
+    if isinstance(batch, dict):
+        return {k: rows(v, index) for k, v in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(rows(v, index) for v in batch)
+    return batch[index]

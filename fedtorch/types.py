@@ -31,6 +31,8 @@ class Task:
     seed: int
     lr: float
     """Client learning rate of this round, after the schedule."""
+    privacy: dict[str, float] = field(default_factory=dict)
+    """Public numbers of the privacy plan this round: ``clip`` (norm) and ``noise`` (multiplier)."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fedtorch import probe
+from fedtorch import probe, probe_private
 from fedtorch.client import Client, Recipe, local_update
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
 
@@ -37,9 +37,10 @@ class Local:
         """Try one batch and choose the chunk size."""
         worker = copy.deepcopy(model).to(self.device)
         probe.fits(worker, clients, recipe)
-        chunk = self.chunk or _automatic(worker, self.device)
+        chunk = min(self.chunk or _automatic(worker, self.device), len(clients))
+        recipe, chunk = probe_private.fits(worker, clients, recipe, chunk)
         notes = []
-        why = probe.no_stacking(worker, clients, recipe) if min(chunk, len(clients)) > 1 else None
+        why = probe.no_stacking(worker, clients, recipe) if chunk > 1 else None
         if why:
             notes.append(f"clients train one after another: {why}")
             chunk = 1

@@ -32,7 +32,7 @@ class Expected(NamedTuple):
 
 def task_message(task: Task, **facts: Any) -> Message:
     """A task, and whatever else the engine wants to say with it."""
-    own = {"round": task.round, "seed": task.seed, "lr": task.lr}
+    own = {"round": task.round, "seed": task.seed, "lr": task.lr, "privacy": task.privacy}
     groups = {"state": task.state} | {f"extras/{g}": e for g, e in task.extras.items()}
     return Message("task", own | facts, groups)
 
@@ -44,12 +44,16 @@ def read_task(message: Message) -> Task:
     if not math.isfinite(lr):
         raise MessageError("the learning rate is not finite")
     extras = _under(message, "extras/")
+    privacy = _fact(message, "privacy", (dict,))
+    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in privacy.values()):
+        raise MessageError("a number of the privacy plan is not finite")
     return Task(
         state=message.groups.get("state", {}),
         extras=extras,
         round=_fact(message, "round", (int,)),
         seed=_fact(message, "seed", (int,)),
         lr=float(lr),
+        privacy={k: float(v) for k, v in privacy.items()},
     )
 
 

@@ -60,7 +60,7 @@ class Processes:
         """Check that these fit together, then start the workers."""
         devices = self.devices()
         local = Local(self.chunk, devices[0]).open(model, clients, recipe)
-        body, data = kit.pack(model, clients, recipe)
+        body, data = kit.pack(model, clients, local.recipe)
         block = shared(data.size)
         data.write(block)
         return ProcessesSession(local, body, block[: data.size], devices, self.chunk is None)

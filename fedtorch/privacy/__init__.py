@@ -1,1 +1,10 @@
-"""Differential privacy: what a release costs, what a run has spent, and how noise is made."""
+"""Private training: three plans, one ledger for the whole run."""
+
+from fedtorch.privacy.adaptive import AdaptiveClip
+from fedtorch.privacy.bands import Bands
+from fedtorch.privacy.base import Privacy
+from fedtorch.privacy.central import ClientLevel
+from fedtorch.privacy.local import LocalDP
+from fedtorch.privacy.sample import SampleLevel
+
+__all__ = ["AdaptiveClip", "Bands", "ClientLevel", "LocalDP", "Privacy", "SampleLevel"]

@@ -20,14 +20,14 @@ class Strategy:
 
     server: ServerOptimizer | None = None
     """Server optimizer fed with the mean delta; none: the mean delta is simply added."""
-    weighting: Literal["examples", "uniform"] = "examples"
-    """Average clients by their number of examples, or all alike."""
+    weighting: Literal["auto", "examples", "uniform"] = "auto"
+    """Average clients by their number of examples, or all alike; auto: by examples, under privacy alike."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        if self.weighting not in ("examples", "uniform"):
+        if self.weighting not in ("auto", "examples", "uniform"):
             raise ConfigError(
-                f"strategy.weighting must be 'examples' or 'uniform', not {self.weighting!r}"
+                f"strategy.weighting must be auto, examples or uniform, not {self.weighting!r}"
             )
 
     def init(self, params: Params) -> dict[str, Params]:

@@ -18,7 +18,7 @@ class Scaffold(Strategy):
     clients alike and steps with plain SGD; other client optimizers run, outside its analysis.
     """
 
-    weighting: Literal["examples", "uniform"] = "uniform"
+    weighting: Literal["auto", "examples", "uniform"] = "uniform"
     """The paper's mean; 'examples' weighs deltas and control variates by client size."""
 
     def init(self, params: Params) -> dict[str, Params]:

@@ -1,0 +1,203 @@
+"""What every privacy plan has: one frozen object that owns sampling, clipping, noise and accounting.
+
+The object that draws the batches or cohorts also clips, adds the noise and states the event the ledger
+is charged with: what is accounted is what is done.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fedtorch.optimizers import positive
+from fedtorch.privacy.accounting import (
+    Event,
+    calibrate,
+    check_accountant,
+    check_delta,
+    epsilon,
+)
+from fedtorch.privacy.streams import Stream, stream
+from fedtorch.tree import finite, per_client, tmap
+from fedtorch.types import ConfigError, Params, Stack, Task
+
+State = dict[str, Any]
+"""What a plan carries from round to round: public numbers, and noise already released."""
+
+DEFAULT_EPSILON = 8.0
+
+
+class Order(Protocol):
+    """What a plan looks at in ``fedtorch.client.Recipe`` to refuse what it would overrule."""
+
+    @property
+    def strategy(self) -> Any:
+        """Its weighting matters."""
+
+    @property
+    def steps(self) -> int | None:
+        """Local steps."""
+
+    @property
+    def drop_last(self) -> bool:
+        """Leave out the last batch."""
+
+
+@dataclass(frozen=True)
+class Privacy(ABC):
+    """Options common to the three plans. ``epsilon`` and ``delta`` hold for the whole run."""
+
+    unit: ClassVar[Literal["example", "client"]]
+    """Whose presence the guarantee hides."""
+    per_client: ClassVar[bool]
+    """Whether the ledger charges each client, or the run as a whole."""
+
+    clip: float = 1.0
+    """Clipping norm: the most one unit can change what is released, in parameter units."""
+    epsilon: float | None = None
+    """Target for the whole run, from which the noise is calibrated; none of the two given: 8."""
+    noise_multiplier: float | None = None
+    """Noise standard deviation over sensitivity, in place of a target epsilon."""
+    delta: float = 1e-5
+    """Chance the guarantee may fail; well below one over the number of units."""
+    rounds: int | None = None
+    """Rounds the plan is calibrated for; none: the run's rounds."""
+    accountant: Literal["prv", "rdp"] = "prv"
+    """prv (tight) or rdp."""
+    budget: Literal["stop", "error"] = "stop"
+    """Before a round that would overspend: stop with the model so far, or fail."""
+    strict: bool = False
+    """Leave every figure that the guarantee does not cover out of logs and screen."""
+    rng: Literal["torch", "os"] = "torch"
+    """Noise from torch's generator, its state filled by the system, or every draw from the system."""
+    insecure_seed: int | None = None
+    """Makes noise repeatable, for tests: whoever knows it can take the noise off."""
+    fix_model: bool = False
+    """Replace layers that void the guarantee (BatchNorm, LSTM, ...) before round 0."""
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no guarantee, by name."""
+        positive("privacy.clip", self.clip)
+        if self.epsilon is not None and self.noise_multiplier is not None:
+            raise ConfigError("privacy takes epsilon or noise_multiplier, not both: leave one out")
+        if self.epsilon is not None:
+            positive("privacy.epsilon", self.epsilon)
+        if self.noise_multiplier is not None:
+            positive("privacy.noise_multiplier", self.noise_multiplier)
+        check_delta(self.delta)
+        check_accountant(self.accountant)
+        if self.rounds is not None and self.rounds < 1:
+            raise ConfigError(f"privacy.rounds must be at least 1, got {self.rounds}")
+        for name, known in (("budget", ("stop", "error")), ("rng", ("torch", "os"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"privacy.{name} must be {' or '.join(known)}")
+
+    @property
+    def target(self) -> float | None:
+        """The epsilon that the run may spend; None where only the noise was given."""
+        return None if self.noise_multiplier else self.epsilon or DEFAULT_EPSILON
+
+    def stream(self, *purpose: str | int) -> Stream:
+        """Randomness for one purpose, drawn where it is used."""
+        return stream(self.rng, self.insecure_seed, *purpose)
+
+    def calibrated(self, rounds: int) -> float:
+        """Noise multiplier with which ``rounds`` planned rounds cost the target; found once, cached."""
+        if self.noise_multiplier is not None:
+            return self.noise_multiplier
+        one = self.event(1.0)
+        steps = one.steps * self.releases(rounds)
+        return calibrate(self.target or 0.0, self.delta, one.rate, steps, self.accountant)
+
+    def planned(self, noise: float, rounds: int) -> float:
+        """Epsilon of ``rounds`` rounds for the unit that takes part most."""
+        return epsilon([self.event(noise)] * self.releases(rounds), self.delta, self.accountant)
+
+    @abstractmethod
+    def event(self, noise: float) -> Event:
+        """What one round costs each unit that is charged for it."""
+
+    def releases(self, rounds: int) -> int:
+        """Rounds, of ``rounds``, that one unit is charged for at most."""
+        return rounds
+
+    @abstractmethod
+    def check(
+        self, recipe: Order, participation: object, population: int, noise: float
+    ) -> list[str]:
+        """Refuse what would void the claim; returns notes to be said before training."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, str]:
+        """In words: unit, neighbouring relation, who is trusted, mechanism."""
+
+    # the round; what a plan does not do is the identity
+
+    def start(self, groups: dict[str, Params]) -> State:
+        """State before round 0; ``groups`` has the shapes of what a client sends."""
+        return {}
+
+    def numbers(self, noise: float, state: State) -> dict[str, float]:
+        """Public numbers the clients need this round: ``clip`` and ``noise`` (multiplier)."""
+        return {"clip": self.clip, "noise": noise}
+
+    def cohort(self, population: int, round: int) -> list[int] | None:
+        """This round's clients where the plan draws them, else None."""
+        return None
+
+    def charged(self, cohort: Sequence[int], population: int, round: int) -> list[int] | None:
+        """Clients the ledger charges for a round, or None for the run as a whole."""
+        return list(cohort) if self.per_client else None
+
+    def share(self) -> float | None:
+        """Public stand-in for cohort / population where the cohort is a secret."""
+        return None
+
+    def client(
+        self, sent: dict[str, Stack], examples: Tensor, task: Task, ids: Sequence[str]
+    ) -> dict[str, Stack]:
+        """The client's half: what leaves the client in place of ``sent``, each group [K, ...]."""
+        return sent
+
+    def release(
+        self, sums: dict[str, Params], state: State, noise: float, population: int
+    ) -> tuple[dict[str, Params], State] | None:
+        """The server's half: noised mean from the sum over clients; None: an ordinary mean will do."""
+        return None
+
+
+def uniform_weights(recipe: Order) -> None:
+    """Refuse weights that release how many examples a client has."""
+    if recipe.strategy.weighting == "examples":
+        raise ConfigError(
+            "strategy.weighting examples voids the privacy claim: it releases how many examples "
+            "each client has, and one client's weight has no bound; use uniform (or auto)"
+        )
+
+
+def joint_norms(sent: dict[str, Stack], order: int = 2) -> Tensor:
+    """L1 or L2 norm of each client's groups together, [K], in float64."""
+    flat = [v.double().reshape(len(v), -1) for stack in sent.values() for v in stack.values()]
+    if order == 1:
+        return torch.stack([f.abs().sum(1) for f in flat]).sum(0)
+    return torch.stack([f.square().sum(1) for f in flat]).sum(0).sqrt()
+
+
+def clipped(
+    sent: dict[str, Stack], norms: Tensor, clip: float, scale: Tensor | None = None
+) -> dict[str, Stack]:
+    """Scale each client's groups together down to norm ``clip``, then by ``scale`` in [0, 1].
+
+    Guarantee: the joint norm of every client is at most ``clip``; a client with any number that is not
+    finite (or a norm beyond float64) sends zero.
+    """
+    good = torch.stack([finite(s) for s in sent.values()]).all(0) & norms.isfinite()
+    factor = torch.where(good, clip / norms.clamp(min=clip), 0)
+    factor = factor if scale is None else factor * scale.to(factor)
+    return {
+        g: tmap(lambda v: torch.where(per_client(good, v), v * per_client(factor, v), 0), s)
+        for g, s in sent.items()
+    }

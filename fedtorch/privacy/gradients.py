@@ -1,0 +1,181 @@
+"""Clipped and noised gradients for one local step: the heart of DP-SGD.
+
+Three ways to the same sum of clipped per-example gradients: ``stacked`` (torch.func, K clients at once),
+Opacus ``hooks`` (per-example gradients of one client) and Opacus ``ghost`` (per-example norms only, and
+a second backward pass over the weighted losses).
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+
+from fedtorch.losses import Loss, reduce
+from fedtorch.privacy.streams import Stream
+from fedtorch.tree import rows, tmap
+from fedtorch.types import Params, Stack
+
+
+@dataclass(frozen=True)
+class PrivateSteps:
+    """What a solver needs for private local steps of K clients.
+
+    A solver sums each client's per-example gradients, each scaled by ``factors``, and hands the sum to
+    ``finish``. An empty batch is a step like any other: its sum is zero.
+    """
+
+    clip: float
+    """Clipping norm of one example's gradient."""
+    noise: float
+    """Noise multiplier: the noise on the sum has standard deviation noise x clip."""
+    divisor: float
+    """Public batch size."""
+    streams: Sequence[Stream]
+    """Noise, one stream for each client of the stack."""
+    mode: str = "auto"
+    max_batch: int = 512
+
+    def factors(self, sq_norms: Tensor) -> Tensor:
+        """Squared norms -> min(1, clip / norm); an example that is not finite counts as nothing."""
+        scale = (self.clip * sq_norms.rsqrt()).clamp(max=1)
+        return torch.where(sq_norms.isfinite(), scale, 0)
+
+    def finish(self, sums: Stack) -> Stack:
+        """(sum + N(0, (noise clip)^2)) / divisor, [K, ...]; sensitivity of the sum: clip (add/remove)."""
+        std = self.noise * self.clip
+        out = {}
+        for k, v in sums.items():
+            xi = torch.stack([s.normal(tuple(v.shape[1:])) for s in self.streams])
+            out[k] = v.add(xi.to(v), alpha=std).div_(self.divisor)
+        return out
+
+
+def stacked_gradients(
+    model: nn.Module,
+    loss: Loss,
+    params: Stack,
+    rest: Stack,
+    batch: tuple[Tensor, Tensor, Tensor],
+    steps: PrivateSteps,
+) -> tuple[Stack, Tensor]:
+    """K clients' private gradients [K, ...] and per-example losses [K, B] from x, y, mask [K, B, ...]."""
+
+    def one(params: Params, rest: Params, x: Tensor, y: Tensor) -> Tensor:
+        return reduce(loss(functional_call(model, (params, rest), (x[None],)), y[None]))[0]
+
+    per_example = vmap(
+        vmap(grad_and_value(one), (None, None, 0, 0), randomness="different"),
+        randomness="different",
+    )
+    fixed = {k: v.detach() for k, v in params.items()}
+    total, losses = tmap(torch.zeros_like, fixed), []
+    for x, y, mask in zip(*(t.split(steps.max_batch, 1) for t in batch), strict=True):
+        grads, values = per_example(fixed, rest, x, y)
+        sq = torch.stack([g.reshape(*g.shape[:2], -1).square().sum(2) for g in grads.values()]).sum(
+            0
+        )
+        weight = torch.where(mask, steps.factors(sq), 0)
+        for k, g in grads.items():
+            total[k] += torch.einsum("kb,kb...->k...", weight, _only(weight > 0, g, sq))
+        losses.append(values)
+    return steps.finish(total), torch.cat(losses, 1)
+
+
+def _only(used: Tensor, grads: Tensor, sq_norms: Tensor) -> Tensor:
+    # 0 x NaN is NaN, so what counts as nothing has to be nothing; rare, hence not always done
+    if bool(sq_norms.isfinite().all()):
+        return grads
+    return torch.where(used.reshape(*used.shape, *[1] * (grads.dim() - used.dim())), grads, 0)
+
+
+@contextmanager
+def opacus_gradients(
+    model: nn.Module, loss: Loss, steps: PrivateSteps, forward: Callable[[nn.Module, Any], Any]
+) -> Iterator["OpacusGradients"]:
+    """Hooks on the model for one visit; afterwards it is as it was, with its plain state_dict keys."""
+    from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
+
+    kind = GradSampleHooksFastGradientClipping if steps.mode == "ghost" else GradSampleHooks
+    hooks = kind(model, loss_reduction="sum", strict=False)
+    try:
+        yield OpacusGradients(model, hooks, loss, steps, forward)
+    finally:
+        hooks.cleanup()
+        for p in model.parameters():
+            for left in ("summed_grad", "grad_sample", "_norm_sample", "_forward_counter"):
+                if hasattr(p, left):
+                    delattr(p, left)
+
+
+@dataclass
+class OpacusGradients:
+    """One client's private gradients through Opacus."""
+
+    model: nn.Module
+    hooks: Any
+    loss: Loss
+    steps: PrivateSteps
+    forward: Callable[[nn.Module, Any], Any]
+
+    def backward(self, x: Any, y: Any) -> Tensor:
+        """Leave the private gradient of a batch in ``p.grad``; returns the mean loss (0 when empty)."""
+        params = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        total = {k: torch.zeros_like(p) for k, p in params.items()}
+        run = self._ghost if self.steps.mode == "ghost" else self._hooked
+        losses = [
+            run(rows(x, part), y[part], total)
+            for part in torch.arange(len(y)).split(self.steps.max_batch)
+            if len(part)
+        ]
+        done = self.steps.finish({k: v[None] for k, v in total.items()})
+        for k, p in params.items():
+            p.grad = done[k][0]
+        return torch.cat(losses).mean() if losses else torch.zeros(())
+
+    def _hooked(self, x: Any, y: Any, total: Params) -> Tensor:
+        values = reduce(self.loss(self.forward(self.model, x), y))
+        with _quiet():
+            values.sum().backward()
+        grads: Params = {k: getattr(self.model.get_parameter(k), "grad_sample") for k in total}  # noqa: B009
+        sq = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in grads.values()]).sum(0)
+        weight = self.steps.factors(sq)
+        for k, g in grads.items():
+            total[k] += torch.tensordot(weight, _only(weight > 0, g, sq), 1)
+        self.hooks.set_grad_sample_to_none()
+        self.model.zero_grad()
+        return values.detach()
+
+    def _ghost(self, x: Any, y: Any, total: Params) -> Tensor:
+        values = reduce(self.loss(self.forward(self.model, x), y))
+        with _quiet():
+            values.sum().backward(retain_graph=True)
+        sq = self.hooks.get_norm_sample().square()
+        self.model.zero_grad()
+        finite = sq.isfinite()
+        if not bool(finite.all()):
+            # 0 x NaN would spread in the second backward: such examples must not be in its graph
+            if bool(finite.any()):
+                self._ghost(rows(x, finite), y[finite], total)
+            return values.detach()
+        self.hooks.disable_hooks()
+        with _quiet():
+            (values * self.steps.factors(sq)).sum().backward()
+        self.hooks.enable_hooks()
+        for k, p in self.model.named_parameters():
+            if p.grad is not None:
+                total[k] += p.grad
+        self.model.zero_grad()
+        return values.detach()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # harmless since torch 2.9: the hooks read the gradient of the output, not of the input
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+        yield

@@ -1,0 +1,72 @@
+"""The privacy report: in plain words before training, in figures afterwards."""
+
+import statistics
+from importlib.metadata import version
+from typing import Any
+
+from fedtorch.privacy.run import PrivateRun
+
+
+def promise(run: PrivateRun) -> list[str]:
+    """What is promised, to be said before round 0."""
+    plan, words = run.plan, run.plan.describe()
+    epsilon = plan.planned(run.noise, run.rounds)
+    return [
+        f"privacy of {words['unit']}: {words['mechanism']}",
+        f"trusted: {words['trusted']}; neighbouring: {words['neighbouring']}",
+        f"noise multiplier {run.noise:.4g}, planned epsilon {epsilon:.3f} at delta {run.delta:g} over "
+        f"{run.rounds} rounds ({plan.accountant} accountant)",
+        f"in plain words: whatever anybody knew before, seeing all this run releases can change the "
+        f"odds that {words['unit']} took part at most {_odds(epsilon)}, but for a chance of {run.delta:g}",
+    ]
+
+
+def _odds(epsilon: float) -> str:
+    factor = 2.718281828459045 ** min(epsilon, 700)
+    return f"{factor:,.0f}-fold" if factor >= 10 else f"{factor:.1f}-fold"
+
+
+def statement(run: PrivateRun) -> dict[str, Any]:
+    """Everything a reader needs to believe, or doubt, the claim: ``privacy.json``."""
+    plan = run.plan
+    spent = run.ledger.spent_by_client(plan.delta, plan.accountant) if plan.per_client else {}
+    values = sorted(spent.values())
+    return {
+        **plan.describe(),
+        "plan": repr(plan),
+        "noise_multiplier": run.noise,
+        "delta": run.delta,
+        "epsilon_planned": plan.planned(run.noise, run.rounds),
+        "epsilon_spent": run.spent(),
+        "epsilon_spent_per_client": {
+            "min": values[0],
+            "median": statistics.median(values),
+            "max": values[-1],
+        }
+        if values
+        else None,
+        "rounds_planned": run.rounds,
+        "rounds_charged": len(run.ledger.entries),
+        "accountant": plan.accountant,
+        "versions": {p: version(p) for p in ("torch", "opacus", "scipy")},
+        "randomness": randomness(run),
+        "outside_the_guarantee": "nothing is logged"
+        if plan.strict
+        else "figures tagged nonprivate/, the table and picture of who got what, console lines of them",
+    }
+
+
+def randomness(run: PrivateRun) -> str:
+    """Where the noise comes from."""
+    if run.plan.insecure_seed is not None:
+        return "INSECURE: a known seed; the noise can be taken off again"
+    if run.plan.rng == "os":
+        return "every draw from the operating system's cryptographic generator"
+    return "Mersenne Twister, its whole state filled by the operating system; not cryptographic"
+
+
+def text(run: PrivateRun) -> str:
+    """The report as lines ``name: value``, for a terminal or a text panel."""
+    return "\n".join(
+        f"    {k.replace('_', ' ')}: {v}" for k, v in statement(run).items() if v is not None
+    )

@@ -1,0 +1,125 @@
+"""Privacy of one run at the server: the calibrated plan, its state, and the ledger it is charged to."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedtorch.privacy.base import Order, Privacy
+from fedtorch.privacy.ledger import Ledger
+from fedtorch.types import ConfigError, Params
+
+PUBLIC = ("round", "lr", "seconds", "test_", "step_norm", "privacy_")
+"""Figures that no client's data reaches but through what the guarantee covers, by how they start."""
+
+COVERED = {
+    "example": ("cohort", "failed", "clients", "update_", "bytes_"),
+    "client": (),
+}
+"""More of them: under sample-level privacy who takes part is no secret and updates are noised."""
+
+
+class BudgetSpent(RuntimeError):
+    """The next round would spend more than the plan's epsilon; the model so far stands."""
+
+
+class PrivateRun:
+    """Calibrates once, charges before anything is released, noises what the server must noise."""
+
+    def __init__(self, plan: Privacy, ids: Sequence[str], groups: dict[str, Params]) -> None:
+        """``groups`` has the shapes of what a client sends."""
+        if plan.rounds is None:
+            raise ConfigError(
+                "privacy.rounds must say how many rounds are planned: the noise depends on it"
+            )
+        self.plan = plan
+        self.ids = list(ids)
+        self.rounds = plan.rounds
+        self.noise = plan.calibrated(plan.rounds)
+        self.size = sum(v.numel() for p in groups.values() for v in p.values())
+        self.state = plan.start(groups)
+        self.ledger = Ledger(unit=plan.unit)
+
+    def check(self, recipe: Order, participation: object) -> list[str]:
+        """Refuse what would void the claim; notes for the person who starts the run."""
+        plan = self.plan
+        notes = plan.check(recipe, participation, len(self.ids), self.noise)
+        if plan.insecure_seed is not None:
+            notes.append("INSECURE: the noise comes from a known seed; this run protects nobody")
+        return notes
+
+    def affordable(self, cohort: Sequence[int], round: int) -> bool:
+        """Whether the target epsilon has room for this round."""
+        plan = self.plan
+        charged = self.charged(cohort, round)
+        return plan.target is None or self.ledger.fits(
+            plan.event(self.noise), charged, plan.target, plan.delta, plan.accountant
+        )
+
+    def charge(self, cohort: Sequence[int], round: int) -> None:
+        """Enter this round into the ledger; when this returns the entry is on disk."""
+        self.ledger.charge(round, self.plan.event(self.noise), self.charged(cohort, round))
+
+    def charged(self, cohort: Sequence[int], round: int) -> list[str] | None:
+        """Whom a round is charged to: client ids, or None for the run as a whole."""
+        who = self.plan.charged(cohort, len(self.ids), round)
+        return None if who is None else [self.ids[i] for i in who]
+
+    def numbers(self, round: int) -> dict[str, float]:
+        """What the clients are told."""
+        self.state["round"] = round
+        return self.plan.numbers(self.noise, self.state)
+
+    def release(self, sums: dict[str, Params]) -> dict[str, Params] | None:
+        """Noised mean of what the clients sent, or None where an ordinary mean is private already."""
+        released = self.plan.release(sums, self.state, self.noise, len(self.ids))
+        if released is None:
+            return None
+        mean, self.state = released
+        return mean
+
+    def mark(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Figures by name, what the guarantee does not cover marked so (left out when strict)."""
+        plan = self.plan
+        public = PUBLIC + COVERED["example" if plan.per_client else "client"]
+        out: dict[str, Any] = {}
+        for name, value in figures.items():
+            if name.startswith(public):
+                out[name] = value
+            elif not plan.strict:
+                out[f"nonprivate_{name}"] = value
+        return out
+
+    def figures(self) -> dict[str, float]:
+        """What the guarantee stands at after a round."""
+        return {
+            "privacy_epsilon": self.spent(),
+            "privacy_epsilon_planned": self.plan.planned(self.noise, self.rounds),
+            "privacy_noise_multiplier": self.noise,
+            "privacy_clip_norm": float(self.state.get("clip", self.plan.clip)),
+        }
+
+    def spent(self) -> float:
+        """Epsilon of the run so far, at the plan's delta."""
+        return self.ledger.spent(self.plan.delta, self.plan.accountant)
+
+    @property
+    def delta(self) -> float:
+        """Chance of failure; none with Laplace noise."""
+        return 0.0 if self.plan.event(self.noise).mechanism == "laplace" else self.plan.delta
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {
+            "noise": self.noise,
+            "rounds": self.rounds,
+            "state": {k: v for k, v in self.state.items() if k != "zeros"},
+            "ledger": self.ledger.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any], ledger: Ledger | None) -> None:
+        """Go on with the run's own noise (more rounds than planned do not change it) and ledger.
+
+        Raises ConfigError when the ledger is missing, shorter than the checkpoint says, or edited.
+        """
+        self.ledger = ledger or Ledger.resume(None, saved["ledger"])
+        self.noise, self.rounds = saved["noise"], saved["rounds"]
+        self.state |= saved["state"]

@@ -1,0 +1,100 @@
+"""Sample-level privacy: DP-SGD inside each client. The server is not trusted, each client is.
+
+Abadi et al. 2016 (arXiv:1607.00133, Alg. 1): Poisson batches, per-example clipping, Gaussian noise on the
+sum, division by a fixed public number.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedtorch.optimizers import positive
+from fedtorch.privacy.accounting import Event
+from fedtorch.privacy.base import Order, Privacy, uniform_weights
+from fedtorch.privacy.streams import Stream
+from fedtorch.types import ConfigError
+
+MODES = ("auto", "stacked", "hooks", "ghost")
+
+
+@dataclass(frozen=True)
+class SampleLevel(Privacy):
+    """Hides whether one example was in one client's data, from everybody but that client.
+
+    A client that takes part does ``steps`` local steps; each takes every example with probability
+    ``sample_rate``, clips each example's gradient to ``clip``, adds N(0, (noise_multiplier clip)^2) to the
+    sum and divides by ``batch_size``, whatever the batch turned out to be. Rate and divisor are public
+    options and never derived from a client's size, which is private.
+
+    Guarantee: (epsilon, delta) under adding or removing one example, for all that a client ever sends.
+    Clients hold different people's data, so the run's epsilon is the largest over clients, and no
+    amplification by choosing clients is claimed: a round a client takes part in is charged in full.
+    """
+
+    unit: ClassVar[Literal["example", "client"]] = "example"
+    per_client: ClassVar[bool] = True
+
+    sample_rate: float = 0.2
+    """Chance of each example to be in a local step."""
+    steps: int = 5
+    """Local steps of each client in a round."""
+    batch_size: float = 32.0
+    """Fixed public divisor of the noised sum: the batch size you expect."""
+    mode: Literal["auto", "stacked", "hooks", "ghost"] = "auto"
+    """Per-example gradients by torch.func, Opacus hooks or Opacus ghost clipping: the same numbers."""
+    max_batch: int = 512
+    """Examples whose gradients are held at once; a larger batch is split."""
+
+    def __post_init__(self) -> None:
+        """Refuse rates, steps and divisors that no step has."""
+        super().__post_init__()
+        if not 0 < self.sample_rate <= 1:
+            raise ConfigError(f"privacy.sample_rate must be in (0, 1], got {self.sample_rate}")
+        for name in ("steps", "max_batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"privacy.{name} must be at least 1, got {getattr(self, name)}")
+        positive("privacy.batch_size", self.batch_size)
+        if self.mode not in MODES:
+            raise ConfigError(f"privacy.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+
+    def event(self, noise: float) -> Event:
+        """A round is ``steps`` releases over Poisson batches."""
+        return Event("gaussian", noise, self.sample_rate, self.steps)
+
+    def batches(self, n: int, draw: Stream) -> Tensor:
+        """Poisson batches of ``n`` examples, [steps, widest], padded with -1; a step may be empty."""
+        coins = draw.uniform(self.steps * n).view(self.steps, n) < self.sample_rate
+        rows = [row.nonzero().flatten() for row in coins]
+        width = max(1, *(len(r) for r in rows))
+        return torch.stack([F.pad(r, (0, width - len(r)), value=-1) for r in rows])
+
+    def check(
+        self, recipe: Order, participation: object, population: int, noise: float
+    ) -> list[str]:
+        """The plan draws the batches: other ways to ask for them are refused."""
+        uniform_weights(recipe)
+        if recipe.steps is not None:
+            raise ConfigError(
+                "sample-level privacy owns the steps: use --privacy.steps, not --steps"
+            )
+        if recipe.drop_last:
+            raise ConfigError("drop_last has no meaning for Poisson batches: leave it out")
+        return [
+            f"privacy draws the batches: {self.steps} Poisson steps a round at rate "
+            f"{self.sample_rate:g}; epochs and batch_size do not apply"
+        ]
+
+    def describe(self) -> dict[str, str]:
+        """In words."""
+        return {
+            "unit": "one example of one client",
+            "neighbouring": "data of a client with and without the example (add/remove)",
+            "trusted": "each client with its own data; the server and other clients are not",
+            "mechanism": (
+                f"DP-SGD: {self.steps} steps a round, Poisson rate {self.sample_rate:g}, clipping "
+                f"norm {self.clip:g}, Gaussian noise on the sum, divided by {self.batch_size:g}"
+            ),
+        }

@@ -1,0 +1,153 @@
+"""Clipped, noised gradients: every mode against a loop over examples."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fedtorch import Client, Recipe, local_update
+from fedtorch.losses import cross_entropy
+from fedtorch.privacy import SampleLevel
+from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.solvers import snapshot
+from fedtorch.types import Task
+from private_case import clients, flat, model, visit
+
+MODES = ("stacked", "hooks", "ghost")
+
+
+def brute_force(
+    net: nn.Module, x: torch.Tensor, y: torch.Tensor, clip: float
+) -> list[torch.Tensor]:
+    """Sum over examples of the clipped gradient, one backward pass for each."""
+    total = [torch.zeros_like(p) for p in net.parameters()]
+    for i in range(len(y)):
+        net.zero_grad()
+        cross_entropy(net(x[i : i + 1]), y[i : i + 1]).sum().backward()
+        grads = [p.grad for p in net.parameters()]
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
+        if math.isfinite(norm):
+            for t, g in zip(total, grads, strict=True):
+                t += g * min(1.0, clip / norm) if norm else g
+    net.zero_grad()
+    return total
+
+
+def conv() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2, padding=1), nn.GroupNorm(2, 4), nn.Tanh(),
+        nn.Flatten(), nn.LayerNorm(48), nn.Linear(48, 4),
+    )  # fmt: skip
+
+
+class Scaled(nn.Module):
+    """With a parameter that is a single number, which flattening can forget."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.linear(x * self.scale)
+
+
+def step(mode: str, **options) -> SampleLevel:
+    options = {"sample_rate": 1.0, "steps": 1, "batch_size": 7.0, "rounds": 1} | options
+    return SampleLevel(mode=mode, **options)
+
+
+@pytest.mark.parametrize("make", [model, conv, Scaled])
+@pytest.mark.parametrize("clip", [0.3, 1e6])
+@pytest.mark.parametrize("mode", MODES)
+def test_clipped_sum_is_the_brute_force_one(mode, clip, make):
+    who = clients((11,))
+    x, y = who[0].data.tensors
+    want = brute_force(make(), x, y, clip)
+    sent = visit(make(), who, step(mode, clip=clip), noise=0.0)
+    for got, w in zip(sent.values(), want, strict=True):
+        assert torch.allclose(-7.0 * got[0], w.double(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batches_larger_than_memory_are_split_without_a_trace(mode):
+    who = clients((23,))
+    whole, parts = (
+        visit(model(), who, step(mode, max_batch=m, insecure_seed=1), noise=1.0) for m in (512, 4)
+    )
+    assert (flat(whole) - flat(parts)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e38])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_example_that_is_not_finite_counts_as_nothing(mode, bad):
+    x, y = clients((9,))[0].data.tensors
+    with_bad = torch.cat([x, torch.full((1, 6), bad)]), torch.cat([y, y[:1]])
+    net = nn.Linear(6, 4)  # no tanh, which would make the example finite again
+    clean, dirty = (
+        visit(copy.deepcopy(net), [Client("c", d)], step(mode, insecure_seed=1), noise=1.0)
+        for d in ((x, y), with_bad)
+    )
+    assert flat(dirty).isfinite().all()
+    if not math.isfinite(bad):
+        assert (flat(clean) - flat(dirty)).abs().max() < 1e-6
+    else:  # a huge example is clipped like any other
+        assert (flat(clean) - flat(dirty)).norm() <= 1 / 7 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_examples_that_are_not_finite_leave_noise_alone(mode):
+    who = [Client("c", (torch.full((3, 6), math.nan), torch.zeros(3, dtype=torch.long)))]
+    sent = visit(nn.Linear(6, 4), who, step(mode), noise=1.0)
+    assert flat(sent).isfinite().all()
+    assert flat(sent).abs().min() > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_and_chunks_agree_with_noise_on(mode):
+    who = clients((9, 20, 14))
+    plan = SampleLevel(mode=mode, insecure_seed=5, rounds=1)
+    together = flat(
+        visit(model(), who, SampleLevel(mode="stacked", insecure_seed=5, rounds=1), 1.0)
+    )
+    alone = torch.cat([flat(visit(model(), [c], plan, 1.0)) for c in who])
+    assert (together - alone).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_nothing_of_opacus_stays_on_the_model(mode):
+    net = model()
+    names, keys = set(vars(net)), list(net.state_dict())
+    task = Task(snapshot(net), {}, 0, 0, 1.0, {"clip": 1.0, "noise": 1.0})
+    local_update(clients((5,)), task, Recipe(privacy=step(mode)), net)
+    assert list(net.state_dict()) == keys
+    assert set(vars(net)) == names
+    for m in net.modules():
+        assert not m._forward_hooks and not m._backward_hooks
+    for p in net.parameters():
+        assert not [a for a in vars(p) if "sample" in a or "summed" in a]
+    copy.deepcopy(net)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.floats(width=32) | st.sampled_from([0.0, 1e-30, 1e30, math.inf, math.nan]),
+        min_size=1,
+        max_size=6,
+    ),
+    st.floats(1e-3, 1e3),
+)
+def test_no_contribution_is_longer_than_the_clip(values, clip):
+    g = torch.tensor(values, dtype=torch.float32)
+    factor = PrivateSteps(clip, 1.0, 1.0, []).factors(g.square().sum()[None])
+    if factor[0] > 0 and g.isfinite().all():
+        assert (g * factor).double().norm() <= clip * (1 + 1e-5)
+    elif not g.isfinite().all():
+        assert factor[0] == 0

@@ -1,0 +1,287 @@
+"""Privacy over a whole run: budget, ledger, resume, what is logged, what is said."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedtorch import Uniform
+from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, SampleLevel
+from fedtorch.privacy.run import BudgetSpent
+from private_case import clients, model, server
+
+QUICK = ["train", "--privacy", "sample", "--privacy.accountant", "rdp"]
+
+
+def weights(run) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+
+PLANS = [
+    SampleLevel(noise_multiplier=1.0, rounds=6, insecure_seed=3),
+    ClientLevel(rate=0.75, noise_multiplier=1.0, rounds=6, insecure_seed=3),
+    ClientLevel(noise_multiplier=0.2, adaptive=AdaptiveClip(bit_noise=2.0), rounds=6, insecure_seed=3),
+    ClientLevel(noise_multiplier=1.0, bands=Bands(2), rounds=6, insecure_seed=3),
+    LocalDP(noise_multiplier=1.0, rounds=6, insecure_seed=3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: type(p).__name__)
+def test_three_rounds_saved_and_three_more_are_six(plan):
+    who = clients((9, 20, 14, 5, 6, 7))
+    whole = server(model(), who, plan)
+    for _ in range(6):
+        whole.round()
+    first = server(model(), who, plan)
+    for _ in range(3):
+        first.round()
+    saved = first.state_dict()
+    second = server(model(), who, plan)
+    second.load_state_dict(saved)
+    assert second.private.spent() == first.private.spent()
+    for _ in range(3):
+        second.round()
+    assert torch.equal(weights(whole), weights(second))
+    assert second.private.spent() == whole.private.spent()
+
+
+def test_noise_is_never_the_same_twice_without_an_insecure_seed():
+    plan = SampleLevel(noise_multiplier=1.0, rounds=1)
+    runs = [server(model(), clients(), plan, seed=5) for _ in range(2)]
+    for run in runs:
+        run.round()
+    assert not torch.equal(weights(runs[0]), weights(runs[1]))
+
+
+def test_a_round_the_budget_has_no_room_for_is_refused():
+    plan = SampleLevel(epsilon=2.0, rounds=2)
+    run = server(model(), clients(), plan)
+    assert len(list(run.rounds(10))) == 2  # budget stop: the rounds planned, and no more
+    assert 1.9 < run.private.spent() <= 2.0
+    before = weights(run)
+    with pytest.raises(BudgetSpent, match="round 3"):
+        run.round()
+    assert torch.equal(weights(run), before)
+    assert run.private.spent() <= 2.0
+    failing = server(model(), clients(), SampleLevel(epsilon=2.0, rounds=2, budget="error"))
+    with pytest.raises(BudgetSpent):
+        list(failing.rounds(3))
+
+
+def test_a_client_that_stayed_away_has_budget_left():
+    plan = SampleLevel(epsilon=2.0, rounds=2)
+    run = server(model(), clients((9,) * 6), plan, participation=Uniform(cohort_size=1))
+    done = len(list(run.rounds(50)))
+    assert done > 2
+    assert max(run.private.ledger.spent_by_client(plan.delta).values()) <= 2.0
+
+
+def test_clients_that_drop_out_are_charged():
+    from fedtorch import Everyone
+
+    plan = SampleLevel(noise_multiplier=1.0, rounds=2)
+    run = server(model(), clients((9,) * 6), plan, participation=Everyone(dropout=0.9))
+    run.round()
+    assert len(run.private.ledger.spent_by_client(plan.delta)) == 6
+
+
+def test_figures_outside_the_guarantee_say_so():
+    who = clients((9,) * 4)
+    figures = server(model(), who, SampleLevel(noise_multiplier=1.0, rounds=1)).round()
+    assert "train_loss" not in figures and "nonprivate_train_loss" in figures
+    assert "examples" not in figures and "nonprivate_examples" in figures
+    assert figures["cohort"] and figures["privacy_epsilon"] > 0
+    central = server(model(), who, ClientLevel(noise_multiplier=1.0, rounds=1)).round()
+    for name in ("cohort", "clients", "train_loss", "examples", "update_norm", "failed"):
+        assert name not in central
+        assert f"nonprivate_{name}" in central
+
+
+@pytest.mark.parametrize("kind", [SampleLevel, ClientLevel, LocalDP])
+def test_strict_leaves_them_out(kind):
+    plan = kind(noise_multiplier=1.0, rounds=1, strict=True)
+    figures = server(model(), clients((9,) * 4), plan).round()
+    assert not [k for k in figures if k.startswith("nonprivate_")]
+    assert "train_loss" not in figures
+    assert figures["round"] == 1 and "privacy_epsilon" in figures
+
+
+# through the command line
+
+
+def test_a_private_run_says_what_it_promises_and_what_it_spent(fedtorch):
+    code, out, err = fedtorch(*QUICK, "--rounds", 2, "--run-dir", "run", "--privacy.epsilon", 3)
+    assert code == 0, err
+    assert "one example of one client" in out and "planned epsilon" in out
+    summary, report = (
+        json.loads(Path(f"run/{n}.json").read_text()) for n in ("summary", "privacy")
+    )
+    assert 2.9 < summary["epsilon"] <= 3 and summary["delta"] == 1e-5
+    assert report["epsilon_spent"] == summary["epsilon"]
+    assert report["rounds_charged"] == 2
+    assert "INSECURE" not in out
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["privacy_epsilon"] < lines[1]["privacy_epsilon"] <= 3
+
+
+def test_an_insecure_seed_is_shown_in_every_report(fedtorch):
+    code, out, _ = fedtorch(*QUICK, "--rounds", 1, "--run-dir", "run", "--privacy.insecure-seed", 1)
+    assert code == 0
+    assert "INSECURE" in out
+    assert "INSECURE" in Path("run/privacy.json").read_text()
+
+
+def test_strict_runs_show_nobodys_data(fedtorch):
+    code, out, _ = fedtorch(
+        *QUICK, "--rounds", 1, "--run-dir", "run", "--privacy.strict", "true", "--validation", 0.2
+    )
+    assert code == 0
+    assert "train loss" not in out and "examples" not in out.replace("one example", "")
+    assert "nonprivate" not in Path("run/metrics.jsonl").read_text()
+
+
+def test_more_rounds_than_planned_stop_at_the_budget(fedtorch):
+    assert fedtorch(*QUICK, "--rounds", 2, "--run-dir", "run", "--privacy.epsilon", 3)[0] == 0
+    code, _, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 4)
+    assert code == 0, err
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["rounds"] == 2 and summary["epsilon"] <= 3
+
+
+def test_budget_error_is_an_error_after_the_model_is_saved(fedtorch):
+    args = [*QUICK, "--privacy.epsilon", 3, "--privacy.rounds", 1, "--privacy.budget", "error"]
+    code, _, err = fedtorch(*args, "--rounds", 3, "--run-dir", "run")
+    assert code == 1
+    assert "budget is spent after 1 of 3 rounds" in err
+    assert load_file("run/model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: p.unlink(), "ledger"),
+        (lambda p: p.write_text("".join(p.read_text().splitlines(True)[:-1])), "ledger|journal"),
+        (
+            lambda p: p.write_text(p.read_text().replace('"steps": 5', '"steps": 1')),
+            "ledger|journal",
+        ),
+    ],
+    ids=["missing", "shortened", "edited"],
+)
+def test_a_ledger_that_cannot_be_trusted_ends_the_resume(fedtorch, damage, message):
+    assert (
+        fedtorch(*QUICK, "--rounds", 2, "--run-dir", "run", "--privacy.noise-multiplier", 1)[0] == 0
+    )
+    damage(Path("run/ledger.jsonl"))
+    code, _, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 3)
+    assert code == 2
+    assert "Traceback" not in err
+    import re
+
+    assert re.search(message, err)
+
+
+def test_kill_and_resume_never_forgets_a_round(fedtorch):
+    argv = [*QUICK, "--privacy.noise-multiplier", "1", "--rounds", "12", "--run-dir", "run"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedtorch", *argv], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    journal = Path("run/ledger.jsonl")
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_text().count("\n") < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    time.sleep(random.random() * 0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    charged = journal.read_text().count("\n") - 1
+    assert charged >= Path("run/metrics.jsonl").read_text().count("\n")
+    code, _, err = fedtorch("train", "--resume", "--run-dir", "run")
+    assert code == 0, err
+    after = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    epsilons = [line["privacy_epsilon"] for line in after]
+    assert epsilons == sorted(epsilons)
+    assert [line["round"] for line in after] == list(range(1, 13))
+    report = json.loads(Path("run/privacy.json").read_text())
+    assert report["rounds_charged"] >= 12
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--privacy", "sampel"], "unknown privacy 'sampel'"),
+        (["--privacy.epsilon", "1", "--privacy.noise-multiplier", "1"], "not both"),
+        (["--privacy.epsilon", "-1"], "privacy.epsilon"),
+        (["--privacy.delta", "2"], "delta"),
+        (["--privacy.sample-rate", "0"], "sample_rate"),
+        (["--privacy.accountant", "gdp"], "gdp|accountant"),
+        (["--privacy", "client", "--participation", "uniform", "--participation.cohort-size", "3"],
+         "draws the cohort itself"),
+        (["--privacy", "client", "--clients", "2"], "hides nobody"),
+        (["--privacy", "client", "--strategy.weighting", "examples"], "weighting examples voids"),
+        (["--model", "models_with_norm.py"], "GroupNorm"),
+        (["--steps", "3"], "privacy.steps"),
+        (["--drop-last"], "drop_last"),
+        (["--privacy", "client", "--privacy.adaptive", "on", "--privacy.bands", "on"],
+         "do not go together"),
+    ],
+)  # fmt: skip
+def test_bad_privacy_is_one_sentence_before_training(fedtorch, argv, message):
+    import re
+
+    Path("models_with_norm.py").write_text(
+        "from torch import nn\n"
+        "def build(in_features: int, num_outputs: int) -> nn.Module:\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(in_features, 16), nn.BatchNorm1d(16),\n"
+        "        nn.ReLU(inplace=True), nn.Linear(16, num_outputs))\n"
+    )
+    code, _, err = fedtorch("train", "--rounds", 2, "--run-dir", "run", *argv)
+    assert code == 2, err
+    assert re.search(message, err) and "Traceback" not in err
+    assert err.count("\n") == 1
+    assert not Path("run/metrics.jsonl").exists()
+
+
+def test_fix_model_trains_what_was_refused(fedtorch):
+    test_bad_privacy_is_one_sentence_before_training(
+        fedtorch, ["--model", "models_with_norm.py"], "--privacy.fix-model"
+    )
+    code, _, err = fedtorch(
+        *QUICK, "--rounds", 1, "--run-dir", "run2", "--model", "models_with_norm.py",
+        "--privacy.fix-model", "true",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "2.weight" in load_file("run2/model.safetensors")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "plan",
+    [
+        SampleLevel(noise_multiplier=1.0, rounds=2, insecure_seed=3),
+        LocalDP(noise_multiplier=1.0, rounds=2, insecure_seed=3),
+        ClientLevel(noise_multiplier=1.0, rounds=2, insecure_seed=3),
+    ],
+    ids=lambda p: type(p).__name__,
+)
+def test_worker_processes_draw_the_noise_of_one_process(plan):
+    from fedtorch import Local, Recipe, Server
+    from fedtorch.engines import Processes
+
+    results = []
+    for engine in (Local(chunk=1), Processes(workers=2, chunk=1)):
+        run = Server(model(), clients((9, 20, 14, 5)), Recipe(privacy=plan), engine=engine)
+        for _ in range(2):
+            run.round()
+        results.append(weights(run))
+        run.close()
+    assert (results[0] - results[1]).abs().max() <= 1e-6

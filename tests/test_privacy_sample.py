@@ -1,0 +1,282 @@
+"""Sample-level privacy: Poisson batches, public rate and divisor, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from fedtorch import FedAvg, FedProx, Scaffold, Uniform
+from fedtorch.privacy import SampleLevel, checks
+from fedtorch.privacy.streams import stream
+from fedtorch.types import ConfigError
+from private_case import clients, flat, model, server, silent, visit
+
+
+@pytest.mark.parametrize("n", [1, 2, 49, 93, 98, 103])
+def test_batches_are_as_many_as_planned_whatever_the_size(n):
+    plan = SampleLevel(sample_rate=0.1, steps=7)
+    batches = plan.batches(n, stream("torch", None, "x"))
+    assert len(batches) == 7
+    for row in batches:
+        real = row[row >= 0]
+        assert len(real.unique()) == len(real) and (real < n).all()
+
+
+def test_examples_are_in_a_batch_independently_with_the_rate():
+    plan = SampleLevel(sample_rate=0.3, steps=20_000)
+    batches = plan.batches(2, stream("torch", None, "x"))
+    first, second = ((batches == i).any(1) for i in range(2))
+    assert abs(first.double().mean() - 0.3) < 0.015
+    table = [[int((first == a).logical_and(second == b).sum()) for b in (0, 1)] for a in (0, 1)]
+    assert stats.chi2_contingency(table).pvalue > 1e-4
+    assert (~first & ~second).any()  # empty batches exist
+
+
+def test_empty_batches_are_steps_with_noise():
+    who = clients((5,), 40)
+    plan = SampleLevel(sample_rate=1e-9, steps=4, batch_size=3.0, clip=0.5, rounds=1)
+    sent = flat(visit(silent(40, 500), who, plan, noise=2.0))
+    assert abs(sent.std().item() / (2.0 * 0.5 * 2 / 3) - 1) < 0.02  # sqrt(4 steps)
+
+
+def test_the_divisor_does_not_follow_the_data():
+    who = clients((8,))
+    plan = SampleLevel(sample_rate=1.0, steps=1, batch_size=10.0, clip=1e6, rounds=1)
+    small = flat(visit(model(), who, plan, noise=0.0))
+    x, y = who[0].data.tensors
+    who[0].data.tensors = (torch.cat([x, x]), torch.cat([y, y]))
+    assert torch.allclose(flat(visit(model(), who, plan, noise=0.0)), 2 * small, atol=1e-6)
+
+
+def test_adding_an_example_moves_the_sum_by_the_clip_at_most():
+    who, more = clients((8,)), clients((9,), scale=30.0)
+    more[0].data.tensors[0][:8] = who[0].data.tensors[0]
+    more[0].data.tensors[1][:8] = who[0].data.tensors[1]
+    plan = SampleLevel(sample_rate=1.0, steps=1, batch_size=1.0, clip=0.2, rounds=1)
+    a, b = (flat(visit(model(), w, plan, noise=0.0)) for w in (who, more))
+    assert 0.19 < (a - b).norm() <= 0.2 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(
+    "strategy", [FedAvg(), FedProx(mu=0.1), Scaffold()], ids=lambda s: type(s).__name__
+)
+def test_chunks_agree_with_noise_on(strategy):
+    results = []
+    for chunk in (1, 2, 3):
+        net = model()
+        plan = SampleLevel(mode="stacked", insecure_seed=1, noise_multiplier=1.0, rounds=3)
+        for _ in server(net, clients(), plan, strategy=strategy, chunk=chunk).rounds(3):
+            pass
+        results.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert (results[0] - results[1]).abs().max() < 1e-6
+    assert (results[0] - results[2]).abs().max() < 1e-6
+
+
+def test_with_no_noise_and_no_clip_it_is_fedavg_on_the_same_batches():
+    plan = SampleLevel(
+        sample_rate=1.0, steps=2, batch_size=12.0, clip=1e9, noise_multiplier=1e-20, rounds=2
+    )
+    nets = model(), model()
+    for net, private in zip(nets, (plan, None), strict=True):
+        for _ in server(net, clients((12, 12)), private, lr=0.3, epochs=2, batch_size=None).rounds(
+            2
+        ):
+            pass
+    for a, b in zip(*(n.parameters() for n in nets), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_what_is_charged_is_what_was_done():
+    plan = SampleLevel(steps=3, sample_rate=0.5, noise_multiplier=1.0, rounds=6)
+    run = server(model(), clients(), plan, participation=Uniform(cohort_size=2))
+    took_part = {"c0": 0, "c1": 0, "c2": 0}
+    for _ in range(6):
+        for who in run.round()["cohort"]:
+            took_part[who] += 1
+    spent = run.private.ledger.spent_by_client(plan.delta)
+    for who, n in took_part.items():
+        assert spent.get(who, 0.0) == pytest.approx(plan.planned(1.0, n) if n else 0.0)
+    assert run.private.spent() == max(spent.values())
+
+
+def test_noise_is_calibrated_for_the_whole_run():
+    plan = SampleLevel(epsilon=8.0, sample_rate=0.1, steps=20)
+    assert plan.calibrated(50) == pytest.approx(2.0532, abs=0.01)  # a round alone would take 0.7
+    assert 7.98 < plan.planned(plan.calibrated(50), 50) <= 8.0
+
+
+REFUSED = [
+    (nn.BatchNorm1d(6), "GroupNorm"),
+    (nn.BatchNorm1d(6, affine=False), "GroupNorm"),
+    (nn.SyncBatchNorm(6), "GroupNorm"),
+    (type("MyNorm", (nn.BatchNorm1d,), {})(6).requires_grad_(False), "GroupNorm"),
+    (nn.Sequential(nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten()),
+     "track_running_stats"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layer, fix", REFUSED, ids=lambda v: getattr(v, "_get_name", lambda: v)())
+def test_layers_with_statistics_are_refused_frozen_or_not(layer, fix):
+    net = nn.Sequential(layer, nn.Linear(6, 4))
+    with pytest.raises(ConfigError, match=fix) as e:
+        server(net, clients(), SampleLevel(rounds=1))
+    assert "--privacy.fix-model" in str(e.value)
+    visit(checks.fixed(net), clients((5,)), SampleLevel(rounds=1, mode="hooks"), noise=1.0)
+
+
+class Counter(nn.Module):
+    """A layer that remembers the data it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        if self.training:
+            self.mean += x.mean(0)
+        return self.linear(x)
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(6, 4), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.linear(x - x.mean(0))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))[:, :4]
+
+
+@pytest.mark.parametrize(
+    "net, message",
+    [(Counter(), "buffer mean"), (Unused(), r"unused\.weight"), (Mixing(), "mixes the examples")],
+    ids=["buffer", "unused", "mixing"],
+)
+def test_models_that_void_the_claim_are_refused(net, message):
+    with pytest.raises(ConfigError, match=message):
+        server(net, clients(), SampleLevel(rounds=1))
+
+
+def test_tied_weights_are_refused_by_ghost_and_right_elsewhere():
+    with pytest.raises(ConfigError, match="shared by two layers"):
+        server(Tied(), clients(), SampleLevel(rounds=1, mode="ghost"))
+    net = Tied()
+    plans = [
+        SampleLevel(mode=m, sample_rate=1.0, steps=1, rounds=1, insecure_seed=1)
+        for m in ("hooks", "stacked")
+    ]
+    a, b = (flat(visit(net, clients((5,)), p, noise=0.0)) for p in plans)
+    assert (a - b).abs().max() < 1e-6
+    assert server(Tied(), clients(), SampleLevel(rounds=1)).session.recipe.privacy.mode != "ghost"
+
+
+def test_a_recurrent_model_is_refused_with_the_fix_and_the_fix_works():
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.head(self.lstm(x[:, None])[0][:, -1])
+
+    net = Recurrent()
+    with pytest.raises(ConfigError, match="fix-model"):
+        server(net, clients(), SampleLevel(rounds=1))
+    server(checks.fixed(net), clients(), SampleLevel(rounds=1)).round()
+
+
+def test_a_loss_for_the_whole_batch_is_refused():
+    from fedtorch import Recipe, Server
+
+    recipe = Recipe(loss=nn.CrossEntropyLoss(), privacy=SampleLevel(rounds=1))
+    with pytest.raises(ConfigError, match="one number for each example"):
+        Server(model(), clients(), recipe)
+
+
+def test_the_fix_keeps_groups_that_say_something():
+    net = nn.Sequential(
+        nn.Conv2d(1, 7, 3),
+        nn.BatchNorm2d(7),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.BatchNorm1d(7),
+    )
+    fixed = checks.fixed(net)
+    assert isinstance(fixed[1], nn.GroupNorm) and fixed[1].num_groups == 1
+    assert fixed[4].num_groups == 1
+    assert not fixed[2].inplace
+    assert isinstance(net[1], nn.BatchNorm2d)  # a copy was fixed
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"clip": 0.0}, "clip"),
+        ({"clip": math.inf}, "clip"),
+        ({"clip": math.nan}, "clip"),
+        ({"epsilon": -1.0}, "epsilon"),
+        ({"epsilon": math.nan}, "epsilon"),
+        ({"noise_multiplier": 0.0}, "noise_multiplier"),
+        ({"noise_multiplier": math.inf}, "noise_multiplier"),
+        ({"epsilon": 1.0, "noise_multiplier": 1.0}, "not both"),
+        ({"delta": 0.0}, "delta"),
+        ({"delta": 1.0}, "delta"),
+        ({"sample_rate": 0.0}, "sample_rate"),
+        ({"sample_rate": 1.5}, "sample_rate"),
+        ({"steps": 0}, "steps"),
+        ({"rounds": 0}, "rounds"),
+        ({"batch_size": 0.0}, "batch_size"),
+        ({"accountant": "gdp"}, "gdp"),
+        ({"mode": "ew"}, "mode"),
+        ({"rng": "cuda"}, "rng"),
+        ({"budget": "ignore"}, "budget"),
+    ],
+)
+def test_options_without_a_guarantee_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SampleLevel(**options)
+
+
+@pytest.mark.parametrize("options", [{"steps": 3}, {"drop_last": True}])
+def test_other_ways_to_ask_for_batches_are_refused(options):
+    from fedtorch import Recipe, Server
+
+    with pytest.raises(ConfigError):
+        Server(model(), clients(), Recipe(privacy=SampleLevel(rounds=1), **options))
+
+
+def test_the_plan_must_know_how_many_rounds():
+    with pytest.raises(ConfigError, match=r"privacy\.rounds"):
+        server(model(), clients(), SampleLevel())
+
+
+def test_no_buffers_leave_a_private_client():
+    class Constant(Counter):
+        def forward(self, x):
+            return self.linear(x + self.mean)
+
+    net = Constant()
+    update = visit(net, clients((5,)), SampleLevel(rounds=1, mode="hooks"), noise=1.0)
+    assert set(update) == {"linear.weight", "linear.bias"}
