@@ -40,6 +40,23 @@ TABLE = [  # noise, rate, steps, delta, RDP here, RDP of dp-accounting, PRV, PLD
     (1, 0.1, 100, 1e-3, 5.6405, 5.6551, 4.7949, 4.7844),
 ]
 
+EXACT = [  # noise, rate, steps, delta, exact epsilon (PLD)
+    (1.23, 512 / 60000, 4687, 1e-5, 2.363),  # Tramer and Boneh: MNIST, Fashion-MNIST, CIFAR-10
+    (2.15, 2048 / 60000, 1171, 1e-5, 2.388),
+    (1.54, 1024 / 50000, 1464, 1e-5, 2.386),
+    (3, 0.1, 155, 1e-6, 2.0),  # jax_privacy: the steps that fit into epsilon 2
+    (0.5, 0.2, 3, 0.15594, 1.0),  # dp-accounting
+    (0.7, 0.01, 120, 1e-5, 2.46),  # where GDP says 1.06
+    (1.4737, 0.05, 100, 1e-6, 2.0),  # client sampling and, next, groups of clients taking turns
+    (1.9382, 0.1, 50, 1e-6, 2.0),
+]
+
+
+@pytest.mark.parametrize(("noise", "rate", "steps", "delta", "exact"), EXACT)
+def test_exact_figures(noise: float, rate: float, steps: int, delta: float, exact: float) -> None:
+    found = epsilon([gaussian(noise, rate, steps)], delta)
+    assert found - 0.01 == pytest.approx(exact, abs=0.005)  # published to two or three places
+
 
 @pytest.mark.parametrize(
     ("noise", "rate", "steps", "delta", "by_rdp", "loose", "by_prv", "exact"), TABLE

@@ -63,6 +63,22 @@ def test_the_textbook_noise_is_wrong_at_large_epsilon_and_wasteful_at_small() ->
     assert gaussian_delta(textbook(8, 0.1), 8) == pytest.approx(0.236, abs=1e-3)
 
 
+def test_more_published_figures() -> None:
+    assert gaussian_delta(math.sqrt(3) / math.sqrt(3), 1) == pytest.approx(0.126936, abs=1e-6)
+    # rho = 0.81 zCDP of a production language model: exact for the Gaussian that has it, 8.92 by conversion
+    assert gaussian_epsilon(1 / math.sqrt(2 * 0.81), 1e-10) == pytest.approx(8.5489, abs=1e-4)
+    # replacing a unit is twice the sensitivity of removing one
+    assert gaussian_epsilon(1 / 2, 1e-5) == pytest.approx(9.99726, abs=1e-5)
+    assert gaussian_epsilon(4 / math.sqrt(100) / 2, 1e-5) == pytest.approx(33.10373, abs=1e-4)
+
+
+def test_local_noise_is_twenty_times_the_central_one() -> None:
+    # 100 clients, clip 1, 26010 weights, (8, 1e-5) once: what is left on the mean of their updates
+    noise = gaussian_noise(8, 1e-5)
+    assert 2 * noise * math.sqrt(26010 / 100) == pytest.approx(19.4, abs=0.05)
+    assert noise * math.sqrt(26010) / 100 == pytest.approx(0.97, abs=0.005)
+
+
 def test_a_weight_of_nine_tenths_is_nine_times_the_uniform_sensitivity() -> None:
     # noise for 1/n each, one of ten clients weighted 0.9: 78, not 4.4
     assert gaussian_epsilon(1 / (0.9 * 10), 1e-5) == pytest.approx(78.07, abs=0.01)
