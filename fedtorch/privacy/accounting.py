@@ -82,7 +82,7 @@ def calibrate(
         return epsilon([Event("gaussian", noise, rate, steps)], delta, accountant)
 
     if rate == 1 and full <= MAX_NOISE:
-        return full
+        return full * (1 + 1e-12)  # so that rounding cannot put its epsilon above the target
     if (least := cost(MAX_NOISE)) > target_epsilon:
         raise ConfigError(
             f"epsilon {target_epsilon:g} at delta {delta:g} cannot be reached over {steps} steps at rate "
