@@ -1,11 +1,11 @@
 """The toy's noise against calibrated noise at the same epsilon, and an attack that tells them apart.
 
-The toy's ``addNoise`` adds ``(rand() - 0.5) * 2 / epsilon`` to each number and calls it Laplace. It is uniform
-between -1/epsilon and 1/epsilon. Two updates that differ by s in one number then give results in ranges
-that do not overlap everywhere: with probability s * epsilon / 2 a result lies where the other update can
-never put it, and one look at it names the update for certain. Certainty is an infinite likelihood ratio, so
+The toy's ``addNoise`` adds ``(rand() - 0.5) * 2 / epsilon`` to each number and calls it Laplace. It is
+uniform between -1/epsilon and 1/epsilon. Two updates that differ by s in one number then give results in
+ranges that do not overlap everywhere: with probability s * epsilon / 2 a result lies where the other update
+can never put it, and one look names the update for certain. Certainty is an infinite likelihood ratio, so
 no finite epsilon holds, whatever number the formula was given; over d numbers the chance of being named is
-1 - (1 - s * epsilon / 2)^d. Nothing is clipped either, so even real Laplace noise would have no scale to hold.
+1 - (1 - s * epsilon / 2)^d. Nothing is clipped either, so that even real Laplace noise would have no scale.
 
 The attack below is run 10,000 times on each. It names an update only where the other cannot be meant
 (toy), or by a threshold halfway between (calibrated); the Clopper-Pearson bound turns its hits into an
