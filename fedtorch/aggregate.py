@@ -1,6 +1,6 @@
 """The weighted mean of what clients send, built up as updates arrive."""
 
-from fedtorch.tree import weighted_sum
+from fedtorch.tree import add_weighted
 from fedtorch.types import Params, Update
 
 
@@ -16,9 +16,10 @@ class Mean:
     def add(self, update: Update) -> None:
         """Add the clients of one chunk."""
         self.weight += float(update.weight.sum())
+        weight = update.weight.sum()[None] if update.summed else update.weight
         for group, stack in update.sent.items():
-            _accumulate(self.sent.setdefault(group, {}), weighted_sum(stack, update.weight))
-        _accumulate(self.buffers, weighted_sum(update.buffers, update.weight))
+            add_weighted(self.sent.setdefault(group, {}), stack, weight)
+        add_weighted(self.buffers, update.buffers, weight)
 
     def sums(self) -> dict[str, Params]:
         """Weighted sum of each sent group, on the CPU."""
@@ -30,8 +31,3 @@ class Mean:
             {g: {k: (v / self.weight).cpu() for k, v in s.items()} for g, s in self.sent.items()},
             {k: (v / self.weight).cpu() for k, v in self.buffers.items()},
         )
-
-
-def _accumulate(total: Params, more: Params) -> None:
-    for k, v in more.items():
-        total[k] = total[k] + v if k in total else v

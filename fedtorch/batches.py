@@ -67,6 +67,20 @@ def fetch(data: Dataset, index: Tensor) -> tuple[Any, Any]:
     return x, y
 
 
+def batches(data: Dataset, plan: Tensor) -> Iterator[tuple[Any, Any]]:
+    """One client's batches in order. Tensors are gathered a pass at a time, not batch by batch."""
+    counts = (plan >= 0).sum(1).tolist()
+    if not isinstance(data, TensorDataset):
+        for index, count in zip(plan, counts, strict=True):
+            yield fetch(data, index[:count])
+        return
+    per_gather = max(1, length(data) // plan.shape[1])
+    for t in range(0, len(plan), per_gather):
+        steps, sizes = plan[t : t + per_gather], counts[t : t + per_gather]
+        x, y = fetch(data, steps[steps >= 0])
+        yield from zip(x.split(sizes), y.split(sizes), strict=True)
+
+
 def side_by_side(
     datasets: Sequence[Dataset], plans: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -5,7 +5,7 @@ Behind ``local_update`` stand solvers with one meaning: ``general`` (one client,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -87,13 +87,17 @@ class Recipe:
 
 
 def local_update(
-    clients: Sequence[Client], task: Task, recipe: Recipe, model: nn.Module
+    clients: Sequence[Client],
+    task: Task,
+    recipe: Recipe,
+    model: nn.Module,
+    solve: solvers.Solver | None = None,
 ) -> tuple[Update, list[Failure]]:
     """Train ``clients`` from the global model and return what they send.
 
-    ``model`` is a working copy that is overwritten. Several clients run side by side (stacked), one
-    alone runs through the module itself. A client whose result is not finite is a Failure, keeps its
-    memory as it was, and is left out of the Update, which may then be empty.
+    ``model`` is a working copy that is overwritten. Without ``solve`` several clients run side by side
+    (stacked) and one alone through the module itself. A client whose result is not finite is a
+    Failure, keeps its memory as it was, and is left out of the Update, which may then be empty.
     """
     task = solvers.to_device(task, model)
     names = [k for k, p in model.named_parameters() if p.requires_grad]
@@ -108,8 +112,9 @@ def local_update(
         steps=torch.tensor([len(p) for p in plans]),
         lr=task.lr,
     )
-    alone = len(clients) == 1 and not (private and private.mode == "stacked")
-    solve = solvers.general if alone else solvers.stacked
+    if solve is None:
+        alone = len(clients) == 1 and not (private and private.mode == "stacked")
+        solve = solvers.general if alone else solvers.stacked
     with seeds.seeded(seeds.derive(task.seed, "visit", task.round, clients[0].id)):
         try:
             trained = solve(model, [c.data for c in clients], plans, task, recipe, ctx, private)
@@ -117,19 +122,23 @@ def local_update(
             who = f"client {clients[0].id}" if len(clients) == 1 else f"{len(clients)} clients"
             raise ClientError(f"{who}, round {task.round}: {type(e).__name__}: {e}") from e
 
+    alike = type(recipe.strategy).upload is Strategy.upload and recipe.privacy is None
+    if alike and isinstance(trained, solvers.Implicit):
+        return _summed(clients, recipe, trained, ctx.steps)
     # in float64 the delta is exact, so anchor + delta gives back the very weights of the client
-    exact = Context(
-        double(ctx.anchor),
-        {g: double(e) for g, e in ctx.extras.items()},
-        {g: double(m) for g, m in ctx.memory.items()},
-        ctx.steps,
-        ctx.lr,
+    exact = replace(
+        ctx,
+        anchor=expand({k: task.exact[k] for k in names}),
+        extras={g: double(e) for g, e in ctx.extras.items()},
+        memory={g: double(m) for g, m in ctx.memory.items()},
     )
     with torch.no_grad():
-        sent, remembered = recipe.strategy.upload(double(trained.params), exact)
+        params = {k: v.to(torch.float64, copy=True) for k, v in trained.params.items()}
+        sent, remembered = recipe.strategy.upload(params, exact)
     buffers = {} if recipe.privacy else trained.buffers  # statistics of the data are never noised
-    groups = [*sent.values(), *([buffers] if buffers else [])]
-    keep = torch.stack([finite(g) for g in groups]).all(0).cpu()
+    norms = {g: sq_norms(s) for g, s in sent.items()}
+    good = [n.isfinite() for n in norms.values()] + ([finite(buffers)] if buffers else [])
+    keep = torch.stack(good).all(0).cpu()
     for k, client in enumerate(clients):
         if keep[k]:
             client.memory = {
@@ -140,27 +149,30 @@ def local_update(
     figures = {"train_loss": trained.loss, "examples": examples, "steps": ctx.steps.double()}
     if recipe.privacy:
         sent = recipe.privacy.client(sent, examples, task, [c.id for c in clients])
+        norms["delta"] = sq_norms(sent["delta"])
         if recipe.privacy.unit == "client":
             # made zero by the plan, and sent: who reports must not depend on anybody's data
             figures["zeroed"] = (~keep).double()
             keep = torch.ones_like(keep)
-    failures = [
-        Failure(c.id, "nonfinite", "its update is not finite")
-        for k, c in enumerate(clients)
-        if not keep[k]
-    ]
-    weight = examples if recipe.weighting == "examples" else torch.ones(len(clients))
+    figures["update_norm"] = norms["delta"].sqrt().cpu()
+    kept = slice(None) if keep.all() else keep  # a slice is a view, a mask would copy everything
     update = Update(
         ids=tuple(c.id for k, c in enumerate(clients) if keep[k]),
-        sent={g: {n: v[keep] for n, v in s.items()} for g, s in sent.items()},
-        buffers={n: v[keep] for n, v in buffers.items()},
-        weight=weight[keep],
-        metrics={
-            **{name: v[keep] for name, v in figures.items()},
-            "update_norm": sq_norms(sent["delta"]).sqrt().cpu()[keep],
-        },
+        sent={g: {n: v[kept] for n, v in s.items()} for g, s in sent.items()},
+        buffers={n: v[kept] for n, v in buffers.items()},
+        weight=_weights(recipe, examples)[kept],
+        metrics={name: v[kept] for name, v in figures.items()},
     )
-    return update, failures
+    return update, _failures(clients, keep)
+
+
+def _weights(recipe: Recipe, examples: Tensor) -> Tensor:
+    return examples if recipe.weighting == "examples" else torch.ones_like(examples)
+
+
+def _failures(clients: Sequence[Client], keep: Tensor) -> list[Failure]:
+    lost = [c for c, kept in zip(clients, keep.tolist(), strict=True) if not kept]
+    return [Failure(c.id, "nonfinite", "its update is not finite") for c in lost]
 
 
 def _steps(
@@ -184,6 +196,32 @@ def _steps(
         "stacked" if privacy.mode == "auto" else privacy.mode,
         privacy.max_batch,
     )
+
+
+def _summed(
+    clients: Sequence[Client], recipe: Recipe, trained: solvers.Implicit, steps: Tensor
+) -> tuple[Update, list[Failure]]:
+    """The weighted mean of clients of whom nobody needs to see each alone."""
+    norms = trained.sq_norms().cpu()
+    keep = norms.isfinite()
+    examples = torch.tensor([float(len(c)) for c in clients])
+    weight = _weights(recipe, examples)
+    total = float(weight[keep].sum())
+    delta = trained.weighted_sum(torch.where(keep, weight / total, 0)) if total else {}
+    update = Update(
+        ids=tuple(c.id for k, c in enumerate(clients) if keep[k]),
+        sent={"delta": {n: v.double()[None] for n, v in delta.items()}},
+        buffers={},
+        weight=weight[keep],
+        metrics={
+            "train_loss": trained.loss[keep],
+            "examples": examples[keep],
+            "steps": steps.double()[keep],
+            "update_norm": norms.sqrt()[keep],
+        },
+        summed=True,
+    )
+    return update, _failures(clients, keep)
 
 
 def as_dataset(data: Dataset | tuple[Tensor, ...], owner: str) -> Dataset:

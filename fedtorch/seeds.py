@@ -32,8 +32,12 @@ def seeded(seed: int) -> Iterator[None]:
     a resumed run repeat the same masks and crops.
     """
     state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    # torch.manual_seed also queues a seed, with a stack trace, for every accelerator that is not in
+    # use: half a millisecond a visit and a list that never shrinks
+    accelerator = torch.cuda.is_initialized()
+    seed_all = torch.manual_seed if accelerator else torch.default_generator.manual_seed
+    with torch.random.fork_rng(None if accelerator else []):
+        seed_all(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:

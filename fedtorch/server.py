@@ -18,7 +18,7 @@ from fedtorch.privacy.run import BudgetSpent, PrivateRun
 from fedtorch.schedules import Constant, Schedule
 from fedtorch.solvers import load, snapshot
 from fedtorch.strategies import Strategy
-from fedtorch.tree import expand, row
+from fedtorch.tree import expand, finite, row
 from fedtorch.types import ConfigError, Context, Failure, Params, Task
 
 Metrics = dict[str, Any]
@@ -196,8 +196,8 @@ class Server:
 
     def _moved(self, state: Params, delta: Params, buffers: Params) -> Params:
         # added in float64 and rounded once: one client's own weights come back to the last bit
-        new = {k: (state[k].double() + delta[k]).to(state[k].dtype) for k in self.trainable}
-        if not all(bool(v.isfinite().all()) for v in new.values()):
+        new = {k: state[k].double().add_(delta[k]).to(state[k].dtype) for k in self.trainable}
+        if not bool(finite(expand(new))):
             raise ConfigError(
                 f"round {self.round_number + 1}: the server's step is not finite; lower lr or the "
                 "server's learning rate (the model of the round before is kept)"

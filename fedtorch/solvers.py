@@ -8,14 +8,14 @@ weight a client axis and lets torch.func.vmap run K clients as one.
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils.data import Dataset
 
-from fedtorch.batches import Order, fetch, side_by_side
+from fedtorch.batches import Order, batches, side_by_side
 from fedtorch.losses import Loss, reduce
 from fedtorch.optimizers import ClientOptimizer
 from fedtorch.privacy.gradients import PrivateSteps, opacus_gradients, stacked_gradients
@@ -51,6 +51,35 @@ class Trained(NamedTuple):
     """Mean training loss over the visit's steps, [K], on the CPU."""
 
 
+@runtime_checkable
+class Implicit(Protocol):
+    """A ``Trained`` that can say what matters of K clients without writing down K models."""
+
+    loss: Tensor
+
+    def sq_norms(self) -> Tensor:
+        """Squared norm of each client's change, [K], float64; not finite where the change is not."""
+
+    def weighted_sum(self, weight: Tensor) -> Params:
+        """Sum over clients of ``weight[k]`` times the change; who has weight 0 may hold anything."""
+
+
+class Solver(Protocol):
+    """Trains K clients; the ways to do it differ in speed and in what models they take."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        datasets: Sequence[Dataset],
+        plans: Sequence[Tensor],
+        task: Task,
+        recipe: Recipe,
+        ctx: Context,
+        private: PrivateSteps | None = None,
+    ) -> Any:
+        """What is left after the visit: a ``Trained``, or something with its fields."""
+
+
 def general(
     model: nn.Module,
     datasets: Sequence[Dataset],
@@ -72,12 +101,12 @@ def general(
     optimizer = recipe.optimizer.build(params.values(), task.lr)
     correcting = type(recipe.strategy).correct is not Strategy.correct
     device = next(iter(params.values())).device
-    total = torch.zeros((), dtype=torch.float64)
+    losses = []
     hooks = opacus_gradients(model, recipe.loss, private, forward) if private else nullcontext()
     with hooks as gradients:
-        for index in steps:
-            x, y = to(fetch(data, index[index >= 0]), device)
-            optimizer.zero_grad()
+        for x, y in batches(data, steps):
+            x, y = to(x, device), to(y, device)
+            forget(params)
             if gradients is None:
                 loss = reduce(recipe.loss(forward(model, x), y)).mean()
                 loss.backward()
@@ -86,10 +115,11 @@ def general(
             if correcting:
                 correct(recipe.strategy, params, views, ctx)
             optimizer.step()
-            total += loss.detach().double().cpu()
-    optimizer.zero_grad()  # a gradient left behind would be seen by the next client
+            losses.append(loss.detach())
+    forget(params)  # a gradient left behind would be seen by the next client
     floats = {k: b.clone()[None] for k, b in model.named_buffers() if b.is_floating_point()}
-    return Trained({k: v.clone() for k, v in views.items()}, floats, total[None] / len(steps))
+    # the weights are still the module's own: whoever wants to keep them copies them
+    return Trained(views, floats, torch.stack(losses).double().mean().cpu()[None])
 
 
 def stacked(
@@ -169,6 +199,12 @@ def correct(
                 p.grad = grads[k] if stacked else grads[k][0]
 
 
+def forget(params: Mapping[str, Tensor]) -> None:
+    """Drop the gradients, without the bookkeeping of ``optimizer.zero_grad()``."""
+    for p in params.values():
+        p.grad = None
+
+
 def load(model: nn.Module, state: Params) -> None:
     """Copy parameters and buffers into the module, in place."""
     with torch.no_grad():
@@ -179,6 +215,8 @@ def load(model: nn.Module, state: Params) -> None:
 def to_device(task: Task, model: nn.Module) -> Task:
     """The task where the working model is."""
     device = next(model.parameters()).device
+    if all(v.device == device for v in task.state.values()):
+        return task
     return replace(task, state=to(task.state, device), extras=to(task.extras, device))
 
 

@@ -1,6 +1,7 @@
 """What crosses each boundary: server -> client, client -> server, and nothing else."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -34,6 +35,11 @@ class Task:
     privacy: dict[str, float] = field(default_factory=dict)
     """Public numbers of the privacy plan this round: ``clip`` (norm) and ``noise`` (multiplier)."""
 
+    @cached_property
+    def exact(self) -> Params:
+        """The state in float64, converted once for all clients of the round."""
+        return {k: v.double() for k, v in self.state.items()}
+
 
 @dataclass(frozen=True)
 class Context:
@@ -63,6 +69,9 @@ class Update:
     """Aggregation weight, [K]."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Figures about the visit, each [K]; never about single examples."""
+    summed: bool = False
+    """``sent`` and ``buffers`` are one row, the weighted mean of the K clients: a strategy that only
+    averages deltas never needs them one by one, and K copies of a model are slow to write and read."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 from fedtorch import Client
 from fedtorch.__main__ import main
 
+# on a busy machine two threads wait for each other at every small operation, a hundred times longer than
+# the operation takes
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 

@@ -3,9 +3,9 @@ from dataclasses import dataclass
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
-from fedtorch.batches import fetch, plan, side_by_side
+from fedtorch.batches import batches, fetch, plan, side_by_side
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,20 @@ def test_side_by_side_masks_what_a_client_does_not_have():
                 assert (x[k] >= 100).all() == (k == 1)
         assert sorted(seen[0]) == sorted([0, 1, 4, 9, 16] * 2)
         assert sorted(seen[1]) == sorted([100**2, 101**2] * 2)
+
+
+def test_batches_are_the_plan_step_by_step():
+    x = torch.arange(23.0)[:, None]
+    data = TensorDataset(x, x[:, 0])
+    for order in (
+        Order(batch_size=5, epochs=3),
+        Order(batch_size=5, steps=7),
+        Order(batch_size=None, epochs=2),
+    ):
+        steps = plan(23, order, 1)
+        got = list(batches(data, steps))
+        assert len(got) == len(steps)
+        for index, (bx, by) in zip(steps, got, strict=True):
+            assert torch.equal(bx, x[index[index >= 0]]) and torch.equal(by, bx[:, 0])
+        plain = list(batches(Subset(data, range(23)), steps))
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(got, plain, strict=True))

@@ -46,7 +46,12 @@ def test_finite_is_per_client():
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=6))
 def test_weighted_sum_is_the_sum(weight):
     models = [example(k) for k in range(len(weight))]
-    got = tree.weighted_sum(tree.stack(models), torch.tensor(weight))
+    got: dict[str, torch.Tensor] = {}
+    for m, w in zip(models, weight, strict=True):
+        tree.add_weighted(got, tree.stack([m]), torch.tensor([w]))
+    together: dict[str, torch.Tensor] = {}
+    tree.add_weighted(together, tree.stack(models), torch.tensor(weight))
+    assert torch.allclose(got["w"], together["w"])
     want = sum(w * m["w"].double() for w, m in zip(torch.tensor(weight), models, strict=True))
     assert torch.allclose(got["w"], want)
     assert got["w"].dtype == torch.float64

@@ -18,6 +18,7 @@ from torch.utils.data import TensorDataset
 from fedtorch.client import Client, Recipe, local_update
 from fedtorch.engines import wire
 from fedtorch.engines.messages import Memory, Outcome
+from fedtorch.solvers import Solver
 from fedtorch.types import ConfigError, Params, Task
 
 
@@ -28,20 +29,23 @@ class Kit:
     model: nn.Module
     recipe: Recipe
     clients: dict[str, Client]
+    solver: Solver
 
     def run(self, task: Task, ids: Sequence[str], memory: Memory) -> Outcome:
         """Train one chunk; memory comes with it and goes back, so that any worker can do it."""
         clients = [self.clients[i] for i in ids]
         for client in clients:
             client.memory = memory.get(client.id, {})
-        update, failures = local_update(clients, task, self.recipe, self.model)
+        update, failures = local_update(clients, task, self.recipe, self.model, self.solver)
         kept = {c.id: c.memory for c in clients if c.id in update.ids and c.memory}
         for client in clients:
             client.memory = {}
         return Outcome(update, failures, kept)
 
 
-def pack(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> tuple[bytes, wire.Packed]:
+def pack(
+    model: nn.Module, clients: Sequence[Client], recipe: Recipe, solver: Solver
+) -> tuple[bytes, wire.Packed]:
     """The pickled part and the block of data; raises ConfigError naming what cannot be pickled."""
     bare = [_bare(c) for c in clients]
     tables = {
@@ -62,7 +66,9 @@ def pack(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> tuple[b
                 f"{what} cannot be sent to a worker process: {e}; define its classes and functions "
                 "at the top level of a module, or use engine local"
             ) from e
-    body = pickle.dumps((_loose_modules(model, recipe), pickle.dumps((model, recipe, bare))))
+    body = pickle.dumps(
+        (_loose_modules(model, recipe), pickle.dumps((model, recipe, bare, solver)))
+    )
     return body, wire.pack(wire.Message("data", groups=tables))
 
 
@@ -71,10 +77,10 @@ def unpack(body: bytes, block: Tensor, device: str) -> Kit:
     modules, inner = pickle.loads(body)
     for name, path in modules:
         _load_module(name, path)
-    model, recipe, clients = pickle.loads(inner)
+    model, recipe, clients, solver = pickle.loads(inner)
     for k, table in wire.decode(block).groups.items():
         clients[int(k)].data = TensorDataset(*(table[str(i)] for i in range(len(table))))
-    return Kit(model.to(device), recipe, {c.id: c for c in clients})
+    return Kit(model.to(device), recipe, {c.id: c for c in clients}, solver)
 
 
 def copied(memory: Memory) -> Memory:

@@ -1,4 +1,4 @@
-"""In this process: chunk 1 trains one client after another, chunk n trains n of them at once."""
+"""In this process, a chunk of clients at a time."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fedtorch import probe, probe_private
+from fedtorch import probe
 from fedtorch.client import Client, Recipe, local_update
+from fedtorch.engines.choose import Choice, choose
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
-
-CACHE = 1 << 20
-"""Bytes of stacked weights up to which stacking clients paid on a CPU (one core's L2)."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +18,11 @@ class Local:
     """Clients train in this process."""
 
     chunk: int | None = None
-    """Clients trained side by side; none: as many as keep their weights in cache, at most 64."""
+    """Clients trained side by side; none: as many as stay in cache."""
     device: str = "cpu"
     """Where clients train: cpu, cuda, cuda:1, ..."""
+    solver: str = "auto"
+    """auto, fast (known layers, no autograd), stacked (torch.func.vmap) or general (any model)."""
 
     def __post_init__(self) -> None:
         """Refuse a chunk of nobody and a device that is not here."""
@@ -34,25 +34,12 @@ class Local:
             raise ConfigError(f"engine.device {self.device!r} cannot be used here: {e}") from e
 
     def open(self, model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> "LocalSession":
-        """Try one batch and choose the chunk size."""
+        """Try one batch and choose how to train."""
         worker = copy.deepcopy(model).to(self.device)
         probe.fits(worker, clients, recipe)
-        chunk = min(self.chunk or _automatic(worker, self.device), len(clients))
-        recipe, chunk = probe_private.fits(worker, clients, recipe, chunk)
-        notes = []
-        why = probe.no_stacking(worker, clients, recipe) if chunk > 1 else None
-        if why:
-            notes.append(f"clients train one after another: {why}")
-            chunk = 1
-        strict = chunk > 1 and probe.mixes_examples(worker, clients[0].data, recipe)
-        if strict:
-            notes.append(
-                "model or loss looks at the whole batch: only clients whose batches are equally "
-                "large train side by side"
-            )
-        session = LocalSession(
-            worker, {c.id: c for c in clients}, recipe, chunk, strict, tuple(notes)
-        )
+        choice = choose(worker, clients, recipe, self.chunk, self.solver)
+        by_id = {c.id: c for c in clients}
+        session = LocalSession(worker, by_id, choice.recipe, choice, choice.notes)
         session.restore({})  # memory of an earlier run would poison this one
         return session
 
@@ -64,9 +51,7 @@ class LocalSession:
     model: nn.Module
     clients: dict[str, Client]
     recipe: Recipe
-    chunk: int
-    strict: bool
-    """Never pad a batch: the model or the loss mixes the examples of a batch."""
+    choice: Choice
     notes: tuple[str, ...] = ()
     _asked: list[tuple[list[Client], Task]] = field(default_factory=list)
 
@@ -79,8 +64,8 @@ class LocalSession:
         cohort = sorted((self.clients[i] for i in ids), key=len, reverse=True)
         chunks = []
         while cohort:
-            size = min(self.chunk, most or self.chunk)
-            if self.strict:
+            size = min(self.choice.chunk, most or self.choice.chunk)
+            if self.choice.strict:
                 size = sum(len(c) == len(cohort[0]) for c in cohort[:size])
                 size = size if self._unpadded(len(cohort[0])) else 1
             chunks.append(cohort[:size])
@@ -91,7 +76,9 @@ class LocalSession:
         """Train chunk by chunk."""
         while self._asked:
             clients, task = self._asked.pop(0)
-            update, failures = local_update(clients, task, self.recipe, self.model)
+            update, failures = local_update(
+                clients, task, self.recipe, self.model, self.choice.solver
+            )
             if update.ids:
                 yield update
             yield from failures
@@ -111,10 +98,3 @@ class LocalSession:
     def _unpadded(self, n: int) -> bool:
         size = min(self.recipe.batch_size or n, n)
         return self.recipe.drop_last or n % size == 0
-
-
-def _automatic(model: nn.Module, device: str) -> int:
-    if device != "cpu":
-        return 64
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return max(1, min(64, CACHE // max(size, 1)))

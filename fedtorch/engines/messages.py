@@ -67,6 +67,7 @@ def outcome_message(outcome: Outcome, asked: Sequence[str], **facts: Any) -> Mes
         groups |= {f"memory/{place[id]}/{g}": tree for g, tree in kept.items()}
     own = {
         "ids": list(update.ids),
+        "summed": update.summed,
         "failures": [[f.id, f.kind, f.reason] for f in failures],
     }
     return Message("outcome", own | facts, groups)
@@ -96,6 +97,7 @@ def read_outcome(message: Message, asked: Sequence[str]) -> Outcome:
         buffers=message.groups.get("buffers", {}),
         weight=weight,
         metrics=message.groups.get("metrics", {}),
+        summed=message.facts.get("summed") is True,
     )
     return Outcome(update, failures, memory)
 
@@ -103,11 +105,12 @@ def read_outcome(message: Message, asked: Sequence[str]) -> Outcome:
 def check(update: Update, expected: Expected, most: float = 1e12) -> None:
     """Refuse an update that differs from what this model and strategy send, or is not finite."""
     clients = len(update.ids)
+    rows = 1 if update.summed else clients
     if update.sent.keys() != expected.sent.keys():
         raise MessageError(f"it sends {_listed(update.sent)}, not {_listed(expected.sent)}")
     for group, names in expected.sent.items():
-        _same(update.sent[group], names, clients)
-    _same(update.buffers, expected.buffers, clients)
+        _same(update.sent[group], names, rows)
+    _same(update.buffers, expected.buffers, rows)
     if not bool(((update.weight > 0) & (update.weight <= most)).all()):
         raise MessageError("its weight is not a positive number")
     for name, values in update.metrics.items():

@@ -39,12 +39,14 @@ class Processes:
     """Clients trained side by side in a worker; none: as engine local, shared out evenly."""
     device: str = "cpu"
     """cpu, or cuda for one worker on each GPU."""
+    solver: str = "auto"
+    """auto, fast, stacked or general, as for engine local."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be started."""
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"engine.workers must be at least 1, got {self.workers}")
-        Local(self.chunk, self.device)
+        Local(self.chunk, self.device, self.solver)
 
     def devices(self) -> list[str]:
         """The device of each worker."""
@@ -59,8 +61,8 @@ class Processes:
     ) -> "ProcessesSession":
         """Check that these fit together, then start the workers."""
         devices = self.devices()
-        local = Local(self.chunk, devices[0]).open(model, clients, recipe)
-        body, data = kit.pack(model, clients, local.recipe)
+        local = Local(self.chunk, devices[0], self.solver).open(model, clients, recipe)
+        body, data = kit.pack(model, clients, local.recipe, local.choice.solver)
         block = shared(data.size)
         data.write(block)
         return ProcessesSession(local, body, block[: data.size], devices, self.chunk is None)

@@ -1,0 +1,77 @@
+"""Which solver trains, and how many clients at once: decided before the first round, by rule.
+
+By rule and not by a stopwatch, so that a seed gives the same bits on a busy machine as on an idle one.
+The rules stand on the measurements in ``benchmarks/RESULTS.md``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fedtorch import fast, probe, probe_private, solvers
+from fedtorch.client import Client, Recipe
+from fedtorch.privacy import SampleLevel
+from fedtorch.types import ConfigError
+
+CACHE = 1 << 20
+"""Bytes of stacked weights up to which stacking clients paid on a CPU (one core's L2)."""
+
+SOLVERS = ("auto", "fast", "stacked", "general")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the clients of a session are trained."""
+
+    solver: solvers.Solver
+    chunk: int
+    """Clients trained side by side."""
+    recipe: Recipe
+    """With the way to private gradients chosen, if there are any."""
+    notes: tuple[str, ...] = ()
+    strict: bool = False
+    """Never pad a batch: the model or the loss mixes the examples of a batch."""
+
+
+def choose(
+    model: nn.Module, clients: Sequence[Client], recipe: Recipe, chunk: int | None, solver: str
+) -> Choice:
+    """The fastest way that trains this model rightly; raises ConfigError where ``solver`` cannot."""
+    if solver not in SOLVERS:
+        raise ConfigError(f"engine.solver must be one of {', '.join(SOLVERS)}, not {solver!r}")
+    asked = recipe
+    size = min(chunk or _automatic(model), len(clients))
+    recipe, size = probe_private.fits(model, clients, recipe, size)
+    notes = []
+    if solver in ("auto", "fast"):
+        found = fast.offer(model, [c.data for c in clients], recipe, asked.privacy)
+        if not isinstance(found, str):
+            size = chunk or found.chunk(max(len(c) for c in clients), recipe)
+            return Choice(found, size, recipe, (f"fast path, {size} clients at once",))
+        if solver == "fast":
+            raise ConfigError(f"engine.solver fast cannot train this: {found}; use auto")
+        notes.append(f"the fast path is not used: {found}")
+    private = recipe.privacy.mode if isinstance(recipe.privacy, SampleLevel) else None
+    alone = solvers.stacked if private == "stacked" else solvers.general
+    if size == 1 or (solver == "general" and private is None):
+        return Choice(alone, 1, recipe, tuple(notes))
+    if why := probe.no_stacking(model, clients, recipe):
+        if solver == "stacked":
+            raise ConfigError(f"engine.solver stacked cannot train this: {why}; use auto")
+        notes.append(f"clients train one after another: {why}")
+        return Choice(alone, 1, recipe, tuple(notes))
+    strict = probe.mixes_examples(model, clients[0].data, recipe)
+    if strict:
+        notes.append(
+            "model or loss looks at the whole batch: only clients whose batches are equally "
+            "large train side by side"
+        )
+    return Choice(solvers.stacked, size, recipe, tuple(notes), strict)
+
+
+def _automatic(model: nn.Module) -> int:
+    if next(model.parameters()).device.type != "cpu":
+        return 64
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return max(1, min(64, CACHE // max(size, 1)))

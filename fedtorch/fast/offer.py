@@ -1,0 +1,115 @@
+"""Whether the fast path can train these clients with this recipe, and the trial that it does."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from fedtorch.batches import length, plan
+from fedtorch.fast.read import read
+from fedtorch.fast.solve import Fast
+from fedtorch.losses import reduce
+from fedtorch.privacy import SampleLevel
+from fedtorch.solvers import Recipe, general, snapshot
+from fedtorch.strategies import FedProx, Scaffold, Strategy
+from fedtorch.tree import expand, sq_norms, tmap
+from fedtorch.types import Context, Task
+
+KNOWN = (Strategy.correct, FedProx.correct, Scaffold.correct)
+"""Corrections of the gradient that ``layers.Rule`` can express."""
+
+TOLERANCE = 1e-3
+"""Two steps on a few examples differ by rounding, which is far less, or by a mistake, which is more."""
+
+
+def offer(
+    model: nn.Module, datasets: Sequence[Dataset], recipe: Recipe, privacy: object = None
+) -> Fast | str:
+    """A solver for this model, or one clause that says why there is none."""
+    why = optimizer(recipe) or strategy(recipe) or tables(model, datasets)
+    if isinstance(privacy, SampleLevel):
+        why = why or "private local steps have no fast form"
+    if why:
+        return why
+    x, y = datasets[0].tensors  # type: ignore[attr-defined]
+    chain = read(model, x[:1])
+    if isinstance(chain, str):
+        return chain
+    solver = Fast(chain)
+    try:
+        with torch.no_grad():
+            where = next(model.parameters()).device
+            if reduce(recipe.loss(model(x[:2].to(where)), y[:2].to(where))).dim() == 0:
+                return "the loss gives one number for the whole batch, not one for each example"
+        error = difference(solver, model, datasets[0], recipe)
+    except Exception as e:  # a label without an output, say: training will name it better
+        return f"a trial failed ({type(e).__name__})"
+    if not error < TOLERANCE:
+        return f"a trial of two steps differs from the general path by {error:.1e}"
+    return solver
+
+
+def optimizer(recipe: Recipe) -> str | None:
+    """SGD, with momentum and weight decay."""
+    if recipe.optimizer.cls() is not torch.optim.SGD:
+        return f"the client optimizer is {recipe.optimizer.name}, not SGD"
+    args = recipe.optimizer.args
+    other = sorted(k for k, v in args.items() if v and k not in ("momentum", "weight_decay"))
+    return f"SGD with {other[0]}" if other else None
+
+
+def strategy(recipe: Recipe) -> str | None:
+    """A correction of the gradient that is linear in gradient and weights, and known."""
+    kind = type(recipe.strategy)
+    return None if kind.correct in KNOWN else f"{kind.__name__} corrects gradients in its own way"
+
+
+def tables(model: nn.Module, datasets: Sequence[Dataset]) -> str | None:
+    """Plain tensors (x, y), all alike, in the type of the weights."""
+    dtype = next(model.parameters()).dtype
+    kinds = set()
+    for data in datasets:
+        if type(data) is not TensorDataset or len(data.tensors) != 2:
+            return "the data is not a pair of tensors (x, y)"
+        x, y = data.tensors
+        if x.dtype != dtype or x.dim() < 2:
+            return f"examples are {x.dtype} of {x.dim()} axes, the weights {dtype}"
+        kinds.add((x.shape[1:], y.shape[1:], y.dtype))
+    return None if len(kinds) == 1 else "examples of clients differ in shape"
+
+
+def difference(solver: Fast, model: nn.Module, data: Dataset, recipe: Recipe) -> float:
+    """How far the two paths are apart, over the length of the way that both went."""
+    n = min(length(data), 9)
+    few = TensorDataset(*(t[:n] for t in data.tensors))  # type: ignore[attr-defined]
+    state = snapshot(model)
+    names = [k for k, p in model.named_parameters() if p.requires_grad]
+    anchor = {k: state[k] for k in names}
+    some = tmap(lambda v: v.sign() * 1e-3, anchor)  # control variates that are not zero
+    extras = {g: some for g in recipe.strategy.init(anchor)}
+    memory = {g: tmap(torch.neg, expand(some)) for g in recipe.strategy.remember(anchor)}
+    task = Task(state, extras, 0, 0, 0.1)
+    steps = plan(n, Trial(), 0)
+    context = Context(
+        expand(anchor),
+        {g: expand(e) for g, e in extras.items()},
+        memory,
+        torch.tensor([len(steps)]),
+        task.lr,
+    )
+    ways = [
+        solve(model, [few], [steps], task, recipe, context).params for solve in (general, solver)
+    ]
+    change = [tmap(torch.sub, way, context.anchor) for way in ways]
+    apart = sq_norms(tmap(torch.sub, *change)).sqrt()
+    return float(apart / sq_norms(change[0]).sqrt().clamp(min=1e-12))
+
+
+class Trial:
+    """Two steps of unequal size."""
+
+    epochs: int = 1
+    steps: int | None = 2
+    batch_size: int | None = 5
+    drop_last: bool = False

@@ -1,0 +1,222 @@
+"""The fast path and the general path are one algorithm: the same weights from the same batches."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
+from fedtorch.fast import offer, solve
+from fedtorch.losses import binary_cross_entropy, mean_squared_error
+from fedtorch.types import ConfigError
+
+SIZES = [37, 5, 18, 64, 1, 23]  # unequal, one below a batch, one single example
+
+
+def clients(inputs: int = 30, classes: int = 4, sizes: list[int] = SIZES) -> list[Client]:
+    g = torch.Generator().manual_seed(0)
+    return [
+        Client(
+            f"c{k}",
+            (torch.randn(n, inputs, generator=g), torch.randint(0, classes, (n,), generator=g)),
+        )
+        for k, n in enumerate(sizes)
+    ]
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(30, 25), nn.Tanh(), nn.Linear(25, 20, bias=False), nn.GELU(),
+        nn.Linear(20, 12), nn.Sigmoid(), nn.Sequential(nn.Linear(12, 8), nn.SiLU()), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def trained(recipe: Recipe, solver: str, model: nn.Module, who: list[Client], chunk=None):
+    server = Server(model, who, recipe, engine=Local(solver=solver, chunk=chunk), seed=3)
+    figures = list(server.rounds(2))
+    return {k: v.double() for k, v in model.state_dict().items()}, figures
+
+
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest relative distance of a tensor."""
+    return max(float((a[k] - b[k]).norm() / b[k].norm()) for k in a)
+
+
+@pytest.fixture(params=["rule", "dual", "own"])
+def form(request, monkeypatch):
+    """Layers held as the cost rule says, all without copies, all with copies."""
+    if request.param != "rule":
+        monkeypatch.setattr(solve, "dual_pays", lambda *_: request.param == "dual")
+    return request.param
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("args", [{}, {"momentum": 0.9}, {"weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("strategy", [FedAvg(), FedProx(mu=0.5), Scaffold()], ids=str)
+def test_same_weights_as_the_general_path(form, strategy, args, epochs):
+    recipe = Recipe(
+        strategy, optimizer=ClientOptimizer("SGD", args), lr=0.1, epochs=epochs, batch_size=8
+    )
+    slow, before = trained(recipe, "general", mlp(), clients())
+    for chunk in (4, len(SIZES)):
+        fast, after = trained(recipe, "fast", mlp(), clients(), chunk)
+        assert apart(fast, slow) < 1e-5
+        for a, b in zip(after, before, strict=True):
+            assert sorted(a["cohort"]) == sorted(b["cohort"])
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+            assert a["update_norm"] == pytest.approx(b["update_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "order", [{"steps": 7}, {"batch_size": None}, {"drop_last": True}], ids=str
+)
+def test_steps_full_batches_and_dropped_ones(form, order):
+    recipe = Recipe(lr=0.2, **({"batch_size": 8} | order))
+    slow, _ = trained(recipe, "general", mlp(), clients())
+    fast, _ = trained(recipe, "fast", mlp(), clients())
+    assert apart(fast, slow) < 1e-5
+
+
+@pytest.mark.parametrize("loss", [mean_squared_error, binary_cross_entropy])
+def test_other_losses(form, loss):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 6), nn.ReLU(), nn.Linear(6, 1))
+    twin = nn.Sequential(nn.Linear(30, 6), nn.ReLU(), nn.Linear(6, 1))
+    twin.load_state_dict(model.state_dict())
+    who = clients(classes=2)
+    recipe = Recipe(loss=loss, lr=0.05, batch_size=8)
+    assert (
+        apart(trained(recipe, "fast", model, who)[0], trained(recipe, "general", twin, who)[0])
+        < 1e-5
+    )
+
+
+def test_training_moves_the_weights():
+    # without this, parity would also hold for two paths that do nothing
+    assert apart(trained(Recipe(lr=0.1), "fast", mlp(), clients())[0], mlp().state_dict()) > 1e-2
+
+
+def test_a_client_that_diverges_fails_alone(form):
+    who = clients()
+    who[2].data.tensors[0][3] = float("nan")
+    _, (first, _) = trained(Recipe(lr=0.1, batch_size=8), "fast", mlp(), who)
+    assert first["failed"] == {"c2": "nonfinite"} and first["clients"] == 5
+    rest = [c for c in clients() if c.id != "c2"]
+    model, twin = mlp(), mlp()
+    Server(model, who, Recipe(lr=0.1), engine=Local(solver="fast"), seed=3).round()
+    Server(twin, rest, Recipe(lr=0.1), engine=Local(solver="general"), seed=3).round()
+    assert apart(model.state_dict(), twin.state_dict()) < 1e-5
+
+
+class Branch(nn.Module):
+    """Control flow on data: nothing that can be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(30, 4), nn.Linear(30, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) if x.sum() > 0 else self.b(x)
+
+
+def frozen() -> nn.Module:
+    model = mlp()
+    model[1].weight.requires_grad_(False)
+    return model
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 30), nn.Linear(30, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+def hooked() -> nn.Module:
+    model = mlp()
+    model[1].register_forward_hook(lambda m, a, out: out * 2)
+    return model
+
+
+class Doubled(nn.Linear):
+    """A layer that only looks known."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+REFUSED = {
+    "Branch has a forward of its own": (Branch(), {}),
+    "layer 1 (Dropout) has no fast form": (
+        nn.Sequential(nn.Linear(30, 4), nn.Dropout(), nn.Linear(4, 4)), {},
+    ),
+    "layer 0 (Doubled) has no fast form": (nn.Sequential(Doubled(30, 4)), {}),
+    "parameter 1.weight is frozen": (frozen(), {}),
+    "a parameter is shared": (tied(), {}),
+    "layer 1 (Linear) has hooks": (hooked(), {}),
+    "the client optimizer is Adam": (mlp(), {"optimizer": ClientOptimizer("Adam")}),
+    "SGD with nesterov": (
+        mlp(), {"optimizer": ClientOptimizer("SGD", {"momentum": 0.9, "nesterov": True})},
+    ),
+    "one number for the whole batch": (mlp(), {"loss": nn.CrossEntropyLoss()}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_cannot_be_read_trains_on_the_general_path_and_says_why(why):
+    model, options = REFUSED[why]
+    recipe = Recipe(**({"lr": 0.01} | options))
+    server = Server(model, clients(), recipe)
+    assert any(why in note for note in server.session.notes), server.session.notes
+    assert server.round()["clients"] == len(SIZES)
+    with pytest.raises(ConfigError, match=r"engine\.solver fast cannot train this"):
+        Server(model, clients(), recipe, engine=Local(solver="fast"))
+
+
+def test_a_strategy_with_its_own_correction_is_not_guessed_at():
+    class Sign(FedAvg):
+        def correct(self, grads, params, ctx):
+            return {k: g.sign() for k, g in grads.items()}
+
+    server = Server(mlp(), clients(), Recipe(Sign(), lr=0.01))
+    assert any("Sign corrects gradients in its own way" in n for n in server.session.notes)
+
+
+def test_a_strategy_that_sends_more_than_the_delta_sees_every_client():
+    class Keeps(FedAvg):
+        def upload(self, params, ctx):
+            assert all(len(v) == len(SIZES) for v in params.values())
+            sent, _ = super().upload(params, ctx)
+            return sent, {"last": sent["delta"]}
+
+    who = clients()
+    server = Server(mlp(), who, Recipe(Keeps(), lr=0.1), engine=Local(solver="fast"))
+    server.round()
+    assert all(c.memory["last"]["1.weight"].shape == (25, 30) for c in who)
+
+
+def test_the_trial_catches_a_wrong_layer(monkeypatch):
+    right = solve.Rule.keep.fget
+    monkeypatch.setattr(solve.Rule, "keep", property(lambda r: right(r) * 0.99))
+    found = offer(mlp(), [c.data for c in clients()], Recipe(lr=0.1))
+    assert isinstance(found, str) and "differs from the general path" in found
+
+
+def test_same_seed_same_bits():
+    recipe = Recipe(lr=0.1, batch_size=8)
+    a, b = (trained(recipe, "fast", mlp(), clients())[0] for _ in range(2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_seeds_and_cohorts_agree_between_paths():
+    for seed, size in itertools.product((0, 1), (2, 6)):
+        ends = []
+        for solver in ("fast", "general"):
+            model = mlp()
+            server = Server(
+                model, clients()[:size], Recipe(lr=0.1), engine=Local(solver=solver), seed=seed
+            )
+            server.round()
+            ends.append(model.state_dict())
+        assert apart(*ends) < 1e-5
