@@ -14,13 +14,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fedtorch import assemble, checkpoint, cli, probe, runs, seeds, zoo
+from fedtorch import assemble, checkpoint, cli, probe, runs, seeds, sweep, zoo
 from fedtorch.choices import help_text
 from fedtorch.client import Recipe
 from fedtorch.console import Report, StopSignal, partition_table
 from fedtorch.data import Data, Digits, Partition, partition
 from fedtorch.engines import Engine, Local
-from fedtorch.evaluate import evaluate
+from fedtorch.evaluate import evaluate, evaluate_clients
 from fedtorch.optimizers import ClientOptimizer
 from fedtorch.participation import Everyone, Participation
 from fedtorch.privacy import Privacy, SampleLevel, checks
@@ -30,7 +30,8 @@ from fedtorch.privacy.run import BudgetSpent
 from fedtorch.schedules import Constant, Schedule
 from fedtorch.server import Server
 from fedtorch.strategies import FedAvg, Strategy
-from fedtorch.tracking import Tracker
+from fedtorch.tracking import Record, TensorBoard, Tracking
+from fedtorch.tracking.pictures import Pictures
 from fedtorch.types import ClientError, ConfigError
 
 
@@ -84,6 +85,8 @@ class Config:
     """Threads inside one operation; more than 1 often slows small models."""
     seed: int = 0
     """Decides every draw: split, partition, initial weights, cohorts, batches."""
+    tracking: Tracking | None = TensorBoard()
+    """Where the run is recorded beside metrics.jsonl: tensorboard, mlflow, wandb, none."""
     eval_every: int = 1
     """Rounds between two evaluations on the test set."""
     checkpoint_every: int = 1
@@ -104,7 +107,15 @@ class Config:
             raise ConfigError("--resume needs --run-dir, the folder of the run to continue")
 
 
-FREE_ON_RESUME = {"rounds", "resume", "run_dir", "checkpoint_every", "eval_every", "threads"}
+FREE_ON_RESUME = {
+    "rounds",
+    "resume",
+    "run_dir",
+    "checkpoint_every",
+    "eval_every",
+    "threads",
+    "tracking",
+}
 """Options a resumed run may change; any other would make it a different run."""
 
 LEDGER = "ledger.jsonl"
@@ -143,28 +154,37 @@ def train(config: Config) -> dict[str, Any]:
 
     with (
         closing(server),
-        Tracker(folder, server.round_number) as tracker,
         Report(config.rounds, server.round_number) as report,
+        Record(
+            config.tracking, folder, server.round_number, report.say, server.private is not None
+        ) as record,
         StopSignal(report) as stop,
     ):
-        introduce(config, data, server, ids, parts, tracker, report)
-        scores = evaluate(model, data.test, metrics)
+        pictures = Pictures(record, server, data, config.rounds)
+        introduce(config, data, server, ids, parts, report)
+        options = cli.flat(cli.describe(config)) | {"lr": recipe.lr}
+        pictures.start(options, metrics, ids, parts)
+        scores, by_client = evaluate(model, data.test, metrics), {}
         last = over(server, config, stop)
         while not last:
-            start = time.perf_counter()
             figures = server.round()
-            seconds = time.perf_counter() - start
             # read once: a signal after this line is heeded one round later, and nothing is half saved
             last = over(server, config, stop)
             if last or server.round_number % config.eval_every == 0:
+                start = time.perf_counter()
                 scores = evaluate(model, data.test, metrics)
                 figures |= {f"test_{k}": v for k, v in scores.items()}
-                figures |= server.mark(assemble.validate(model, clients, metrics))
-                figures["seconds_evaluate"] = time.perf_counter() - start - seconds
-            tracker.round(figures)
-            report.round(figures, seconds)
+                by_client = evaluate_clients(model, clients, metrics)
+                figures |= server.mark(assemble.validation(by_client))
+                figures["seconds_evaluate"] = time.perf_counter() - start
+            record.round(figures)
+            pictures.round(by_client)
+            report.round(figures)
             if last or server.round_number % config.checkpoint_every == 0:
-                checkpoint.save(folder / "checkpoints", server.state_dict())
+                state = server.state_dict()
+                report.attempt("checkpoint", checkpoint.save, folder / "checkpoints", state)
+        if server.private:
+            record.text("privacy", text(server.private), server.round_number)
 
     summary = {
         **{f"test_{k}": v for k, v in scores.items()},
@@ -235,10 +255,9 @@ def introduce(
     server: Server,
     ids: list[str],
     parts: list[Any],
-    tracker: Tracker,
     report: Report,
 ) -> None:
-    """Say what is about to run, to the person and to TensorBoard."""
+    """Say what is about to run."""
     model = server.model
     size = sum(p.numel() for p in model.parameters())
     report.say(
@@ -256,14 +275,9 @@ def introduce(
     if server.round_number:
         report.say(f"resumed after round {server.round_number}")
         return
-    if not (
-        config.privacy and config.privacy.strict
-    ):  # who has what is nobody's to know, if strict
+    if not (config.privacy and config.privacy.strict):
+        # who has what is nobody's to know, if strict
         report.console.print(partition_table(ids, parts, data.labels))
-        tracker.partition(ids, parts, data.labels)
-    tracker.text(
-        "config", "\n".join(f"    {f.name} = {getattr(config, f.name)!r}" for f in fields(config))
-    )
 
 
 def conclude(
@@ -301,9 +315,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.append("")
     if "--help" in argv or "-h" in argv:
         print(help_text(Config, "fedtorch train"))
+        print(sweep.HELP)
         return 0
     try:
-        train(read_config(argv))
+        rest, points = sweep.settings(argv)
+        if points:
+            sweep.run(rest, points, read_config, train)
+        else:
+            train(read_config(argv))
     except ConfigError as e:
         print(f"fedtorch: {e}", file=sys.stderr)
         return 2

@@ -8,12 +8,23 @@ from fedtorch.types import ClientError, ConfigError
 
 COMMANDS = {
     "train": ("train a model over many clients", "fedtorch.commands.train:main"),
+    "runs": (
+        "table of the runs in a folder: results, epsilon, time",
+        "fedtorch.commands.runs:runs",
+    ),
+    "compare": ("two runs: options that differ, results", "fedtorch.commands.runs:compare"),
+    "eval": ("a trained model on the test set", "fedtorch.commands.use:evaluate_run"),
+    "predict": ("a trained model on a file of examples", "fedtorch.commands.use:predict"),
     "models": ("models that --model can name", "fedtorch.commands.listing:models"),
     "datasets": ("datasets that --dataset can name", "fedtorch.commands.listing:datasets"),
     "strategies": ("strategies that --strategy can name", "fedtorch.commands.listing:strategies"),
     "epsilon": ("what a private run with given noise costs", "fedtorch.commands.privacy:epsilon"),
     "noise": ("noise of a run that may cost a given epsilon", "fedtorch.commands.privacy:noise"),
     "plan": ("table of epsilon over rounds and noises", "fedtorch.commands.privacy:plan"),
+    "completion": (
+        "completion for bash or zsh, to be sourced",
+        "fedtorch.commands.completion:main",
+    ),
     "version": ("the version installed", "fedtorch.commands.listing:version"),
 }
 """Command -> one line of help and where its function is: arguments in, exit status out.

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedtorch import losses, seeds
 from fedtorch.client import Client
 from fedtorch.data.base import Data, split, subset
 from fedtorch.data.hub import resolve
-from fedtorch.evaluate import evaluate_clients
 from fedtorch.losses import Loss
 from fedtorch.types import ConfigError
 
@@ -49,14 +48,11 @@ def named(role: str, name: str, known: Mapping[str, Loss]) -> Loss:
     return cast(Loss, found() if isinstance(found, type) else found)
 
 
-def validate(
-    model: nn.Module, clients: Sequence[Client], metrics: Mapping[str, Loss]
-) -> dict[str, float]:
-    """The global model on the clients' validation data: mean over clients, lowest and highest."""
-    scores = list(evaluate_clients(model, clients, metrics).values())
+def validation(by_client: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Scores of the global model by client -> mean over clients, lowest and highest."""
     figures = {}
-    for name in metrics if scores else ():
-        values = [s[name] for s in scores]
+    for name in next(iter(by_client.values()), {}):
+        values = [s[name] for s in by_client.values()]
         figures[f"validation_{name}"] = sum(values) / len(values)
         figures[f"validation_{name}_min"] = min(values)
         figures[f"validation_{name}_max"] = max(values)

@@ -54,6 +54,11 @@ CHOICES: dict[str, dict[str, str]] = {
         "step": "fedtorch.schedules.Step",
         "cosine": "fedtorch.schedules.Cosine",
     },
+    "tracking": {
+        "tensorboard": "fedtorch.tracking.TensorBoard",
+        "mlflow": "fedtorch.tracking.MLflow",
+        "wandb": "fedtorch.tracking.WandB",
+    },
     "engine": {
         "local": "fedtorch.engines.Local",
         "processes": "fedtorch.engines.Processes",

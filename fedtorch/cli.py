@@ -159,6 +159,19 @@ def describe(obj: Any) -> Any:
     return {k: _entry(v) for k, v in table.items() if k not in empty} | kept
 
 
+def flat(table: Table, prefix: str = "") -> Table:
+    """``{"strategy": {"name": "fedprox", "mu": 0.1}}`` -> ``strategy`` and ``strategy.mu``."""
+    found: Table = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            found |= {prefix + key: value["name"]} if "name" in value else {}
+            inner = {k: v for k, v in value.items() if k != "name"}
+            found |= flat(inner, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
 def _entry(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value

@@ -124,7 +124,7 @@ def local_update(
 
     alike = type(recipe.strategy).upload is Strategy.upload and recipe.privacy is None
     if alike and isinstance(trained, solvers.Implicit):
-        return _summed(clients, recipe, trained, ctx.steps)
+        return _summed(clients, recipe, trained, plans)
     # in float64 the delta is exact, so anchor + delta gives back the very weights of the client
     exact = replace(
         ctx,
@@ -146,7 +146,12 @@ def local_update(
                 for g, m in remembered.items()
             }
     examples = torch.tensor([float(len(c)) for c in clients])
-    figures = {"train_loss": trained.loss, "examples": examples, "steps": ctx.steps.double()}
+    figures = {
+        "train_loss": trained.loss,
+        "examples": examples,
+        "visited": _visited(plans),
+        "steps": ctx.steps.double(),
+    }
     if recipe.privacy:
         sent = recipe.privacy.client(sent, examples, task, [c.id for c in clients])
         norms["delta"] = sq_norms(sent["delta"])
@@ -164,6 +169,10 @@ def local_update(
         metrics={name: v[kept] for name, v in figures.items()},
     )
     return update, _failures(clients, keep)
+
+
+def _visited(plans: Sequence[Tensor]) -> Tensor:
+    return torch.tensor([float((p >= 0).sum()) for p in plans])
 
 
 def _weights(recipe: Recipe, examples: Tensor) -> Tensor:
@@ -199,7 +208,7 @@ def _steps(
 
 
 def _summed(
-    clients: Sequence[Client], recipe: Recipe, trained: solvers.Implicit, steps: Tensor
+    clients: Sequence[Client], recipe: Recipe, trained: solvers.Implicit, plans: Sequence[Tensor]
 ) -> tuple[Update, list[Failure]]:
     """The weighted mean of clients of whom nobody needs to see each alone."""
     norms = trained.sq_norms().cpu()
@@ -216,7 +225,8 @@ def _summed(
         metrics={
             "train_loss": trained.loss[keep],
             "examples": examples[keep],
-            "steps": steps.double()[keep],
+            "visited": _visited(plans)[keep],
+            "steps": torch.tensor([float(len(p)) for p in plans])[keep],
             "update_norm": norms.sqrt()[keep],
         },
         summed=True,

@@ -1,23 +1,26 @@
 """What a person sees: a live bar on a terminal, plain lines when piped."""
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 
 class Report:
     """Progress over rounds."""
 
-    def __init__(self, rounds: int, start: int) -> None:
-        """A bar from ``start`` to ``rounds`` where there is a terminal."""
+    def __init__(self, rounds: int, start: int, lines: bool = True) -> None:
+        """A bar from ``start`` to ``rounds`` on a terminal or in a notebook, else ``lines``."""
         self.console = Console(highlight=False, soft_wrap=True)
         self.rounds = rounds
+        live = self.console.is_terminal or self.console.is_jupyter
+        self.lines = lines and not live
         self.bar = Progress(
             TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
@@ -25,7 +28,7 @@ class Report:
             TextColumn("eta"),
             TimeRemainingColumn(compact=True),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not live,
         )
         self.task = self.bar.add_task("", total=rounds, completed=start)
 
@@ -33,7 +36,15 @@ class Report:
         """A line above the bar."""
         self.console.print(text, markup=False)
 
-    def round(self, metrics: Mapping[str, Any], seconds: float) -> None:
+    def attempt(self, what: str, act: Callable[..., object], *args: object) -> None:
+        """Do what may fail for want of space without ending the run; it is said each time it does."""
+        try:
+            act(*args)
+        except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+            reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+            self.say(f"warning: {what} not written ({reason}); the run goes on without it")
+
+    def round(self, metrics: Mapping[str, Any]) -> None:
         """One round is done."""
         failed = metrics.get("failed") or metrics.get("nonprivate_failed") or {}
         for who, kind in failed.items():
@@ -46,12 +57,12 @@ class Report:
             for label, key in _shown(metrics)
             if metrics.get(key) is not None
         ]
-        clients = metrics.get("clients", metrics.get("nonprivate_clients"))
-        if clients is not None:
-            parts.append(f"{clients / max(seconds, 1e-9):.1f} clients/s")
+        speed = metrics.get("clients_per_second", metrics.get("nonprivate_clients_per_second"))
+        if speed is not None:
+            parts.append(f"{speed:.1f} clients/s")
         line = "  ".join(parts)
         self.bar.update(self.task, completed=metrics["round"], description=line)
-        if not self.console.is_terminal:
+        if self.lines:
             self.say(f"round {metrics['round']:>4}/{self.rounds}  {line}")
 
     def __enter__(self) -> "Report":
@@ -129,3 +140,48 @@ def partition_table(
     if len(ids) > most:
         table.add_row(f"... {len(ids) - most} more", "")
     return table
+
+
+def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of named values; in full when piped, fitted to the window on a terminal."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 10_000
+    table = Table(box=None, pad_edge=False)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        numbers = all(isinstance(r.get(name), (int, float, type(None))) for r in rows)
+        table.add_column(name.replace("_", " "), justify="right" if numbers else "left")
+    for row in rows:
+        table.add_row(*(Text(_word(row.get(name))) for name in names))
+    console.print(table)
+
+
+def _word(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plot(lines: Mapping[str, Sequence[tuple[float, float]]], title: str) -> str:
+    """Curves in letters, each drawn with the first letter of its name; * where they meet.
+
+    >>> print(plot({"A": [(1, 0.0), (2, 1.0)]}, "x").splitlines()[1].strip())
+    1 |                                                           A
+    """
+    points = [p for line in lines.values() for p in line]
+    if not points:
+        return f"{title}: no rounds yet"
+    width, height = 60, 12
+    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*points, strict=True))
+    cells = [[" "] * width for _ in range(height)]
+    for name, line in lines.items():
+        for x, y in line:
+            column = round((x - left) / (right - left or 1) * (width - 1))
+            at = height - 1 - round((y - low) / (high - low or 1) * (height - 1))
+            cells[at][column] = name[0] if cells[at][column] in (" ", name[0]) else "*"
+    marks = [f"{high:.4g}", *[""] * (height - 2), f"{low:.4g}"]
+    rows = [f"{m:>8} |{''.join(c)}".rstrip() for m, c in zip(marks, cells, strict=True)]
+    axis = f"{'':>8} +{'-' * width}"
+    ends = f"{'':>9} {left:<{width // 2}g}{right:>{width // 2}g}"
+    return "\n".join([title.replace("_", " "), *rows, axis, ends + " round"])

@@ -1,24 +1,41 @@
-"""Pictures for TensorBoard, drawn without a window system."""
+"""Pictures of a run as PNG files, drawn without a window system."""
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+MOST = 100
+"""Clients, and rounds, that a map shows."""
 
-def partition_figure(ids: Sequence[str], parts: Sequence[Tensor], labels: Tensor | None) -> Any:
-    """Label-by-client heat map, or client sizes where there are no labels; at most 100 clients."""
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
-    shown = list(range(min(len(ids), 100)))
-    figure = Figure(figsize=(max(5.0, 0.22 * len(shown) + 2), 4), layout="constrained")
-    axes = figure.add_subplot()
+    # margins in inches, not matplotlib's automatic layout, which takes longer than the drawing
+    figure = Figure(figsize=(width, height))
+    box = (0.75 / width, 0.65 / height, 1 - 0.95 / width, 1 - 1.05 / height)
+    return figure, figure.add_axes(box)
+
+
+def _png(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=80)
+    return file.getvalue()
+
+
+def partition_map(ids: Sequence[str], parts: Sequence[Tensor], labels: Tensor | None) -> bytes:
+    """Label-by-client heat map, or client sizes where there are no labels; at most 100 clients."""
+    shown = list(range(min(len(ids), MOST)))
+    figure, axes = _figure(max(5.0, 0.22 * len(shown) + 2), 4)
     if labels is None:
         axes.bar(shown, [len(parts[k]) for k in shown])
         axes.set_ylabel("examples")
     else:
         classes = int(labels.max()) + 1
-        table = [[int((labels[parts[k]] == c).sum()) for k in shown] for c in range(classes)]
+        table = np.stack([np.bincount(labels[parts[k]], minlength=classes) for k in shown], 1)
         image = axes.imshow(table, aspect="auto", cmap="Blues", origin="lower")
         figure.colorbar(image, label="examples")
         axes.set_ylabel("label")
@@ -26,9 +43,82 @@ def partition_figure(ids: Sequence[str], parts: Sequence[Tensor], labels: Tensor
             axes.set_yticks(range(classes))
     if len(shown) <= 30:
         axes.set_xticks(shown, [ids[k][:16] for k in shown], rotation=90 if len(shown) > 10 else 0)
-    axes.set_xlabel("client" + (f" (first 100 of {len(ids)})" if len(ids) > 100 else ""))
-    axes.set_title("Who got what")
-    return figure
+    axes.set_xlabel("client" + _first(len(ids)))
+    axes.set_title("Who holds what")
+    return _png(figure)
+
+
+def participation_map(ids: Sequence[str], rounds: Mapping[int, Mapping[str, int]]) -> bytes:
+    """Client by round: 1 reported, 2 dropped out or left out; the first clients, the last rounds."""
+    steps = sorted(rounds)[-MOST:]
+    shown = ids[:MOST]
+    table = np.array([[rounds[r].get(i, 0) for r in steps] for i in shown])
+    figure, axes = _figure(max(5.0, 0.06 * len(steps) + 3), max(2.5, 0.07 * len(shown) + 1.5))
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    colors = ("#f2f2f2", "#4c8bbf", "#d1495b")
+    edges = (steps[0] - 0.5, steps[-1] + 0.5, len(shown) - 0.5, -0.5)
+    axes.imshow(
+        table, cmap=ListedColormap(colors), vmin=0, vmax=2, aspect="auto", extent=edges,
+        interpolation="nearest",
+    )  # fmt: skip
+    words = ("not chosen", "reported", "dropped or left out")
+    figure.legend(
+        handles=[Patch(color=c, label=w) for c, w in zip(colors, words, strict=True)],
+        loc="upper right", ncols=3, fontsize="small", frameon=False,
+    )  # fmt: skip
+    if len(shown) <= 30:
+        axes.set_yticks(range(len(shown)), [i[:16] for i in shown])
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("round")
+    axes.set_ylabel("client" + _first(len(ids)))
+    return _png(figure)
+
+
+def confusion_matrix(predicted: Tensor, true: Tensor, classes: int) -> bytes:
+    """Rows are the true class, columns the predicted; each row shaded by its own share."""
+    table = np.bincount(true * classes + predicted, minlength=classes**2).reshape(classes, classes)
+    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    figure, axes = _figure(
+        max(4.0, 0.42 * min(classes, 40) + 1.5), max(3.5, 0.36 * min(classes, 40) + 1)
+    )
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, label="share of the true class")
+    if classes <= 20:
+        axes.set_xticks(range(classes))
+        axes.set_yticks(range(classes))
+        for row, column in zip(*np.nonzero(table), strict=True):
+            dark = share[row, column] > 0.5
+            axes.text(
+                column, row, table[row, column], ha="center", va="center",
+                color="white" if dark else "black", fontsize=8,
+            )  # fmt: skip
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(f"Test set: {int(np.trace(table))} of {len(true)} right")
+    return _png(figure)
+
+
+def image_grid(images: Tensor, titles: Sequence[str], heading: str, columns: int = 8) -> bytes:
+    """Images [N, 1 or 3, rows, columns] side by side, each with a line above it."""
+    count, channels, height, width = images.shape
+    rows, gap, scale = -(-count // columns), 0.3, max(1, 56 // height)
+    tall, wide = round(height * scale * (1 + gap)), round(width * scale * (1 + gap / 2))
+    sheet = np.ones((rows * tall, columns * wide, 3), np.float32)
+    low, high = float(images.min()), float(images.max())
+    shown = ((images - low) / max(high - low, 1e-9)).movedim(1, -1).expand(-1, -1, -1, 3).numpy()
+    shown = (1 - shown if channels == 1 else shown).repeat(scale, 1).repeat(scale, 2)
+    figure, axes = _figure(1.1 * columns + 0.4, 1.1 * rows * tall / wide + 0.8)
+    axes.set_position((0.02, 0.02, 0.96, 1 - 0.5 / figure.get_figheight()))
+    for k, (image, title) in enumerate(zip(shown, titles, strict=True)):
+        top, left = k // columns * tall + tall - len(image), k % columns * wide
+        sheet[top : top + len(image), left : left + image.shape[1]] = image
+        axes.text(left, top - 2, title, fontsize=8, va="bottom")
+    axes.imshow(sheet, interpolation="nearest", aspect="auto")
+    axes.axis("off")
+    figure.suptitle(heading, fontsize=10)
+    return _png(figure)
 
 
 def epsilon_figure(
@@ -48,3 +138,26 @@ def epsilon_figure(
     axes.legend(title="noise multiplier")
     axes.set_title(title)
     return figure
+
+
+def curves(runs: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> bytes:
+    """A panel for each metric with a curve for each run: metric -> run -> (round, value)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(runs), 3.6), layout="constrained")
+    for axes, (metric, lines) in zip(
+        figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True
+    ):
+        for name, points in lines.items():
+            axes.plot(
+                *zip(*points, strict=True), label=name, marker="." if len(points) < 30 else ""
+            )
+        axes.set_xlabel("round")
+        axes.set_ylabel(metric.replace("_", " "))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return _png(figure)
+
+
+def _first(n: int) -> str:
+    return f" (first {MOST} of {n})" if n > MOST else ""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedtorch import checkpoint
@@ -20,9 +21,18 @@ from fedtorch.types import ConfigError
 
 PACKAGES = ("fedtorch", "torch", "numpy", "tensorboard", "safetensors")
 
+EVENTS = ".fedtorch"
+"""Ends the name of every event file of ours; files of others are never touched."""
+
 
 def create(folder: Path) -> None:
     """Make the folder; raises ConfigError when another run is in it or it cannot be written."""
+    others = [p for p in folder.glob("*tfevents*") if not p.name.endswith(EVENTS)]
+    if others:
+        raise ConfigError(
+            f"{folder} holds TensorBoard files that are not of a run ({others[0].name}): choose "
+            "another --run-dir"
+        )
     # a config without a checkpoint is a run killed before it began: there is nothing to lose
     if checkpoint.everything(folder / "checkpoints") or any(folder.glob("events.out.tfevents.*")):
         raise ConfigError(
@@ -66,6 +76,19 @@ def write_json(path: Path, table: dict[str, Any]) -> None:
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in table.items()
     }
     replace(path, json.dumps(plain, indent=2) + "\n")
+
+
+def read_model(folder: Path, model: nn.Module) -> None:
+    """Load the trained weights of a run; raises ConfigError when they are not there or do not fit."""
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} holds no trained model yet: fedtorch train --run-dir {folder} --resume"
+        )
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as e:
+        raise ConfigError(f"{path} cannot be used: {str(e).splitlines()[0]}") from e
 
 
 def replace(path: Path, text: str) -> None:

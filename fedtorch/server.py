@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import nn
 
 from fedtorch.aggregate import Mean
 from fedtorch.client import Client, Recipe
+from fedtorch.console import Report
 from fedtorch.engines import Engine, Local
+from fedtorch.history import History
+from fedtorch.metrics import Metrics, Visits, length, traffic
 from fedtorch.participation import Everyone, Participation
 from fedtorch.privacy.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent, PrivateRun
@@ -19,10 +23,7 @@ from fedtorch.schedules import Constant, Schedule
 from fedtorch.solvers import load, snapshot
 from fedtorch.strategies import Strategy
 from fedtorch.tree import expand, finite, row
-from fedtorch.types import ConfigError, Context, Failure, Params, Task
-
-Metrics = dict[str, Any]
-"""One round's figures: numbers, plus ``cohort`` and ``failed`` (lists of client ids)."""
+from fedtorch.types import ConfigError, Context, Failure, Params, Task, Update
 
 
 class Server:
@@ -63,6 +64,12 @@ class Server:
         self.extras = self.recipe.strategy.init(params)
         optimizer = self.recipe.strategy.server
         self.optimizer_state = optimizer.init(params) if optimizer else {}
+        self.visits = Visits()
+        """What each client of the last round reported."""
+        self.last_step: Params = {}
+        """What the last round added to the trainable weights."""
+        self.watch: Callable[[Update], None] | None = None
+        """Shown every update as it arrives; for looking, not for changing."""
         self.private: PrivateRun | None = None
         self.notes = list(self.session.notes)
         if self.recipe.privacy is not None:
@@ -91,31 +98,42 @@ class Server:
         if private:
             task = replace(task, privacy=private.numbers(self.round_number))
 
+        sampled = time.perf_counter()
         self.session.submit([self.ids[i] for i in reporting], task)
         failed = [Failure(self.ids[i], "dropped", "it dropped out") for i in lost]
-        mean, updates = Mean(), []
+        mean, chunks = Mean(), []
         for outcome in self.session.collect():
             if isinstance(outcome, Failure):
                 failed.append(outcome)
             else:
                 mean.add(outcome)
-                updates.append((outcome.ids, outcome.metrics, outcome.weight))
+                chunks.append(Visits(outcome.ids, outcome.weight, outcome.metrics))
+                if self.watch is not None:
+                    self.watch(outcome)
         trained = time.perf_counter()
 
         # noise comes first: all that the strategy and the server optimizer do is post-processing
         released = private.release(mean.sums()) if private else None
-        if updates or released:
-            sent, buffers = (released, {}) if released else mean.result()
-            cohort = sum(len(ids) for ids, _, _ in updates)
+        visits = Visits.of(chunks)
+        means, buffers = mean.result() if visits.ids else ({}, {})
+        delta: Params = {}
+        if visits.ids or released:
+            sent, buffers = (released, {}) if released else (means, buffers)
             share = self.recipe.privacy and self.recipe.privacy.share()
-            delta, self.extras = strategy.step(sent, self.extras, share or cohort / len(self.ids))
+            cohort = len(visits.ids) / len(self.ids)
+            delta, self.extras = strategy.step(sent, self.extras, share or cohort)
             if strategy.server is not None:
                 delta, self.optimizer_state = strategy.server.step(delta, self.optimizer_state)
             load(self.model, self._moved(state, delta, buffers))
+        self.visits, self.last_step = visits, delta
         self.round_number += 1
-        figures = _figures(self.round_number, lr, updates, failed) | {
-            "seconds_train": trained - start,
+        figures = {
+            "round": self.round_number,
+            **self._figures(task, failed, means),
+            "seconds_sample": sampled - start,
+            "seconds_train": trained - sampled,
             "seconds_aggregate": time.perf_counter() - trained,
+            **visits.speed(trained - sampled),
         }
         return self.mark(figures) | private.figures() if private else figures
 
@@ -137,6 +155,17 @@ class Server:
             if plan and plan.budget == "stop" and not self.within_budget():
                 return
             yield self.round()
+
+    def fit(self, rounds: int, progress: bool = True) -> History:
+        """Train ``rounds`` more rounds, with a bar on a terminal or in a notebook; all their figures."""
+        history = History()
+        bar = Report(self.round_number + rounds, self.round_number, lines=False)
+        with bar if progress else nullcontext():
+            for figures in self.rounds(rounds):
+                history.append(figures)
+                if progress:
+                    bar.round(figures)
+        return history
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later run needs to go on exactly as this one would."""
@@ -194,6 +223,21 @@ class Server:
         drawn = plan.cohort(len(self.ids), self.round_number) if plan else None
         return self.participation.cohort(len(self.ids), self.seed, self.round_number, drawn)
 
+    def _figures(self, task: Task, failed: list[Failure], means: dict[str, Params]) -> Metrics:
+        kinds = [f.kind for f in failed]
+        reported = len(self.visits.ids)
+        return {
+            "lr": task.lr,
+            "cohort": list(self.visits.ids),
+            "failed": {f.id: f.kind for f in failed},
+            "clients": reported,
+            "dropped": kinds.count("dropped"),
+            "nonfinite": kinds.count("nonfinite"),
+            **self.visits.figures(means.get("delta")),
+            "step_norm": length(self.last_step),
+            **traffic(task, means, asked=reported + len(failed), reported=reported),
+        }
+
     def _moved(self, state: Params, delta: Params, buffers: Params) -> Params:
         # added in float64 and rounded once: one client's own weights come back to the last bit
         new = {k: state[k].double().add_(delta[k]).to(state[k].dtype) for k in self.trainable}
@@ -212,22 +256,3 @@ def _groups(strategy: Strategy, params: Params, extras: dict[str, Params]) -> di
     shared = {g: expand(e) for g, e in extras.items()}
     ctx = Context(expand(params), shared, own, torch.ones(1), 1.0)
     return {g: row(s, 0) for g, s in strategy.upload(expand(params), ctx)[0].items()}
-
-
-def _figures(round_number: int, lr: float, updates: list[Any], failed: list[Failure]) -> Metrics:
-    """Put the clients' figures together; means are weighted as the weights are."""
-    ids = [i for chunk, _, _ in updates for i in chunk]
-    figures: Metrics = {
-        "round": round_number,
-        "lr": lr,
-        "cohort": ids,
-        "failed": {f.id: f.kind for f in failed},
-        "clients": len(ids),
-    }
-    if updates:
-        weight = torch.cat([w for _, _, w in updates]).double()
-        values = {k: torch.cat([m[k] for _, m, _ in updates]).double() for k in updates[0][1]}
-        figures["train_loss"] = float((values["train_loss"] * weight).sum() / weight.sum())
-        figures["update_norm"] = float((values["update_norm"] * weight).sum() / weight.sum())
-        figures["examples"] = int(values["examples"].sum())
-    return figures

@@ -50,7 +50,7 @@ def same(a: str, b: str) -> None:
 
 def figures(run: str) -> list[dict]:
     lines = [json.loads(line) for line in Path(f"{run}/metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
 def steps(run: str) -> dict[str, list[int]]:

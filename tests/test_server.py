@@ -155,3 +155,12 @@ def test_frozen_parameters_stay_and_tied_ones_stay_tied():
         tied = Tied()
         Server(tied, make_clients([10, 20]), Recipe(lr=0.5), engine=Local(chunk=chunk)).round()
         assert tied.a.weight is tied.b.weight
+
+
+def test_fit_gives_the_history_and_keeps_quiet_when_piped(capsys):
+    server = Server(mlp(), make_clients([12, 5]), Recipe())
+    history = server.fit(3)
+    assert [m["round"] for m in history] == [1, 2, 3] == list(range(1, server.round_number + 1))
+    assert [m["round"] for m in server.fit(1, progress=False)] == [4]
+    assert capsys.readouterr().out == ""
+    assert history.column("train_loss")[0][0] == 1

@@ -2,6 +2,7 @@
 
 import csv
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +43,10 @@ class Csv:
                 raise ConfigError(
                     f"{self.path} has no {role} column {column!r}; it has {', '.join(header)}"
                 )
-        features = [h for h in header if h not in (target, self.client)]
-        if not features:
+        names = self.features(header)
+        if not names:
             raise ConfigError(f"{self.path} has no feature columns beside {target!r}")
-        x = torch.tensor(_numbers(self.path, header, rows, features), dtype=torch.float32)
+        x = torch.tensor(_numbers(self.path, header, rows, names), dtype=torch.float32)
         y = torch.tensor(_numbers(self.path, header, rows, [target]), dtype=torch.float64)[:, 0]
         keys = [row[header.index(self.client)] for _, row in rows] if self.client else None
         train, test = split(len(y), self.test_fraction, seed)
@@ -53,6 +54,25 @@ class Csv:
             mean, std = x[train].mean(0), x[train].std(0)
             x = (x - mean) / torch.where(std > 0, std, 1)
         return _data(Path(self.path).stem, self.kind, x, y, keys, train, test)
+
+    def features(self, header: Sequence[str]) -> list[str]:
+        """The columns that are neither target nor client."""
+        return [h for h in header if h not in (self.target or header[-1], self.client)]
+
+    def unlabelled(self, path: Path, seed: int) -> Tensor:
+        """Features of another file with these columns, scaled as ``load`` scales: [N, columns]."""
+        header, rows = _read(Path(self.path))
+        names, (other, more) = self.features(header), _read(path)
+        if missing := [n for n in names if n not in other]:
+            raise ConfigError(
+                f"{path} has no column {missing[0]!r}, which the model was trained on"
+            )
+        x = torch.tensor(_numbers(str(path), other, more, names), dtype=torch.float32)
+        if self.standardize:
+            seen = torch.tensor(_numbers(self.path, header, rows, names), dtype=torch.float32)
+            seen = seen[split(len(seen), self.test_fraction, seed)[0]]
+            x = (x - seen.mean(0)) / torch.where(seen.std(0) > 0, seen.std(0), 1)
+        return x
 
 
 @dataclass(frozen=True)

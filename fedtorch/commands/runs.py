@@ -1,0 +1,63 @@
+"""``fedtorch runs`` and ``fedtorch compare``: what ran, how it went, and what made the difference."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedtorch import saved
+from fedtorch.commands.options import words_and_options
+from fedtorch.console import plot, show_table
+from fedtorch.types import ConfigError
+
+
+def runs(argv: Sequence[str]) -> int:
+    """A table of the runs in a folder (``runs`` unless another is named)."""
+    words, given = words_and_options(argv, "runs", {"json": False})
+    if len(words) > 1:
+        raise ConfigError(f"fedtorch runs takes one folder, but got {len(words)}")
+    table = saved.rows(saved.find(words[0] if words else "runs"))
+    if "json" in given:
+        print(json.dumps(table, indent=2))
+    else:
+        show_table(table)
+    return 0
+
+
+def compare(argv: Sequence[str]) -> int:
+    """Two runs side by side: options that differ, results, curves; ``--png FILE`` draws them."""
+    words, given = words_and_options(argv, "compare", {"json": False, "png": True})
+    if len(words) != 2:
+        raise ConfigError(f"fedtorch compare takes two run folders, but got {len(words)}")
+    pair = [saved.load(word) for word in words]
+    options, results = [r.options for r in pair], [r.result() for r in pair]
+    names = ("A", "B")
+    metrics = [
+        k
+        for k in dict.fromkeys(k for r in pair for k in r.history.last())
+        if k.startswith("test_") or k in ("train_loss", "privacy_epsilon")
+    ]
+    if "png" in given:
+        draw(dict(zip(words, pair, strict=True)), metrics, Path(given["png"]))
+    differ = {k: [o.get(k) for o in options] for k in saved.differing(options)}
+    ended = {k: [r.get(k) for r in results] for k in dict.fromkeys(k for r in results for k in r)}
+    if "json" in given:
+        print(json.dumps({"options": differ, "results": ended}, indent=2))
+        return 0
+    for title, table in (("options that differ", differ), ("results", ended)):
+        show_table([{title: k, "A": a, "B": b} for k, (a, b) in table.items()])
+    best = next((m for m in metrics if m.startswith("test_") and m != "test_loss"), "test_loss")
+    print(plot({n: r.history.column(best) for n, r in zip(names, pair, strict=True)}, best))
+    return 0
+
+
+def draw(runs: Mapping[str, saved.Saved], metrics: Sequence[str], path: Path) -> None:
+    """The runs' curves into a PNG file."""
+    from fedtorch.figures import curves
+
+    lines = {m: {n: r.history.column(m) for n, r in runs.items()} for m in metrics}
+    if not any(line for own in lines.values() for line in own.values()):
+        raise ConfigError("no run has a finished round to draw")
+    try:
+        path.write_bytes(curves(lines))
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be written: {e.strerror}") from e

@@ -1,0 +1,75 @@
+"""The figures of a run, round by round, as Python has them."""
+
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fedtorch.tracking.lines import NAME, read
+from fedtorch.types import ConfigError
+
+COLUMNS = ("round", "train_loss", "nonprivate_train_loss", "privacy_epsilon")
+"""Figures a short table shows, beside those of the test set."""
+
+
+class History(list[dict[str, Any]]):
+    """One dict a round, as ``Server.round`` gives them.
+
+    >>> h = History([{"round": 1, "train_loss": 2.0}, {"round": 2, "train_loss": 1.5}])
+    >>> h.column("train_loss")
+    [(1, 2.0), (2, 1.5)]
+    >>> h
+    History(2 rounds: train_loss 1.5)
+    """
+
+    def __init__(self, rounds: Iterable[dict[str, Any]] = ()) -> None:
+        """From dicts that name their ``round``."""
+        super().__init__(rounds)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "History":
+        """From the ``metrics.jsonl`` of a run folder."""
+        return cls(read(Path(folder) / NAME))
+
+    def column(self, name: str) -> list[tuple[int, float]]:
+        """(round, value) of every round that has this figure."""
+        return [(int(m["round"]), m[name]) for m in self if m.get(name) is not None]
+
+    def last(self) -> dict[str, Any]:
+        """Each figure as it stood last; a test figure may be of an earlier round."""
+        found: dict[str, Any] = {}
+        for metrics in self:
+            found |= metrics
+        return found
+
+    def to_pandas(self) -> Any:
+        """A pandas DataFrame with a row for each round; raises ConfigError without pandas."""
+        try:
+            import pandas
+        except ImportError as e:
+            raise ConfigError("to_pandas needs the package pandas: pip install pandas") from e
+        return pandas.DataFrame(list(self)).set_index("round")
+
+    def _names(self) -> list[str]:
+        last = self.last()
+        return [k for k in last if k in COLUMNS or k.startswith("test_")]
+
+    def __repr__(self) -> str:
+        """Length and last figures."""
+        last = self.last()
+        shown = ", ".join(f"{k} {last[k]:.4g}" for k in self._names() if k != "round")
+        return f"History({len(self)} rounds{': ' if shown else ''}{shown})"
+
+    def _repr_html_(self) -> str:
+        """A table of the last ten rounds, as a notebook shows it."""
+        names = self._names()
+        head = "".join(f"<th>{escape(n.replace('_', ' '))}</th>" for n in names)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{_short(m.get(n))}</td>" for n in names) + "</tr>"
+            for m in self[-10:]
+        )
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _short(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,96 @@
+"""The figures of a round, from what its clients reported."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtorch.tree import sq_norms
+from fedtorch.types import Params, Task
+
+Metrics = dict[str, Any]
+"""One round's figures: numbers, plus ``cohort`` and ``failed`` (lists of client ids)."""
+
+QUARTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
+
+
+@dataclass(frozen=True)
+class Visits:
+    """What the clients of one round reported, client by client; it stays with the server."""
+
+    ids: tuple[str, ...] = ()
+    weight: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """Aggregation weight, [K]."""
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """Figures by name, each [K]: train_loss, update_norm, examples, visited, steps."""
+
+    @classmethod
+    def of(cls, parts: "Sequence[Visits]") -> "Visits":
+        """The chunks of a round as one."""
+        if not parts:
+            return cls()
+        return cls(
+            tuple(i for p in parts for i in p.ids),
+            torch.cat([p.weight for p in parts]).double(),
+            {k: torch.cat([p.values[k] for p in parts]) for k in parts[0].values},
+        )
+
+    def mean(self, name: str) -> float:
+        """Mean of a figure over clients, weighted as their weights are."""
+        return float((self.values[name].double() * self.weight).sum() / self.weight.sum())
+
+    def figures(self, mean_delta: Params | None) -> Metrics:
+        """The round's figures; ``mean_delta`` is the weighted mean of the clients' deltas."""
+        if not self.ids or mean_delta is None:
+            return {}
+        norm = self.mean("update_norm")
+        return {
+            "train_loss": self.mean("train_loss"),
+            **spread("client_loss", self.values["train_loss"]),
+            "update_norm": norm,
+            "cosine_to_mean": length(mean_delta) / norm if norm else 0.0,
+            "examples": int(self.values["examples"].sum()),
+        }
+
+    def speed(self, seconds: float) -> Metrics:
+        """Clients and examples (every pass counted) in a second of training."""
+        seconds = max(seconds, 1e-9)
+        seen = float(self.values["visited"].sum()) if "visited" in self.values else 0.0
+        return {
+            "clients_per_second": len(self.ids) / seconds,
+            "examples_per_second": seen / seconds,
+        }
+
+
+def spread(name: str, values: Tensor) -> dict[str, float]:
+    """Range and quartiles of [K] values, and the mean of the worst (largest) tenth, at least one."""
+    values = values.double().sort(descending=True).values
+    points = torch.tensor(list(QUARTILES.values()), dtype=torch.float64)
+    found = dict(zip(QUARTILES, values.quantile(points).tolist(), strict=True))
+    worst = values[: -(-len(values) // 10)].mean()
+    return {f"{name}_{k}": v for k, v in {**found, "worst10": float(worst)}.items()}
+
+
+def length(params: Params) -> float:
+    """L2 norm of all tensors together."""
+    return float(sq_norms({k: v[None] for k, v in params.items()}).sqrt()) if params else 0.0
+
+
+def traffic(task: Task, sent: Mapping[str, Params], asked: int, reported: int) -> Metrics:
+    """Bytes a deployment would move: tensors in the model's own types, no framing, no compression.
+
+    Each client asked is sent the state and the strategy's groups; each that reports sends its groups
+    and the float buffers back.
+    """
+    state = task.state
+    buffers = set(state) - set(sent.get("delta", {}))
+    down = [*state.values(), *(v for g in task.extras.values() for v in g.values())]
+    up = [state[k] for g in sent.values() for k in g if k in state]
+    up += [state[k] for k in buffers if state[k].is_floating_point()]
+    return {"bytes_down": asked * _bytes(down), "bytes_up": reported * _bytes(up)}
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

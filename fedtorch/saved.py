@@ -1,0 +1,80 @@
+"""Run folders read back: options, figures round by round, and how it ended."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtorch import cli
+from fedtorch.history import History
+from fedtorch.types import ConfigError
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A run folder."""
+
+    folder: Path
+    options: dict[str, Any]
+    """By dotted name."""
+    history: History
+    summary: dict[str, Any]
+    """``summary.json`` of a run that came to its end, else empty."""
+
+    def result(self) -> dict[str, Any]:
+        """What a table of runs shows: state, last figures, epsilon and time."""
+        last = self.history.last()
+        rounds = int(last.get("round", 0))
+        planned = self.options.get("rounds", rounds)
+        tests = {k: v for k, v in last.items() if k.startswith("test_")}
+        epsilon = last.get("privacy_epsilon", self.summary.get("epsilon"))
+        return {
+            "run": str(self.folder),
+            "state": "done" if self.summary and rounds >= planned else f"round {rounds}/{planned}",
+            **tests,
+            "epsilon": epsilon,
+            "seconds": last.get("seconds_elapsed", self.summary.get("seconds")),
+        }
+
+
+def load(folder: str | Path) -> Saved:
+    """Raises ConfigError when the folder holds no run."""
+    folder = Path(folder)
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(f"{folder} holds no run (there is no config.toml in it)")
+    summary = folder / "summary.json"
+    try:
+        ended = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    except ValueError as e:
+        raise ConfigError(f"{summary} is damaged: {e}") from e
+    return Saved(folder, cli.flat(cli.read(folder / "config.toml")), History.load(folder), ended)
+
+
+def find(folder: str | Path) -> list[Saved]:
+    """Every run in a folder and below it, by name; raises ConfigError when there is none."""
+    found = sorted(Path(folder).rglob("config.toml")) if Path(folder).is_dir() else []
+    if not found:
+        raise ConfigError(f"there are no runs in {folder}; name the folder that holds them")
+    return [load(path.parent) for path in found]
+
+
+def rows(runs: Sequence[Saved]) -> list[dict[str, Any]]:
+    """A row for each run: its name, the options in which the runs differ, and its result."""
+    common = runs[0].folder.parent
+    while not all(r.folder.is_relative_to(common) for r in runs):
+        common = common.parent
+    changing = differing([r.options for r in runs])
+    made = []
+    for r in runs:
+        result = r.result()
+        name = {"run": str(r.folder.relative_to(common))} if len(runs) > 1 else {}
+        options = {k: r.options.get(k) for k in changing}
+        made.append({"run": result.pop("run")} | name | options | result)
+    return made
+
+
+def differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names whose value is not the same in all tables."""
+    names = dict.fromkeys(name for table in tables for name in table)
+    return [n for n in names if any(t.get(n) != tables[0].get(n) for t in tables)]

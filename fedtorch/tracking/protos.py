@@ -1,0 +1,178 @@
+"""TensorBoard's messages and event files, from its own protocol buffers.
+
+``torch.utils.tensorboard`` would do, but it imports TensorFlow wherever that is installed, and writes
+from a thread in which a full disk goes unnoticed.
+"""
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.graph_pb2 import GraphDef
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.compat.proto.versions_pb2 import VersionDef
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+from torch import Tensor
+
+from fedtorch.tracking.tags import Chart
+
+BINS = 30
+"""Bars of a histogram."""
+
+
+def scalars(values: Mapping[str, float]) -> Any:
+    """Curves' points, all of one step."""
+    return Summary(value=[Summary.Value(tag=t, simple_value=v) for t, v in values.items()])
+
+
+def text(tag: str, words: str) -> Any:
+    """A panel of Markdown."""
+    return _string(tag, "text", words.encode(), [1])
+
+
+def pages(layout: Mapping[str, Mapping[str, Chart]]) -> Any:
+    """The Custom Scalars pages."""
+    made = layout_pb2.Layout()
+    for page, charts in layout.items():
+        category = made.category.add(title=page)
+        for title, (kind, tags) in charts.items():
+            chart = category.chart.add(title=title)
+            if kind == "Margin":
+                value, lower, upper = tags
+                chart.margin.series.add(value=value, lower=lower, upper=upper)
+            else:
+                chart.multiline.tag.extend(tags)
+    return _string("custom_scalars__config__", "custom_scalars", made.SerializeToString(), [])
+
+
+def _string(tag: str, plugin: str, value: bytes, shape: Sequence[int]) -> Any:
+    dims = TensorShapeProto(dim=[TensorShapeProto.Dim(size=n) for n in shape])
+    tensor = TensorProto(dtype=DT_STRING, string_val=[value], tensor_shape=dims)
+    about = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=plugin))
+    return Summary(value=[Summary.Value(tag=tag, tensor=tensor, metadata=about)])
+
+
+def image(tag: str, png: bytes) -> Any:
+    """A picture."""
+    width, height = struct.unpack(">II", png[16:24])  # the header of every PNG file
+    shown = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=tag, image=shown)])
+
+
+def histogram(tag: str, values: Tensor) -> Any:
+    """How the finite numbers among these are distributed."""
+    numbers = values.detach().double().cpu().flatten().numpy()
+    numbers = numbers[np.isfinite(numbers)] if len(numbers) else np.zeros(1)
+    numbers = numbers if len(numbers) else np.zeros(1)
+    counts, edges = np.histogram(numbers, BINS)
+    # TensorBoard reads upper edges alone: an empty first bar gives the lowest one its lower edge
+    shown = HistogramProto(
+        min=float(numbers.min()),
+        max=float(numbers.max()),
+        num=len(numbers),
+        sum=float(numbers.sum()),
+        sum_squares=float(numbers @ numbers),
+        bucket_limit=edges.tolist(),
+        bucket=[0.0, *counts.tolist()],
+    )
+    return Summary(value=[Summary.Value(tag=tag, histo=shown)])
+
+
+def graph(nodes: Sequence[tuple[str, str, Sequence[str], str]]) -> bytes:
+    """A graph of (name, type, names of inputs, note)."""
+    made = GraphDef(versions=VersionDef(producer=22))
+    for name, kind, inputs, note in nodes:
+        node = made.node.add(name=name, op=kind, input=inputs)
+        if note:
+            node.attr["note"].s = note.encode()
+    return bytes(made.SerializeToString())
+
+
+def experiment(columns: Mapping[str, float | str], metrics: Sequence[str]) -> Any:
+    """Columns of the HParams table: options (an example of each gives its type) and final figures."""
+    made = api_pb2.Experiment()
+    for name, example in columns.items():
+        kind = "STRING" if isinstance(example, str) else "FLOAT64"
+        made.hparam_infos.add(name=name, type=getattr(api_pb2, f"DATA_TYPE_{kind}"))
+    for tag in metrics:
+        made.metric_infos.add(name=api_pb2.MetricName(tag=tag))
+    return _hparams(metadata.EXPERIMENT_TAG, experiment=made)
+
+
+def session(values: Mapping[str, float | str]) -> Any:
+    """The options of this run."""
+    made = plugin_data_pb2.SessionStartInfo(start_time_secs=time.time())
+    for name, value in values.items():
+        if isinstance(value, str):
+            made.hparams[name].string_value = value
+        else:
+            made.hparams[name].number_value = value
+    return _hparams(metadata.SESSION_START_INFO_TAG, session_start_info=made)
+
+
+def session_end() -> Any:
+    """The run came to its end."""
+    made = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
+    return _hparams(metadata.SESSION_END_INFO_TAG, session_end_info=made)
+
+
+def _hparams(tag: str, **content: Any) -> Any:
+    data = plugin_data_pb2.HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
+    about = SummaryMetadata.PluginData(
+        plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString()
+    )
+    return Summary(value=[Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=about))])
+
+
+class EventFile:
+    """Records of one event file, written as they come: an error is raised where it happens."""
+
+    def __init__(self, folder: Path, suffix: str) -> None:
+        """A new file beside those of earlier starts of the run."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}{suffix}"
+        self.file = (folder / name).open("wb")
+        self.event(file_version="brain.Event:2")
+        self.file.flush()
+
+    def event(self, **fields: Any) -> None:
+        """Append one event, stamped with the time of now."""
+        self.file.write(packed(Event(wall_time=time.time(), **fields).SerializeToString()))
+
+    def write(self, proto: Any, step: int) -> None:
+        """Append a summary."""
+        self.event(step=step, summary=proto)
+
+    def close(self) -> None:
+        """No more events."""
+        self.file.close()
+
+
+def packed(data: bytes) -> bytes:
+    """A record as TFRecord files hold it: length, its checksum, data, its checksum."""
+    head = struct.pack("<Q", len(data))
+    sums = [struct.pack("<I", masked_crc32c(part)) for part in (head, data)]
+    return head + sums[0] + data + sums[1]
+
+
+def events(path: Path) -> Iterator[tuple[bytes, Any]]:
+    """Packed and parsed events of a file, up to where a kill may have cut it."""
+    raw, at = path.read_bytes(), 0
+    while at + 16 <= len(raw):
+        end = at + 16 + struct.unpack_from("<Q", raw, at)[0]
+        record = raw[at:end]
+        if end > len(raw) or packed(data := record[12:-4]) != record:
+            return
+        yield record, Event.FromString(data)
+        at = end

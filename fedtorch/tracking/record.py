@@ -1,0 +1,137 @@
+"""The record of one run: passes figures on, keeps the history, never stops the training."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedtorch.tracking.base import Tracker, Tracking
+from fedtorch.tracking.lines import Lines
+from fedtorch.tracking.tags import tag_of
+
+Metrics = Mapping[str, Any]
+
+
+class Record:
+    """Everything that is written down about a run while it trains.
+
+    A tracker that fails (a full disk, a server that is gone) is warned of once and left alone; the
+    training goes on. Pictures are drawn in a thread beside the training, from copies of what they show.
+    """
+
+    def __init__(
+        self,
+        tracking: Tracking | None,
+        folder: Path,
+        start: int,
+        say: Callable[[str], None],
+        private: bool = False,
+    ) -> None:
+        """``start`` is the round the run continues after, 0 for a new run.
+
+        In a ``private`` run what shows client data goes under ``nonprivate/``.
+        """
+        self.say, self.private = say, private
+        self.tracking = tracking
+        self.tracker: Tracker | None = tracking.open(folder, start) if tracking else None
+        self.lines: Lines | None = Lines(folder, start)
+        self.history = [dict(m) for m in self.lines.before]
+        """Figures of every round so far, those before a resume too."""
+        self.seconds = 0.0
+        """What recording the last round took."""
+        before = self.history[-1].get("seconds_elapsed", 0.0) if self.history else 0.0
+        self.began = time.perf_counter() - before
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
+        self.drawing: list[tuple[str, int, Future[bytes]]] = []
+
+    def due(self, step: int, rounds: int) -> bool:
+        """Whether this round of ``rounds`` gets its pictures and histograms."""
+        if self.tracking is None or self.tracker is None:
+            return False
+        every = self.tracking.every or -(-rounds // 4)
+        return step % every == 0 or step == rounds
+
+    def config(self, table: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        """The options of the run by dotted name, and the tags it is judged by."""
+        self._pass("config", table, metrics, self.private)
+
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """Markdown: the resolved config, a privacy report."""
+        self._pass("text", tag, text, step)
+
+    def round(self, metrics: dict[str, Any]) -> None:
+        """One round's figures, completed by the record's own."""
+        start = time.perf_counter()
+        metrics["seconds_log"] = self.seconds
+        metrics["seconds_elapsed"] = start - self.began
+        self.history.append(metrics)
+        if self.lines is not None:
+            self._try("metrics.jsonl", self.lines.write, metrics)
+        scalars = {
+            tag: float(value)
+            for name, value in metrics.items()
+            if isinstance(value, (int, float)) and (tag := tag_of(name))
+        }
+        self._pass("scalars", scalars, int(metrics["round"]))
+        self._collect(wait=False)
+        self._pass("flush")
+        self.seconds = time.perf_counter() - start
+
+    def picture(self, tag: str, step: int, draw: Callable[..., bytes], *args: Any) -> None:
+        """Draw beside the training; ``args`` must not change any more."""
+        if self.tracker is not None:
+            self.drawing.append((tag, step, self.thread.submit(draw, *args)))
+
+    def pass_on(self, what: str, *args: Any) -> None:
+        """Histograms, graph, points: straight to the tracker."""
+        start = time.perf_counter()
+        self._pass(what, *args)
+        self.seconds += time.perf_counter() - start
+
+    def __enter__(self) -> "Record":
+        """Use as a context manager, so that files are closed whatever happens."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Write the pictures still being drawn and close everything."""
+        ended = error[0] is None
+        self._collect(wait=ended)
+        if ended:
+            self._pass("finish")
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        self._pass("close")
+        if self.lines is not None:
+            self._try("metrics.jsonl", self.lines.close)
+
+    def _collect(self, wait: bool) -> None:
+        ready = [d for d in self.drawing if wait or d[2].done()]
+        self.drawing = [d for d in self.drawing if d not in ready]
+        for tag, step, drawn in ready:
+            self._try(f"picture {tag}", lambda d=drawn, t=tag, s=step: self._draw(d, t, s))
+
+    def _draw(self, drawn: Future[bytes], tag: str, step: int) -> None:
+        self._pass("picture", tag, drawn.result(), step)
+
+    def _pass(self, what: str, *args: Any) -> None:
+        if self.tracker is not None:
+            self._try(type(self.tracker).__name__, getattr(self.tracker, what), *args)
+
+    def _try(self, who: str, act: Callable[..., None], *args: Any) -> None:
+        # whatever goes wrong while writing down must not cost the training that is written about
+        try:
+            act(*args)
+        except Exception as e:
+            reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
+            self.say(f"warning: {who} failed ({reason}); the run goes on without it")
+            broken: Lines | Tracker | None
+            if who == "metrics.jsonl":
+                broken, self.lines = self.lines, None
+            elif not who.startswith("picture"):
+                broken, self.tracker = self.tracker, None
+            else:
+                return
+            if broken is not None:
+                with suppress(Exception):  # closing may fail for the same reason
+                    broken.close()

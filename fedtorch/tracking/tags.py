@@ -1,0 +1,155 @@
+"""Every scalar tag there is, with its unit and what it is for; docs/tensorboard.md is this table."""
+
+from typing import NamedTuple
+
+
+class Tag(NamedTuple):
+    """One curve."""
+
+    tag: str
+    unit: str
+    purpose: str
+
+
+TAGS: dict[str, Tag] = {
+    "train_loss": Tag(
+        "train/loss", "loss", "training loss over the visit, mean over clients by their weight"
+    ),
+    "lr": Tag("train/lr", "", "client learning rate after the schedule"),
+    "step_norm": Tag(
+        "train/step_norm", "L2 norm", "how far the global weights moved, after the server optimizer"
+    ),
+    "client_loss_min": Tag("clients/loss_min", "loss", "best client's training loss"),
+    "client_loss_q1": Tag("clients/loss_q1", "loss", "first quartile over clients"),
+    "client_loss_median": Tag("clients/loss_median", "loss", "median over clients"),
+    "client_loss_q3": Tag("clients/loss_q3", "loss", "third quartile over clients"),
+    "client_loss_max": Tag("clients/loss_max", "loss", "worst client's training loss"),
+    "client_loss_worst10": Tag(
+        "clients/loss_worst10", "loss", "mean of the worst tenth of clients (at least one)"
+    ),
+    "update_norm": Tag(
+        "clients/update_norm", "L2 norm", "length of a client's update, mean by weight"
+    ),
+    "cosine_to_mean": Tag(
+        "clients/cosine_to_mean",
+        "0 to 1",
+        "cosine of the client updates to their mean, averaged by weight x length; low is drift",
+    ),
+    "clients": Tag("clients/reported", "clients", "clients whose update was used"),
+    "dropped": Tag("clients/dropped", "clients", "chosen clients that did not report back"),
+    "nonfinite": Tag("clients/nonfinite", "clients", "clients left out: update not finite"),
+    "examples": Tag("clients/examples", "examples", "training examples the reporting clients hold"),
+    "bytes_down": Tag(
+        "traffic/bytes_down", "bytes", "to all chosen clients: model and strategy state"
+    ),
+    "bytes_up": Tag("traffic/bytes_up", "bytes", "from all reporting clients: their updates"),
+    "seconds_sample": Tag("time/sample", "seconds", "choosing the cohort, preparing the task"),
+    "seconds_train": Tag("time/train", "seconds", "clients training, until the last one is in"),
+    "seconds_aggregate": Tag("time/aggregate", "seconds", "the server's step"),
+    "seconds_evaluate": Tag("time/evaluate", "seconds", "test and validation data"),
+    "seconds_log": Tag("time/log", "seconds", "recording the round before this one"),
+    "seconds_elapsed": Tag(
+        "time/elapsed", "seconds", "since the run began; time it was stopped does not count"
+    ),
+    "clients_per_second": Tag("time/clients_per_second", "clients/s", "speed of training"),
+    "examples_per_second": Tag(
+        "time/examples_per_second", "examples/s", "speed of training, each pass counted"
+    ),
+    "privacy_epsilon": Tag("privacy/epsilon", "", "privacy spent so far, at the run's delta"),
+    "privacy_epsilon_planned": Tag(
+        "privacy/epsilon_planned", "", "privacy spent once all planned rounds are done"
+    ),
+    "privacy_noise_multiplier": Tag(
+        "privacy/noise_multiplier", "", "noise standard deviation over clip norm"
+    ),
+    "privacy_clip_norm": Tag(
+        "privacy/clip_norm", "L2 norm", "longest contribution that is not scaled down"
+    ),
+}
+"""Figure of a round -> its tag."""
+
+FAMILIES = ("test", "validation", "privacy", "nonprivate")
+"""A figure ``test_f1`` that has no line of its own becomes the tag ``test/f1``, and so on."""
+
+OPTIONS: dict[str, float | str] = {
+    "dataset": "",
+    "partition": "",
+    "partition.alpha": 0.0,
+    "clients": 0,
+    "model": "",
+    "strategy": "",
+    "strategy.mu": 0.0,
+    "strategy.server": "",
+    "strategy.server.lr": 0.0,
+    "participation": "",
+    "privacy": "",
+    "privacy.epsilon": 0.0,
+    "rounds": 0,
+    "optimizer": "",
+    "lr": 0.0,
+    "epochs": 0,
+    "batch_size": 0,
+    "seed": 0,
+}
+"""Columns of the HParams table and an example of each; TensorBoard takes one run's columns for all."""
+
+
+def tag_of(figure: str) -> str | None:
+    """The tag of a figure, or None for what is not drawn (the round's number, lists of ids)."""
+    if figure in TAGS:
+        return TAGS[figure].tag
+    family, _, name = figure.partition("_")
+    return f"{family}/{name}" if family in FAMILIES and name else None
+
+
+Chart = tuple[str, list[str]]
+"""Kind (``Multiline`` or ``Margin``: value, lower, upper) and tags, which may be patterns."""
+
+
+def layout(private: bool) -> dict[str, dict[str, Chart]]:
+    """Which curves stand together on the Custom Scalars page."""
+    clients = "nonprivate/client" if private else "clients/"
+    clients = clients + ("_" if private else "")
+    one = "nonprivate/" if private else "clients/"
+    train = "nonprivate/train_loss" if private else "train/loss"
+    pages: dict[str, dict[str, Chart]] = {
+        "Overview": {
+            "Test metrics": ("Multiline", ["test/(?!loss)"]),
+            "Loss: test and train": ("Multiline", ["test/loss", train]),
+            "How far the model moves": ("Multiline", ["train/step_norm"]),
+        },
+        "Clients": {
+            "Training loss: median, half of the clients in the band": (
+                "Margin",
+                [f"{clients}loss_median", f"{clients}loss_q1", f"{clients}loss_q3"],
+            ),
+            "Training loss: mean, all clients in the band": (
+                "Margin",
+                [train, f"{clients}loss_min", f"{clients}loss_max"],
+            ),
+            "Training loss: worst tenth against mean": (
+                "Multiline",
+                [f"{clients}loss_worst10", train],
+            ),
+            "Drift: cosine of updates to their mean": ("Multiline", [f"{one}cosine_to_mean"]),
+            "Length of client updates": ("Multiline", ["(clients|nonprivate)/update_norm"]),
+            "Took part, dropped out, left out": (
+                "Multiline",
+                [".*(reported|clients)$", ".*dropped$", ".*nonfinite$"],
+            ),
+        },
+        "Privacy": {
+            "Epsilon: spent and planned": ("Multiline", ["privacy/epsilon.*"]),
+            "Noise and clipping": ("Multiline", ["privacy/(noise|clip).*"]),
+        },
+        "System": {
+            "Seconds by phase": (
+                "Multiline",
+                [f"time/{phase}" for phase in ("sample", "train", "aggregate", "evaluate", "log")],
+            ),
+            "Clients a second": ("Multiline", [".*clients_per_second"]),
+            "Examples a second": ("Multiline", [".*examples_per_second"]),
+            "Bytes down and up": ("Multiline", [".*bytes_(down|up)"]),
+        },
+    }
+    return pages if private else {k: v for k, v in pages.items() if k != "Privacy"}

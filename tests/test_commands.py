@@ -1,0 +1,227 @@
+"""Commands on real run folders: tables, comparison, evaluation, prediction, completion, sweeps."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedtorch.__main__ import main
+from fedtorch.commands.completion import script
+from fedtorch.data import Csv, Digits
+from fedtorch.history import History
+from fedtorch.sweep import arguments, settings
+from fedtorch.types import ConfigError
+
+SMALL = ["--privacy", "none", "--model", "logistic", "--epochs", "1", "--clients", "3"]
+SMALL += ["--tracking.pictures", "false"]  # drawn in test_tracking
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "sweep"
+    words = ["train", *SMALL, "--rounds", "2", "--validation", "0.2", "--run-dir", str(folder)]
+    assert main([*words, "--sweep", "lr=0.05,0.5", "strategy=fedavg,fedprox"]) == 0
+    return folder
+
+
+A, B = "lr=0.05,strategy=fedavg", "lr=0.5,strategy=fedprox"
+
+
+def output(capsys, *argv: str) -> str:
+    capsys.readouterr()
+    assert main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def test_a_sweep_leaves_a_run_for_each_combination(swept, capsys):
+    table = json.loads(output(capsys, "runs", str(swept), "--json"))
+    assert {(r["lr"], r["strategy"]) for r in table} == {
+        (lr, s) for lr in (0.05, 0.5) for s in ("fedavg", "fedprox")
+    }
+    assert all(r["state"] == "done" and 0 < r["test_accuracy"] <= 1 for r in table)
+    assert all(r["seconds"] > 0 and r["epsilon"] is None for r in table)
+    shown = output(capsys, "runs", str(swept))
+    assert shown.count("\n") == 5 and "test accuracy" in shown and "\x1b" not in shown
+
+
+def test_a_sweep_compares_by_what_it_varies(swept):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    content = EventAccumulator(str(swept / A)).Reload().PluginTagToContent("hparams")
+    experiment = metadata.parse_experiment_plugin_data(content[metadata.EXPERIMENT_TAG])
+    assert [h.name for h in experiment.hparam_infos] == ["lr", "strategy"]
+
+
+def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, capsys):
+    words = ["train", *SMALL, f"--run-dir={tmp_path}", "--sweep", "lr=0.1,0.2"]
+    assert main([*words, "--rounds", "1"]) == 0
+    assert main([*words, "--rounds", "2"]) == 0
+    assert capsys.readouterr().out.count("resumed after round 1") == 2
+    assert len(History.load(tmp_path / "lr=0.2")) == 2
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "at least one option=value"),
+        (["lr"], "takes option=value,value"),
+        (["lr=0.1,"], "takes option=value,value"),
+        (["lr=0.1,0.1"], "twice"),
+        (["lr=0.1", "lr=0.2"], "twice"),
+        (["run_dir=a,b"], "cannot vary run_dir"),
+    ],
+)
+def test_sweeps_that_cannot_be_meant(words, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(["--sweep", *words])
+
+
+def test_every_run_of_a_sweep_is_checked_before_the_first_trains(tmp_path, capsys):
+    words = ["train", *SMALL, "--run-dir", str(tmp_path), "--sweep", "strategy=fedavg,fedavgg"]
+    assert main(words) == 2
+    assert "unknown strategy 'fedavgg'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_names_are_folders():
+    (setting,) = settings(["--sweep", "model=models/mlp.py"])[1]
+    assert "model=models_mlp.py" in arguments([], setting, Path("x"))[-1]
+
+
+def test_compare_shows_what_differs(swept, tmp_path, capsys):
+    png = tmp_path / "c.png"
+    a, b = str(swept / A), str(swept / B)
+    shown = output(capsys, "compare", a, b, "--png", str(png))
+    assert "lr" in shown and "fedprox" in shown and "seed" not in shown
+    assert "test accuracy" in shown and shown.rstrip().endswith("round")
+    with Image.open(png) as image:
+        assert image.size[0] > 400
+    table = json.loads(output(capsys, "compare", a, b, "--json"))
+    assert table["options"]["lr"] == [0.05, 0.5] and table["options"]["strategy.mu"][0] is None
+    assert table["results"]["state"] == ["done", "done"]
+
+
+def test_eval_gives_the_figures_the_run_ended_with(swept, capsys):
+    figures = json.loads(output(capsys, "eval", str(swept / A), "--json"))
+    last = History.load(swept / A)[-1]
+    assert figures == pytest.approx({k: last[k] for k in figures}, rel=1e-6)
+    assert {"test_loss", "test_accuracy", "validation_accuracy_min"} <= figures.keys()
+    assert "test accuracy" in output(capsys, "eval", str(swept / A))
+
+
+def test_predict_takes_arrays_and_pictures(swept, tmp_path, capsys):
+    x, y = Digits().load(0).test.tensors
+    np.save(tmp_path / "x.npy", x.numpy())
+    np.savez(tmp_path / "x.npz", x=x.numpy())
+    run = str(swept / B)
+    labels = [int(w) for w in output(capsys, "predict", run, str(tmp_path / "x.npy")).split()]
+    right = sum(a == b for a, b in zip(labels, y.tolist(), strict=True)) / len(y)
+    assert right == pytest.approx(History.load(run)[-1]["test_accuracy"], abs=1e-6)
+    rows = output(capsys, "predict", run, str(tmp_path / "x.npz"), "--json").splitlines()
+    assert json.loads(rows[0])["prediction"] == labels[0]
+    assert 0 < json.loads(rows[0])["probability"] <= 1
+    picture = Image.fromarray((x[0, 0].numpy() * 255).astype("uint8"))
+    picture.save(tmp_path / "x.png")
+    assert int(output(capsys, "predict", run, str(tmp_path / "x.png"))) == labels[0]
+
+
+def test_predict_reads_tables_as_the_training_did(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 2, generator=g) * torch.tensor([1.0, 100.0])
+    lines = [f"{a:.4f},{b:.4f},{int(a > 0)}" for a, b in x.tolist()]
+    Path("t.csv").write_text("\n".join(["a,b,y", *lines]) + "\n")
+    data = ["--dataset", "csv", "--dataset.path", "t.csv", "--dataset.standardize", "true"]
+    assert main(["train", *SMALL, *data, "--rounds", "2", "--run-dir", "run"]) == 0
+    Path("new.csv").write_text("b,a\n5,3\n5,-3\n")
+    assert output(capsys, "predict", "run", "new.csv").split() == ["1", "0"]
+    train = Csv("t.csv", standardize=True).load(0).train.tensors[0]
+    assert torch.cat([Csv("t.csv", standardize=True).unlabelled(Path("t.csv"), 0)]).shape == (60, 2)
+    assert train.mean(0).abs().max() < 1e-5
+    Path("bad.csv").write_text("a,c\n1,2\n")
+    assert main(["predict", "run", "bad.csv"]) == 2
+    assert "no column 'b'" in capsys.readouterr().err
+
+
+def test_predict_writes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("t.txt").write_text("abcabcabc" * 60)
+    text = ["--dataset", "text", "--dataset.path", "t.txt", "--dataset.length", "12"]
+    small = ["--privacy", "none", "--clients", "2", "--partition", "iid", "--lr", "1"]
+    more = ["--model", "lstm", "--rounds", "8", "--run-dir", "run"]
+    assert main(["train", *small, *text, *more]) == 0
+    Path("start.txt").write_text("abc")
+    added = output(capsys, "predict", "run", "start.txt", "--length", "6")
+    assert len(added) == 7 and set(added.strip()) <= set("abc")
+    Path("start.txt").write_text("xyz")
+    assert main(["predict", "run", "start.txt"]) == 2
+    assert "never saw" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["runs", "nowhere"], "there are no runs in nowhere"),
+        (["compare", "one"], "takes two run folders"),
+        (["compare", "one", "two"], "one holds no run"),
+        (["eval"], "takes one run folder"),
+        (["predict", "one"], "takes a run folder and a file"),
+        (["completion", "fish"], "takes bash or zsh"),
+    ],
+)
+def test_bad_input_is_one_sentence(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.png", "x.doc", "wrong.npy"])
+def test_files_that_cannot_be_predicted(name, swept, tmp_path, capsys):
+    np.save(tmp_path / "wrong.npy", np.zeros((2, 5)))
+    assert main(["predict", str(swept / A), str(tmp_path / name)]) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_a_run_that_has_not_ended_has_no_model(tmp_path, capsys):
+    assert main(["train", *SMALL, "--rounds", "1", "--run-dir", str(tmp_path / "run")]) == 0
+    (tmp_path / "run/model.safetensors").unlink()
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    assert "holds no trained model yet" in capsys.readouterr().err
+
+
+def complete(words: str) -> list[str]:
+    count = len(words.split()) - (0 if not words.endswith(" ") else -1) - 1
+    ask = f"{script()}\nCOMP_WORDS=({words})\nCOMP_CWORD={count}\n_fedtorch\necho ${{COMPREPLY[@]}}"
+    run = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    return run.stdout.split()
+
+
+def test_bash_completes_commands_options_and_choices():
+    assert complete("fedtorch com") == ["compare", "completion"]
+    assert complete("fedtorch train --batch") == ["--batch-size"]
+    assert complete("fedtorch train --strategy fedp") == ["fedprox"]
+    assert complete("fedtorch runs so") == []
+
+
+def test_history_as_a_table(swept):
+    history = History.load(swept / A)
+    frame = history.to_pandas()
+    assert list(frame.index) == [1, 2]
+    assert frame.loc[2, "test_accuracy"] == history[-1]["test_accuracy"]
+    assert repr(history).startswith("History(2 rounds: train_loss ")
+    assert history._repr_html_().count("<tr>") == 3
+    assert repr(History()) == "History(0 rounds)"
+
+
+def test_pandas_is_asked_for_when_it_is_missing(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ConfigError, match="pip install pandas"):
+        History([{"round": 1}]).to_pandas()

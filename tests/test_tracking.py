@@ -1,0 +1,351 @@
+"""The record of a run read back: what TensorBoard, JSON lines and adapters were given."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
+
+from fedtorch.commands.train import train_module
+from fedtorch.runs import EVENTS
+from fedtorch.tracking import Record, TensorBoard
+from fedtorch.tracking.lines import Lines, read
+from fedtorch.tracking.protos import EventFile, events
+from fedtorch.tracking.tags import FAMILIES, TAGS, layout
+from fedtorch.types import ConfigError
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--privacy", "none", "--model", "logistic", "--epochs", "1", "--clients", "5"]
+NO_PRIVACY = {name for name in TAGS if not name.startswith("privacy_")}
+
+
+def run(folder: Path, *more: str) -> int:
+    return train_module().main([*SMALL, "--run-dir", str(folder), *more])
+
+
+def accumulate(folder: Path) -> EventAccumulator:
+    sizes = dict.fromkeys(("scalars", "images", "histograms", "tensors"), 0)
+    return EventAccumulator(str(folder), size_guidance=sizes).Reload()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    more = ("--rounds", "4", "--validation", "0.2", "--tracking.every", "2")
+    more += ("--engine.solver", "stacked")  # which keeps clients apart, for the projector
+    assert run(folder, *more, "--tracking.client-runs", "2") == 0
+    return folder
+
+
+def test_every_documented_tag_is_written_and_every_written_one_documented(finished):
+    found = accumulate(finished).Tags()["scalars"]
+    families = [t for t in found if t.partition("/")[0] in FAMILIES]
+    assert sorted({TAGS[n].tag for n in NO_PRIVACY} | set(families)) == sorted(found)
+    assert {"test/loss", "test/accuracy", "validation/accuracy_min"} <= set(families)
+
+
+def test_the_documentation_is_the_table_of_tags():
+    text = (ROOT / "docs/tensorboard.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z_/0-9]+)` \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    table = [r for r in rows if r[0] in {t.tag for t in TAGS.values()}]
+    assert table == [tuple(t) for t in TAGS.values()]
+
+
+def test_steps_are_the_rounds_one_by_one(finished):
+    record = accumulate(finished)
+    for tag in record.Tags()["scalars"]:
+        assert [s.step for s in record.Scalars(tag)] == [1, 2, 3, 4], tag
+    assert [m["round"] for m in read(finished / "metrics.jsonl")] == [1, 2, 3, 4]
+    elapsed = [s.value for s in record.Scalars("time/elapsed")]
+    assert elapsed == sorted(elapsed) and elapsed[0] > 0
+
+
+def test_what_json_lines_hold_is_what_tensorboard_shows(finished):
+    record, lines = accumulate(finished), read(finished / "metrics.jsonl")
+    for name in NO_PRIVACY:
+        shown = [s.value for s in record.Scalars(TAGS[name].tag)]
+        assert shown == pytest.approx([m[name] for m in lines], rel=1e-6), name
+
+
+def test_pictures_histograms_graph_and_text(finished):
+    record = accumulate(finished)
+    tags = record.Tags()
+    assert set(tags["images"]) == {
+        "data/partition", "data/participation", "test/confusion", "test/mistakes",
+    }  # fmt: skip
+    assert [i.step for i in record.Images("test/confusion")] == [2, 4]
+    assert {"weights/1.weight", "updates/1.bias", "validation/accuracy_by_client"} <= set(
+        tags["histograms"]
+    )
+    assert record.Histograms("weights/1.weight")[0].histogram_value.num == 640
+    assert tags["graph"]
+    text = record.Tensors("config")[0].tensor_proto.string_val[0].decode()
+    assert "lr = 0.1" in text
+
+
+def test_projector_has_a_row_for_each_update(finished):
+    points = (finished / "projector/client_updates.tsv").read_text().splitlines()
+    rows = (finished / "projector/client_updates-labels.tsv").read_text().splitlines()
+    assert len(points) == 10 and len(points[0].split("\t")) == 32
+    assert rows[0] == "client\tround" and len(rows) == 11
+    assert {r.split("\t")[1] for r in rows[1:]} == {"2", "4"}
+    assert (
+        'tensor_path: "projector/client_updates.tsv"'
+        in (finished / "projector_config.pbtxt").read_text()
+    )
+
+
+def test_two_clients_have_runs_of_their_own(finished):
+    folders = list((finished / "clients").iterdir())
+    assert len(folders) == 2 and all(f.name.startswith("client-") for f in folders)
+    record = accumulate(folders[0])
+    assert sorted(record.Tags()["scalars"]) == ["loss", "update_norm"]
+    assert [s.step for s in record.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def plugin_content(folder: Path, plugin: str) -> dict[str, bytes]:
+    return dict(accumulate(folder).PluginTagToContent(plugin))
+
+
+def test_hparams_hold_the_config_and_name_the_metrics(finished):
+    content = plugin_content(finished, "hparams")
+    start = metadata.parse_session_start_info_plugin_data(content[metadata.SESSION_START_INFO_TAG])
+    assert start.hparams["lr"].number_value == 0.1
+    assert start.hparams["strategy"].string_value == "fedavg"
+    assert start.hparams["model"].string_value == "logistic"
+    experiment = metadata.parse_experiment_plugin_data(content[metadata.EXPERIMENT_TAG])
+    named = [m.name.tag for m in experiment.metric_infos]
+    assert {"test/loss", "test/accuracy", "privacy/epsilon"} <= set(named)
+    assert "lr" in {h.name for h in experiment.hparam_infos}
+    assert metadata.SESSION_END_INFO_TAG in content
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_pages_of_curves_name_real_tags(private):
+    known = [t.tag for t in TAGS.values()] + ["test/loss", "test/accuracy"]
+    known += [f"nonprivate/{n}" for n in TAGS] if private else []
+    for page, charts in layout(private).items():
+        for title, (kind, tags) in charts.items():
+            for tag in tags:
+                assert any(re.fullmatch(f"{tag}.*", k) for k in known), (page, title, tag)
+                assert kind == "Multiline" or tag in known
+    assert ("Privacy" in layout(private)) == private
+
+
+def test_kill_and_resume_leave_no_gap_and_no_doubled_step(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "train.py", *SMALL, "--rounds", "400", "--checkpoint-every", "3"]
+    command += ["--tracking.every", "5", "--tracking.client-runs", "1", "--run-dir", str(folder)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while len(read(folder / "metrics.jsonl")) < 7 and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = len(read(folder / "metrics.jsonl"))
+    assert before >= 7
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 9')  # what a kill in the middle of a line leaves
+    rounds = before + 4
+    assert run(folder, "--rounds", str(rounds), "--resume") == 0
+    for where in (folder, next((folder / "clients").iterdir())):
+        record = accumulate(where)
+        for tag in record.Tags()["scalars"]:
+            assert [s.step for s in record.Scalars(tag)] == list(range(1, rounds + 1)), tag
+    lines = read(folder / "metrics.jsonl")
+    assert [m["round"] for m in lines] == list(range(1, rounds + 1))
+    elapsed = [m["seconds_elapsed"] for m in lines]
+    assert elapsed == sorted(elapsed)
+    written = [
+        v.tag for p in folder.glob(f"*{EVENTS}") for _, e in events(p) for v in e.summary.value
+    ]
+    assert written.count("_hparams_/session_start_info") == 1
+    assert written.count("_hparams_/session_end_info") == 1
+    assert written.count("config") == 1
+
+
+def test_a_tracker_that_fails_is_warned_of_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    full = OSError(28, "No space left on device")
+    write = EventFile.write
+
+    def fail_later(self, proto, step):
+        if step >= 2:
+            raise full
+        write(self, proto, step)
+
+    monkeypatch.setattr(EventFile, "write", fail_later)
+    assert run(tmp_path / "run", "--rounds", "4", "--tracking.every", "2") == 0
+    out = capsys.readouterr().out
+    assert out.count("warning: EventTracker failed (No space left on device)") == 1
+    assert [m["round"] for m in read(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
+    assert (tmp_path / "run/model.safetensors").is_file()
+
+
+def test_a_full_disk_costs_neither_lines_nor_checkpoints_the_run(tmp_path, monkeypatch, capsys):
+    module = train_module()
+    save = module.checkpoint.save
+
+    def full(folder, state, keep=2):
+        if state["round"] == 2:
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos")
+        return save(folder, state, keep)
+
+    monkeypatch.setattr(module.checkpoint, "save", full)
+    monkeypatch.setattr(Lines, "write", lambda self, m: (_ for _ in ()).throw(OSError(28, "full")))
+    assert run(tmp_path / "run", "--rounds", "3") == 0
+    out = capsys.readouterr().out
+    assert out.count("metrics.jsonl failed") == 1
+    assert out.count("warning: checkpoint not written") == 1
+    assert (tmp_path / "run/checkpoints/round-000003.pt").is_file()
+
+
+def test_a_real_full_device_is_warned_of_once_for_each_file(tmp_path):
+    said = []
+    with Record(TensorBoard(), tmp_path, 0, said.append) as record:
+        record.tracker.files[""].close()
+        record.tracker.files[""].file = open("/dev/full", "wb")  # noqa: SIM115
+        record.lines.close()
+        record.lines.file = open("/dev/full", "w")  # noqa: SIM115
+        for k in (1, 2, 3):
+            record.round({"round": k, "lr": 0.1})
+    assert said == [
+        f"warning: {who} failed (No space left on device); the run goes on without it"
+        for who in ("metrics.jsonl", "EventTracker")
+    ]
+
+
+def test_a_folder_with_foreign_event_files_is_refused_and_left_alone(tmp_path, capsys):
+    foreign = tmp_path / "events.out.tfevents.1.host"
+    foreign.write_bytes(b"theirs")
+    assert run(tmp_path, "--rounds", "1") == 2
+    assert "not of a run" in capsys.readouterr().err
+    assert foreign.read_bytes() == b"theirs"
+
+
+def test_foreign_event_files_that_come_later_survive_a_resume(tmp_path):
+    assert run(tmp_path / "run", "--rounds", "1") == 0
+    foreign = tmp_path / "run/events.out.tfevents.1.host"
+    foreign.write_bytes(b"theirs")
+    assert run(tmp_path / "run", "--rounds", "2", "--resume") == 0
+    assert foreign.read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("name", ["with space", "ünïcødé-✓", "a/b/c", "semi;colon&'quote'"])
+def test_odd_run_names_work(name, tmp_path):
+    assert run(tmp_path / name, "--rounds", "1") == 0
+    assert accumulate(tmp_path / name).Tags()["scalars"]
+
+
+def test_groups_can_be_turned_off(tmp_path):
+    off = [f"--tracking.{g}" for g in ("pictures", "histograms", "graph", "projector")]
+    words = [w for g in off for w in (g, "false")]
+    assert run(tmp_path / "run", "--rounds", "1", *words) == 0
+    tags = accumulate(tmp_path / "run").Tags()
+    assert tags["images"] == [] == tags["histograms"] and not tags["graph"]
+    assert not (tmp_path / "run/projector").exists()
+
+
+def test_no_tracking_leaves_the_lines_alone(tmp_path):
+    assert run(tmp_path / "run", "--rounds", "2", "--tracking", "none") == 0
+    assert not list((tmp_path / "run").glob("*tfevents*"))
+    assert len(read(tmp_path / "run/metrics.jsonl")) == 2
+
+
+def test_client_data_goes_under_nonprivate_in_a_private_run(tmp_path):
+    said = []
+    with Record(TensorBoard(), tmp_path, 0, said.append, private=True) as record:
+        record.config({"lr": 0.1}, ["test/loss"])
+        record.round({"round": 1, "nonprivate_train_loss": 2.0, "privacy_epsilon": 0.5})
+        record.text("privacy", "**epsilon** 0.5")
+    found = accumulate(tmp_path)
+    assert sorted(found.Tags()["scalars"]) == [
+        "nonprivate/train_loss", "privacy/epsilon", "time/elapsed", "time/log",
+    ]  # fmt: skip
+    assert "privacy" in found.Tags()["tensors"]
+    assert not said
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [("every=0", "tracking.every must be at least 1"), ("client-runs=-1", "must be 0 or more")],
+)
+def test_options_that_cannot_be_meant(option, message, tmp_path, capsys):
+    assert run(tmp_path / "run", f"--tracking.{option}") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tensorflow_is_never_imported_even_where_it_is_installed(tmp_path):
+    fake = tmp_path / "tensorflow"
+    fake.mkdir()
+    (fake / "__init__.py").write_text("import pathlib; pathlib.Path(__file__ + '.ran').touch()")
+    code = (
+        "from fedtorch.tracking import Record, TensorBoard; from pathlib import Path\n"
+        f"with Record(TensorBoard(), Path({str(tmp_path / 'run')!r}), 0, print) as record:\n"
+        "    record.config({'lr': 0.1}, ['test/loss'])\n"
+        "    record.round({'round': 1, 'lr': 0.1})\n"
+    )
+    (tmp_path / "run").mkdir()
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+    assert list((tmp_path / "run").glob(f"*{EVENTS}"))
+    assert not list(fake.glob("*.ran"))
+
+
+def test_lines_read_back(tmp_path):
+    lines = Lines(tmp_path)
+    lines.write({"round": 1, "loss": 0.5})
+    lines.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"round": 1, "loss": 0.5}
+    again = Lines(tmp_path, start=1)
+    assert again.before == [{"round": 1, "loss": 0.5}]
+    again.close()
+
+
+def test_event_file_is_cut_after_a_half_record(tmp_path):
+    with Record(TensorBoard(), tmp_path, 0, print) as record:
+        record.round({"round": 1, "lr": 0.1})
+    (path,) = tmp_path.glob(f"*{EVENTS}")
+    path.write_bytes(path.read_bytes() + b"\x20\0\0\0\0")
+    with Record(TensorBoard(), tmp_path, 1, print) as record:
+        record.round({"round": 2, "lr": 0.1})
+    assert [s.step for s in accumulate(tmp_path).Scalars("train/lr")] == [1, 2]
+
+
+def test_missing_adapters_say_how_to_get_them(tmp_path, monkeypatch):
+    for name in ("mlflow", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.setitem(sys.modules, f"{name}.tracking", None)
+    from fedtorch.tracking import MLflow, WandB
+
+    for tracking, name in ((MLflow(), "mlflow"), (WandB(), "wandb")):
+        with pytest.raises(ConfigError, match=rf"pip install 'fedtorch\[{name}\]'"):
+            tracking.open(tmp_path, 0)
+
+
+def test_pictures_of_a_model_that_branches():
+    from fedtorch.tracking.graph import modules
+
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x)) + self.a(x)
+
+    nodes = {name: inputs for name, _, inputs, _ in modules(Two(), torch.zeros(2, 3))}
+    assert nodes == {
+        "input": [],
+        "a_Linear": ["input"],
+        "b_Linear": ["a_Linear"],
+        "a_Linear_2": ["input"],
+        "output": ["a_Linear_2"],
+    }
