@@ -80,7 +80,7 @@ class Config:
     drop_last: bool = False
     """Leave out the last, smaller batch of each pass."""
     engine: Engine = Local()
-    """Where clients train: local, processes (--engine.workers N); --engine.device cuda."""
+    """Where clients train: local, processes or ray (--engine.workers N); --engine.device cuda."""
     threads: int = 1
     """Threads inside one operation; more than 1 often slows small models."""
     seed: int = 0

@@ -8,6 +8,9 @@ from fedtorch.types import ClientError, ConfigError
 
 COMMANDS = {
     "train": ("train a model over many clients", "fedtorch.commands.train:main"),
+    "serve": ("run the server of a federation of sites", "fedtorch.commands.sites:serve"),
+    "site": ("take part in a federation with your own data", "fedtorch.commands.sites:site"),
+    "keys": ("make certificates and keys for a trial", "fedtorch.commands.sites:keys"),
     "runs": (
         "table of the runs in a folder: results, epsilon, time",
         "fedtorch.commands.runs:runs",

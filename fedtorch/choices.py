@@ -62,6 +62,7 @@ CHOICES: dict[str, dict[str, str]] = {
     "engine": {
         "local": "fedtorch.engines.Local",
         "processes": "fedtorch.engines.Processes",
+        "ray": "fedtorch.engines.Ray",
     },
 }
 """Short names of each choice; the dotted path is what a user's own class is given by."""

@@ -16,7 +16,7 @@ from fedtorch import Client, FedAvg, FedProx, Local, Recipe, Scaffold, Server, c
 from fedtorch.engines import Processes
 from fedtorch.types import ClientError, ConfigError
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture(autouse=True)
@@ -238,7 +238,9 @@ def test_a_script_without_a_main_guard_is_told_what_to_do(tmp_path):
     script = tmp_path / "unguarded.py"
     body = textwrap.dedent(ORPHANS).replace('if __name__ == "__main__":', "if True:")
     script.write_text(body)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=90)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 1
     assert "its work under `if __name__ == '__main__':`" in done.stderr
 

@@ -1,5 +1,6 @@
 """What a dataset is once loaded: train and test examples, and the facts a model is built from."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,15 +42,7 @@ def from_tensors(
     **facts: Any,
 ) -> Data:
     """Data from ``(x, y)`` pairs, with the usual facts filled in."""
-    shape = tuple(train[0].shape[1:])
-    usual = {
-        "input_shape": shape,
-        "in_features": train[0][0].numel(),
-        "in_channels": shape[0] if len(shape) == 3 else 1,
-        "num_classes": outputs,
-        "num_outputs": 1 if kind == "binary" else outputs,
-        "out_features": 1 if kind == "binary" else outputs,
-    }
+    usual = facts_of(tuple(train[0].shape[1:]), outputs, kind)
     labels = train[1] if kind != "regression" and train[1].dim() == 1 else None
     return Data(
         name,
@@ -61,6 +54,18 @@ def from_tensors(
         keys,
         usual | facts,
     )
+
+
+def facts_of(shape: tuple[int, ...], outputs: int, kind: str) -> dict[str, Any]:
+    """What a model may ask for, from the shape of one example and the number of outputs."""
+    return {
+        "input_shape": shape,
+        "in_features": math.prod(shape),
+        "in_channels": shape[0] if len(shape) == 3 else 1,
+        "num_classes": outputs,
+        "num_outputs": 1 if kind == "binary" else outputs,
+        "out_features": 1 if kind == "binary" else outputs,
+    }
 
 
 def split(n: int, test_fraction: float, seed: int) -> tuple[Tensor, Tensor]:

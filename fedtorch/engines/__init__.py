@@ -3,5 +3,6 @@
 from fedtorch.engines.base import Engine, Session
 from fedtorch.engines.local import Local
 from fedtorch.engines.processes import Processes
+from fedtorch.engines.ray import Ray
 
-__all__ = ["Engine", "Local", "Processes", "Session"]
+__all__ = ["Engine", "Local", "Processes", "Ray", "Session"]

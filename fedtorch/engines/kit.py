@@ -8,8 +8,9 @@ import copy
 import importlib.util
 import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,11 @@ class Kit:
 
 
 def pack(
-    model: nn.Module, clients: Sequence[Client], recipe: Recipe, solver: Solver
+    model: nn.Module,
+    clients: Sequence[Client],
+    recipe: Recipe,
+    solver: Solver,
+    dumps: Callable[[object], bytes] = pickle.dumps,
 ) -> tuple[bytes, wire.Packed]:
     """The pickled part and the block of data; raises ConfigError naming what cannot be pickled."""
     bare = [_bare(c) for c in clients]
@@ -60,15 +65,13 @@ def pack(
     }
     for what, part in parts.items():
         try:
-            pickle.dumps(part)
+            dumps(part)
         except Exception as e:
             raise ConfigError(
                 f"{what} cannot be sent to a worker process: {e}; define its classes and functions "
                 "at the top level of a module, or use engine local"
             ) from e
-    body = pickle.dumps(
-        (_loose_modules(model, recipe), pickle.dumps((model, recipe, bare, solver)))
-    )
+    body = pickle.dumps((_loose_modules(model, recipe), dumps((model, recipe, bare, solver))))
     return body, wire.pack(wire.Message("data", groups=tables))
 
 
@@ -76,19 +79,12 @@ def unpack(body: bytes, block: Tensor, device: str) -> Kit:
     """The kit in a worker; ``block`` (uint8) stays where it is."""
     modules, inner = pickle.loads(body)
     for name, path in modules:
-        _load_module(name, path)
+        if Path(path).is_file():
+            _load_module(name, path)
     model, recipe, clients, solver = pickle.loads(inner)
     for k, table in wire.decode(block).groups.items():
         clients[int(k)].data = TensorDataset(*(table[str(i)] for i in range(len(table))))
     return Kit(model.to(device), recipe, {c.id: c for c in clients}, solver)
-
-
-def copied(memory: Memory) -> Memory:
-    """The same memory in its own storage."""
-    return {
-        i: {g: {n: t.clone() for n, t in tree.items()} for g, tree in groups.items()}
-        for i, groups in memory.items()
-    }
 
 
 def memory_message(memory: Memory, asked: Sequence[str]) -> wire.Message:
@@ -120,12 +116,13 @@ def _loose_modules(model: nn.Module, recipe: Recipe) -> list[tuple[str, str]]:
     # a model file of the zoo is a module that no import statement would find: send where it is
     owners = {type(m).__module__ for m in model.modules()}
     owners |= {getattr(recipe.loss, "__module__", ""), type(recipe.strategy).__module__}
-    loose = []
-    for name in sorted(owners):
-        path = getattr(sys.modules.get(name), "__file__", None)
-        if name.startswith("fedtorch_model_") and path:
-            loose.append((name, path))
-    return loose
+    found = {n: getattr(sys.modules.get(n), "__file__", None) for n in sorted(owners) if loose(n)}
+    return [(name, path) for name, path in found.items() if path]
+
+
+def loose(name: str) -> bool:
+    """Whether a module was read from a model file, and so cannot be imported by name."""
+    return name.startswith("fedtorch_model_")
 
 
 def _load_module(name: str, path: str) -> None:

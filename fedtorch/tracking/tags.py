@@ -68,7 +68,7 @@ TAGS: dict[str, Tag] = {
 }
 """Figure of a round -> its tag."""
 
-FAMILIES = ("test", "validation", "privacy", "nonprivate")
+FAMILIES = ("test", "validation", "privacy", "nonprivate", "site")
 """A figure ``test_f1`` that has no line of its own becomes the tag ``test/f1``, and so on."""
 
 OPTIONS: dict[str, float | str] = {

@@ -1,0 +1,285 @@
+"""The engine whose clients are sites: the server's side of every visit.
+
+Sites call in for work and bring back what they made of it. Nothing they send is believed before it has
+been checked against what this model and strategy send, and no site can hold up or end a round.
+"""
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from fedtorch.client import Client, Recipe
+from fedtorch.engines import messages, wire
+from fedtorch.engines.messages import Expected
+from fedtorch.engines.wire import Message, MessageError
+from fedtorch.sites import plan as plans
+from fedtorch.sites.rpc import Listener, log
+from fedtorch.solvers import snapshot
+from fedtorch.strategies import Strategy
+from fedtorch.tree import expand, row
+from fedtorch.types import ConfigError, Context, Failure, Params, Task, Update
+
+HOLD_SECONDS = 20.0
+"""How long a call for work is held open when there is none."""
+ALIVE_SECONDS = 3 * HOLD_SECONDS
+"""A site that has not called for so long counts as away."""
+
+KINDS = ("nonfinite", "error", "budget")
+"""Why a site may say that it has no update."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A client of whom the server knows the name alone."""
+
+    id: str
+
+
+def remotes(names: Sequence[str]) -> list[Client]:
+    """What ``Server`` takes as clients; it asks them for nothing but their id."""
+    return cast(list[Client], [Remote(n) for n in names])
+
+
+@dataclass
+class Visit:
+    """One site's part in one round."""
+
+    site: str
+    task: Task
+    nonce: str = field(default_factory=lambda: secrets.token_hex(16))
+    asked: float = field(default_factory=time.monotonic)
+    taken: bool = False
+    outcome: Update | Failure | None = None
+    sent: int = 0
+    received: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Clients train at their sites."""
+
+    plan: plans.Plan
+    address: str = "127.0.0.1:8443"
+    """Where to listen, HOST:PORT."""
+    keys: Path | None = None
+    """Folder with key.pem, cert.pem and ca.pem; none: no TLS, loopback only."""
+    deadline: float = 600.0
+    """Seconds a round waits for its sites."""
+    minimum: int = 1
+    """Sites that must report for a round to count."""
+
+    def open(self, model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> "SitesSession":
+        """Listen for the sites."""
+        if not 1 <= self.minimum <= len(clients):
+            raise ConfigError(f"minimum must be between 1 and {len(clients)}, got {self.minimum}")
+        if self.deadline <= 0:
+            raise ConfigError(f"deadline must be positive, got {self.deadline}")
+        return SitesSession(self, model, [c.id for c in clients], recipe)
+
+
+class SitesSession:
+    """Who is there, and the visits of this round; every method may be called from any thread."""
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, options: Sites, model: nn.Module, names: list[str], recipe: Recipe) -> None:
+        """Start to listen."""
+        state = snapshot(model)
+        params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+        self.options, self.names = options, names
+        self.expected = expected(recipe, params, model)
+        self.uniform = recipe.weighting == "uniform"
+        self.seen: dict[str, float] = {}
+        self.counted: dict[str, str] = {}
+        self.visits: dict[str, Visit] = {}
+        self.last: list[Visit] = []
+        self.closing = False
+        self.change = threading.Condition()
+        # float64, every group of the strategy, and room for the header
+        groups = max(len(self.expected.sent), 1)
+        size = sum(v.numel() for v in state.values()) * 8 * (groups + 1)
+        limit = size + wire.HEADER_LIMIT
+        self.limit = limit
+        self.listener = Listener(options.address, options.keys, len(names), limit, self.handle)
+        self.port = self.listener.port
+
+    # the server's thread
+
+    def submit(self, ids: Sequence[str], task: Task) -> None:
+        """Put up a task for these sites."""
+        with self.change:
+            self.visits = {i: Visit(i, task) for i in ids}
+            self.change.notify_all()
+
+    def collect(self) -> Iterator[Update | Failure]:
+        """Wait for the sites until all have answered or the deadline is over; in a fixed order."""
+        end = time.monotonic() + self.options.deadline
+        with self.change:
+            while any(v.outcome is None for v in self.visits.values()):
+                left = end - time.monotonic()
+                if left <= 0:
+                    break
+                self.change.wait(left)
+            self.last = [*self.visits.values()]
+            self.visits = {}  # whatever comes now is late
+        good = sum(isinstance(v.outcome, Update) for v in self.last)
+        for visit in self.last:
+            if visit.outcome is None:
+                kind = "late" if visit.taken else "absent"
+                yield Failure(visit.site, kind, f"no report in {self.options.deadline:g} s")
+            elif isinstance(visit.outcome, Update) and good < self.options.minimum:
+                yield Failure(visit.site, "toofew", f"only {good} sites reported")
+            else:
+                if isinstance(visit.outcome, Update):
+                    self.counted[visit.site] = visit.nonce
+                yield visit.outcome
+
+    def wait_for_sites(self, seconds: float) -> list[str]:
+        """Wait until enough sites are there for a round to count; returns who is."""
+        end = time.monotonic() + seconds
+        with self.change:
+            while len(here := self._here()) < self.options.minimum:
+                if (left := end - time.monotonic()) <= 0:
+                    break
+                self.change.wait(min(left, 1))
+            return here
+
+    def figures(self) -> dict[str, float]:
+        """Bytes and seconds of each site in the last round."""
+        found: dict[str, float] = {}
+        for v in self.last:
+            found |= {
+                f"site_{v.site}_bytes_sent": v.sent,
+                f"site_{v.site}_bytes_received": v.received,
+                f"site_{v.site}_seconds": round(v.seconds, 3),
+                f"site_{v.site}_reported": float(isinstance(v.outcome, Update)),
+            }
+        return found
+
+    def memory(self) -> dict[str, dict[str, Params]]:
+        """Sites keep their memory; for the checkpoint, which visit of each was the last to count."""
+        names = {i: torch.tensor([*bytes.fromhex(n)]) for i, n in self.counted.items()}
+        return {i: {"visit": {"nonce": nonce}} for i, nonce in names.items()}
+
+    def restore(self, memory: dict[str, dict[str, Params]]) -> None:
+        """Go on from a checkpoint: later visits have not been."""
+        self.counted = {i: bytes(m["visit"]["nonce"].tolist()).hex() for i, m in memory.items()}
+
+    def close(self) -> None:
+        """Tell sites that call that the run is over, and stop listening."""
+        with self.change:
+            self.closing = True
+            waiting = {*self._here()}
+            self.change.notify_all()
+        end = time.monotonic() + 3
+        while waiting & {*self._here()} and time.monotonic() < end:
+            time.sleep(0.05)  # each is taken off the list when it has heard
+        self.listener.close()
+
+    # the sites' threads
+
+    def handle(self, method: str, site: str, data: bytes) -> bytes:
+        """Answer one call."""
+        if site not in self.names:
+            raise PermissionError(f"{site[:64]!r} is not one of this run's sites")
+        message = wire.decode(data, self.limit)
+        if message.kind != method:
+            raise MessageError(f"a message of kind {message.kind[:40]!r} cannot {method}")
+        with self.change:
+            if site not in self._here():
+                log.info("%s is here", site)
+            self.seen[site] = time.monotonic()
+            self.change.notify_all()
+        if method == "join":
+            return wire.encode(Message("plan", {"plan": plans.describe(self.options.plan)}))
+        if message.facts.get("run") != self.options.plan.run:
+            return wire.encode(Message("rejoin"))
+        return self._fetch(site) if method == "fetch" else self._report(site, message, len(data))
+
+    def _fetch(self, site: str) -> bytes:
+        end = time.monotonic() + HOLD_SECONDS
+        with self.change:
+            while not self.closing and self._open(site) is None:
+                if (left := end - time.monotonic()) <= 0:
+                    break
+                self.change.wait(left)
+            self.seen[site] = time.monotonic()
+            if self.closing:
+                del self.seen[site]
+                return wire.encode(Message("end"))
+            visit = self._open(site)
+            if visit is None:
+                return wire.encode(Message("wait"))
+            visit.taken = True
+            left = self.options.deadline - (time.monotonic() - visit.asked)
+            facts = {"visit": visit.nonce, "after": self.counted.get(site, ""), "seconds": left}
+        data = wire.encode(messages.task_message(visit.task, **facts))
+        visit.sent += len(data)
+        return data
+
+    def _report(self, site: str, message: Message, size: int) -> bytes:
+        outcome = message.groups, message.facts
+        with self.change:
+            visit = self._open(site)
+        if visit is None or message.facts.get("visit") != visit.nonce:
+            raise MessageError("this visit is over, or was reported before")
+        try:
+            if message.facts.get("round") != visit.task.round:
+                raise MessageError("it is about another round")
+            read = messages.read_outcome(Message("outcome", outcome[1], outcome[0]), [site])
+            self._believe(read)
+            result: Update | Failure = read.update if read.update.ids else read.failures[0]
+        except MessageError as e:
+            log.warning("round %d: refused the report of %s: %s", visit.task.round, site, e)
+            result = Failure(site, "refused", str(e))
+        with self.change:
+            if self.visits.get(site) is not visit or visit.outcome is not None:
+                raise MessageError("this visit is over, or was reported before")
+            visit.outcome = result
+            visit.received, visit.seconds = size, time.monotonic() - visit.asked
+            self.change.notify_all()
+        if isinstance(result, Failure) and result.kind == "refused":
+            raise MessageError(result.reason)
+        return wire.encode(Message("thanks"))
+
+    def _believe(self, read: messages.Outcome) -> None:
+        if read.update.ids:
+            messages.check(read.update, self.expected)
+            if self.uniform and not bool((read.update.weight == 1).all()):
+                raise MessageError("its weight is not 1")
+        elif read.failures[0].kind not in KINDS:
+            raise MessageError("it gives no reason that is known")
+
+    def _open(self, site: str) -> Visit | None:
+        visit = self.visits.get(site)
+        return visit if visit is not None and visit.outcome is None else None
+
+    def _here(self) -> list[str]:
+        now = time.monotonic()
+        return [s for s in self.names if now - self.seen.get(s, -1e9) < ALIVE_SECONDS]
+
+
+def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
+    """Names, shapes and dtypes of an honest update: an upload of a visit that changed nothing."""
+    strategy: Strategy = recipe.strategy
+    ctx = Context(
+        expand(params),
+        {g: expand(e) for g, e in strategy.init(params).items()},
+        {g: expand(m) for g, m in strategy.remember(params).items()},
+        torch.ones(1),
+        1.0,
+    )
+    sent = strategy.upload(expand(params), ctx)[0]
+    floats = {k: b for k, b in model.named_buffers() if b.is_floating_point()}
+    return Expected(
+        {g: {k: (v.shape, torch.float64) for k, v in row(s, 0).items()} for g, s in sent.items()},
+        messages.schema(floats),
+    )

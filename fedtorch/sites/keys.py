@@ -1,0 +1,113 @@
+"""Certificates and keys for a trial: an authority, the server, and one pair for each site.
+
+The authority's key signs new sites and is needed nowhere else: keep it off the server. An organisation
+with an authority of its own does not need any of this; only the names matter (``rpc.identity``).
+"""
+
+import ipaddress
+import os
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedtorch.types import ConfigError
+
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+"""What a site may be called: the common name of its certificate."""
+Key = ec.EllipticCurvePrivateKey
+
+
+def make(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int) -> list[Path]:
+    """Write ``folder/ca``, ``folder/server`` and ``folder/SITE``; returns the folders that are new.
+
+    An authority that is there is used again, so that sites can be added later; a pair that is there is
+    kept. Raises ConfigError for names that no certificate can carry.
+    """
+    for name in sites:
+        if not SITE_NAME.fullmatch(name) or name in ("ca", "server"):
+            raise ConfigError(f"{name!r} cannot be a site's name: letters, digits, . _ - only")
+    if not hosts and not (folder / "server").exists():
+        raise ConfigError("--server HOST[,HOST]: name the addresses sites will reach the server by")
+    key, authority = _authority(folder / "ca", days)
+    made = []
+    alternatives = x509.SubjectAlternativeName([_host(h) for h in hosts])
+    for name in [*(["server"] if hosts else []), *sites]:
+        if (folder / name).exists():
+            continue
+        server = name == "server"
+        purpose = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
+        own = ec.generate_private_key(ec.SECP256R1())
+        builder = _builder(name, authority.subject, own, days).add_extension(
+            x509.ExtendedKeyUsage([purpose]), critical=False
+        )
+        if server:
+            builder = builder.add_extension(alternatives, critical=False)
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), True)
+        _write(folder / name, own, builder.sign(key, hashes.SHA256()), authority)
+        made.append(folder / name)
+    return made
+
+
+def _authority(folder: Path, days: int) -> tuple[Key, x509.Certificate]:
+    if folder.exists():
+        try:
+            key = serialization.load_pem_private_key((folder / "key.pem").read_bytes(), None)
+            certificate = x509.load_pem_x509_certificate((folder / "cert.pem").read_bytes())
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"the authority in {folder} cannot be read: {e}") from e
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ConfigError(f"the authority in {folder} was not made by fedtorch keys")
+        return key, certificate
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedtorch trial authority")])
+    certificate = (
+        _builder("fedtorch trial authority", name, key, days)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    _write(folder, key, certificate, certificate)
+    return key, certificate
+
+
+def _builder(name: str, issuer: x509.Name, key: Key, days: int) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=5))  # clocks of two machines differ
+        .not_valid_after(now + timedelta(days=days))
+    )
+
+
+def _write(folder: Path, key: Key, own: x509.Certificate, authority: x509.Certificate) -> None:
+    try:
+        folder.mkdir(parents=True)
+        secret = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        # made readable for its owner alone before anything is in it
+        with os.fdopen(os.open(folder / "key.pem", os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+            file.write(secret)
+        pem = serialization.Encoding.PEM
+        (folder / "cert.pem").write_bytes(own.public_bytes(pem))
+        (folder / "ca.pem").write_bytes(authority.public_bytes(pem))
+    except OSError as e:
+        raise ConfigError(f"keys cannot be written to {folder}: {e.strerror}") from e
+
+
+def _host(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)

@@ -1,0 +1,112 @@
+"""What will be trained, in names and numbers: the server's offer, and a site's look at it.
+
+A plan names a model, a loss, an optimizer and a strategy; the site has their code already, or refuses.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedtorch import cli, zoo
+from fedtorch.choices import CHOICES
+from fedtorch.client import Recipe
+from fedtorch.losses import LOSSES
+from fedtorch.optimizers import ClientOptimizer, by_name
+from fedtorch.privacy import Privacy, checks
+from fedtorch.strategies import FedAvg, Strategy
+from fedtorch.types import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a site must know besides its data, once a run."""
+
+    run: str
+    """Which run this is."""
+    model: str = "mlp"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Shape of an example, number of outputs: what the model is built from."""
+    kind: str = "classification"
+    """classification, binary or regression: what the targets are."""
+    loss: str = "cross_entropy"
+    strategy: Strategy = FedAvg()
+    privacy: Privacy | None = None
+    optimizer: str = "sgd"
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    lr: float = 0.1
+    epochs: int = 1
+    steps: int | None = None
+    batch_size: int | None = 32
+    drop_last: bool = False
+
+    def build(self) -> tuple[nn.Module, Recipe]:
+        """Model and recipe, from code that is installed here."""
+        recipe = Recipe(
+            self.strategy,
+            LOSSES[self.loss],
+            ClientOptimizer(self.optimizer, self.optimizer_args),
+            self.lr,
+            self.epochs,
+            self.steps,
+            self.batch_size,
+            self.drop_last,
+            self.privacy,
+        )
+        model = zoo.build(self.model, self.facts, self.model_args)
+        return checks.fixed(model) if self.privacy and self.privacy.fix_model else model, recipe
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The plan as a table for a message."""
+    table: dict[str, Any] = cli.describe(plan)
+    missing = {k: None for k in ("steps", "batch_size") if getattr(plan, k) is None}
+    return table | missing
+
+
+def read(table: dict[str, Any], models: Sequence[str], most: int) -> Plan:
+    """The plan in a table that arrived; raises ConfigError for anything this site does not have.
+
+    ``models`` may be trained, and none with more than ``most`` parameters. Names that would make Python
+    import something are refused before anything looks them up.
+    """
+    model = table.get("model")
+    model = model.get("name") if isinstance(model, dict) else model
+    optimizer = table.get("optimizer", "sgd")
+    optimizer = optimizer.get("name") if isinstance(optimizer, dict) else optimizer
+    if not isinstance(model, str) or not NAME.fullmatch(model) or model not in models:
+        raise ConfigError(
+            f"this site does not train model {model!r}; it trains {', '.join(models)}"
+        )
+    if table.get("loss") not in [*LOSSES]:
+        raise ConfigError(f"this site knows no loss {table.get('loss')!r}")
+    if not isinstance(optimizer, str) or optimizer.lower() not in by_name():
+        raise ConfigError(f"this site knows no optimizer {optimizer!r}")
+    for choice in ("strategy", "strategy.server", "privacy", "privacy.adaptive", "privacy.bands"):
+        _known(table, choice)
+    try:
+        plan: Plan = cli.build(Plan, table)
+        with torch.device("meta"):
+            shape, _ = plan.build()
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(f"the plan cannot be built: {type(e).__name__}") from e
+    size = sum(p.numel() for p in shape.parameters())
+    if size > most:
+        raise ConfigError(f"the model has {size:,} parameters; this site trains at most {most:,}")
+    return plan
+
+
+def _known(table: Any, choice: str) -> None:
+    for key in choice.split("."):
+        table = table.get(key) if isinstance(table, dict) else None
+    name = table.get("name") if isinstance(table, dict) else table
+    if name is not None and name not in [*CHOICES[choice]]:
+        raise ConfigError(f"this site knows no {choice} {name!r}")

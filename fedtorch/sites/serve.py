@@ -1,0 +1,230 @@
+"""The server among the sites: the rounds of ``train.py``, without any data."""
+
+import json
+import secrets
+import time
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedtorch import checkpoint, cli, runs, seeds
+from fedtorch.console import Report, StopSignal
+from fedtorch.data.base import facts_of
+from fedtorch.evaluate import evaluate
+from fedtorch.losses import DEFAULTS, LOSSES, METRICS
+from fedtorch.participation import Everyone, Participation
+from fedtorch.privacy import Privacy, SampleLevel
+from fedtorch.privacy.ledger import Ledger
+from fedtorch.privacy.report import promise, statement
+from fedtorch.schedules import Constant, Schedule
+from fedtorch.server import Server
+from fedtorch.sites.engine import Sites, SitesSession, remotes
+from fedtorch.sites.plan import Plan
+from fedtorch.strategies import FedAvg, Strategy
+from fedtorch.tracking import Record, TensorBoard
+from fedtorch.types import ConfigError
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Every option of a server of sites. ``--config serve.toml`` sets them, flags override."""
+
+    sites: list[str] = field(default_factory=list)
+    """Names of the sites, as in their certificates."""
+    address: str = "127.0.0.1:8443"
+    """Where to listen, HOST:PORT; 0.0.0.0:8443 for every network of this machine."""
+    keys: str = ""
+    """Folder with key.pem, cert.pem and ca.pem."""
+    insecure: bool = False
+    """No TLS and no keys: only for sites on this very machine."""
+    input_shape: list[int] = field(default_factory=list)
+    """Shape of one example, agreed with the sites."""
+    outputs: int = 2
+    """Classes, or numbers to predict."""
+    kind: str = "classification"
+    """classification, binary or regression: the default loss and metric."""
+    dataset: Any = None
+    """Data of the server's own to test the model on; none: sites test for themselves."""
+    model: str = "mlp"
+    """A model that every site has too."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    loss: str = "auto"
+    """cross_entropy, bce or mse."""
+    strategy: Strategy = FedAvg()
+    """fedavg, fedprox, scaffold; --strategy.server sgd, adam, yogi, adagrad."""
+    participation: Participation = Everyone()
+    """Who takes part in a round: everyone, uniform, poisson."""
+    privacy: Privacy | None = SampleLevel()
+    """sample (noise at each site), client (noise at the server), local (noise at each site, nobody is
+    trusted), or none; --privacy.epsilon 8 for the whole run."""
+    rounds: int = 30
+    """Rounds to train in all."""
+    optimizer: str = "sgd"
+    """The sites' optimizer, any of torch.optim."""
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    lr: float | None = None
+    """The sites' learning rate; none: 0.1, and 1 under sample-level privacy, which clips gradients."""
+    schedule: Schedule = Constant()
+    """Learning rate over rounds: constant, exponential, step, cosine."""
+    epochs: int = 1
+    """Passes over a site's data in a round."""
+    steps: int | None = None
+    """Local steps in a round, in place of epochs."""
+    batch_size: int | None = 32
+    """Examples in a local step; null: all of a site's."""
+    drop_last: bool = False
+    """Leave out the last, smaller batch of each pass."""
+    deadline: float = 600.0
+    """Seconds a round waits for its sites."""
+    minimum: int = 1
+    """Sites that must be there for a round to start, and report for it to count."""
+    patience: float = 3600.0
+    """Seconds to wait for enough sites before giving up."""
+    seed: int = 0
+    """Decides every draw of the run."""
+    run_dir: str = ""
+    """Folder of the run."""
+    resume: bool = False
+    """Continue the run in run_dir from its last checkpoint; sites may have stayed up."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can do."""
+        if bool(self.keys) == self.insecure:
+            raise ConfigError("give --keys FOLDER (fedtorch keys makes them), or --insecure alone")
+        if not self.sites or not self.input_shape or not self.run_dir:
+            raise ConfigError("sites, input_shape and run_dir are needed; see docs/sites.md")
+        if self.kind not in DEFAULTS:
+            raise ConfigError(f"kind must be one of {', '.join(DEFAULTS)}, got {self.kind!r}")
+        if self.loss not in ("auto", *LOSSES):
+            raise ConfigError(f"loss must be one of {', '.join(LOSSES)}: sites have no other")
+        if self.rounds < 1:
+            raise ConfigError(f"rounds must be at least 1, got {self.rounds}")
+
+
+LEDGER = "ledger.jsonl"
+"""What the run has spent by the server's book, in its folder; each site keeps its own."""
+
+FREE_ON_RESUME = {"rounds", "resume", "run_dir", "deadline", "minimum", "patience", "address"}
+"""Options a resumed run may change."""
+
+
+def serve(config: ServeConfig) -> dict[str, Any]:
+    """One run; returns the summary."""
+    began = time.perf_counter()
+    folder = Path(config.run_dir)
+    plan = make_plan(config, run_id(folder, config.resume))
+    with seeds.seeded(seeds.derive(config.seed, "model")):
+        model, recipe = plan.build()
+    keys = Path(config.keys) if config.keys else None
+    engine = Sites(plan, config.address, keys, config.deadline, config.minimum)
+    clients = remotes(config.sites)
+    test = config.dataset.load(config.seed).test if config.dataset is not None else None
+    metric = DEFAULTS[config.kind][1]
+    metrics = {"loss": LOSSES[plan.loss], metric: METRICS[metric]}
+    server = Server(
+        model, clients, recipe, config.participation, config.schedule, engine, config.seed
+    )
+    with closing(server):
+        open_folder(config, folder, plan, server)
+        session = server.session
+        assert isinstance(session, SitesSession)
+        scores: dict[str, float] = {}
+        with (
+            Report(config.rounds, server.round_number) as report,
+            Record(
+                TensorBoard(), folder, server.round_number, report.say, server.private is not None
+            ) as record,
+            StopSignal(report) as stop,
+        ):
+            report.say(f"listening at {config.address}, waiting for {', '.join(config.sites)}")
+            for line in promise(server.private) if server.private else ["no privacy: no noise"]:
+                report.say(line)
+            while not over(server, config, stop):
+                if not enough(session, config, stop):
+                    continue
+                figures = server.round() | session.figures()
+                if test is not None:
+                    scores = evaluate(model, test, metrics)
+                    figures |= {f"test_{k}": v for k, v in scores.items()}
+                record.round(figures)
+                report.round(figures)
+                checkpoint.save(folder / "checkpoints", server.state_dict())
+    summary = {f"test_{k}": v for k, v in scores.items()} | {
+        "rounds": server.round_number,
+        "seconds": round(time.perf_counter() - began, 3),
+        "epsilon": server.private.spent() if server.private else None,
+        "delta": server.private.delta if server.private else None,
+    }
+    runs.finish(folder, model, summary)
+    if server.private:
+        runs.write_json(folder / "privacy.json", statement(server.private))
+    return summary
+
+
+def over(server: Server, config: ServeConfig, stop: StopSignal) -> bool:
+    """All rounds are trained, somebody asked to stop, or the privacy budget has no room for more."""
+    done = server.round_number >= config.rounds
+    return stop.asked > 0 or done or not server.within_budget()
+
+
+def enough(session: SitesSession, config: ServeConfig, stop: StopSignal) -> bool:
+    """Wait for enough sites to start a round; raises ConfigError when they stay away."""
+    end = time.monotonic() + config.patience
+    while not stop.asked:
+        here = session.wait_for_sites(1.0)
+        if len(here) >= config.minimum:
+            return True
+        if time.monotonic() > end:
+            away = ", ".join(s for s in config.sites if s not in here)
+            raise ConfigError(f"waited {config.patience:g} s; away are {away}")
+    return False
+
+
+def make_plan(config: ServeConfig, run: str) -> Plan:
+    """What the sites are told."""
+    return Plan(
+        run=run,
+        model=config.model,
+        model_args=config.model_args,
+        facts=facts_of(tuple(config.input_shape), config.outputs, config.kind),
+        kind=config.kind,
+        loss=DEFAULTS[config.kind][0] if config.loss == "auto" else config.loss,
+        strategy=config.strategy,
+        optimizer=config.optimizer,
+        optimizer_args=config.optimizer_args,
+        privacy=config.privacy
+        and replace(config.privacy, rounds=config.privacy.rounds or config.rounds),
+        lr=config.lr or (1.0 if isinstance(config.privacy, SampleLevel) else 0.1),
+        epochs=config.epochs,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        drop_last=config.drop_last,
+    )
+
+
+def run_id(folder: Path, resume: bool) -> str:
+    """The run's name towards the sites: a new one, or that of the run to go on with."""
+    if not resume:
+        return secrets.token_hex(8)
+    try:
+        return str(json.loads((folder / "sites.json").read_text())["run"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"nothing to resume: {folder} holds no run of sites") from e
+
+
+def open_folder(config: ServeConfig, folder: Path, plan: Plan, server: Server) -> None:
+    """A new run folder, or the old one with the server brought to its last checkpoint."""
+    if config.resume:
+        saved = checkpoint.load(folder / "checkpoints")
+        private = saved.get("privacy")
+        ledger = Ledger.resume(folder / LEDGER, private["ledger"]) if private else None
+        server.load_state_dict(saved, ledger)
+        return
+    runs.create(folder)
+    if server.private:
+        server.private.ledger = Ledger(folder / LEDGER, server.private.plan.unit)
+    table = {k: v for k, v in cli.describe(config).items() if k not in ("resume", "run_dir")}
+    runs.write_config(folder, table)
+    runs.replace(folder / "sites.json", json.dumps({"run": plan.run}) + "\n")
+    checkpoint.save(folder / "checkpoints", server.state_dict())

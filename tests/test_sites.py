@@ -1,0 +1,393 @@
+"""Sites over TLS on loopback: the weights of one process, and nothing believed that was not checked."""
+
+import logging
+import os
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from fedtorch import Client, FedAvg, FedProx, Local, Recipe, Scaffold, Server, checkpoint, seeds
+from fedtorch.data import Npz
+from fedtorch.data.base import facts_of
+from fedtorch.engines import messages, wire
+from fedtorch.engines.wire import Message
+from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
+from fedtorch.sites import keys, plan
+from fedtorch.sites.budget import Budget, OverBudget
+from fedtorch.sites.engine import Sites, remotes
+from fedtorch.sites.rpc import Line, Refused, Unreachable
+from fedtorch.sites.site import Site, SiteConfig
+from fedtorch.types import ConfigError
+
+pytestmark = pytest.mark.timeout(300)
+NAMES = ["north", "south"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("federation")
+    keys.make(folder / "keys", ["localhost", "127.0.0.1"], [*NAMES, "stranger"], 2)
+    keys.make(folder / "others", ["localhost"], NAMES, 2)
+    g = torch.Generator().manual_seed(0)
+    for name, n in zip(NAMES, (40, 30), strict=True):
+        x, y = torch.randn(n, 6, generator=g), torch.arange(n) % 3
+        import numpy as np
+
+        np.savez(folder / f"{name}.npz", x=x.numpy(), y=y.numpy())
+    return folder
+
+
+def offer(strategy=FedAvg(), **changes) -> plan.Plan:
+    facts = facts_of((6,), 3, "classification")
+    options = {"model_args": {"hidden": 8}, "batch_size": 8, "epochs": 2} | changes
+    return plan.Plan(run="test", model="mlp", facts=facts, strategy=strategy, **options)
+
+
+@contextmanager
+def server(folder, offered, memory=None, **options):
+    with seeds.seeded(1):
+        model, recipe = offered.build()
+    options = {"address": "127.0.0.1:0", "keys": folder / "keys/server", "deadline": 60.0} | options
+    made = Server(model, remotes(NAMES), recipe, engine=Sites(offered, **options), seed=3)
+    if memory:
+        made.load_state_dict(memory)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def site_config(folder, port, name, state, **changes) -> SiteConfig:
+    options = {
+        "server": f"127.0.0.1:{port}",
+        "name": name,
+        "dataset": Npz(str(folder / f"{name}.npz")),
+        "keys": str(folder / "keys" / name),
+        "state": str(state),
+        "patience": 20.0,
+    } | changes
+    return SiteConfig(**options)
+
+
+@contextmanager
+def sites(folder, port, state, names=NAMES, **options):
+    """Sites at work in threads of this process."""
+    made = [Site(site_config(folder, port, n, state / n, **options)) for n in names]
+    threads = [threading.Thread(target=s.run) for s in made]
+    for t in threads:
+        t.start()
+    yield made
+    for t, s in zip(threads, made, strict=True):
+        t.join()
+        s.close()
+
+
+def state_of(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def here(folder, offered, rounds):
+    """The same federation in one process."""
+    with seeds.seeded(1):
+        model, recipe = offered.build()
+    data = [Npz(str(folder / f"{n}.npz")).load(0).train for n in NAMES]
+    clients = [Client(n, d) for n, d in zip(NAMES, data, strict=True)]
+    made = Server(model, clients, recipe, engine=Local(chunk=1), seed=3)
+    for _ in made.rounds(rounds):
+        pass
+    return state_of(model)
+
+
+@pytest.mark.parametrize("strategy", [FedAvg(), FedProx(mu=0.1), Scaffold()], ids=str)
+def test_sites_give_the_weights_of_one_process(folder, tmp_path, strategy):
+    offered = offer(strategy)
+    with server(folder, offered) as there, sites(folder, there.session.port, tmp_path):
+        for figures in there.rounds(3):
+            assert figures["cohort"] == NAMES
+        told = there.session.figures()
+        there.close()
+    expected = here(folder, offered, 3)
+    worst = max((expected[k] - v).abs().max().item() for k, v in there.model.state_dict().items())
+    assert worst <= 1e-6
+    size = sum(v.numel() * 4 for v in expected.values())
+    assert size < told["site_north_bytes_sent"] < 3 * size + 2000
+    assert os.listdir(tmp_path / "north/tensorboard")
+
+
+def test_private_noise_is_added_at_the_sites_and_charged_there(folder, tmp_path):
+    privacy = SampleLevel(noise_multiplier=1.0, rounds=2, steps=2, insecure_seed=5, mode="stacked")
+    offered = offer(privacy=privacy)
+    with server(folder, offered, keys=None) as there:
+        port = there.session.port
+        options = {"keys": "", "insecure": True, "max_epsilon": 30.0}
+        with sites(folder, port, tmp_path, **options) as made:
+            for _ in there.rounds(2):
+                pass
+            there.close()
+    expected = here(folder, offered, 2)
+    for k, v in there.model.state_dict().items():
+        assert (expected[k] - v).abs().max() <= 1e-6
+    # the site's own book says what the server's says, and outlives the process
+    assert made[0].budget.spent() == pytest.approx(there.private.ledger.spent(1e-5))
+    again = Budget(tmp_path / "north", "north", 30.0, 1e-5)
+    assert again.spent() == made[0].budget.spent() > 0
+    again.most = again.spent() + 1e-6
+    with pytest.raises(OverBudget):
+        again.charge(privacy, 0, 1.0)
+    assert again.spent() == made[0].budget.spent()
+    (tmp_path / "north/ledger-example.jsonl").write_text("")
+    with pytest.raises(ConfigError):
+        Budget(tmp_path / "north", "north", 30.0, 1e-5)
+
+
+def test_a_site_stops_at_its_own_budget_and_the_run_goes_on(folder, tmp_path):
+    # the plan allows more than north does
+    offered = offer(privacy=SampleLevel(noise_multiplier=1.0, rounds=3, steps=2, mode="stacked"))
+    one = offered.privacy.planned(1.0, 1)
+    with server(folder, offered) as there:
+        port = there.session.port
+        with (
+            sites(folder, port, tmp_path, ["north"], max_epsilon=one * 1.01),
+            sites(folder, port, tmp_path, ["south"]),
+        ):
+            failed = [f["failed"] for f in there.rounds(3)]
+            there.close()
+    assert failed == [{}, {"north": "budget"}, {"north": "budget"}]
+
+
+def test_a_site_with_a_budget_joins_only_runs_whose_noise_it_adds(tmp_path):
+    budget = Budget(tmp_path, "north", 1.0, 1e-5)
+    for privacy, why in (
+        (None, "no noise"),
+        (ClientLevel(), "only the server adds"),
+        (SampleLevel(delta=1e-3), "delta"),
+        (SampleLevel(insecure_seed=1), "known seed"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            budget.admit(privacy, insecure=False)
+    budget.admit(LocalDP(), insecure=False)
+
+
+def test_a_server_that_falls_back_to_a_checkpoint_repeats_the_rounds_bit_for_bit(folder, tmp_path):
+    # the sites stay up; what they did after the checkpoint has not been, for their memory too
+    offered = offer(Scaffold())
+    with server(folder, offered) as first:
+        address = f"127.0.0.1:{first.session.port}"
+        with sites(folder, first.session.port, tmp_path):
+            first.round()
+            checkpoint.save(tmp_path, first.state_dict())
+            first.round()
+            first.session.listener.close()  # gone without a word
+            saved = checkpoint.load(tmp_path)
+            with server(folder, offered, saved, address=address) as second:
+                for _ in second.rounds(2):
+                    pass
+                second.close()
+    assert second.round_number == 3
+    expected = here(folder, offered, 3)
+    for k, v in second.model.state_dict().items():
+        assert (expected[k] - v).abs().max() <= 1e-6
+
+
+def line(folder, port, name, which="keys", as_name=None):
+    return Line(f"127.0.0.1:{port}", folder / which / (as_name or name), name, 1 << 24)
+
+
+def ask(line, method, facts=None):
+    try:
+        return wire.decode(line.call(method, wire.encode(Message(method, facts or {})), 5))
+    finally:
+        line.close()
+
+
+def test_who_has_no_right_key_is_turned_away_and_the_log_says_so(folder, caplog, capfd):
+    with server(folder, offer()) as made:
+        port = made.session.port
+        assert ask(line(folder, port, "north"), "join").kind == "plan"
+        with pytest.raises(Unreachable):  # a certificate of another authority
+            ask(line(folder, port, "north", "others"), "join")
+        with pytest.raises(Unreachable):  # plain text
+            ask(Line(f"127.0.0.1:{port}", None, "north", 1 << 24), "join")
+        with pytest.raises(Unreachable):  # the server's certificate is not a site's
+            ask(line(folder, port, "server"), "join")
+        with caplog.at_level(logging.WARNING), pytest.raises(Refused, match="not one of this run"):
+            ask(line(folder, port, "stranger"), "join")
+        # claiming a name changes nothing: the certificate says who calls
+        with caplog.at_level(logging.WARNING), pytest.raises(Refused, match="stranger"):
+            ask(line(folder, port, "north", as_name="stranger"), "join")
+    assert "turned away stranger" in caplog.text
+    assert "andshake" in capfd.readouterr().err
+
+
+def test_without_keys_only_loopback_is_served():
+    with pytest.raises(ConfigError, match="only this machine"):
+        Sites(offer(), "0.0.0.0:0").open(offer().build()[0], remotes(NAMES), Recipe())
+    with pytest.raises(ConfigError, match="insecure"):
+        SiteConfig(name="north")
+
+
+def report(made, name, change):
+    """Take a task as a site would and send back what ``change`` makes of an honest report."""
+    task = None
+    while task is None or task.kind != "task":
+        task = ask(made["line"](name), "fetch", {"run": "test"})
+    state = messages.read_task(task).state
+    update = messages.Update(
+        (name,),
+        {"delta": {k: torch.zeros(1, *v.shape).double() for k, v in state.items()}},
+        {},
+        torch.ones(1),
+        {"train_loss": torch.ones(1), "update_norm": torch.ones(1), "examples": torch.ones(1)},
+    )
+    message = messages.outcome_message(
+        messages.Outcome(update, [], {}),
+        [name],
+        run="test",
+        visit=task.facts["visit"],
+        round=task.facts["round"],
+    )
+    data = wire.encode(Message("report", *change(message.facts, message.groups)))
+    telephone = made["line"](name)
+    try:
+        telephone.call("report", data, 10)
+        return data
+    finally:
+        telephone.close()
+
+
+def spoil_nan(facts, groups):
+    first = next(iter(groups["sent/delta"].values()))
+    first[0].fill_(torch.nan)
+    return facts, groups
+
+
+def spoil_shape(facts, groups):
+    name = next(iter(groups["sent/delta"]))
+    groups["sent/delta"][name] = torch.zeros(1, 2).double()
+    return facts, groups
+
+
+def spoil_name(facts, groups):
+    groups["sent/delta"]["rows"] = torch.zeros(1, 2).double()
+    return facts, groups
+
+
+def spoil_round(facts, groups):
+    return facts | {"round": 7}, groups
+
+
+def spoil_client(facts, groups):
+    return facts | {"ids": ["south"]}, groups
+
+
+@pytest.mark.parametrize(
+    "spoil, why",
+    [
+        (spoil_nan, "not finite"),
+        (spoil_shape, r"\[1, 2\]"),
+        (spoil_name, "'rows'"),
+        (spoil_round, "another round"),
+        (spoil_client, "other clients"),
+    ],
+)
+def test_a_wrong_report_is_refused_by_name_and_the_round_goes_on(folder, spoil, why):
+    with server(folder, offer()) as made:
+        at = {"line": lambda name: line(folder, made.session.port, name)}
+        worker = threading.Thread(target=report, args=(at, "south", lambda f, g: (f, g)))
+        worker.start()
+        caught = []
+
+        def wrong():
+            with pytest.raises(Refused, match=why) as e:
+                report(at, "north", spoil)
+            caught.append(e)
+
+        other = threading.Thread(target=wrong)
+        other.start()
+        figures = made.round()
+        worker.join()
+        other.join()
+    assert caught and figures["cohort"] == ["south"] and figures["failed"] == {"north": "refused"}
+
+
+def test_replayed_late_and_oversized_messages_are_refused(folder):
+    with server(folder, offer(), deadline=4.0) as made:
+        at = {"line": lambda name: line(folder, made.session.port, name)}
+        sent = []
+        worker = threading.Thread(
+            target=lambda: sent.append(report(at, "south", lambda f, g: (f, g)))
+        )
+        worker.start()
+        figures = made.round()  # north never comes
+        worker.join()
+        assert figures["cohort"] == ["south"] and figures["failed"] == {"north": "absent"}
+        telephone = at["line"]("south")
+        with pytest.raises(Refused, match="reported before"):
+            telephone.call("report", sent[0], 5)
+        with pytest.raises(Refused, match="larger than max"):
+            telephone.call("report", bytes(made.session.limit + 1), 30)
+        with pytest.raises(Refused, match="no fedtorch message"):
+            telephone.call("report", b"x" * 1000, 5)
+        telephone.close()
+
+
+def test_too_few_reports_leave_the_model_as_it_was(folder):
+    with server(folder, offer(), deadline=3.0, minimum=2) as made:
+        before = state_of(made.model)
+        at = {"line": lambda name: line(folder, made.session.port, name)}
+        worker = threading.Thread(target=report, args=(at, "south", lambda f, g: (f, g)))
+        worker.start()
+        figures = made.round()
+        worker.join()
+        assert figures["failed"] == {"north": "absent", "south": "toofew"}
+        assert all(torch.equal(before[k], v) for k, v in made.model.state_dict().items())
+        assert made.session.memory() == {}
+
+
+@pytest.mark.parametrize(
+    "table, why",
+    [
+        ({"model": "os.path:join"}, "does not train"),
+        ({"model": "/tmp/x.py"}, "does not train"),
+        ({"model": "cnn"}, "does not train"),
+        ({"loss": "os:system"}, "no loss"),
+        ({"optimizer": "evil.module.Class"}, "no optimizer"),
+        ({"strategy": {"name": "evil.module.Class"}}, "no strategy"),
+        ({"strategy": {"name": "fedavg", "server": "evil.Class"}}, "no strategy.server"),
+        ({"model": {"name": "mlp", "hidden": 10**6}}, "parameters"),
+        ({"privacy": {"name": "evil.Class"}}, "no privacy"),
+        ({"surprise": 1}, "surprise"),
+        ({"lr": "many"}, "lr"),
+    ],
+)
+def test_a_site_trains_only_what_it_has(table, why):
+    full = plan.describe(offer())
+    assert plan.read(full, ["mlp"], 10**6) == offer()
+    with pytest.raises(ConfigError, match=why):
+        plan.read(full | table, ["mlp"], 10**6)
+
+
+def test_keys_are_private_and_sites_can_be_added(tmp_path):
+    keys.make(tmp_path, ["localhost"], ["a"], 2)
+    assert (tmp_path / "a/key.pem").stat().st_mode & 0o077 == 0
+    assert keys.make(tmp_path, [], ["a", "b"], 2) == [tmp_path / "b"]
+    for bad in ("../x", "a b", "ca", ""):
+        with pytest.raises(ConfigError, match="cannot be a site's name"):
+            keys.make(tmp_path, [], [bad], 2)
+    (tmp_path / "a/key.pem").chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        Line("localhost:1", tmp_path / "a", "a", 1)
+    with pytest.raises(ConfigError, match=r"key.pem, cert.pem and ca.pem"):
+        Line("localhost:1", tmp_path / "none", "a", 1)
+
+
+def test_a_site_gives_up_on_a_server_that_stays_away(folder, tmp_path):
+    config = site_config(folder, 1, "north", tmp_path, patience=1.0)
+    began = time.monotonic()
+    made = Site(config)
+    assert made.run() == 1
+    made.close()
+    assert time.monotonic() - began < 20
