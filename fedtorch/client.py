@@ -122,9 +122,10 @@ def local_update(
             who = f"client {clients[0].id}" if len(clients) == 1 else f"{len(clients)} clients"
             raise ClientError(f"{who}, round {task.round}: {type(e).__name__}: {e}") from e
 
-    alike = type(recipe.strategy).upload is Strategy.upload and recipe.privacy is None
-    if alike and isinstance(trained, solvers.Implicit):
-        return _summed(clients, recipe, trained, plans)
+    if isinstance(trained, solvers.Implicit) and type(recipe.strategy).upload is Strategy.upload:
+        done = _summed(clients, task, recipe, trained, plans)
+        if done is not None:
+            return done
     # in float64 the delta is exact, so anchor + delta gives back the very weights of the client
     exact = replace(
         ctx,
@@ -208,27 +209,41 @@ def _steps(
 
 
 def _summed(
-    clients: Sequence[Client], recipe: Recipe, trained: solvers.Implicit, plans: Sequence[Tensor]
-) -> tuple[Update, list[Failure]]:
-    """The weighted mean of clients of whom nobody needs to see each alone."""
-    norms = trained.sq_norms().cpu()
-    keep = norms.isfinite()
+    clients: Sequence[Client],
+    task: Task,
+    recipe: Recipe,
+    trained: solvers.Implicit,
+    plans: Sequence[Tensor],
+) -> tuple[Update, list[Failure]] | None:
+    """The weighted mean of clients of whom nobody needs to see each alone; None: somebody does."""
+    privacy = recipe.privacy
+    norms = trained.sq_norms(upper=privacy is not None).cpu().sqrt()
     examples = torch.tensor([float(len(c)) for c in clients])
-    weight = _weights(recipe, examples)
-    total = float(weight[keep].sum())
-    delta = trained.weighted_sum(torch.where(keep, weight / total, 0)) if total else {}
+    part = privacy.shrink(norms, examples, task) if privacy else torch.ones_like(norms)
+    if part is None:
+        return None
+    keep = norms.isfinite()
+    figures = {
+        "train_loss": trained.loss,
+        "examples": examples,
+        "visited": _visited(plans),
+        "steps": torch.tensor([float(len(p)) for p in plans]),
+        "update_norm": torch.where(keep, norms, 0) * part,
+    }
+    part = torch.where(keep, part, 0)
+    if privacy and privacy.unit == "client":
+        figures["zeroed"] = (~keep).double()
+        keep = torch.ones_like(keep)
+    weight = _weights(recipe, examples)[keep]
+    share = torch.zeros_like(norms)
+    share[keep] = weight.double() / weight.sum()
+    delta = trained.weighted_sum(share * part) if keep.any() else {}
     update = Update(
         ids=tuple(c.id for k, c in enumerate(clients) if keep[k]),
         sent={"delta": {n: v.double()[None] for n, v in delta.items()}},
         buffers={},
-        weight=weight[keep],
-        metrics={
-            "train_loss": trained.loss[keep],
-            "examples": examples[keep],
-            "visited": _visited(plans)[keep],
-            "steps": torch.tensor([float(len(p)) for p in plans])[keep],
-            "update_norm": norms.sqrt()[keep],
-        },
+        weight=weight,
+        metrics={name: v[keep] for name, v in figures.items()},
         summed=True,
     )
     return update, _failures(clients, keep)

@@ -57,8 +57,11 @@ class Implicit(Protocol):
 
     loss: Tensor
 
-    def sq_norms(self) -> Tensor:
-        """Squared norm of each client's change, [K], float64; not finite where the change is not."""
+    def sq_norms(self, upper: bool = False) -> Tensor:
+        """Squared norm of each client's change, [K], float64; not finite where the change is not.
+
+        ``upper``: a bound that holds in spite of rounding, as clipping for privacy needs.
+        """
 
     def weighted_sum(self, weight: Tensor) -> Params:
         """Sum over clients of ``weight[k]`` times the change; who has weight 0 may hold anything."""

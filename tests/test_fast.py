@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
-from fedtorch.fast import offer, solve
+from fedtorch.fast import layers, offer, read, solve
 from fedtorch.losses import binary_cross_entropy, mean_squared_error
+from fedtorch.privacy import ClientLevel, SampleLevel
 from fedtorch.types import ConfigError
 
 SIZES = [37, 5, 18, 64, 1, 23]  # unequal, one below a batch, one single example
@@ -220,3 +221,79 @@ def test_seeds_and_cohorts_agree_between_paths():
             server.round()
             ends.append(model.state_dict())
         assert apart(*ends) < 1e-5
+
+
+@pytest.mark.parametrize("strategy", [FedAvg(), FedProx(mu=0.5), Scaffold()], ids=str)
+def test_private_steps_are_those_of_gradients_written_out_noise_and_all(strategy):
+    # the same stream in the same order, so that the very noise agrees; Poisson batches may be empty
+    ends = []
+    for mode, solver in (("stacked", "auto"), ("auto", "fast")):
+        plan = SampleLevel(
+            rounds=2, noise_multiplier=0.5, clip=0.3, batch_size=6.0, steps=4, sample_rate=0.15,
+            insecure_seed=5, mode=mode,
+        )  # fmt: skip
+        recipe = Recipe(strategy, lr=0.3, privacy=plan)
+        ends.append(trained(recipe, solver, mlp(), clients(), chunk=3)[0])
+    assert apart(*ends) < 1e-5
+    assert apart(ends[0], mlp().state_dict()) > 1e-2
+
+
+def test_a_nonfinite_example_counts_as_nothing_in_a_private_step():
+    who = clients()
+    who[0].data.tensors[0][1:4] = float("nan")
+    plan = SampleLevel(rounds=2, noise_multiplier=1e-6, sample_rate=1.0, insecure_seed=5)
+    ends = []
+    for keep in (range(37), [0, *range(4, 37)]):
+        mine = [Client("c0", tuple(t[list(keep)] for t in who[0].data.tensors)), *who[1:]]
+        recipe = Recipe(lr=0.3, privacy=plan)
+        ends.append(trained(recipe, "fast", mlp(), mine)[0])
+    assert apart(*ends) < 1e-5
+
+
+def test_private_noise_has_the_claimed_deviation():
+    model = nn.Sequential(nn.Linear(30, 50), nn.ReLU(), nn.Linear(50, 4))
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    plan = SampleLevel(
+        rounds=2, noise_multiplier=20.0, clip=1.0, batch_size=5.0, steps=3, sample_rate=0.5
+    )
+    who = clients()[:2]
+    recipe = Recipe(lr=0.1, privacy=plan)
+    Server(model, who, recipe, engine=Local(solver="fast")).round()
+    # mean of 2 clients, 3 steps each of lr noise clip / batch_size
+    std = 0.1 * 20.0 / 5.0 * (3 / 2) ** 0.5
+    moved = (model.state_dict()["0.weight"] - start["0.weight"]).flatten()
+    assert float(moved.std()) == pytest.approx(std, rel=0.1)
+    columns = (model.state_dict()["0.weight"] - start["0.weight"]).T.corrcoef()
+    assert float((columns - columns.diag().diag()).abs().max()) < 0.7  # no shared noise
+
+
+def test_client_level_clipping_needs_no_copy_of_an_update(form):
+    ends = []
+    for solver in ("general", "fast"):
+        plan = ClientLevel(rounds=2, noise_multiplier=1e-6, clip=0.05, insecure_seed=5)
+        model = mlp()
+        server = Server(
+            model,
+            clients(),
+            Recipe(lr=0.2, batch_size=8, privacy=plan),
+            engine=Local(solver=solver),
+        )
+        server.round()
+        ends.append({k: v - mlp().state_dict()[k] for k, v in model.state_dict().items()})
+    assert apart(*ends) < 1e-3
+    total = sum(float(v.square().sum()) for v in ends[1].values()) ** 0.5
+    assert total <= 0.05 * (1 + 1e-6)
+
+
+def test_the_bound_on_a_norm_holds_where_everything_cancels():
+    x = torch.randn(40, 300) * 100
+    D = torch.randn(1, 40, 20)
+    D[:, 20:] = -D[:, :20]  # each row comes back with the other sign: the change is zero
+    index = torch.arange(20).repeat(2)[None]
+    known = layers.Known(x, index, solve.grams(x, index, False))
+    layer = layers.Dual(
+        read.Linear("w", None, (20, 300)), torch.zeros(20, 300), None, known, solve.Rule(0.1)
+    )
+    layer.D.copy_(D)
+    true = float(known.outer(D).double().square().sum())
+    assert float(layer.sq_norms(upper=True)) >= true

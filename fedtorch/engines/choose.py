@@ -43,16 +43,16 @@ def choose(
     asked = recipe
     size = min(chunk or _automatic(model), len(clients))
     recipe, size = probe_private.fits(model, clients, recipe, size)
+    private = recipe.privacy.mode if isinstance(recipe.privacy, SampleLevel) else None
     notes = []
     if solver in ("auto", "fast"):
         found = fast.offer(model, [c.data for c in clients], recipe, asked.privacy)
         if not isinstance(found, str):
-            size = chunk or found.chunk(max(len(c) for c in clients), recipe)
+            size = chunk or found.chunk(max(len(c) for c in clients), recipe, private is not None)
             return Choice(found, size, recipe, (f"fast path, {size} clients at once",))
         if solver == "fast":
             raise ConfigError(f"engine.solver fast cannot train this: {found}; use auto")
         notes.append(f"the fast path is not used: {found}")
-    private = recipe.privacy.mode if isinstance(recipe.privacy, SampleLevel) else None
     alone = solvers.stacked if private == "stacked" else solvers.general
     if size == 1 or (solver == "general" and private is None):
         return Choice(alone, 1, recipe, tuple(notes))

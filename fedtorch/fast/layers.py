@@ -65,8 +65,11 @@ class Weights(Layer, Protocol):
     def stack(self) -> Stack:
         """The clients' weights by name, [K, ...]."""
 
-    def sq_norms(self) -> Tensor:
-        """Squared norm of each client's change, [K]; not finite where the change is not."""
+    def sq_norms(self, upper: bool = False) -> Tensor:
+        """Squared norm of each client's change, [K]; not finite where the change is not.
+
+        ``upper``: never less than the norm is, whatever float32 rounded away.
+        """
 
     def weighted_sum(self, weight: Tensor) -> Params:
         """Sum over clients of ``weight[k]`` times the change; a client of weight 0 stays out."""
@@ -101,6 +104,20 @@ class Leaf:
             v.add_(shift)
         w.add_(v, alpha=-rule.lr)
 
+    def move(self, g: Tensor) -> None:
+        """The same step for a gradient that had to be written out, because noise was added to it."""
+        rule, w = self.rule, self.value
+        g = g.view(w.shape)
+        if rule.decay or rule.pull:
+            g = g.add(w, alpha=rule.decay + rule.pull)
+        if rule.pull:
+            g.add_(self.start, alpha=-rule.pull)
+        if self.shift is not None:
+            g = g + self.shift
+        if self.velocity is not None:
+            g = self.velocity.mul_(rule.momentum).add_(g)
+        w.add_(g, alpha=-rule.lr)
+
     def change(self) -> Tensor:
         """Weights minus start, [K, numbers]."""
         return (self.value - self.start).flatten(1)
@@ -131,15 +148,31 @@ class Own:
         if self.bias is not None:
             self.bias.step(d.new_ones(1, 1, 1).expand(len(d), 1, d.shape[1]), d)
 
+    def example_sq_norms(self, d: Tensor) -> Tensor:
+        """Squared norm of each example's own gradient d a^T, [K, B], which is never built."""
+        return d.square().sum(2) * (self.a.square().sum(2) + (self.bias is not None))
+
+    def sums(self, d: Tensor, used: Tensor) -> Stack:
+        """Sum of the examples' gradients, [K, ...]; examples not ``used`` may hold NaN."""
+        a = self.a if used.all() else torch.where(used[..., None], self.a, 0)
+        return self.spec.named(d.mT.bmm(a), d.sum(1))
+
+    def move(self, grads: Stack) -> None:
+        """Step by gradients that are clipped and noised."""
+        self.weight.move(grads[self.spec.weight])
+        if self.bias is not None:
+            self.bias.move(grads[self.spec.bias or ""])
+
     def stack(self) -> Stack:
         """The copies."""
         bias = None if self.bias is None else self.bias.value[:, 0]
         return self.spec.named(self.weight.value, bias)
 
-    def sq_norms(self) -> Tensor:
+    def sq_norms(self, upper: bool = False) -> Tensor:
         """Of weight and bias together."""
         leaves = [self.weight, *([self.bias] if self.bias else [])]
-        return torch.stack([leaf.change().square().sum(1) for leaf in leaves]).sum(0)
+        norms = torch.stack([leaf.change().square().sum(1) for leaf in leaves]).sum(0)
+        return norms * (1 + 1e-5) if upper else norms
 
     def weighted_sum(self, weight: Tensor) -> Params:
         """Clients left out may hold anything, NaN too, so they are not multiplied by 0."""
@@ -271,9 +304,17 @@ class Dual:
         bias = None if self.b0 is None else self.b0 * share[:, 0] - self.D.sum(1)
         return self.spec.named(self.w0 * share - self.D.mT.bmm(self.inputs.rows()), bias)
 
-    def sq_norms(self) -> Tensor:
-        """|D^T A|^2 = sum of (A A^T) * (D D^T): the change is not built for its norm either."""
-        norms = (self.inputs.grams() * self.D.bmm(self.D.mT)).sum((1, 2))
+    def sq_norms(self, upper: bool = False) -> Tensor:
+        """|D^T A|^2 = sum of (A A^T) * (D D^T): the change is not built for its norm either.
+
+        Products of n numbers err by at most n 2^-24 times the lengths multiplied, which bounds the
+        whole sum however much cancels in it.
+        """
+        A, D = self.inputs.grams(), self.D.bmm(self.D.mT)
+        norms = (A * D).sum((1, 2))
+        if upper:
+            most = (A.diagonal(0, 1, 2) * D.diagonal(0, 1, 2)).clamp(min=0).sqrt().sum(1).square()
+            norms = norms.clamp(min=0) + most * (sum(self.w0.shape) + len(A[0])) * 2.0**-24
         if self.kept[-1] != 1.0:  # then the change has a part (share - 1) w0 as well
             lost = self._share() - 1
             size = self.w0.square().sum() + (0 if self.b0 is None else self.b0.square().sum())

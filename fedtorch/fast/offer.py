@@ -11,7 +11,9 @@ from fedtorch.fast.read import read
 from fedtorch.fast.solve import Fast
 from fedtorch.losses import reduce
 from fedtorch.privacy import SampleLevel
-from fedtorch.solvers import Recipe, general, snapshot
+from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.privacy.streams import stream
+from fedtorch.solvers import Recipe, Solver, general, snapshot, stacked
 from fedtorch.strategies import FedProx, Scaffold, Strategy
 from fedtorch.tree import expand, sq_norms, tmap
 from fedtorch.types import Context, Task
@@ -28,8 +30,9 @@ def offer(
 ) -> Fast | str:
     """A solver for this model, or one clause that says why there is none."""
     why = optimizer(recipe) or strategy(recipe) or tables(model, datasets)
-    if isinstance(privacy, SampleLevel):
-        why = why or "private local steps have no fast form"
+    private = isinstance(privacy, SampleLevel)
+    if isinstance(privacy, SampleLevel) and privacy.mode != "auto":
+        why = why or f"privacy.mode {privacy.mode} was asked for"
     if why:
         return why
     x, y = datasets[0].tensors  # type: ignore[attr-defined]
@@ -42,7 +45,7 @@ def offer(
             where = next(model.parameters()).device
             if reduce(recipe.loss(model(x[:2].to(where)), y[:2].to(where))).dim() == 0:
                 return "the loss gives one number for the whole batch, not one for each example"
-        error = difference(solver, model, datasets[0], recipe)
+        error = difference(solver, model, datasets[0], recipe, private)
     except Exception as e:  # a label without an output, say: training will name it better
         return f"a trial failed ({type(e).__name__})"
     if not error < TOLERANCE:
@@ -79,8 +82,10 @@ def tables(model: nn.Module, datasets: Sequence[Dataset]) -> str | None:
     return None if len(kinds) == 1 else "examples of clients differ in shape"
 
 
-def difference(solver: Fast, model: nn.Module, data: Dataset, recipe: Recipe) -> float:
-    """How far the two paths are apart, over the length of the way that both went."""
+def difference(
+    solver: Fast, model: nn.Module, data: Dataset, recipe: Recipe, private: bool
+) -> float:
+    """How far two paths are apart, over the length of the way that both went; without noise."""
     n = min(length(data), 9)
     few = TensorDataset(*(t[:n] for t in data.tensors))  # type: ignore[attr-defined]
     state = snapshot(model)
@@ -98,8 +103,11 @@ def difference(solver: Fast, model: nn.Module, data: Dataset, recipe: Recipe) ->
         torch.tensor([len(steps)]),
         task.lr,
     )
+    noise = PrivateSteps(0.1, 0.0, 5.0, [stream("torch", 0, "trial")]) if private else None
+    slow: Solver = stacked if private else general
     ways = [
-        solve(model, [few], [steps], task, recipe, context).params for solve in (general, solver)
+        solve(model, [few], [steps], task, recipe, context, noise).params
+        for solve in (slow, solver)
     ]
     change = [tmap(torch.sub, way, context.anchor) for way in ways]
     apart = sq_norms(tmap(torch.sub, *change)).sqrt()

@@ -68,33 +68,37 @@ class Fast:
         private: PrivateSteps | None = None,
     ) -> "Visit":
         """Train K clients; the same contract as ``solvers.general``."""
-        if private is not None:
-            raise NotImplementedError("private steps have no fast form yet")
         with torch.no_grad():
             tables = [cast(TensorDataset, d).tensors for d in datasets]
             x = torch.cat([t[0].flatten(1) for t in tables])
             y = torch.cat([t[1] for t in tables])
             order = schedule(plans, [len(t[0]) for t in tables])
             rule, shift = of(recipe, ctx, task.lr)
-            layers = self._layers(x, order, task.state, rule, shift)
-            losses = steps(layers, order, y, recipe, rule)
+            layers = self._layers(x, order, task.state, rule, shift, private is not None)
+            losses = steps(layers, order, y, recipe, rule, private)
         return Visit(
             [cast(Weights, m) for m in layers if not isinstance(m, Act)], losses / ctx.steps
         )
 
-    def chunk(self, examples: int, recipe: Recipe) -> int:
+    def chunk(self, examples: int, recipe: Recipe, noised: bool) -> int:
         """How many clients with so many examples stay in cache together; 64 at most."""
         rows = plan(examples, recipe, 0).numel()
         specs = [s for s in self.chain.layers if isinstance(s, Linear)]
         held = rows * specs[0].shape[1] + rows * rows  # the data and its Gram matrix
         for n, spec in enumerate(specs):
             out, into = spec.shape
-            dual = dual_pays(rows, spec.shape, n == 0)
+            dual = not noised and dual_pays(rows, spec.shape, n == 0)
             held += rows * (2 * out + (into if n else 0)) if dual else out * into
         return int(max(1, min(64, CACHE // (4 * held))))
 
     def _layers(
-        self, x: Tensor, order: Schedule, state: Params, rule: Rule, shift: Params
+        self,
+        x: Tensor,
+        order: Schedule,
+        state: Params,
+        rule: Rule,
+        shift: Params,
+        noised: bool,
     ) -> list[Layer]:
         K, T = order.index.shape
         layers: list[Layer] = []
@@ -104,7 +108,9 @@ class Fast:
                 continue
             first = not layers
             w, b = state[spec.weight], None if spec.bias is None else state[spec.bias]
-            if not shift and not rule.momentum and dual_pays(T, spec.shape, first):
+            # noise in every step makes the weights of each client a full matrix of its own
+            implicit = not (shift or rule.momentum or noised)
+            if implicit and dual_pays(T, spec.shape, first):
                 one = b is not None
                 known = Known(x, order.index, grams(x, order.index, one)) if first else None
                 layers.append(Dual(spec, w, b, known or Seen(K, T, w, one), rule))
@@ -133,9 +139,9 @@ class Visit:
         """No model with buffers is read."""
         return {}
 
-    def sq_norms(self) -> Tensor:
+    def sq_norms(self, upper: bool = False) -> Tensor:
         """Squared norm of each client's change, [K], float64; not finite where the change is not."""
-        return torch.stack([layer.sq_norms().double() for layer in self.layers]).sum(0)
+        return torch.stack([layer.sq_norms(upper).double() for layer in self.layers]).sum(0)
 
     def weighted_sum(self, weight: Tensor) -> Params:
         """Sum over clients of weight times change; a client of weight 0 may hold anything."""
@@ -163,10 +169,19 @@ class Act:
         """Nothing to move."""
 
 
-def steps(layers: list[Layer], order: Schedule, y: Tensor, recipe: Recipe, rule: Rule) -> Tensor:
+def steps(
+    layers: list[Layer],
+    order: Schedule,
+    y: Tensor,
+    recipe: Recipe,
+    rule: Rule,
+    private: PrivateSteps | None,
+) -> Tensor:
     """All local steps of all clients; returns the sum of each client's losses over its steps."""
     head = CrossEntropy(y, order) if recipe.loss is cross_entropy else AnyLoss(y, order, recipe)
     scale = order.scale if rule.momentum else order.scale * rule.lr
+    if private is not None:
+        scale = (order.scale > 0).to(order.scale)  # each example's own gradient
     for t, k in enumerate(order.live):
         rows = slice(t * order.batch, (t + 1) * order.batch)
         a = order.index[:k, rows]
@@ -178,9 +193,30 @@ def steps(layers: list[Layer], order: Schedule, y: Tensor, recipe: Recipe, rule:
             grads.append(d)
             d = layer.backward(d)
         grads.append(d)
+        if private is not None:
+            noised(layers, grads[::-1], private)
+            continue
         for layer, d in zip(layers, reversed(grads), strict=True):
             layer.step(d)
     return head.total()
+
+
+def noised(layers: list[Layer], grads: list[Tensor], private: PrivateSteps) -> None:
+    """A step of DP-SGD: clip each example by its norm over all layers, sum, add noise, move.
+
+    The norm of an outer product is the product of the norms, so no example's gradient is ever built. An
+    example that is not finite counts as nothing.
+    """
+    own = [(m, d) for m, d in zip(layers, grads, strict=True) if isinstance(m, Own)]
+    factors = private.factors(torch.stack([m.example_sq_norms(d) for m, d in own]).sum(0))
+    used = factors > 0
+    sums: Stack = {}
+    for m, d in own:
+        d = d if used.all() else torch.where(used[..., None], d, 0)
+        sums |= m.sums(d * factors[..., None], used)
+    done = private.finish(sums)
+    for m, _ in own:
+        m.move(done)
 
 
 class CrossEntropy:

@@ -162,6 +162,13 @@ class Privacy(ABC):
         """The client's half: what leaves the client in place of ``sent``, each group [K, ...]."""
         return sent
 
+    def shrink(self, norms: Tensor, examples: Tensor, task: Task) -> Tensor | None:
+        """What ``client`` multiplies each update by, [K], where it does no more than that.
+
+        ``norms`` must not be less than the updates' norms; not finite: 0. None: it must see the updates.
+        """
+        return torch.ones_like(norms) if type(self).client is Privacy.client else None
+
     def release(
         self, sums: dict[str, Params], state: State, noise: float, population: int
     ) -> tuple[dict[str, Params], State] | None:

@@ -109,6 +109,15 @@ class ClientLevel(Privacy):
             out[CLIP_BIT] = {"bit": torch.where(below, 0.5, -0.5).double()[:, None]}
         return out
 
+    def shrink(self, norms: Tensor, examples: Tensor, task: Task) -> Tensor | None:
+        """The factor of the clip and the weight; adaptive clipping sends more than that."""
+        if self.adaptive or type(self).client is not ClientLevel.client:
+            return None
+        clip = task.privacy["clip"]
+        factor = torch.where(norms.isfinite(), clip / norms.clamp(min=clip), 0)
+        weight = (examples / self.weight_cap).clamp(max=1) if self.weight_cap else 1.0
+        return factor * weight
+
     def release(
         self, sums: dict[str, Params], state: State, noise: float, population: int
     ) -> tuple[dict[str, Params], State] | None:
