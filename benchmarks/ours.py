@@ -1,10 +1,13 @@
 """fedtorch in the benchmark, called as a user calls it."""
 
+from dataclasses import replace
+
 from torch.utils.data import TensorDataset
 
-from benchmarks.workloads import Problem
+from benchmarks.workloads import EXAMPLES, Problem
 from fedtorch import Client, Local, Server, evaluate
 from fedtorch.losses import accuracy, cross_entropy
+from fedtorch.privacy import ClientLevel, Privacy, SampleLevel
 
 
 class Ours:
@@ -13,7 +16,8 @@ class Ours:
     def __init__(self, problem: Problem, path: str) -> None:
         clients = [Client(str(k), shard) for k, shard in enumerate(problem.shards)]
         engine = Local(solver="general" if path == "general" else "auto")
-        self.server = Server(problem.model(), clients, problem.recipe(), engine=engine)
+        recipe = replace(problem.recipe(), privacy=plan(problem))
+        self.server = Server(problem.model(), clients, recipe, engine=engine)
         self.test = TensorDataset(*problem.test)
 
     def round(self) -> None:
@@ -25,3 +29,20 @@ class Ours:
         metrics = {"accuracy": accuracy, "loss": cross_entropy}
         scores = evaluate(self.server.model, self.test, metrics, batch_size=500)
         return scores["accuracy"], scores["loss"]
+
+
+def plan(problem: Problem) -> Privacy | None:
+    """Clip 1 and noise multiplier 1; six Poisson steps of ten examples where steps are private."""
+    rounds = problem.work.rounds + 1
+    if problem.work.privacy == "client":
+        return ClientLevel(noise_multiplier=1.0, rounds=rounds)
+    if problem.work.privacy == "sample":
+        rate = problem.work.batch_size / EXAMPLES
+        return SampleLevel(
+            noise_multiplier=1.0,
+            rounds=rounds,
+            sample_rate=rate,
+            steps=round(1 / rate),
+            batch_size=problem.work.batch_size,
+        )
+    return None

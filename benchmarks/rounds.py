@@ -22,8 +22,8 @@ from typing import Any
 
 CONTESTANTS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "bare": (("w1", "w2", "w3", "w4"), None),
-    "general": (("w1", "w2"), None),
-    "fedtorch": (("w1", "w2"), None),
+    "general": (("w1", "w2", "w3", "w4"), None),
+    "fast": (("w1", "w3", "w4"), None),
 }
 """Name -> the workloads it can do, and the module it needs installed."""
 
