@@ -46,13 +46,18 @@ class PrivateSteps:
         return torch.where(sq_norms.isfinite(), scale, 0)
 
     def finish(self, sums: Stack) -> Stack:
-        """(sum + N(0, (noise clip)^2)) / divisor, [K, ...]; sensitivity of the sum: clip (add/remove)."""
+        """(sum + N(0, (noise clip)^2)) / divisor, [K, ...]; sensitivity of the sum: clip (add/remove).
+
+        Overwrites ``sums``.
+        """
         std = self.noise * self.clip
-        out = {}
-        for k, v in sums.items():
-            xi = torch.stack([s.normal(tuple(v.shape[1:])) for s in self.streams])
-            out[k] = v.add(xi.to(v), alpha=std).div_(self.divisor)
-        return out
+        for (
+            v
+        ) in sums.values():  # in place: K models of fresh memory would cost as much as the noise
+            for row, stream in zip(v, self.streams, strict=True):
+                row.add_(stream.normal(tuple(row.shape)).to(row), alpha=std)
+            v.div_(self.divisor)
+        return sums
 
 
 def stacked_gradients(
