@@ -37,5 +37,10 @@ format: $(VENV)/.dev  ## put the code into shape
 wheel: $(VENV)/.dev  ## build the wheel into dist/
 	$(PY) -m build --wheel
 
+screenshots: $(VENV)/.dev  ## photograph TensorBoard on real runs (needs chromium, chromium-driver)
+	$(PY) tools/screenshots.py
+
+.PHONY: screenshots
+
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) dist build

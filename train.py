@@ -178,7 +178,7 @@ def train(config: Config) -> dict[str, Any]:
                 figures |= server.mark(assemble.validation(by_client))
                 figures["seconds_evaluate"] = time.perf_counter() - start
             record.round(figures)
-            pictures.round(by_client)
+            pictures.round(by_client, last)
             report.round(figures)
             if last or server.round_number % config.checkpoint_every == 0:
                 state = server.state_dict()

@@ -1,7 +1,8 @@
 """What recording a run costs: share of the processor time, bytes on disk, and what is paid once.
 
-    python benchmarks/recording.py                  # the default job, everything on
-    python benchmarks/recording.py --clients 1000   # 1,000 clients, 100 rounds, a linear model
+    python benchmarks/recording.py                    # the default job, which is private, everything on
+    python benchmarks/recording.py --privacy none     # the same without privacy
+    python benchmarks/recording.py --clients 1000     # 1,000 clients, 100 rounds, linear, not private
 
 Processor time of the process, not wall time, so that other work on the machine does not count. The
 baseline of the share is the same run: all it did, recording included.
@@ -51,7 +52,7 @@ class Clock:
 
         setattr(owner, method, timed)
 
-    def wrap_drawing(self) -> None:
+    def wrap_drawing(self, rounds: int) -> None:
         """Count what the thread beside the training spends on pictures."""
         real = Record.picture
 
@@ -63,10 +64,8 @@ class Clock:
                 try:
                     return draw(*inner)
                 finally:
-                    self.add(
-                        "once: first picture" if step == 0 else "drawing",
-                        time.thread_time() - start,
-                    )
+                    name = {0: "once: first picture", rounds: "once: last pictures"}
+                    self.add(name.get(step, "drawing"), time.thread_time() - start)
 
             real(self_, tag, step, timed, *args)
 
@@ -76,13 +75,14 @@ class Clock:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--privacy")
     options = parser.parse_args()
-    words = ["--rounds", str(options.rounds), "--privacy", "none"]
+    words = ["--privacy", options.privacy] if options.privacy else []
     if options.clients:
-        words = [*MANY, "--clients", str(options.clients), "--rounds", "100", "--privacy", "none"]
+        words = [*MANY, "--privacy", "none", "--rounds", "100"]
+        words += ["--clients", str(options.clients)]
     clock = Clock()
-    clock.wrap_drawing()
+    clock.wrap_drawing(100 if options.clients else 30)
     for method in ("config", "text", "round", "__exit__"):
         clock.wrap(Record, method, "writing")
     clock.wrap(Pictures, "round", "writing")

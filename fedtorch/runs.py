@@ -62,12 +62,21 @@ def write_config(folder: Path, table: dict[str, Any]) -> None:
 
 
 def finish(folder: Path, model: nn.Module, summary: dict[str, Any]) -> None:
-    """The trained model as a plain state_dict, and ``summary.json``."""
+    """The trained model as a plain state_dict, and ``summary.json``.
+
+    Raises ConfigError when they cannot be written: the run is not lost while it has a checkpoint.
+    """
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     part = folder / "model.safetensors.part"
-    save_file(state, part)
-    os.replace(part, folder / "model.safetensors")
-    write_json(folder / "summary.json", summary)
+    try:
+        save_file(state, part)
+        os.replace(part, folder / "model.safetensors")
+        write_json(folder / "summary.json", summary)
+    except (OSError, SafetensorError) as e:
+        raise ConfigError(
+            f"the trained model cannot be written to {folder} ({getattr(e, 'strerror', None) or e}): "
+            f"make room, then fedtorch train --run-dir {folder} --resume"
+        ) from e
 
 
 def write_json(path: Path, table: dict[str, Any]) -> None:

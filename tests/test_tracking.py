@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_hparams_hold_the_config_and_name_the_metrics(finished):
     assert start.hparams["model"].string_value == "logistic"
     experiment = metadata.parse_experiment_plugin_data(content[metadata.EXPERIMENT_TAG])
     named = [m.name.tag for m in experiment.metric_infos]
-    assert {"test/loss", "test/accuracy", "privacy/epsilon"} <= set(named)
+    assert {"test/loss", "test/accuracy", "train/loss"} <= set(named)
     assert "lr" in {h.name for h in experiment.hparam_infos}
     assert metadata.SESSION_END_INFO_TAG in content
 
@@ -328,6 +329,130 @@ def test_missing_adapters_say_how_to_get_them(tmp_path, monkeypatch):
     for tracking, name in ((MLflow(), "mlflow"), (WandB(), "wandb")):
         with pytest.raises(ConfigError, match=rf"pip install 'fedtorch\[{name}\]'"):
             tracking.open(tmp_path, 0)
+
+
+class FakeMlflow:
+    """The part of an MLflow store that the adapter uses; kept over two starts of a run."""
+
+    def __init__(self):
+        self.params, self.metrics, self.files, self.ended = {}, [], [], 0
+
+    def __call__(self, uri):
+        return self
+
+    def get_experiment_by_name(self, name):
+        return None
+
+    def create_experiment(self, name):
+        return "1"
+
+    def create_run(self, experiment, run_name):
+        return SimpleNamespace(info=SimpleNamespace(run_id="r1"))
+
+    def get_run(self, run):
+        latest = {name: value for name, value, _ in self.metrics}
+        return SimpleNamespace(data=SimpleNamespace(metrics=latest))
+
+    def log_param(self, run, name, value):
+        assert name not in self.params  # a real store refuses to change one
+        self.params[name] = value
+
+    def log_metric(self, run, name, value, step):
+        self.metrics.append((name, value, step))
+
+    def log_text(self, run, text, name):
+        self.files.append(name)
+
+    def log_artifact(self, run, path, folder):
+        assert Path(path).read_bytes().startswith(b"\x89PNG")
+        self.files.append(f"{folder}/{Path(path).name}")
+
+    def set_terminated(self, run):
+        self.ended += 1
+
+
+def test_mlflow_gets_each_step_once_over_a_resume(tmp_path, monkeypatch):
+    # a stand-in for the package, which is too large to install for one test
+    store = FakeMlflow()
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", SimpleNamespace(MlflowClient=store))
+    folder = tmp_path / "run"
+    assert run(folder, "--rounds", "3", "--checkpoint-every", "2", "--tracking", "mlflow") == 0
+    for path in (folder / "checkpoints").glob("round-000003.pt"):
+        path.unlink()  # as if killed after the third round was logged, before it was saved
+    assert run(folder, "--rounds", "4", "--resume") == 0
+    assert [step for name, _, step in store.metrics if name == "train/loss"] == [1, 2, 3, 4]
+    assert store.params["strategy"] == "fedavg" and store.ended == 2
+    assert "config.md" in store.files and "test/confusion-000004.png" in store.files
+    assert len(read(folder / "metrics.jsonl")) == 4
+
+
+def test_wandb_goes_on_in_the_run_it_began(tmp_path, monkeypatch):
+    began, logged = [], []
+    finished = []
+
+    def init(**options):
+        began.append(options)
+        return SimpleNamespace(
+            id="w1",
+            config=SimpleNamespace(update=lambda table, allow_val_change: None),
+            log=lambda values, step: logged.append((step, set(values))),
+            finish=lambda: finished.append(True),
+        )
+
+    fake = SimpleNamespace(init=init, Image=lambda image: image.size)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    folder = tmp_path / "run"
+    offline = ("--tracking", "wandb", "--tracking.mode", "offline")
+    assert run(folder, "--rounds", "1", *offline) == 0
+    assert run(folder, "--rounds", "2", "--resume") == 0
+    assert [b["id"] for b in began] == [None, "w1"]
+    assert [b["mode"] for b in began] == ["offline", "offline"]
+    assert [s for s, names in logged if "train/loss" in names] == [1, 2]
+    assert any("test/confusion" in names for _, names in logged)
+    assert len(finished) == 2
+
+
+def test_a_model_that_cannot_be_written_is_said_and_the_checkpoint_is_kept(
+    tmp_path, monkeypatch, capsys
+):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedtorch.runs.save_file", full)
+    assert run(tmp_path / "run", "--rounds", "1") == 2
+    assert "the trained model cannot be written" in capsys.readouterr().err
+    assert (tmp_path / "run/checkpoints/round-000001.pt").is_file()
+
+
+def test_a_strict_private_run_records_nothing_of_the_clients(tmp_path):
+    folder = tmp_path / "run"
+    words = ["--model", "logistic", "--clients", "5", "--rounds", "2", "--validation", "0.2"]
+    words += ["--privacy", "sample", "--privacy.strict", "true", "--tracking.client-runs", "2"]
+    words += ["--tracking.projector", "true", "--run-dir", str(folder)]
+    assert train_module().main(words) == 0
+    tags = accumulate(folder).Tags()
+    assert {"privacy/epsilon", "test/accuracy", "train/step_norm"} <= set(tags["scalars"])
+    assert set(tags["images"]) == {"test/confusion", "test/mistakes"}
+    assert "privacy" in tags["tensors"]
+    for tag in (*tags["scalars"], *tags["histograms"]):
+        assert not tag.startswith("nonprivate/") and "by_client" not in tag
+    assert not (folder / "clients").exists() and not (folder / "projector").exists()
+
+
+def test_a_private_run_marks_what_is_not_covered(tmp_path):
+    folder = tmp_path / "run"
+    words = ["--model", "logistic", "--clients", "5", "--rounds", "2", "--privacy", "sample"]
+    assert train_module().main([*words, "--run-dir", str(folder)]) == 0
+    tags = accumulate(folder).Tags()
+    written = {t.tag for n, t in TAGS.items() if n.startswith("privacy_")}
+    assert written <= set(tags["scalars"])
+    assert {"nonprivate/train_loss", "nonprivate/client_loss_q1"} <= set(tags["scalars"])
+    assert {"train/loss", "clients/loss_q1"}.isdisjoint(tags["scalars"])
+    content = plugin_content(folder, "hparams")[metadata.EXPERIMENT_TAG]
+    judged = metadata.parse_experiment_plugin_data(content).metric_infos
+    assert "privacy/epsilon" in {m.name.tag for m in judged}
+    assert {"nonprivate/partition", "nonprivate/participation"} <= set(tags["images"])
 
 
 def test_pictures_of_a_model_that_branches():

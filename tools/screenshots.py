@@ -25,7 +25,17 @@ COMMON = ["--rounds", "30", "--validation", "0.2", "--participation", "uniform",
 COMMON += ["--participation.cohort_size", "14", "--participation.dropout", "0.1", "--clients", "20"]
 SWEEP = ["lr=0.02,0.05,0.1,0.2", "strategy=fedavg,fedprox", "epochs=1,2"]
 JOBS = {
-    "plain": [*COMMON, "--privacy", "none", "--tracking.client-runs", "3", "--model", "mlp"],
+    "plain": [
+        *COMMON,
+        "--privacy",
+        "none",
+        "--tracking.client-runs",
+        "3",
+        "--model",
+        "mlp",
+        "--engine.solver",
+        "stacked",
+    ],  # keeps clients apart: points for the projector
     "private": ["--rounds", "30", "--validation", "0.2", "--model", "mlp"],
     "sweep": ["--privacy", "none", "--rounds", "8", "--model", "mlp", "--sweep", *SWEEP],
 }
@@ -49,6 +59,7 @@ const all = (root, found = []) => {
   for (const e of root.querySelectorAll('*')) {
     found.push(e);
     if (e.shadowRoot) all(e.shadowRoot, found);
+    if (e.contentDocument) all(e.contentDocument, found);
   }
   return found;
 };
@@ -103,6 +114,8 @@ class Browser:
 
     def photograph(self, url: str, act: str, path: Path) -> None:
         """Open, wait until the page has drawn itself, act, save."""
+        height = 1900 if "custom" in url else 1000
+        self.call("POST", "/window/rect", {"width": 1500, "height": height})
         self.call("POST", "/url", {"url": "about:blank"})
         self.call("POST", "/url", {"url": url})
         time.sleep(8)
@@ -167,6 +180,8 @@ def main() -> None:
                 for page, (plugin, act) in PAGES.items():
                     if name == "sweep" and page not in ("scalars", "hparams", "parallel"):
                         continue
+                    if name == "private" and page == "projector":
+                        continue  # off in a private run
                     url = f"http://localhost:{port}/?darkMode=false#{plugin}"
                     browser.photograph(url, act, OUT / f"{name}-{page}.png")
                     print(OUT / f"{name}-{page}.png", flush=True)

@@ -15,8 +15,8 @@ class Tracking:
     """What is recorded, and how often."""
 
     every: int | None = None
-    """Rounds between two sets of pictures, histograms and projector points; the last round always;
-    none: four sets in all."""
+    """Rounds between two sets of pictures, histograms and projector points; none: pictures after the
+    last round, the others four times in all."""
     pictures: bool = True
     """Maps of who holds what and who took part, confusion matrix, misclassified test images."""
     histograms: bool = True

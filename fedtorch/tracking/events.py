@@ -39,13 +39,16 @@ class EventTracker(Tracker):
 
     def config(self, table: Mapping[str, Any], metrics: Sequence[str], private: bool) -> None:
         """Hyperparameters and the Custom Scalars pages."""
+        pages = layout(private)
         values = {k: _plain(v) for k, v in table.items()}
         columns = {k: values.get(k, "") for k in self.compare} or OPTIONS
-        judged = (*metrics, "train/loss", "privacy/epsilon", "time/elapsed")
+        # parallel coordinates leave out runs without a value: no column that only some could fill
+        private = private or any(c.startswith("privacy") for c in self.compare)
+        judged = [*metrics, "time/elapsed", *(["privacy/epsilon"] if private else ["train/loss"])]
         for proto in (
             protos.experiment(columns, judged),
             protos.session(values),
-            protos.pages(layout(private)),
+            protos.pages(pages),
         ):
             self.files[""].write(proto, 0)
 

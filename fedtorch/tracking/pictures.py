@@ -16,6 +16,8 @@ from fedtorch.tracking.graph import modules
 from fedtorch.tracking.record import Record
 from fedtorch.types import Update
 
+SETS = 4
+"""Sets of histograms and points in a run; of pictures, which take longer, there is one at the end."""
 SKETCH = 32
 """Numbers that stand for a client's update in the projector."""
 MOST_POINTS = 2000
@@ -67,21 +69,29 @@ class Pictures:
             nodes = modules(copy.deepcopy(self.server.model), to(x, device))
             self.record.pass_on("graph", nodes)
 
-    def round(self, scores: Mapping[str, Mapping[str, float]]) -> None:
-        """After a round; ``scores`` are the clients' on their own validation data."""
+    def round(self, scores: Mapping[str, Mapping[str, float]], last: bool = False) -> None:
+        """After a round; ``scores`` are the clients' on their own validation data.
+
+        The ``last`` one of the run, which a budget or a signal may end early, gets everything.
+        """
         step = self.server.round_number
         if self.followed:
             self.record.pass_on("scalars", self._single(), step)
-        if self.options is not None and self.record.due(step, self.rounds):
+        if self.options is not None and (last or self.record.due(step, self.rounds, SETS)):
             if self.options.histograms:
                 self._histograms(scores, step)
-            if self.options.pictures:
-                if not self.strict:
-                    self._participation(step)
-                if self.data.kind == "classification":
-                    self._test(step)
             self._points(step)
+        if last or self.record.due(step, self.rounds, 1):
+            self._pictures(step)
         self.record.pass_on("flush")  # before the checkpoint that says this round is done
+
+    def _pictures(self, step: int) -> None:
+        if self.options is None or not self.options.pictures:
+            return
+        if not self.strict:
+            self._participation(step)
+        if self.data.kind == "classification":
+            self._test(step)
 
     def _points(self, step: int) -> None:
         if self.points:
@@ -137,7 +147,7 @@ class Pictures:
         """Every weight is added to one of 32 sums, its sign drawn: dot products survive on average."""
         step = self.server.round_number + 1
         rows = len(next(iter(update.sent["delta"].values())))
-        if not self.record.due(step, self.rounds) or rows != len(update.ids):
+        if not self.record.due(step, self.rounds, SETS) or rows != len(update.ids):
             return  # a sum over clients, where the engine keeps none of them apart, shows nobody
         flat = torch.cat([v.flatten(1).float().cpu() for v in update.sent["delta"].values()], 1)
         generator = seeds.generator(self.server.seed, "sketch")

@@ -46,11 +46,11 @@ class Record:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
         self.drawing: list[tuple[str, int, Future[bytes]]] = []
 
-    def due(self, step: int, rounds: int) -> bool:
-        """Whether this round of ``rounds`` gets its pictures and histograms."""
+    def due(self, step: int, rounds: int, sets: int) -> bool:
+        """Whether this round of ``rounds`` gets its set; ``sets`` in all unless options say how often."""
         if self.tracking is None or self.tracker is None:
             return False
-        every = self.tracking.every or -(-rounds // 4)
+        every = self.tracking.every or -(-rounds // sets)
         return step % every == 0 or step == rounds
 
     def config(self, table: Mapping[str, Any], metrics: Sequence[str]) -> None:
