@@ -119,7 +119,7 @@ def iid(seeds: int) -> None:
 
 
 def clients(seeds: int) -> None:
-    """1,000 clients of 8 images, client level, delta 1e-4, 50 a round expected."""
+    """1,000 clients of 8 images, client level, delta 1e-4, 500 a round expected."""
     data = mnist()
     train, test, width = features(data)
     for target in (3.0, 8.0):
@@ -129,12 +129,12 @@ def clients(seeds: int) -> None:
             own = [Client(i, subset(train, p)) for i, p in zip(ids, parts, strict=True)]
             head = nn.Linear(width, 10)
             nn.init.zeros_(head.weight)
-            plan = ClientLevel(epsilon=target, delta=1e-4, clip=0.3, rate=0.1, rounds=60)
+            plan = ClientLevel(epsilon=target, delta=1e-4, clip=0.3, rate=0.5, rounds=40)
             recipe = Recipe(
-                FedAvg(server=ServerSGD(lr=1.0, momentum=0.9)), lr=0.5, epochs=1, batch_size=None,
+                FedAvg(server=ServerSGD(lr=1.0, momentum=0.9)), lr=1.0, epochs=1, batch_size=None,
                 privacy=plan,
             )  # fmt: skip
-            server = quiet(Server(head, own, recipe, engine=Local(chunk=16), seed=seed), 60)
+            server = quiet(Server(head, own, recipe, engine=Local(chunk=16), seed=seed), 40)
             values.append(evaluate(head, test, {"accuracy": accuracy})["accuracy"])
         summary(f"1,000 clients epsilon {target:g}", values, epsilon=server.private.spent())
 
