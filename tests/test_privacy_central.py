@@ -228,3 +228,24 @@ def test_bands_are_charged_by_group():
         private.round()
     assert private.private.spent() == pytest.approx(plan.planned(1.0, 4))
     assert private.private.spent() == pytest.approx(ClientLevel(rounds=2).planned(1.0, 2))
+
+
+@pytest.mark.parametrize(
+    "n, want", [(8, 2.952827), (16, 3.778665), (64, 5.706595), (1024, 10.709611)]
+)
+def test_full_coefficients_have_the_published_largest_error(n, want):
+    c = Bands(n).coefficients()
+    assert sum((x / c[0]) ** 2 for x in c) ** 2 == pytest.approx(want, abs=1e-6)
+
+
+def test_noise_that_outweighs_every_update_is_said_with_the_number():
+    run = server(model(), clients((5,) * 4), ClientLevel(noise_multiplier=1.0, rounds=1))
+    (note,) = [n for n in run.notes if "outweighs" in n]
+    assert "4 clients" in note and "about 8" in note  # 59 weights
+    quiet = server(model(), clients((5,) * 4), ClientLevel(noise_multiplier=0.1, rounds=1))
+    assert not [n for n in quiet.notes if "outweighs" in n]
+
+
+def test_a_delta_that_gives_somebody_up_is_said():
+    run = server(model(), clients((5,) * 4), ClientLevel(noise_multiplier=1.0, rounds=1, delta=0.5))
+    assert [n for n in run.notes if n.startswith("delta 0.5")]

@@ -42,6 +42,18 @@ class PrivateRun:
         """Refuse what would void the claim; notes for the person who starts the run."""
         plan = self.plan
         notes = plan.check(recipe, participation, len(self.ids), self.noise)
+        share = plan.share()
+        if share is not None and share * len(self.ids) < (least := self.noise * self.size**0.5):
+            notes.append(
+                f"noise outweighs every update: {share * len(self.ids):.0f} clients a round are expected, "
+                f"and {self.size:,} weights at noise multiplier {self.noise:.3g} need about {least:,.0f}; "
+                "take more clients, a smaller model or sample-level privacy"
+            )
+        if plan.unit == "client" and plan.delta * len(self.ids) > 1:
+            notes.append(
+                f"delta {plan.delta:g} lets one in {1 / plan.delta:,.0f} clients be exposed, and there are "
+                f"{len(self.ids):,}: take a delta well below one over the number of clients"
+            )
         if plan.insecure_seed is not None:
             notes.append("INSECURE: the noise comes from a known seed; this run protects nobody")
         return notes
