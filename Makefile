@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help train test check format lint types layers wheel clean
+.PHONY: help train test check format lint types layers wheel clean demo-sites
 
 help:  ## what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,3 +44,6 @@ screenshots: $(VENV)/.dev  ## photograph TensorBoard on real runs (needs chromiu
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) dist build
+
+demo-sites: $(VENV)/.dev  ## two sites and a server on this machine, over TLS
+	$(PY) examples/two_sites.py

@@ -65,7 +65,7 @@ def site_config(folder, port, name, state, **changes) -> SiteConfig:
         "server": f"127.0.0.1:{port}",
         "name": name,
         "dataset": Npz(str(folder / f"{name}.npz")),
-        "keys": str(folder / "keys" / name),
+        "credentials": str(folder / "keys" / name),
         "state": str(state),
         "patience": 20.0,
     } | changes
@@ -122,7 +122,7 @@ def test_private_noise_is_added_at_the_sites_and_charged_there(folder, tmp_path)
     offered = offer(privacy=privacy)
     with server(folder, offered, keys=None) as there:
         port = there.session.port
-        options = {"keys": "", "insecure": True, "max_epsilon": 30.0}
+        options = {"credentials": "", "insecure": True, "max_epsilon": 30.0}
         with sites(folder, port, tmp_path, **options) as made:
             for _ in there.rounds(2):
                 pass

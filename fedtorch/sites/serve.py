@@ -34,7 +34,7 @@ class ServeConfig:
     """Names of the sites, as in their certificates."""
     address: str = "127.0.0.1:8443"
     """Where to listen, HOST:PORT; 0.0.0.0:8443 for every network of this machine."""
-    keys: str = ""
+    credentials: str = ""
     """Folder with key.pem, cert.pem and ca.pem."""
     insecure: bool = False
     """No TLS and no keys: only for sites on this very machine."""
@@ -90,8 +90,10 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no run can do."""
-        if bool(self.keys) == self.insecure:
-            raise ConfigError("give --keys FOLDER (fedtorch keys makes them), or --insecure alone")
+        if bool(self.credentials) == self.insecure:
+            raise ConfigError(
+                "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"
+            )
         if not self.sites or not self.input_shape or not self.run_dir:
             raise ConfigError("sites, input_shape and run_dir are needed; see docs/sites.md")
         if self.kind not in DEFAULTS:
@@ -116,7 +118,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
     plan = make_plan(config, run_id(folder, config.resume))
     with seeds.seeded(seeds.derive(config.seed, "model")):
         model, recipe = plan.build()
-    keys = Path(config.keys) if config.keys else None
+    keys = Path(config.credentials) if config.credentials else None
     engine = Sites(plan, config.address, keys, config.deadline, config.minimum)
     clients = remotes(config.sites)
     test = config.dataset.load(config.seed).test if config.dataset is not None else None

@@ -42,7 +42,7 @@ class SiteConfig:
     """This site's name; with keys it must be the name in its certificate."""
     dataset: Any = Csv()
     """This site's own data: csv, npz, idx, ...; e.g. --dataset csv --dataset.path FILE."""
-    keys: str = ""
+    credentials: str = ""
     """Folder with key.pem, cert.pem and ca.pem."""
     insecure: bool = False
     """No TLS and no keys: only for a server on this very machine."""
@@ -66,8 +66,10 @@ class SiteConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be safe, by name."""
-        if bool(self.keys) == self.insecure:
-            raise ConfigError("give --keys FOLDER (fedtorch keys makes them), or --insecure alone")
+        if bool(self.credentials) == self.insecure:
+            raise ConfigError(
+                "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"
+            )
         if not self.name:
             raise ConfigError("--name: which of the server's sites is this?")
         for name in ("max_epsilon", "max_delta", "max_parameters", "max_megabytes", "patience"):
@@ -90,7 +92,7 @@ class Site:
         except (OSError, ValueError) as e:
             raise ConfigError(f"state folder {config.state!r}: {e}") from e
         self.budget = Budget(self.folder, config.name, config.max_epsilon, config.max_delta)
-        keys = Path(config.keys) if config.keys else None
+        keys = Path(config.credentials) if config.credentials else None
         self.limit = config.max_megabytes << 20
         self.line = Line(config.server, keys, config.name, self.limit)
         self.writer = SummaryWriter(str(self.folder / "tensorboard"))
