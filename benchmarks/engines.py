@@ -1,8 +1,8 @@
 """What a round costs on each engine beside the training: ``python -m benchmarks.engines [growth]``.
 
 Two clients of four examples each take one step, so that nearly all of a round is moving weights. Each
-engine is timed in turn on the same model; ``growth`` trains 10,000 clients in worker processes for 200 rounds and
-watches the memory of this process and of the workers.
+engine is timed in turn on the same model; ``growth`` trains 10,000 clients in worker processes for 200
+rounds and watches the memory of this process and of the workers.
 """
 
 import argparse
