@@ -32,7 +32,7 @@ def federation(tmp_path):
         f'sites = {NAMES}\naddress = "127.0.0.1:{port}"\ncredentials = "{tmp_path}/keys/server"\n'
         f'run_dir = "{tmp_path}/run"\ninput_shape = [6]\nmodel = "mlp"\nrounds = {ROUNDS}\n'
         "minimum = 2\ndeadline = 60.0\n"
-        '[privacy]\nname = "sample"\nnoise_multiplier = 2.0\nsteps = 60\n'
+        '[privacy]\nname = "sample"\nnoise_multiplier = 3.0\nsteps = 20\n'
     )
     started = []
 

@@ -49,13 +49,11 @@ class Budget:
         self.ledgers[privacy.unit] = ledger
         event = privacy.event(noise)
         if self.most is not None:
-            others = [led for led in self.ledgers.values() if led is not ledger]
-            would = ledger.would_spend(event, [self.site], self.delta)
-            would += sum(led.spent(self.delta) for led in others)
-            if would > self.most:
-                raise OverBudget(
-                    f"it would bring this site to epsilon {would:.3g} of {self.most:g}"
-                )
+            others = sum(
+                led.spent(self.delta) for led in self.ledgers.values() if led is not ledger
+            )
+            if not ledger.fits(event, [self.site], self.most - others, self.delta):
+                raise OverBudget(f"it would cost this site more than epsilon {self.most:g} in all")
         ledger.charge(round, event, [self.site])
         self._note(privacy.unit, ledger)
 
