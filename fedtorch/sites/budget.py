@@ -57,9 +57,9 @@ class Budget:
         ledger.charge(round, event, [self.site])
         self._note(privacy.unit, ledger)
 
-    def spent(self) -> float:
+    def spent(self, accountant: str = "prv") -> float:
         """Epsilon of this site's data over all runs, at its own delta."""
-        return sum(ledger.spent(self.delta) for ledger in self.ledgers.values())
+        return sum(ledger.spent(self.delta, accountant) for ledger in self.ledgers.values())
 
     def _open(self, unit: str) -> Ledger:
         path = self._path(unit)
