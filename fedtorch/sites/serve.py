@@ -94,8 +94,8 @@ class ServeConfig:
             raise ConfigError(
                 "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"
             )
-        if not self.sites or not self.input_shape or not self.run_dir:
-            raise ConfigError("sites, input_shape and run_dir are needed; see docs/sites.md")
+        if not self.sites or not self.input_shape:
+            raise ConfigError("sites and input_shape are needed; see docs/sites.md")
         if self.kind not in DEFAULTS:
             raise ConfigError(f"kind must be one of {', '.join(DEFAULTS)}, got {self.kind!r}")
         if self.loss not in ("auto", *LOSSES):
@@ -114,6 +114,8 @@ FREE_ON_RESUME = {"rounds", "resume", "run_dir", "deadline", "minimum", "patienc
 def serve(config: ServeConfig) -> dict[str, Any]:
     """One run; returns the summary."""
     began = time.perf_counter()
+    if not config.run_dir:
+        raise ConfigError("--run-dir: in which folder shall the run be kept?")
     folder = Path(config.run_dir)
     plan = make_plan(config, run_id(folder, config.resume))
     with seeds.seeded(seeds.derive(config.seed, "model")):
