@@ -140,6 +140,21 @@ def local_noise_covers_a_replacement() -> None:
     assert gaussian_epsilon(float(spread) / 2, 1e-5) <= 1.02
 
 
+def low_bits_do_not_give_the_update_away() -> None:
+    """Take the candidate off what was sent: the right one must not leave something that looks like noise.
+
+    Noise of 24 bits on a sum of 53 would, in every coordinate: a test without any error.
+    """
+    for rng in ("torch", "os"):
+        plan = LocalDP(clip=1.0, rounds=1, rng=rng)
+        task = SimpleNamespace(privacy={"clip": 1.0, "noise": 3.0}, round=0)
+        update = torch.full((1, 1000), 0.01).double()
+        sent = plan.client({"delta": {"w": update}}, torch.ones(1), task, ["c"])["delta"]["w"]
+        rests = [(sent - candidate) / 6 for candidate in (update, -update)]
+        looks = [((r - r.float()).abs() < 1e-13 * r.abs()).double().mean() for r in rests]
+        assert abs(looks[0] - looks[1]) < 0.1
+
+
 def statistics_never_leave() -> None:
     with pytest.raises(ConfigError):
         net = torch.nn.Sequential(torch.nn.BatchNorm1d(6, affine=False), model())
@@ -171,7 +186,7 @@ def noise_on_the_mean(patch: pytest.MonkeyPatch) -> None:
         std = self.noise * self.clip / self.divisor**2
         return {
             k: v / self.divisor
-            + std * torch.stack([s.normal(tuple(v.shape[1:])) for s in self.streams])
+            + std * torch.stack([s.normal(tuple(v.shape[1:])) for s in self.streams]).to(v)
             for k, v in total.items()
         }
 
@@ -304,6 +319,13 @@ def half_the_sensitivity(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LocalDP, "client", once)
 
 
+def noise_of_fewer_bits_than_the_sum(patch: pytest.MonkeyPatch) -> None:
+    def coarse(exact, noise):
+        return exact + 6 * (noise / 6).float().double()
+
+    patch.setattr("fedtorch.privacy.local.noised", coarse)
+
+
 def only_trainable_layers_are_looked_at(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("fedtorch.probe_private.checks.refuse", lambda net: None)
     patch.setattr("fedtorch.probe_private._frozen_buffers", lambda *a: None)
@@ -325,6 +347,7 @@ PLANTED: dict[Callable[[pytest.MonkeyPatch], None], Callable[[], None]] = {
     half_the_central_noise: central_noise_has_the_claimed_size,
     the_adaptive_sign_turned: the_adaptive_clip_goes_to_the_median,
     half_the_sensitivity: local_noise_covers_a_replacement,
+    noise_of_fewer_bits_than_the_sum: low_bits_do_not_give_the_update_away,
     only_trainable_layers_are_looked_at: statistics_never_leave,
 }
 

@@ -16,6 +16,7 @@ from fedtorch.privacy.accounting import Event
 from fedtorch.privacy.adaptive import AdaptiveClip
 from fedtorch.privacy.bands import Bands
 from fedtorch.privacy.base import Order, Privacy, State, clipped, joint_norms, uniform_weights
+from fedtorch.privacy.streams import noised
 from fedtorch.tree import tmap
 from fedtorch.types import ConfigError, Params, Stack, Task
 
@@ -126,7 +127,7 @@ class ClientLevel(Privacy):
         Sensitivity: ``clip`` for the update; 1/2 for the bits, whose own noise is paid for by a little
         more noise on the update (``AdaptiveClip.update_noise``), so that the round costs ``noise``.
         """
-        draw = self.stream("central noise", int(state["round"]))
+        draw, zeros = self.stream("central noise", int(state["round"])), state["zeros"]
         denominator = self.rate * population
         std = noise * state["clip"]
         bits = sums.pop(CLIP_BIT, None)
@@ -135,15 +136,18 @@ class ClientLevel(Privacy):
         if self.bands:
             denominator /= self.bands.count
         fresh = {
-            g: {k: std * draw.normal(tuple(z.shape)).double() for k, z in p.items()}
-            for g, p in state["zeros"].items()
+            g: {k: std * draw.normal(tuple(z.shape)) for k, z in p.items()}
+            for g, p in zeros.items()
         }
         new = dict(state)
         if self.bands:
             fresh = self.bands.correlate(fresh, state["past"])
             new["past"] = [fresh, *state["past"]][: self.bands.count - 1]
         mean = {
-            g: {k: ((sums[g][k] if g in sums else 0.0) + n) / denominator for k, n in p.items()}
+            g: {
+                k: noised(sums[g][k] if g in sums else zeros[g][k], n) / denominator
+                for k, n in p.items()
+            }
             for g, p in fresh.items()
         }
         if self.adaptive:

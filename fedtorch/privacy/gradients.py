@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from fedtorch.losses import Loss, reduce
-from fedtorch.privacy.streams import Stream
+from fedtorch.privacy.streams import Stream, noised
 from fedtorch.tree import rows, tmap
 from fedtorch.types import Params, Stack
 
@@ -53,9 +53,9 @@ class PrivateSteps:
         std = self.noise * self.clip
         for (
             v
-        ) in sums.values():  # in place: K models of fresh memory would cost as much as the noise
+        ) in sums.values():  # row by row: K models of fresh memory would cost as much as the noise
             for row, stream in zip(v, self.streams, strict=True):
-                row.add_(stream.normal(tuple(row.shape)).to(row), alpha=std)
+                row.copy_(noised(row, stream.normal(tuple(row.shape)).mul_(std)))
             v.div_(self.divisor)
         return sums
 

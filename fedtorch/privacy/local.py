@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedtorch.privacy.accounting import Event
 from fedtorch.privacy.base import Order, Privacy, clipped, joint_norms, uniform_weights
-from fedtorch.privacy.streams import Stream
+from fedtorch.privacy.streams import Stream, noised
 from fedtorch.types import ConfigError, Stack, Task
 
 
@@ -61,7 +61,7 @@ class LocalDP(Privacy):
         streams = [self.stream("local noise", task.round, i) for i in ids]
         return {
             g: {
-                k: v + scale * torch.stack([draw(s, tuple(v.shape[1:])) for s in streams]).to(v)
+                k: noised(v, scale * torch.stack([draw(s, tuple(v.shape[1:])) for s in streams]))
                 for k, v in s_.items()
             }
             for g, s_ in clipped(sent, norms, task.privacy["clip"]).items()

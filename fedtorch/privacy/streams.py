@@ -25,7 +25,10 @@ class Stream(Protocol):
     """Randomness for one purpose."""
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
-        """Independent N(0, 1), float32, on the CPU."""
+        """Independent N(0, 1), float64, on the CPU.
+
+        Never float32: a sum in float64 with float32 noise on it shows its low bits, and with them itself.
+        """
 
     def uniform(self, n: int) -> Tensor:
         """Independent uniforms in [0, 1), [n], float64."""
@@ -39,7 +42,7 @@ class TorchStream:
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Independent N(0, 1)."""
-        return torch.randn(shape, generator=self.generator)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
     def uniform(self, n: int) -> Tensor:
         """Independent uniforms in [0, 1)."""
@@ -62,7 +65,7 @@ class SystemStream:
         radius = (-2 * torch.log1p(-self.uniform(half))).sqrt_()
         angle = self.uniform(half).mul_(2 * math.pi)
         both = torch.cat([radius * angle.cos(), radius * angle.sin()])
-        return (both.view(4, -1).sum(0)[:n] / 2).float().view(shape)
+        return (both.view(4, -1).sum(0)[:n] / 2).view(shape)
 
     def uniform(self, n: int) -> Tensor:
         """53 random bits each."""
@@ -90,3 +93,11 @@ def generator(entropy: bytes) -> torch.Generator:
     state[HEADER : HEADER + 8 * WORDS] = torch.from_numpy(words.view(np.uint8).copy())
     fresh.set_state(state)
     return fresh
+
+
+def noised(exact: Tensor, noise: Tensor) -> Tensor:
+    """``exact`` + ``noise`` in float64, rounded to float32, returned as float64.
+
+    The rounding is part of the mechanism: low bits that the noise does not reach must not be seen.
+    """
+    return (noise.to(exact.device) + exact).float().double()
