@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from fedtorch import seeds
 from fedtorch.client import Client, Recipe
@@ -15,11 +16,15 @@ from fedtorch.privacy.gradients import PrivateSteps, opacus_gradients, stacked_g
 from fedtorch.privacy.streams import stream
 from fedtorch.probe import mixes_examples, put_back, two_examples
 from fedtorch.solvers import forward, snapshot, to
-from fedtorch.tree import expand
+from fedtorch.tree import expand, rows
 from fedtorch.types import ConfigError
 
 SIDE_BY_SIDE = 8
 """Clients from which on stacking them beats Opacus (small models); measured in benchmarks/privacy.py."""
+
+
+TOLERANCE = 5e-3
+"""How far a mode may be from the truth, in clipping norms; a wrong one is far beyond."""
 
 
 def fits(
@@ -68,34 +73,79 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
     """Why one step in this mode fails, or None."""
     if mode == "ghost" and (name := checks.tied(model)):
         return f"parameter {name} is shared by two layers, which ghost clipping cannot see"
-    x, y = to(two_examples(clients[0].data), next(model.parameters()).device)
+    x, y = to(two_examples(_largest(clients)), next(model.parameters()).device)
     if mode == "stacked" and not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         return "the data is not a plain pair of tensors (x, y)"
-    steps = PrivateSteps(1.0, 0.0, 1.0, [stream("torch", 0, "probe")], mode)
     before = snapshot(model)
     model.train()
+    off = [m for m in model.modules() if "Dropout" in m._get_name()]
     try:
-        with seeds.seeded(0):
-            if mode == "stacked":
-                names = {k for k, p in model.named_parameters() if p.requires_grad}
-                params = expand({k: v for k, v in before.items() if k in names})
-                rest = expand({k: v for k, v in before.items() if k not in names})
-                mask = torch.ones(1, len(y), dtype=torch.bool, device=y.device)
-                stacked_gradients(model, recipe.loss, params, rest, (x[None], y[None], mask), steps)
-            else:
-                with opacus_gradients(model, recipe.loss, steps, forward) as gradients:
-                    gradients.backward(x, y)
+        _one_step(model, x, y, recipe, mode, 1.0)
+        for m in off:
+            m.eval()
+        alone = [_alone(model, x, y, k, recipe) for k in range(len(y))]
+        alone = [a for a in alone if bool(a.isfinite().all())]
+        clip = min((float(a.norm()) for a in alone if bool(a.any())), default=2.0) / 2
+        want = sum(a * (clip / a.norm().clamp(min=clip)) for a in alone)
+        got = _one_step(model, x, y, recipe, mode, clip)
     except Exception as e:
         return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
     finally:
+        model.train()
         model.zero_grad()
         put_back(model, before)
+    if not (got - want).norm() <= TOLERANCE * clip:
+        return (
+            "its clipped gradients differ from those of the examples one by one (a weight used outside "
+            "its layer, or an option of a layer that Opacus does not know)"
+        )
     return None
+
+
+def _alone(model: nn.Module, x: Any, y: Tensor, k: int, recipe: Recipe) -> Tensor:
+    """One example's gradient without any machinery, flat: what every mode is held to."""
+    model.zero_grad()
+    with seeds.seeded(0):
+        part = torch.arange(k, k + 1, device=y.device)
+        reduce(recipe.loss(forward(model, rows(x, part)), y[part])).sum().backward()
+    return _gradients(model)
+
+
+def _one_step(
+    model: nn.Module, x: Any, y: Tensor, recipe: Recipe, mode: str, clip: float
+) -> Tensor:
+    """The sum of clipped gradients in ``mode``, flat, without noise."""
+    steps = PrivateSteps(clip, 0.0, 1.0, [stream("torch", 0, "probe")], mode)
+    model.zero_grad()
+    with seeds.seeded(0):
+        if mode != "stacked":
+            with opacus_gradients(model, recipe.loss, steps, forward) as gradients:
+                gradients.backward(x, y)
+            return _gradients(model)
+        state = snapshot(model)
+        names = [k for k, p in model.named_parameters() if p.requires_grad]
+        params = expand({k: state[k] for k in names})
+        rest = expand({k: v for k, v in state.items() if k not in params})
+        mask = torch.ones(1, len(y), dtype=torch.bool, device=y.device)
+        batch = x[None], y[None], mask
+        grads, _ = stacked_gradients(model, recipe.loss, params, rest, batch, steps)
+        return torch.cat([grads[k].flatten() for k in names]).double()
+
+
+def _gradients(model: nn.Module) -> Tensor:
+    # a weight an example does not reach (an expert not chosen) has no gradient rather than zeros
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if p.grad is None else p.grad.detach()).flatten().double()
+            for p in model.parameters()
+            if p.requires_grad
+        ]
+    )
 
 
 def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     """Each example must have a loss of its own, and each parameter a gradient."""
-    data = clients[0].data
+    data = _largest(clients)
     x, y = to(two_examples(data), next(model.parameters()).device)
     before = snapshot(model)
     with seeds.seeded(0):
@@ -121,9 +171,14 @@ def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) ->
         )
 
 
+def _largest(clients: Sequence[Client]) -> Dataset:
+    # twice the only example of a small client would hide that examples are mixed
+    return max(clients, key=len).data
+
+
 def _frozen_buffers(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     """Buffers that follow the data would leave the client un-noised, or stay behind the weights."""
-    x, _ = to(two_examples(clients[0].data), next(model.parameters()).device)
+    x, _ = to(two_examples(_largest(clients)), next(model.parameters()).device)
     before = snapshot(model)
     with torch.no_grad(), seeds.seeded(0):
         forward(model.train(), x)

@@ -330,6 +330,7 @@ def only_trainable_layers_are_looked_at(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("fedtorch.probe_private.checks.refuse", lambda net: None)
     patch.setattr("fedtorch.probe_private._frozen_buffers", lambda *a: None)
     patch.setattr("fedtorch.probe_private.mixes_examples", lambda *a: False)
+    patch.setattr("fedtorch.probe_private._works", lambda *a: None)
 
 
 PLANTED: dict[Callable[[pytest.MonkeyPatch], None], Callable[[], None]] = {

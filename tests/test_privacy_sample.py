@@ -179,6 +179,49 @@ def test_models_that_void_the_claim_are_refused(net, message):
         server(net, clients(), SampleLevel(rounds=1))
 
 
+class Borrowed(nn.Module):
+    """Embeddings used once more as the output layer, past any layer that a hook could see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 4)
+        self.second = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x))) @ self.second.weight
+
+
+class Circular(nn.Module):
+    """Opacus pads its per-example gradients with zeros, whatever the layer pads with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(2, 4, 3, padding=1, padding_mode="circular")
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.conv(x.view(-1, 2, 3))).flatten(1))
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("kind", [Borrowed, Circular])
+def test_modes_that_get_the_gradients_of_a_model_wrong_are_refused(kind, mode):
+    with pytest.raises(ConfigError, match="differ from those of the examples one by one"):
+        server(kind(), clients(), SampleLevel(rounds=1, mode=mode))
+    assert server(kind(), clients(), SampleLevel(rounds=1)).session.recipe.privacy.mode == "stacked"
+
+
+def test_examples_are_found_to_mix_where_the_first_client_has_one_alone():
+    with pytest.raises(ConfigError, match="mixes the examples"):
+        server(Mixing(), clients((1, 9)), SampleLevel(rounds=1))
+
+
+def test_an_example_alone_that_is_not_finite_does_not_stop_the_probe():
+    who = clients((1,))
+    who[0].data.tensors[0].fill_(math.nan)
+    server(nn.Linear(6, 4), who, SampleLevel(rounds=1, mode="hooks")).round()
+
+
 def test_tied_weights_are_refused_by_ghost_and_right_elsewhere():
     with pytest.raises(ConfigError, match="shared by two layers"):
         server(Tied(), clients(), SampleLevel(rounds=1, mode="ghost"))

@@ -5,7 +5,7 @@ from torch import nn
 from conftest import make_clients, mlp, weights
 from fedtorch import Client, ClientOptimizer, ConfigError, Local, Recipe, Server
 from fedtorch.data import from_tensors
-from fedtorch.losses import accuracy, binary_accuracy, mean_squared_error
+from fedtorch.losses import accuracy, binary_accuracy, cross_entropy, mean_squared_error
 from fedtorch.probe import classes_fit, fits, metrics_fit, mixes_examples, no_stacking
 
 
@@ -128,3 +128,18 @@ def test_batchnorm_and_whole_batch_losses_mix_examples():
     assert not mixes_examples(nn.Sequential(nn.Linear(6, 4), nn.GroupNorm(2, 4)), data, Recipe())
     assert mixes_examples(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), data, Recipe())
     assert mixes_examples(mlp(), data, Recipe(loss=nn.CrossEntropyLoss()))
+
+    def contrast(output, y):  # a number for each example, but of its neighbours
+        return cross_entropy(output, y) - torch.logsumexp(output, 0).mean()
+
+    def shared(output, y):
+        return cross_entropy(output, y) / len(y)
+
+    for loss in (contrast, shared):
+        assert mixes_examples(mlp(), data, Recipe(loss=loss))
+
+    class Largest(nn.Module):  # a neighbour that is there twice does not show
+        def forward(self, x):
+            return x / x.abs().max()
+
+    assert mixes_examples(nn.Sequential(Largest(), nn.Linear(6, 4)), data, Recipe())
