@@ -105,6 +105,11 @@ class Config:
             raise ConfigError(f"validation must be in [0, 1), got {self.validation}")
         if self.resume and not self.run_dir:
             raise ConfigError("--resume needs --run-dir, the folder of the run to continue")
+        if self.privacy and getattr(self.dataset, "standardize", False):
+            raise ConfigError(
+                "dataset.standardize voids the privacy claim: every example moves the mean and deviation "
+                "all are scaled by, and nobody noises them; scale by public numbers beforehand"
+            )
 
 
 FREE_ON_RESUME = {
@@ -176,7 +181,7 @@ def train(config: Config) -> dict[str, Any]:
                 figures |= {f"test_{k}": v for k, v in scores.items()}
                 by_client = evaluate_clients(model, clients, metrics)
                 figures |= server.mark(assemble.validation(by_client))
-                figures["seconds_evaluate"] = time.perf_counter() - start
+                figures |= server.mark({"seconds_evaluate": time.perf_counter() - start})
             record.round(figures)
             pictures.round(by_client, last)
             report.round(figures)

@@ -157,9 +157,12 @@ def local_update(
         sent = recipe.privacy.client(sent, examples, task, [c.id for c in clients])
         norms["delta"] = sq_norms(sent["delta"])
         if recipe.privacy.unit == "client":
-            # made zero by the plan, and sent: who reports must not depend on anybody's data
-            figures["zeroed"] = (~keep).double()
+            # made zero by the plan, and sent: who reports must not depend on anybody's data, nor may a
+            # figure that a server takes for a broken message
+            figures["train_loss"] = torch.where(trained.loss.isfinite(), trained.loss, 0)
             keep = torch.ones_like(keep)
+        if recipe.privacy.strict and recipe.privacy.per_client:
+            figures = {}  # nobody else is trusted: what is not noised does not leave
     figures["update_norm"] = norms["delta"].sqrt().cpu()
     kept = slice(None) if keep.all() else keep  # a slice is a view, a mask would copy everything
     update = Update(

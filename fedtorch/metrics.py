@@ -46,13 +46,15 @@ class Visits:
         if not self.ids or mean_delta is None:
             return {}
         norm = self.mean("update_norm")
-        return {
-            "train_loss": self.mean("train_loss"),
-            **spread("client_loss", self.values["train_loss"]),
+        found: Metrics = {
             "update_norm": norm,
             "cosine_to_mean": length(mean_delta) / norm if norm else 0.0,
-            "examples": int(self.values["examples"].sum()),
         }
+        if "train_loss" in self.values:  # under strict privacy clients keep it to themselves
+            loss = spread("client_loss", self.values["train_loss"])
+            found = {"train_loss": self.mean("train_loss"), **loss, **found}
+            found["examples"] = int(self.values["examples"].sum())
+        return found
 
     def speed(self, seconds: float) -> Metrics:
         """Clients and examples (every pass counted) in a second of training."""

@@ -38,6 +38,7 @@ def fits(
     if plan is None:
         return recipe, chunk
     checks.refuse(model)
+    checks.narrow(model)
     _frozen_buffers(model, clients, recipe)
     if not isinstance(plan, SampleLevel):
         return recipe, chunk

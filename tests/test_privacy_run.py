@@ -1,6 +1,8 @@
 """Privacy over a whole run: budget, ledger, resume, what is logged, what is said."""
 
+import copy
 import json
+import math
 import os
 import random
 import signal
@@ -13,9 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedtorch import Uniform
+from fedtorch import Recipe, Uniform, local_update
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, SampleLevel
+from fedtorch.privacy.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent
+from fedtorch.solvers import snapshot
+from fedtorch.types import ConfigError, Task
 from private_case import clients, model, server
 
 QUICK = ["train", "--privacy", "sample", "--privacy.accountant", "rdp"]
@@ -112,6 +117,86 @@ def test_strict_leaves_them_out(kind):
     assert not [k for k in figures if k.startswith("nonprivate_")]
     assert "train_loss" not in figures
     assert figures["round"] == 1 and "privacy_epsilon" in figures
+
+
+@pytest.mark.parametrize("kind", [SampleLevel, LocalDP])
+def test_under_strict_a_client_sends_nothing_but_what_is_noised(kind):
+    net, who = model(), clients((9, 5))
+    task = Task(snapshot(net), {}, 0, 0, 1.0, {"clip": 1.0, "noise": 1.0})
+    for strict in (False, True):
+        recipe = Recipe(privacy=kind(rounds=1, strict=strict))
+        update, _ = local_update(who, task, recipe, copy.deepcopy(net))
+        assert ({"train_loss", "examples"} <= set(update.metrics)) is not strict
+    assert set(update.metrics) == {"update_norm"}
+    assert not update.buffers and update.weight.tolist() == [1, 1]
+
+
+def test_strict_hides_how_long_clients_took():
+    plan = ClientLevel(noise_multiplier=1.0, rounds=1, strict=True)
+    assert not [k for k in server(model(), clients((9,) * 4), plan).round() if "seconds" in k]
+
+
+def test_a_broken_client_reports_like_any_other():
+    who = clients((5, 5, 5))
+    who[1].data.tensors[0].fill_(math.nan)
+    net = model()
+    task = Task(snapshot(net), {}, 0, 0, 1.0, {"clip": 1.0, "noise": 1.0})
+    update, failures = local_update(who, task, Recipe(privacy=ClientLevel(rounds=1)), net)
+    assert len(update.ids) == 3 and not failures
+    for tree in (*update.sent.values(), update.metrics):
+        assert all(v.isfinite().all() for v in tree.values())
+
+
+def test_a_resume_after_lost_rounds_starts_correlated_noise_anew(tmp_path):
+    plan = ClientLevel(noise_multiplier=1.0, bands=Bands(2), rounds=8)
+    who = clients((9, 20, 14, 5, 6, 7))
+    first = server(model(), who, plan)
+    first.private.ledger = Ledger(tmp_path / "ledger.jsonl", "client")
+    for _ in range(3):
+        first.round()
+    saved = first.state_dict()
+
+    def resumed():
+        run = server(model(), who, plan)
+        ledger = Ledger.resume(tmp_path / "ledger.jsonl", saved["privacy"]["ledger"])
+        run.load_state_dict(saved, ledger)
+        return run.private.state["past"]
+
+    assert len(resumed()) == 1  # nothing was lost: the noise goes on
+    first.round()  # released, and then the process is killed before it is saved
+    assert resumed() == []
+
+
+def test_noise_taken_back_twice_would_cost_more_than_is_charged():
+    """Why it starts anew: squared sensitivity of what was seen, against the releases charged."""
+    bands, rounds, kept = Bands(4), 12, 5
+    c = bands.coefficients()
+    dense = sum(
+        torch.diag(torch.full((rounds - i,), x, dtype=torch.float64), -i) for i, x in enumerate(c)
+    )
+    again = torch.cat([dense[: kept + 1], dense[kept:]])  # round 5 was released twice
+    afresh = torch.zeros(rounds + 1, rounds + 1, dtype=torch.float64)
+    afresh[: kept + 1, : kept + 1] = dense[: kept + 1, : kept + 1]
+    afresh[kept + 1 :, kept + 1 :] = dense[: rounds - kept, : rounds - kept]
+    turns = [t for t in range(rounds) if t % 4 == 0]  # this group's turns; not round 5's
+    assert float(again[:, turns].sum(1).norm()) ** 2 > 3
+    turns = [t if t <= kept else t + 1 for t in turns]
+    assert float(afresh[:, turns].sum(1).norm()) ** 2 <= 3
+
+
+def test_one_run_has_one_plan():
+    saved = server(model(), clients((9,) * 4), LocalDP(noise_multiplier=1.0, rounds=2)).state_dict()
+    other = server(model(), clients((9,) * 4), ClientLevel(noise_multiplier=1.0, rounds=2))
+    with pytest.raises(ConfigError, match="trained with LocalDP"):
+        other.load_state_dict(saved)
+
+
+def test_choices_that_leave_no_model_or_no_privacy_are_named():
+    plan = ClientLevel(noise_multiplier=1.0, delta=0.3, rounds=1)
+    notes = " ".join(server(model(), clients((9,) * 4), plan).notes)
+    assert "needs about 8 clients" in notes and "1 / 4 clients" in notes
+    fine = ClientLevel(noise_multiplier=0.01, rounds=1)
+    assert not [n for n in server(model(), clients((9,) * 4), fine).notes if "drown" in n]
 
 
 # through the command line
@@ -230,6 +315,8 @@ def test_kill_and_resume_never_forgets_a_round(fedtorch):
         (["--privacy", "client", "--strategy.weighting", "examples"], "weighting examples voids"),
         (["--model", "models_with_norm.py"], "GroupNorm"),
         (["--steps", "3"], "privacy.steps"),
+        (["--dataset", "csv", "--dataset.path", "x.csv", "--dataset.standardize", "true"],
+         "standardize voids"),
         (["--drop-last"], "drop_last"),
         (["--privacy", "client", "--privacy.adaptive", "on", "--privacy.bands", "on"],
          "do not go together"),

@@ -211,6 +211,15 @@ def test_modes_that_get_the_gradients_of_a_model_wrong_are_refused(kind, mode):
     assert server(kind(), clients(), SampleLevel(rounds=1)).session.recipe.privacy.mode == "stacked"
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_models_of_16_bits_are_refused(kind):
+    from fedtorch.privacy.checks import narrow
+
+    with pytest.raises(ConfigError, match=r"call model\.float\(\)"):
+        narrow(nn.Linear(6, 4).to(kind))
+    narrow(nn.Linear(6, 4).double())
+
+
 def test_examples_are_found_to_mix_where_the_first_client_has_one_alone():
     with pytest.raises(ConfigError, match="mixes the examples"):
         server(Mixing(), clients((1, 9)), SampleLevel(rounds=1))

@@ -32,7 +32,8 @@ class ClientLevel(Privacy):
     clipped to ``clip``; the server adds N(0, (noise_multiplier clip)^2) to the sum and divides by
     rate x clients, however many reported. A round without clients releases noise and is charged alike.
 
-    Guarantee: (epsilon, delta) under adding or removing one client, for every global model of the run.
+    Guarantee: (epsilon, delta) under adding or removing one client's updates, for every global model of
+    the run. The number of clients registered, which the divisor and the bands are made from, is public.
     """
 
     unit: ClassVar[Literal["example", "client"]] = "client"
@@ -185,7 +186,8 @@ class ClientLevel(Privacy):
         kind = "correlated Gaussian noise" if self.bands else "Gaussian noise"
         return {
             "unit": "one client with all its data",
-            "neighbouring": "the clients with and without this one (add/remove)",
+            "neighbouring": "the clients with and without this one's updates (add/remove; how many "
+            "clients are registered is public)",
             "trusted": "the server; whoever sees the models it publishes is not",
             "mechanism": f"{who} in a round, {clip}, {kind} on the sum, a fixed public denominator",
         }

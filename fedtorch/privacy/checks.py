@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -27,6 +28,16 @@ def refuse(model: nn.Module) -> None:
         if isinstance(module, _InstanceNorm) and module.track_running_stats:
             raise ConfigError(
                 f"{where} keeps statistics nobody noises: set track_running_stats=False{FIX}"
+            )
+
+
+def narrow(model: nn.Module) -> None:
+    """Norms, sums and noise in 16 bits are off by more than the claim has room for."""
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dtype not in (torch.float32, torch.float64):
+            raise ConfigError(
+                f"parameter {name} is {str(p.dtype).removeprefix('torch.')}: clipping and noise need "
+                "float32 at least; call model.float()"
             )
 
 

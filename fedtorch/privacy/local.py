@@ -23,8 +23,8 @@ class LocalDP(Privacy):
     by any other. The mean over n clients is 2 sqrt(n) times noisier than with a trusted server, which
     makes this a choice for very many clients.
 
-    Guarantee: (epsilon, delta) under replacing all of a client's data, for all that it ever sends;
-    with laplace delta is 0.
+    Guarantee: (epsilon, delta) under replacing all of a client's data, for all that it ever sends, but
+    for its loss and number of examples, which go along unless ``strict``; with laplace delta is 0.
     """
 
     unit: ClassVar[Literal["example", "client"]] = "client"

@@ -11,13 +11,14 @@ def promise(run: PrivateRun) -> list[str]:
     """What is promised, to be said before round 0."""
     plan, words = run.plan, run.plan.describe()
     epsilon = plan.planned(run.noise, run.rounds)
+    seen = "all this run releases" + ("" if plan.strict else " but what is marked not private")
     return [
         f"privacy of {words['unit']}: {words['mechanism']}",
         f"trusted: {words['trusted']}; neighbouring: {words['neighbouring']}",
         f"noise multiplier {run.noise:.4g}, planned epsilon {epsilon:.3f} at delta {run.delta:g} over "
         f"{run.rounds} rounds ({plan.accountant} accountant)",
-        f"in plain words: whatever anybody knew before, seeing all this run releases can change the "
-        f"odds that {words['unit']} took part at most {_odds(epsilon)}, but for a chance of {run.delta:g}",
+        f"in plain words: whatever anybody knew before, seeing {seen} can change the odds "
+        f"that {words['unit']} took part at most {_odds(epsilon)}, but for a chance of {run.delta:g}",
     ]
 
 

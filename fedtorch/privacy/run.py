@@ -1,5 +1,6 @@
 """Privacy of one run at the server: the calibrated plan, its state, and the ledger it is charged to."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ from fedtorch.privacy.base import Order, Privacy
 from fedtorch.privacy.ledger import Ledger
 from fedtorch.types import ConfigError, Params
 
-PUBLIC = ("round", "lr", "seconds", "test_", "step_norm", "privacy_")
+PUBLIC = ("round", "lr", "test_", "step_norm", "privacy_")
 """Figures that no client's data reaches but through what the guarantee covers, by how they start."""
 
 COVERED = {
@@ -15,6 +16,10 @@ COVERED = {
     "client": (),
 }
 """More of them: under sample-level privacy who takes part is no secret and updates are noised."""
+
+
+TIMES = ("seconds",)
+"""How long things took depends on who was there and with how much data: nobody's to know, if strict."""
 
 
 class BudgetSpent(RuntimeError):
@@ -56,7 +61,24 @@ class PrivateRun:
             )
         if plan.insecure_seed is not None:
             notes.append("INSECURE: the noise comes from a known seed; this run protects nobody")
-        return notes
+        return notes + self._warnings()
+
+    def _warnings(self) -> list[str]:
+        """Choices that keep the claim and make it, or the model, worth little."""
+        plan, found = self.plan, []
+        if plan.unit == "client" and plan.delta * len(self.ids) >= 1:
+            found.append(
+                f"delta {plan.delta:g} allows to publish one client's data outright; take one well "
+                f"below 1 / {len(self.ids)} clients"
+            )
+        expected, needed = (plan.share() or 0.0) * len(self.ids), self.noise * math.sqrt(self.size)
+        if 0 < expected < needed:
+            found.append(
+                f"noise will drown the updates: a model of {self.size:,} parameters needs about "
+                f"{needed:,.0f} clients a round at this noise, and {expected:g} are expected; use more "
+                "clients, a smaller model, or --privacy sample"
+            )
+        return found
 
     def affordable(self, cohort: Sequence[int], round: int) -> bool:
         """Whether the target epsilon has room for this round."""
@@ -92,6 +114,7 @@ class PrivateRun:
         """Figures by name, what the guarantee does not cover marked so (left out when strict)."""
         plan = self.plan
         public = PUBLIC + COVERED["example" if plan.per_client else "client"]
+        public += () if plan.strict else TIMES
         out: dict[str, Any] = {}
         for name, value in figures.items():
             if name.startswith(public):
@@ -121,6 +144,7 @@ class PrivateRun:
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
         return {
+            "plan": type(self.plan).__name__,
             "noise": self.noise,
             "rounds": self.rounds,
             "state": {k: v for k, v in self.state.items() if k != "zeros"},
@@ -132,6 +156,15 @@ class PrivateRun:
 
         Raises ConfigError when the ledger is missing, shorter than the checkpoint says, or edited.
         """
+        if saved["plan"] != type(self.plan).__name__:
+            raise ConfigError(
+                f"the checkpoint was trained with {saved['plan']}, which hides something else than "
+                f"{type(self.plan).__name__}: one run has one plan"
+            )
         self.ledger = ledger or Ledger.resume(None, saved["ledger"])
         self.noise, self.rounds = saved["noise"], saved["rounds"]
         self.state |= saved["state"]
+        if "past" in self.state and len(self.ledger) > saved["ledger"]["count"]:
+            # rounds after the checkpoint took this noise back already; once more would show the clients
+            # of earlier rounds a second time, uncharged: the correlated noise starts anew
+            self.state["past"] = []

@@ -29,7 +29,8 @@ class SampleLevel(Privacy):
     sum and divides by ``batch_size``, whatever the batch turned out to be. Rate and divisor are public
     options and never derived from a client's size, which is private.
 
-    Guarantee: (epsilon, delta) under adding or removing one example, for all that a client ever sends.
+    Guarantee: (epsilon, delta) under adding or removing one example, for all that a client ever sends,
+    but for its loss and number of examples, which go along unless ``strict``.
     Clients hold different people's data, so the run's epsilon is the largest over clients, and no
     amplification by choosing clients is claimed: a round a client takes part in is charged in full.
     """

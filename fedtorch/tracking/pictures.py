@@ -97,12 +97,15 @@ class Pictures:
         if self.points:
             rows = [["client", "round"], *([i, str(r)] for _, r, i in self.points)]
             points = torch.stack([p for p, _, _ in self.points])
-            self.record.pass_on("points", "client_updates", points, rows, step)
+            name = "client_updates"
+            name = f"nonprivate_{name}" if self.under == "nonprivate" else name
+            self.record.pass_on("points", name, points, rows, step)
 
     def _single(self) -> dict[str, float]:
         visits = self.server.visits
+        mark = "nonprivate/" if self.under == "nonprivate" else ""
         return {
-            f"clients/client-{_safe(i)}/{name}": float(visits.values[figure][k])
+            f"clients/client-{_safe(i)}/{mark}{name}": float(visits.values[figure][k])
             for k, i in enumerate(visits.ids)
             if i in self.followed
             for figure, name in (("train_loss", "loss"), ("update_norm", "update_norm"))
