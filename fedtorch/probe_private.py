@@ -79,6 +79,12 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
         return "the data is not a plain pair of tensors (x, y)"
     before = snapshot(model)
     model.train()
+    if mode == "ghost" and (name := _over_sequences(model, x)):
+        put_back(model, before)
+        return (
+            f"layer {name} sees several rows of an example, whose norm ghost clipping finds by subtracting "
+            "large numbers: one example could go past the clip unseen"
+        )
     off = [m for m in model.modules() if "Dropout" in m._get_name()]
     try:
         _one_step(model, x, y, recipe, mode, 1.0)
@@ -101,6 +107,28 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
             "its layer, or an option of a layer that Opacus does not know)"
         )
     return None
+
+
+def _over_sequences(model: nn.Module, x: Any) -> str | None:
+    """Name of a linear layer that sees more than one row of each example, if there is one."""
+    found: list[str] = []
+
+    def look(name: str, inputs: tuple[Any, ...]) -> None:
+        if inputs and inputs[0].dim() > 2:
+            found.append(name)
+
+    hooks = [
+        m.register_forward_pre_hook(lambda _, inputs, n=n: look(n, inputs))
+        for n, m in model.named_modules()
+        if type(m) is nn.Linear  # what Opacus has this formula for
+    ]
+    try:
+        with torch.no_grad(), seeds.seeded(0):
+            forward(model, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
 
 
 def _alone(model: nn.Module, x: Any, y: Tensor, k: int, recipe: Recipe) -> Tensor:

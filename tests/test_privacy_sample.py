@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from fedtorch import FedAvg, FedProx, Scaffold, Uniform
+from fedtorch import Client, FedAvg, FedProx, Scaffold, Uniform
 from fedtorch.privacy import SampleLevel, checks
 from fedtorch.privacy.streams import stream
 from fedtorch.types import ConfigError
@@ -218,6 +218,33 @@ def test_models_of_16_bits_are_refused(kind):
     with pytest.raises(ConfigError, match=r"call model\.float\(\)"):
         narrow(nn.Linear(6, 4).to(kind))
     narrow(nn.Linear(6, 4).double())
+
+
+class Difference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(2, 6, bias=False), nn.Linear(6, 4)
+        self.head.requires_grad_(False)
+
+    def forward(self, x):
+        h = self.inner(x.view(-1, 2, 2))
+        return 30 * self.head(h[:, 0] - h[:, 1])
+
+
+def test_ghost_over_sequences_is_refused_since_an_example_could_pass_the_clip():
+    torch.manual_seed(1)
+    net = Difference()
+    # two rows that are large and nearly the same: their Gram matrix has lost what is left of them
+    who = [Client("c", (torch.tensor([[1e5, 3e4, 1e5 + 1, 3e4]]), torch.tensor([1])))]
+    one = {"sample_rate": 1.0, "steps": 1, "batch_size": 1.0, "rounds": 1, "clip": 0.5}
+    norms = [
+        flat(visit(net, who, SampleLevel(mode=m, **one), 0.0)).norm()
+        for m in ("stacked", "hooks", "ghost")
+    ]
+    assert max(norms[:2]) <= 0.5 * (1 + 1e-5) < norms[2]
+    with pytest.raises(ConfigError, match="layer inner sees several rows"):
+        server(net, who, SampleLevel(mode="ghost", rounds=1))
+    assert server(net, who, SampleLevel(rounds=1)).session.recipe.privacy.mode == "hooks"
 
 
 def test_examples_are_found_to_mix_where_the_first_client_has_one_alone():
