@@ -191,14 +191,6 @@ def test_one_run_has_one_plan():
         other.load_state_dict(saved)
 
 
-def test_choices_that_leave_no_model_or_no_privacy_are_named():
-    plan = ClientLevel(noise_multiplier=1.0, delta=0.3, rounds=1)
-    notes = " ".join(server(model(), clients((9,) * 4), plan).notes)
-    assert "needs about 8 clients" in notes and "1 / 4 clients" in notes
-    fine = ClientLevel(noise_multiplier=0.01, rounds=1)
-    assert not [n for n in server(model(), clients((9,) * 4), fine).notes if "drown" in n]
-
-
 # through the command line
 
 

@@ -1,6 +1,5 @@
 """Privacy of one run at the server: the calibrated plan, its state, and the ledger it is charged to."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,24 +60,7 @@ class PrivateRun:
             )
         if plan.insecure_seed is not None:
             notes.append("INSECURE: the noise comes from a known seed; this run protects nobody")
-        return notes + self._warnings()
-
-    def _warnings(self) -> list[str]:
-        """Choices that keep the claim and make it, or the model, worth little."""
-        plan, found = self.plan, []
-        if plan.unit == "client" and plan.delta * len(self.ids) >= 1:
-            found.append(
-                f"delta {plan.delta:g} allows to publish one client's data outright; take one well "
-                f"below 1 / {len(self.ids)} clients"
-            )
-        expected, needed = (plan.share() or 0.0) * len(self.ids), self.noise * math.sqrt(self.size)
-        if 0 < expected < needed:
-            found.append(
-                f"noise will drown the updates: a model of {self.size:,} parameters needs about "
-                f"{needed:,.0f} clients a round at this noise, and {expected:g} are expected; use more "
-                "clients, a smaller model, or --privacy sample"
-            )
-        return found
+        return notes
 
     def affordable(self, cohort: Sequence[int], round: int) -> bool:
         """Whether the target epsilon has room for this round."""
