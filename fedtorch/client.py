@@ -157,13 +157,9 @@ def local_update(
         sent = recipe.privacy.client(sent, examples, task, [c.id for c in clients])
         norms["delta"] = sq_norms(sent["delta"])
         if recipe.privacy.unit == "client":
-            # made zero by the plan, and sent: who reports must not depend on anybody's data, nor may a
-            # figure that a server takes for a broken message
-            figures["train_loss"] = torch.where(trained.loss.isfinite(), trained.loss, 0)
+            # made zero by the plan, and sent: who reports must not depend on anybody's data
             keep = torch.ones_like(keep)
-        if recipe.privacy.strict and recipe.privacy.per_client:
-            figures = {}  # nobody else is trusted: what is not noised does not leave
-    figures["update_norm"] = norms["delta"].sqrt().cpu()
+    figures = _told(recipe, figures | {"update_norm": norms["delta"].sqrt().cpu()})
     kept = slice(None) if keep.all() else keep  # a slice is a view, a mask would copy everything
     update = Update(
         ids=tuple(c.id for k, c in enumerate(clients) if keep[k]),
@@ -173,6 +169,19 @@ def local_update(
         metrics={name: v[kept] for name, v in figures.items()},
     )
     return update, _failures(clients, keep)
+
+
+def _told(recipe: Recipe, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a client's figures that it may tell."""
+    privacy = recipe.privacy
+    if privacy and privacy.strict and privacy.per_client:
+        # nobody else is trusted: what is not noised does not leave
+        return {"update_norm": figures["update_norm"]}
+    if privacy and privacy.unit == "client":
+        # a server takes a figure that is not finite for a broken message, and would leave the client out
+        loss = figures["train_loss"]
+        return figures | {"train_loss": torch.where(loss.isfinite(), loss, 0)}
+    return figures
 
 
 def _visited(plans: Sequence[Tensor]) -> Tensor:
@@ -235,8 +244,8 @@ def _summed(
     }
     part = torch.where(keep, part, 0)
     if privacy and privacy.unit == "client":
-        figures["zeroed"] = (~keep).double()
         keep = torch.ones_like(keep)
+    figures = _told(recipe, figures)
     weight = _weights(recipe, examples)[keep]
     share = torch.zeros_like(norms)
     share[keep] = weight.double() / weight.sum()

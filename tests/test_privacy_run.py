@@ -125,9 +125,11 @@ def test_under_strict_a_client_sends_nothing_but_what_is_noised(kind):
     task = Task(snapshot(net), {}, 0, 0, 1.0, {"clip": 1.0, "noise": 1.0})
     for strict in (False, True):
         recipe = Recipe(privacy=kind(rounds=1, strict=strict))
-        update, _ = local_update(who, task, recipe, copy.deepcopy(net))
-        assert ({"train_loss", "examples"} <= set(update.metrics)) is not strict
-    assert set(update.metrics) == {"update_norm"}
+        chosen = server(copy.deepcopy(net), who, recipe.privacy).session.choice
+        for solve in (None, chosen.solver):
+            update, _ = local_update(who, task, chosen.recipe, copy.deepcopy(net), solve)
+            assert ({"train_loss", "examples"} <= set(update.metrics)) is not strict
+            assert not strict or set(update.metrics) == {"update_norm"}
     assert not update.buffers and update.weight.tolist() == [1, 1]
 
 
@@ -141,10 +143,12 @@ def test_a_broken_client_reports_like_any_other():
     who[1].data.tensors[0].fill_(math.nan)
     net = model()
     task = Task(snapshot(net), {}, 0, 0, 1.0, {"clip": 1.0, "noise": 1.0})
-    update, failures = local_update(who, task, Recipe(privacy=ClientLevel(rounds=1)), net)
-    assert len(update.ids) == 3 and not failures
-    for tree in (*update.sent.values(), update.metrics):
-        assert all(v.isfinite().all() for v in tree.values())
+    chosen = server(net, who, ClientLevel(rounds=1)).session.choice
+    for solve in (None, chosen.solver):
+        update, failures = local_update(who, task, chosen.recipe, copy.deepcopy(net), solve)
+        assert len(update.ids) == 3 and not failures
+        for tree in (*update.sent.values(), update.metrics):
+            assert all(v.isfinite().all() for v in tree.values())
 
 
 def test_a_resume_after_lost_rounds_starts_correlated_noise_anew(tmp_path):
