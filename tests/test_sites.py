@@ -17,7 +17,7 @@ from fedtorch.engines.wire import Message
 from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
 from fedtorch.sites import keys, plan
 from fedtorch.sites.budget import Budget, OverBudget
-from fedtorch.sites.engine import Sites, remotes
+from fedtorch.sites.engine import Sites, expected, remotes
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.sites.site import Site, SiteConfig
 from fedtorch.types import ConfigError
@@ -109,16 +109,29 @@ def test_sites_give_the_weights_of_one_process(folder, tmp_path, strategy):
             assert figures["cohort"] == NAMES
         told = there.session.figures()
         there.close()
-    expected = here(folder, offered, 3)
-    worst = max((expected[k] - v).abs().max().item() for k, v in there.model.state_dict().items())
+    wanted = here(folder, offered, 3)
+    worst = max((wanted[k] - v).abs().max().item() for k, v in there.model.state_dict().items())
     assert worst <= 1e-6
-    size = sum(v.numel() * 4 for v in expected.values())
+    size = sum(v.numel() * 4 for v in wanted.values())
     assert size < told["site_north_bytes_sent"] < 3 * size + 2000
     assert os.listdir(tmp_path / "north/tensorboard")
 
 
-def test_private_noise_is_added_at_the_sites_and_charged_there(folder, tmp_path):
-    privacy = SampleLevel(noise_multiplier=1.0, rounds=2, steps=2, insecure_seed=5, mode="stacked")
+def test_private_sites_are_not_asked_for_statistics_of_their_data():
+    net = torch.nn.Linear(3, 2)
+    net.register_buffer("filters", torch.ones(2))  # as fixed wavelets are
+    params = dict(net.named_parameters())
+    plain, private = (
+        expected(Recipe(privacy=p), params, net) for p in (None, SampleLevel(rounds=1))
+    )
+    assert set(plain.buffers) == {"filters"} and not private.buffers
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_private_noise_is_added_at_the_sites_and_charged_there(folder, tmp_path, strict):
+    privacy = SampleLevel(
+        noise_multiplier=1.0, rounds=2, steps=2, insecure_seed=5, mode="stacked", strict=strict
+    )
     offered = offer(privacy=privacy)
     with server(folder, offered, keys=None) as there:
         port = there.session.port
@@ -127,9 +140,9 @@ def test_private_noise_is_added_at_the_sites_and_charged_there(folder, tmp_path)
             for _ in there.rounds(2):
                 pass
             there.close()
-    expected = here(folder, offered, 2)
+    wanted = here(folder, offered, 2)
     for k, v in there.model.state_dict().items():
-        assert (expected[k] - v).abs().max() <= 1e-6
+        assert (wanted[k] - v).abs().max() <= 1e-6
     # the site's own book says what the server's says, and outlives the process
     assert made[0].budget.spent() == pytest.approx(there.private.ledger.spent(1e-5))
     again = Budget(tmp_path / "north", "north", 30.0, 1e-5)
@@ -187,9 +200,9 @@ def test_a_server_that_falls_back_to_a_checkpoint_repeats_the_rounds_bit_for_bit
                     pass
                 second.close()
     assert second.round_number == 3
-    expected = here(folder, offered, 3)
+    wanted = here(folder, offered, 3)
     for k, v in second.model.state_dict().items():
-        assert (expected[k] - v).abs().max() <= 1e-6
+        assert (wanted[k] - v).abs().max() <= 1e-6
 
 
 def line(folder, port, name, which="keys", as_name=None):

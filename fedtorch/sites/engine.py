@@ -279,6 +279,7 @@ def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
     )
     sent = strategy.upload(expand(params), ctx)[0]
     floats = {k: b for k, b in model.named_buffers() if b.is_floating_point()}
+    floats = {} if recipe.privacy else floats  # private clients send no statistics of their data
     return Expected(
         {g: {k: (v.shape, torch.float64) for k, v in row(s, 0).items()} for g, s in sent.items()},
         messages.schema(floats),

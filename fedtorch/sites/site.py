@@ -237,9 +237,10 @@ class Site:
         if self.plan.privacy is not None:
             # RDP's bound: a little above what the budget is held to, and much quicker to find
             figures["site/epsilon_at_most"] = self.budget.spent("rdp")
-        if outcome.update.ids:
-            figures["site/train_loss"] = float(outcome.update.metrics["train_loss"])
-            figures["site/update_norm"] = float(outcome.update.metrics["update_norm"])
+        for name in ("train_loss", "update_norm"):
+            # a visit that failed has none, and under strict privacy the loss is not told
+            if outcome.update.ids and name in outcome.update.metrics:
+                figures[f"site/{name}"] = float(outcome.update.metrics[name])
         for tag, value in figures.items():
             self.writer.add_scalar(tag, value, task.round + 1)
         self.writer.flush()
