@@ -105,7 +105,14 @@ class Config:
             raise ConfigError(f"validation must be in [0, 1), got {self.validation}")
         if self.resume and not self.run_dir:
             raise ConfigError("--resume needs --run-dir, the folder of the run to continue")
-        if self.privacy and getattr(self.dataset, "standardize", False):
+        plan = self.privacy
+        if plan and plan.noise_multiplier and plan.rounds and plan.rounds < self.rounds:
+            raise ConfigError(
+                f"privacy.rounds {plan.rounds} is less than rounds {self.rounds}, and with a noise "
+                "multiplier nothing stops the run at the epsilon planned: leave privacy.rounds out, or "
+                "give privacy.epsilon"
+            )
+        if plan and getattr(self.dataset, "standardize", False):
             raise ConfigError(
                 "dataset.standardize voids the privacy claim: every example moves the mean and deviation "
                 "all are scaled by, and nobody noises them; scale by public numbers beforehand"

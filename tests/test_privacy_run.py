@@ -188,6 +188,14 @@ def test_noise_taken_back_twice_would_cost_more_than_is_charged():
     assert float(afresh[:, turns].sum(1).norm()) ** 2 <= 3
 
 
+def test_more_rounds_at_a_given_noise_are_planned_for_on_resume():
+    saved = server(model(), clients(), SampleLevel(noise_multiplier=1.0, rounds=2)).state_dict()
+    more = server(model(), clients(), SampleLevel(noise_multiplier=1.0, rounds=4))
+    more.load_state_dict(saved)
+    figures = [*more.rounds(4)][-1]
+    assert figures["privacy_epsilon_planned"] == pytest.approx(figures["privacy_epsilon"])
+
+
 def test_one_run_has_one_plan():
     saved = server(model(), clients((9,) * 4), LocalDP(noise_multiplier=1.0, rounds=2)).state_dict()
     other = server(model(), clients((9,) * 4), ClientLevel(noise_multiplier=1.0, rounds=2))
@@ -311,6 +319,7 @@ def test_kill_and_resume_never_forgets_a_round(fedtorch):
         (["--privacy", "client", "--strategy.weighting", "examples"], "weighting examples voids"),
         (["--model", "models_with_norm.py"], "GroupNorm"),
         (["--steps", "3"], "privacy.steps"),
+        (["--privacy.rounds", "1", "--privacy.noise-multiplier", "1"], "privacy.rounds 1 is less"),
         (["--dataset", "csv", "--dataset.path", "x.csv", "--dataset.standardize", "true"],
          "standardize voids"),
         (["--drop-last"], "drop_last"),

@@ -145,6 +145,10 @@ class PrivateRun:
             )
         self.ledger = ledger or Ledger.resume(None, saved["ledger"])
         self.noise, self.rounds = saved["noise"], saved["rounds"]
+        if (
+            self.plan.target is None
+        ):  # nothing stops such a run early: what is promised is all of it
+            self.rounds = max(self.rounds, self.plan.rounds or 0)
         self.state |= saved["state"]
         if "past" in self.state and len(self.ledger) > saved["ledger"]["count"]:
             # rounds after the checkpoint took this noise back already; once more would show the clients
