@@ -8,6 +8,11 @@ PY := $(VENV)/bin/python
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
+.PHONY: help train test check format lint types layers wheel wheel-check clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e .
@@ -41,6 +46,12 @@ screenshots: $(VENV)/.dev  ## photograph TensorBoard on real runs (needs chromiu
 	$(PY) tools/screenshots.py
 
 .PHONY: screenshots
+
+wheel-check: wheel  ## install the wheel in an empty environment and train from another folder
+	rm -rf dist/check && $(PYTHON) -m venv dist/check
+	dist/check/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt dist/fedtorch-*.whl
+	mkdir -p dist/check/elsewhere
+	cd dist/check/elsewhere && ../bin/fedtorch models && ../bin/fedtorch train --rounds 2
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) dist build

@@ -35,6 +35,13 @@ def test_each_position_predicts_the_next_character(tmp_path):
     assert ids == ["JULIET", "ROMEO"]
 
 
+def test_a_speaker_who_says_nothing_changes_nothing(tmp_path):
+    (tmp_path / "play.txt").write_text("MUTE:\n" + PLAY, encoding="utf-8")
+    data = Text(str(tmp_path / "play.txt"), length=10).load(0)
+    assert data.train.tensors[0].dtype == torch.int64
+    assert set(data.keys) == {"ROMEO", "JULIET"}
+
+
 def test_a_text_without_speakers_has_no_owners(tmp_path):
     (tmp_path / "plain.txt").write_text("abc " * 500, encoding="utf-8")
     data = Text(str(tmp_path / "plain.txt"), length=20).load(0)
@@ -71,4 +78,5 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path, content, options, messa
 def test_the_shared_shakespeare(shared):
     data = Text(str(shared / "tinyshakespeare.txt")).load(0)
     assert data.facts["vocab_size"] == 65
+    assert data.train.tensors[0].dtype == torch.int64
     assert len(set(data.keys)) > 100

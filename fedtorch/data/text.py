@@ -41,7 +41,7 @@ class Text:
         parts = by_speaker(text)
         train, test, keys = [], [], []
         for name, said in parts.items():
-            codes = torch.tensor([number[c] for c in said])
+            codes = torch.tensor([number[c] for c in said], dtype=torch.int64)
             windows = (
                 codes.unfold(0, self.length + 1, self.length)
                 if len(codes) > self.length
