@@ -1,4 +1,4 @@
-"""A wheel built from here does the same job from another folder (`make wheel-check` installs it for real)."""
+"""A wheel built from here does the same job from another folder; `make wheel-check` installs it too."""
 
 import os
 import subprocess
