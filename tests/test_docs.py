@@ -1,0 +1,65 @@
+"""The documents are true: their Python runs, their commands parse, their links lead somewhere."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedtorch import cli
+from fedtorch.__main__ import COMMANDS
+from fedtorch.choices import CHOICES
+from fedtorch.commands.train import train_module
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+Config = train_module().Config
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_blocks_run_one_after_another(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "documentation"}
+    with torch.random.fork_rng():
+        for k, block in enumerate(blocks(path, "python")):
+            exec(compile(block, f"{path.name} block {k}", "exec"), names)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_commands_and_settings_are_real(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text("rounds = 3\n")
+    for block in blocks(path, "toml"):
+        assert cli.build(Config, tomllib.loads(block))
+    for line in "".join(blocks(path, "sh")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["fedtorch"]:
+            assert words[1] in COMMANDS, line
+        if words[:2] == ["fedtorch", "train"] and not {"--help", "--resume"} & set(words):
+            cli.parse(Config, words[2:])
+        if words[:1] == ["make"]:
+            assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), line
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_links_lead_to_files(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_the_readme_names_every_choice():
+    text = (ROOT / "README.md").read_text()
+    for choice in ("dataset", "partition", "strategy", "strategy.server", "participation"):
+        for name in CHOICES[choice]:
+            assert f"`{name}`" in text or f"/`{name}`" in text, name
+
+
+def test_contributing_fits_on_a_page():
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 80
