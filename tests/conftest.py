@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 from fedtorch import Client
@@ -13,6 +14,12 @@ from fedtorch.__main__ import main
 # on a busy machine two threads wait for each other at every small operation, a hundred times longer than
 # the operation takes
 torch.set_num_threads(1)
+
+# machines that test are busy: how long an example takes says nothing
+settings.register_profile(
+    "busy", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("busy")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
