@@ -35,6 +35,24 @@ def test_a_local_folder_loads_without_a_network(offline):
     assert all(round(float(v) * 10) % 2 == 0 for v in rows)
 
 
+def test_a_folder_of_pictures_becomes_image_tensors(offline):
+    image = pytest.importorskip("PIL.Image")
+    for part, n in (("train", 6), ("test", 2)):
+        for k in range(n):
+            folder = offline / "pictures" / part / ("dark" if k % 2 else "light")
+            folder.mkdir(parents=True, exist_ok=True)
+            image.new("RGB", (5, 4), (0, 0, 0) if k % 2 else (255, 128, 0)).save(
+                folder / f"{k}.png"
+            )
+    data = HuggingFace(str(offline / "pictures")).load(0)
+    assert (len(data.train), len(data.test), data.outputs) == (6, 2, 2)
+    assert data.facts["input_shape"] == (3, 4, 5)
+    x, y = data.train.tensors
+    # class folders are numbered by name: dark is 0, light is 1
+    assert all(float(v[0].mean()) == float(label) for v, label in zip(x, y, strict=True))
+    assert float(x.max()) == 1.0
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
