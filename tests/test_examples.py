@@ -24,7 +24,10 @@ def load(name: str) -> ModuleType:
 def test_it_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
-        runpy.run_path(str(path), run_name="__main__")
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as e:
+            assert not e.code
     assert capsys.readouterr().out.strip()
 
 
