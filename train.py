@@ -21,11 +21,12 @@ from fedtorch.console import Report, StopSignal, partition_table
 from fedtorch.data import Data, Digits, Partition, partition
 from fedtorch.engines import Engine, Local
 from fedtorch.evaluate import evaluate, evaluate_clients
+from fedtorch.narrate import conclude, introduce
 from fedtorch.optimizers import ClientOptimizer
 from fedtorch.participation import Everyone, Participation
 from fedtorch.privacy import Privacy, SampleLevel, checks
 from fedtorch.privacy.ledger import Ledger
-from fedtorch.privacy.report import promise, statement, text
+from fedtorch.privacy.report import statement, text
 from fedtorch.privacy.run import BudgetSpent
 from fedtorch.schedules import Constant, Schedule
 from fedtorch.server import Server
@@ -173,7 +174,8 @@ def train(config: Config) -> dict[str, Any]:
         StopSignal(report) as stop,
     ):
         pictures = Pictures(record, server, data, config.rounds)
-        introduce(config, data, server, ids, parts, report)
+        opening = f"{data.name}: {len(parts)} clients, {config.model}, {config.rounds} rounds"
+        introduce(report, opening, server, partition_table(ids, parts, data.labels))
         options = cli.flat(cli.describe(config)) | {"lr": recipe.lr}
         pictures.start(options, metrics, ids, parts)
         scores, by_client = evaluate(model, data.test, metrics), {}
@@ -212,7 +214,7 @@ def train(config: Config) -> dict[str, Any]:
     runs.finish(folder, model, summary)
     if server.private:
         runs.write_json(folder / "privacy.json", statement(server.private))
-    conclude(report, folder, summary, stop, server)
+    conclude(report, folder, summary, stop.asked > 0, server)
     if stop.asked:
         raise SystemExit(128 + stop.asked)
     if config.privacy and config.privacy.budget == "error" and not server.within_budget():
@@ -259,56 +261,6 @@ def open_folder(config: Config, server: Server) -> Path:
     runs.write_config(folder, table)
     checkpoint.save(folder / "checkpoints", server.state_dict())
     return folder
-
-
-def introduce(
-    config: Config,
-    data: Data,
-    server: Server,
-    ids: list[str],
-    parts: list[Any],
-    report: Report,
-) -> None:
-    """Say what is about to run."""
-    model = server.model
-    size = sum(p.numel() for p in model.parameters())
-    report.say(
-        f"{data.name}: {len(parts)} clients, {config.model} with {size:,} parameters, "
-        f"{config.strategy}, {config.rounds} rounds"
-    )
-    for line in promise(server.private) if server.private else ["no privacy: nothing is noised"]:
-        report.say(line)
-    for note in server.notes:
-        report.say(f"note: {note}")
-    kinds = {b.is_floating_point() for b in model.buffers()}
-    if kinds:
-        kept = " (integer counters keep the server's value)" if False in kinds else ""
-        report.say(f"note: float buffers such as BatchNorm statistics are averaged{kept}")
-    if server.round_number:
-        report.say(f"resumed after round {server.round_number}")
-        return
-    if not (config.privacy and config.privacy.strict):
-        # who has what is nobody's to know, if strict
-        report.console.print(partition_table(ids, parts, data.labels))
-
-
-def conclude(
-    report: Report, folder: Path, summary: dict[str, Any], stop: StopSignal, server: Server
-) -> None:
-    """The last lines: how good, how long, where."""
-    state = "stopped, saved" if stop.asked else "done"
-    figures = "  ".join(
-        f"{k.replace('_', ' ')} {v:.4f}" for k, v in summary.items() if k.startswith("test_") and v
-    )
-    report.say(f"{state}: {summary['rounds']} rounds in {summary['seconds']:.1f} s  {figures}")
-    if server.private:
-        report.say(f"privacy: epsilon {summary['epsilon']:.3f} spent at delta {summary['delta']:g}")
-        report.say(text(server.private))
-        report.say("without privacy: --privacy none")
-    report.say(f"run folder: {folder}   model: {folder}/model.safetensors")
-    if stop.asked:
-        report.say(f"continue: fedtorch train --run-dir {folder} --resume")
-    report.say(f"watch: tensorboard --logdir {folder.parent}")
 
 
 def read_config(argv: Sequence[str]) -> Config:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from fedtorch import seeds
 from fedtorch.client import Client, Recipe
 from fedtorch.losses import reduce
-from fedtorch.privacy import SampleLevel, checks
+from fedtorch.privacy import Privacy, SampleLevel, checks
 from fedtorch.privacy.gradients import PrivateSteps, opacus_gradients, stacked_gradients
 from fedtorch.privacy.streams import stream
 from fedtorch.probe import mixes_examples, put_back, two_examples
@@ -219,3 +219,23 @@ def _frozen_buffers(model: nn.Module, clients: Sequence[Client], recipe: Recipe)
                 f"buffer {k} changes while training and nobody noises it: use a layer without "
                 "statistics of the data"
             )
+
+
+def warnings(clients: Sequence[Client], plan: Privacy | None) -> list[str]:
+    """What a plan cannot do much for: very small clients, and a delta as large as one example in all."""
+    if not isinstance(plan, SampleLevel):
+        return []
+    sizes = sorted((len(c), c.id) for c in clients)
+    (least, who), (most, _) = sizes[0], sizes[-1]
+    notes = []
+    if least * plan.sample_rate < 1:
+        notes.append(
+            f"client {who} has {least} examples: at rate {plan.sample_rate:g} most of its batches are "
+            "empty, and it adds noise more than it teaches"
+        )
+    if most * plan.delta > 1:
+        notes.append(
+            f"delta {plan.delta:g} lets one in {1 / plan.delta:,.0f} examples be exposed, and a client has "
+            f"{most:,}: take a delta well below one over that"
+        )
+    return notes

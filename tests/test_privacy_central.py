@@ -249,3 +249,11 @@ def test_noise_that_outweighs_every_update_is_said_with_the_number():
 def test_a_delta_that_gives_somebody_up_is_said():
     run = server(model(), clients((5,) * 4), ClientLevel(noise_multiplier=1.0, rounds=1, delta=0.5))
     assert [n for n in run.notes if n.startswith("delta 0.5")]
+
+
+@pytest.mark.parametrize("options", [{"weight_cap": 1.5}, {"weight_cap": 0}, {"rate": 0.0}])
+def test_options_of_no_meaning_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        ClientLevel(**options)
+    with pytest.raises(ConfigError, match="count"):
+        Bands(2.5)

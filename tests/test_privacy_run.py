@@ -203,6 +203,28 @@ def test_one_run_has_one_plan():
         other.load_state_dict(saved)
 
 
+def test_without_a_budget_the_planned_rounds_are_the_limit():
+    run = server(model(), clients(), SampleLevel(noise_multiplier=1.0, rounds=2))
+    assert len(list(run.rounds(5))) == 2
+    assert run.private.spent() == pytest.approx(run.private.plan.planned(1.0, 2))
+
+
+def test_the_noise_is_shown_in_parameter_units():
+    who = clients((9,) * 4)
+    for plan, want in (
+        (SampleLevel(clip=0.5, noise_multiplier=2.0, rounds=1), 1.0),
+        (ClientLevel(clip=0.5, noise_multiplier=2.0, rounds=1), 1.0),
+        (LocalDP(clip=0.5, noise_multiplier=2.0, rounds=1), 2.0),
+    ):
+        assert server(model(), who, plan).round()["privacy_noise_std"] == pytest.approx(want)
+
+
+def test_private_checkpoints_are_for_their_owner_alone(fedtorch):
+    assert fedtorch(*QUICK, "--rounds", 1, "--run-dir", "run")[0] == 0
+    for path in Path("run/checkpoints").iterdir():
+        assert path.stat().st_mode & 0o077 == 0
+
+
 # through the command line
 
 

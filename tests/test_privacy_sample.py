@@ -325,6 +325,9 @@ def test_the_fix_keeps_groups_that_say_something():
         ({"sample_rate": 0.0}, "sample_rate"),
         ({"sample_rate": 1.5}, "sample_rate"),
         ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"max_batch": 0}, "max_batch"),
+        ({"rounds": True}, "rounds"),
         ({"rounds": 0}, "rounds"),
         ({"batch_size": 0.0}, "batch_size"),
         ({"accountant": "gdp"}, "gdp"),
@@ -359,3 +362,12 @@ def test_no_buffers_leave_a_private_client():
     net = Constant()
     update = visit(net, clients((5,)), SampleLevel(rounds=1, mode="hooks"), noise=1.0)
     assert set(update) == {"linear.weight", "linear.bias"}
+
+
+def test_clients_too_small_and_a_delta_too_large_are_said():
+    run = server(model(), clients((2, 30)), SampleLevel(rounds=1, delta=0.1))
+    assert [n for n in run.notes if "client c0 has 2 examples" in n]
+    assert [n for n in run.notes if "delta 0.1 lets one in 10 examples" in n]
+    assert not [
+        n for n in server(model(), clients((9, 30)), SampleLevel(rounds=1)).notes if "delta" in n
+    ]

@@ -44,12 +44,12 @@ def choose(
     size = min(chunk or _automatic(model), len(clients))
     recipe, size = probe_private.fits(model, clients, recipe, size)
     private = recipe.privacy.mode if isinstance(recipe.privacy, SampleLevel) else None
-    notes = []
+    notes = probe_private.warnings(clients, recipe.privacy)
     if solver in ("auto", "fast"):
         found = fast.offer(model, [c.data for c in clients], recipe, asked.privacy)
         if not isinstance(found, str):
             size = chunk or found.chunk(max(len(c) for c in clients), recipe, private is not None)
-            return Choice(found, size, recipe, (f"fast path, {size} clients at once",))
+            return Choice(found, size, recipe, (*notes, f"fast path, {size} clients at once"))
         if solver == "fast":
             raise ConfigError(f"engine.solver fast cannot train this: {found}; use auto")
         notes.append(f"the fast path is not used: {found}")

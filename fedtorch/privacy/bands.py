@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedtorch.types import ConfigError, Params
+from fedtorch.privacy.accounting import check_steps
+from fedtorch.types import Params
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,7 @@ class Bands:
 
     def __post_init__(self) -> None:
         """Refuse no bands at all."""
-        if self.count < 1:
-            raise ConfigError(f"privacy.bands.count must be at least 1, got {self.count}")
+        check_steps(self.count, "privacy.bands.count")
 
     def group(self, population: int, round: int) -> range:
         """Clients whose turn it is."""

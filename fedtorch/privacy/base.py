@@ -18,6 +18,7 @@ from fedtorch.privacy.accounting import (
     calibrate,
     check_accountant,
     check_delta,
+    check_steps,
     epsilon,
 )
 from fedtorch.privacy.streams import Stream, stream
@@ -89,8 +90,8 @@ class Privacy(ABC):
             positive("privacy.noise_multiplier", self.noise_multiplier)
         check_delta(self.delta)
         check_accountant(self.accountant)
-        if self.rounds is not None and self.rounds < 1:
-            raise ConfigError(f"privacy.rounds must be at least 1, got {self.rounds}")
+        if self.rounds is not None:
+            check_steps(self.rounds, "privacy.rounds")
         for name, known in (("budget", ("stop", "error")), ("rng", ("torch", "os"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"privacy.{name} must be {' or '.join(known)}")
@@ -143,6 +144,10 @@ class Privacy(ABC):
     def numbers(self, noise: float, state: State) -> dict[str, float]:
         """Public numbers the clients need this round: ``clip`` and ``noise`` (multiplier)."""
         return {"clip": self.clip, "noise": noise}
+
+    def spread(self, noise: float, state: State, population: int) -> float:
+        """Standard deviation of the noise on the sum that is clipped, in parameter units."""
+        return noise * self.clip
 
     def cohort(self, population: int, round: int) -> list[int] | None:
         """This round's clients where the plan draws them, else None."""

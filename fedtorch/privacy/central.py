@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedtorch.privacy.accounting import Event
+from fedtorch.privacy.accounting import Event, check_steps
 from fedtorch.privacy.adaptive import AdaptiveClip
 from fedtorch.privacy.bands import Bands
 from fedtorch.privacy.base import Order, Privacy, State, clipped, joint_norms, uniform_weights
@@ -53,8 +53,8 @@ class ClientLevel(Privacy):
         super().__post_init__()
         if not 0 < self.rate <= 1:
             raise ConfigError(f"privacy.rate must be in (0, 1], got {self.rate}")
-        if self.weight_cap is not None and self.weight_cap < 1:
-            raise ConfigError(f"privacy.weight_cap must be at least 1, got {self.weight_cap}")
+        if self.weight_cap is not None:
+            check_steps(self.weight_cap, "privacy.weight_cap")
         if self.adaptive and self.bands:
             raise ConfigError(
                 "privacy.adaptive and privacy.bands do not go together: correlated noise needs one "
@@ -81,6 +81,12 @@ class ClientLevel(Privacy):
     def numbers(self, noise: float, state: State) -> dict[str, float]:
         """The clipping norm of this round."""
         return {"clip": state["clip"], "noise": noise}
+
+    def spread(self, noise: float, state: State, population: int) -> float:
+        """With adaptive clipping a little more than noise x clip, which pays for the bits."""
+        if self.adaptive:
+            noise = self.adaptive.update_noise(noise, self.rate * population)
+        return noise * float(state["clip"])
 
     def cohort(self, population: int, round: int) -> list[int] | None:
         """A secret coin for each client; with bands, only for this round's group."""

@@ -1,5 +1,6 @@
 """Local privacy: each client clips and noises its own update before it leaves. Nobody is trusted."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.privacy.accounting import Event
-from fedtorch.privacy.base import Order, Privacy, clipped, joint_norms, uniform_weights
+from fedtorch.privacy.base import Order, Privacy, State, clipped, joint_norms, uniform_weights
 from fedtorch.privacy.streams import Stream, noised
 from fedtorch.types import ConfigError, Stack, Task
 
@@ -50,6 +51,11 @@ class LocalDP(Privacy):
     def event(self, noise: float) -> Event:
         """One release by each client that takes part."""
         return Event(self.mechanism, noise)
+
+    def spread(self, noise: float, state: State, population: int) -> float:
+        """Gaussian: of one client's update; Laplace: sqrt(2) times its scale."""
+        scale = 2 * self.clip * noise
+        return math.sqrt(2) * scale if self.mechanism == "laplace" else scale
 
     def client(
         self, sent: dict[str, Stack], examples: Tensor, task: Task, ids: Sequence[str]

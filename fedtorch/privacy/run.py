@@ -63,12 +63,13 @@ class PrivateRun:
         return notes
 
     def affordable(self, cohort: Sequence[int], round: int) -> bool:
-        """Whether the target epsilon has room for this round."""
+        """Whether the target epsilon, or without one the plan's rounds, have room for this round."""
         plan = self.plan
+        if plan.target is None:  # no budget was given: what was promised is the planned rounds
+            return round < self.rounds
         charged = self.charged(cohort, round)
-        return plan.target is None or self.ledger.fits(
-            plan.event(self.noise), charged, plan.target, plan.delta, plan.accountant
-        )
+        event = plan.event(self.noise)
+        return self.ledger.fits(event, charged, plan.target, plan.delta, plan.accountant)
 
     def charge(self, cohort: Sequence[int], round: int) -> None:
         """Enter this round into the ledger; when this returns the entry is on disk."""
@@ -111,6 +112,7 @@ class PrivateRun:
             "privacy_epsilon": self.spent(),
             "privacy_epsilon_planned": self.plan.planned(self.noise, self.rounds),
             "privacy_noise_multiplier": self.noise,
+            "privacy_noise_std": self.plan.spread(self.noise, self.state, len(self.ids)),
             "privacy_clip_norm": float(self.state.get("clip", self.plan.clip)),
         }
 
@@ -145,9 +147,7 @@ class PrivateRun:
             )
         self.ledger = ledger or Ledger.resume(None, saved["ledger"])
         self.noise, self.rounds = saved["noise"], saved["rounds"]
-        if (
-            self.plan.target is None
-        ):  # nothing stops such a run early: what is promised is all of it
+        if self.plan.target is None:  # no budget ends such a run: what is promised is all of it
             self.rounds = max(self.rounds, self.plan.rounds or 0)
         self.state |= saved["state"]
         if "past" in self.state and len(self.ledger) > saved["ledger"]["count"]:

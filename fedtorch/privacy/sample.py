@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedtorch.optimizers import positive
-from fedtorch.privacy.accounting import Event
+from fedtorch.privacy.accounting import Event, check_steps
 from fedtorch.privacy.base import Order, Privacy, uniform_weights
 from fedtorch.privacy.streams import Stream
 from fedtorch.types import ConfigError
@@ -55,8 +55,7 @@ class SampleLevel(Privacy):
         if not 0 < self.sample_rate <= 1:
             raise ConfigError(f"privacy.sample_rate must be in (0, 1], got {self.sample_rate}")
         for name in ("steps", "max_batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"privacy.{name} must be at least 1, got {getattr(self, name)}")
+            check_steps(getattr(self, name), f"privacy.{name}")
         positive("privacy.batch_size", self.batch_size)
         if self.mode not in MODES:
             raise ConfigError(f"privacy.mode must be one of {', '.join(MODES)}, got {self.mode!r}")

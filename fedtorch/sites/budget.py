@@ -5,6 +5,7 @@ budget has no room. A visit that is done again, because the server lost it, is c
 """
 
 import json
+import math
 from pathlib import Path
 
 from fedtorch import runs
@@ -45,6 +46,10 @@ class Budget:
         """Enter a visit before any of its work is done; raises OverBudget, with nothing entered."""
         if privacy is None:
             return
+        if not 0 < noise < math.inf:
+            raise OverBudget(
+                f"it was asked to train with noise multiplier {noise:g}, which hides nothing"
+            )
         ledger = self.ledgers.get(privacy.unit) or self._open(privacy.unit)
         self.ledgers[privacy.unit] = ledger
         event = privacy.event(noise)
@@ -58,7 +63,9 @@ class Budget:
         self._note(privacy.unit, ledger)
 
     def spent(self, accountant: str = "prv") -> float:
-        """Epsilon of this site's data over all runs, at its own delta."""
+        """Epsilon of this site's data over all runs; each unit's ledger at this site's delta, so that runs
+        of both units together hold at twice that delta.
+        """
         return sum(ledger.spent(self.delta, accountant) for ledger in self.ledgers.values())
 
     def _open(self, unit: str) -> Ledger:

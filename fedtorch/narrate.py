@@ -1,0 +1,46 @@
+"""What a run says to the person who started it: before the first round, and after the last."""
+
+from pathlib import Path
+from typing import Any
+
+from fedtorch.console import Report
+from fedtorch.privacy.report import promise, text
+from fedtorch.server import Server
+
+
+def introduce(report: Report, opening: str, server: Server, who_has_what: object) -> None:
+    """Model, privacy promise, the engine's choices, and who got what."""
+    model, private = server.model, server.private
+    size = sum(p.numel() for p in model.parameters())
+    report.say(f"{opening}, {size:,} parameters, {server.recipe.strategy}")
+    for line in promise(private) if private else ["no privacy: nothing is noised"]:
+        report.say(line)
+    for note in server.notes:
+        report.say(f"note: {note}")
+    kinds = {b.is_floating_point() for b in model.buffers()}
+    if kinds:
+        kept = " (integer counters keep the server's value)" if False in kinds else ""
+        report.say(f"note: float buffers such as BatchNorm statistics are averaged{kept}")
+    if server.round_number:
+        report.say(f"resumed after round {server.round_number}")
+    elif not (private and private.plan.strict):  # who has what is nobody's to know, if strict
+        report.console.print(who_has_what)
+
+
+def conclude(
+    report: Report, folder: Path, summary: dict[str, Any], stopped: bool, server: Server
+) -> None:
+    """The last lines: how good, how long, where."""
+    state = "stopped, saved" if stopped else "done"
+    figures = "  ".join(
+        f"{k.replace('_', ' ')} {v:.4f}" for k, v in summary.items() if k.startswith("test_") and v
+    )
+    report.say(f"{state}: {summary['rounds']} rounds in {summary['seconds']:.1f} s  {figures}")
+    if server.private:
+        report.say(f"privacy: epsilon {summary['epsilon']:.3f} spent at delta {summary['delta']:g}")
+        report.say(text(server.private))
+        report.say("without privacy: --privacy none")
+    report.say(f"run folder: {folder}   model: {folder}/model.safetensors")
+    if stopped:
+        report.say(f"continue: fedtorch train --run-dir {folder} --resume")
+    report.say(f"watch: tensorboard --logdir {folder.parent}")
