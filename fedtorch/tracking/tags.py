@@ -62,6 +62,9 @@ TAGS: dict[str, Tag] = {
     "privacy_noise_multiplier": Tag(
         "privacy/noise_multiplier", "", "noise standard deviation over clip norm"
     ),
+    "privacy_noise_std": Tag(
+        "privacy/noise_std", "parameter units", "standard deviation of the noise on what is clipped"
+    ),
     "privacy_clip_norm": Tag(
         "privacy/clip_norm", "L2 norm", "longest contribution that is not scaled down"
     ),
