@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fedtorch import Client, FedAvg, Local, Recipe, Server, ServerSGD, evaluate, local_update
 from fedtorch.data import Data, Digits, Idx, Iid, partition
 from fedtorch.data.base import subset
+from fedtorch.engines.choose import choose
 from fedtorch.losses import accuracy
 from fedtorch.privacy import ClientLevel, SampleLevel
 from fedtorch.privacy.accounting import Event, epsilon
@@ -215,19 +216,21 @@ def cost(repeats: int) -> None:
         for mode in ("hooks", "ghost", "stacked"):
             ways[mode] = (Recipe(privacy=SampleLevel(mode=mode, rounds=1)), 1)  # type: ignore[arg-type]
         ways["stacked x10"] = (Recipe(privacy=SampleLevel(mode="stacked", rounds=1)), 10)
+        auto = choose(make(), who, Recipe(privacy=SampleLevel(rounds=1)), None, "auto")
+        ways["auto"] = (auto.recipe, auto.chunk)
         times: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(repeats):
             for way, (recipe, chunk) in ways.items():
                 start = time.process_time()
+                solve = auto.solver if way == "auto" else None
                 for k in range(0, len(who), chunk):
-                    local_update(who[k : k + chunk], task, recipe, model)
+                    local_update(who[k : k + chunk], task, recipe, model, solve)
                 times[way].append(time.process_time() - start)
-        auto = Local().open(make(), who, Recipe(privacy=SampleLevel(rounds=1)))
         ratios = {
             way: statistics.median(t / p for t, p in zip(times[way], times["plain"], strict=True))
             for way in times
         }
-        chosen = f"{auto.recipe.privacy.mode} x{auto.chunk}"  # type: ignore[union-attr]
+        chosen = f"{auto.recipe.privacy.mode} x{auto.chunk}, {type(auto.solver).__name__}"
         print(json.dumps({"model": name, "auto": chosen, "over plain": ratios}), flush=True)
 
 
