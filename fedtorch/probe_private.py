@@ -144,7 +144,7 @@ def _one_step(
     model: nn.Module, x: Any, y: Tensor, recipe: Recipe, mode: str, clip: float
 ) -> Tensor:
     """The sum of clipped gradients in ``mode``, flat, without noise."""
-    steps = PrivateSteps(clip, 0.0, 1.0, [stream("torch", 0, "probe")], mode)
+    steps = PrivateSteps(clip, 0.0, 1.0, [stream("aes", 0, "probe")], mode)
     model.zero_grad()
     with seeds.seeded(0):
         if mode != "stacked":

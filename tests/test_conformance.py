@@ -145,7 +145,7 @@ def low_bits_do_not_give_the_update_away() -> None:
 
     Noise of 24 bits on a sum of 53 would, in every coordinate: a test without any error.
     """
-    for rng in ("torch", "os"):
+    for rng in ("aes", "os"):
         plan = LocalDP(clip=1.0, rounds=1, rng=rng)
         task = SimpleNamespace(privacy={"clip": 1.0, "noise": 3.0}, round=0)
         update = torch.full((1, 1000), 0.01).double()
@@ -206,14 +206,14 @@ def no_noise_on_an_empty_batch(patch: pytest.MonkeyPatch) -> None:
 
 def one_seed_for_all_clients(patch: pytest.MonkeyPatch) -> None:
     def same(self, *purpose):
-        return streams.stream("torch", 42, *[p for p in purpose if not str(p).startswith("c")])
+        return streams.stream("aes", 42, *[p for p in purpose if not str(p).startswith("c")])
 
     patch.setattr(sample.SampleLevel, "stream", same)
 
 
 def one_seed_for_all_rounds(patch: pytest.MonkeyPatch) -> None:
     def same(self, *purpose):
-        return streams.stream("torch", 42, *[p for p in purpose if not isinstance(p, int)])
+        return streams.stream("aes", 42, *[p for p in purpose if not isinstance(p, int)])
 
     patch.setattr(sample.SampleLevel, "stream", same)
 

@@ -31,7 +31,7 @@ def test_laplace_noise_is_laplace():
 
 
 def test_laplace_draws_have_tails_a_uniform_does_not_have():
-    x = laplace(stream("torch", None, "x"), (100_000,))
+    x = laplace(stream("aes", None, "x"), (100_000,))
     assert x.isfinite().all()
     assert x.abs().max() > 8
 

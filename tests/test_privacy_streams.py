@@ -1,15 +1,18 @@
 """Noise streams: never shared, of the law they claim."""
 
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from fedtorch.privacy.streams import SystemStream, generator, stream
+from fedtorch.privacy.keystream import keystream
+from fedtorch.privacy.streams import BLOCK, Work, box_muller, stream
 
 
-@pytest.mark.parametrize("rng", ["torch", "os"])
+@pytest.mark.parametrize("rng", ["aes", "os"])
 def test_normals_are_normal_and_uncorrelated(rng):
     x = stream(rng, None, "noise").normal((200, 101)).double()
     assert x.shape == (200, 101)
@@ -19,7 +22,7 @@ def test_normals_are_normal_and_uncorrelated(rng):
     assert between.abs().max() < 0.4  # 5,050 pairs of 200 draws: sd 0.07
 
 
-@pytest.mark.parametrize("rng", ["torch", "os"])
+@pytest.mark.parametrize("rng", ["aes", "os"])
 def test_uniforms_fill_the_unit_interval(rng):
     u = stream(rng, None, "coins").uniform(20_000)
     assert u.dtype == torch.float64
@@ -31,18 +34,18 @@ def test_system_streams_ignore_torchs_seed():
     draws = []
     for _ in range(2):
         torch.manual_seed(0)
-        draws.append(stream("torch", None, "noise", 0, "c").normal((8,)))
+        draws.append(stream("aes", None, "noise", 0, "c").normal((8,)))
     assert not torch.equal(*draws)
 
 
 def test_purposes_rounds_and_clients_have_streams_of_their_own():
     names = list(itertools.product(("noise", "batches"), range(20), ("a", "b", "ab")))
-    first = {tuple(stream("torch", 7, *n).normal((4,)).tolist()) for n in names}
+    first = {tuple(stream("aes", 7, *n).normal((4,)).tolist()) for n in names}
     assert len(first) == len(names)
 
 
 def test_an_insecure_seed_repeats():
-    a, b = (stream("torch", 7, "noise", 3, "a").normal((100,)) for _ in range(2))
+    a, b = (stream("aes", 7, "noise", 3, "a").normal((100,)) for _ in range(2))
     assert torch.equal(a, b)
 
 
@@ -50,20 +53,60 @@ def test_seeds_that_torch_cannot_tell_apart_are_told_apart():
     # torch keeps 32 bits of a seed: the trap this module exists for
     low, high = (torch.Generator().manual_seed(s) for s in (5, 5 + 2**32))
     assert torch.equal(torch.randn(8, generator=low), torch.randn(8, generator=high))
-    a, b = (stream("torch", s, "noise").normal((8,)) for s in (5, 5 + 2**32))
+    a, b = (stream("aes", s, "noise").normal((8,)) for s in (5, 5 + 2**32))
     assert not torch.equal(a, b)
 
 
-def test_every_word_of_the_state_counts():
-    zero = bytearray(4 * 624)
-    zero[0] = 1
-    first = torch.rand(700, generator=generator(bytes(zero)))
-    for word in (1, 300, 623):
-        other = bytearray(zero)
-        other[4 * word + 1] = 1
-        assert not torch.equal(first, torch.rand(700, generator=generator(bytes(other))))
+def test_the_cipher_is_aes_256_in_counter_mode():
+    # known answer: NIST SP 800-38A gives no zero counter, so AES-256 of a zero block under a zero key
+    words = keystream(bytes(32))(2)
+    assert words.tobytes().hex() == "dc95c078a2408989ad48a21492842087"
 
 
-def test_system_normals_use_odd_shapes():
-    assert SystemStream().normal((3, 1, 5)).shape == (3, 1, 5)
-    assert SystemStream().normal(()).shape == ()
+def test_words_go_on_where_they_stopped_and_every_bit_of_the_key_counts():
+    whole, pieces = keystream(bytes(32))(6).copy(), keystream(bytes(32))
+    assert np.array_equal(whole, np.concatenate([pieces(2).copy(), pieces(4).copy()]))
+    for byte in (0, 13, 31):
+        key = bytearray(32)
+        key[byte] = 1
+        assert not np.array_equal(whole, keystream(bytes(key))(6))
+
+
+def test_box_muller_by_hand():
+    words = np.array([2**63, 2**62, 0, 5, 2**61, 2**63, 3 * 2**62, 2**62], dtype=np.uint64)
+    got = box_muller(words.copy(), 2.0, Work())
+    for k in range(4):
+        u = (int(words[k]) >> 1) / 2**63 + 2.0**-64
+        signed = int(words[4 + k]) - 2**64 * (int(words[4 + k]) >= 2**63)
+        r, angle = 2 * math.sqrt(-2 * math.log(u)), 2 * math.pi * signed / 2**64
+        assert got[k] == pytest.approx(r * math.cos(angle), rel=1e-12, abs=1e-12)
+        assert got[4 + k] == pytest.approx(r * math.sin(angle), rel=1e-12, abs=1e-12)
+
+
+def test_the_tail_reaches_beyond_nine_where_torch_stops_before_six():
+    largest = box_muller(np.array([0, 0], dtype=np.uint64), 1.0, Work())[0]
+    assert largest == pytest.approx(math.sqrt(2 * 64 * math.log(2)))
+    assert largest > 9
+    assert math.sqrt(2 * 24 * math.log(2)) < 5.78  # 24 bits of a float32 uniform
+
+
+def test_blocks_do_not_overlap():
+    x = stream("aes", None, "noise").normal((5 * BLOCK + 3,))
+    assert len(x.unique()) == len(x)
+
+
+@pytest.mark.parametrize("rng", ["aes", "os"])
+def test_noise_on_a_row_is_the_same_noise_rounded_once(rng, monkeypatch):
+    monkeypatch.setattr("os.urandom", lambda n: bytes(range(256)) * (n // 256) + bytes(n % 256))
+    exact = torch.linspace(-1, 1, 2 * BLOCK + 7)
+    row = exact.clone()
+    stream(rng, None, "noise").add(row, 0.25, Work())
+    noise = stream(rng, None, "noise").normal((len(row),))
+    assert torch.equal(row, (exact + 0.25 * noise).float())
+
+
+def test_odd_and_empty_shapes():
+    for rng in ("aes", "os"):
+        assert stream(rng, None, "x").normal((3, 1, 5)).shape == (3, 1, 5)
+        assert stream(rng, None, "x").normal(()).shape == ()
+        assert stream(rng, None, "x").normal((0, 4)).shape == (0, 4)

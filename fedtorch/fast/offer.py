@@ -103,7 +103,7 @@ def difference(
         torch.tensor([len(steps)]),
         task.lr,
     )
-    noise = PrivateSteps(0.1, 0.0, 5.0, [stream("torch", 0, "trial")]) if private else None
+    noise = PrivateSteps(0.1, 0.0, 5.0, [stream("aes", 0, "trial")]) if private else None
     slow: Solver = stacked if private else general
     ways = [
         solve(model, [few], [steps], task, recipe, context, noise).params

@@ -72,8 +72,8 @@ class Privacy(ABC):
     """Before a round that would overspend: stop with the model so far, or fail."""
     strict: bool = False
     """Leave every figure that the guarantee does not cover out of logs and screen."""
-    rng: Literal["torch", "os"] = "torch"
-    """Noise from torch's generator, its state filled by the system, or every draw from the system."""
+    rng: Literal["aes", "os"] = "aes"
+    """Noise from AES-256 under keys of the system, or each from four draws of the system itself."""
     insecure_seed: int | None = None
     """Makes noise repeatable, for tests: whoever knows it can take the noise off."""
     fix_model: bool = False
@@ -92,7 +92,7 @@ class Privacy(ABC):
         check_accountant(self.accountant)
         if self.rounds is not None:
             check_steps(self.rounds, "privacy.rounds")
-        for name, known in (("budget", ("stop", "error")), ("rng", ("torch", "os"))):
+        for name, known in (("budget", ("stop", "error")), ("rng", ("aes", "os"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"privacy.{name} must be {' or '.join(known)}")
 

@@ -8,7 +8,7 @@ a second backward pass over the weighted losses).
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from fedtorch.losses import Loss, reduce
-from fedtorch.privacy.streams import Stream, noised
+from fedtorch.privacy.streams import Stream, Work
 from fedtorch.tree import rows, tmap
 from fedtorch.types import Params, Stack
 
@@ -39,6 +39,7 @@ class PrivateSteps:
     """Noise, one stream for each client of the stack."""
     mode: str = "auto"
     max_batch: int = 512
+    work: Work = field(default_factory=Work)
 
     def factors(self, sq_norms: Tensor) -> Tensor:
         """Squared norms -> min(1, clip / norm); an example that is not finite counts as nothing."""
@@ -48,16 +49,15 @@ class PrivateSteps:
     def finish(self, sums: Stack) -> Stack:
         """(sum + N(0, (noise clip)^2)) / divisor, [K, ...]; sensitivity of the sum: clip (add/remove).
 
-        Overwrites ``sums``.
+        All parameters of a client are one draw: many small ones would each cost a call.
         """
         std = self.noise * self.clip
-        for (
-            v
-        ) in sums.values():  # row by row: K models of fresh memory would cost as much as the noise
-            for row, stream in zip(v, self.streams, strict=True):
-                row.copy_(noised(row, stream.normal(tuple(row.shape)).mul_(std)))
-            v.div_(self.divisor)
-        return sums
+        flat = torch.cat([v.reshape(len(v), -1) for v in sums.values()], 1)
+        for row, stream in zip(flat, self.streams, strict=True):
+            stream.add(row, std, self.work)
+        flat.div_(self.divisor)
+        parts = flat.split([v[0].numel() for v in sums.values()], 1)
+        return {k: p.view(v.shape) for (k, v), p in zip(sums.items(), parts, strict=True)}
 
 
 def stacked_gradients(

@@ -62,8 +62,8 @@ def randomness(run: PrivateRun) -> str:
     if run.plan.insecure_seed is not None:
         return "INSECURE: a known seed; the noise can be taken off again"
     if run.plan.rng == "os":
-        return "every draw from the operating system's cryptographic generator"
-    return "Mersenne Twister, its whole state filled by the operating system; not cryptographic"
+        return "four draws of the operating system's cryptographic generator for each number"
+    return "AES-256 in counter mode, each stream under a key from the operating system"
 
 
 def text(run: PrivateRun) -> str:
