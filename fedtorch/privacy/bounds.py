@@ -90,10 +90,9 @@ def _composed(noise: float, rate: float, steps: int, reach: float, mesh: float) 
     """Privacy loss of ``steps`` equal releases on a grid, as one of Opacus's discrete variables."""
     import numpy
     from opacus.accountants.analysis.prv import DiscretePRV
-    from scipy.fft import irfft
 
     domain, first, spectrum = _spectrum(noise, rate, reach, mesh)
-    pmf = irfft(_power(spectrum, steps), domain.size)
+    pmf = numpy.fft.irfft(_power(spectrum, steps), domain.size)
     # place i of a sum of t losses is worth t t_min + i dt, and the grid is a circle: turn it to where
     # place 0 is worth t_min again
     pmf = numpy.roll(pmf, (steps - 1) * first % domain.size)
@@ -114,15 +113,17 @@ def _power(x: Any, n: int) -> Any:
 @lru_cache(maxsize=16)
 def _spectrum(noise: float, rate: float, reach: float, mesh: float) -> Any:
     """Fourier transform of one release's privacy loss on a grid, and the grid."""
+    import numpy
     from opacus.accountants.analysis import prv as opacus
-    from scipy.fft import next_fast_len, rfft
 
-    half = next_fast_len(math.ceil(reach / mesh) + 1)
+    half = math.ceil(reach / mesh) + 1
+    even = 1 << max(0, half.bit_length() - 4)  # a length with a large prime in it takes long
+    half = -(-half // even) * even
     domain = opacus.Domain(-(half - 1) * mesh, half * mesh, 2 * half)
     exact = opacus.PoissonSubsampledGaussianPRV(rate, noise)
     cut = opacus.TruncatedPrivacyRandomVariable(exact, domain.t_min, domain.t_max)
     grid = opacus.discretize(cut, domain)
-    return grid.domain, 1 - half, rfft(grid.pmf)
+    return grid.domain, 1 - half, numpy.fft.rfft(grid.pmf)
 
 
 @lru_cache(maxsize=4096)
