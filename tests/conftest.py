@@ -64,7 +64,7 @@ def fedtorch(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str
     return call
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the shared data is not here: {SHARED}")

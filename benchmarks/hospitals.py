@@ -1,0 +1,246 @@
+"""Four hospitals train together over TLS, with ``kill -9`` in the middle; every promise is checked.
+
+    python -m benchmarks.hospitals ../shared/data/heart-disease
+
+Each hospital's table goes to a folder of its own, keys are made with ``fedtorch keys``, and then one
+``fedtorch serve`` and four ``fedtorch site`` processes run as a user would start them (a witness notes what
+each opens and what the server receives, see ``benchmarks.witness``; strace does so from outside). A site
+is killed in the middle of a visit, the server while it holds some reports of a round and waits for
+another. Both are started again. ``benchmarks.hospitals_checks`` says what must hold afterwards. Twice:
+with privacy, and without, where the weights must also be those of an undisturbed run in one process.
+"""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import hospitals_checks as checks
+from benchmarks.heart import HOSPITALS, hospitals
+from fedtorch import checkpoint
+from fedtorch.engines import wire
+
+ROOT = Path(__file__).parents[1]
+SPARE = 2
+"""Rounds the privacy plan pays for beyond those to train: what each kill may cost."""
+PRIVATE = (
+    '[privacy]\nname = "sample"\nsample_rate = 0.1\nsteps = 20\nbatch_size = 8.0\nepsilon = 8.0\n'
+)
+RUNS = {
+    "private": "lr = 0.5\n" + PRIVATE + "rounds = {planned}\n",
+    "plain": 'privacy = "none"\nlr = 1e-3\nsteps = 100\nbatch_size = 4\n',
+}
+STRACE = ["strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=open,openat,openat2", "-o"]
+
+
+@dataclass
+class Trial:
+    """One federation on this machine."""
+
+    folder: Path
+    rounds: int
+    strace: bool
+    names: tuple[str, ...] = HOSPITALS
+    port: int = 0
+    processes: dict[str, subprocess.Popen] = field(default_factory=dict)
+
+    def prepare(self, data: Path, kind: str) -> None:
+        """Tables, keys and the server's configuration."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        for name, ((x, y), (x_test, y_test)) in zip(self.names, hospitals(data)[0], strict=True):
+            (self.folder / name).mkdir()
+            rows = {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
+            np.savez(self.rows(name), **{k: np.asarray(v) for k, v in rows.items()})
+        keys = ["keys", self.folder / "keys", "--server", "127.0.0.1", "--sites"]
+        words = [sys.executable, "-m", "fedtorch", *map(str, keys), ",".join(self.names)]
+        subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        (self.folder / "serve.toml").write_text(
+            f'sites = {list(self.names)}\naddress = "127.0.0.1:{self.port}"\nminimum = 4\n'
+            f'credentials = "{self.folder}/keys/server"\nrun_dir = "{self.folder}/run"\n'
+            f'input_shape = [13]\nkind = "binary"\noutputs = 1\nmodel = "logistic"\n'
+            f"rounds = {self.rounds}\ndeadline = 120.0\n"
+            + RUNS[kind].format(planned=self.rounds + SPARE)
+        )
+
+    def rows(self, name: str) -> Path:
+        """A hospital's own table."""
+        return self.folder / name / "rows.npz"
+
+    def start(self, who: str, *more: str) -> None:
+        """Start the server or a site, as a user would; ``more`` are further options of the server."""
+        words = ["serve", *(more or [str(self.folder / "serve.toml")])]
+        if who != "server":
+            options: dict[str, object] = {
+                "server": f"127.0.0.1:{self.port}",
+                "name": who,
+                "credentials": self.folder / "keys" / who,
+                "state": self.folder / who / "state",
+                "dataset": "npz",
+                "dataset.path": self.rows(who),
+                "dataset.kind": "binary",
+                "models": "logistic",
+            }
+            if "epsilon" in (self.folder / "serve.toml").read_text():
+                options["max-epsilon"] = 8.0
+            words = ["site", *(str(w) for k, v in options.items() for w in (f"--{k}", v))]
+        notes = self.folder / "notes" / who
+        notes.mkdir(parents=True, exist_ok=True)
+        (notes / "pid").unlink(missing_ok=True)
+        tracer = [*STRACE, str(notes / f"strace-{time.time_ns()}.txt")] if self.strace else []
+        log = (notes / "log.txt").open("ab")
+        command = [*tracer, sys.executable, "-m", "benchmarks.witness", str(notes), *words]
+        self.processes[who] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        log.close()
+
+    def pid(self, who: str) -> int:
+        """Process id of a party (strace, where it runs, has one of its own)."""
+        path = self.folder / "notes" / who / "pid"
+        self.wait(lambda: path.exists() and path.read_text() != "", f"{who} to start")
+        return int(path.read_text())
+
+    def kill(self, who: str) -> None:
+        """Kill -9."""
+        os.kill(self.pid(who), signal.SIGKILL)
+        self.processes[who].wait()
+
+    def received(self) -> list[dict[str, Any]]:
+        """Every message the server has taken so far, over all its processes."""
+        path = self.folder / "notes/server/received.jsonl"
+        text = path.read_bytes() if path.exists() else b""
+        lines = [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
+        for line in lines:
+            line["data"] = base64.b64decode(line["data"])
+        return lines
+
+    def reports(self, round: int) -> set[str]:
+        """Sites whose report of a round (from 0) the server has."""
+        found = [m for m in self.received() if m["method"] == "report"]
+        return {m["site"] for m in found if wire.decode(m["data"]).facts["round"] == round}
+
+    def begun(self, site: str) -> list[int]:
+        """Rounds (from 0) of a site's visits: those it was charged for, or those it has a task for."""
+        ledger = self.folder / site / "state/ledger-example.jsonl"
+        if ledger.exists():
+            text = ledger.read_text()
+            return [json.loads(t)["round"] for t in text[: text.rfind("\n")].splitlines()[1:]]
+        tasks = [m for m in self.received() if m["site"] == site and m["answer"] == "task"]
+        return [m["given"] for m in tasks]
+
+    def rounds_done(self) -> int:
+        """Rounds that are in the run's record."""
+        path = self.folder / "run/metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def wait(self, done: Callable[[], bool], what: str, pause: float = 0.05) -> None:
+        """Poll until ``done``; raises Broken when it takes too long or somebody ended in failure."""
+        end = time.monotonic() + 120
+        while not done():
+            ill = [who for who, p in self.processes.items() if p.poll()]
+            late = time.monotonic() > end
+            checks.demand(not ill and not late, f"{what} came", f"{ill} {self.log(*ill)}")
+            time.sleep(pause)
+
+    def log(self, *who: str) -> str:
+        """The end of what parties have written."""
+        texts = [(self.folder / "notes" / w / "log.txt").read_text() for w in who]
+        return "\n".join(t[-1000:] for t in texts)
+
+    def finish(self) -> None:
+        """Wait for everybody to end by themselves."""
+        for who, process in self.processes.items():
+            code = process.wait(timeout=300)
+            checks.demand(code == 0, f"{who} ended by itself and well", self.log(who))
+
+    def close(self) -> None:
+        """Leave no process behind, whatever happened."""
+        for who, process in self.processes.items():
+            if process.poll() is None:
+                path = self.folder / "notes" / who / "pid"
+                if path.exists():  # under strace the process is strace's child
+                    os.kill(int(path.read_text()), signal.SIGKILL)
+                process.kill()
+            process.wait()
+
+
+def kill_in_visit(trial: Trial, site: str) -> int:
+    """Kill -9 a site that has begun a visit and not yet reported; returns the round."""
+    while trial.rounds_done() < trial.rounds - 3:
+        before = len(trial.begun(site))
+        trial.wait(lambda n=before: len(trial.begun(site)) > n, f"a visit of {site}", 0.003)  # type: ignore[misc]
+        os.kill(trial.pid(site), signal.SIGSTOP)
+        time.sleep(0.3)  # whatever it had sent has arrived by now
+        round = trial.begun(site)[-1]
+        if site not in trial.reports(round):
+            trial.kill(site)
+            return round
+        os.kill(trial.pid(site), signal.SIGCONT)
+    raise checks.Broken(f"{site} was never caught in a visit")
+
+
+def kill_in_round(trial: Trial, held_back: str) -> int:
+    """Kill -9 the server while it has all reports of a round but one; returns the round."""
+    os.kill(trial.pid(held_back), signal.SIGSTOP)
+    time.sleep(0.3)
+    trial.wait(
+        lambda: trial.reports(trial.rounds_done()) >= {*trial.names} - {held_back},
+        "the other sites' reports",
+    )
+    round = trial.rounds_done()
+    state = checkpoint.load(trial.folder / "run/checkpoints")
+    checks.demand(
+        state["round"] == round and held_back not in trial.reports(round),
+        f"the server is killed in the middle of round {round + 1}",
+    )
+    trial.kill("server")
+    os.kill(trial.pid(held_back), signal.SIGCONT)
+    return round
+
+
+def run(trial: Trial) -> dict[str, int]:
+    """All of it; returns the rounds (from 0) in which a site and the server were killed."""
+    for who in ("server", *trial.names):
+        trial.start(who)
+    trial.wait(lambda: trial.rounds_done() >= 2, "round 2")
+    first = kill_in_visit(trial, trial.names[0])
+    trial.start(trial.names[0])
+    trial.wait(lambda: trial.rounds_done() > first + 1, "the round after the kill")
+    second = kill_in_round(trial, trial.names[-1])
+    trial.start("server", "--run-dir", str(trial.folder / "run"), "--resume")
+    trial.finish()
+    return {trial.names[0]: first, "server": second}
+
+
+def main(data: Path, rounds: int = 20) -> None:
+    """Both trials."""
+    if shutil.which("strace") is None:
+        raise SystemExit("hospitals needs strace: the published trial is watched from outside too")
+    for kind in RUNS:
+        with tempfile.TemporaryDirectory() as folder:
+            trial = Trial(Path(folder), rounds, strace=True)
+            began = time.perf_counter()
+            try:
+                trial.prepare(data, kind)
+                killed = run(trial)
+            finally:
+                trial.close()
+            print(f"{kind}: {time.perf_counter() - began:.1f} s, kills included")
+            for line in checks.everything(trial, data, killed):
+                print(f"  {line}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

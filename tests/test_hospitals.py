@@ -1,0 +1,134 @@
+"""The trial of four hospitals in eight rounds, and that each of its checks can fail."""
+
+import copy
+import json
+import os
+
+import numpy as np
+import pytest
+
+from benchmarks import hospitals_checks as checks
+from benchmarks.hospitals import Trial, run
+from fedtorch.engines import wire
+
+pytestmark = pytest.mark.timeout(240)
+ROUNDS = 8
+
+
+@pytest.fixture(scope="module")
+def done(shared, tmp_path_factory):
+    """A private trial with a site and the server killed, and in which rounds they were."""
+    data = shared / "heart-disease"
+    trial = Trial(tmp_path_factory.mktemp("hospitals"), ROUNDS, strace=False)
+    try:
+        trial.prepare(data, "private")
+        killed = run(trial)
+    finally:
+        trial.close()
+    assert all(p.poll() is not None for p in trial.processes.values())
+    return trial, data, killed
+
+
+def test_four_hospitals_train_over_tls_through_kill_9(done):
+    trial, data, killed = done
+    told = [*checks.everything(trial, data, killed)]
+    assert f"training ended at round {ROUNDS}, each round counted once" in told
+    assert any(t.startswith("server opened no hospital's file (audit hook") for t in told)
+    assert sum("ledger: " in t for t in told) == 5
+
+
+def test_an_opened_table_is_noticed(done):
+    trial, data, _ = done
+    names = ("server", "cleveland")
+    before = [(trial.folder / "notes" / n / "opened.txt").read_text() for n in names]
+    for name, text in zip(names, before, strict=True):
+        notes = trial.folder / "notes" / name / "opened.txt"
+        for path in (trial.rows("va"), data / "processed.va.data"):
+            notes.write_text(f"{text}{path.resolve()}\n")
+            with pytest.raises(checks.Broken, match=f"{name} opened nobody else's file"):
+                checks.who_opened_what(trial.folder, name, trial.names, data, False)
+        notes.write_text("")
+        with pytest.raises(checks.Broken, match="awake"):
+            checks.who_opened_what(trial.folder, name, trial.names, data, False)
+        notes.write_text(text)
+
+
+def test_rows_and_strange_numbers_in_a_message_are_noticed(done):
+    trial, _, _ = done
+    messages = trial.received()
+    with np.load(trial.rows("va")) as table:
+        row = table["x_test"][3]
+    for kind in (np.float32, np.float64):
+        hidden = [*messages, {"method": "fetch", "data": b"..." + row.astype(kind).tobytes()}]
+        with pytest.raises(checks.Broken, match="no row of va"):
+            checks.no_row_arrived(hidden, {"va": trial.rows("va")})
+    at = next(k for k, m in enumerate(messages) if m["method"] == "report")
+    for group, why in (("rows", "only an update"), ("metrics", "only known figures")):
+        changed = copy.deepcopy(messages)
+        report = wire.decode(changed[at]["data"])
+        report.groups.setdefault(group, {})["x"] = next(iter(report.groups[""].values()))
+        changed[at]["data"] = wire.encode(report)
+        with pytest.raises(checks.Broken, match=why):
+            checks.only_updates_arrived(changed, 14)
+    with pytest.raises(checks.Broken, match="model's size"):
+        checks.only_updates_arrived(messages, 13)
+    changed = [m | {"method": "fetch"} for m in messages]
+    with pytest.raises(checks.Broken, match="no tensor"):
+        checks.only_updates_arrived(changed, 14)
+
+
+def test_lost_charges_and_noise_used_twice_are_noticed(done):
+    trial, _, killed = done
+    messages, folder = trial.received(), trial.folder
+    ledger = folder / "va/state/ledger-example.jsonl"
+    text = ledger.read_text()
+    lines = text.splitlines(keepends=True)
+    for changed in (lines[:-1], [*lines, lines[-1]]):
+        ledger.write_text("".join(changed))
+        with pytest.raises(checks.Broken, match="va's ledger"):
+            checks.site_ledger(folder, "va", ROUNDS, messages, killed)
+    ledger.write_text(text)
+    with pytest.raises(checks.Broken, match="the server's ledger"):
+        checks.server_ledger(folder, ROUNDS, trial.names, {"server": killed["server"] + 1})
+    first: dict[tuple[str, int], dict] = {}
+    for m in messages:
+        if m["method"] == "report":
+            message = wire.decode(m["data"])
+            groups = first.setdefault((m["site"], message.facts["round"]), message.groups)
+            m["data"] = wire.encode(wire.Message("report", message.facts, groups))
+    with pytest.raises(checks.Broken, match="other noise"):
+        checks.noise_is_fresh(messages, killed)
+
+
+def test_a_round_that_is_missing_or_counted_twice_is_noticed(done):
+    trial, _, _ = done
+    with pytest.raises(checks.Broken, match="each round counted once"):
+        checks.rounds_are_complete(trial.folder, ROUNDS - 1)
+    path = trial.folder / "run/metrics.jsonl"
+    text = path.read_text()
+    path.write_text(text + json.dumps({"round": ROUNDS}) + "\n")
+    with pytest.raises(checks.Broken, match="each round counted once"):
+        checks.rounds_are_complete(trial.folder, ROUNDS)
+    path.write_text(text)
+
+
+def test_a_server_that_reads_a_table_is_caught(done):
+    """The negative control: this server is given a hospital's table to test its model on."""
+    trial, data, _ = done
+    other = Trial(trial.folder / "control", 1, strace=False, port=trial.port)
+    for name in ("control", *(f"control/{n}" for n in trial.names)):
+        (trial.folder / name).mkdir()
+    os.link(trial.rows("va"), other.rows("va"))
+    text = (trial.folder / "serve.toml").read_text().replace("minimum = 4", "minimum = 5")
+    (other.folder / "serve.toml").write_text(
+        text.replace(str(trial.folder / "run"), str(other.folder / "run"))
+        + f'[dataset]\nname = "npz"\npath = "{other.rows("va")}"\n'
+    )
+    other.start("server")
+    assert (
+        other.processes["server"].wait(60) == 2
+    )  # it reads the table, then finds minimum too large
+    notes = other.folder / "notes/server/opened.txt"
+    notes.write_text(notes.read_text() + str(other.folder.resolve() / "run/metrics.jsonl\n"))
+    with pytest.raises(checks.Broken, match="server opened nobody else's file"):
+        checks.who_opened_what(other.folder, "server", trial.names, data, False)
