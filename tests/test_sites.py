@@ -127,10 +127,12 @@ def test_private_sites_are_not_asked_for_statistics_of_their_data():
     assert set(plain.buffers) == {"filters"} and not private.buffers
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_private_noise_is_added_at_the_sites_and_charged_there(folder, tmp_path, strict):
+@pytest.mark.parametrize(
+    "mode, strict", [("stacked", False), ("auto", True), ("hooks", False), ("ghost", False)]
+)
+def test_private_noise_is_added_at_the_sites_and_charged_there(folder, tmp_path, mode, strict):
     privacy = SampleLevel(
-        noise_multiplier=1.0, rounds=2, steps=2, insecure_seed=5, mode="stacked", strict=strict
+        noise_multiplier=1.0, rounds=2, steps=2, insecure_seed=5, mode=mode, strict=strict
     )
     offered = offer(privacy=privacy)
     with server(folder, offered, keys=None) as there:

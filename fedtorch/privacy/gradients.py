@@ -5,7 +5,6 @@ Opacus ``hooks`` (per-example gradients of one client) and Opacus ``ghost`` (per
 a second backward pass over the weighted losses).
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,9 +106,12 @@ def opacus_gradients(
 
     kind = GradSampleHooksFastGradientClipping if steps.mode == "ghost" else GradSampleHooks
     hooks = kind(model, loss_reduction="sum", strict=False)
+    moved = _listen(model, hooks)
     try:
         yield OpacusGradients(model, hooks, loss, steps, forward)
     finally:
+        for handle in moved:
+            handle.remove()
         hooks.cleanup()
         for p in model.parameters():
             for left in ("summed_grad", "grad_sample", "_norm_sample", "_forward_counter"):
@@ -144,8 +146,7 @@ class OpacusGradients:
 
     def _hooked(self, x: Any, y: Any, total: Params) -> Tensor:
         values = reduce(self.loss(self.forward(self.model, x), y))
-        with _quiet():
-            values.sum().backward()
+        values.sum().backward()
         grads: Params = {k: getattr(self.model.get_parameter(k), "grad_sample") for k in total}  # noqa: B009
         sq = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in grads.values()]).sum(0)
         weight = self.steps.factors(sq)
@@ -157,8 +158,7 @@ class OpacusGradients:
 
     def _ghost(self, x: Any, y: Any, total: Params) -> Tensor:
         values = reduce(self.loss(self.forward(self.model, x), y))
-        with _quiet():
-            values.sum().backward(retain_graph=True)
+        values.sum().backward(retain_graph=True)
         sq = self.hooks.get_norm_sample().square()
         self.model.zero_grad()
         finite = sq.isfinite()
@@ -168,8 +168,7 @@ class OpacusGradients:
                 self._ghost(rows(x, finite), y[finite], total)
             return values.detach()
         self.hooks.disable_hooks()
-        with _quiet():
-            (values * self.steps.factors(sq)).sum().backward()
+        (values * self.steps.factors(sq)).sum().backward()
         self.hooks.enable_hooks()
         for k, p in self.model.named_parameters():
             if p.grad is not None:
@@ -178,9 +177,26 @@ class OpacusGradients:
         return values.detach()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # harmless since torch 2.9: the hooks read the gradient of the output, not of the input
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
-        yield
+def _listen(model: nn.Module, opacus: Any) -> list[Any]:
+    """Move Opacus's backward hooks from modules to the tensors they put out; returns their handles.
+
+    They read the gradient of the output alone. torch calls a module's backward hook when the gradient of
+    its input is there, and warns where no input needs one; that warning could only be silenced for all
+    threads of the process at once, and sites in threads undid each other's silence.
+    """
+    handles = []
+    for module in model.modules():
+        for key, hook in [*module._backward_hooks.items()]:
+            if getattr(getattr(hook, "func", None), "__self__", None) is opacus:
+                del module._backward_hooks[key]
+                handles.append(module.register_forward_hook(_on_output(hook)))
+    return handles
+
+
+def _on_output(hook: Callable[..., Any]) -> Callable[[nn.Module, Any, Any], None]:
+    def listen(module: nn.Module, args: Any, output: Any) -> None:
+        first: Tensor = output if isinstance(output, Tensor) else output[0]
+        if first.requires_grad:
+            first.register_hook(lambda grad: hook(module, None, (grad,)))
+
+    return listen
