@@ -14,12 +14,14 @@ from fedtorch.data import Npz
 from fedtorch.data.base import facts_of
 from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message
-from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
+from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.sites import keys, plan
 from fedtorch.sites.budget import Budget, OverBudget
-from fedtorch.sites.engine import Sites, expected, remotes
+from fedtorch.sites.engine import Sites, remotes
+from fedtorch.sites.reports import expected
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.sites.site import Site, SiteConfig
+from fedtorch.sites.visits import Visit, judge
 from fedtorch.types import ConfigError
 
 pytestmark = pytest.mark.timeout(300)
@@ -32,7 +34,7 @@ def folder(tmp_path_factory):
     keys.make(folder / "keys", ["localhost", "127.0.0.1"], [*NAMES, "stranger"], 2)
     keys.make(folder / "others", ["localhost"], NAMES, 2)
     g = torch.Generator().manual_seed(0)
-    for name, n in zip(NAMES, (40, 30), strict=True):
+    for name, n in zip([*NAMES, "stranger"], (40, 30, 20), strict=True):
         x, y = torch.randn(n, 6, generator=g), torch.arange(n) % 3
         import numpy as np
 
@@ -47,11 +49,11 @@ def offer(strategy=FedAvg(), **changes) -> plan.Plan:
 
 
 @contextmanager
-def server(folder, offered, memory=None, **options):
+def server(folder, offered, memory=None, names=NAMES, **options):
     with seeds.seeded(1):
         model, recipe = offered.build()
     options = {"address": "127.0.0.1:0", "keys": folder / "keys/server", "deadline": 60.0} | options
-    made = Server(model, remotes(NAMES), recipe, engine=Sites(offered, **options), seed=3)
+    made = Server(model, remotes(names), recipe, engine=Sites(offered, **options), seed=3)
     if memory:
         made.load_state_dict(memory)
     try:
@@ -89,13 +91,13 @@ def state_of(model):
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
-def here(folder, offered, rounds):
+def here(folder, offered, rounds, names=NAMES, engine=Local(chunk=1)):
     """The same federation in one process."""
     with seeds.seeded(1):
         model, recipe = offered.build()
-    data = [Npz(str(folder / f"{n}.npz")).load(0).train for n in NAMES]
-    clients = [Client(n, d) for n, d in zip(NAMES, data, strict=True)]
-    made = Server(model, clients, recipe, engine=Local(chunk=1), seed=3)
+    data = [Npz(str(folder / f"{n}.npz")).load(0).train for n in names]
+    clients = [Client(n, d) for n, d in zip(names, data, strict=True)]
+    made = Server(model, clients, recipe, engine=engine, seed=3)
     for _ in made.rounds(rounds):
         pass
     return state_of(model)
@@ -360,6 +362,115 @@ def test_too_few_reports_leave_the_model_as_it_was(folder):
         assert figures["failed"] == {"north": "absent", "south": "toofew"}
         assert all(torch.equal(before[k], v) for k, v in made.model.state_dict().items())
         assert made.session.memory() == {}
+
+
+def late_south(made, at, caplog):
+    """North reports while south still trains; returns the round's figures."""
+    taken, go = threading.Event(), threading.Event()
+
+    def slow(facts, groups):
+        taken.set()
+        assert go.wait(30)
+        return facts, groups
+
+    def south():
+        with pytest.raises(Refused, match="discarded"):
+            report(at, "south", slow)
+
+    threads = [threading.Thread(target=south)]
+    threads.append(
+        threading.Thread(target=lambda: taken.wait(30) and report(at, "north", lambda f, g: (f, g)))
+    )
+    for t in threads:
+        t.start()
+    with caplog.at_level(logging.WARNING):
+        figures = made.round()
+        go.set()
+        for t in threads:
+            t.join()
+    return figures
+
+
+@pytest.mark.parametrize(
+    "privacy", [None, SampleLevel(noise_multiplier=1.0, rounds=2)], ids=["plain", "private"]
+)
+def test_over_selection_takes_the_first_and_discards_the_late_by_name(folder, caplog, privacy):
+    began = time.monotonic()
+    with server(folder, offer(privacy=privacy), enough=1) as made:
+        at = {"line": lambda name: line(folder, made.session.port, name)}
+        before = state_of(made.model)
+        figures = late_south(made, at, caplog)
+        assert time.monotonic() - began < 30  # and not the deadline of 60 s
+        assert figures["cohort"] == ["north"] and figures["failed"] == {"south": "late"}
+        assert made.session.figures()["site_south_reported"] == 0
+        assert {*made.session.memory()} == {"north"}
+        # both updates are all zeros, and north's alone was added
+        assert all(torch.equal(before[k], v) for k, v in made.model.state_dict().items())
+        if privacy:  # who was asked has been charged, used or not
+            assert [e.clients for e in made.private.ledger.entries] == [("north", "south")]
+    assert "round 1 goes on without south: 1 others had reported" in caplog.text
+    assert "refused a message of south: its visit is over" in caplog.text
+
+
+def test_of_reports_that_came_together_the_first_count():
+    task = messages.Task({}, {}, 0, 0, 0.1)
+    update = messages.Update(("x",), {}, {}, torch.ones(1))
+    visits = [
+        Visit(n, task, taken=True, outcome=update, place=p)
+        for n, p in zip("abc", (3, 1, 2), strict=True)
+    ]
+    visits.append(Visit("d", task, outcome=messages.Failure("d", "error", "")))
+    judged = [v.outcome for v in judge(visits, most=2, least=1, deadline=9.0)]
+    assert judged[1] is update and judged[2] is update
+    assert [f.kind for f in (judged[0], judged[3])] == ["late", "error"]
+    assert {v.outcome.kind for v in judge(visits[:3], 2, 3, 9.0)} == {"late", "toofew"}
+
+
+@pytest.mark.parametrize(
+    "privacy, enough, why",
+    [
+        (ClientLevel(), 2, "twice the clipping norm"),
+        (SampleLevel(rounds=1, strict=True), 2, "privacy.strict"),
+        (None, 4, "between minimum"),
+        (None, 1, "between minimum"),
+    ],
+)
+def test_over_selection_that_would_void_a_claim_is_refused(privacy, enough, why):
+    model, recipe = offer(privacy=privacy).build()
+    engine = Sites(offer(), "127.0.0.1:0", minimum=2, enough=enough)
+    with pytest.raises(ConfigError, match=why):
+        engine.open(model, remotes("abc"), recipe)
+
+
+def test_under_client_level_privacy_no_round_hangs_on_one_client(folder):
+    """With a round that counts from two reports on, the second client would show by a whole update."""
+    offered = offer(privacy=ClientLevel(noise_multiplier=1e-9, rounds=1, insecure_seed=1))
+    three = [*NAMES, "stranger"]
+    with server(folder, offered, names=three, deadline=3.0, minimum=2) as made:
+        at = {"line": lambda name: line(folder, made.session.port, name)}
+        worker = threading.Thread(target=report, args=(at, "south", lambda f, g: (f, g)))
+        worker.start()
+        figures = made.round()
+        worker.join()
+    assert figures["nonprivate_cohort"] == ["south"]
+
+
+def test_adaptive_clipping_works_over_sites(folder, tmp_path):
+    plan_ = ClientLevel(
+        adaptive=AdaptiveClip(start=0.5), noise_multiplier=0.1, rounds=3, insecure_seed=1
+    )
+    offered, three = offer(privacy=plan_), [*NAMES, "stranger"]
+    with (
+        server(folder, offered, names=three, keys=None) as there,
+        sites(folder, there.session.port, tmp_path, three, credentials="", insecure=True),
+    ):
+        for figures in there.rounds(3):
+            assert figures["nonprivate_cohort"] == three
+        there.close()
+    wanted = here(folder, offered, 3, three)
+    for k, v in there.model.state_dict().items():
+        assert (wanted[k] - v).abs().max() <= 1e-6
+    assert there.private.state["clip"] != 0.5
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,10 @@ Sites call in for work and bring back what they made of it. Nothing they send is
 been checked against what this model and strategy send, and no site can hold up or end a round.
 """
 
-import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -17,22 +16,20 @@ from torch import nn
 
 from fedtorch.client import Client, Recipe
 from fedtorch.engines import messages, wire
-from fedtorch.engines.messages import Expected
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.sites import plan as plans
+from fedtorch.sites.reports import Reader
 from fedtorch.sites.rpc import Listener, log
+from fedtorch.sites.visits import Visit, check_enough, judge
 from fedtorch.solvers import snapshot
-from fedtorch.strategies import Strategy
-from fedtorch.tree import expand, row
-from fedtorch.types import ConfigError, Context, Failure, Params, Task, Update
+from fedtorch.types import ConfigError, Failure, Params, Task, Update
+
+OVER = "its visit is over, or was reported before: discarded"
 
 HOLD_SECONDS = 20.0
 """How long a call for work is held open when there is none."""
 ALIVE_SECONDS = 3 * HOLD_SECONDS
 """A site that has not called for so long counts as away."""
-
-KINDS = ("nonfinite", "error", "budget")
-"""Why a site may say that it has no update."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +42,6 @@ class Remote:
 def remotes(names: Sequence[str]) -> list[Client]:
     """What ``Server`` takes as clients; it asks them for nothing but their id."""
     return cast(list[Client], [Remote(n) for n in names])
-
-
-@dataclass
-class Visit:
-    """One site's part in one round."""
-
-    site: str
-    task: Task
-    nonce: str = field(default_factory=lambda: secrets.token_hex(16))
-    asked: float = field(default_factory=time.monotonic)
-    taken: bool = False
-    outcome: Update | Failure | None = None
-    sent: int = 0
-    received: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +57,8 @@ class Sites:
     """Seconds a round waits for its sites."""
     minimum: int = 1
     """Sites that must report for a round to count."""
+    enough: int | None = None
+    """Over-selection: a round ends when so many have reported; none: it waits for all that were asked."""
 
     def open(self, model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> "SitesSession":
         """Listen for the sites."""
@@ -82,6 +66,8 @@ class Sites:
             raise ConfigError(f"minimum must be between 1 and {len(clients)}, got {self.minimum}")
         if self.deadline <= 0:
             raise ConfigError(f"deadline must be positive, got {self.deadline}")
+        if self.enough is not None:
+            check_enough(self.enough, self.minimum, len(clients), recipe.privacy)
         return SitesSession(self, model, [c.id for c in clients], recipe)
 
 
@@ -93,10 +79,11 @@ class SitesSession:
     def __init__(self, options: Sites, model: nn.Module, names: list[str], recipe: Recipe) -> None:
         """Start to listen."""
         state = snapshot(model)
-        params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
         self.options, self.names = options, names
-        self.expected = expected(recipe, params, model)
-        self.uniform = recipe.weighting == "uniform"
+        self.reader = Reader.of(recipe, model)
+        # whether a round counts must not depend on one client where that is what is hidden
+        central = recipe.privacy is not None and not recipe.privacy.per_client
+        self.least = 0 if central else options.minimum
         self.seen: dict[str, float] = {}
         self.counted: dict[str, str] = {}
         self.visits: dict[str, Visit] = {}
@@ -104,7 +91,7 @@ class SitesSession:
         self.closing = False
         self.change = threading.Condition()
         # float64, every group of the strategy, and room for the header
-        groups = max(len(self.expected.sent), 1)
+        groups = max(len(self.reader.expected.sent), 1)
         size = sum(v.numel() for v in state.values()) * 8 * (groups + 1)
         limit = size + wire.HEADER_LIMIT
         self.limit = limit
@@ -120,27 +107,25 @@ class SitesSession:
             self.change.notify_all()
 
     def collect(self) -> Iterator[Update | Failure]:
-        """Wait for the sites until all have answered or the deadline is over; in a fixed order."""
+        """Wait for the sites until enough have answered or the deadline is over; in a fixed order."""
         end = time.monotonic() + self.options.deadline
         with self.change:
-            while any(v.outcome is None for v in self.visits.values()):
-                left = end - time.monotonic()
-                if left <= 0:
+            most = self.options.enough or len(self.visits)
+            while self._reported() < most and any(v.outcome is None for v in self.visits.values()):
+                if (left := end - time.monotonic()) <= 0:
                     break
                 self.change.wait(left)
             self.last = [*self.visits.values()]
             self.visits = {}  # whatever comes now is late
-        good = sum(isinstance(v.outcome, Update) for v in self.last)
-        for visit in self.last:
-            if visit.outcome is None:
-                kind = "late" if visit.taken else "absent"
-                yield Failure(visit.site, kind, f"no report in {self.options.deadline:g} s")
-            elif isinstance(visit.outcome, Update) and good < self.options.minimum:
-                yield Failure(visit.site, "toofew", f"only {good} sites reported")
-            else:
-                if isinstance(visit.outcome, Update):
-                    self.counted[visit.site] = visit.nonce
-                yield visit.outcome
+        for visit in judge(self.last, most, self.least, self.options.deadline):
+            outcome = visit.outcome
+            assert outcome is not None  # a judge's work
+            if isinstance(outcome, Update):
+                self.counted[visit.site] = visit.nonce
+            elif outcome.kind in ("late", "absent"):
+                number = visit.task.round + 1
+                log.warning("round %d goes on without %s: %s", number, visit.site, outcome.reason)
+            yield outcome
 
     def wait_for_sites(self, seconds: float) -> list[str]:
         """Wait until enough sites are there for a round to count; returns who is."""
@@ -160,7 +145,7 @@ class SitesSession:
                 f"site_{v.site}_bytes_sent": v.sent,
                 f"site_{v.site}_bytes_received": v.received,
                 f"site_{v.site}_seconds": round(v.seconds, 3),
-                f"site_{v.site}_reported": float(isinstance(v.outcome, Update)),
+                f"site_{v.site}_reported": float(v.updated),
             }
         return found
 
@@ -183,6 +168,9 @@ class SitesSession:
         while waiting & {*self._here()} and time.monotonic() < end:
             time.sleep(0.05)  # each is taken off the list when it has heard
         self.listener.close()
+
+    def _reported(self) -> int:
+        return sum(v.updated for v in self.visits.values())
 
     # the sites' threads
 
@@ -226,37 +214,25 @@ class SitesSession:
         return data
 
     def _report(self, site: str, message: Message, size: int) -> bytes:
-        outcome = message.groups, message.facts
         with self.change:
             visit = self._open(site)
         if visit is None or message.facts.get("visit") != visit.nonce:
-            raise MessageError("this visit is over, or was reported before")
+            raise MessageError(OVER)
         try:
-            if message.facts.get("round") != visit.task.round:
-                raise MessageError("it is about another round")
-            read = messages.read_outcome(Message("outcome", outcome[1], outcome[0]), [site])
-            self._believe(read)
-            result: Update | Failure = read.update if read.update.ids else read.failures[0]
+            result = self.reader.read(site, visit.task, message)
         except MessageError as e:
             log.warning("round %d: refused the report of %s: %s", visit.task.round, site, e)
             result = Failure(site, "refused", str(e))
         with self.change:
             if self.visits.get(site) is not visit or visit.outcome is not None:
-                raise MessageError("this visit is over, or was reported before")
+                raise MessageError(OVER)
             visit.outcome = result
+            visit.place = sum(v.outcome is not None for v in self.visits.values())
             visit.received, visit.seconds = size, time.monotonic() - visit.asked
             self.change.notify_all()
         if isinstance(result, Failure) and result.kind == "refused":
             raise MessageError(result.reason)
         return wire.encode(Message("thanks"))
-
-    def _believe(self, read: messages.Outcome) -> None:
-        if read.update.ids:
-            messages.check(read.update, self.expected)
-            if self.uniform and not bool((read.update.weight == 1).all()):
-                raise MessageError("its weight is not 1")
-        elif read.failures[0].kind not in KINDS:
-            raise MessageError("it gives no reason that is known")
 
     def _open(self, site: str) -> Visit | None:
         visit = self.visits.get(site)
@@ -265,22 +241,3 @@ class SitesSession:
     def _here(self) -> list[str]:
         now = time.monotonic()
         return [s for s in self.names if now - self.seen.get(s, -1e9) < ALIVE_SECONDS]
-
-
-def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
-    """Names, shapes and dtypes of an honest update: an upload of a visit that changed nothing."""
-    strategy: Strategy = recipe.strategy
-    ctx = Context(
-        expand(params),
-        {g: expand(e) for g, e in strategy.init(params).items()},
-        {g: expand(m) for g, m in strategy.remember(params).items()},
-        torch.ones(1),
-        1.0,
-    )
-    sent = strategy.upload(expand(params), ctx)[0]
-    floats = {k: b for k, b in model.named_buffers() if b.is_floating_point()}
-    floats = {} if recipe.privacy else floats  # private clients send no statistics of their data
-    return Expected(
-        {g: {k: (v.shape, torch.float64) for k, v in row(s, 0).items()} for g, s in sent.items()},
-        messages.schema(floats),
-    )

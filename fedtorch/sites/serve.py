@@ -79,6 +79,9 @@ class ServeConfig:
     """Seconds a round waits for its sites."""
     minimum: int = 1
     """Sites that must be there for a round to start, and report for it to count."""
+    enough: int | None = None
+    """Over-selection: a round ends when so many sites have reported, the others are late; none: it waits
+    for all that participation has chosen."""
     patience: float = 3600.0
     """Seconds to wait for enough sites before giving up."""
     seed: int = 0
@@ -107,7 +110,16 @@ class ServeConfig:
 LEDGER = "ledger.jsonl"
 """What the run has spent by the server's book, in its folder; each site keeps its own."""
 
-FREE_ON_RESUME = {"rounds", "resume", "run_dir", "deadline", "minimum", "patience", "address"}
+FREE_ON_RESUME = {
+    "rounds",
+    "resume",
+    "run_dir",
+    "deadline",
+    "minimum",
+    "enough",
+    "patience",
+    "address",
+}
 """Options a resumed run may change."""
 
 
@@ -121,7 +133,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
     with seeds.seeded(seeds.derive(config.seed, "model")):
         model, recipe = plan.build()
     keys = Path(config.credentials) if config.credentials else None
-    engine = Sites(plan, config.address, keys, config.deadline, config.minimum)
+    engine = Sites(plan, config.address, keys, config.deadline, config.minimum, config.enough)
     clients = remotes(config.sites)
     test = config.dataset.load(config.seed).test if config.dataset is not None else None
     metric = DEFAULTS[config.kind][1]
