@@ -1,6 +1,6 @@
 """fedtorch: federated learning for PyTorch."""
 
-from fedtorch.client import Client, Recipe, local_update
+from fedtorch.client import Client, Recipe
 from fedtorch.engines import Local
 from fedtorch.evaluate import evaluate
 from fedtorch.optimizers import (
@@ -14,6 +14,7 @@ from fedtorch.participation import Everyone, Poisson, Uniform
 from fedtorch.server import Server
 from fedtorch.strategies import FedAvg, FedProx, Scaffold, Strategy
 from fedtorch.types import ConfigError
+from fedtorch.visit import local_update
 
 __version__ = "0.1.0"
 

@@ -54,7 +54,7 @@ def plan(n: int, order: Order, seed: int) -> Tensor:
 def fetch(data: Dataset, index: Tensor) -> tuple[Any, Any]:
     """The examples at ``index`` as one batch ``(x, y)``; datasets are collated as DataLoader does."""
     if isinstance(data, TensorDataset):
-        x, y = (t[index] for t in data.tensors)
+        x, y = (_pick(t, index) for t in data.tensors)
         return x, y
     if len(index) == 0:  # a Poisson batch may be empty, but nothing cannot be collated
         x, y = fetch(data, torch.tensor([0]))
@@ -67,9 +67,17 @@ def fetch(data: Dataset, index: Tensor) -> tuple[Any, Any]:
     return x, y
 
 
+def _pick(table: Tensor, index: Tensor) -> Tensor:
+    # the same rows in a third of the time; indexing also crosses devices and keeps a memory format
+    if table.is_contiguous() and table.device == index.device:
+        return table.index_select(0, index)
+    return table[index]
+
+
 def batches(data: Dataset, plan: Tensor) -> Iterator[tuple[Any, Any]]:
     """One client's batches in order. Tensors are gathered a pass at a time, not batch by batch."""
-    counts = (plan >= 0).sum(1).tolist()
+    full = bool(plan.min() >= 0)
+    counts = [plan.shape[1]] * len(plan) if full else (plan >= 0).sum(1).tolist()
     if not isinstance(data, TensorDataset):
         for index, count in zip(plan, counts, strict=True):
             yield fetch(data, index[:count])
@@ -77,7 +85,7 @@ def batches(data: Dataset, plan: Tensor) -> Iterator[tuple[Any, Any]]:
     per_gather = max(1, length(data) // plan.shape[1])
     for t in range(0, len(plan), per_gather):
         steps, sizes = plan[t : t + per_gather], counts[t : t + per_gather]
-        x, y = fetch(data, steps[steps >= 0])
+        x, y = fetch(data, steps.flatten() if full else steps[steps >= 0])
         yield from zip(x.split(sizes), y.split(sizes), strict=True)
 
 

@@ -31,17 +31,28 @@ def seeded(seed: int) -> Iterator[None]:
     Dropout and a user's augmentation draw from these; seeding them for each visit is what makes
     a resumed run repeat the same masks and crops.
     """
+    with kept():
+        set_global(seed)
+        yield
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Put the global generators of torch, NumPy and Python back afterwards."""
     state = random.getstate(), np.random.get_state()
-    # torch.manual_seed also queues a seed, with a stack trace, for every accelerator that is not in
-    # use: half a millisecond a visit and a list that never shrinks
-    accelerator = torch.cuda.is_initialized()
-    seed_all = torch.manual_seed if accelerator else torch.default_generator.manual_seed
-    with torch.random.fork_rng(None if accelerator else []):
-        seed_all(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+    with torch.random.fork_rng(None if torch.cuda.is_initialized() else []):
         try:
             yield
         finally:
             random.setstate(state[0])
             np.random.set_state(state[1])
+
+
+def set_global(seed: int) -> None:
+    """Seed the global generators; inside ``kept()``, which costs ten times as much."""
+    # torch.manual_seed also queues a seed, with a stack trace, for every accelerator that is not in
+    # use: half a millisecond a visit and a list that never shrinks
+    accelerator = torch.cuda.is_initialized()
+    (torch.manual_seed if accelerator else torch.default_generator.manual_seed)(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

@@ -5,9 +5,7 @@ a client axis. ``general`` is what a PyTorch user would write for one client; ``
 weight a client axis and lets torch.func.vmap run K clients as one.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -15,29 +13,19 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils.data import Dataset
 
-from fedtorch.batches import Order, batches, side_by_side
-from fedtorch.losses import Loss, reduce
-from fedtorch.optimizers import ClientOptimizer
-from fedtorch.privacy.gradients import PrivateSteps, opacus_gradients, stacked_gradients
+from fedtorch.batches import side_by_side
+from fedtorch.losses import reduce
+from fedtorch.modules import buffers
+from fedtorch.modules import forward as forward
+from fedtorch.modules import load as load
+from fedtorch.modules import snapshot as snapshot
+from fedtorch.modules import to as to
+from fedtorch.privacy.gradients import PrivateSteps, stacked_gradients
 from fedtorch.strategies import Strategy
 from fedtorch.tree import expand, per_client
 from fedtorch.types import Context, Params, Stack, Task
-
-
-class Recipe(Order, Protocol):
-    """What a solver needs of ``fedtorch.client.Recipe``."""
-
-    @property
-    def strategy(self) -> Strategy:
-        """Corrects each gradient."""
-
-    @property
-    def loss(self) -> Loss:
-        """Per example or for the whole batch."""
-
-    @property
-    def optimizer(self) -> ClientOptimizer:
-        """Builds the local optimizer."""
+from fedtorch.working import Recipe as Recipe
+from fedtorch.working import Working, correct
 
 
 class Trained(NamedTuple):
@@ -55,7 +43,13 @@ class Trained(NamedTuple):
 class Implicit(Protocol):
     """A ``Trained`` that can say what matters of K clients without writing down K models."""
 
-    loss: Tensor
+    @property
+    def loss(self) -> Tensor:
+        """Mean training loss over the visit's steps, [K], on the CPU."""
+
+    @property
+    def buffers(self) -> Stack:
+        """Mean of the float buffers by the clients' weights, one row; empty: the model has none."""
 
     def sq_norms(self, upper: bool = False) -> Tensor:
         """Squared norm of each client's change, [K], float64; not finite where the change is not.
@@ -97,32 +91,11 @@ def general(
     With ``private`` each step takes its gradient, clipped by example and noised, from Opacus.
     """
     (data,), (steps,) = datasets, plans
-    load(model, task.state)
-    model.train()
-    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    views = expand({k: p.detach() for k, p in params.items()})
-    optimizer = recipe.optimizer.build(params.values(), task.lr)
-    correcting = type(recipe.strategy).correct is not Strategy.correct
-    device = next(iter(params.values())).device
-    losses = []
-    hooks = opacus_gradients(model, recipe.loss, private, forward) if private else nullcontext()
-    with hooks as gradients:
-        for x, y in batches(data, steps):
-            x, y = to(x, device), to(y, device)
-            forget(params)
-            if gradients is None:
-                loss = reduce(recipe.loss(forward(model, x), y)).mean()
-                loss.backward()
-            else:
-                loss = gradients.backward(x, y)
-            if correcting:
-                correct(recipe.strategy, params, views, ctx)
-            optimizer.step()
-            losses.append(loss.detach())
-    forget(params)  # a gradient left behind would be seen by the next client
-    floats = {k: b.clone()[None] for k, b in model.named_buffers() if b.is_floating_point()}
+    here = Working(model, task, recipe)
+    loss = here.visit(data, steps, ctx, private)
+    floats = {k: b.clone() for k, b in here.floats().items()}
     # the weights are still the module's own: whoever wants to keep them copies them
-    return Trained(views, floats, torch.stack(losses).double().mean().cpu()[None])
+    return Trained(expand(here.weights()), expand(floats), loss[None])
 
 
 def stacked(
@@ -181,72 +154,3 @@ def stacked(
                     v.copy_(torch.where(per_client(on, v), v, before[k]))
     floats = {k: v for k, v in rest.items() if v.is_floating_point() and k in buffers(model)}
     return Trained(views, floats, total / ctx.steps)
-
-
-def correct(
-    strategy: Strategy,
-    params: Mapping[str, Tensor],
-    views: Stack,
-    ctx: Context,
-    stacked: bool = False,
-) -> None:
-    """Let the strategy replace the gradients in place; weights the loss never reached stay out."""
-    with torch.no_grad():
-        shown = {
-            k: torch.zeros_like(views[k]) if p.grad is None else p.grad if stacked else p.grad[None]
-            for k, p in params.items()
-        }
-        grads = strategy.correct(shown, views, ctx)
-        for k, p in params.items():
-            if p.grad is not None:
-                p.grad = grads[k] if stacked else grads[k][0]
-
-
-def forget(params: Mapping[str, Tensor]) -> None:
-    """Drop the gradients, without the bookkeeping of ``optimizer.zero_grad()``."""
-    for p in params.values():
-        p.grad = None
-
-
-def load(model: nn.Module, state: Params) -> None:
-    """Copy parameters and buffers into the module, in place."""
-    with torch.no_grad():
-        for k, v in (*model.named_parameters(), *model.named_buffers()):
-            v.copy_(state[k])
-
-
-def to_device(task: Task, model: nn.Module) -> Task:
-    """The task where the working model is."""
-    device = next(model.parameters()).device
-    if all(v.device == device for v in task.state.values()):
-        return task
-    return replace(task, state=to(task.state, device), extras=to(task.extras, device))
-
-
-def snapshot(model: nn.Module) -> Params:
-    """A copy of every parameter and buffer; tied weights appear once."""
-    both = (*model.named_parameters(), *model.named_buffers())
-    return {k: v.detach().clone() for k, v in both}
-
-
-def buffers(model: nn.Module) -> set[str]:
-    """Names of the module's buffers."""
-    return {k for k, _ in model.named_buffers()}
-
-
-def forward(model: nn.Module, x: Any) -> Any:
-    """Call the model: a tuple of inputs is spread, a dict goes by keyword."""
-    if isinstance(x, (tuple, list)):
-        return model(*x)
-    return model(**x) if isinstance(x, dict) else model(x)
-
-
-def to(value: Any, device: torch.device) -> Any:
-    """Move tensors, also inside tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {k: to(v, device) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(to(v, device) for v in value)
-    return value

@@ -96,3 +96,13 @@ def test_batches_are_the_plan_step_by_step():
             assert torch.equal(bx, x[index[index >= 0]]) and torch.equal(by, bx[:, 0])
         plain = list(batches(Subset(data, range(23)), steps))
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(got, plain, strict=True))
+
+
+def test_rows_are_picked_alike_from_every_memory_layout():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, 4, 4, generator=g)
+    index = torch.tensor([4, 0, 0, 5])
+    for layout in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3)):
+        picked, _ = fetch(TensorDataset(layout, torch.arange(6)), index)
+        assert torch.equal(picked, layout[index])
+        assert picked.stride() == layout[index].stride()

@@ -39,3 +39,41 @@ def test_reduce_leaves_one_number_for_each_example():
     assert losses.reduce(torch.ones(4, 3, 2)).shape == (4,)
     assert losses.reduce(torch.ones(4)).shape == (4,)
     assert losses.reduce(torch.tensor(2.0)).shape == ()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.cross_entropy,
+        lambda output, target: losses.cross_entropy(output, target),
+        lambda output, target: F.cross_entropy(output, target),  # one number for the whole batch
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 7, 10, 33])
+def test_backward_leaves_the_gradient_of_the_mean_to_the_last_bit(loss, size):
+    g = torch.Generator().manual_seed(size)
+    plain = torch.randn(size, 5, generator=g).requires_grad_()
+    target = torch.randint(0, 5, (size,), generator=g)
+    ours = plain.detach().clone().requires_grad_()
+    expected = losses.reduce(loss(plain, target)).mean()
+    expected.backward()
+    value = losses.backward(loss, ours, target)
+    assert torch.equal(ours.grad, plain.grad)
+    assert not value.requires_grad
+    assert torch.allclose(value, expected)
+
+
+def test_an_ignored_target_still_counts_in_the_batch():
+    x = torch.randn(4, 5).requires_grad_()
+    target = torch.tensor([1, -100, 2, -100])
+    value = losses.backward(losses.cross_entropy, x, target)
+    assert torch.allclose(value, losses.cross_entropy(x, target).mean())
+    assert not x.grad[1].any()
+
+
+def test_backward_of_sequences_is_the_mean_over_all_of_them():
+    x, y = torch.randn(3, 7, 5).requires_grad_(), torch.randint(0, 5, (3, 7))
+    losses.backward(losses.cross_entropy, x, y)
+    twin = x.detach().clone().requires_grad_()
+    F.cross_entropy(twin.transpose(1, 2), y).backward()
+    assert torch.allclose(x.grad, twin.grad)

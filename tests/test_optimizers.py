@@ -87,3 +87,26 @@ def test_what_is_called_elementwise_is(cls):
     together = run(torch.stack(rows), torch.stack(grads))
     for k in range(2):
         assert torch.equal(together[k], run(rows[k], grads[k]))
+
+
+@pytest.mark.parametrize("args", [{}, {"momentum": 0.0, "weight_decay": 0.0}, {"momentum": 0.9}])
+def test_a_stepper_is_torchs_own_step_to_the_last_bit(args):
+    g = torch.Generator().manual_seed(0)
+    ours = [torch.randn(5, 3, generator=g).requires_grad_() for _ in range(3)]
+    plain = [p.detach().clone().requires_grad_() for p in ours]
+    step = ClientOptimizer("SGD", args).stepper(ours, 0.3)
+    torchs = torch.optim.SGD(plain, lr=0.3, **args)
+    for _ in range(3):
+        for p, q in zip(ours[:2], plain[:2], strict=True):  # the third has no gradient
+            p.grad = torch.randn(5, 3, generator=g)
+            q.grad = p.grad.clone()
+        step()
+        torchs.step()
+    assert all(torch.equal(p, q) for p, q in zip(ours, plain, strict=True))
+    assert not torch.equal(ours[0], ours[2])
+
+
+def test_a_step_without_any_gradient_moves_nothing():
+    p = torch.ones(2).requires_grad_()
+    ClientOptimizer().stepper([p], 0.1)()
+    assert p.tolist() == [1, 1]

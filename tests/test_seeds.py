@@ -31,3 +31,15 @@ def test_seeded_repeats_and_puts_the_global_generators_back():
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == before[0]
     assert (np.random.get_state()[1] == before[1]).all()
+
+
+def test_kept_spans_many_seeds():
+    state = torch.get_rng_state()
+    with seeds.kept():
+        seeds.set_global(1)
+        first = torch.rand(3)
+        seeds.set_global(2)
+        assert not torch.equal(torch.rand(3), first)
+        seeds.set_global(1)
+        assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.get_rng_state(), state)

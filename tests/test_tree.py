@@ -55,3 +55,7 @@ def test_weighted_sum_is_the_sum(weight):
     want = sum(w * m["w"].double() for w, m in zip(torch.tensor(weight), models, strict=True))
     assert torch.allclose(got["w"], want)
     assert got["w"].dtype == torch.float64
+
+
+def test_finite_holds_where_a_float32_square_does_not():
+    assert tree.finite({"a": torch.tensor([[3e38], [float("inf")]])}).tolist() == [True, False]

@@ -12,10 +12,14 @@ from torch import nn
 from fedtorch import fast, probe, probe_private, solvers
 from fedtorch.client import Client, Recipe
 from fedtorch.privacy import SampleLevel
+from fedtorch.summed import averages
 from fedtorch.types import ConfigError
 
 CACHE = 1 << 20
 """Bytes of stacked weights up to which stacking clients paid on a CPU (one core's L2)."""
+
+GROUP = 64
+"""Clients that train one after another in one call, where their updates are only averaged."""
 
 SOLVERS = ("auto", "fast", "stacked", "general")
 
@@ -30,6 +34,8 @@ class Choice:
     recipe: Recipe
     """With the way to private gradients chosen, if there are any."""
     notes: tuple[str, ...] = ()
+    group: int = 1
+    """Clients trained one after another in one call, where they are not trained side by side."""
     strict: bool = False
     """Never pad a batch: the model or the loss mixes the examples of a batch."""
 
@@ -54,20 +60,21 @@ def choose(
             raise ConfigError(f"engine.solver fast cannot train this: {found}; use auto")
         notes.append(f"the fast path is not used: {found}")
     alone = solvers.stacked if private == "stacked" else solvers.general
+    turns = (chunk or GROUP) if alone is solvers.general and averages(recipe) else 1
     if size == 1 or (solver == "general" and private is None):
-        return Choice(alone, 1, recipe, tuple(notes))
+        return Choice(alone, 1, recipe, tuple(notes), turns)
     if why := probe.no_stacking(model, clients, recipe):
         if solver == "stacked":
             raise ConfigError(f"engine.solver stacked cannot train this: {why}; use auto")
         notes.append(f"clients train one after another: {why}")
-        return Choice(alone, 1, recipe, tuple(notes))
+        return Choice(alone, 1, recipe, tuple(notes), turns)
     strict = probe.mixes_examples(model, clients[0].data, recipe)
     if strict:
         notes.append(
             "model or loss looks at the whole batch: only clients whose batches are equally "
             "large train side by side"
         )
-    return Choice(solvers.stacked, size, recipe, tuple(notes), strict)
+    return Choice(solvers.stacked, size, recipe, tuple(notes), strict=strict)
 
 
 def _automatic(model: nn.Module) -> int:

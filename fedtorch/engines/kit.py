@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedtorch.client import Client, Recipe, local_update
+from fedtorch.client import Client, Recipe
 from fedtorch.engines import wire
 from fedtorch.engines.messages import Memory, Outcome
 from fedtorch.solvers import Solver
 from fedtorch.types import ConfigError, Params, Task
+from fedtorch.visit import local_update
 
 
 @dataclass

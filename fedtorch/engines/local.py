@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from fedtorch import probe
-from fedtorch.client import Client, Recipe, local_update
+from fedtorch.client import Client, Recipe
 from fedtorch.engines.choose import Choice, choose
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
+from fedtorch.visit import local_update
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,13 @@ class LocalSession:
         """Chunks of clients of like size, of at most ``most`` clients, the largest clients first."""
         cohort = sorted((self.clients[i] for i in ids), key=len, reverse=True)
         chunks = []
+        limit = self.choice.chunk
+        if (
+            self.choice.group > 1
+        ):  # one after another: smaller shares keep all workers busy to the end
+            limit, most = self.choice.group, most and max(1, most // 4)
         while cohort:
-            size = min(self.choice.chunk, most or self.choice.chunk)
+            size = min(limit, most or limit)
             if self.choice.strict:
                 size = sum(len(c) == len(cohort[0]) for c in cohort[:size])
                 size = size if self._unpadded(len(cohort[0])) else 1

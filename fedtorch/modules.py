@@ -1,0 +1,60 @@
+"""Small services around one ``nn.Module``: weights in and out, inputs to it, tensors to its device."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtorch.types import Params, Task
+
+
+def forget(params: Mapping[str, Tensor]) -> None:
+    """Drop the gradients, without the bookkeeping of ``optimizer.zero_grad()``."""
+    for p in params.values():
+        p.grad = None
+
+
+def load(model: nn.Module, state: Params) -> None:
+    """Copy parameters and buffers into the module, in place."""
+    with torch.no_grad():
+        for k, v in (*model.named_parameters(), *model.named_buffers()):
+            v.copy_(state[k])
+
+
+def to_device(task: Task, model: nn.Module) -> Task:
+    """The task where the working model is."""
+    device = next(model.parameters()).device
+    if all(v.device == device for v in task.state.values()):
+        return task
+    return replace(task, state=to(task.state, device), extras=to(task.extras, device))
+
+
+def snapshot(model: nn.Module) -> Params:
+    """A copy of every parameter and buffer; tied weights appear once."""
+    both = (*model.named_parameters(), *model.named_buffers())
+    return {k: v.detach().clone() for k, v in both}
+
+
+def buffers(model: nn.Module) -> set[str]:
+    """Names of the module's buffers."""
+    return {k for k, _ in model.named_buffers()}
+
+
+def forward(model: nn.Module, x: Any) -> Any:
+    """Call the model: a tuple of inputs is spread, a dict goes by keyword."""
+    if isinstance(x, (tuple, list)):
+        return model(*x)
+    return model(**x) if isinstance(x, dict) else model(x)
+
+
+def to(value: Any, device: torch.device) -> Any:
+    """Move tensors, also inside tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: to(v, device) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(to(v, device) for v in value)
+    return value

@@ -1,0 +1,84 @@
+"""The weighted mean of clients of whom nobody needs to see each alone; what clients tell of a visit."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedtorch.client import Client, Recipe
+from fedtorch.solvers import Implicit
+from fedtorch.strategies import Strategy
+from fedtorch.types import Failure, Task, Update
+
+
+def averages(recipe: Recipe) -> bool:
+    """Whether strategy and privacy only average deltas, each scaled by a number of its own at most."""
+    if type(recipe.strategy).upload is not Strategy.upload:
+        return False
+    one, task = torch.ones(1, dtype=torch.float64), Task({}, {}, 0, 0, 1.0, {"clip": 1.0})
+    return recipe.privacy is None or recipe.privacy.shrink(one, one, task) is not None
+
+
+def shrunk(recipe: Recipe, norms: Tensor, examples: Tensor, task: Task) -> Tensor:
+    """What each client's change is multiplied by for privacy, [K]; 0 where it is not finite."""
+    part = recipe.privacy.shrink(norms, examples, task) if recipe.privacy else None
+    return torch.where(norms.isfinite(), 1.0 if part is None else part, 0.0)
+
+
+def summed(
+    clients: Sequence[Client],
+    plans: Sequence[Tensor],
+    task: Task,
+    recipe: Recipe,
+    trained: Implicit,
+) -> tuple[Update, list[Failure]]:
+    """One row: the weighted mean of the clients whose change is finite."""
+    privacy = recipe.privacy
+    norms = trained.sq_norms(upper=privacy is not None).cpu().sqrt()
+    examples = torch.tensor([float(len(c)) for c in clients])
+    part = shrunk(recipe, norms, examples, task)
+    keep = norms.isfinite()
+    figures = told(recipe, examples, plans, trained.loss, torch.where(keep, norms, 0) * part)
+    if privacy and privacy.unit == "client":
+        # made zero by the plan, and counted: who reports must not depend on anybody's data
+        keep = torch.ones_like(keep)
+    weight = recipe.weights(examples)[keep]
+    share = torch.zeros_like(norms)
+    share[keep] = weight.double() / weight.sum()
+    delta = trained.weighted_sum(share * part) if keep.any() else {}
+    update = Update(
+        ids=tuple(c.id for k, c in enumerate(clients) if keep[k]),
+        sent={"delta": {n: v.double()[None] for n, v in delta.items()}},
+        # statistics of the data are never noised
+        buffers=trained.buffers if keep.any() and not privacy else {},
+        weight=weight,
+        metrics={name: v[keep] for name, v in figures.items()},
+        summed=True,
+    )
+    return update, failures(clients, keep)
+
+
+def told(
+    recipe: Recipe, examples: Tensor, plans: Sequence[Tensor], loss: Tensor, norms: Tensor
+) -> dict[str, Tensor]:
+    """Those of the clients' figures that they may tell, each [K]."""
+    privacy = recipe.privacy
+    if privacy and privacy.strict and privacy.per_client:
+        # nobody else is trusted: what is not noised does not leave
+        return {"update_norm": norms}
+    if privacy and privacy.unit == "client":
+        # a server takes a figure that is not finite for a broken message, and would leave the client out
+        loss = torch.where(loss.isfinite(), loss, 0)
+    return {
+        "train_loss": loss,
+        "examples": examples,
+        "visited": torch.tensor([float((p >= 0).sum()) for p in plans]),
+        "steps": torch.tensor([float(len(p)) for p in plans], dtype=torch.float64),
+        "update_norm": norms,
+    }
+
+
+def failures(clients: Sequence[Client], keep: Tensor) -> list[Failure]:
+    """A failure for each client that is not kept."""
+    lost = [c for c, kept in zip(clients, keep.tolist(), strict=True) if not kept]
+    return [Failure(c.id, "nonfinite", "its update is not finite") for c in lost]

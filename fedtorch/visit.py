@@ -1,0 +1,139 @@
+"""What clients do in a round: ``local_update`` trains some of them and returns what they send.
+
+Behind it stand solvers with one meaning: ``general`` (one client after another, any module), ``stacked``
+(K clients at once through torch.func) and the fast path. Strategies never know which one ran.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtorch import seeds, solvers
+from fedtorch.batches import plan
+from fedtorch.client import Client, Recipe
+from fedtorch.modules import to, to_device
+from fedtorch.privacy import SampleLevel
+from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.summed import averages, failures, summed, told
+from fedtorch.tree import double, expand, finite, row, sq_norms, stack
+from fedtorch.turns import blamed, in_turn
+from fedtorch.types import Context, Failure, Task, Update
+
+
+def local_update(
+    clients: Sequence[Client],
+    task: Task,
+    recipe: Recipe,
+    model: nn.Module,
+    solve: solvers.Solver | None = None,
+) -> tuple[Update, list[Failure]]:
+    """Train ``clients`` from the global model and return what they send.
+
+    ``model`` is a working copy that is overwritten. Without ``solve`` several clients run side by side
+    (stacked) and one alone through the module itself. A client whose result is not finite is a
+    Failure, keeps its memory as it was, and is left out of the Update, which may then be empty.
+    """
+    task = to_device(task, model)
+    plans, private = _steps(clients, task, recipe)
+    if solve is solvers.general and len(clients) > 1:
+        turns = in_turn(clients, plans, task, recipe, model, private)
+        return summed(clients, plans, task, recipe, turns)
+    ctx = _context(clients, plans, task, recipe, model)
+    if solve is None:
+        alone = len(clients) == 1 and not (private and private.mode == "stacked")
+        solve = solvers.general if alone else solvers.stacked
+    seed = seeds.derive(task.seed, "visit", task.round, clients[0].id)
+    with seeds.seeded(seed), blamed(clients, task):
+        trained = solve(model, [c.data for c in clients], plans, task, recipe, ctx, private)
+    if isinstance(trained, solvers.Implicit) and averages(recipe):
+        return summed(clients, plans, task, recipe, trained)
+    return _apart(clients, plans, task, recipe, ctx, trained)
+
+
+def _steps(
+    clients: Sequence[Client], task: Task, recipe: Recipe
+) -> tuple[list[Tensor], PrivateSteps | None]:
+    """Which examples each client sees in which step, and what makes the steps private, if anything."""
+    privacy = recipe.privacy
+    if not isinstance(privacy, SampleLevel):
+        order = [seeds.derive(task.seed, "order", task.round, c.id) for c in clients]
+        return [plan(len(c), recipe, s) for c, s in zip(clients, order, strict=True)], None
+    batches, noise = (
+        [privacy.stream(purpose, task.round, c.id) for c in clients]
+        for purpose in ("batches", "noise")
+    )
+    plans = [privacy.batches(len(c), s) for c, s in zip(clients, batches, strict=True)]
+    return plans, PrivateSteps(
+        task.privacy["clip"],
+        task.privacy["noise"],
+        privacy.batch_size,
+        noise,
+        "stacked" if privacy.mode == "auto" else privacy.mode,
+        privacy.max_batch,
+    )
+
+
+def _context(
+    clients: Sequence[Client], plans: Sequence[Tensor], task: Task, recipe: Recipe, model: nn.Module
+) -> Context:
+    anchor = {k: task.state[k] for k, p in model.named_parameters() if p.requires_grad}
+    memory = [c.memory or recipe.strategy.remember(anchor) for c in clients]
+    device = next(iter(anchor.values())).device
+    return Context(
+        anchor=expand(anchor),
+        extras={g: expand(e) for g, e in task.extras.items()},
+        memory={g: to(stack([m[g] for m in memory]), device) for g in memory[0]},
+        steps=torch.tensor([len(p) for p in plans]),
+        lr=task.lr,
+    )
+
+
+def _apart(
+    clients: Sequence[Client],
+    plans: Sequence[Tensor],
+    task: Task,
+    recipe: Recipe,
+    ctx: Context,
+    trained: Any,
+) -> tuple[Update, list[Failure]]:
+    """Every client's own upload, a row for each."""
+    # in float64 the delta is exact, so anchor + delta gives back the very weights of the client
+    exact = replace(
+        ctx,
+        anchor=expand({k: task.exact[k] for k in ctx.anchor}),
+        extras={g: double(e) for g, e in ctx.extras.items()},
+        memory={g: double(m) for g, m in ctx.memory.items()},
+    )
+    with torch.no_grad():
+        params = {k: v.to(torch.float64, copy=True) for k, v in trained.params.items()}
+        sent, remembered = recipe.strategy.upload(params, exact)
+    buffers = {} if recipe.privacy else trained.buffers  # statistics of the data are never noised
+    norms = {g: sq_norms(s) for g, s in sent.items()}
+    good = [n.isfinite() for n in norms.values()] + ([finite(buffers)] if buffers else [])
+    keep = torch.stack(good).all(0).cpu()
+    for k, client in enumerate(clients):
+        if keep[k]:
+            client.memory = {
+                g: {n: v.to(ctx.anchor[n].dtype) for n, v in row(m, k).items()}
+                for g, m in remembered.items()
+            }
+    examples = torch.tensor([float(len(c)) for c in clients])
+    if recipe.privacy:
+        sent = recipe.privacy.client(sent, examples, task, [c.id for c in clients])
+        norms["delta"] = sq_norms(sent["delta"])
+        if recipe.privacy.unit == "client":
+            # made zero by the plan, and sent: who reports must not depend on anybody's data
+            keep = torch.ones_like(keep)
+    figures = told(recipe, examples, plans, trained.loss, norms["delta"].sqrt().cpu())
+    kept = slice(None) if keep.all() else keep  # a slice is a view, a mask would copy everything
+    update = Update(
+        ids=tuple(c.id for k, c in enumerate(clients) if keep[k]),
+        sent={g: {n: v[kept] for n, v in s.items()} for g, s in sent.items()},
+        buffers={n: v[kept] for n, v in buffers.items()},
+        weight=recipe.weights(examples)[kept],
+        metrics={name: v[kept] for name, v in figures.items()},
+    )
+    return update, failures(clients, keep)
