@@ -9,10 +9,21 @@ import textwrap
 import pytest
 import torch
 
-from fedtorch import FedAvg, Local, Scaffold, Server
+from fedtorch import FedAvg, FedProx, Local, Scaffold, Server
 from fedtorch.engines import Ray
 from fedtorch.types import ClientError, ConfigError
-from test_processes import Broken, clients, equal, mlp, recipe, slow_clients, state
+from test_processes import (
+    PRIVATE,
+    Broken,
+    chain,
+    clients,
+    equal,
+    mlp,
+    recipe,
+    slow_clients,
+    state,
+    worst,
+)
 
 ray = pytest.importorskip("ray")
 pytestmark = [
@@ -60,6 +71,19 @@ def test_actors_give_the_very_weights_of_one_process_even_when_one_is_killed():
     assert all(equal(kept[i]["c"], remembered[i]["c"]) for i in kept)
 
 
+@pytest.mark.parametrize("strategy", [FedAvg(), FedProx(mu=0.1)], ids=str)
+def test_every_strategy_gives_the_very_weights_of_one_process(strategy):
+    here, _ = trained(Local(chunk=1), strategy)
+    there, _ = trained(Ray(workers=1, chunk=1), strategy)
+    assert equal(here, there)
+
+
+def test_the_fast_path_in_actors_gives_the_weights_of_the_general_one():
+    here, _ = chain(Local(chunk=1, solver="general"), PRIVATE)
+    there, notes = chain(Ray(workers=1, solver="fast"), PRIVATE)
+    assert worst(here, there) <= 1e-6 and "fast path" in notes
+
+
 def test_an_error_in_an_actor_names_the_client():
     engine = Ray(workers=1, chunk=1)
     server = Server(mlp(), slow_clients(BrokenAnywhere()), recipe(FedAvg()), engine=engine)
@@ -80,6 +104,8 @@ def test_what_cannot_be_sent_or_reached_is_said():
         Ray(device="tpu")
     with pytest.raises(ConfigError, match="workers"):
         Ray(workers=0)
+    with pytest.raises(ConfigError, match=r"engine.solver fast cannot train this"):
+        Server(mlp(), clients(), recipe(FedAvg()), engine=Ray(workers=1, solver="fast"))
     with pytest.raises(ConfigError, match=r"no Ray cluster at '127.0.0.1:1'"):
         connect_elsewhere()
 

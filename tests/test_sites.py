@@ -106,12 +106,14 @@ def here(folder, offered, rounds, names=NAMES, engine=Local(chunk=1)):
 @pytest.mark.parametrize("strategy", [FedAvg(), FedProx(mu=0.1), Scaffold()], ids=str)
 def test_sites_give_the_weights_of_one_process(folder, tmp_path, strategy):
     offered = offer(strategy)
-    with server(folder, offered) as there, sites(folder, there.session.port, tmp_path):
+    with server(folder, offered) as there, sites(folder, there.session.port, tmp_path) as made:
         for figures in there.rounds(3):
             assert figures["cohort"] == NAMES
         told = there.session.figures()
         there.close()
-    wanted = here(folder, offered, 3)
+    # the sites took the fast path, and one process takes the general one
+    assert all("fast path, 1 clients" in " ".join(s.session.notes) for s in made)
+    wanted = here(folder, offered, 3, engine=Local(chunk=1, solver="general"))
     worst = max((wanted[k] - v).abs().max().item() for k, v in there.model.state_dict().items())
     assert worst <= 1e-6
     size = sum(v.numel() * 4 for v in wanted.values())

@@ -5,7 +5,6 @@ own, and pipes carry only a few words. Client memory is kept here and travels wi
 dies takes nothing with it.
 """
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -18,12 +17,12 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
 from fedtorch.client import Client, Recipe
-from fedtorch.engines import kit, wire
-from fedtorch.engines.board import Board, Job
-from fedtorch.engines.local import Local, LocalSession
+from fedtorch.engines import kit, pool, wire
+from fedtorch.engines.board import Job
+from fedtorch.engines.local import LocalSession
 from fedtorch.engines.messages import read_outcome, task_message
 from fedtorch.engines.worker import serve
-from fedtorch.types import ClientError, ConfigError, Failure, Params, Task, Update
+from fedtorch.types import ClientError, ConfigError, Failure, Update
 
 START_SECONDS = 120.0
 """Most a worker may take to import torch and say that it is ready."""
@@ -44,9 +43,7 @@ class Processes:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be started."""
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"engine.workers must be at least 1, got {self.workers}")
-        Local(self.chunk, self.device, self.solver)
+        pool.options(self.workers, self.chunk, self.device, self.solver)
 
     def devices(self) -> list[str]:
         """The device of each worker."""
@@ -61,27 +58,21 @@ class Processes:
     ) -> "ProcessesSession":
         """Check that these fit together, then start the workers."""
         devices = self.devices()
-        local = Local(self.chunk, devices[0], self.solver).open(model, clients, recipe)
-        body, data = kit.pack(model, clients, local.recipe, local.choice.solver)
-        block = shared(data.size)
-        data.write(block)
-        return ProcessesSession(local, body, block[: data.size], devices, self.chunk is None)
+        own = pool.options(self.workers, self.chunk, devices[0], self.solver)
+        local, body, block = pool.prepare(own, model, clients, recipe, shared)
+        return ProcessesSession(local, body, block, devices, self.chunk is None)
 
 
-class ProcessesSession:
+class ProcessesSession(pool.PoolSession):
     """The workers, and the jobs they are at."""
 
     def __init__(
         self, local: LocalSession, body: bytes, block: Tensor, devices: list[str], spread: bool
     ) -> None:
-        """Start a worker for each of ``devices``; ``spread``: small chunks, so that all have work."""
-        self.local = local
-        self.notes = local.notes
+        """Start a worker for each of ``devices``."""
+        super().__init__(local, len(devices), spread)
         self.kit = body, block
-        self.spread = spread
-        self.board = Board(len(devices))
         self.inbox = shared(0)
-        self.task: Task | None = None
         self.workers: list[Worker] = []
         try:
             self.workers = [Worker(d, *self.kit) for d in devices]
@@ -90,11 +81,6 @@ class ProcessesSession:
         except BaseException:
             self.close()
             raise
-
-    def submit(self, ids: Sequence[str], task: Task) -> None:
-        """Cut the cohort into chunks, the largest clients first."""
-        most = math.ceil(len(ids) / len(self.workers)) if self.spread else None
-        self.board.add(self.local.cut(ids, most), task)
 
     def collect(self) -> Iterator[Update | Failure]:
         """Hand chunks to free workers and their outcomes on, in the order of the chunks."""
@@ -106,14 +92,6 @@ class ProcessesSession:
             for pipe in connection.wait([*busy]):
                 self._hear(busy[pipe])
             yield from self.board.ready()
-
-    def memory(self) -> dict[str, dict[str, Params]]:
-        """Memory of the clients that have any."""
-        return self.local.memory()
-
-    def restore(self, memory: dict[str, dict[str, Params]]) -> None:
-        """Put client memory back; clients not named start afresh."""
-        self.local.restore(memory)
 
     def close(self) -> None:
         """End the workers."""

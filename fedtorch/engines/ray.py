@@ -3,27 +3,26 @@
 Without an address a cluster of this machine alone is started, on loopback, and ended with the session.
 """
 
-import math
 import os
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedtorch.client import Client, Recipe
-from fedtorch.engines import kit, wire
-from fedtorch.engines.board import Board, Job
-from fedtorch.engines.local import Local, LocalSession
-from fedtorch.engines.messages import outcome_message, read_outcome, read_task, task_message
+from fedtorch.engines import kit, pool, wire
+from fedtorch.engines.board import Job
+from fedtorch.engines.local import LocalSession
+from fedtorch.engines.messages import read_outcome, task_message
 from fedtorch.engines.processes import cores
-from fedtorch.types import ClientError, ConfigError, Failure, Params, Task, Update
+from fedtorch.engines.worker import Worker
+from fedtorch.types import ClientError, ConfigError, Failure, Update
 
 START_SECONDS = 180.0
 """Most a cluster may take to give us a first actor, at the start or after all were lost."""
@@ -41,26 +40,25 @@ class Ray:
     """cpu, or cuda for one GPU to each actor."""
     address: str = ""
     """A running cluster (HOST:6379, or auto for the one of this machine); empty: start one here."""
+    solver: str = "auto"
+    """auto, fast, stacked or general, as for engine local."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be started."""
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"engine.workers must be at least 1, got {self.workers}")
+        pool.options(self.workers, self.chunk, "cpu", self.solver)
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"engine.device must be cpu or cuda with Ray, got {self.device!r}")
-        Local(self.chunk)
 
     def open(self, model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> "RaySession":
         """Check that these fit together, then reach the cluster and start the actors."""
-        local = Local(self.chunk).open(model, clients, recipe)
-        own = connect(self.address, self.workers)
-        body, data = kit.pack(model, clients, local.recipe, local.choice.solver, by_value)
-        block = torch.zeros(data.size, dtype=torch.uint8)
-        data.write(block)
-        return RaySession(local, (body, block.numpy()), self, own)
+        # this machine may have no GPU, so what is tried here is tried on its CPU
+        here = pool.options(self.workers, self.chunk, "cpu", self.solver)
+        installed()
+        local, body, block = pool.prepare(here, model, clients, recipe, wire.zeros, by_value)
+        return RaySession(local, (body, block.numpy()), self, connect(self.address, self.workers))
 
 
-class RaySession:
+class RaySession(pool.PoolSession):
     """Actors, and the jobs they are at."""
 
     def __init__(
@@ -69,14 +67,12 @@ class RaySession:
         """Start the actors; ``own``: the cluster is ours to end."""
         import ray
 
-        self.local, self.options, self.own = local, options, own
-        self.notes = local.notes
-        self.parts = tuple(ray.put(p) for p in parts)
         kind = "GPU" if options.device == "cuda" else "CPU"
         count = options.workers or int(ray.cluster_resources().get(kind, 0))
+        super().__init__(local, max(count, 1), options.chunk is None)
+        self.options, self.own = options, own
+        self.parts = tuple(ray.put(p) for p in parts)
         self.actors: list[Actor] = []
-        self.board = Board(max(count, 1))
-        self.task: Task | None = None
         self.weights: Any = None
         try:
             if count < 1:
@@ -86,12 +82,6 @@ class RaySession:
         except BaseException:
             self.close()
             raise
-
-    def submit(self, ids: Sequence[str], task: Task) -> None:
-        """Cut the cohort into chunks, the largest clients first."""
-        spread = self.options.chunk is None
-        most = math.ceil(len(ids) / self.board.workers) if spread else None
-        self.board.add(self.local.cut(ids, most), task)
 
     def collect(self) -> Iterator[Update | Failure]:
         """Hand chunks to free actors and their outcomes on, in the order of the chunks."""
@@ -111,14 +101,6 @@ class RaySession:
             elif time.monotonic() - idle_since > START_SECONDS:
                 raise ClientError("the Ray cluster has had no room for an actor; add a node")
             yield from self.board.ready()
-
-    def memory(self) -> dict[str, dict[str, Params]]:
-        """Memory of the clients that have any."""
-        return self.local.memory()
-
-    def restore(self, memory: dict[str, dict[str, Params]]) -> None:
-        """Put client memory back; clients not named start afresh."""
-        self.local.restore(memory)
 
     def close(self) -> None:
         """End the actors, and the cluster if it is ours."""
@@ -161,10 +143,8 @@ class RaySession:
         if job is None:
             return
         if job.task is not self.task:
-            packed = wire.pack(task_message(job.task))
-            block = torch.zeros(packed.size, dtype=torch.uint8)
-            packed.write(block)
-            self.task, self.weights = job.task, ray.put(block.numpy())
+            weights = wire.pack(task_message(job.task)).block()
+            self.task, self.weights = job.task, ray.put(weights.numpy())
         memory = wire.encode(kit.memory_message(job.memory, job.ids))
         actor.job, actor.word = job, actor.handle.run.remote(self.weights, job.ids, memory)
 
@@ -200,39 +180,21 @@ class Actor:
     job: Job | None = None
 
 
-class Worker:
-    """The other side: runs as a Ray actor."""
-
-    def __init__(self, body: bytes, block: np.ndarray, device: str) -> None:
-        """Unpack; the data stays in the store of the node, all its actors read the same copy."""
-        torch.set_num_threads(1)
-        self.kit = kit.unpack(body, _readable(block), device)
-
-    def ready(self) -> bool:
-        """Answer, once the kit is there."""
-        return True
-
-    def run(self, task: np.ndarray, ids: list[str], memory: bytes) -> np.ndarray | str:
-        """Train a chunk; the outcome as a message, or what went wrong as text."""
-        try:
-            kept = kit.read_memory(wire.decode(memory), ids)
-            outcome = self.kit.run(read_task(wire.decode(_readable(task))), ids, kept)
-        except ClientError as e:
-            return str(e)
-        packed = wire.pack(outcome_message(outcome, ids))
-        block = torch.zeros(packed.size, dtype=torch.uint8)
-        packed.write(block)
-        return block.numpy()
+def installed() -> None:
+    """Raise ConfigError where Ray is not."""
+    # Ray reports usage to its makers unless told not to
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray  # noqa: F401
+    except ImportError as e:
+        raise ConfigError("engine ray needs Ray: pip install 'fedtorch[ray]'") from e
 
 
 def connect(address: str, workers: int | None) -> bool:
     """Reach the cluster at ``address``, or start one; returns whether it is ours to end."""
-    # Ray reports usage to its makers unless told not to
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError as e:
-        raise ConfigError("engine ray needs Ray: pip install 'fedtorch[ray]'") from e
+    installed()
+    import ray
+
     if ray.is_initialized():
         return False
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "fedtorch"}
@@ -259,13 +221,6 @@ def by_value(part: object) -> bytes:
         if kit.loose(name):
             cloudpickle.register_pickle_by_value(module)
     return bytes(cloudpickle.dumps(part))
-
-
-def _readable(array: np.ndarray) -> Tensor:
-    # Ray's arrays are read-only and torch warns of that; nothing here writes to them
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.from_numpy(array)
 
 
 def _last_line(error: BaseException) -> str:

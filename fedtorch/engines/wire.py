@@ -62,6 +62,20 @@ class Packed(NamedTuple):
             if part.numel():
                 into[at : at + part.nbytes] = part.reshape(-1).view(torch.uint8)
 
+    def fill(self, block: Tensor) -> Tensor:
+        """The part of ``block`` (uint8, zeros) that the message takes, with it written there."""
+        self.write(block)
+        return block[: self.size]
+
+    def block(self) -> Tensor:
+        """A block of its own, uint8."""
+        return self.fill(zeros(self.size))
+
+
+def zeros(size: int) -> Tensor:
+    """A block of bytes."""
+    return torch.zeros(size, dtype=torch.uint8)
+
 
 def pack(message: Message) -> Packed:
     """Header and parts of a message; tensors are not copied unless they must be."""
@@ -80,10 +94,7 @@ def pack(message: Message) -> Packed:
 
 def encode(message: Message) -> bytes:
     """A message as bytes."""
-    packed = pack(message)
-    into = torch.zeros(packed.size, dtype=torch.uint8)
-    packed.write(into)
-    return into.numpy().tobytes()
+    return pack(message).block().numpy().tobytes()
 
 
 def decode(data: bytes | Tensor, limit: int | None = None) -> Message:

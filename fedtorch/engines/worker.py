@@ -1,12 +1,14 @@
-"""The other side: what runs inside a worker process."""
+"""The other side: what runs inside a worker process or a Ray actor."""
 
 import os
 import signal
 import threading
+import warnings
 from contextlib import suppress
 from multiprocessing import connection, parent_process
 from multiprocessing.connection import Connection
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,3 +66,32 @@ def _end_with_parent() -> None:
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
+
+
+class Worker:
+    """The same as a Ray actor: arrays come and go, and Ray does the rest."""
+
+    def __init__(self, body: bytes, block: np.ndarray, device: str) -> None:
+        """Unpack; the data stays in the store of the node, all its actors read the same copy."""
+        torch.set_num_threads(1)
+        self.kit = kit.unpack(body, _readable(block), device)
+
+    def ready(self) -> bool:
+        """Answer, once the kit is there."""
+        return True
+
+    def run(self, task: np.ndarray, ids: list[str], memory: bytes) -> np.ndarray | str:
+        """Train a chunk; the outcome as a message, or what went wrong as text."""
+        try:
+            kept = kit.read_memory(wire.decode(memory), ids)
+            outcome = self.kit.run(read_task(wire.decode(_readable(task))), ids, kept)
+        except ClientError as e:
+            return str(e)
+        return wire.pack(outcome_message(outcome, ids)).block().numpy()
+
+
+def _readable(array: np.ndarray) -> Tensor:
+    # Ray's arrays are read-only and torch warns of that; nothing here writes to them
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(array)
