@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
-from fedtorch.fast import layers, offer, read, solve
+from fedtorch.fast import dual, layers, offer, rows, solve, spec
 from fedtorch.losses import binary_cross_entropy, mean_squared_error
 from fedtorch.privacy import ClientLevel, SampleLevel
 from fedtorch.types import ConfigError
@@ -140,6 +141,12 @@ def hooked() -> nn.Module:
     return model
 
 
+def counting() -> nn.Module:
+    model = mlp()
+    model.register_buffer("seen", torch.zeros(1))
+    return model
+
+
 class Doubled(nn.Linear):
     """A layer that only looks known."""
 
@@ -148,11 +155,15 @@ class Doubled(nn.Linear):
 
 
 REFUSED = {
-    "Branch has a forward of its own": (Branch(), {}),
+    "torch.fx cannot read its forward": (Branch(), {}),
     "layer 1 (Dropout) has no fast form": (
         nn.Sequential(nn.Linear(30, 4), nn.Dropout(), nn.Linear(4, 4)), {},
     ),
-    "layer 0 (Doubled) has no fast form": (nn.Sequential(Doubled(30, 4)), {}),
+    "it does not end in a linear layer": (nn.Sequential(Doubled(30, 4)), {}),
+    "parameter 0.weight is used outside of a layer": (
+        nn.Sequential(Doubled(30, 4), nn.Linear(4, 4)), {},
+    ),
+    "it has statistics (seen)": (counting(), {}),
     "parameter 1.weight is frozen": (frozen(), {}),
     "a parameter is shared": (tied(), {}),
     "layer 1 (Linear) has hooks": (hooked(), {}),
@@ -198,8 +209,8 @@ def test_a_strategy_that_sends_more_than_the_delta_sees_every_client():
 
 
 def test_the_trial_catches_a_wrong_layer(monkeypatch):
-    right = solve.Rule.keep.fget
-    monkeypatch.setattr(solve.Rule, "keep", property(lambda r: right(r) * 0.99))
+    right = layers.Rule.keep.fget
+    monkeypatch.setattr(layers.Rule, "keep", property(lambda r: right(r) * 0.99))
     found = offer(mlp(), [c.data for c in clients()], Recipe(lr=0.1))
     assert isinstance(found, str) and "differs from the general path" in found
 
@@ -286,14 +297,16 @@ def test_client_level_clipping_needs_no_copy_of_an_update(form):
 
 
 def test_the_bound_on_a_norm_holds_where_everything_cancels():
-    x = torch.randn(40, 300) * 100
+    x = torch.cat([torch.randn(20, 300) * 100] * 2)
     D = torch.randn(1, 40, 20)
     D[:, 20:] = -D[:, :20]  # each row comes back with the other sign: the change is zero
-    index = torch.arange(20).repeat(2)[None]
-    known = layers.Known(x, index, solve.grams(x, index, False))
-    layer = layers.Dual(
-        read.Linear("w", None, (20, 300)), torch.zeros(20, 300), None, known, solve.Rule(0.1)
-    )
-    layer.D.copy_(D)
-    true = float(known.outer(D).double().square().sum())
-    assert float(layer.sq_norms(upper=True)) >= true
+    own = rows.Rows(x, torch.zeros(40), (40,))
+    taken = (torch.arange(40)[None],) * 2
+    grams = rows.Kept().stacked([TensorDataset(x, own.y)], own, False)
+    first = dual.First(
+        spec.Linear("w", None, (20, 300)), torch.zeros(20, 300), None, layers.Rule(0.1),
+        own, grams, taken, False,
+    )  # fmt: skip
+    first.D.copy_(D)
+    true = float((D[0].T @ x).double().square().sum())
+    assert float(first.sq_norms(upper=True)) >= true

@@ -39,6 +39,8 @@ def offer(
     chain = read(model, x[:1])
     if isinstance(chain, str):
         return chain
+    if private and chain.front:
+        return "private steps have a fast form for linear layers alone"
     solver = Fast(chain)
     try:
         with torch.no_grad():
@@ -76,7 +78,7 @@ def tables(model: nn.Module, datasets: Sequence[Dataset]) -> str | None:
         if type(data) is not TensorDataset or len(data.tensors) != 2:
             return "the data is not a pair of tensors (x, y)"
         x, y = data.tensors
-        if x.dtype != dtype or x.dim() < 2:
+        if (x.dtype != dtype and x.is_floating_point()) or x.dim() < 2:
             return f"examples are {x.dtype} of {x.dim()} axes, the weights {dtype}"
         kinds.add((x.shape[1:], y.shape[1:], y.dtype))
     return None if len(kinds) == 1 else "examples of clients differ in shape"

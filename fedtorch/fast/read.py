@@ -1,75 +1,112 @@
-"""Reading a model: what the fast path understands, and in plain words what it does not."""
+"""Reading a model: what the fast path understands, and in plain words what it does not.
 
-from collections.abc import Callable, Sequence
+torch.fx writes down what ``forward`` does, so that it does not matter whether the model is a Sequential
+or has a forward of its own.
+"""
+
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
-from fedtorch.types import Params
-
-aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer by the names of its parameters."""
-
-    weight: str
-    bias: str | None
-    shape: tuple[int, int]
-    """(outputs, inputs)."""
-    image: tuple[int, int, int] | None = None
-    """Channels, rows and columns of what was flattened into its input, if it was an image."""
-
-    def named(self, weight: Tensor, bias: Tensor | None) -> Params:
-        """Parameters (or a stack of them) under the model's own names."""
-        return {self.weight: weight} | ({} if bias is None or not self.bias else {self.bias: bias})
-
-
-@dataclass(frozen=True)
-class Activation:
-    """A function of each number alone; only its name, so that workers can be sent it."""
-
-    name: str
-    approximate: str = "none"
-
-    def forward(self, z: Tensor) -> Tensor:
-        """The function."""
-        if self.name == "GELU":
-            return cast(Tensor, aten.gelu(z, approximate=self.approximate))
-        return FORWARD[self.name](z)
-
-    def backward(self, d: Tensor, z: Tensor, a: Tensor) -> Tensor:
-        """Gradient of its result ``a`` -> gradient of ``z``."""
-        if self.name == "GELU":
-            return cast(Tensor, aten.gelu_backward(d, z, approximate=self.approximate))
-        return BACKWARD[self.name](d, z, a)
-
-
-FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
-    "ReLU": torch.relu,
-    "Tanh": torch.tanh,
-    "Sigmoid": torch.sigmoid,
-    "SiLU": aten.silu,
-}
-
-BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "ReLU": lambda d, z, a: aten.threshold_backward(d, a, 0),
-    "Tanh": lambda d, z, a: aten.tanh_backward(d, a),
-    "Sigmoid": lambda d, z, a: aten.sigmoid_backward(d, a),
-    "SiLU": lambda d, z, a: aten.silu_backward(d, z),
-}
+from fedtorch.fast.front import Front, cut, upto
+from fedtorch.fast.spec import FORWARD, Activation, Linear
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A model as one layer after another, from flat examples to outputs."""
+    """A model as a front of any known layers, then linear layers and activations one after another."""
 
     layers: tuple[Linear | Activation, ...]
-    names: tuple[str, ...]
-    """Every trainable parameter."""
+    """The dense part, from flat features to outputs."""
+    front: Front | None = None
+    """What comes before it; none: the examples themselves, flattened."""
+
+
+FUNCTIONS: dict[object, Activation] = {
+    **{f: Activation("ReLU") for f in (torch.relu, F.relu, "relu")},
+    **{f: Activation("Tanh") for f in (torch.tanh, F.tanh, "tanh")},
+    **{f: Activation("Sigmoid") for f in (torch.sigmoid, F.sigmoid, "sigmoid")},
+    F.silu: Activation("SiLU"),
+    F.gelu: Activation("GELU"),
+}
+"""Activations as functions and methods."""
+
+SHAPES = {torch.flatten, operator.getitem, getattr, "flatten", "view", "reshape", "size"}
+"""Calls that change nothing but the shape."""
+
+
+def read(model: nn.Module, example: Tensor) -> Chain | str:
+    """The model as a chain, or one clause saying what stands in the way."""
+    for name, m in model.named_modules():
+        if hooks(m):
+            return f"layer {name or 'model'} ({m._get_name()}) has hooks"
+    root = nn.Sequential(model)  # so that a model of one layer is read like any other
+    try:
+        graph = fx.Tracer().trace(root)
+    except Exception as e:  # whatever a model's own code may raise when it is shown a symbol
+        return f"torch.fx cannot read its forward ({type(e).__name__})"
+    layers, node = dense(graph, root)
+    if not layers:
+        return "it does not end in a linear layer"
+    flat = flattens(graph, node, root, example)
+    front = None if flat else cut(graph, node, root, example)
+    if isinstance(front, str):
+        return front
+    found = [n for layer in layers if isinstance(layer, Linear) for n in (layer.weight, layer.bias)]
+    found += front.names if front else ()
+    return whole(model, [n for n in found if n]) or Chain(tuple(layers), front)
+
+
+def whole(model: nn.Module, found: Sequence[str]) -> str | None:
+    """Check that this is the whole model: every parameter once, none frozen, no statistics."""
+    own = dict(model.named_parameters())
+    if sorted(found) != sorted(own):
+        return "a parameter is shared between layers or used outside of them"
+    if frozen := [n for n, p in own.items() if not p.requires_grad]:
+        return f"parameter {frozen[0]} is frozen"
+    if statistics := [n for n, _ in model.named_buffers()]:
+        return f"it has statistics ({statistics[0]})"
+    return None
+
+
+def dense(graph: fx.Graph, root: nn.Module) -> tuple[list[Linear | Activation], fx.Node]:
+    """Linear layers and activations at the end of the graph, and the node that feeds them."""
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    layers: list[Linear | Activation] = []
+    at = end = output.args[0]
+    linear = 0
+    while isinstance(at, fx.Node) and len(at.users) == 1:
+        layer = simple(at, root)
+        if layer is None:
+            break
+        if not isinstance(layer, str):
+            layers.append(layer)
+        at = at.args[0]
+        if isinstance(layer, Linear):
+            linear, end = len(layers), at
+    # activations before the first linear layer belong to what comes before it
+    return layers[:linear][::-1], cast(fx.Node, end)
+
+
+def simple(node: fx.Node, root: nn.Module) -> Linear | Activation | str | None:
+    """A node of the dense part; "nothing" where it does nothing, None where it is something else."""
+    if node.op == "call_module":
+        m = root.get_submodule(str(node.target))
+        prefix = str(node.target)[2:]
+        name = f"{prefix}." if prefix else ""
+        if type(m) is nn.Identity:
+            return "nothing"
+        if type(m) is nn.Linear:
+            bias = None if m.bias is None else f"{name}bias"
+            return Linear(f"{name}weight", bias, (m.out_features, m.in_features))
+        return activation(m)
+    plain = len(node.args) == 1 and not any(node.kwargs.values())
+    return FUNCTIONS.get(node.target) if plain else None
 
 
 def activation(m: nn.Module) -> Activation | None:
@@ -80,59 +117,18 @@ def activation(m: nn.Module) -> Activation | None:
     return Activation(name) if name in FORWARD and type(m) is getattr(nn, name) else None
 
 
-def read(model: nn.Module, example: Tensor) -> Chain | str:
-    """The model as a chain, or one clause saying what stands in the way."""
-    steps = modules(model)
-    if isinstance(steps, str):
-        return steps
-    layers: list[Linear | Activation] = []
-    found: list[str] = []
-    shape = tuple(example.shape[1:])
-    for name, m in steps:
-        if type(m) is nn.Identity:
-            continue
-        if type(m) is nn.Flatten and m.start_dim == 1 and m.end_dim == -1:
-            shape = (int(torch.Size(shape).numel()),)
-        elif type(m) is nn.Linear and len(shape) == 1:
-            names = [f"{name}.{n}" if name else n for n, _ in m.named_parameters()]
-            layers.append(
-                Linear(
-                    names[0], None if m.bias is None else names[1], (m.out_features, m.in_features)
-                )
-            )
-            found += names
-            shape = (m.out_features,)
-        elif act := activation(m):
-            layers.append(act)
-        else:
-            return f"layer {name or 'model'} ({m._get_name()}) has no fast form"
-    return whole(model, layers, found)
-
-
-def whole(model: nn.Module, layers: Sequence[Any], found: Sequence[str]) -> Chain | str:
-    """Check that the chain is the whole model: every parameter once, none frozen, no statistics."""
-    own = dict(model.named_parameters())
-    if sorted(found) != sorted(own):
-        return "a parameter is shared between layers or used outside of them"
-    if frozen := [n for n, p in own.items() if not p.requires_grad]:
-        return f"parameter {frozen[0]} is frozen"
-    if not layers or not isinstance(layers[0], Linear):
-        return "the first layer is not linear"
-    return Chain(tuple(layers), tuple(found))
-
-
-def modules(model: nn.Module) -> list[tuple[str, nn.Module]] | str:
-    """The modules in the order in which they run, each once, with their dotted names."""
-    out = []
-    for name, m in model.named_modules(remove_duplicate=False):
-        if hooks(m):
-            return f"layer {name or 'model'} ({m._get_name()}) has hooks"
-        if type(m) is nn.Sequential:
-            continue
-        if any(True for _ in m.children()):
-            return f"{m._get_name()} has a forward of its own"
-        out.append((name, m))
-    return out
+def flattens(graph: fx.Graph, end: fx.Node, root: nn.Module, example: Tensor) -> bool:
+    """Whether all that happens up to ``end`` is that examples are flattened."""
+    for node in graph.nodes:
+        if node.op == "call_module":
+            if type(root.get_submodule(str(node.target))) not in (nn.Flatten, nn.Identity):
+                return False
+        elif node.op != "placeholder" and node.target not in SHAPES:
+            return False
+        if node is end:
+            break
+    out = fx.Interpreter(fx.GraphModule(root, upto(graph, end))).run(example)
+    return bool(out.shape == example.flatten(1).shape)
 
 
 def hooks(m: nn.Module) -> bool:

@@ -1,34 +1,43 @@
-"""A solver for models the fast path can read: K clients in lock-step through ``layers``."""
+"""A solver for models the fast path can read: K clients in lock-step, layer by layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch import Tensor, fx, nn
+from torch.utils.data import Dataset
 
 from fedtorch.batches import plan
-from fedtorch.fast.layers import Dual, Known, Layer, Leaf, Own, Rule, Seen, Weights
-from fedtorch.fast.read import Activation, Chain, Linear
-from fedtorch.losses import cross_entropy, reduce
+from fedtorch.fast import front
+from fedtorch.fast.dual import First, Hidden
+from fedtorch.fast.heads import AnyLoss, CrossEntropy
+from fedtorch.fast.layers import Act, Layer, Leaf, Own, Rule, Weights
+from fedtorch.fast.private import Flat, noised
+from fedtorch.fast.read import Chain
+from fedtorch.fast.rows import Kept, Rows
+from fedtorch.fast.spec import Activation, Linear
+from fedtorch.losses import cross_entropy
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.solvers import Recipe
 from fedtorch.strategies import FedProx, Scaffold
 from fedtorch.types import Context, Params, Stack, Task
 
-CACHE = 8 << 20
+CACHE = 24 << 20
 """Bytes of weights, inputs and gradients that a chunk may touch: where it takes a third of the last
 cache, rounds were fastest."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which rows of all the chunk's examples each client takes, step by step."""
+    """Which examples each client takes, step by step."""
 
     index: Tensor
-    """[K, T]: T = steps x batch; where a client has no example, any of its own."""
+    """[K, T], T = steps x batch: rows of all the chunk's examples; where a client has no example, any of
+    its own."""
+    local: Tensor
+    """The same as rows of the client's own examples."""
     scale: Tensor
     """[K, T, 1]: 1 / size of the batch, and 0 where there is no example."""
     live: list[int]
@@ -42,20 +51,33 @@ def schedule(plans: Sequence[Tensor], sizes: Sequence[int]) -> Schedule:
     if steps != sorted(steps, reverse=True):
         raise ValueError("clients must come in order of falling number of steps")
     S, B = steps[0], max(p.shape[1] for p in plans)
-    index = torch.stack([F.pad(p, (0, B - p.shape[1], 0, S - len(p)), value=-1) for p in plans])
+    plans = [
+        p if p.shape == (S, B) else F.pad(p, (0, B - p.shape[1], 0, S - len(p)), value=-1)
+        for p in plans
+    ]
+    index = torch.stack(plans)
     real = index >= 0
     scale = real / real.sum(2, keepdim=True).clamp(min=1)
     first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-    flat = (index.clamp(min=0) + first[:, None, None]).flatten(1)
+    local = index.clamp(min=0).flatten(1)
     live = [sum(t < s for s in steps) for t in range(S)]
-    return Schedule(flat, scale.flatten(1)[..., None], live, B)
+    return Schedule(local + first[:, None], local, scale.flatten(1)[..., None], live, B)
 
 
+@dataclass
 class Fast:
     """The solver of one model: what was read, and what may be kept between rounds."""
 
-    def __init__(self, chain: Chain) -> None:
-        self.chain = chain
+    chain: Chain
+    half: bool = False
+    """Large products, and the front, in bfloat16."""
+    kept: Kept = field(default_factory=Kept)
+    module: fx.GraphModule | None = None
+    """The front; built from the working model on first use."""
+
+    def __getstate__(self) -> dict[str, object]:
+        """A worker builds the front from its own model."""
+        return self.__dict__ | {"module": None}
 
     def __call__(
         self,
@@ -69,36 +91,77 @@ class Fast:
     ) -> "Visit":
         """Train K clients; the same contract as ``solvers.general``."""
         with torch.no_grad():
-            tables = [cast(TensorDataset, d).tensors for d in datasets]
-            x = torch.cat([t[0].flatten(1) for t in tables])
-            y = torch.cat([t[1] for t in tables])
-            order = schedule(plans, [len(t[0]) for t in tables])
+            device = next(iter(task.state.values())).device
+            rows = self.kept.rows(datasets, device)
+            order = schedule(plans, rows.sizes)
             rule, shift = of(recipe, ctx, task.lr)
-            layers = self._layers(x, order, task.state, rule, shift, private is not None)
-            losses = steps(layers, order, y, recipe, rule, private)
-        return Visit(
-            [cast(Weights, m) for m in layers if not isinstance(m, Act)], losses / ctx.steps
-        )
+            if private is not None:
+                flat = Flat(self.chain.layers, task.state, rule, shift, len(plans))
+                layers: list[Layer] = flat.layers(rows.flat)
+            else:
+                layers = self._front(model, rows, order, task.state, rule, shift)
+                layers += self._dense(datasets, rows, order, task.state, rule, shift)
+            y = rows.y[order.index]
+            known = recipe.loss is cross_entropy
+            head = CrossEntropy(y, order.scale) if known else AnyLoss(y, order.scale, recipe.loss)
+            scale = order.scale if rule.momentum else order.scale * rule.lr
+            for t, k in enumerate(order.live):
+                step = slice(t * order.batch, (t + 1) * order.batch)
+                a = order.index[:k, step]
+                for layer in layers:
+                    a = layer.forward(a)
+                d = head(a, k, step)
+                if private is not None:
+                    noised(flat, layers, d.mul_(order.scale[:k, step] > 0), private)
+                else:
+                    backward(layers, d.mul_(scale[:k, step]))
+        held = [cast(Weights, m) for m in layers if not isinstance(m, Act)]
+        # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
+        return Visit(held, head.total() / ctx.steps, exact=recipe.privacy is not None)
 
     def chunk(self, examples: int, recipe: Recipe, noised: bool) -> int:
         """How many clients with so many examples stay in cache together; 64 at most."""
-        rows = plan(examples, recipe, 0).numel()
+        taken = plan(examples, recipe, 0)
+        rows = taken.numel()
         specs = [s for s in self.chain.layers if isinstance(s, Linear)]
-        held = rows * specs[0].shape[1] + rows * rows  # the data and its Gram matrix
+        held = 0 if self.chain.front else examples * (specs[0].shape[1] + examples + rows)
         for n, spec in enumerate(specs):
             out, into = spec.shape
-            dual = not noised and dual_pays(rows, spec.shape, n == 0)
-            held += rows * (2 * out + (into if n else 0)) if dual else out * into
+            first = n == 0 and self.chain.front is None
+            if noised or not dual_pays(rows, spec.shape, examples if first else None):
+                held += out * into
+            else:
+                held += rows * out + (examples * out if first else rows * (into + out + 2 * rows))
         return int(max(1, min(64, CACHE // (4 * held))))
 
-    def _layers(
+    def _front(
         self,
-        x: Tensor,
+        model: nn.Module,
+        rows: Rows,
         order: Schedule,
         state: Params,
         rule: Rule,
         shift: Params,
-        noised: bool,
+    ) -> list[Layer]:
+        if self.chain.front is None:
+            return []
+        if self.module is None:
+            self.module = front.build(model, self.chain.front)
+        K = len(order.index)
+        leaves = {
+            n: Leaf(front.stored(state[n]).contiguous(), K, rule, front.shifted(shift.get(n)))
+            for n in self.chain.front.names
+        }
+        return [front.Features(self.module, leaves, rows.x, order.scale, self.half)]
+
+    def _dense(
+        self,
+        datasets: Sequence[Dataset],
+        rows: Rows,
+        order: Schedule,
+        state: Params,
+        rule: Rule,
+        shift: Params,
     ) -> list[Layer]:
         K, T = order.index.shape
         layers: list[Layer] = []
@@ -106,19 +169,28 @@ class Fast:
             if isinstance(spec, Activation):
                 layers.append(Act(spec))
                 continue
-            first = not layers
+            first = not layers and self.chain.front is None
             w, b = state[spec.weight], None if spec.bias is None else state[spec.bias]
-            # noise in every step makes the weights of each client a full matrix of its own
-            implicit = not (shift or rule.momentum or noised)
-            if implicit and dual_pays(T, spec.shape, first):
-                one = b is not None
-                known = Known(x, order.index, grams(x, order.index, one)) if first else None
-                layers.append(Dual(spec, w, b, known or Seen(K, T, w, one), rule))
-                continue
-            bias = None if b is None else Leaf(b[None], K, rule, shift.get(spec.bias or ""))
-            weight = Leaf(w, K, rule, shift.get(spec.weight))
-            layers.append(Own(spec, weight, bias, x if first else None))
+            if shift or rule.momentum or not dual_pays(T, spec.shape, rows.most if first else None):
+                bias = None if b is None else Leaf(b[None], K, rule, shift.get(spec.bias or ""))
+                weight = Leaf(w, K, rule, shift.get(spec.weight))
+                layers.append(Own(spec, weight, bias, rows.flat if first else None))
+            elif first:
+                grams = self.kept.stacked(datasets, rows, b is not None)
+                taken = order.index, order.local
+                layers.append(First(spec, w, b, rule, rows, grams, taken, self.half))
+            else:
+                layers.append(Hidden(spec, w, b, rule, (K, T), self.half))
         return layers
+
+
+def backward(layers: Sequence[Layer], d: Tensor) -> None:
+    """Pass the gradient of the outputs down through all layers, then let each take its step."""
+    grads = [d]
+    for layer in reversed(layers[1:]):
+        grads.append(layer.backward(grads[-1]))
+    for layer, d in zip(layers, reversed(grads), strict=True):
+        layer.step(d)
 
 
 @dataclass(frozen=True)
@@ -128,6 +200,8 @@ class Visit:
     layers: Sequence[Weights]
     loss: Tensor
     """Mean training loss over the visit's steps, [K]."""
+    exact: bool = False
+    """Never sum in bfloat16."""
 
     @property
     def params(self) -> Stack:
@@ -146,117 +220,7 @@ class Visit:
     def weighted_sum(self, weight: Tensor) -> Params:
         """Sum over clients of weight times change; a client of weight 0 may hold anything."""
         w = weight.float()
-        return {k: v for layer in self.layers for k, v in layer.weighted_sum(w).items()}
-
-
-class Act:
-    """An activation between two layers."""
-
-    def __init__(self, spec: Activation) -> None:
-        self.spec = spec
-
-    def forward(self, a: Tensor) -> Tensor:
-        """Of each number."""
-        self.z = a
-        self.a = self.spec.forward(a)
-        return self.a
-
-    def backward(self, d: Tensor) -> Tensor:
-        """Chain rule."""
-        return self.spec.backward(d, self.z, self.a)
-
-    def step(self, d: Tensor) -> None:
-        """Nothing to move."""
-
-
-def steps(
-    layers: list[Layer],
-    order: Schedule,
-    y: Tensor,
-    recipe: Recipe,
-    rule: Rule,
-    private: PrivateSteps | None,
-) -> Tensor:
-    """All local steps of all clients; returns the sum of each client's losses over its steps."""
-    head = CrossEntropy(y, order) if recipe.loss is cross_entropy else AnyLoss(y, order, recipe)
-    scale = order.scale if rule.momentum else order.scale * rule.lr
-    if private is not None:
-        scale = (order.scale > 0).to(order.scale)  # each example's own gradient
-    for t, k in enumerate(order.live):
-        rows = slice(t * order.batch, (t + 1) * order.batch)
-        a = order.index[:k, rows]
-        for layer in layers:
-            a = layer.forward(a)
-        d = head(a, k, rows).mul_(scale[:k, rows])
-        grads = []
-        for layer in reversed(layers[1:]):
-            grads.append(d)
-            d = layer.backward(d)
-        grads.append(d)
-        if private is not None:
-            noised(layers, grads[::-1], private)
-            continue
-        for layer, d in zip(layers, reversed(grads), strict=True):
-            layer.step(d)
-    return head.total()
-
-
-def noised(layers: list[Layer], grads: list[Tensor], private: PrivateSteps) -> None:
-    """A step of DP-SGD: clip each example by its norm over all layers, sum, add noise, move.
-
-    The norm of an outer product is the product of the norms, so no example's gradient is ever built. An
-    example that is not finite counts as nothing.
-    """
-    own = [(m, d) for m, d in zip(layers, grads, strict=True) if isinstance(m, Own)]
-    factors = private.factors(torch.stack([m.example_sq_norms(d) for m, d in own]).sum(0))
-    used = factors > 0
-    sums: Stack = {}
-    for m, d in own:
-        d = d if used.all() else torch.where(used[..., None], d, 0)
-        sums |= m.sums(d * factors[..., None], used)
-    done = private.finish(sums)
-    for m, _ in own:
-        m.move(done)
-
-
-class CrossEntropy:
-    """Gradient of the loss of each example: softmax minus one-hot."""
-
-    def __init__(self, y: Tensor, order: Schedule) -> None:
-        self.y, self.scale = y[order.index], order.scale
-        self.losses = torch.zeros(order.index.shape)
-
-    def __call__(self, z: Tensor, k: int, rows: slice) -> Tensor:
-        """Logits [k, B, C] -> gradient, and the losses are kept."""
-        y = self.y[:k, rows, None]
-        logp = z.log_softmax(-1)
-        self.losses[:k, rows] = logp.gather(2, y)[..., 0]
-        return logp.exp_().scatter_add_(2, y, logp.new_full((1, 1, 1), -1).expand(y.shape))
-
-    def total(self) -> Tensor:
-        """Sum over steps of the mean loss of each batch, [K]."""
-        return -(self.losses * self.scale[..., 0]).double().sum(1)
-
-
-class AnyLoss:
-    """A loss for each example, differentiated by autograd on the outputs alone."""
-
-    def __init__(self, y: Tensor, order: Schedule, recipe: Recipe) -> None:
-        self.y, self.scale, self.loss = y[order.index], order.scale, recipe.loss
-        self.losses = torch.zeros(order.index.shape)
-
-    def __call__(self, z: Tensor, k: int, rows: slice) -> Tensor:
-        """Outputs [k, B, ...] -> gradient, and the losses are kept."""
-        out = z.flatten(0, 1).detach().requires_grad_()
-        with torch.enable_grad():
-            each = reduce(self.loss(out, self.y[:k, rows].flatten(0, 1)))
-            (d,) = torch.autograd.grad(each.sum(), out)
-        self.losses[:k, rows] = each.detach().view(z.shape[:2]).to(self.losses.dtype)
-        return d.view(z.shape)
-
-    def total(self) -> Tensor:
-        """Sum over steps of the mean loss of each batch, [K]."""
-        return (self.losses * self.scale[..., 0]).double().sum(1)
+        return {k: v for m in self.layers for k, v in m.weighted_sum(w, self.exact).items()}
 
 
 def of(recipe: Recipe, ctx: Context, lr: float) -> tuple[Rule, Params]:
@@ -270,15 +234,15 @@ def of(recipe: Recipe, ctx: Context, lr: float) -> tuple[Rule, Params]:
     return Rule(lr, args.get("momentum", 0.0), args.get("weight_decay", 0.0), pull), shift
 
 
-def dual_pays(rows: int, shape: tuple[int, int], first: bool) -> bool:
-    """Whether the dual form is cheaper, in nanoseconds per row at rates measured on one core."""
+def dual_pays(rows: int, shape: tuple[int, int], examples: int | None = None) -> bool:
+    """Whether a layer is cheaper without copies, in nanoseconds a client at rates measured on one core.
+
+    ``rows`` a client takes in a visit, each of its ``examples`` perhaps several times; those are known
+    of the first layer only, which computes with each example once and needs no gradient of its inputs.
+    """
     out, inputs = shape
-    if first:
-        return 4 * inputs * out / 95 + rows * out / 40 < 4 * inputs * out / 50
+    if examples is not None:
+        return 4 * inputs * out * examples / 95 + 2 * rows * examples * out / 45 < (
+            4 * inputs * out * rows / 50
+        )
     return 6 * inputs * out / 95 + 2 * rows * (inputs + out) / 40 < 6 * inputs * out / 50
-
-
-def grams(x: Tensor, index: Tensor, bias: bool) -> Tensor:
-    """Products of each client's rows with each other, [K, T, T]."""
-    rows = x[index]
-    return rows.bmm(rows.mT).add_(float(bias))

@@ -110,7 +110,7 @@ def _power(x: Any, n: int) -> Any:
     return out
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # one may take 20 MB
 def _spectrum(noise: float, rate: float, reach: float, mesh: float) -> Any:
     """Fourier transform of one release's privacy loss on a grid, and the grid."""
     import numpy

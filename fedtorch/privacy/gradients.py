@@ -45,15 +45,18 @@ class PrivateSteps:
         scale = (self.clip * sq_norms.rsqrt()).clamp(max=1)
         return torch.where(sq_norms.isfinite(), scale, 0)
 
+    def noisy(self, row: Tensor, k: int) -> None:
+        """Add client k's noise to the sum of its clipped gradients, [numbers], in place."""
+        self.streams[k].add(row, self.noise * self.clip, self.work)
+
     def finish(self, sums: Stack) -> Stack:
         """(sum + N(0, (noise clip)^2)) / divisor, [K, ...]; sensitivity of the sum: clip (add/remove).
 
         All parameters of a client are one draw: many small ones would each cost a call.
         """
-        std = self.noise * self.clip
         flat = torch.cat([v.reshape(len(v), -1) for v in sums.values()], 1)
-        for row, stream in zip(flat, self.streams, strict=True):
-            stream.add(row, std, self.work)
+        for k, row in enumerate(flat):
+            self.noisy(row, k)
         flat.div_(self.divisor)
         parts = flat.split([v[0].numel() for v in sums.values()], 1)
         return {k: p.view(v.shape) for (k, v), p in zip(sums.items(), parts, strict=True)}

@@ -1,0 +1,259 @@
+"""Linear layers of which no client has a copy.
+
+After some steps a client's weight is w0 - D^T A, where the rows of A are the inputs it has seen and the
+rows of D the scaled gradients that came back. So it puts out, and passes down,
+
+    a W^T = a w0^T - (a A^T) D        d W = d w0 - (d D^T) A
+
+The first term is one large product for all clients together; the second needs only small Gram matrices.
+The bias is a column of ones in A, hence a 1 added to them. This is exact, not an approximation, and it
+pays while a client takes fewer rows than the layer is wide. ``docs/fast-path.md`` derives it.
+"""
+
+import torch
+from torch import Tensor
+
+from fedtorch.fast.layers import Rule
+from fedtorch.fast.rows import Rows
+from fedtorch.fast.spec import Linear
+from fedtorch.types import Params, Stack
+
+LARGE = 1 << 16
+"""Weights from which on a product is worth the way to bfloat16 and back."""
+
+
+class Share:
+    """How much of w0 is left in the clients' weights: weight decay and the proximal pull take from it."""
+
+    def __init__(self, rule: Rule, clients: int) -> None:
+        self.rule, self.now, self.each = rule, 1.0, torch.ones(clients)
+
+    def step(self, clients: int) -> None:
+        """One step of the first ``clients``; the others have stopped."""
+        if self.rule.keep != 1.0:
+            self.now = self.rule.keep * self.now + self.rule.lr * self.rule.pull
+            self.each[:clients] = self.now
+
+    def keep(self, z: Tensor) -> Tensor:
+        """A product with w0 -> with what is left of it."""
+        return z if self.now == 1.0 else z * self.now
+
+
+class Dual:
+    """What both kinds have in common: w0, and what is left of the visit in the end."""
+
+    def __init__(
+        self,
+        spec: Linear,
+        weight: Tensor,
+        bias: Tensor | None,
+        rule: Rule,
+        clients: int,
+        half: bool,
+    ) -> None:
+        """``half``: large products in bfloat16."""
+        self.spec, self.w0, self.b0, self.rule = spec, weight, bias, rule
+        self.share = Share(rule, clients)
+        self.half = half and weight.numel() >= LARGE
+        self.w16 = weight.bfloat16() if self.half else weight
+        self.s = 0
+        """Rows so far."""
+
+    def affine(self, a: Tensor) -> Tensor:
+        """Outputs of w0 and b0 for [..., in]."""
+        flat = a.reshape(-1, a.shape[-1])
+        if self.half:
+            z = (flat.bfloat16() @ self.w16.T).float()
+            z = z if self.b0 is None else z.add_(self.b0)
+        else:
+            z = flat @ self.w0.T if self.b0 is None else torch.addmm(self.b0, flat, self.w0.T)
+        return z.view(*a.shape[:-1], len(self.w0))
+
+    def released(self, total: Tensor, D: Tensor, weight: Tensor) -> Params:
+        """Sum of weighted D^T A and rows -> the sum of the clients' changes by name."""
+        lost = float((weight * (self.share.each - 1)).sum())
+        bias = None if self.b0 is None else (self.b0 * lost).sub_(D.flatten(0, -2).sum(0))
+        return self.spec.named(total.neg_().add_(self.w0, alpha=lost), bias)
+
+    def copies(self, change: Tensor, D: Tensor) -> Stack:
+        """D^T A for each client -> the copies after all, for a strategy that wants to see them."""
+        left = self.share.each[:, None, None]
+        bias = None if self.b0 is None else self.b0 * left[:, 0] - D.sum(1)
+        return self.spec.named(self.w0 * left - change, bias)
+
+    def bounded(self, norms: Tensor, lengths: Tensor) -> Tensor:
+        """Squared norms [K] as they came out -> what they are at most, for ``lengths`` |a|^2 |d|^2 [K, T].
+
+        Products of n numbers err by at most n 2^-24 times the lengths multiplied, which bounds the
+        whole sum however much cancels in it.
+        """
+        most = lengths.clamp(min=0).sqrt().sum(1).square()
+        rows = lengths.shape[1] + sum(self.w0.shape)
+        return norms.clamp(min=0) + most * rows * 2.0**-24
+
+    def lost_norms(self, outputs: Tensor, D: Tensor) -> Tensor:
+        """What weight decay adds to the squared norms: the change has a part (share - 1) w0 as well."""
+        lost = self.share.each - 1
+        size = self.w0.square().sum() + (0 if self.b0 is None else self.b0.square().sum())
+        return lost * lost * size - 2 * lost * (outputs * D).sum((1, 2))
+
+
+class First(Dual):
+    """The first layer, whose inputs are the clients' examples, known before the visit starts.
+
+    The product with w0 is taken once for each example however many epochs follow, the Gram matrices are
+    those of the data, and the rows of D belong to examples, not to steps.
+    """
+
+    def __init__(
+        self,
+        spec: Linear,
+        weight: Tensor,
+        bias: Tensor | None,
+        rule: Rule,
+        rows: Rows,
+        grams: Tensor,
+        taken: tuple[Tensor, Tensor],
+        half: bool,
+    ) -> None:
+        """``taken``: the examples of each step, [K, T], as rows of x and as rows of the client's."""
+        super().__init__(spec, weight, bias, rule, len(grams), half)
+        K, n = grams.shape[:2]
+        self.rows, self.grams = rows, grams
+        self.D = weight.new_zeros(K, n, len(weight))
+        index, local = taken
+        z = self.affine(rows.half if self.half else rows.flat)
+        self.outputs = z
+        self.z = z[index]
+        base = torch.arange(K, device=local.device)[:, None] * n
+        self.place = local + base
+        self.gram = grams.flatten(0, 1)[self.place]
+
+    def forward(self, a: Tensor) -> Tensor:
+        """``a`` [k, B] are the rows of this step, of which only the shape matters here."""
+        k, B = a.shape
+        now = slice(self.s, self.s + B)
+        z = self.share.keep(self.z[:k, now])
+        if not self.s:
+            return z
+        return torch.baddbmm(z, self.gram[:k, now], self.D[:k], alpha=-1)
+
+    def backward(self, d: Tensor) -> Tensor:
+        """Nothing comes before the first layer."""
+        raise NotImplementedError
+
+    def step(self, d: Tensor) -> None:
+        """Add the rows to those of their examples; with decay those before count less."""
+        k, B = d.shape[:2]
+        if self.rule.keep != 1.0:
+            self.D[:k].mul_(self.rule.keep)
+        place = self.place[:k, self.s : self.s + B].flatten()
+        self.D.flatten(0, 1).index_add_(0, place, d.flatten(0, 1))
+        self.share.step(k)
+        self.s += B
+
+    def stack(self) -> Stack:
+        """The copies."""
+        return self.copies(self.D.mT.bmm(self.rows.spread(self.rows.flat)), self.D)
+
+    def sq_norms(self, upper: bool = False) -> Tensor:
+        """|D^T X|^2 = sum of (X X^T) * (D D^T): the change is not built for its norm."""
+        products = self.grams * self.D.bmm(self.D.mT)
+        norms = products.sum((1, 2))
+        if upper:
+            norms = self.bounded(norms, products.diagonal(0, 1, 2))
+        if self.rule.keep != 1.0:
+            norms += self.lost_norms(self.rows.spread(self.outputs), self.D)
+        return norms
+
+    def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
+        """One product for all clients; who stays out may hold NaN, which times 0 is NaN again."""
+        D = self.rows.gather(self.D * weight[:, None, None])
+        x, half = self.rows.flat, self.half and not exact
+        if not bool(weight.all()):
+            on = torch.repeat_interleave(weight != 0, torch.tensor(self.rows.sizes))
+            D, x = D[on], x[on]
+        elif half:
+            x = self.rows.half
+        total = (D.bfloat16().T @ x.bfloat16()).float() if half else D.T @ x
+        return self.released(total, D, weight)
+
+
+class Hidden(Dual):
+    """A later layer, whose inputs are written down as they come: A [K, T, in], D [K, T, out].
+
+    The products that a step needs are those that the norm needs in the end, so they are kept as well.
+    """
+
+    def __init__(
+        self,
+        spec: Linear,
+        weight: Tensor,
+        bias: Tensor | None,
+        rule: Rule,
+        size: tuple[int, int],
+        half: bool,
+    ) -> None:
+        """``size``: clients and rows they take."""
+        super().__init__(spec, weight, bias, rule, size[0], half)
+        self.A = weight.new_zeros(*size, weight.shape[1])
+        self.D = weight.new_zeros(*size, weight.shape[0])
+        self.grams, self.products = (weight.new_zeros(*size, size[1]) for _ in range(2))
+        self.one, self.B = float(bias is not None), size[1]
+
+    def forward(self, a: Tensor) -> Tensor:
+        """[k, B, in] -> [k, B, out]."""
+        k, self.B = a.shape[:2]
+        s, e = self.s, self.s + self.B
+        self.A[:k, s:e] = a
+        gram = a.bmm(self.A[:k, :e].mT)
+        if self.one:
+            gram.add_(self.one)
+        self.grams[:k, s:e, :e] = gram
+        z = self.share.keep(self.affine(a))
+        return z.baddbmm_(gram[..., :s], self.D[:k, :s], alpha=-1) if s else z
+
+    def backward(self, d: Tensor) -> Tensor:
+        """[k, B, out] -> [k, B, in]; the rows are written down here already, for their products."""
+        k, s, e = len(d), self.s, self.s + d.shape[1]
+        self.D[:k, s:e] = d
+        gram = d.bmm(self.D[:k, :e].mT)
+        self.products[:k, s:e, :e] = gram
+        flat = d.flatten(0, 1)
+        t = (flat.bfloat16() @ self.w16).float() if self.half else flat @ self.w0
+        t = self.share.keep(t.unflatten(0, d.shape[:2]))
+        return t.baddbmm_(gram[..., :s], self.A[:k, :s], alpha=-1) if s else t
+
+    def step(self, d: Tensor) -> None:
+        """With decay the rows before these count less."""
+        k = len(d)
+        if self.rule.keep != 1.0:
+            self.D[:k, : self.s].mul_(self.rule.keep)
+        self.share.step(k)
+        self.s += d.shape[1]
+
+    def stack(self) -> Stack:
+        """The copies."""
+        return self.copies(self.D.mT.bmm(self.A), self.D)
+
+    def sq_norms(self, upper: bool = False) -> Tensor:
+        """As above, from the products of the steps where there is no decay, which changes D."""
+        if self.rule.keep != 1.0:
+            products = self.A.bmm(self.A.mT).add_(self.one) * self.D.bmm(self.D.mT)
+            norms = products.sum((1, 2)) + self.lost_norms(self.affine(self.A), self.D)
+        else:  # each pair of rows of different steps is there once, and counts twice
+            products = self.grams * self.products
+            blocks = products.unflatten(2, (-1, self.B)).unflatten(1, (-1, self.B))
+            same = blocks.diagonal(0, 1, 3).sum((1, 2, 3))
+            norms = 2 * products.sum((1, 2)) - same
+        return self.bounded(norms, products.diagonal(0, 1, 2)) if upper else norms
+
+    def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
+        """One product for all clients; who stays out may hold NaN, which times 0 is NaN again."""
+        A, D = self.A, self.D * weight[:, None, None]
+        if not bool(weight.all()):
+            A, D = A[weight != 0], D[weight != 0]
+        A, D = A.flatten(0, 1), D.flatten(0, 1)
+        half = self.half and not exact
+        total = (D.bfloat16().T @ A.bfloat16()).float() if half else D.T @ A
+        return self.released(total, D, weight)

@@ -1,0 +1,215 @@
+"""What comes before the dense part of a model: convolutions, pooling, norms, embeddings, branches.
+
+Convolutions do not gain from clients side by side on a CPU: each client's own are one call of the
+library either way, and many clients' activations fall out of cache. So the front is run client after
+client with autograd, on copies of its parameters, and what is gained is everything around it: channels
+last, pooling before the activation, no optimizer, and a dense part that all clients share.
+"""
+
+import operator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+from fedtorch.fast.layers import Leaf
+from fedtorch.types import Params, Stack
+
+MODULES = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.Flatten, nn.Identity,
+    nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardswish,
+    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.GroupNorm, nn.LayerNorm, nn.ZeroPad2d,
+)  # fmt: skip
+"""Layers that treat every example alike and keep nothing."""
+
+CALLS = {
+    F.relu, torch.relu, F.leaky_relu, F.elu, F.gelu, F.silu, torch.tanh, torch.sigmoid,
+    F.max_pool1d, F.max_pool2d, F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
+    torch.flatten, torch.cat, torch.add, operator.add, operator.iadd, operator.mul, operator.getitem,
+    getattr,
+    "relu", "tanh", "sigmoid", "view", "reshape", "flatten", "permute", "transpose", "mean", "unsqueeze",
+    "squeeze", "size", "contiguous",
+}  # fmt: skip
+"""Functions and methods of which the same can be said."""
+
+
+@dataclass(frozen=True)
+class Front:
+    """Where the front ends and what it owns; only names, so that workers can be sent it."""
+
+    end: str
+    """The node of the traced graph whose result the dense part takes."""
+    names: tuple[str, ...]
+    """Its parameters, as the model names them."""
+
+
+def cut(graph: fx.Graph, end: fx.Node, root: nn.Module, example: Tensor) -> Front | str:
+    """The part of ``graph`` up to ``end`` as a front, or one clause saying what is not known."""
+    names: list[str] = []
+    part = upto(graph, end)
+    for node in part.nodes:
+        target = str(node.target)[2:]
+        if node.op == "call_module":
+            m = root.get_submodule(str(node.target))
+            if type(m) not in MODULES:
+                return f"layer {target or 'model'} ({m._get_name()}) has no fast form"
+            names += [f"{target}.{n}" if target else n for n, _ in m.named_parameters()]
+        elif node.op == "get_attr":
+            return f"parameter {target} is used outside of a layer"
+        elif node.op in ("call_function", "call_method") and node.target not in CALLS:
+            called = getattr(node.target, "__name__", node.target)
+            return f"{called} has no fast form"
+    out = fx.Interpreter(fx.GraphModule(root, part)).run(example)
+    if out.dim() != 2 or len(out) != len(example):
+        return f"its dense layers see {list(out.shape[1:])} for an example, not one row"
+    if not names:
+        return "examples are changed before the first layer"
+    return Front(end.name, tuple(names))
+
+
+def upto(graph: fx.Graph, end: fx.Node) -> fx.Graph:
+    """A copy of the graph that returns what ``end`` gives."""
+    needed = {end}
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    part = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in needed:
+            copies[node] = part.node_copy(node, lambda n: copies[n])
+    part.output(copies[end])
+    return part
+
+
+def build(model: nn.Module, front: Front) -> fx.GraphModule:
+    """The front of a model as a module that shares the model's parameters, pooling first."""
+    root = nn.Sequential(model)
+    graph = fx.Tracer().trace(root)
+    (end,) = (n for n in graph.nodes if n.name == front.end)
+    part = upto(graph, end)
+    for node in list(part.nodes):
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"  # channels last, what was one block of memory may not be one
+        if pools(node, root) and activates(node.args[0], root) and len(node.args[0].users) == 1:
+            # a maximum does not care whether it is taken before or after ReLU, which then has less to do
+            act = node.args[0]
+            node.args = (act.args[0], *node.args[1:])
+            node.replace_all_uses_with(act)
+            act.args = (node, *act.args[1:])
+            node.append(act)
+    return fx.GraphModule(root, part)
+
+
+def pools(node: fx.Node, root: nn.Module) -> bool:
+    """Whether it is max pooling."""
+    if node.op == "call_module":
+        m = root.get_submodule(str(node.target))
+        return type(m) is nn.MaxPool2d and not m.return_indices
+    return node.target is F.max_pool2d and not node.kwargs.get("return_indices")
+
+
+def activates(node: object, root: nn.Module) -> bool:
+    """Whether it is ReLU."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_module":
+        return type(root.get_submodule(str(node.target))) is nn.ReLU
+    return node.target in (F.relu, torch.relu, "relu")
+
+
+class Features:
+    """The front of K clients: their own copies of its parameters, run one after another."""
+
+    def __init__(
+        self, module: fx.GraphModule, leaves: dict[str, Leaf], x: Tensor, scale: Tensor, half: bool
+    ) -> None:
+        """``x`` [N, ...]: the examples; ``scale`` [K, T, 1] is 0 where a step has none."""
+        self.module, self.leaves, self.half = module, leaves, half
+        self.x, self.scale = last(x), scale
+        self.s = 0
+
+    def forward(self, a: Tensor) -> Tensor:
+        """Rows of the data [k, B] -> features [k, B, F], zero where there is no example."""
+        k, B = a.shape
+        real = self.scale[:k, self.s : self.s + B, 0] > 0
+        self.s += B
+        self.counts = real.sum(1).tolist()
+        self.runs: list[tuple[dict[str, Tensor], Tensor]] = []
+        out: list[Tensor] = []
+        for j, n in enumerate(self.counts):
+            own = {name: self._copy(leaf.value[j]) for name, leaf in self.leaves.items()}
+            with torch.enable_grad():
+                x = self.x[a[j, :n]]
+                x = x.bfloat16() if self.half and x.is_floating_point() else x
+                features = functional_call(self.module, {f"0.{k}": v for k, v in own.items()}, (x,))
+            self.runs.append((own, features))
+            out.append(F.pad(features.detach(), (0, 0, 0, B - n)) if n < B else features.detach())
+        return torch.stack(out).float() if self.half else torch.stack(out)
+
+    def backward(self, d: Tensor) -> Tensor:
+        """Nothing comes before."""
+        raise NotImplementedError
+
+    def step(self, d: Tensor) -> None:
+        """Autograd from the features on, then the step, client after client."""
+        rule = next(iter(self.leaves.values())).rule
+        scale = 1.0 if rule.momentum else 1 / rule.lr  # without momentum d is times lr already
+        for j, ((own, features), n) in enumerate(zip(self.runs, self.counts, strict=True)):
+            grads = torch.autograd.grad(features, list(own.values()), d[j, :n].to(features.dtype))
+            for leaf, g in zip(self.leaves.values(), grads, strict=True):
+                leaf.move(stored(g)[None].float(), slice(j, j + 1), scale)
+        self.runs = []
+
+    def stack(self) -> Stack:
+        """The copies."""
+        return {n: shaped(leaf.value) for n, leaf in self.leaves.items()}
+
+    def sq_norms(self, upper: bool = False) -> Tensor:
+        """Of all of them together."""
+        norms = torch.stack([m.change().square().sum(1) for m in self.leaves.values()]).sum(0)
+        return norms * (1 + 1e-5) if upper else norms
+
+    def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
+        """Of each."""
+        return {
+            n: shaped(leaf.weighted_sum(weight)[None])[0].contiguous()
+            for n, leaf in self.leaves.items()
+        }
+
+    def _copy(self, value: Tensor) -> Tensor:
+        # a copy: the step of one client would count as a change of all that share the memory
+        own = shaped(value[None])[0]
+        return (own.bfloat16() if self.half else own.clone()).requires_grad_()
+
+
+def last(x: Tensor) -> Tensor:
+    """Images in channels-last memory, also where one channel leaves it open what that would be."""
+    if x.dim() != 4:
+        return x
+    return x.permute(0, 2, 3, 1).contiguous().as_strided(*_strides(x))
+
+
+def _strides(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    n, c, h, w = x.shape
+    return (n, c, h, w), (h * w * c, 1, w * c, c)
+
+
+def shifted(shift: Tensor | None) -> Tensor | None:
+    """What is added to each client's gradients [K, ...], as the weights are kept."""
+    if shift is None or shift.dim() != 5:
+        return shift
+    return shift.permute(0, 1, 3, 4, 2).contiguous()
+
+
+def stored(weight: Tensor) -> Tensor:
+    """A 2-D convolution's weight [out, in, h, w] as it is kept: [out, h, w, in]; others as they are."""
+    return weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight
+
+
+def shaped(stack: Tensor) -> Tensor:
+    """The way back, with a client axis: [K, out, h, w, in] -> [K, out, in, h, w], channels last."""
+    return stack.permute(0, 1, 4, 2, 3) if stack.dim() == 5 else stack

@@ -1,0 +1,90 @@
+"""A step of DP-SGD in lock-step: no example's gradient is ever built.
+
+An example's gradient in a linear layer is the outer product of d and a, whose norm is the product of their
+norms. So rows of d are scaled by the clip, one product sums them, and noise goes on the sum. Noise in every
+step makes each client's weights a full matrix of its own; all of a client's parameters lie one after
+another in one row of memory, so that a client's sum, noise and step pass through the cache once.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedtorch.fast.layers import Act, Layer, Leaf, Own, Rule
+from fedtorch.fast.spec import Activation, Linear
+from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.types import Params
+
+
+class Flat:
+    """The parameters of all clients, [K, numbers], and memory for one client's gradient."""
+
+    def __init__(
+        self,
+        specs: Sequence[Linear | Activation],
+        state: Params,
+        rule: Rule,
+        shift: Params,
+        clients: int,
+    ) -> None:
+        self.specs, self.rule, self.shapes = specs, rule, dict[str, torch.Size]()
+        for spec in specs:
+            if isinstance(spec, Linear):
+                names = [spec.weight, *([spec.bias] if spec.bias else [])]
+                self.shapes |= {n: state[n].shape for n in names}
+        start = torch.cat([state[n].flatten() for n in self.shapes])
+        moved = torch.cat([shift[n].flatten(1) for n in self.shapes], 1) if shift else None
+        self.leaf = Leaf(start, clients, rule, moved)
+        self.gradient = torch.empty_like(start)
+
+    def views(self, rows: Tensor) -> Params:
+        """[..., numbers] -> the parameters by name, sharing its memory."""
+        parts = rows.split([s.numel() for s in self.shapes.values()], -1)
+        return {
+            n: p.view(*rows.shape[:-1], *s)
+            for (n, s), p in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def layers(self, data: Tensor) -> list[Layer]:
+        """The model on these parameters."""
+        own, start = self.views(self.leaf.value), self.views(self.leaf.start)
+        layers: list[Layer] = []
+        for spec in self.specs:
+            if isinstance(spec, Activation):
+                layers.append(Act(spec))
+                continue
+            weight = Leaf(start[spec.weight], 0, self.rule, None, own[spec.weight])
+            bias = None
+            if spec.bias:
+                bias = Leaf(start[spec.bias][None], 0, self.rule, None, own[spec.bias][:, None])
+            layers.append(Own(spec, weight, bias, None if layers else data))
+        return layers
+
+
+def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps) -> None:
+    """Clip each example by its norm over all layers, sum, add noise, move; client after client.
+
+    ``d`` [k, B, ...]: gradient of each example's own loss, 0 where there is none. An example that is not
+    finite counts as nothing.
+    """
+    grads = [d]
+    for layer in reversed(layers[1:]):
+        grads.append(layer.backward(grads[-1]))
+    own = [(m, g) for m, g in zip(layers, reversed(grads), strict=True) if isinstance(m, Own)]
+    factors = private.factors(torch.stack([m.example_sq_norms(g) for m, g in own]).sum(0))
+    used = factors > 0
+    clean = bool(used.all())
+    into = flat.views(flat.gradient)
+    rows = [
+        ((g if clean else torch.where(used[..., None], g, 0)) * factors[..., None], m)
+        for m, g in own
+    ]
+    inputs = [m.a if clean else torch.where(used[..., None], m.a, 0) for m, _ in own]
+    for k in range(len(d)):
+        for (scaled, m), a in zip(rows, inputs, strict=True):
+            torch.mm(scaled[k].T, a[k], out=into[m.spec.weight])
+            if m.spec.bias:
+                torch.sum(scaled[k], 0, out=into[m.spec.bias])
+        private.noisy(flat.gradient, k)
+        flat.leaf.move(flat.gradient[None], slice(k, k + 1), 1 / private.divisor)

@@ -1,0 +1,122 @@
+"""What depends on the clients' data alone, and is kept from round to round."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+ROOM = 128 << 20
+"""Bytes that may be kept; what finds no room is made anew in every visit."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The examples of a chunk of clients, one below the other."""
+
+    x: Tensor
+    """[N, ...]: all examples."""
+    y: Tensor
+    sizes: tuple[int, ...]
+    """Examples of each client."""
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """[N, in]."""
+        return self.x.flatten(1)
+
+    @cached_property
+    def half(self) -> Tensor:
+        """The same in bfloat16."""
+        return self.flat.bfloat16()
+
+    @cached_property
+    def most(self) -> int:
+        """Examples of the largest client."""
+        return max(self.sizes)
+
+    @cached_property
+    def place(self) -> Tensor | None:
+        """Where each example stands in [K * most], [N]; None where all clients are equally large."""
+        if len(set(self.sizes)) == 1:
+            return None
+        return torch.cat([k * self.most + torch.arange(n) for k, n in enumerate(self.sizes)])
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """[N, ...] -> [K, most, ...], zero where a client has no example."""
+        K = len(self.sizes)
+        if self.place is None:
+            return flat.view(K, self.most, *flat.shape[1:])
+        out = flat.new_zeros(K * self.most, *flat.shape[1:])
+        return out.index_copy_(0, self.place, flat).view(K, self.most, *flat.shape[1:])
+
+    def gather(self, spread: Tensor) -> Tensor:
+        """[K, most, ...] -> [N, ...]."""
+        flat = spread.flatten(0, 1)
+        return flat if self.place is None else flat[self.place]
+
+
+@dataclass
+class Kept:
+    """Chunks of data and Gram matrices, each kept while its client's tensors are what they were."""
+
+    used: int = 0
+    chunks: dict[tuple[int, ...], tuple[list[Tensor], list[int], Rows]] = field(
+        default_factory=dict
+    )
+    grams: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, object]:
+        """A worker is sent none of it: data stays where it is."""
+        return {"used": 0, "chunks": {}, "grams": {}}
+
+    def rows(self, datasets: Sequence[Dataset], device: torch.device) -> Rows:
+        """The examples of these clients."""
+        tables = [cast(TensorDataset, d).tensors for d in datasets]
+        parts = [t for table in tables for t in table]
+        key, versions = tuple(id(t) for t in parts), [version(t) for t in parts]
+        found = self.chunks.get(key)
+        if found and found[1] == versions:
+            return found[2]
+        x, y = (torch.cat([t[i] for t in tables]).to(device) for i in (0, 1))
+        rows = Rows(x, y, tuple(len(t[0]) for t in tables))
+        # of clients drawn anew each round no chunk comes twice, and keeping it would only cost
+        if self._room(2 * x.numel() * x.element_size()):
+            self.chunks[key] = parts, versions, rows
+        return rows
+
+    def gram(self, dataset: Dataset, bias: bool) -> Tensor:
+        """Products of a client's examples with each other, [n, n]; the bias is a column of ones."""
+        x = cast(TensorDataset, dataset).tensors[0]
+        found = self.grams.get(id(x))
+        if found and found[1] == version(x):
+            return found[2]
+        flat = x.flatten(1)
+        gram = (flat @ flat.T).add_(float(bias))
+        if self._room(gram.numel() * gram.element_size()):
+            self.grams[id(x)] = x, version(x), gram
+        return gram
+
+    def stacked(self, datasets: Sequence[Dataset], rows: Rows, bias: bool) -> Tensor:
+        """Gram matrices of a chunk, [K, most, most], zero where a client has no example."""
+        grams = [self.gram(d, bias) for d in datasets]
+        if rows.place is None:
+            return torch.stack(grams)
+        out = grams[0].new_zeros(len(grams), rows.most, rows.most)
+        for k, g in enumerate(grams):
+            out[k, : len(g), : len(g)] = g
+        return out
+
+    def _room(self, size: int) -> bool:
+        if self.used + size > ROOM:
+            return False
+        self.used += size
+        return True
+
+
+def version(t: Tensor) -> int:
+    """Counts the changes made to a tensor in place; inference tensors cannot be changed."""
+    return 0 if t.is_inference() else t._version

@@ -1,0 +1,196 @@
+"""Models with more than linear layers: a front of known layers, then the dense part."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
+from fedtorch.fast import front, offer, read, rows
+from fedtorch.privacy import ClientLevel, SampleLevel
+
+SIZES = [21, 5, 13, 1]
+
+
+def images(sizes: list[int] = SIZES, channels: int = 1) -> list[Client]:
+    g = torch.Generator().manual_seed(0)
+    return [
+        Client(
+            f"c{k}",
+            (torch.randn(n, channels, 8, 8, generator=g), torch.randint(0, 4, (n,), generator=g)),
+        )
+        for k, n in enumerate(sizes)
+    ]
+
+
+class Written(nn.Module):
+    """As people write it: functions, a view, a residual sum, layers in no particular order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(30, 4)
+        self.first, self.second = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.norm, self.hidden = nn.GroupNorm(2, 6), nn.Linear(6 * 4 * 4, 30)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.max_pool2d(F.relu(self.first(x)), 2)
+        x = x + torch.relu(self.norm(self.second(x)))
+        return self.out(F.relu(self.hidden(x.view(x.size(0), -1))))
+
+
+def paper() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 5, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(5, 7, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(7 * 2 * 2, 20), nn.ReLU(), nn.Linear(20, 4),
+    )  # fmt: skip
+
+
+def averaged() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)
+    )
+
+
+MODELS = {"paper": paper, "written": Written, "averaged": averaged}
+
+
+def trained(make, recipe: Recipe, solver: str, who: list[Client], chunk: int | None = None):
+    torch.manual_seed(1)
+    model = make()
+    start = copy.deepcopy(model.state_dict())
+    server = Server(model, who, recipe, engine=Local(solver=solver, chunk=chunk), seed=3)
+    figures = list(server.rounds(2))
+    return {k: v - start[k] for k, v in model.state_dict().items()}, figures
+
+
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[k] - b[k]).norm() / b[k].norm()) for k in a)
+
+
+@pytest.mark.parametrize("args", [{}, {"momentum": 0.9}, {"weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("strategy", [FedAvg(), FedProx(mu=0.5), Scaffold()], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_same_weights_as_the_general_path(name, strategy, args):
+    recipe = Recipe(
+        strategy, optimizer=ClientOptimizer("SGD", args), lr=0.05, epochs=2, batch_size=4
+    )
+    slow, before = trained(MODELS[name], recipe, "general", images())
+    for chunk in (3, 4):
+        fast, after = trained(MODELS[name], recipe, "fast", images(), chunk)
+        assert apart(fast, slow) < 5e-4  # of the way; of the weights it is less than 1e-5
+        for a, b in zip(after, before, strict=True):
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+            assert a["update_norm"] == pytest.approx(b["update_norm"], rel=1e-4)
+
+
+def test_tokens_through_an_embedding():
+    def model() -> nn.Module:
+        return nn.Sequential(
+            nn.Embedding(11, 6), nn.Flatten(), nn.Linear(30, 12), nn.ReLU(), nn.Linear(12, 3)
+        )
+
+    g = torch.Generator().manual_seed(0)
+    who = [
+        Client(
+            f"c{k}",
+            (torch.randint(0, 11, (n, 5), generator=g), torch.randint(0, 3, (n,), generator=g)),
+        )
+        for k, n in enumerate(SIZES)
+    ]
+    recipe = Recipe(lr=0.1, batch_size=4)
+    slow, fast = (trained(model, recipe, s, who)[0] for s in ("general", "fast"))
+    assert apart(fast, slow) < 5e-4
+
+
+def test_each_client_clipped_over_front_and_dense_part_together():
+    plan = ClientLevel(rounds=2, noise_multiplier=1e-6, clip=0.05, insecure_seed=5)
+    recipe = Recipe(lr=0.2, batch_size=4, privacy=plan)
+    slow, fast = (trained(Written, recipe, s, images())[0] for s in ("general", "fast"))
+    assert apart(fast, slow) < 1e-3
+
+
+def test_private_steps_of_convolutions_are_not_the_fast_paths():
+    model = paper()
+    plan = SampleLevel(rounds=1, noise_multiplier=1.0)
+    server = Server(model, images(), Recipe(privacy=plan))
+    assert any("linear layers alone" in n for n in server.session.notes), server.session.notes
+
+
+def test_a_client_that_diverges_fails_alone():
+    who = images()
+    who[2].data.tensors[0][3] = float("nan")
+    server = Server(paper(), who, Recipe(lr=0.1, batch_size=4), engine=Local(solver="fast"))
+    assert server.round()["failed"] == {"c2": "nonfinite"}
+
+
+REFUSED = {
+    "layer 0 (Dropout) has no fast form": nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(64, 4)),
+    "layer 0 (BatchNorm2d)": nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 4)),
+    "it does not end in a linear layer": nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten()),
+    "for an example, not one row": nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4)),
+    "examples are changed before the first layer": nn.Sequential(
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 4)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_is_refused_and_why(why):
+    got = read.read(REFUSED[why], images()[0].data.tensors[0][:1])
+    assert isinstance(got, str) and why in got
+
+
+def test_pooling_before_the_activation_is_the_same_function():
+    torch.manual_seed(0)
+    model, x = paper(), torch.randn(3, 1, 8, 8)
+    spec = read.read(model, x[:1]).front
+    module = front.build(model, spec)
+    order = [
+        type(module.get_submodule(n.target)) for n in module.graph.nodes if n.op == "call_module"
+    ]
+    assert order[:3] == [nn.Conv2d, nn.MaxPool2d, nn.ReLU]
+    assert torch.equal(module(x), model[:7](x))
+
+
+def test_one_channel_images_are_channels_last_for_certain():
+    x = torch.randn(2, 1, 5, 7)
+    some = front.last(x)[torch.tensor([1, 0])]
+    assert torch.equal(some, x.flip(0)) and some.stride() == (35, 1, 7, 1)
+    w = torch.randn(4, 3, 2, 2)
+    kept = front.shaped(front.stored(w).contiguous()[None])[0]
+    assert torch.equal(kept, w) and kept.stride() == (12, 1, 6, 3)
+
+
+def test_a_solver_travels_without_data_or_weights():
+    who = images()
+    solver = offer(paper(), [c.data for c in who], Recipe())
+    solver.kept.rows([c.data for c in who], torch.device("cpu"))
+    assert solver.module is not None and solver.kept.chunks
+    arrived = pickle.loads(pickle.dumps(solver))
+    assert arrived.module is None and not arrived.kept.chunks and not arrived.kept.grams
+    assert len(pickle.dumps(solver)) < 2000
+
+
+def test_what_is_kept_is_made_anew_when_data_changes():
+    kept = rows.Kept()
+    data = images()[0].data
+    before = kept.rows([data], torch.device("cpu")), kept.gram(data, True)
+    assert (
+        kept.rows([data], torch.device("cpu")) is before[0] and kept.gram(data, True) is before[1]
+    )
+    data.tensors[0].mul_(2)
+    assert torch.equal(kept.rows([data], torch.device("cpu")).x, data.tensors[0])
+    flat = data.tensors[0].flatten(1)
+    assert torch.allclose(kept.gram(data, True), flat @ flat.T + 1)
+
+
+def test_what_is_kept_has_a_bound(monkeypatch):
+    monkeypatch.setattr(rows, "ROOM", 10_000)
+    kept = rows.Kept()
+    for client in images([20] * 30):
+        kept.gram(client.data, True)
+    assert kept.used <= 10_000 and 1 <= len(kept.grams) <= 6
