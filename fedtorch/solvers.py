@@ -27,10 +27,6 @@ from fedtorch.types import Context, Params, Stack, Task
 from fedtorch.working import Recipe as Recipe
 from fedtorch.working import Working, correct
 
-    @property
-    def privacy(self) -> Any:
-        """The privacy plan, or None."""
-
 
 class Trained(NamedTuple):
     """What is left after the local steps of K clients."""

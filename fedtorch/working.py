@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ class Recipe(Order, Protocol):
     @property
     def optimizer(self) -> ClientOptimizer:
         """Builds the local optimizer."""
+
+    @property
+    def privacy(self) -> Any:
+        """The privacy plan, or None."""
 
 
 class Working:
