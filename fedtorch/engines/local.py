@@ -63,14 +63,17 @@ class LocalSession:
     def cut(self, ids: Sequence[str], most: int | None = None) -> list[list[Client]]:
         """Chunks of clients of like size, of at most ``most`` clients, the largest clients first."""
         cohort = sorted((self.clients[i] for i in ids), key=len, reverse=True)
-        chunks = []
+        chunks: list[list[Client]] = []
         limit = self.choice.chunk
         if (
             self.choice.group > 1
         ):  # one after another: smaller shares keep all workers busy to the end
             limit, most = self.choice.group, most and max(1, most // 4)
+        limit = min(limit, most or limit)
+        if cohort:  # equal shares: a small rest would cost as many calls as a whole chunk
+            limit = -(-len(cohort) // -(-len(cohort) // limit))
         while cohort:
-            size = min(limit, most or limit)
+            size = limit
             if self.choice.strict:
                 size = sum(len(c) == len(cohort[0]) for c in cohort[:size])
                 size = size if self._unpadded(len(cohort[0])) else 1
