@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from fedtorch import Client, FedAvg, FedProx, Local, Recipe, Scaffold, Server, checkpoint
 from fedtorch.engines import Processes
-from fedtorch.privacy import SampleLevel
+from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.types import ClientError, ConfigError
 
 pytestmark = pytest.mark.timeout(300)
@@ -111,6 +111,20 @@ def test_the_fast_path_in_workers_gives_the_weights_of_the_general_one(privacy):
     here, _ = chain(Local(chunk=1, solver="general"), privacy)
     there, notes = chain(Processes(workers=2, solver="fast"), privacy)
     assert worst(here, there) <= 1e-6 and "fast path" in notes
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        ClientLevel(noise_multiplier=0.1, rounds=3, insecure_seed=3, adaptive=AdaptiveClip(0.5)),
+        LocalDP(noise_multiplier=1.0, rounds=3, insecure_seed=3),
+    ],
+    ids=["client", "local"],
+)
+def test_private_plans_give_the_weights_of_one_process(privacy):
+    here, _ = chain(Local(chunk=1, solver="general"), privacy)
+    there, _ = chain(Processes(workers=2), privacy)
+    assert worst(here, there) <= 1e-6
 
 
 def test_a_killed_worker_is_replaced_and_nothing_is_lost():

@@ -2,9 +2,10 @@
 
 import logging
 import os
+import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -353,6 +354,76 @@ def test_replayed_late_and_oversized_messages_are_refused(folder):
         telephone.close()
 
 
+class Cable:
+    """A TCP connection between site and server that can be cut."""
+
+    def __init__(self, port):
+        self.port, self.ends, self.down = port, [], 0.0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.own_port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with suppress(OSError):
+            while True:
+                near, _ = self.listener.accept()
+                if time.monotonic() < self.down:
+                    self.hang_up(near)
+                    continue
+                far = socket.create_connection(("127.0.0.1", self.port))
+                self.ends += [near, far]
+                for a, b in ((near, far), (far, near)):
+                    threading.Thread(target=self.carry, args=(a, b), daemon=True).start()
+
+    def carry(self, a, b):
+        with suppress(OSError):
+            while data := a.recv(1 << 16):
+                b.sendall(data)
+        self.hang_up(a, b)
+
+    def hang_up(self, *ends):
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def cut(self, seconds=0.0):
+        self.down = time.monotonic() + seconds
+        self.hang_up(*self.ends)
+        self.ends = []
+
+
+def test_a_report_outlives_a_line_that_breaks_and_is_charged_once(folder, tmp_path, caplog):
+    privacy = SampleLevel(noise_multiplier=1.0, rounds=2, steps=2, insecure_seed=5)
+    offered = offer(privacy=privacy)
+    with server(folder, offered, keys=None) as there:
+        cable = Cable(there.session.port)
+        options = {"credentials": "", "insecure": True, "max_epsilon": 99.0}
+        with (
+            caplog.at_level(logging.WARNING),
+            sites(folder, cable.own_port, tmp_path, ["north"], **options) as (north,),
+            sites(folder, there.session.port, tmp_path, ["south"], **options),
+        ):
+            train = north._train
+
+            def then_cut(task):
+                outcome = train(task)
+                cable.cut(0.3 * task.round)
+                return outcome
+
+            north._train = then_cut
+            for figures in there.rounds(2):
+                assert figures["cohort"] == NAMES
+            there.close()
+        cable.listener.close()
+        cable.cut()
+    assert "round 2: cannot report, trying again" in caplog.text
+    assert [e.round for e in north.budget.ledgers["example"].entries] == [0, 1]
+    wanted = here(folder, offered, 2)
+    for k, v in there.model.state_dict().items():
+        assert (wanted[k] - v).abs().max() <= 1e-6
+
+
 def test_too_few_reports_leave_the_model_as_it_was(folder):
     with server(folder, offer(), deadline=3.0, minimum=2) as made:
         before = state_of(made.model)
@@ -411,7 +482,7 @@ def test_over_selection_takes_the_first_and_discards_the_late_by_name(folder, ca
         if privacy:  # who was asked has been charged, used or not
             assert [e.clients for e in made.private.ledger.entries] == [("north", "south")]
     assert "round 1 goes on without south: 1 others had reported" in caplog.text
-    assert "refused a message of south: its visit is over" in caplog.text
+    assert "refused a message of south: its visit of round 1 is over" in caplog.text
 
 
 def test_of_reports_that_came_together_the_first_count():

@@ -24,8 +24,6 @@ from fedtorch.sites.visits import Visit, check_enough, judge
 from fedtorch.solvers import snapshot
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
 
-OVER = "its visit is over, or was reported before: discarded"
-
 HOLD_SECONDS = 20.0
 """How long a call for work is held open when there is none."""
 ALIVE_SECONDS = 3 * HOLD_SECONDS
@@ -216,16 +214,19 @@ class SitesSession:
     def _report(self, site: str, message: Message, size: int) -> bytes:
         with self.change:
             visit = self._open(site)
+        number = message.facts.get("round")
+        over = f"its visit of round {number + 1 if type(number) is int else '?'} is over, or was "
+        over += "reported before: discarded"
         if visit is None or message.facts.get("visit") != visit.nonce:
-            raise MessageError(OVER)
+            raise MessageError(over)
         try:
             result = self.reader.read(site, visit.task, message)
         except MessageError as e:
-            log.warning("round %d: refused the report of %s: %s", visit.task.round, site, e)
+            log.warning("round %d: refused the report of %s: %s", visit.task.round + 1, site, e)
             result = Failure(site, "refused", str(e))
         with self.change:
             if self.visits.get(site) is not visit or visit.outcome is not None:
-                raise MessageError(OVER)
+                raise MessageError(over)
             visit.outcome = result
             visit.place = sum(v.outcome is not None for v in self.visits.values())
             visit.received, visit.seconds = size, time.monotonic() - visit.asked

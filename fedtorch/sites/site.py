@@ -175,7 +175,7 @@ class Site:
         kept = self.memory.after(after)
         if kept is None:
             log.warning(
-                "round %d: memory after visit %s is gone, starting afresh", task.round, after
+                "round %d: memory of visit %s is gone, starting afresh", task.round + 1, after
             )
         self.client.memory = kept or {}
         outcome = self._charged(task) or self._train(task)
@@ -202,7 +202,7 @@ class Site:
             (outcome,) = [*self.session.collect()]
         except ClientError as e:
             # the text may quote a row of data: it stays in this site's own log
-            log.error("round %d: %s", task.round, e)
+            log.error("round %d: %s", task.round + 1, e)
             outcome = Failure(self.client.id, "error", "its model or data raised an error")
         if isinstance(outcome, Failure):
             return Outcome(NOBODY, [outcome], {})
@@ -217,12 +217,12 @@ class Site:
                 self.line.call("report", data, 600)
                 return
             except Refused as e:
-                log.warning("round %d: the report was refused: %s", task.round, e)
+                log.warning("round %d: the report was refused: %s", task.round + 1, e)
                 return
             except Unreachable as e:
                 if time.monotonic() > end:
                     raise
-                log.warning("round %d: cannot report, trying again: %s", task.round, e)
+                log.warning("round %d: cannot report, trying again: %s", task.round + 1, e)
                 time.sleep(wait * random.uniform(0.5, 1))
                 wait = min(wait * 2, 30.0)
 
