@@ -6,6 +6,7 @@ weight a client axis and lets torch.func.vmap run K clients as one.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -96,6 +97,28 @@ def general(
     floats = {k: b.clone() for k, b in here.floats().items()}
     # the weights are still the module's own: whoever wants to keep them copies them
     return Trained(expand(here.weights()), expand(floats), loss[None])
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Another solver under autocast: its large products in bfloat16, weights and steps as they are."""
+
+    solver: Solver
+
+    def __call__(
+        self,
+        model: nn.Module,
+        datasets: Sequence[Dataset],
+        plans: Sequence[Tensor],
+        task: Task,
+        recipe: Recipe,
+        ctx: Context,
+        private: PrivateSteps | None = None,
+    ) -> Any:
+        """What the other leaves."""
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, torch.bfloat16):
+            return self.solver(model, datasets, plans, task, recipe, ctx, private)
 
 
 def stacked(

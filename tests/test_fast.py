@@ -310,3 +310,40 @@ def test_the_bound_on_a_norm_holds_where_everything_cancels():
     first.D.copy_(D)
     true = float((D[0].T @ x).double().square().sum())
     assert float(first.sq_norms(upper=True)) >= true
+
+
+def test_bf16_is_close_and_much_like_float32(form):
+    torch.manual_seed(0)
+    x, y = torch.randn(90, 400), torch.randint(0, 3, (90,))
+    who = [Client(str(k), (x[k * 30 : k * 30 + 30], y[k * 30 : k * 30 + 30])) for k in range(3)]
+    ends = []
+    for dtype in ("float32", "bf16"):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(400, 300), nn.ReLU(), nn.Linear(300, 3))
+        start = {k: v.clone() for k, v in model.state_dict().items()}
+        engine = Local(solver="fast", dtype=dtype)
+        server = Server(model, who, Recipe(lr=0.05, batch_size=10), engine=engine)
+        server.round()
+        ends.append({k: v - start[k] for k, v in model.state_dict().items()})
+    assert apart(*ends) < 0.05
+    assert (apart(*ends) > 1e-5) == (form != "own")  # copies are stepped in float32 throughout
+
+
+def test_bf16_on_the_general_path_is_autocast():
+    model = nn.Sequential(nn.Linear(30, 40), nn.Dropout(0.0), nn.Linear(40, 4))
+    server = Server(model, clients(), Recipe(lr=0.1), engine=Local(dtype="bf16"))
+    assert any("autocast" in n for n in server.session.notes)
+    seen = []
+    server.session.model[0].register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    server.round()
+    assert set(seen) == {torch.bfloat16}
+    assert all(v.dtype == torch.float32 for v in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "privacy", "why"),
+    [("bf16", SampleLevel(rounds=1), "sample-level"), ("half", None, "float32 or bf16")],
+)
+def test_dtypes_that_are_refused(dtype, privacy, why):
+    with pytest.raises(ConfigError, match=why):
+        Server(mlp(), clients(), Recipe(privacy=privacy), engine=Local(dtype=dtype))

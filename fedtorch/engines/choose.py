@@ -23,6 +23,8 @@ GROUP = 64
 
 SOLVERS = ("auto", "fast", "stacked", "general")
 
+DTYPES = ("float32", "bf16")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -41,24 +43,34 @@ class Choice:
 
 
 def choose(
-    model: nn.Module, clients: Sequence[Client], recipe: Recipe, chunk: int | None, solver: str
+    model: nn.Module,
+    clients: Sequence[Client],
+    recipe: Recipe,
+    chunk: int | None,
+    solver: str,
+    dtype: str = "float32",
 ) -> Choice:
     """The fastest way that trains this model rightly; raises ConfigError where ``solver`` cannot."""
-    if solver not in SOLVERS:
-        raise ConfigError(f"engine.solver must be one of {', '.join(SOLVERS)}, not {solver!r}")
+    half = check(solver, dtype, recipe)
     asked = recipe
     size = min(chunk or _automatic(model), len(clients))
     recipe, size = probe_private.fits(model, clients, recipe, size)
     private = recipe.privacy.mode if isinstance(recipe.privacy, SampleLevel) else None
     notes = probe_private.warnings(clients, recipe.privacy)
     if solver in ("auto", "fast"):
-        found = fast.offer(model, [c.data for c in clients], recipe, asked.privacy)
+        found = fast.offer(model, [c.data for c in clients], recipe, asked.privacy, half)
         if not isinstance(found, str):
             size = chunk or found.chunk(max(len(c) for c in clients), recipe, private is not None)
-            return Choice(found, size, recipe, (*notes, f"fast path, {size} clients at once"))
+            how = f"fast path, {size} clients at once" + (
+                ", large products in bf16" if half else ""
+            )
+            return Choice(found, size, recipe, (*notes, how))
         if solver == "fast":
             raise ConfigError(f"engine.solver fast cannot train this: {found}; use auto")
         notes.append(f"the fast path is not used: {found}")
+    if half:
+        notes.append("clients train one after another under autocast to bf16")
+        return Choice(solvers.Mixed(solvers.general), 1, recipe, tuple(notes))
     alone = solvers.stacked if private == "stacked" else solvers.general
     turns = (chunk or GROUP) if alone is solvers.general and averages(recipe) else 1
     if size == 1 or (solver == "general" and private is None):
@@ -75,6 +87,19 @@ def choose(
             "large train side by side"
         )
     return Choice(solvers.stacked, size, recipe, tuple(notes), strict=strict)
+
+
+def check(solver: str, dtype: str, recipe: Recipe) -> bool:
+    """Refuse what there is not, by name; whether large products are in bfloat16."""
+    if solver not in SOLVERS:
+        raise ConfigError(f"engine.solver must be one of {', '.join(SOLVERS)}, not {solver!r}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"engine.dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
+    if dtype == "bf16" and isinstance(recipe.privacy, SampleLevel):
+        raise ConfigError(
+            "engine.dtype bf16 is not for sample-level privacy: the noise in every step needs float32"
+        )
+    return dtype == "bf16"
 
 
 def _automatic(model: nn.Module) -> int:

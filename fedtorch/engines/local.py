@@ -24,6 +24,8 @@ class Local:
     """Where clients train: cpu, cuda, cuda:1, ..."""
     solver: str = "auto"
     """auto, fast (known layers, no autograd), stacked (torch.func.vmap) or general (any model)."""
+    dtype: str = "float32"
+    """float32, or bf16 for large products and convolutions; weights and steps stay float32."""
 
     def __post_init__(self) -> None:
         """Refuse a chunk of nobody and a device that is not here."""
@@ -38,7 +40,7 @@ class Local:
         """Try one batch and choose how to train."""
         worker = copy.deepcopy(model).to(self.device)
         probe.fits(worker, clients, recipe)
-        choice = choose(worker, clients, recipe, self.chunk, self.solver)
+        choice = choose(worker, clients, recipe, self.chunk, self.solver, self.dtype)
         by_id = {c.id: c for c in clients}
         session = LocalSession(worker, by_id, choice.recipe, choice, choice.notes)
         session.restore({})  # memory of an earlier run would poison this one

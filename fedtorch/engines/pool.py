@@ -13,11 +13,11 @@ from fedtorch.engines.local import Local, LocalSession
 from fedtorch.types import ConfigError, Params, Task
 
 
-def options(workers: int | None, chunk: int | None, device: str, solver: str) -> Local:
+def options(workers: int | None, chunk: int | None, device: str, solver: str, dtype: str) -> Local:
     """How each worker trains; raises ConfigError for a pool of nobody."""
     if workers is not None and workers < 1:
         raise ConfigError(f"engine.workers must be at least 1, got {workers}")
-    return Local(chunk, device, solver)
+    return Local(chunk, device, solver, dtype)
 
 
 def prepare(

@@ -40,10 +40,12 @@ class Processes:
     """cpu, or cuda for one worker on each GPU."""
     solver: str = "auto"
     """auto, fast, stacked or general, as for engine local."""
+    dtype: str = "float32"
+    """float32 or bf16, as for engine local."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be started."""
-        pool.options(self.workers, self.chunk, self.device, self.solver)
+        pool.options(self.workers, self.chunk, self.device, self.solver, self.dtype)
 
     def devices(self) -> list[str]:
         """The device of each worker."""
@@ -58,7 +60,7 @@ class Processes:
     ) -> "ProcessesSession":
         """Check that these fit together, then start the workers."""
         devices = self.devices()
-        own = pool.options(self.workers, self.chunk, devices[0], self.solver)
+        own = pool.options(self.workers, self.chunk, devices[0], self.solver, self.dtype)
         local, body, block = pool.prepare(own, model, clients, recipe, shared)
         return ProcessesSession(local, body, block, devices, self.chunk is None)
 

@@ -42,17 +42,19 @@ class Ray:
     """A running cluster (HOST:6379, or auto for the one of this machine); empty: start one here."""
     solver: str = "auto"
     """auto, fast, stacked or general, as for engine local."""
+    dtype: str = "float32"
+    """float32 or bf16, as for engine local."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be started."""
-        pool.options(self.workers, self.chunk, "cpu", self.solver)
+        pool.options(self.workers, self.chunk, "cpu", self.solver, self.dtype)
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"engine.device must be cpu or cuda with Ray, got {self.device!r}")
 
     def open(self, model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> "RaySession":
         """Check that these fit together, then reach the cluster and start the actors."""
         # this machine may have no GPU, so what is tried here is tried on its CPU
-        here = pool.options(self.workers, self.chunk, "cpu", self.solver)
+        here = pool.options(self.workers, self.chunk, "cpu", self.solver, self.dtype)
         installed()
         local, body, block = pool.prepare(here, model, clients, recipe, wire.zeros, by_value)
         return RaySession(local, (body, block.numpy()), self, connect(self.address, self.workers))

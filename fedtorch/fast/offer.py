@@ -26,9 +26,13 @@ TOLERANCE = 1e-3
 
 
 def offer(
-    model: nn.Module, datasets: Sequence[Dataset], recipe: Recipe, privacy: object = None
+    model: nn.Module,
+    datasets: Sequence[Dataset],
+    recipe: Recipe,
+    privacy: object = None,
+    half: bool = False,
 ) -> Fast | str:
-    """A solver for this model, or one clause that says why there is none."""
+    """A solver for this model (``half``: in bfloat16), or one clause that says why there is none."""
     why = optimizer(recipe) or strategy(recipe) or tables(model, datasets)
     private = isinstance(privacy, SampleLevel)
     if isinstance(privacy, SampleLevel) and privacy.mode != "auto":
@@ -52,7 +56,7 @@ def offer(
         return f"a trial failed ({type(e).__name__})"
     if not error < TOLERANCE:
         return f"a trial of two steps differs from the general path by {error:.1e}"
-    return solver
+    return Fast(chain, half)
 
 
 def optimizer(recipe: Recipe) -> str | None:
