@@ -1,7 +1,9 @@
-"""The weighted mean of what clients send, built up as updates arrive."""
+"""The weighted mean of what clients send, built up as updates arrive, and the step it leads to."""
 
-from fedtorch.tree import add_weighted
-from fedtorch.types import Params, Update
+from collections.abc import Sequence
+
+from fedtorch.tree import add_weighted, expand, finite
+from fedtorch.types import ConfigError, Params, Update
 
 
 class Mean:
@@ -31,3 +33,21 @@ class Mean:
             {g: {k: (v / self.weight).cpu() for k, v in s.items()} for g, s in self.sent.items()},
             {k: (v / self.weight).cpu() for k, v in self.buffers.items()},
         )
+
+
+def moved(
+    state: Params, delta: Params, buffers: Params, trainable: Sequence[str], round: int
+) -> Params:
+    """``state`` with ``delta`` added to the ``trainable`` and ``buffers`` in place of its own.
+
+    Raises ConfigError when the step is not finite.
+    """
+    # added in float64 and rounded once: one client's own weights come back to the last bit
+    new = {k: state[k].double().add_(delta[k]).to(state[k].dtype) for k in trainable}
+    if not bool(finite(expand(new))):
+        raise ConfigError(
+            f"round {round}: the server's step is not finite; lower lr or the server's learning rate "
+            "(the model of the round before is kept)"
+        )
+    # float statistics are averaged; integer counters keep the server's value
+    return state | new | {k: v.to(state[k].dtype) for k, v in buffers.items()}

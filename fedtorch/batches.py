@@ -47,8 +47,10 @@ def plan(n: int, order: Order, seed: int) -> Tensor:
     passes = []
     for _ in range(-(-steps // per_epoch)):
         perm = torch.randperm(n, generator=generator)[: per_epoch * size]
-        passes.append(F.pad(perm, (0, per_epoch * size - len(perm)), value=-1).view(-1, size))
-    return torch.cat(passes)[:steps]
+        if short := per_epoch * size - len(perm):
+            perm = F.pad(perm, (0, short), value=-1)
+        passes.append(perm.view(-1, size))
+    return (torch.cat(passes) if len(passes) > 1 else passes[0])[:steps]
 
 
 def fetch(data: Dataset, index: Tensor) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -194,6 +195,7 @@ def descend(params: Sequence[Tensor], lr: float) -> None:
             torch._foreach_add_([p for p, _ in pairs], [g for _, g in pairs], alpha=-lr)
 
 
+@cache
 def by_name() -> dict[str, type[torch.optim.Optimizer]]:
     """Lower-case name -> class, for every torch.optim optimizer that fits a local step."""
     return {

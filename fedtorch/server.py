@@ -7,10 +7,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from fedtorch.aggregate import Mean
+from fedtorch.aggregate import Mean, moved
 from fedtorch.client import Client, Recipe
 from fedtorch.console import Report
 from fedtorch.engines import Engine, Local
@@ -21,9 +20,8 @@ from fedtorch.privacy.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent, PrivateRun
 from fedtorch.schedules import Constant, Schedule
 from fedtorch.solvers import load, snapshot
-from fedtorch.strategies import Strategy
-from fedtorch.tree import expand, finite, row
-from fedtorch.types import ConfigError, Context, Failure, Params, Task, Update
+from fedtorch.strategies.base import uploads
+from fedtorch.types import ConfigError, Failure, Params, Task, Update
 
 
 class Server:
@@ -73,7 +71,7 @@ class Server:
         self.private: PrivateRun | None = None
         self.notes = list(self.session.notes)
         if self.recipe.privacy is not None:
-            groups = _groups(self.recipe.strategy, params, self.extras)
+            groups = uploads(self.recipe.strategy, params, self.extras)
             self.private = PrivateRun(self.recipe.privacy, self.ids, groups)
             self.notes += self.private.check(self.recipe, participation)
 
@@ -83,49 +81,14 @@ class Server:
         Raises BudgetSpent, before anybody trains, when the privacy budget has no room for it.
         """
         start = time.perf_counter()
-        strategy, private = self.recipe.strategy, self.private
         reporting, lost = self._cohort()
-        if private:
-            if not private.affordable([*reporting, *lost], self.round_number):
-                raise BudgetSpent(
-                    f"round {self.round_number + 1} would spend more than the privacy plan's epsilon: "
-                    "the model so far is the last the budget pays for"
-                )
-            private.charge([*reporting, *lost], self.round_number)
-        lr = self.recipe.lr * self.schedule(self.round_number)
-        state = snapshot(self.model)
-        task = Task(state, self.extras, self.round_number, self.seed, lr)
-        if private:
-            task = replace(task, privacy=private.numbers(self.round_number))
-
+        self._charge([*reporting, *lost])
+        task = self._task()
         sampled = time.perf_counter()
-        self.session.submit([self.ids[i] for i in reporting], task)
         failed = [Failure(self.ids[i], "dropped", "it dropped out") for i in lost]
-        mean, chunks = Mean(), []
-        for outcome in self.session.collect():
-            if isinstance(outcome, Failure):
-                failed.append(outcome)
-            else:
-                mean.add(outcome)
-                chunks.append(Visits(outcome.ids, outcome.weight, outcome.metrics))
-                if self.watch is not None:
-                    self.watch(outcome)
+        mean, self.visits = self._train([self.ids[i] for i in reporting], task, failed)
         trained = time.perf_counter()
-
-        # noise comes first: all that the strategy and the server optimizer do is post-processing
-        released = private.release(mean.sums()) if private else None
-        visits = Visits.of(chunks)
-        means, buffers = mean.result() if visits.ids else ({}, {})
-        delta: Params = {}
-        if visits.ids or released:
-            sent, buffers = (released, {}) if released else (means, buffers)
-            share = self.recipe.privacy and self.recipe.privacy.share()
-            cohort = len(visits.ids) / len(self.ids)
-            delta, self.extras = strategy.step(sent, self.extras, share or cohort)
-            if strategy.server is not None:
-                delta, self.optimizer_state = strategy.server.step(delta, self.optimizer_state)
-            load(self.model, self._moved(state, delta, buffers))
-        self.visits, self.last_step = visits, delta
+        means = self._move(task.state, mean)
         self.round_number += 1
         figures = {
             "round": self.round_number,
@@ -133,9 +96,9 @@ class Server:
             "seconds_sample": sampled - start,
             "seconds_train": trained - sampled,
             "seconds_aggregate": time.perf_counter() - trained,
-            **visits.speed(trained - sampled),
+            **self.visits.speed(trained - sampled),
         }
-        return self.mark(figures) | private.figures() if private else figures
+        return self.mark(figures) | self.private.figures() if self.private else figures
 
     def mark(self, figures: Metrics) -> Metrics:
         """Under privacy, figures of the clients' data that the guarantee does not cover say so."""
@@ -187,21 +150,14 @@ class Server:
         missing = [k for k in self.state_dict() if k not in state]
         if missing:
             raise ConfigError(f"the checkpoint has no {missing[0]!r}: another version wrote it")
-        own, other = snapshot(self.model), state["model"]
-        wrong = [
-            k
-            for k in {**own, **other}
-            if k not in own or k not in other or own[k].shape != other[k].shape
-        ]
-        if wrong:
-            raise ConfigError(f"the checkpoint is of another model: {wrong[0]!r} does not match")
+        _same_shapes(snapshot(self.model), state["model"])
         if (state["privacy"] is None) != (self.private is None):
             raise ConfigError(
                 "the checkpoint and this run do not agree on whether training is private"
             )
         if self.private:
             self.private.load_state_dict(state["privacy"], ledger)
-        load(self.model, other)
+        load(self.model, state["model"])
         self.round_number, self.seed = state["round"], state["seed"]
         self.extras, self.optimizer_state = state["extras"], state["optimizer"]
         self.session.restore(state["memory"])
@@ -223,6 +179,55 @@ class Server:
         drawn = plan.cohort(len(self.ids), self.round_number) if plan else None
         return self.participation.cohort(len(self.ids), self.seed, self.round_number, drawn)
 
+    def _charge(self, asked: list[int]) -> None:
+        # before anything is sent: what is asked for is paid for, whatever comes back
+        if self.private is None:
+            return
+        if not self.private.affordable(asked, self.round_number):
+            raise BudgetSpent(
+                f"round {self.round_number + 1} would spend more than the privacy plan's epsilon: "
+                "the model so far is the last the budget pays for"
+            )
+        self.private.charge(asked, self.round_number)
+
+    def _task(self) -> Task:
+        lr = self.recipe.lr * self.schedule(self.round_number)
+        task = Task(snapshot(self.model), self.extras, self.round_number, self.seed, lr)
+        numbers = self.private.numbers(self.round_number) if self.private else {}
+        return replace(task, privacy=numbers)
+
+    def _train(self, ids: list[str], task: Task, failed: list[Failure]) -> tuple[Mean, Visits]:
+        """Let them train; who has no usable update is added to ``failed``."""
+        self.session.submit(ids, task)
+        mean, chunks = Mean(), []
+        for outcome in self.session.collect():
+            if isinstance(outcome, Failure):
+                failed.append(outcome)
+                continue
+            mean.add(outcome)
+            chunks.append(Visits(outcome.ids, outcome.weight, outcome.metrics))
+            if self.watch is not None:
+                self.watch(outcome)
+        return mean, Visits.of(chunks)
+
+    def _move(self, state: Params, mean: Mean) -> dict[str, Params]:
+        """Step from ``state``; returns the clients' means before any noise, for the figures."""
+        strategy, reported = self.recipe.strategy, len(self.visits.ids)
+        # noise comes first: all that the strategy and the server optimizer do is post-processing
+        released = self.private.release(mean.sums()) if self.private else None
+        means, buffers = mean.result() if reported else ({}, {})
+        delta: Params = {}
+        if reported or released:
+            sent, buffers = (released, {}) if released else (means, buffers)
+            share = self.recipe.privacy and self.recipe.privacy.share()
+            delta, self.extras = strategy.step(sent, self.extras, share or reported / len(self.ids))
+            if strategy.server is not None:
+                delta, self.optimizer_state = strategy.server.step(delta, self.optimizer_state)
+            new = moved(state, delta, buffers, self.trainable, self.round_number + 1)
+            load(self.model, new)
+        self.last_step = delta
+        return means
+
     def _figures(self, task: Task, failed: list[Failure], means: dict[str, Params]) -> Metrics:
         kinds = [f.kind for f in failed]
         reported = len(self.visits.ids)
@@ -238,21 +243,8 @@ class Server:
             **traffic(task, means, asked=reported + len(failed), reported=reported),
         }
 
-    def _moved(self, state: Params, delta: Params, buffers: Params) -> Params:
-        # added in float64 and rounded once: one client's own weights come back to the last bit
-        new = {k: state[k].double().add_(delta[k]).to(state[k].dtype) for k in self.trainable}
-        if not bool(finite(expand(new))):
-            raise ConfigError(
-                f"round {self.round_number + 1}: the server's step is not finite; lower lr or the "
-                "server's learning rate (the model of the round before is kept)"
-            )
-        # float statistics are averaged; integer counters keep the server's value
-        return state | new | {k: v.to(state[k].dtype) for k, v in buffers.items()}
 
-
-def _groups(strategy: Strategy, params: Params, extras: dict[str, Params]) -> dict[str, Params]:
-    """What a client sends, in names and shapes: an upload of a visit that changed nothing."""
-    own = {g: expand(m) for g, m in strategy.remember(params).items()}
-    shared = {g: expand(e) for g, e in extras.items()}
-    ctx = Context(expand(params), shared, own, torch.ones(1), 1.0)
-    return {g: row(s, 0) for g, s in strategy.upload(expand(params), ctx)[0].items()}
+def _same_shapes(own: Params, other: Params) -> None:
+    for k in {**own, **other}:
+        if k not in own or k not in other or own[k].shape != other[k].shape:
+            raise ConfigError(f"the checkpoint is of another model: {k!r} does not match")

@@ -34,7 +34,8 @@ class Total:
         count = sum(v.numel() for v in start.values())
         self._start = torch.empty(count, dtype=torch.float64, device=device)
         self._change = torch.empty_like(self._start)
-        self._sum = torch.zeros_like(self._start)
+        self._sum = torch.empty_like(self._start)
+        self._empty = True
         self._shapes = {k: v.shape for k, v in start.items()}
         self._pieces = [*self._split(self._change).values()]
         torch._foreach_copy_([*self._split(self._start).values()], [*start.values()])
@@ -47,10 +48,16 @@ class Total:
 
     def add(self, weight: float) -> None:
         """Add ``weight`` times the latest change."""
-        self._sum.add_(self._change, alpha=weight)
+        if self._empty:
+            torch.mul(self._change, weight, out=self._sum)
+            self._empty = False
+        else:
+            self._sum.add_(self._change, alpha=weight)
 
     def params(self, factor: float) -> Params:
         """``factor`` times the sum."""
+        if self._empty:
+            self._sum.zero_()
         return self._split(self._sum if factor == 1 else self._sum * factor)
 
     def bound(self, sq_norms: Tensor) -> Tensor:
@@ -109,6 +116,7 @@ def in_turn(
     start = {k: task.state[k] for k in here.params}
     total, floats = Total(start), Params()
     anchor, extras = expand(start), {g: expand(e) for g, e in task.extras.items()}
+    steps = torch.tensor([len(p) for p in plans])
     examples = torch.tensor([float(len(c)) for c in clients])
     weight = recipe.weights(examples)
     share = (weight.double() / weight.sum()).tolist()
@@ -118,7 +126,7 @@ def in_turn(
             seeds.set_global(seeds.derive(task.seed, "visit", task.round, client.id))
             memory = client.memory or recipe.strategy.remember(start)
             memory = {g: expand(to(m, here.device)) for g, m in memory.items()}
-            ctx = Context(anchor, extras, memory, torch.tensor([len(plans[k])]), task.lr)
+            ctx = Context(anchor, extras, memory, steps[k : k + 1], task.lr)
             noise = private and replace(private, streams=private.streams[k : k + 1])
             with blamed([client], task):
                 loss.append(here.visit(client.data, plans[k], ctx, noise))

@@ -45,6 +45,7 @@ class Working:
     """
 
     def __init__(self, model: nn.Module, task: Task, recipe: Recipe) -> None:
+        model.train()
         self.model, self.recipe, self.lr = model, recipe, task.lr
         self.params = {k: p for k, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.params.values())).device
@@ -62,7 +63,8 @@ class Working:
         example and noised, from Opacus.
         """
         self._load()
-        self.model.train()
+        if not self.model.training:  # train() walks through all submodules
+            self.model.train()
         views = expand(self.weights()) if self.correcting else {}
         step = self.recipe.optimizer.stepper([*self.params.values()], self.lr)
         losses = []

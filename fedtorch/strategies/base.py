@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from fedtorch.optimizers import ServerOptimizer
-from fedtorch.tree import tmap
+from fedtorch.tree import expand, row, tmap
 from fedtorch.types import ConfigError, Context, Params, Stack
 
 
@@ -56,3 +56,11 @@ class Strategy:
 @dataclass(frozen=True)
 class FedAvg(Strategy):
     """Weighted mean of the clients' weights (McMahan et al. 2017, arXiv:1602.05629, Alg. 1)."""
+
+
+def uploads(strategy: Strategy, params: Params, extras: dict[str, Params]) -> dict[str, Params]:
+    """What a client sends, in names and shapes: an upload of a visit that changed nothing."""
+    own = {g: expand(m) for g, m in strategy.remember(params).items()}
+    shared = {g: expand(e) for g, e in extras.items()}
+    ctx = Context(expand(params), shared, own, torch.ones(1), 1.0)
+    return {g: row(s, 0) for g, s in strategy.upload(expand(params), ctx)[0].items()}
