@@ -5,7 +5,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from fedtorch.tracking.lines import NAME, read
 from fedtorch.types import ConfigError
 
 COLUMNS = ("round", "train_loss", "nonprivate_train_loss", "privacy_epsilon")
@@ -29,6 +28,8 @@ class History(list[dict[str, Any]]):
     @classmethod
     def load(cls, folder: str | Path) -> "History":
         """From the ``metrics.jsonl`` of a run folder."""
+        from fedtorch.tracking.lines import NAME, read  # TensorBoard comes with it: 0.1 s
+
         return cls(read(Path(folder) / NAME))
 
     def column(self, name: str) -> list[tuple[int, float]]:

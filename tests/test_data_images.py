@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from fedtorch import ConfigError
 from fedtorch.data import Digits, Idx
-from fedtorch.data.images import read_idx
+from fedtorch.data.images import _digits, read_idx
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -37,6 +38,15 @@ def test_digits_are_real_and_split_by_the_seed():
     assert sorted(y.unique().tolist()) == list(range(10))
     assert torch.equal(x, b.train.tensors[0])
     assert not torch.equal(x, c.train.tensors[0])
+
+
+def test_digits_are_scikit_learns_whether_its_table_is_found_or_asked_for(monkeypatch):
+    images, target = load_digits(return_X_y=True)
+    found = _digits()
+    assert np.array_equal(found[:, :-1], images)
+    assert np.array_equal(found[:, -1], target)
+    monkeypatch.setattr("fedtorch.data.images.find_spec", lambda name: None)
+    assert np.array_equal(_digits(), found)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -15,6 +15,7 @@ from fedtorch.data import (
     from_tensors,
     partition,
 )
+from fedtorch.data.partition import _fill_empty
 
 
 def data(n: int, classes: int = 5, owners: int = 0, seed: int = 0) -> Data:
@@ -43,6 +44,17 @@ def test_as_many_clients_as_examples_still_get_one_each(n, clients, seed):
         _, parts = partition(data(n), how, clients, seed)
         assert sorted(torch.cat(parts).tolist()) == list(range(n))
         assert all(len(p) for p in parts)
+
+
+@given(clients=st.integers(1, 30), more=st.integers(0, 80), seed=st.integers(0, 2**32))
+def test_empty_clients_are_filled_from_the_largest_one_example_at_a_time(clients, more, seed):
+    rng = np.random.default_rng(seed)
+    owner = rng.choice(clients, clients + more, p=rng.dirichlet(np.full(clients, 0.2)))
+    slow = owner.copy()
+    for k in range(clients):  # as the rule reads, a search for each
+        if not (slow == k).any():
+            slow[np.flatnonzero(slow == np.bincount(slow).argmax())[0]] = k
+    assert np.array_equal(_fill_empty(owner, clients), slow)
 
 
 @pytest.mark.parametrize("how", HOW, ids=str)

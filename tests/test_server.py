@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -164,3 +167,19 @@ def test_fit_gives_the_history_and_keeps_quiet_when_piped(capsys):
     assert [m["round"] for m in server.fit(1, progress=False)] == [4]
     assert capsys.readouterr().out == ""
     assert history.column("train_loss")[0][0] == 1
+
+
+def test_plain_training_starts_without_the_slow_imports():
+    code = """
+import sys
+import torch
+from fedtorch import Client, Server
+from fedtorch.data import Digits
+d = Digits().load(0)
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+Server(model, [Client("0", d.train)]).round()
+slow = "torch._dynamo", "sklearn", "matplotlib", "tensorboard", "pandas", "opacus", "scipy.special"
+print([m for m in slow if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -4,6 +4,7 @@ import gzip
 import math
 import zlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,9 @@ class Digits:
 
     def load(self, seed: int) -> Data:
         """X [N, 1, 8, 8] in 0..1, y [N] in 0..9."""
-        from sklearn.datasets import load_digits  # a second to import: only when it is used
-
-        images, target = load_digits(return_X_y=True)
-        x = torch.tensor(images / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)
-        y = torch.tensor(target, dtype=torch.int64)
+        table = _digits()
+        x = torch.tensor(table[:, :-1] / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)
+        y = torch.tensor(table[:, -1], dtype=torch.int64)
         train, test = split(len(y), self.test_fraction, seed)
         return from_tensors(
             "digits", (x[train], y[train]), (x[test], y[test]), "classification", 10
@@ -70,6 +69,18 @@ class Idx:
             )
         classes = int(max(train[1].max(), test[1].max())) + 1
         return from_tensors(folder.name or "idx", train, test, "classification", classes)
+
+
+def _digits() -> np.ndarray:
+    # 64 pixels and a label a row. Its table lies in the package: importing scikit-learn takes a second
+    found = find_spec("sklearn")
+    for folder in (found and found.submodule_search_locations) or ():
+        if (table := Path(folder, "datasets", "data", "digits.csv.gz")).is_file():
+            return np.loadtxt(table, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return np.column_stack([digits.data, digits.target])
 
 
 def _pair(folder: Path, prefix: str) -> tuple[Tensor, Tensor] | None:

@@ -177,10 +177,13 @@ def _whole(shares: np.ndarray, n: int) -> np.ndarray:
 
 
 def _fill_empty(owner: np.ndarray, clients: int) -> np.ndarray:
+    # one sort serves all: the largest gives its examples in their order, and is never one just filled
     sizes = np.bincount(owner, minlength=clients)
+    order, next_of = np.argsort(owner, kind="stable"), np.cumsum(sizes) - sizes
     for k in np.flatnonzero(sizes == 0):
         largest = sizes.argmax()
-        owner[np.flatnonzero(owner == largest)[0]] = k
+        owner[order[next_of[largest]]] = k
+        next_of[largest] += 1
         sizes[largest] -= 1
         sizes[k] = 1
     return owner
