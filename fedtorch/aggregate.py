@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fedtorch.tree import add_weighted, expand, finite
-from fedtorch.types import ConfigError, Params, Update
+from fedtorch.types import ConfigError, Params, Stack, Update
 
 
 class Mean:
@@ -14,10 +14,23 @@ class Mean:
         self.weight = 0.0
         self.sent: dict[str, Params] = {}
         self.buffers: Params = {}
+        self._first: Update | None = None
 
     def add(self, update: Update) -> None:
         """Add the clients of one chunk."""
+        if update.summed and not self.weight:
+            self._first = update  # often the only one, and a mean as it is
+        else:
+            self._fold()
+            self._add(update)
         self.weight += float(update.weight.sum())
+
+    def _fold(self) -> None:
+        if self._first is not None:
+            self._add(self._first)
+            self._first = None
+
+    def _add(self, update: Update) -> None:
         weight = update.weight.sum()[None] if update.summed else update.weight
         for group, stack in update.sent.items():
             add_weighted(self.sent.setdefault(group, {}), stack, weight)
@@ -25,14 +38,22 @@ class Mean:
 
     def sums(self) -> dict[str, Params]:
         """Weighted sum of each sent group, on the CPU."""
+        self._fold()
         return {g: {k: v.cpu() for k, v in s.items()} for g, s in self.sent.items()}
 
     def result(self) -> tuple[dict[str, Params], Params]:
         """Mean of each sent group and of the float buffers, on the CPU."""
+        if self._first is not None:
+            one = self._first
+            return {g: _only(s) for g, s in one.sent.items()}, _only(one.buffers)
         return (
             {g: {k: (v / self.weight).cpu() for k, v in s.items()} for g, s in self.sent.items()},
             {k: (v / self.weight).cpu() for k, v in self.buffers.items()},
         )
+
+
+def _only(stack: Stack) -> Params:
+    return {k: v[0].double().cpu() for k, v in stack.items()}
 
 
 def moved(

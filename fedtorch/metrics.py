@@ -1,5 +1,6 @@
 """The figures of a round, from what its clients reported."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtorch.tree import sq_norms
 from fedtorch.types import Params, Task
 
 Metrics = dict[str, Any]
@@ -68,16 +68,23 @@ class Visits:
 
 def spread(name: str, values: Tensor) -> dict[str, float]:
     """Range and quartiles of [K] values, and the mean of the worst (largest) tenth, at least one."""
-    values = values.double().sort(descending=True).values
-    points = torch.tensor(list(QUARTILES.values()), dtype=torch.float64)
-    found = dict(zip(QUARTILES, values.quantile(points).tolist(), strict=True))
-    worst = values[: -(-len(values) // 10)].mean()
-    return {f"{name}_{k}": v for k, v in {**found, "worst10": float(worst)}.items()}
+    # plain Python: for the few values of a round a tenth of the time of as many tensor operations
+    ordered = sorted(values.tolist())
+    top = len(ordered) - 1
+    found = {}
+    for key, share in QUARTILES.items():
+        below, part = int(share * top), share * top % 1
+        found[key] = ordered[below]
+        if part:
+            found[key] += part * (ordered[below + 1] - ordered[below])
+    worst = ordered[::-1][: -(-len(ordered) // 10)]
+    return {f"{name}_{k}": v for k, v in {**found, "worst10": sum(worst) / len(worst)}.items()}
 
 
 def length(params: Params) -> float:
     """L2 norm of all tensors together."""
-    return float(sq_norms({k: v[None] for k, v in params.items()}).sqrt()) if params else 0.0
+    flat = (v.double().flatten() for v in params.values())
+    return math.sqrt(sum(float(v.dot(v)) for v in flat))
 
 
 def traffic(task: Task, sent: Mapping[str, Params], asked: int, reported: int) -> Metrics:

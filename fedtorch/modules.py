@@ -18,9 +18,10 @@ def forget(params: Mapping[str, Tensor]) -> None:
 
 def load(model: nn.Module, state: Params) -> None:
     """Copy parameters and buffers into the module, in place."""
-    with torch.no_grad():
-        for k, v in (*model.named_parameters(), *model.named_buffers()):
-            v.copy_(state[k])
+    both = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if both:
+        with torch.no_grad():
+            torch._foreach_copy_([*both.values()], [state[k] for k in both])
 
 
 def to_device(task: Task, model: nn.Module) -> Task:

@@ -72,7 +72,7 @@ def told(
     return {
         "train_loss": loss,
         "examples": examples,
-        "visited": torch.tensor([float((p >= 0).count_nonzero()) for p in plans]),
+        "visited": torch.tensor([float((p.numpy() >= 0).sum()) for p in plans]),
         "steps": torch.tensor([float(len(p)) for p in plans], dtype=torch.float64),
         "update_norm": norms,
     }

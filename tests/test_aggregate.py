@@ -27,3 +27,19 @@ def test_ten_thousand_small_updates_lose_nothing():
     for _ in range(10_000):
         mean.add(update("a", [0.1], [1.0]))
     assert abs(mean.result()[0]["delta"]["w"].item() - 0.1) < 1e-12
+
+
+def test_a_summed_update_alone_and_among_others():
+    """The mean of 1.0 and 5.0 by 1 and 3 arrives as one row."""
+    row = torch.tensor([[4.0]], dtype=torch.float64)
+    one = Update(("a", "b"), {"delta": {"w": row}}, {}, torch.tensor([1.0, 3.0]), summed=True)
+    mean = Mean()
+    mean.add(one)
+    assert mean.result()[0]["delta"]["w"].item() == 4
+    assert mean.sums()["delta"]["w"].item() == 16
+    assert mean.result()[0]["delta"]["w"].item() == 4
+    mean.add(one)
+    mean.add(update("c", [12.0], [8.0]))
+    assert mean.weight == 16
+    assert mean.result()[0]["delta"]["w"].item() == (16 + 16 + 96) / 16
+    assert row.item() == 4

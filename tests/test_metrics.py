@@ -29,6 +29,9 @@ def test_spread_of_a_known_list():
         "x_min": 1, "x_q1": 6, "x_median": 11, "x_q3": 16, "x_max": 21, "x_worst10": 20,
     }  # fmt: skip
     assert spread("x", torch.tensor([3.0]))["x_worst10"] == 3
+    uneven = torch.tensor([0.3, 7.0, -2.0, 1.5], dtype=torch.float64)
+    assert spread("x", uneven)["x_q1"] == pytest.approx(float(uneven.quantile(0.25)))
+    assert spread("x", torch.tensor([1.0, 2.0, torch.inf]))["x_median"] == 2
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
