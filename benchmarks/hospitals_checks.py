@@ -94,18 +94,19 @@ def only_updates_arrived(messages: Sequence[Mapping[str, Any]], size: int) -> st
             demand(not message.groups and len(m["data"]) < 1000, "a call holds no tensor", m)
             continue
         largest = max(largest, len(m["data"]))
-        figures = message.groups.pop("metrics", {})
+        figures, _ = (message.groups.pop(k, {}) for k in ("metrics", "buffers"))
         demand(figures.keys() <= FIGURES, "only known figures arrived", figures.keys())
         for group, tree in message.groups.items():
-            demand(group in ("sent/delta", "", "buffers"), "only an update arrived", group)
+            demand(group in ("sent/delta", "sent/c", ""), "only an update arrived", group)
             numbers += sum(t.numel() for t in tree.values())
         singles = all(t.shape == (1,) for t in figures.values())
-        demand(singles and numbers == size + 1, "an update has the model's size", numbers)
+        whole = size * (1 + ("sent/c" in message.groups)) + 1  # SCAFFOLD sends twice as much
+        demand(singles and numbers == whole, "an update has the model's size", numbers)
         demand(len(m["data"]) < 4000, "a report holds nothing else", len(m["data"]))
     told = ", ".join(f"{n} {k}" for k, n in sorted(kinds.items()))
     return (
-        f"the server received {told}, the largest of {largest} bytes: each report one update of "
-        f"{size} numbers, its weight and named figures, every other call no number at all"
+        f"the server received {told}, the largest of {largest} bytes: each report one update of the "
+        f"model's {size} numbers, its weight and named figures, every other call no number at all"
     )
 
 

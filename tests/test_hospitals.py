@@ -35,6 +35,9 @@ def test_four_hospitals_train_over_tls_through_kill_9(done):
     assert f"training ended at round {ROUNDS}, each round counted once" in told
     assert any(t.startswith("server opened no hospital's file (audit hook") for t in told)
     assert sum("ledger: " in t for t in told) == 5
+    figures = json.loads((trial.folder / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert figures["nonprivate_site_va_reported"] == 1 and figures["nonprivate_site_va_seconds"] > 0
+    assert not [k for k in figures if k.startswith("site_")]
 
 
 def test_an_opened_table_is_noticed(done):

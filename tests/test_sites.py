@@ -77,11 +77,17 @@ def site_config(folder, port, name, state, **changes) -> SiteConfig:
 
 @contextmanager
 def sites(folder, port, state, names=NAMES, **options):
-    """Sites at work in threads of this process."""
+    """Sites at work in threads of this process.
+
+    They join one after another and before the first round: neither the parser of plans nor torch.fx, which
+    looks at the model, can be used by two threads at once. Real sites have a process each.
+    """
     made = [Site(site_config(folder, port, n, state / n, **options)) for n in names]
     threads = [threading.Thread(target=s.run) for s in made]
-    for t in threads:
+    for t, s in zip(threads, made, strict=True):
         t.start()
+        while s.plan is None and t.is_alive():
+            time.sleep(0.01)
     yield made
     for t, s in zip(threads, made, strict=True):
         t.join()

@@ -159,7 +159,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
             while not over(server, config, stop):
                 if not enough(session, config, stop):
                     continue
-                figures = server.round() | session.figures()
+                figures = server.round() | server.mark(session.figures())
                 if test is not None:
                     scores = evaluate(model, test, metrics)
                     figures |= {f"test_{k}": v for k, v in scores.items()}

@@ -78,7 +78,7 @@ class SiteConfig:
 
 
 class Site:
-    """The data, the memory, and the line to the server."""
+    """The data, the memory, and the line to the server; one to a process."""
 
     def __init__(self, config: SiteConfig) -> None:
         """Read the data and what an earlier process of this site has left."""
