@@ -12,18 +12,21 @@ class CrossEntropy:
     def __init__(self, y: Tensor, scale: Tensor) -> None:
         """Labels [K, T]; ``scale`` [K, T, 1] is 1 / size of the batch, 0 where there is no example."""
         self.y, self.scale = y[..., None], scale
-        self.losses = torch.zeros_like(scale)
+        self.z = self.hot = torch.empty(0)
 
     def __call__(self, z: Tensor, k: int, rows: slice) -> Tensor:
         """Logits [k, B, C] of the rows of a step -> gradient."""
-        y = self.y[:k, rows]
-        logp = z.log_softmax(-1)
-        self.losses[:k, rows] = logp.gather(2, y)
-        return logp.exp_().scatter_add_(2, y, logp.new_full((1, 1, 1), -1).expand(y.shape))
+        if not len(self.z):
+            self.z = z.new_zeros(*self.y.shape[:2], z.shape[2])
+            self.hot = self.z.scatter(2, self.y, 1.0)
+        self.z[:k, rows] = z
+        return z.softmax(-1).sub_(self.hot[:k, rows])
 
     def total(self) -> Tensor:
         """Sum over steps of the mean loss of each batch, [K]."""
-        return -(self.losses * self.scale).double().sum((1, 2))
+        losses = self.z.logsumexp(2, keepdim=True) - self.z.gather(2, self.y)
+        # where there is no example there are no logits either
+        return torch.where(self.scale > 0, losses * self.scale, 0).double().sum((1, 2))
 
 
 class AnyLoss:
