@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fedtorch.privacy.keystream import keystream
+from fedtorch.privacy.keystream import Scratch, keystream
 from fedtorch.privacy.streams import BLOCK, Work, box_muller, stream
 
 
@@ -59,17 +59,17 @@ def test_seeds_that_torch_cannot_tell_apart_are_told_apart():
 
 def test_the_cipher_is_aes_256_in_counter_mode():
     # known answer: NIST SP 800-38A gives no zero counter, so AES-256 of a zero block under a zero key
-    words = keystream(bytes(32))(2)
+    words = keystream(bytes(32))(2, Scratch())
     assert words.tobytes().hex() == "dc95c078a2408989ad48a21492842087"
 
 
 def test_words_go_on_where_they_stopped_and_every_bit_of_the_key_counts():
-    whole, pieces = keystream(bytes(32))(6).copy(), keystream(bytes(32))
-    assert np.array_equal(whole, np.concatenate([pieces(2).copy(), pieces(4).copy()]))
+    whole, pieces = keystream(bytes(32))(6, Scratch()), keystream(bytes(32))
+    assert np.array_equal(whole, np.concatenate([pieces(2, Scratch()), pieces(4, Scratch())]))
     for byte in (0, 13, 31):
         key = bytearray(32)
         key[byte] = 1
-        assert not np.array_equal(whole, keystream(bytes(key))(6))
+        assert not np.array_equal(whole, keystream(bytes(key))(6, Scratch()))
 
 
 def test_box_muller_by_hand():

@@ -67,6 +67,8 @@ def choose(
             return Choice(found, size, recipe, (*notes, how))
         if solver == "fast":
             raise ConfigError(f"engine.solver fast cannot train this: {found}; use auto")
+        if isinstance(asked.privacy, SampleLevel) and asked.privacy.projected:
+            raise ConfigError(f"privacy.projected needs the fast path: {found}; leave it out")
         notes.append(f"the fast path is not used: {found}")
     if half:
         notes.append("clients train one after another under autocast to bf16")

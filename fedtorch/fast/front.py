@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from fedtorch.fast.layers import Leaf
+from fedtorch.fast.layers import Leaf, squares
 from fedtorch.types import Params, Stack
 
 MODULES = (
@@ -170,7 +170,7 @@ class Features:
 
     def sq_norms(self, upper: bool = False) -> Tensor:
         """Of all of them together."""
-        norms = torch.stack([m.change().square().sum(1) for m in self.leaves.values()]).sum(0)
+        norms = torch.stack([squares(m.change()) for m in self.leaves.values()]).sum(0)
         return norms * (1 + 1e-5) if upper else norms
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:

@@ -49,7 +49,7 @@ class Layer(Protocol):
         """Move the weights, if there are any, by the gradient d^T a of this step's inputs."""
 
 
-class Weights(Layer, Protocol):
+class Weights(Protocol):
     """What is left of a layer with parameters after the visit."""
 
     def stack(self) -> Stack:
@@ -84,6 +84,7 @@ class Leaf:
         self.value = start.expand(clients, *start.shape).clone() if value is None else value
         self.shift = None if shift is None else shift.reshape(self.value.shape)
         self.velocity = torch.zeros_like(self.value) if rule.momentum else None
+        self.moved: Tensor | None = None
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """Move by the gradient x @ y, without writing it down (times lr already, unless momentum)."""
@@ -126,8 +127,10 @@ class Leaf:
         w.add_(v, alpha=-rule.lr)
 
     def change(self) -> Tensor:
-        """Weights minus start, [K, numbers]."""
-        return (self.value - self.start).flatten(1)
+        """Weights minus start, [K, numbers], once the visit is over."""
+        if self.moved is None:
+            self.moved = (self.value - self.start).flatten(1)
+        return self.moved
 
     def weighted_sum(self, weight: Tensor) -> Tensor:
         """Of the changes; who has weight 0 may hold NaN, which times 0 is NaN again."""
@@ -172,7 +175,7 @@ class Own:
     def sq_norms(self, upper: bool = False) -> Tensor:
         """Of weight and bias together."""
         leaves = [self.weight, *([self.bias] if self.bias else [])]
-        norms = torch.stack([leaf.change().square().sum(1) for leaf in leaves]).sum(0)
+        norms = torch.stack([squares(leaf.change()) for leaf in leaves]).sum(0)
         return norms * (1 + 1e-5) if upper else norms
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
@@ -199,3 +202,8 @@ class Act:
 
     def step(self, d: Tensor) -> None:
         """Nothing to move."""
+
+
+def squares(rows: Tensor) -> Tensor:
+    """Squared norm of each row; a dot product reads each number once and writes none."""
+    return torch.stack([row.dot(row) for row in rows])

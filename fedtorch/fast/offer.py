@@ -45,6 +45,8 @@ def offer(
         return chain
     if private and chain.front:
         return "private steps have a fast form for linear layers alone"
+    if isinstance(privacy, SampleLevel) and privacy.projected and not plain(recipe):
+        return "projected noise needs plain SGD and no correction of gradients"
     solver = Fast(chain)
     try:
         with torch.no_grad():
@@ -66,6 +68,13 @@ def optimizer(recipe: Recipe) -> str | None:
     args = recipe.optimizer.args
     other = sorted(k for k, v in args.items() if v and k not in ("momentum", "weight_decay"))
     return f"SGD with {other[0]}" if other else None
+
+
+def plain(recipe: Recipe) -> bool:
+    """SGD without momentum and weight decay, and gradients as they are."""
+    args = recipe.optimizer.args
+    corrected = type(recipe.strategy).correct is not Strategy.correct
+    return not (args.get("momentum") or args.get("weight_decay") or corrected)
 
 
 def strategy(recipe: Recipe) -> str | None:

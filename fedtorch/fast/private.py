@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.fast.layers import Act, Layer, Leaf, Own, Rule
+from fedtorch.fast.projected import Projected
 from fedtorch.fast.spec import Activation, Linear
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.types import Params
@@ -46,8 +47,8 @@ class Flat:
             for (n, s), p in zip(self.shapes.items(), parts, strict=True)
         }
 
-    def layers(self, data: Tensor) -> list[Layer]:
-        """The model on these parameters."""
+    def layers(self, data: Tensor | None) -> list[Layer]:
+        """The layers on these parameters; ``data`` if the first of them is the model's first."""
         own, start = self.views(self.leaf.value), self.views(self.leaf.start)
         layers: list[Layer] = []
         for spec in self.specs:
@@ -71,18 +72,23 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
     grads = [d]
     for layer in reversed(layers[1:]):
         grads.append(layer.backward(grads[-1]))
-    own = [(m, g) for m, g in zip(layers, reversed(grads), strict=True) if isinstance(m, Own)]
-    factors = private.factors(torch.stack([m.example_sq_norms(g) for m, g in own]).sum(0))
+    pairs = zip(layers, reversed(grads), strict=True)
+    known = [(m, g) for m, g in pairs if isinstance(m, (Own, Projected))]
+    factors = private.factors(torch.stack([m.example_sq_norms(g) for m, g in known]).sum(0))
     used = factors > 0
     clean = bool(used.all())
     into = flat.views(flat.gradient)
     rows = [
         ((g if clean else torch.where(used[..., None], g, 0)) * factors[..., None], m)
-        for m, g in own
+        for m, g in known
     ]
+    if isinstance(rows[0][1], Projected):
+        first, projected = rows.pop(0)
+        projected.step(first)
+    own = [(m, g) for g, m in rows if isinstance(m, Own)]
     inputs = [m.a if clean else torch.where(used[..., None], m.a, 0) for m, _ in own]
     for k in range(len(d)):
-        for (scaled, m), a in zip(rows, inputs, strict=True):
+        for (m, scaled), a in zip(own, inputs, strict=True):
             torch.mm(scaled[k].T, a[k], out=into[m.spec.weight])
             if m.spec.bias:
                 torch.sum(scaled[k], 0, out=into[m.spec.bias])

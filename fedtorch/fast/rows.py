@@ -1,6 +1,6 @@
 """What depends on the clients' data alone, and is kept from round to round."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
@@ -32,6 +32,11 @@ class Rows:
     def half(self) -> Tensor:
         """The same in bfloat16."""
         return self.flat.bfloat16()
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether every number is finite: one that is not would spread through products."""
+        return bool(self.flat.isfinite().all())
 
     @cached_property
     def most(self) -> int:
@@ -68,10 +73,11 @@ class Kept:
         default_factory=dict
     )
     grams: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+    bases: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, object]:
         """A worker is sent none of it: data stays where it is."""
-        return {"used": 0, "chunks": {}, "grams": {}}
+        return {"used": 0, "chunks": {}, "grams": {}, "bases": {}}
 
     def rows(self, datasets: Sequence[Dataset], device: torch.device) -> Rows:
         """The examples of these clients."""
@@ -90,25 +96,41 @@ class Kept:
 
     def gram(self, dataset: Dataset, bias: bool) -> Tensor:
         """Products of a client's examples with each other, [n, n]; the bias is a column of ones."""
+        return self._once(self.grams, dataset, lambda x: (x @ x.T).add_(float(bias)))
+
+    def basis(self, dataset: Dataset, bias: bool) -> Tensor:
+        """An orthonormal basis of the space of a client's rows, [in (+ 1), n], by Householder's QR."""
+
+        def q(x: Tensor) -> Tensor:
+            wide = torch.cat([x, torch.ones_like(x[:, :1])], 1) if bias else x
+            return cast(Tensor, torch.linalg.qr(wide.T).Q)
+
+        return self._once(self.bases, dataset, q)
+
+    def stacked(self, matrices: Sequence[Tensor], rows: Rows) -> Tensor:
+        """A matrix of each client as one tensor, padded with zeros where a client has fewer examples."""
+        if rows.place is None:
+            return torch.stack(list(matrices))
+        size = [max(m.shape[i] for m in matrices) for i in (0, 1)]
+        out = matrices[0].new_zeros(len(matrices), *size)
+        for k, m in enumerate(matrices):
+            out[k, : m.shape[0], : m.shape[1]] = m
+        return out
+
+    def _once(
+        self,
+        kept: dict[int, tuple[Tensor, int, Tensor]],
+        dataset: Dataset,
+        make: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         x = cast(TensorDataset, dataset).tensors[0]
-        found = self.grams.get(id(x))
+        found = kept.get(id(x))
         if found and found[1] == version(x):
             return found[2]
-        flat = x.flatten(1)
-        gram = (flat @ flat.T).add_(float(bias))
-        if self._room(gram.numel() * gram.element_size()):
-            self.grams[id(x)] = x, version(x), gram
-        return gram
-
-    def stacked(self, datasets: Sequence[Dataset], rows: Rows, bias: bool) -> Tensor:
-        """Gram matrices of a chunk, [K, most, most], zero where a client has no example."""
-        grams = [self.gram(d, bias) for d in datasets]
-        if rows.place is None:
-            return torch.stack(grams)
-        out = grams[0].new_zeros(len(grams), rows.most, rows.most)
-        for k, g in enumerate(grams):
-            out[k, : len(g), : len(g)] = g
-        return out
+        made = make(x.flatten(1))
+        if self._room(made.numel() * made.element_size()):
+            kept[id(x)] = x, version(x), made
+        return made
 
     def _room(self, size: int) -> bool:
         if self.used + size > ROOM:

@@ -15,6 +15,7 @@ from fedtorch.fast.dual import First, Hidden
 from fedtorch.fast.heads import AnyLoss, CrossEntropy
 from fedtorch.fast.layers import Act, Layer, Leaf, Own, Rule, Weights
 from fedtorch.fast.private import Flat, noised
+from fedtorch.fast.projected import Projected
 from fedtorch.fast.read import Chain
 from fedtorch.fast.rows import Kept, Rows
 from fedtorch.fast.spec import Activation, Linear
@@ -96,8 +97,12 @@ class Fast:
             order = schedule(plans, rows.sizes)
             rule, shift = of(recipe, ctx, task.lr)
             if private is not None:
-                flat = Flat(self.chain.layers, task.state, rule, shift, len(plans))
-                layers: list[Layer] = flat.layers(rows.flat)
+                projected = recipe.privacy.projected and rows.finite
+                layers: list[Layer] = []
+                if projected:
+                    layers = [self._projected(datasets, rows, order, task.state, rule, private)]
+                flat = Flat(self.chain.layers[len(layers) :], task.state, rule, shift, len(plans))
+                layers += flat.layers(None if projected else rows.flat)
             else:
                 layers = self._front(model, rows, order, task.state, rule, shift)
                 layers += self._dense(datasets, rows, order, task.state, rule, shift)
@@ -115,7 +120,11 @@ class Fast:
                     noised(flat, layers, d.mul_(order.scale[:k, step] > 0), private)
                 else:
                     backward(layers, d.mul_(scale[:k, step]))
-        held = [cast(Weights, m) for m in layers if not isinstance(m, Act)]
+            held: list[Weights] = [
+                m.done() if isinstance(m, Projected) else cast(Weights, m)
+                for m in layers
+                if not isinstance(m, Act)
+            ]
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
         return Visit(held, head.total() / ctx.steps, exact=recipe.privacy is not None)
 
@@ -133,6 +142,23 @@ class Fast:
             else:
                 held += rows * out + (examples * out if first else rows * (into + out + 2 * rows))
         return int(max(1, min(64, CACHE // (4 * held))))
+
+    def _projected(
+        self,
+        datasets: Sequence[Dataset],
+        rows: Rows,
+        order: Schedule,
+        state: Params,
+        rule: Rule,
+        private: PrivateSteps,
+    ) -> Projected:
+        spec = cast(Linear, self.chain.layers[0])
+        bias = spec.bias is not None
+        grams = self.kept.stacked([self.kept.gram(d, bias) for d in datasets], rows)
+        bases = self.kept.stacked([self.kept.basis(d, bias) for d in datasets], rows)
+        w, b = state[spec.weight], state[spec.bias] if spec.bias else None
+        taken = order.index, order.local
+        return Projected(spec, w, b, rule, rows, taken, (grams, bases), private)
 
     def _front(
         self,
@@ -172,11 +198,12 @@ class Fast:
             first = not layers and self.chain.front is None
             w, b = state[spec.weight], None if spec.bias is None else state[spec.bias]
             if shift or rule.momentum or not dual_pays(T, spec.shape, rows.most if first else None):
-                bias = None if b is None else Leaf(b[None], K, rule, shift.get(spec.bias or ""))
+                own_bias = None if b is None else Leaf(b[None], K, rule, shift.get(spec.bias or ""))
                 weight = Leaf(w, K, rule, shift.get(spec.weight))
-                layers.append(Own(spec, weight, bias, rows.flat if first else None))
+                layers.append(Own(spec, weight, own_bias, rows.flat if first else None))
             elif first:
-                grams = self.kept.stacked(datasets, rows, b is not None)
+                bias = b is not None
+                grams = self.kept.stacked([self.kept.gram(d, bias) for d in datasets], rows)
                 taken = order.index, order.local
                 layers.append(First(spec, w, b, rule, rows, grams, taken, self.half))
             else:

@@ -10,8 +10,23 @@ KEY = 32
 ROOM = 15
 """Bytes that the cipher wants to have free after what it writes."""
 
-Words = Callable[[int], np.ndarray]
-"""n -> n random words, uint64, to be used before the next call: it may write over them."""
+
+class Scratch:
+    """Memory to encrypt from and into, for one stream after another: a core's cache is small."""
+
+    def __init__(self) -> None:
+        """Nothing yet: it grows to what is asked for."""
+        self.zeros, self.out = bytearray(), np.empty(0, np.uint8)
+
+    def grown(self, size: int) -> "Scratch":
+        """With room for ``size`` bytes."""
+        if size > len(self.zeros):
+            self.zeros, self.out = bytearray(size), np.empty(size + ROOM, np.uint8)
+        return self
+
+
+Words = Callable[[int, Scratch], np.ndarray]
+"""n -> n random words, uint64, in the scratch memory, to be used before the next call."""
 
 
 def keystream(key: bytes) -> Words:
@@ -22,13 +37,10 @@ def keystream(key: bytes) -> Words:
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-    zeros, out = bytearray(), np.empty(0, np.uint8)
 
-    def words(n: int) -> np.ndarray:
-        nonlocal zeros, out
-        if 8 * n > len(zeros):
-            zeros, out = bytearray(8 * n), np.empty(8 * n + ROOM, np.uint8)
-        cipher.update_into(memoryview(zeros)[: 8 * n], out.data)
-        return out[: 8 * n].view(np.uint64)
+    def words(n: int, scratch: Scratch) -> np.ndarray:
+        scratch.grown(8 * n)
+        cipher.update_into(memoryview(scratch.zeros)[: 8 * n], scratch.out.data)
+        return scratch.out[: 8 * n].view(np.uint64)
 
     return words

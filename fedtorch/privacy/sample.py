@@ -48,6 +48,9 @@ class SampleLevel(Privacy):
     """Per-example gradients by torch.func, Opacus hooks or Opacus ghost clipping: the same numbers."""
     max_batch: int = 512
     """Examples whose gradients are held at once; a larger batch is split."""
+    projected: bool = False
+    """Draw a first linear layer's noise only where the client's examples see it, and the rest once a
+    round: the same law with fewer draws (docs/fast-path.md). For the fast path with plain SGD."""
 
     def __post_init__(self) -> None:
         """Refuse rates, steps and divisors that no step has."""

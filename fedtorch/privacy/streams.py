@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.privacy.keystream import KEY, Words, keystream
+from fedtorch.privacy.keystream import KEY, Scratch, Words, keystream
 
 BLOCK = 1 << 15
 """Pairs of normals made at a time: what stays in a core's cache."""
@@ -32,6 +32,7 @@ class Work:
     square: np.ndarray = field(default_factory=lambda: np.empty(BLOCK))
     bottom: np.ndarray = field(default_factory=lambda: np.empty(BLOCK))
     out: np.ndarray = field(default_factory=lambda: np.empty(2 * BLOCK))
+    scratch: Scratch = field(default_factory=Scratch)
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,19 @@ class Stream:
 
     def uniform(self, n: int) -> Tensor:
         """Independent uniforms in [0, 1), [n], float64, 53 random bits each."""
-        return torch.from_numpy((self.words(n) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+        return torch.from_numpy(
+            (self.words(n, Scratch()) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        )
 
     def block(self, n: int, std: float, work: Work) -> np.ndarray:
         """``n`` normals, [n], at most 2 BLOCK; a view of ``work`` unless several draws are summed."""
         half = -(-n // 2)
         if self.draws == 1:
-            return box_muller(self.words(2 * half), std, work)[:n]
+            return box_muller(self.words(2 * half, work.scratch), std, work)[:n]
         total = np.zeros(n)
         for _ in range(self.draws):
-            total += box_muller(self.words(2 * half), std / math.sqrt(self.draws), work)[:n]
+            words = self.words(2 * half, work.scratch)
+            total += box_muller(words, std / math.sqrt(self.draws), work)[:n]
         return total
 
 
@@ -120,7 +124,7 @@ def stream(rng: str, insecure_seed: int | None, *purpose: str | int) -> Stream:
     return Stream(system, draws=4) if rng == "os" else Stream(keystream(os.urandom(KEY)))
 
 
-def system(n: int) -> np.ndarray:
+def system(n: int, scratch: Scratch) -> np.ndarray:
     """Words from the operating system's cryptographic generator, about 20 times slower."""
     return np.frombuffer(os.urandom(8 * n), np.uint64)
 

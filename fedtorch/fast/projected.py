@@ -1,0 +1,134 @@
+"""Noise in every step for a first layer whose weights nobody writes down in between.
+
+During a visit a client sees the noise N_t on its first layer's weights [in, out] only through its own
+examples: as X N_t. Let Q be an orthonormal basis of the space of its rows, X^T = Q R. Then
+N_t = Q Z_t + (1 - Q Q^T) N_t, where Z_t = Q^T N_t is N(0, s^2) of size [n, out], independent of the second
+part; X N_t = R^T Z_t; and the second part is seen only in the end, summed over T steps, where it is
+(1 - Q Q^T) sqrt(T) E for one E of the law of N_t. So drawing Z_1, ..., Z_T and E gives everything that is
+ever computed the joint law it had, with n rows of noise a step in place of ``in``. Q comes from
+Householder's QR, which is orthonormal whatever the rank: examples may repeat. ``docs/fast-path.md`` has
+the proof, and what float32 leaves of it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedtorch.fast.dual import Dual
+from fedtorch.fast.layers import Rule, squares
+from fedtorch.fast.rows import Rows
+from fedtorch.fast.spec import Linear
+from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.types import Params, Stack
+
+
+class Projected(Dual):
+    """The first layer of K clients under DP-SGD: w0, a row of coefficients for each example, and noise.
+
+    Weights after some steps: w0 - c (X^T D + sum of N_t), c = learning rate over public batch size. A bias
+    is an input that is always 1, with noise like any other.
+    """
+
+    def __init__(
+        self,
+        spec: Linear,
+        weight: Tensor,
+        bias: Tensor | None,
+        rule: Rule,
+        rows: Rows,
+        taken: tuple[Tensor, Tensor],
+        known: tuple[Tensor, Tensor],
+        private: PrivateSteps,
+    ) -> None:
+        """``taken``: as for ``First``; ``known``: Gram matrices [K, n, n] and bases Q [K, in (+ 1), n]."""
+        grams, self.basis = known
+        super().__init__(spec, weight, bias, rule, len(grams), half=False)
+        K, n = grams.shape[:2]
+        self.rows, self.n, self.private = rows, n, private
+        self.inputs = widened(rows, bias is not None)
+        index, local = taken
+        self.place = local + torch.arange(K, device=local.device)[:, None] * n
+        self.z = self.affine(rows.flat)[index]
+        back = self.inputs.bmm(self.basis)  # R^T: the rows in the basis
+        self.seen = torch.cat([grams, back], 2).flatten(0, 1)[self.place]
+        self.lengths = grams.diagonal(0, 1, 2).flatten()[self.place]
+        self.D = weight.new_zeros(K, n + self.basis.shape[2], len(weight))
+        self.steps = [0] * K
+        self.rate = rule.lr / private.divisor
+
+    def forward(self, a: Tensor) -> Tensor:
+        """``a`` [k, B] are the rows of this step, of which only the shape matters here."""
+        k, B = a.shape
+        self.now = slice(self.s, self.s + B)
+        z = self.z[:k, self.now]
+        if not self.s:
+            return z
+        return torch.baddbmm(z, self.seen[:k, self.now], self.D[:k], alpha=-self.rate)
+
+    def backward(self, d: Tensor) -> Tensor:
+        """Nothing comes before the first layer."""
+        raise NotImplementedError
+
+    def example_sq_norms(self, d: Tensor) -> Tensor:
+        """Squared norm of each example's own gradient, [k, B]."""
+        return d.square().sum(2) * self.lengths[: len(d), self.now]
+
+    def step(self, d: Tensor) -> None:
+        """Clipped rows [k, B, out] are added to those of their examples, and noise to the others."""
+        k, B = d.shape[:2]
+        places = self.place[:k, self.now]
+        place = places + places.div(self.n, rounding_mode="floor") * (self.D.shape[1] - self.n)
+        self.D.flatten(0, 1).index_add_(0, place.flatten(), d.flatten(0, 1))
+        for j in range(k):
+            self.private.noisy(self.D[j, self.n :].view(-1), j)
+            self.steps[j] += 1
+        self.s += B
+
+    def done(self) -> "Moved":
+        """The changes of the copies after all, with the noise that no example saw."""
+        (out, inputs), K = self.spec.shape, len(self.D)
+        weight = self.w0.new_zeros(K, out, inputs)
+        bias = self.w0.new_zeros(K, out, self.inputs.shape[2] - inputs)
+        for j, t in enumerate(self.steps):
+            for left in (weight[j], bias[j]):
+                self.private.noisy(left.view(-1), j)
+                left.mul_(math.sqrt(t))
+        basis, one = self.basis[:, :inputs], self.basis[:, inputs:]
+        noise = self.D[:, self.n :].baddbmm_(basis.mT, weight.mT, alpha=-1)
+        noise.baddbmm_(one.mT, bias.mT, alpha=-1)
+        span = torch.cat([self.inputs, self.basis.mT], 1)
+        for left, part in ((weight, span[..., :inputs]), (bias, span[..., inputs:])):
+            left.baddbmm_(self.D.mT, part, beta=-self.rate, alpha=-self.rate)
+        start = self.spec.named(self.w0, self.b0)
+        return Moved(self.spec.named(weight, bias[..., 0] if self.spec.bias else None), start)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What is left of a visit where the changes themselves are written down."""
+
+    change: Stack
+    start: Params
+
+    def stack(self) -> Stack:
+        """The copies."""
+        return {n: v + self.start[n] for n, v in self.change.items()}
+
+    def sq_norms(self, upper: bool = False) -> Tensor:
+        """Of all together."""
+        norms = torch.stack([squares(v.flatten(1)) for v in self.change.values()]).sum(0)
+        return norms * (1 + 1e-5) if upper else norms
+
+    def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
+        """Who has weight 0 may hold NaN, which times 0 is NaN again."""
+        on = weight != 0
+        change = {n: v if on.all() else v[on] for n, v in self.change.items()}
+        return {n: torch.tensordot(weight[on], v, 1) for n, v in change.items()}
+
+
+def widened(rows: Rows, one: bool) -> Tensor:
+    """The examples of each client, [K, n, in (+ 1)], with a column of ones where there is a bias."""
+    x = rows.spread(rows.flat)
+    return torch.cat([x, rows.spread(torch.ones_like(rows.flat[:, :1]))], 2) if one else x
