@@ -3,25 +3,27 @@
 Kept as fast as plain PyTorch goes: one working model, one gather a visit, the sum built in place.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.workloads import Problem
+from benchmarks.workloads import Problem, Workload
+
+Visit = Callable[[nn.Module, Tensor, Tensor], None]
+"""What a client does: (working model, its examples in the order of the batches)."""
 
 
 class Bare:
     """One global model, one working copy, a loop over clients and batches."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, visit: Visit | None = None) -> None:
         self.problem = problem
         self.model, self.local = problem.model(), problem.model()
-        self.lr, self.batch_size = problem.work.lr, problem.work.batch_size
-        self.private = problem.work.privacy == "client"
-        self.orders = [  # drawn beforehand: shuffling is on the house
-            [problem.order(r, k).flatten() for k in range(problem.work.clients)]
-            for r in range(problem.work.rounds + 1)
-        ]
+        self.visit = visit or sgd(problem.work)
+        self.noise = problem.noise if problem.work.privacy == "client" else None
+        self.orders = problem.orders()
 
     def round(self) -> None:
         """Train every client from the global weights and take the mean."""
@@ -30,30 +32,36 @@ class Bare:
         orders = self.orders.pop(0)
         for (x, y), order in zip(self.problem.shards, orders, strict=True):
             self.local.load_state_dict(state)
-            self.visit(x[order], y[order])
+            self.visit(self.local, x[order], y[order])
             local = self.local.state_dict()
-            if self.private:
+            if self.noise is not None:
                 local = clipped(local, state)
             for k, v in local.items():
                 total[k].add_(v)
         K = len(orders)
-        if self.private:
-            total = {k: state[k] + (v + torch.randn_like(v)) / K for k, v in total.items()}
+        if self.noise is not None:
+            std = self.noise
+            total = {k: state[k] + (v + std * torch.randn_like(v)) / K for k, v in total.items()}
         else:
             total = {k: v.div_(K) for k, v in total.items()}
         self.model.load_state_dict(total)
 
-    def visit(self, x: Tensor, y: Tensor) -> None:
-        """One pass of plain SGD."""
-        optimizer = torch.optim.SGD(self.local.parameters(), lr=self.lr)
-        for xb, yb in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
-            optimizer.zero_grad()
-            F.cross_entropy(self.local(xb), yb).backward()
-            optimizer.step()
-
     def evaluate(self) -> tuple[float, float]:
         """Accuracy and loss on the test set."""
         return evaluate(self.model, self.problem.test)
+
+
+def sgd(work: Workload) -> Visit:
+    """One pass of plain SGD."""
+
+    def visit(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=work.lr)
+        for xb, yb in zip(x.split(work.batch_size), y.split(work.batch_size), strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(xb), yb).backward()
+            optimizer.step()
+
+    return visit
 
 
 def clipped(local: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,14 +11,20 @@ from fedtorch.privacy import ClientLevel, Privacy, SampleLevel
 
 
 class Ours:
-    """A Server with the local engine; ``path`` says which of its ways of training is forced."""
+    """A Server with the local engine; ``options`` are the engine's (solver, dtype, ...)."""
 
-    def __init__(self, problem: Problem, path: str) -> None:
+    def __init__(self, problem: Problem, **options: str) -> None:
         clients = [Client(str(k), shard) for k, shard in enumerate(problem.shards)]
-        engine = Local(solver="general" if path == "general" else "auto")
         recipe = replace(problem.recipe(), privacy=plan(problem))
-        self.server = Server(problem.model(), clients, recipe, engine=engine)
+        engine = Local(**options)  # type: ignore[arg-type]
+        self.server = Server(problem.model(), clients, recipe, engine=engine, seed=problem.seed)
         self.test = TensorDataset(*problem.test)
+
+    @property
+    def path(self) -> str:
+        """Which way of training was chosen."""
+        solver = self.server.session.choice.solver
+        return getattr(solver, "__name__", type(solver).__name__).lower()
 
     def round(self) -> None:
         """One round of the server."""
@@ -32,14 +38,14 @@ class Ours:
 
 
 def plan(problem: Problem) -> Privacy | None:
-    """Clip 1 and noise multiplier 1; six Poisson steps of ten examples where steps are private."""
+    """Clip 1 and the workload's noise; six Poisson steps of ten examples where steps are private."""
     rounds = problem.work.rounds + 1
     if problem.work.privacy == "client":
-        return ClientLevel(noise_multiplier=1.0, rounds=rounds)
+        return ClientLevel(noise_multiplier=problem.noise, rounds=rounds)
     if problem.work.privacy == "sample":
         rate = problem.work.batch_size / EXAMPLES
         return SampleLevel(
-            noise_multiplier=1.0,
+            noise_multiplier=problem.noise,
             rounds=rounds,
             sample_rate=rate,
             steps=round(1 / rate),

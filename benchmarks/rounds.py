@@ -1,152 +1,167 @@
 """Rounds per second of fedtorch, of a bare PyTorch loop and of whatever else is installed.
 
     python -m benchmarks.rounds --workloads w1 w2 w3 w4 --reps 5 --json out.json
+    python -m benchmarks.rounds --seeds 5        # other data, weights, order and noise each time
 
 Each measurement is a process of its own with one thread; repetitions go contestant by contestant
 (A B C A B C ...), so that a neighbour's load falls on all of them. A ratio is the median of the ratios
-to the bare loop of the same repetition, once by the clock and once by processor time.
+to the bare loop of the same repetition, once by the clock and once by processor time. It ends with
+status 1 where a contestant's result differs from the baseline's beyond what noise explains.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-CONTESTANTS: dict[str, tuple[tuple[str, ...], str | None]] = {
-    "bare": (("w1", "w2", "w3", "w4"), None),
-    "general": (("w1", "w2", "w3", "w4"), None),
-    "fast": (("w1", "w3", "w4"), None),
-}
-"""Name -> the workloads it can do, and the module it needs installed."""
+from benchmarks import agreement
+from benchmarks.contestants import BASELINE, CONTESTANTS, missing, once
+from benchmarks.workloads import WORKLOADS, Workload
 
-BASELINE = "bare"
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def make(name: str, problem: Any) -> Any:
-    """The contestant, ready for its first round."""
-    from benchmarks import bare, ours
-
-    if name == "bare":
-        return bare.Bare(problem)
-    return ours.Ours(problem, name)
-
-
-def worker(name: str, workload: str, mnist: Path, born: float) -> dict[str, float]:
-    """One measurement: a warm-up round, then the workload's rounds with their evaluations."""
-    start = time.time()
-    import torch
-
-    torch.set_num_threads(1)
-    from benchmarks.workloads import WORKLOADS, problem
-
-    work = WORKLOADS[workload]
-    contestant = make(name, problem(work, mnist))
-    imported = time.time() - start
-    contestant.round()
-    ready = time.time() - born
-    cpu, clock = time.process_time(), time.perf_counter()
-    for r in range(1, work.rounds + 1):
-        contestant.round()
-        if r % work.eval_every == 0:
-            accuracy, loss = contestant.evaluate()
-    clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
-    return {
-        "rounds_per_second": work.rounds / clock,
-        "rounds_per_cpu_second": work.rounds / cpu,
-        "seconds_import": imported,
-        "seconds_to_first_round": ready,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "accuracy": accuracy,
-        "loss": loss,
-    }
+def measured(order: dict[str, Any]) -> dict[str, Any]:
+    """One measurement in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.rounds", "--worker"]
+    done = subprocess.run(
+        [*command, json.dumps(order | {"born": time.time()})],
+        env=os.environ | ONE_THREAD,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{order['name']} failed on {order['work']}:\n{done.stderr[-3000:]}")
+    # others may talk after our last word
+    line = next(li for li in reversed(done.stdout.splitlines()) if li.startswith('{"rounds_per'))
+    found: dict[str, Any] = json.loads(line)
+    return found
 
 
-def measure(names: list[str], workload: str, mnist: str, reps: int) -> dict[str, Any]:
-    """Interleaved repetitions -> figures and ratios for each contestant."""
-    runs: dict[str, list[dict[str, float]]] = {n: [] for n in names}
-    for rep in range(reps):
+def measure(names: list[str], work: Workload, options: argparse.Namespace) -> dict[str, Any]:
+    """Interleaved repetitions -> runs of each contestant."""
+    runs: dict[str, Any] = {n: [] for n in names}
+    for rep in range(options.seeds or options.reps):
         for name in names:
-            command = [sys.executable, "-m", "benchmarks.rounds", "--worker", name, workload, mnist]
-            env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            done = subprocess.run(
-                [*command, str(time.time())], env=env, capture_output=True, text=True
+            found = measured(
+                {
+                    "name": name,
+                    "work": asdict(work),
+                    "mnist": options.mnist,
+                    "seed": rep if options.seeds else 0,
+                    "noise": options.noise,
+                    "draw": rep,
+                }
             )
-            if done.returncode:
-                raise SystemExit(f"{name} failed on {workload}:\n{done.stderr[-3000:]}")
-            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+            runs[name].append(found)
             print(
-                f"{workload} {rep + 1}/{reps} {name}: {runs[name][-1]['rounds_per_second']:.2f}/s"
+                f"{work.name} {rep + 1} {name}: {found['rounds_per_second']:.2f}/s, "
+                f"accuracy {found['accuracy']:.4f}",
+                flush=True,
             )
+    return runs
+
+
+def summary(runs: dict[str, Any]) -> dict[str, Any]:
+    """Medians of each contestant, and ratios to the baseline of the same repetition."""
     out: dict[str, Any] = {}
-    for name in names:
-        out[name] = {k: statistics.median(r[k] for r in runs[name]) for k in runs[name][0]}
-        for kind in ("second", "cpu_second"):
+    for name, own in runs.items():
+        out[name] = {k: middle([r[k] for r in own]) for k in own[0]}
+        scores = [r["accuracy"] for r in own]
+        out[name]["accuracy_mean"] = statistics.mean(scores)
+        out[name]["accuracy_sd"] = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        for kind, mark in (("second", ""), ("cpu_second", "_cpu")):
             key = f"rounds_per_{kind}"
-            ratios = [a[key] / b[key] for a, b in zip(runs[name], runs[BASELINE], strict=True)]
-            out[f"{name}_over_{BASELINE}" + ("_cpu" if "cpu" in kind else "")] = statistics.median(
-                ratios
-            )
+            pairs = [(a[key], b[key]) for a, b in zip(own, runs[BASELINE], strict=True)]
+            ratios = [a / b if a else None for a, b in pairs]
+            out[f"{name}_over_{BASELINE}{mark}"] = middle(ratios)
+    if out.get("fedtorch", {}).get("path") == "fast":
+        for mark in ("", "_cpu"):
+            out[f"fast_over_{BASELINE}{mark}"] = out[f"fedtorch_over_{BASELINE}{mark}"]
     return out
+
+
+def middle(values: list[Any]) -> Any:
+    """The median of numbers; of words, the first."""
+    return statistics.median(values) if isinstance(values[0], (int, float)) else values[0]
 
 
 def table(results: dict[str, Any]) -> str:
     """A line for each contestant, in Markdown."""
     lines = [
-        "| workload | path | rounds/s | x bare (clock) | x bare (cpu) | peak MiB | start s "
-        "| accuracy | loss |",
+        "| workload | who | rounds/s | x bare (clock) | x bare (cpu) | peak MiB | start s "
+        "| accuracy (sd) | loss |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for workload, figures in results.items():
         for name, f in figures.items():
             if isinstance(f, dict):
                 ratios = [figures[f"{name}_over_{BASELINE}{c}"] for c in ("", "_cpu")]
+                clock, cpu = (f"{r:.2f}" if r else "" for r in ratios)
+                path = f" ({f['path']})" if f["path"] else ""
                 lines.append(
-                    f"| {workload} | {name} | {f['rounds_per_second']:.2f} | {ratios[0]:.2f} "
-                    f"| {ratios[1]:.2f} | {f['peak_mib']:.0f} | {f['seconds_to_first_round']:.1f} "
-                    f"| {f['accuracy']:.4f} | {f['loss']:.5f} |"
+                    f"| {workload} | {name}{path} | {f['rounds_per_second']:.2f} | {clock} "
+                    f"| {cpu} | {f['peak_mib']:.0f} | {f['seconds_to_first_round']:.1f} "
+                    f"| {f['accuracy_mean']:.4f} ({f['accuracy_sd']:.4f}) | {f['loss']:.5f} |"
                 )
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure what was asked for, or do the one measurement a parent asked for."""
+def present(workload: str, only: list[str]) -> list[str]:
+    """Contestants that can do this workload here; the baseline is always one."""
+    names = []
+    for name, contestant in CONTESTANTS.items():
+        if (name != BASELINE and name not in only) or workload not in contestant.workloads:
+            continue
+        if why := missing(name):
+            print(f"{workload}: without {name}: {why}")
+        else:
+            names.append(name)
+    return names
+
+
+def options() -> argparse.Namespace:
+    """What to measure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--workloads", nargs="+", default=["w1", "w2", "w3", "w4"])
-    parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), help="contestants to run")
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
+    parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS)
     parser.add_argument("--mnist", default="../shared/data/mnist", help="folder of IDX files")
     parser.add_argument("--reps", type=int, default=5)
+    parser.add_argument("--seeds", type=int, help="repetitions with seeds 0, 1, ...")
+    parser.add_argument(
+        "--noise", type=float, default=1.0, help="multiplier; 1e-6: none to speak of"
+    )
     parser.add_argument("--json", help="also write the figures to this file")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        name, workload, mnist, born = options.worker
-        print(json.dumps(worker(name, workload, Path(mnist), float(born))))
-        return
-    results: dict[str, Any] = {}
-    for workload in options.workloads:
-        names = []
-        for name, (can, needs) in CONTESTANTS.items():
-            if (name != BASELINE and name not in options.only) or workload not in can:
-                continue
-            if needs and importlib.util.find_spec(needs) is None:
-                print(f"{name}: {needs} is not installed (pip install 'fedtorch[bench]')")
-                continue
-            names.append(name)
-        results[workload] = measure(names, workload, options.mnist, options.reps)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure what was asked for, or do the one measurement a parent asked for."""
+    asked = options()
+    if asked.worker:
+        print(json.dumps(once(json.loads(asked.worker))))
+        return 0
+    results, wrong = {}, []
+    for workload in asked.workloads:
+        work = WORKLOADS[workload]
+        runs = measure(present(workload, asked.only), work, asked)
+        results[workload] = summary(runs)
+        wrong += agreement.complaints(runs, work, asked.noise)
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread\n")
     print(table(results))
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
+    if asked.json:
+        with open(asked.json, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=2)
+    print(*wrong or ["every result agrees with its reference"], sep="\n")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

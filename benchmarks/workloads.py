@@ -56,6 +56,10 @@ class Problem:
     shards: list[tuple[Tensor, Tensor]]
     test: tuple[Tensor, Tensor]
     facts: dict[str, object]
+    seed: int = 0
+    """Decides data, initial weights and the order of the batches."""
+    noise: float = 1.0
+    """Noise multiplier where the workload is private."""
 
     def model(self) -> nn.Module:
         """The model with the same initial weights for everyone."""
@@ -65,7 +69,7 @@ class Problem:
             if self.work.model == "cnn"
             else ("in_features", "num_outputs")
         )
-        with seeds.seeded(1):
+        with seeds.seeded(self.seed + 1):
             return find(self.work.model)(**{k: facts[k] for k in (*keys, "hidden") if k in facts})
 
     def recipe(self) -> Recipe:
@@ -74,7 +78,12 @@ class Problem:
 
     def order(self, round: int, client: int) -> Tensor:
         """The shuffled batches fedtorch would draw, so that everyone steps through the same ones."""
-        return plan(EXAMPLES, self.recipe(), seeds.derive(0, "order", round, str(client)))
+        return plan(EXAMPLES, self.recipe(), seeds.derive(self.seed, "order", round, str(client)))
+
+    def orders(self) -> list[list[Tensor]]:
+        """Of every round and client, drawn beforehand: shuffling is on the house, for all peers."""
+        clients = range(self.work.clients)
+        return [[self.order(r, k).flatten() for k in clients] for r in range(self.work.rounds + 1)]
 
 
 def data(mnist: Path) -> Data:
@@ -82,11 +91,11 @@ def data(mnist: Path) -> Data:
     return Idx(str(mnist)).load(0) if mnist.is_dir() else Digits().load(0)
 
 
-def problem(work: Workload, mnist: Path = MNIST) -> Problem:
+def problem(work: Workload, mnist: Path = MNIST, seed: int = 0, noise: float = 1.0) -> Problem:
     """Sixty examples a client with Dirichlet(0.5) label skew; clients may share examples."""
     loaded = data(mnist)
     (x, y), test = loaded.train.tensors, loaded.test.tensors  # type: ignore[attr-defined]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     by_class = [np.flatnonzero(y.numpy() == c) for c in range(loaded.outputs)]
     shards = []
     for _ in range(work.clients):
@@ -94,4 +103,4 @@ def problem(work: Workload, mnist: Path = MNIST) -> Problem:
         index = np.concatenate([rng.choice(by_class[c], n) for c, n in enumerate(counts)])
         index = torch.from_numpy(rng.permutation(index))
         shards.append((x[index].contiguous(), y[index]))
-    return Problem(work, shards, test, loaded.facts)
+    return Problem(work, shards, test, loaded.facts, seed, noise)

@@ -1,0 +1,77 @@
+"""Whether those who were timed also learned the same thing: a fast wrong answer is no answer."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy.stats import ttest_ind
+
+from benchmarks.contestants import BASELINE, CONTESTANTS
+from benchmarks.workloads import Workload
+
+Runs = Sequence[Mapping[str, Any]]
+"""Measurements of one contestant, repetition by repetition."""
+
+SLACK = 0.01
+"""Difference of accuracy that is not worth a word, even where it is no accident."""
+
+
+AFTER_ONE = 1e-5
+"""Relative difference of the loss that float32 explains after one round on equal batches."""
+
+AT_END = {"mlp": 1e-3, "cnn": 5e-3}
+"""The same after all of them. Training amplifies rounding: Flower, which runs the bare loop's steps and
+only adds the clients up in another order, is 1.1e-3 away from it after eleven rounds of W2."""
+
+QUIET = 1e-5
+"""Noise that changes nothing one can see (fedtorch refuses to call a run without any private)."""
+
+
+def reference(work: Workload) -> str:
+    """Whom the others must agree with: the private workload's bare loop is Opacus in it."""
+    return "opacus" if work.privacy == "sample" else BASELINE
+
+
+def complaints(runs: Mapping[str, Runs], work: Workload, noise: float) -> list[str]:
+    """One sentence for each contestant that disagrees; without noise the losses must be equal."""
+    judge = reference(work)
+    if judge not in runs:
+        return []
+    exact = work.privacy == "none" or (work.privacy == "client" and noise <= QUIET)
+    found = []
+    for name, own in runs.items():
+        if name == judge or (name == BASELINE and judge != BASELINE):
+            continue
+        why = (
+            unequal(own, runs[judge], work.model, CONTESTANTS[name].coarse)
+            if exact
+            else beyond_chance(own, runs[judge])
+        )
+        if why:
+            found.append(f"{work.name}: {name} differs from {judge}: {why}")
+    return found
+
+
+def unequal(own: Runs, other: Runs, model: str, coarse: float) -> str | None:
+    """Equal batches in equal order leave nothing but rounding, which grows with the rounds."""
+    for a, b in zip(own, other, strict=True):
+        for when, bound in (("first_loss", AFTER_ONE), ("loss", AT_END[model])):
+            if not abs(a[when] - b[when]) <= bound * coarse * abs(b[when]):
+                return f"{when} {a[when]:.6f} and {b[when]:.6f} after equal batches"
+        if not abs(a["accuracy"] - b["accuracy"]) <= SLACK:
+            return f"accuracy {a['accuracy']:.4f} and {b['accuracy']:.4f} after equal batches"
+    return None
+
+
+def beyond_chance(own: Runs, other: Runs) -> str | None:
+    """Welch's test on the accuracies, at one in a thousand; one repetition proves nothing."""
+    a, b = ([r["accuracy"] for r in runs] for runs in (own, other))
+    if not all(map(math.isfinite, a)):
+        return "accuracy is not a number"
+    if len(a) < 2 or abs(statistics.mean(a) - statistics.mean(b)) <= SLACK:
+        return None
+    p = float(ttest_ind(a, b, equal_var=False).pvalue) if len({*a, *b}) > 2 else 0.0
+    if p >= 1e-3:
+        return None
+    return f"mean accuracy {statistics.mean(a):.4f} and {statistics.mean(b):.4f} (p {p:.1e})"

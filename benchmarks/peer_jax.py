@@ -1,0 +1,122 @@
+"""JAX by hand: one jitted program a round, a scan over clients around a scan over batches."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from benchmarks.workloads import Problem
+
+Params = list[tuple[jax.Array, jax.Array]]
+"""Weight [in, out] and bias [out] of each layer."""
+
+
+class Jax:
+    """The 2NN: linear layers with relu between them."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.work, self.noise = problem.work, problem.noise
+        values = [jnp.asarray(v.numpy()) for v in problem.model().state_dict().values()]
+        self.params: Params = [(w.T, b) for w, b in zip(values[::2], values[1::2], strict=True)]
+        stack = [np.stack([s[i].numpy() for s in problem.shards]) for i in (0, 1)]
+        self.x = jnp.asarray(stack[0].reshape(*stack[0].shape[:2], -1))
+        self.y = jnp.asarray(stack[1])
+        self.test = [jnp.asarray(t.flatten(1) if t.dim() > 1 else t) for t in problem.test]
+        self.orders = [jnp.asarray(np.stack(r)) for r in problem.orders()]
+        self.key = jax.random.key(problem.seed)
+        self.step, self.score = jax.jit(self.one_round), jax.jit(score)
+
+    def round(self) -> None:
+        """Run the program once and wait for it."""
+        self.key, key = jax.random.split(self.key)
+        self.params = self.step(self.params, self.x, self.y, self.orders.pop(0), key)
+        jax.block_until_ready(self.params)
+
+    def one_round(
+        self, params: Params, x: jax.Array, y: jax.Array, order: jax.Array, key: jax.Array
+    ) -> Params:
+        """Mean over clients, one after another."""
+
+        def client(total: Params, data: tuple) -> tuple[Params, None]:
+            x, y, order, key = data
+            delta = jax.tree.map(jnp.subtract, self.visit(params, x[order], y[order], key), params)
+            if self.work.privacy == "client":
+                scale = shrink(delta)
+                delta = jax.tree.map(lambda d: d * scale, delta)
+            return jax.tree.map(jnp.add, total, delta), None
+
+        keys = jax.random.split(key, len(x) + 1)
+        zero = jax.tree.map(jnp.zeros_like, params)
+        total, _ = lax.scan(client, zero, (x, y, order, keys[1:]))
+        if self.work.privacy == "client":
+            total = noised(total, self.noise, keys[0])
+        return jax.tree.map(lambda p, t: p + t / len(x), params, total)
+
+    def visit(self, params: Params, x: jax.Array, y: jax.Array, key: jax.Array) -> Params:
+        """One pass of SGD, private in each step where the workload is."""
+        size = self.work.batch_size
+        keys = jax.random.split(key, len(x) // size)
+
+        def step(params: Params, batch: tuple) -> tuple[Params, None]:
+            x, y, key = batch
+            if self.work.privacy == "sample":
+                each = jax.vmap(jax.grad(one), (None, 0, 0))(params, x, y)
+                scale = jax.vmap(shrink)(each)
+                total = jax.tree.map(lambda g: jnp.tensordot(scale, g, 1), each)
+                grads = jax.tree.map(lambda g: g / size, noised(total, self.noise, key))
+            else:
+                grads = jax.grad(mean)(params, x, y)
+            return jax.tree.map(lambda p, g: p - self.work.lr * g, params, grads), None
+
+        batches = x.reshape(-1, size, x.shape[-1]), y.reshape(-1, size), keys
+        return lax.scan(step, params, batches)[0]
+
+    def evaluate(self) -> tuple[float, float]:
+        """Accuracy and loss on the test set, 500 examples at a time."""
+        x, y = self.test
+        parts = [
+            self.score(self.params, x[i : i + 500], y[i : i + 500]) for i in range(0, len(y), 500)
+        ]
+        right, loss = (float(sum(p)) / len(y) for p in zip(*parts, strict=True))
+        return right, loss
+
+
+def logits(params: Params, x: jax.Array) -> jax.Array:
+    """Of one example or many."""
+    for w, b in params[:-1]:
+        x = jax.nn.relu(x @ w + b)
+    w, b = params[-1]
+    return x @ w + b
+
+
+def one(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Cross entropy of one example."""
+    return -jax.nn.log_softmax(logits(params, x))[y]
+
+
+def mean(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Cross entropy of a batch."""
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits(params, x)), y[:, None], 1).mean()
+
+
+def score(params: Params, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many are right, and their summed loss."""
+    return (logits(params, x).argmax(1) == y).sum(), mean(params, x, y) * len(y)
+
+
+def shrink(tree: Params) -> jax.Array:
+    """What scales this to an L2 norm of at most 1."""
+    return jnp.minimum(1.0, lax.rsqrt(sum((v * v).sum() for v in jax.tree.leaves(tree))))
+
+
+def noised(tree: Params, std: float, key: jax.Array) -> Params:
+    """With normal noise."""
+    leaves, shape = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    added = [v + std * jax.random.normal(k, v.shape) for v, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(shape, added)

@@ -1,0 +1,73 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.agreement import complaints
+from benchmarks.bare import Bare
+from benchmarks.contestants import make
+from benchmarks.rounds import summary
+from benchmarks.workloads import WORKLOADS, problem
+
+W1, W3, W4 = (WORKLOADS[w] for w in ("w1", "w3", "w4"))
+
+
+def run(accuracy: float, loss: float = 1.0, speed: float = 2.0) -> dict:
+    return {
+        "rounds_per_second": speed,
+        "rounds_per_cpu_second": speed,
+        "accuracy": accuracy,
+        "loss": loss,
+        "first_loss": 2.0,
+        "path": "fast",
+    }
+
+
+def test_equal_batches_leave_nothing_but_rounding():
+    bare = [run(0.9), run(0.9)]
+    assert not complaints({"bare": bare, "fedtorch": [run(0.9, 1.0009), run(0.9)]}, W1, 1.0)
+    (said,) = complaints({"bare": bare, "fedtorch": [run(0.9), run(0.9, 1.0011)]}, W1, 1.0)
+    assert said.startswith("w1: fedtorch differs from bare: loss 1.0011")
+    assert complaints({"bare": bare, "fedtorch": [run(0.9), run(0.9, float("nan"))]}, W1, 1.0)
+    assert complaints({"bare": bare, "fedtorch": [run(0.9), run(0.88)]}, W1, 1.0)
+    assert not complaints({"bare": bare, "bf16": [run(0.9, 1.01), run(0.9)]}, W1, 1.0)
+    early = [r | {"first_loss": 2.0001} for r in bare]
+    assert "first_loss" in complaints({"bare": bare, "fedtorch": early}, W1, 1.0)[0]
+
+
+def test_with_noise_only_what_chance_does_not_explain_is_told():
+    bare = [run(a) for a in (0.78, 0.79, 0.77, 0.78, 0.78)]
+    near, far = ([run(r["accuracy"] - d) for r in bare] for d in (0.009, 0.06))
+    assert not complaints({"bare": bare, "fedtorch": near}, W4, 1.0)
+    assert complaints({"bare": bare, "fedtorch": far}, W4, 1.0)
+    assert complaints({"bare": bare, "fedtorch": near}, W4, 1e-6) == []
+    assert complaints({"bare": bare, "fedtorch": far}, W4, 1e-6)
+    assert complaints({"bare": bare, "opacus": bare, "fedtorch": far}, W3, 1.0)
+    assert not complaints({"bare": far, "opacus": bare, "fedtorch": near}, W3, 1.0)
+
+
+def test_the_figures_have_the_promised_names():
+    found = summary({"bare": [run(0.9)], "fedtorch": [run(0.9, speed=6.0)]})
+    assert found["fedtorch_over_bare"] == found["fast_over_bare"] == 3.0
+    assert found["fedtorch_over_bare_cpu"] == 3.0
+    assert found["bare"]["accuracy"] == 0.9
+
+
+@pytest.mark.parametrize("name", ["fedtorch", "general"])
+@pytest.mark.parametrize("kind", ["none", "client"])
+def test_everybody_steps_through_the_same_batches(name, kind, tmp_path):
+    work = replace(W1, clients=3, rounds=2, hidden=16, privacy=kind)
+    made = problem(work, tmp_path / "digits", seed=3, noise=1e-7)
+    ours, bare = make(name, made, tmp_path), Bare(made)
+    for _ in range(2):
+        ours.round()
+        bare.round()
+    assert ours.evaluate() == pytest.approx(_digits_score(bare), rel=1e-4)
+
+
+def _digits_score(bare: Bare) -> tuple[float, float]:
+    x, y = bare.problem.test
+    with torch.no_grad():
+        output = bare.model(x)
+    right = (output.argmax(1) == y).double().mean()
+    return float(right), float(torch.nn.functional.cross_entropy(output, y))
