@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
-from fedtorch.fast import front, offer, read, rows
+from fedtorch.fast import Fast, front, offer, read, rows
 from fedtorch.privacy import ClientLevel, SampleLevel
 
 SIZES = [21, 5, 13, 1]
@@ -195,3 +195,10 @@ def test_what_is_kept_has_a_bound(monkeypatch):
     for client in images([20] * 30):
         kept.gram(client.data, True)
     assert kept.used <= 10_000 and 1 <= len(kept.grams) <= 6
+
+
+def test_a_small_model_with_a_front_is_stacked_where_many_clients_are():
+    torch.manual_seed(0)
+    many, few = (Server(averaged(), images([8] * n), Recipe(lr=0.1)).session.choice for n in (9, 3))
+    assert isinstance(few.solver, Fast) and not isinstance(many.solver, Fast)
+    assert any("faster with clients stacked" in n for n in many.notes)

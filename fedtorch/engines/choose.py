@@ -21,6 +21,9 @@ CACHE = 1 << 20
 GROUP = 64
 """Clients that train one after another in one call, where their updates are only averaged."""
 
+SMALL = 8
+"""Clients that stay in cache stacked, from which on stacking takes half the time of a front for each."""
+
 SOLVERS = ("auto", "fast", "stacked", "general")
 
 DTYPES = ("float32", "bf16")
@@ -52,27 +55,42 @@ def choose(
 ) -> Choice:
     """The fastest way that trains this model rightly; raises ConfigError where ``solver`` cannot."""
     half = check(solver, dtype, recipe)
-    asked = recipe
+    asked = recipe.privacy
     size = min(chunk or _automatic(model), len(clients))
     recipe, size = probe_private.fits(model, clients, recipe, size)
-    private = recipe.privacy.mode if isinstance(recipe.privacy, SampleLevel) else None
     notes = probe_private.warnings(clients, recipe.privacy)
     if solver in ("auto", "fast"):
-        found = fast.offer(model, [c.data for c in clients], recipe, asked.privacy, half)
+        found = fast.offer(model, [c.data for c in clients], recipe, asked, half)
+        if solver == "auto" and not half and size >= SMALL:
+            found = unless_small(found)
         if not isinstance(found, str):
-            size = chunk or found.chunk(max(len(c) for c in clients), recipe, private is not None)
-            how = f"fast path, {size} clients at once" + (
-                ", large products in bf16" if half else ""
-            )
+            noised = isinstance(recipe.privacy, SampleLevel)
+            size = chunk or found.chunk(max(len(c) for c in clients), recipe, noised)
+            how = f"fast path, {size} clients at once"
+            how += ", large products in bf16" if half else ""
             return Choice(found, size, recipe, (*notes, how))
         if solver == "fast":
             raise ConfigError(f"engine.solver fast cannot train this: {found}; use auto")
-        if isinstance(asked.privacy, SampleLevel) and asked.privacy.projected:
+        if isinstance(asked, SampleLevel) and asked.projected:
             raise ConfigError(f"privacy.projected needs the fast path: {found}; leave it out")
         notes.append(f"the fast path is not used: {found}")
     if half:
         notes.append("clients train one after another under autocast to bf16")
         return Choice(solvers.Mixed(solvers.general), 1, recipe, tuple(notes))
+    return otherwise(model, clients, recipe, chunk, solver, size, notes)
+
+
+def otherwise(
+    model: nn.Module,
+    clients: Sequence[Client],
+    recipe: Recipe,
+    chunk: int | None,
+    solver: str,
+    size: int,
+    notes: list[str],
+) -> Choice:
+    """Stacked, ``size`` clients at once, where that is possible, or one after another."""
+    private = recipe.privacy.mode if isinstance(recipe.privacy, SampleLevel) else None
     alone = solvers.stacked if private == "stacked" else solvers.general
     turns = (chunk or GROUP) if alone is solvers.general and averages(recipe) else 1
     if size == 1 or (solver == "general" and private is None):
@@ -97,11 +115,21 @@ def check(solver: str, dtype: str, recipe: Recipe) -> bool:
         raise ConfigError(f"engine.solver must be one of {', '.join(SOLVERS)}, not {solver!r}")
     if dtype not in DTYPES:
         raise ConfigError(f"engine.dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
+    if isinstance(recipe.privacy, SampleLevel) and recipe.privacy.projected:
+        if solver not in ("auto", "fast"):
+            raise ConfigError(f"privacy.projected needs the fast path, not engine.solver {solver}")
     if dtype == "bf16" and isinstance(recipe.privacy, SampleLevel):
         raise ConfigError(
             "engine.dtype bf16 is not for sample-level privacy: the noise in every step needs float32"
         )
     return dtype == "bf16"
+
+
+def unless_small(found: fast.Fast | str) -> fast.Fast | str:
+    """The front runs client after client, which takes the most of a round where a model is small."""
+    if isinstance(found, str) or found.chain.front is None:
+        return found
+    return "so small a model with more than linear layers is faster with clients stacked"
 
 
 def _automatic(model: nn.Module) -> int:
