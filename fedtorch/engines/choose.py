@@ -115,9 +115,9 @@ def check(solver: str, dtype: str, recipe: Recipe) -> bool:
         raise ConfigError(f"engine.solver must be one of {', '.join(SOLVERS)}, not {solver!r}")
     if dtype not in DTYPES:
         raise ConfigError(f"engine.dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
-    if isinstance(recipe.privacy, SampleLevel) and recipe.privacy.projected:
-        if solver not in ("auto", "fast"):
-            raise ConfigError(f"privacy.projected needs the fast path, not engine.solver {solver}")
+    projected = isinstance(recipe.privacy, SampleLevel) and recipe.privacy.projected
+    if projected and solver not in ("auto", "fast"):
+        raise ConfigError(f"privacy.projected needs the fast path, not engine.solver {solver}")
     if dtype == "bf16" and isinstance(recipe.privacy, SampleLevel):
         raise ConfigError(
             "engine.dtype bf16 is not for sample-level privacy: the noise in every step needs float32"

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.data import Dataset
 
@@ -18,6 +17,7 @@ from fedtorch.fast.private import Flat, noised
 from fedtorch.fast.projected import Projected
 from fedtorch.fast.read import Chain
 from fedtorch.fast.rows import Kept, Rows
+from fedtorch.fast.schedule import Schedule, schedule
 from fedtorch.fast.spec import Activation, Linear
 from fedtorch.losses import cross_entropy
 from fedtorch.privacy.gradients import PrivateSteps
@@ -28,41 +28,6 @@ from fedtorch.types import Context, Params, Stack, Task
 CACHE = 24 << 20
 """Bytes of weights, inputs and gradients that a chunk may touch: where it takes a third of the last
 cache, rounds were fastest."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which examples each client takes, step by step."""
-
-    index: Tensor
-    """[K, T], T = steps x batch: rows of all the chunk's examples; where a client has no example, any of
-    its own."""
-    local: Tensor
-    """The same as rows of the client's own examples."""
-    scale: Tensor
-    """[K, T, 1]: 1 / size of the batch, and 0 where there is no example."""
-    live: list[int]
-    """Clients still training at each step; they come first, as those with most steps do."""
-    batch: int
-
-
-def schedule(plans: Sequence[Tensor], sizes: Sequence[int]) -> Schedule:
-    """Put the clients' plans side by side. The plans must come in order of falling length."""
-    steps = [len(p) for p in plans]
-    if steps != sorted(steps, reverse=True):
-        raise ValueError("clients must come in order of falling number of steps")
-    S, B = steps[0], max(p.shape[1] for p in plans)
-    plans = [
-        p if p.shape == (S, B) else F.pad(p, (0, B - p.shape[1], 0, S - len(p)), value=-1)
-        for p in plans
-    ]
-    index = torch.stack(plans)
-    real = index >= 0
-    scale = real / real.sum(2, keepdim=True).clamp(min=1)
-    first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-    local = index.clamp(min=0).flatten(1)
-    live = [sum(t < s for s in steps) for t in range(S)]
-    return Schedule(local + first[:, None], local, scale.flatten(1)[..., None], live, B)
 
 
 @dataclass
