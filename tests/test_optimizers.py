@@ -9,7 +9,7 @@ from fedtorch import (
     ServerSGD,
     ServerYogi,
 )
-from fedtorch.optimizers import ELEMENTWISE, by_name, positive
+from fedtorch.optimizers import ELEMENTWISE, Descent, by_name, positive
 
 W = {"w": torch.zeros(2)}
 DELTA = {"w": torch.tensor([0.5, -2.0], dtype=torch.float64)}
@@ -89,21 +89,35 @@ def test_what_is_called_elementwise_is(cls):
         assert torch.equal(together[k], run(rows[k], grads[k]))
 
 
-@pytest.mark.parametrize("args", [{}, {"momentum": 0.0, "weight_decay": 0.0}, {"momentum": 0.9}])
-def test_a_stepper_is_torchs_own_step_to_the_last_bit(args):
+@pytest.mark.parametrize(
+    "args, ours",
+    [
+        ({}, True),
+        ({"momentum": 0.0, "weight_decay": 0.0}, True),
+        ({"momentum": 0.9}, True),
+        ({"weight_decay": 0.01}, True),
+        ({"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}, True),
+        ({"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, True),
+        ({"maximize": True}, False),
+        ({"momentum": 0.9, "foreach": True}, False),
+    ],
+)
+def test_a_stepper_is_torchs_own_step_to_the_last_bit(args, ours):
     g = torch.Generator().manual_seed(0)
-    ours = [torch.randn(5, 3, generator=g).requires_grad_() for _ in range(3)]
-    plain = [p.detach().clone().requires_grad_() for p in ours]
-    step = ClientOptimizer("SGD", args).stepper(ours, 0.3)
-    torchs = torch.optim.SGD(plain, lr=0.3, **args)
-    for _ in range(3):
-        for p, q in zip(ours[:2], plain[:2], strict=True):  # the third has no gradient
-            p.grad = torch.randn(5, 3, generator=g)
-            q.grad = p.grad.clone()
+    here = [torch.randn(5, 3, generator=g).requires_grad_() for _ in range(4)]
+    there = [p.detach().clone().requires_grad_() for p in here]
+    step = ClientOptimizer("SGD", args).stepper(here, 0.3)
+    assert isinstance(step, Descent) is ours
+    torchs = torch.optim.SGD(there, lr=0.3, **args)
+    for t in range(4):
+        for k, (p, q) in enumerate(zip(here, there, strict=True)):
+            # the third has a gradient now and then, the last never
+            p.grad = torch.randn(5, 3, generator=g) if k < 2 or (k == 2 and t % 2) else None
+            q.grad = None if p.grad is None else p.grad.clone()
         step()
         torchs.step()
-    assert all(torch.equal(p, q) for p, q in zip(ours, plain, strict=True))
-    assert not torch.equal(ours[0], ours[2])
+    assert all(torch.equal(p, q) for p, q in zip(here, there, strict=True))
+    assert not torch.equal(here[0], here[3])
 
 
 def test_a_step_without_any_gradient_moves_nothing():

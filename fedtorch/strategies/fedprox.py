@@ -23,4 +23,4 @@ class FedProx(Strategy):
 
     def correct(self, grads: Stack, params: Stack, ctx: Context) -> Stack:
         """The gradient of the proximal term, mu (w - w_t), on top of the loss's."""
-        return tmap(lambda g, w, w0: g + self.mu * (w - w0), grads, params, ctx.anchor)
+        return tmap(lambda g, w, w0: g.add(w - w0, alpha=self.mu), grads, params, ctx.anchor)

@@ -31,7 +31,7 @@ class Scaffold(Strategy):
 
     def correct(self, grads: Stack, params: Stack, ctx: Context) -> Stack:
         """Paper's line 10: g - c_k + c."""
-        return tmap(lambda g, ck, c: g - ck + c, grads, ctx.memory["c"], ctx.extras["c"])
+        return tmap(lambda g, ck, c: (g - ck).add_(c), grads, ctx.memory["c"], ctx.extras["c"])
 
     def upload(self, params: Stack, ctx: Context) -> tuple[dict[str, Stack], dict[str, Stack]]:
         """Paper's lines 12-14: delta and the change of c_k are sent, the new c_k is kept."""
