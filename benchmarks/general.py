@@ -31,7 +31,7 @@ def seconds(round: Callable[[], None]) -> float:
 def compare(workload: str, rounds: int, mnist: Path) -> str:
     """A line of the table: medians, the median and quartiles of the ratios, and both at their fastest."""
     both = problem(replace(WORKLOADS[workload], rounds=rounds), mnist)
-    bare, general = Bare(both), Ours(both, "general")
+    bare, general = Bare(both), Ours(both, solver="general")
     bare.round(), general.round()
     pairs = [(seconds(bare.round), seconds(general.round)) for _ in range(rounds)]
     theirs, ours = (sorted(column) for column in zip(*pairs, strict=True))
