@@ -5,6 +5,7 @@ Each bug has been seen in a released library or paper code (docs/privacy.md says
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 from fedtorch import client as client_module
 from fedtorch import participation
 from fedtorch import server as server_module
+from fedtorch.fast import layers
 from fedtorch.privacy import (
     AdaptiveClip,
     ClientLevel,
@@ -32,49 +34,70 @@ from private_case import clients, flat, model, server, silent, visit
 
 pytestmark = pytest.mark.conformance
 
-ONE = {"sample_rate": 1.0, "steps": 1, "rounds": 1, "mode": "stacked"}
+ONE = {"sample_rate": 1.0, "steps": 1, "rounds": 1}
 
 
 # what a correct build does ------------------------------------------------------------------------
 
 
-def sample_noise_has_the_claimed_size() -> None:
-    plan = SampleLevel(clip=0.5, batch_size=4.0, **ONE)
-    x = flat(visit(silent(), clients((3,) * 12, 40, 0.0), plan, noise=2.0))
+def each_way(check: Callable[[Callable[..., SampleLevel], bool], None]) -> Callable[[], None]:
+    """Hold every way to private steps to it: gradients written out, the fast path, projected noise."""
+
+    @functools.wraps(check)
+    def on_all() -> None:
+        for quick, options in (
+            (False, {"mode": "stacked"}),
+            (True, {}),
+            (True, {"projected": True}),
+        ):
+            check(functools.partial(SampleLevel, **options), quick)
+
+    return on_all
+
+
+@each_way
+def sample_noise_has_the_claimed_size(plan, quick) -> None:
+    plan = plan(clip=0.5, batch_size=4.0, **ONE)
+    x = flat(visit(silent(), clients((3,) * 12, 40, 0.0), plan, noise=2.0, quick=quick))
     assert abs(x.std().item() / (2.0 * 0.5 / 4) - 1) < 0.02
 
 
-def an_empty_batch_is_noised() -> None:
-    plan = SampleLevel(sample_rate=1e-12, steps=3, batch_size=1.0, rounds=1, mode="stacked")
-    x = flat(visit(silent(), clients((3,) * 12, 40), plan, noise=1.0))
+@each_way
+def an_empty_batch_is_noised(plan, quick) -> None:
+    plan = plan(sample_rate=1e-12, steps=3, batch_size=1.0, rounds=1)
+    x = flat(visit(silent(), clients((3,) * 12, 40), plan, noise=1.0, quick=quick))
     assert abs(x.std().item() / math.sqrt(3) - 1) < 0.02
 
 
-def noise_is_fresh_for_each_client_and_round() -> None:
-    plan = SampleLevel(**ONE)
+@each_way
+def noise_is_fresh_for_each_client_and_round(plan, quick) -> None:
+    plan = plan(**ONE)
     who = clients((3,) * 4, 40, 0.0)
-    rounds = [flat(visit(silent(), who, plan, noise=1.0, round=t)) for t in range(3)]
+    rounds = [flat(visit(silent(), who, plan, 1.0, round=t, quick=quick)) for t in range(3)]
     every = torch.corrcoef(torch.cat(rounds))
     assert (every - torch.eye(12)).abs().max() < 0.15
 
 
-def one_example_moves_the_sum_by_the_clip() -> None:
+@each_way
+def one_example_moves_the_sum_by_the_clip(plan, quick) -> None:
     who = clients((8,))
     x, y = who[0].data.tensors
     far = torch.cat([x, 50 * x[:1]]), torch.cat([y, (y[:1] + 1) % 4])
-    plan = SampleLevel(clip=0.2, batch_size=1.0, **ONE)
-    without = flat(visit(model(), who, plan, noise=0.0))
+    plan = plan(clip=0.2, batch_size=1.0, **ONE)
+    without = flat(visit(model(), who, plan, noise=0.0, quick=quick))
     who[0].data.tensors = far
-    moved = (flat(visit(model(), who, plan, noise=0.0)) - without).norm()
+    moved = (flat(visit(model(), who, plan, noise=0.0, quick=quick)) - without).norm()
     assert moved <= 0.2 * (1 + 1e-5)
 
 
-def the_divisor_is_public() -> None:
-    plan = SampleLevel(clip=1e9, batch_size=4.0, **ONE)
+@each_way
+def the_divisor_is_public(plan, quick) -> None:
+    plan = plan(clip=1e9, batch_size=4.0, **ONE)
     who = clients((8,))
-    small = flat(visit(model(), who, plan, noise=0.0))
+    small = flat(visit(model(), who, plan, noise=0.0, quick=quick))
     who[0].data.tensors = tuple(torch.cat([t, t]) for t in who[0].data.tensors)
-    assert torch.allclose(flat(visit(model(), who, plan, noise=0.0)), 2 * small, atol=1e-5)
+    twice = flat(visit(model(), who, plan, noise=0.0, quick=quick))
+    assert torch.allclose(twice, 2 * small, atol=1e-5)
 
 
 def the_run_pays_for_every_round() -> None:
@@ -161,12 +184,13 @@ def statistics_never_leave() -> None:
         server(net, clients(), SampleLevel(rounds=1))
 
 
-def a_broken_example_is_not_seen() -> None:
+@each_way
+def a_broken_example_is_not_seen(plan, quick) -> None:
     x, y = clients((9,))[0].data.tensors
-    plan = SampleLevel(**ONE)
+    plan = plan(**ONE)
     bad = clients((10,))
     bad[0].data.tensors = torch.cat([x, torch.full((1, 6), math.nan)]), torch.cat([y, y[:1]])
-    assert flat(visit(model(), bad, plan, noise=1.0)).isfinite().all()
+    assert flat(visit(model(), bad, plan, noise=1.0, quick=quick)).isfinite().all()
 
 
 # what an incorrect build does ---------------------------------------------------------------------
@@ -179,6 +203,23 @@ def half_the_noise(patch: pytest.MonkeyPatch) -> None:
         return finish(dataclasses.replace(self, noise=self.noise / 2), total)
 
     patch.setattr(gradients.PrivateSteps, "finish", less)
+
+
+def half_the_noise_of_the_fast_path(patch: pytest.MonkeyPatch) -> None:
+    noisy = gradients.PrivateSteps.noisy
+
+    def less(self, row, k):
+        noisy(dataclasses.replace(self, noise=self.noise / 2), row, k)
+
+    patch.setattr(gradients.PrivateSteps, "noisy", less)
+
+
+def inputs_forgotten_in_norms_of_the_fast_path(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(layers.Own, "example_sq_norms", lambda self, d: d.square().sum(2))
+
+
+def projected_noise_of_one_step_for_all(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("fedtorch.fast.projected.math", SimpleNamespace(sqrt=lambda t: 1.0))
 
 
 def noise_on_the_mean(patch: pytest.MonkeyPatch) -> None:
@@ -335,6 +376,9 @@ def only_trainable_layers_are_looked_at(patch: pytest.MonkeyPatch) -> None:
 
 PLANTED: dict[Callable[[pytest.MonkeyPatch], None], Callable[[], None]] = {
     half_the_noise: sample_noise_has_the_claimed_size,
+    half_the_noise_of_the_fast_path: sample_noise_has_the_claimed_size,
+    inputs_forgotten_in_norms_of_the_fast_path: one_example_moves_the_sum_by_the_clip,
+    projected_noise_of_one_step_for_all: an_empty_batch_is_noised,
     noise_on_the_mean: sample_noise_has_the_claimed_size,
     no_noise_on_an_empty_batch: an_empty_batch_is_noised,
     one_seed_for_all_clients: noise_is_fresh_for_each_client_and_round,

@@ -34,7 +34,8 @@ class Flat:
             if isinstance(spec, Linear):
                 names = [spec.weight, *([spec.bias] if spec.bias else [])]
                 self.shapes |= {n: state[n].shape for n in names}
-        start = torch.cat([state[n].flatten() for n in self.shapes])
+        name = next(iter(state))  # a projected first layer may be all there is
+        start = torch.cat([state[name][:0].flatten(), *(state[n].flatten() for n in self.shapes)])
         moved = torch.cat([shift[n].flatten(1) for n in self.shapes], 1) if shift else None
         self.leaf = Leaf(start, clients, rule, moved)
         self.gradient = torch.empty_like(start)
