@@ -1,0 +1,109 @@
+"""What a run costs beside its training: import, start-up to the first round, dealing out the data.
+
+python -m benchmarks.around
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from benchmarks.rounds import ONE_THREAD
+from fedtorch.data import Dirichlet, Iid, Natural, QuantitySkew, Shards, from_tensors, partition
+
+EXAMPLES, CLIENTS = 1_000_000, 10_000
+
+IMPORT = """
+import json, time
+a, b = time.perf_counter(), time.process_time()
+import torch
+c, d = time.perf_counter(), time.process_time()
+import fedtorch
+e, f = time.perf_counter(), time.process_time()
+print(json.dumps([c - a, d - b, e - c, f - d]))
+"""
+
+FIRST = """
+import sys, time
+sys.argv[1:] = {arguments!r}
+import train
+from fedtorch.console import Report
+def first(self, metrics):
+    print("first", time.time(), time.process_time(), flush=True)
+    sys.exit()
+Report.round = first
+train.main()
+"""
+
+
+def imports(reps: int) -> list[float]:
+    """Medians in seconds: torch (clock, processor), fedtorch on top (clock, processor)."""
+    runs = [json.loads(python(IMPORT)) for _ in range(reps)]
+    return [statistics.median(r) for r in zip(*runs, strict=True)]
+
+
+def first_round(arguments: Sequence[str], reps: int) -> tuple[float, float]:
+    """Medians in seconds from the start of the process to the end of round one (clock, processor)."""
+    runs = []
+    for _ in range(reps):
+        with TemporaryDirectory() as folder:
+            told = [*arguments, "--rounds", "1", "--run-dir", f"{folder}/run"]
+            start = time.time()
+            out = python(FIRST.format(arguments=told))
+        _, clock, cpu = next(li for li in out.splitlines() if li.startswith("first")).split()
+        runs.append((float(clock) - start, float(cpu)))
+    clocks, cpus = zip(*runs, strict=True)
+    return statistics.median(clocks), statistics.median(cpus)
+
+
+def python(code: str) -> str:
+    """What a fresh Python prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | ONE_THREAD,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def dealing() -> dict[str, float]:
+    """Processor seconds to deal a million examples to ten thousand clients, by each rule."""
+    rng = np.random.default_rng(0)
+    x, y = torch.zeros(EXAMPLES, 1), torch.from_numpy(rng.integers(0, 10, EXAMPLES))
+    keys = [f"owner {k}" for k in rng.integers(0, CLIENTS, EXAMPLES)]
+    data = from_tensors("made", (x, y), (x[:1], y[:1]), "classification", 10, keys)
+    rules = Iid(), Dirichlet(), Dirichlet(0.01), Shards(), QuantitySkew(), QuantitySkew(0.05)
+    out = {}
+    for how in (*rules, Natural()):
+        start = time.process_time()
+        _, parts = partition(data, how, None if how.needs_keys else CLIENTS, 0)
+        out[str(how)] = time.process_time() - start
+        assert sum(map(len, parts)) == EXAMPLES and min(map(len, parts)) > 0
+    return out
+
+
+def main() -> int:
+    """Print all of it; status 1 where an import or a rule takes longer than it may."""
+    names = ["torch clock", "torch cpu", "fedtorch clock", "fedtorch cpu"]
+    took = dict(zip(names, imports(5), strict=True))
+    print("import, s:", {n: round(v, 2) for n, v in took.items()})
+    for arguments in (["--privacy", "none"], ["--privacy", "none", "--model", "cnn"], []):
+        clock, cpu = first_round(arguments, 3)
+        print(f"first round of train.py {' '.join(arguments)}: {clock:.2f} s, cpu {cpu:.2f} s")
+    dealt = dealing()
+    for rule, seconds in dealt.items():
+        print(f"{rule}: {seconds:.2f} s")
+    return int(took["fedtorch cpu"] > 0.3 or max(dealt.values()) > 3)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
