@@ -1,6 +1,5 @@
 """Who is measured, on which workloads, and one measurement of one of them in this process."""
 
-import dataclasses
 import importlib.util
 import resource
 import time
@@ -29,13 +28,15 @@ CONTESTANTS = {
     "fedtorch": Contestant(ALL),
     "general": Contestant(ALL),
     "bf16": Contestant(("w1", "w2", "w4"), coarse=20.0),
+    "projected": Contestant(("w3",)),
     "pfl": Contestant(("w1", "w2", "w4"), "pfl"),
     "jax": Contestant(("w1", "w3", "w4"), "jax"),
     "opacus": Contestant(("w3",), "opacus"),
     "opacus-ghost": Contestant(("w3",), "opacus"),
     "flower": Contestant(("w1", "w2", "w4"), "flwr", alone=False),
 }
-"""fedtorch: what ``auto`` picks; general: the path that takes any model; the rest are peers."""
+"""fedtorch: what ``auto`` picks; general: the path that takes any model; bf16 and projected: options of the
+fast path; the rest are peers."""
 
 
 def missing(name: str) -> str | None:
@@ -43,22 +44,18 @@ def missing(name: str) -> str | None:
     needs = CONTESTANTS[name].needs
     if needs and importlib.util.find_spec(needs) is None:
         return f"{needs} is not installed (see benchmarks/RESULTS.md, Peers)"
-    if name == "bf16":
-        from fedtorch import Local
-
-        if "dtype" not in {f.name for f in dataclasses.fields(Local)}:
-            return "engine local has no dtype"
     return None
 
 
 def make(name: str, problem: Any, mnist: Path) -> Any:
     """The contestant, ready for its first round. Imports only what it needs."""
     match name:
-        case "fedtorch" | "general" | "bf16":
+        case "fedtorch" | "general" | "bf16" | "projected":
             from benchmarks.ours import Ours
 
-            options = {"general": {"solver": "general"}, "bf16": {"dtype": "bf16"}}
-            return Ours(problem, **options.get(name, {}))
+            solver = "general" if name == "general" else "auto"
+            dtype = "bf16" if name == "bf16" else "float32"
+            return Ours(problem, projected=name == "projected", solver=solver, dtype=dtype)
         case "pfl":
             from benchmarks.peer_pfl import Pfl
 

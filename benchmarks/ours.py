@@ -13,9 +13,9 @@ from fedtorch.privacy import ClientLevel, Privacy, SampleLevel
 class Ours:
     """A Server with the local engine; ``options`` are the engine's (solver, dtype, ...)."""
 
-    def __init__(self, problem: Problem, **options: str) -> None:
+    def __init__(self, problem: Problem, projected: bool = False, **options: str) -> None:
         clients = [Client(str(k), shard) for k, shard in enumerate(problem.shards)]
-        recipe = replace(problem.recipe(), privacy=plan(problem))
+        recipe = replace(problem.recipe(), privacy=plan(problem, projected))
         engine = Local(**options)  # type: ignore[arg-type]
         self.server = Server(problem.model(), clients, recipe, engine=engine, seed=problem.seed)
         self.test = TensorDataset(*problem.test)
@@ -37,7 +37,7 @@ class Ours:
         return scores["accuracy"], scores["loss"]
 
 
-def plan(problem: Problem) -> Privacy | None:
+def plan(problem: Problem, projected: bool = False) -> Privacy | None:
     """Clip 1 and the workload's noise; six Poisson steps of ten examples where steps are private."""
     rounds = problem.work.rounds + 1
     if problem.work.privacy == "client":
@@ -50,5 +50,6 @@ def plan(problem: Problem) -> Privacy | None:
             sample_rate=rate,
             steps=round(1 / rate),
             batch_size=problem.work.batch_size,
+            projected=projected,
         )
     return None
