@@ -99,5 +99,6 @@ class SampleLevel(Privacy):
             "mechanism": (
                 f"DP-SGD: {self.steps} steps a round, Poisson rate {self.sample_rate:g}, clipping "
                 f"norm {self.clip:g}, Gaussian noise on the sum, divided by {self.batch_size:g}"
+                + ("; noise of the first layer projected" if self.projected else "")
             ),
         }
