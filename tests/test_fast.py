@@ -347,3 +347,45 @@ def test_bf16_on_the_general_path_is_autocast():
 def test_dtypes_that_are_refused(dtype, privacy, why):
     with pytest.raises(ConfigError, match=why):
         Server(mlp(), clients(), Recipe(privacy=privacy), engine=Local(dtype=dtype))
+
+
+@pytest.mark.parametrize("n", [5, 157_000, 3_000_000])
+def test_a_bound_on_squares_holds_where_float32_loses_count(n):
+    for row in (torch.full((1, n), 0.1), torch.randn(1, n)):
+        true = float(row.double().square().sum())
+        assert true <= float(layers.squares(row, upper=True)) <= true * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_the_clip_holds_with_decay_and_in_bf16(half, decay):
+    torch.manual_seed(0)
+    x, y = torch.full((1, 30, 400), 1.0038), torch.randint(0, 3, (1, 30))
+    plan = ClientLevel(rounds=1, noise_multiplier=1e-9, clip=0.01, insecure_seed=1)
+    model = nn.Sequential(nn.Linear(400, 300), nn.ReLU(), nn.Linear(300, 3))
+    start = {k: v.clone().double() for k, v in model.state_dict().items()}
+    recipe = Recipe(
+        lr=0.1,
+        batch_size=10,
+        privacy=plan,
+        optimizer=ClientOptimizer("SGD", {"weight_decay": decay}),
+    )
+    engine = Local(solver="fast", dtype="bf16" if half else "float32")
+    who = [Client("c", (x[0], y[0])), Client("d", (x[0], y[0]))]
+    server = Server(model, who, recipe, engine=engine)
+    assert isinstance(server.session.choice.solver, solve.Fast)
+    server.round()
+    moved = sum((v - start[k]).square().sum() for k, v in model.state_dict().items()) ** 0.5
+    assert float(moved) <= 0.01 * (1 + 2e-6)
+
+
+def test_products_that_may_round_further_are_not_used_under_privacy():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        notes = Server(
+            mlp(), clients(), Recipe(privacy=ClientLevel(rounds=1, noise_multiplier=1.0))
+        )
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert any("set_float32_matmul_precision" in n for n in notes.session.notes)

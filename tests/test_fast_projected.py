@@ -168,3 +168,23 @@ def test_it_is_refused_with_another_solver():
     plan = SampleLevel(rounds=1, noise_multiplier=1.0, projected=True)
     with pytest.raises(ConfigError, match=r"projected.*engine\.solver stacked"):
         Server(nn.Linear(30, 4), clients(), Recipe(privacy=plan), engine=Local(solver="stacked"))
+
+
+@pytest.mark.parametrize("size", [1e20, 1e38, 3e38])
+def test_an_example_too_large_for_products_moves_its_client_by_the_clip(size):
+    # its products with others overflow: they must not be seen in anything the others send
+    x, y = clients()[0].data.tensors
+    ends = []
+    for extra in (torch.zeros(0, 30), torch.full((1, 30), size)):
+        data = torch.cat([x[:15], extra, x[15:]]), torch.cat([y[:15], y[: len(extra)], y[15:]])
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 4))
+        plan = SampleLevel(
+            noise_multiplier=1e-7, rounds=3, sample_rate=1.0, steps=1, batch_size=1.0, clip=0.5,
+            projected=True, insecure_seed=5,
+        )  # fmt: skip
+        who = [clients()[3], Client("c", data)]
+        server = Server(model, who, Recipe(lr=1.0, privacy=plan))
+        assert server.round()["failed"] == {}
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert float((ends[0] - ends[1]).norm()) <= 0.5 / 2 * (1 + 1e-4)

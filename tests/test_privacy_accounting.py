@@ -471,3 +471,10 @@ def test_gdp_would_have_reported_too_little() -> None:
         claimed = wrong.get_epsilon(1e-5)
     assert claimed == pytest.approx(11.99, abs=0.01)
     assert epsilon([gaussian(0.5, 0.01, 1000)], 1e-5) == pytest.approx(13.37, abs=0.01)
+
+
+def test_prv_is_not_believed_where_rounding_is_as_large_as_delta() -> None:
+    # the true epsilon at 1e-12 is above what PRV says: rounding of the transforms, 3e-12 in all
+    run = ((1.5, 0.005, 50_000),)
+    assert math.isinf(bounds.prv(run, 1e-12))
+    assert bounds.prv(run, 1e-10) < bounds.rdp(run, 1e-10)

@@ -13,7 +13,7 @@ pays while a client takes fewer rows than the layer is wide. ``docs/fast-path.md
 import torch
 from torch import Tensor
 
-from fedtorch.fast.layers import Rule
+from fedtorch.fast.layers import Rule, squares
 from fedtorch.fast.rows import Rows
 from fedtorch.fast.spec import Linear
 from fedtorch.types import Params, Stack
@@ -91,6 +91,13 @@ class Dual:
         rows = lengths.shape[1] + sum(self.w0.shape)
         return norms.clamp(min=0) + most * rows * 2.0**-24
 
+    def built_norms(self, copies: Stack) -> Tensor:
+        """Squared norms of changes that had to be built: with decay no product of the visit bounds them."""
+        start = self.spec.named(self.w0, self.b0)
+        return torch.stack(
+            [squares((v - start[n]).flatten(1), upper=True) for n, v in copies.items()]
+        ).sum(0)
+
     def lost_norms(self, outputs: Tensor, D: Tensor) -> Tensor:
         """What weight decay adds to the squared norms: the change has a part (share - 1) w0 as well."""
         lost = self.share.each - 1
@@ -158,6 +165,8 @@ class First(Dual):
 
     def sq_norms(self, upper: bool = False) -> Tensor:
         """|D^T X|^2 = sum of (X X^T) * (D D^T): the change is not built for its norm."""
+        if upper and self.rule.keep != 1.0:
+            return self.built_norms(self.stack())
         products = self.grams * self.D.bmm(self.D.mT)
         norms = products.sum((1, 2))
         if upper:
@@ -238,6 +247,8 @@ class Hidden(Dual):
 
     def sq_norms(self, upper: bool = False) -> Tensor:
         """As above, from the products of the steps where there is no decay, which changes D."""
+        if upper and self.rule.keep != 1.0:
+            return self.built_norms(self.stack())
         if self.rule.keep != 1.0:
             products = self.A.bmm(self.A.mT).add_(self.one) * self.D.bmm(self.D.mT)
             norms = products.sum((1, 2)) + self.lost_norms(self.affine(self.A), self.D)

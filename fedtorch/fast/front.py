@@ -170,8 +170,7 @@ class Features:
 
     def sq_norms(self, upper: bool = False) -> Tensor:
         """Of all of them together."""
-        norms = torch.stack([squares(m.change()) for m in self.leaves.values()]).sum(0)
-        return norms * (1 + 1e-5) if upper else norms
+        return torch.stack([squares(m.change(), upper) for m in self.leaves.values()]).sum(0)
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """Of each."""

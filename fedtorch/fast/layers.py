@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedtorch.fast.spec import Activation, Linear
 from fedtorch.types import Params, Stack
+
+BLOCK = 512
+"""Numbers of which a float32 sum of squares is close enough to bound what it rounds away."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,8 @@ class Own:
 
     def example_sq_norms(self, d: Tensor) -> Tensor:
         """Squared norm of each example's own gradient d a^T, [K, B], which is never built."""
-        return d.square().sum(2) * (self.a.square().sum(2) + (self.bias is not None))
+        # a small gradient's square vanishes in float32, and what its input makes of it with it
+        return d.double().square().sum(2) * (self.a.square().sum(2) + (self.bias is not None))
 
     def stack(self) -> Stack:
         """The copies."""
@@ -175,8 +180,7 @@ class Own:
     def sq_norms(self, upper: bool = False) -> Tensor:
         """Of weight and bias together."""
         leaves = [self.weight, *([self.bias] if self.bias else [])]
-        norms = torch.stack([squares(leaf.change()) for leaf in leaves]).sum(0)
-        return norms * (1 + 1e-5) if upper else norms
+        return torch.stack([squares(leaf.change(), upper) for leaf in leaves]).sum(0)
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """Of both."""
@@ -204,6 +208,14 @@ class Act:
         """Nothing to move."""
 
 
-def squares(rows: Tensor) -> Tensor:
-    """Squared norm of each row; a dot product reads each number once and writes none."""
-    return torch.stack([row.dot(row) for row in rows])
+def squares(rows: Tensor, upper: bool = False) -> Tensor:
+    """Squared norm of each row, float64; ``upper``: never less than it is.
+
+    A float32 sum of millions of squares can come out a hundredth too small. Sums over blocks err by at
+    most the length of a block times 2^-24, and float64 adds them up.
+    """
+    if not upper:  # a dot product reads each number once and writes none
+        return torch.stack([row.dot(row) for row in rows]).double()
+    short = F.pad(rows, (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    sums: Tensor = torch.linalg.vecdot(short, short)
+    return sums.double().sum(1) * (1 + BLOCK * 2.0**-24)

@@ -35,6 +35,11 @@ def offer(
     """A solver for this model (``half``: in bfloat16), or one clause that says why there is none."""
     why = optimizer(recipe) or strategy(recipe) or tables(model, datasets)
     private = isinstance(privacy, SampleLevel)
+    if privacy is not None and torch.get_float32_matmul_precision() != "highest":
+        why = (
+            why
+            or "torch.set_float32_matmul_precision lets products round beyond what clipping bounds"
+        )
     if isinstance(privacy, SampleLevel) and privacy.mode != "auto":
         why = why or f"privacy.mode {privacy.mode} was asked for"
     if why:

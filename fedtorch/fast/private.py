@@ -76,7 +76,7 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
     pairs = zip(layers, reversed(grads), strict=True)
     known = [(m, g) for m, g in pairs if isinstance(m, (Own, Projected))]
     factors = private.factors(torch.stack([m.example_sq_norms(g) for m, g in known]).sum(0))
-    used = factors > 0
+    factors, used = factors.to(d.dtype), factors > 0
     clean = bool(used.all())
     into = flat.views(flat.gradient)
     rows = [

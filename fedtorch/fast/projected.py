@@ -73,7 +73,7 @@ class Projected(Dual):
 
     def example_sq_norms(self, d: Tensor) -> Tensor:
         """Squared norm of each example's own gradient, [k, B]."""
-        return d.square().sum(2) * self.lengths[: len(d), self.now]
+        return d.double().square().sum(2) * self.lengths[: len(d), self.now]
 
     def step(self, d: Tensor) -> None:
         """Clipped rows [k, B, out] are added to those of their examples, and noise to the others."""
@@ -118,8 +118,7 @@ class Moved:
 
     def sq_norms(self, upper: bool = False) -> Tensor:
         """Of all together."""
-        norms = torch.stack([squares(v.flatten(1)) for v in self.change.values()]).sum(0)
-        return norms * (1 + 1e-5) if upper else norms
+        return torch.stack([squares(v.flatten(1), upper) for v in self.change.values()]).sum(0)
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """Who has weight 0 may hold NaN, which times 0 is NaN again."""

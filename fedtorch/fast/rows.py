@@ -35,8 +35,11 @@ class Rows:
 
     @cached_property
     def finite(self) -> bool:
-        """Whether every number is finite: one that is not would spread through products."""
-        return bool(self.flat.isfinite().all())
+        """Whether all products of examples are finite: one that is not would spread to all others.
+
+        By Cauchy and Schwarz they are where the squares are.
+        """
+        return bool(self.flat.square().sum(1).isfinite().all())
 
     @cached_property
     def most(self) -> int:
@@ -90,7 +93,7 @@ class Kept:
         x, y = (torch.cat([t[i] for t in tables]).to(device) for i in (0, 1))
         rows = Rows(x, y, tuple(len(t[0]) for t in tables))
         # of clients drawn anew each round no chunk comes twice, and keeping it would only cost
-        if self._room(2 * x.numel() * x.element_size()):
+        if found or self._room(2 * x.numel() * x.element_size()):
             self.chunks[key] = parts, versions, rows
         return rows
 
@@ -128,7 +131,7 @@ class Kept:
         if found and found[1] == version(x):
             return found[2]
         made = make(x.flatten(1))
-        if self._room(made.numel() * made.element_size()):
+        if found or self._room(made.numel() * made.element_size()):
             kept[id(x)] = x, version(x), made
         return made
 
