@@ -361,22 +361,23 @@ def test_a_bound_on_squares_holds_where_float32_loses_count(n):
 def test_the_clip_holds_with_decay_and_in_bf16(half, decay):
     torch.manual_seed(0)
     x, y = torch.full((1, 30, 400), 1.0038), torch.randint(0, 3, (1, 30))
-    plan = ClientLevel(rounds=1, noise_multiplier=1e-9, clip=0.01, insecure_seed=1)
+    plan = ClientLevel(rate=1.0, rounds=1, noise_multiplier=1e-9, clip=0.01, insecure_seed=1)
     model = nn.Sequential(nn.Linear(400, 300), nn.ReLU(), nn.Linear(300, 3))
     start = {k: v.clone().double() for k, v in model.state_dict().items()}
     recipe = Recipe(
         lr=0.1,
-        batch_size=10,
+        batch_size=None,
+        steps=3,
         privacy=plan,
         optimizer=ClientOptimizer("SGD", {"weight_decay": decay}),
     )
     engine = Local(solver="fast", dtype="bf16" if half else "float32")
-    who = [Client("c", (x[0], y[0])), Client("d", (x[0], y[0]))]
+    who = [Client(str(k), (x[0], y[0])) for k in range(6)]  # all alike, so that the mean is each
     server = Server(model, who, recipe, engine=engine)
     assert isinstance(server.session.choice.solver, solve.Fast)
     server.round()
     moved = sum((v - start[k]).square().sum() for k, v in model.state_dict().items()) ** 0.5
-    assert float(moved) <= 0.01 * (1 + 2e-6)
+    assert 0.01 * (1 - 1e-2) < float(moved) <= 0.01 * (1 + 2e-6)
 
 
 def test_products_that_may_round_further_are_not_used_under_privacy():
