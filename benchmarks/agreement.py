@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,9 @@ def beyond_chance(own: Runs, other: Runs) -> str | None:
         return "accuracy is not a number"
     if len(a) < 2 or abs(statistics.mean(a) - statistics.mean(b)) <= SLACK:
         return None
-    p = float(ttest_ind(a, b, equal_var=False).pvalue) if len({*a, *b}) > 2 else 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # equal repetitions have no variance
+        p = float(ttest_ind(a, b, equal_var=False).pvalue) if len({*a, *b}) > 2 else 0.0
     if p >= 1e-3:
         return None
     return f"mean accuracy {statistics.mean(a):.4f} and {statistics.mean(b):.4f} (p {p:.1e})"

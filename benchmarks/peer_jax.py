@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from jax import lax
 
 from benchmarks.workloads import Problem
@@ -28,7 +29,7 @@ class Jax:
         self.y = jnp.asarray(stack[1])
         self.test = [jnp.asarray(t.flatten(1) if t.dim() > 1 else t) for t in problem.test]
         self.orders = [jnp.asarray(np.stack(r)) for r in problem.orders()]
-        self.key = jax.random.key(problem.seed)
+        self.key = jax.random.key(torch.initial_seed())
         self.step, self.score = jax.jit(self.one_round), jax.jit(score)
 
     def round(self) -> None:

@@ -26,7 +26,7 @@ COHORTS = {10: 100, 100: 20, 1_000: 4, 10_000: 1}
 """Clients of a round -> rounds that are timed."""
 WIDTHS = {50: 200, 100: 100, 200: 50, 500: 20, 1_000: 8}
 """Width of the hidden layers -> rounds that are timed, ten clients each."""
-WHO = ("bare", "fedtorch", "bf16")
+NAMES = {"bare": "bare PyTorch loop", "fedtorch": "fedtorch", "bf16": "fedtorch, bf16"}
 
 BOUND = 1_024
 """MiB that 10,000 clients may take in all: 147 their examples, 220 torch and Python."""
@@ -38,7 +38,7 @@ def points(reps: int, small: bool) -> list[dict[str, Any]]:
     """Rounds per second and peak memory at every point."""
     cohorts = [(k, None, r) for k, r in COHORTS.items() if not small or k <= 100]
     widths = [(10, w, r) for w, r in WIDTHS.items() if not small or w <= 100]
-    names = [n for n in WHO if not missing(n)]
+    names = [n for n in NAMES if not missing(n)]
     found = []
     for clients, width, rounds in cohorts + widths:
         work = Workload("scaling", "mlp", clients, rounds, hidden=width, eval_every=1 << 30)
@@ -103,7 +103,7 @@ def apart(clients: int, rounds: int) -> dict[str, float]:
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
-    """Clients per second against the cohort, rounds per second and memory."""
+    """Rounds per second of processor time and peak memory, against cohort and width."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
@@ -112,16 +112,22 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         own = [p for p in found if p["who"] == name]
         cohort = [p for p in own if p["grows"] == "clients"]
         width = [p for p in own if p["grows"] == "width"]
-        style = {"marker": "o", "markersize": 4, "label": name}
-        left.plot([p["clients"] for p in cohort], [p["rounds_per_second"] for p in cohort], **style)
-        middle.plot([p["width"] for p in width], [p["rounds_per_second"] for p in width], **style)
-        right.plot([p["clients"] for p in cohort], [p["peak_mib"] for p in cohort], **style)
-    for axes, x, y in (
-        (left, "clients in a round", "rounds per second"),
-        (middle, "width of the hidden layers (10 clients)", "rounds per second"),
-        (right, "clients in a round", "peak memory, MiB"),
-    ):
-        axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log" if y[0] == "r" else "linear")
+        style = {"marker": "o", "markersize": 4, "label": NAMES[name]}
+        for axes, ps, x, y in (
+            (left, cohort, "clients", "rounds_per_cpu_second"),
+            (middle, width, "width", "rounds_per_cpu_second"),
+            (right, cohort, "clients", "peak_mib"),
+        ):
+            axes.plot([p[x] for p in ps], [p[y] for p in ps], **style)
+    rate = "rounds / s of processor time"
+    left.set(xlabel="clients in a round", ylabel=rate, xscale="log", yscale="log")
+    middle.set(xlabel="width of the hidden layers", ylabel=rate, xscale="log", yscale="log")
+    right.set(xlabel="clients in a round", ylabel="peak memory, MiB", xscale="log")
+    middle.set_xticks(list(WIDTHS), [str(w) for w in WIDTHS])
+    for axes in (left, right):
+        axes.set_xticks(list(COHORTS), [f"{k:,}" for k in COHORTS])
+    for axes in (left, middle, right):
+        axes.xaxis.minorticks_off()
         axes.grid(alpha=0.3)
     right.set_ylim(bottom=0)
     left.legend(frameon=False)
