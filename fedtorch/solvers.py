@@ -117,7 +117,8 @@ class Mixed:
     ) -> Any:
         """What the other leaves."""
         device = next(model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16):
+        # without its cache, which would keep the weights of the first step for the whole visit
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
             return self.solver(model, datasets, plans, task, recipe, ctx, private)
 
 

@@ -29,7 +29,7 @@ def test_equal_batches_leave_nothing_but_rounding():
     (said,) = complaints({"bare": bare, "fedtorch": [run(0.9), run(0.9, 1.0011)]}, W1, 1.0)
     assert said.startswith("w1: fedtorch differs from bare: loss 1.0011")
     assert complaints({"bare": bare, "fedtorch": [run(0.9), run(0.9, float("nan"))]}, W1, 1.0)
-    assert complaints({"bare": bare, "fedtorch": [run(0.9), run(0.88)]}, W1, 1.0)
+    assert complaints({"bare": bare, "fedtorch": [run(0.9), run(0.87)]}, W1, 1.0)
     assert not complaints({"bare": bare, "bf16": [run(0.9, 1.01), run(0.9)]}, W1, 1.0)
     early = [r | {"first_loss": 2.0001} for r in bare]
     assert "first_loss" in complaints({"bare": bare, "fedtorch": early}, W1, 1.0)[0]

@@ -340,6 +340,17 @@ def test_bf16_on_the_general_path_is_autocast():
     assert all(v.dtype == torch.float32 for v in model.state_dict().values())
 
 
+def test_bf16_on_the_general_path_goes_where_float32_goes():
+    ends = []
+    for engine in (Local(dtype="bf16", solver="general"), Local(solver="general")):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 4))
+        start = {k: v.clone() for k, v in model.state_dict().items()}
+        Server(model, clients(), Recipe(lr=0.2, epochs=2, batch_size=5), engine=engine).round()
+        ends.append({k: v - start[k] for k, v in model.state_dict().items()})
+    assert 0 < apart(*ends) < 0.2
+
+
 @pytest.mark.parametrize(
     ("dtype", "privacy", "why"),
     [("bf16", SampleLevel(rounds=1), "sample-level"), ("half", None, "float32 or bf16")],
