@@ -99,6 +99,7 @@ def once(order: dict[str, Any]) -> dict[str, Any]:
         if r % work.eval_every == 0 or r == work.rounds:
             accuracy, loss = contestant.evaluate()
     clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+    getattr(contestant, "close", lambda: None)()
     alone = CONTESTANTS[order["name"]].alone
     return {
         "rounds_per_second": work.rounds / clock,

@@ -61,7 +61,8 @@ class Flower:
         self.spec = json.dumps(spec)
         self.go: Queue[bool] = Queue()
         self.done: Queue[ArrayRecord | BaseException] = Queue()
-        threading.Thread(target=self.simulate, daemon=True).start()
+        self.thread = threading.Thread(target=self.simulate, daemon=True)
+        self.thread.start()
         self.wait()  # round 0 is the evaluation of the initial weights
 
     def simulate(self) -> None:
@@ -117,3 +118,7 @@ class Flower:
     def evaluate(self) -> tuple[float, float]:
         """Accuracy and loss on the test set."""
         return evaluate(self.model, self.problem.test)
+
+    def close(self) -> None:
+        """Let Flower take its actors down before Python goes."""
+        self.thread.join(timeout=60)
