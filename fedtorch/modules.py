@@ -59,3 +59,15 @@ def to(value: Any, device: torch.device) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(to(v, device) for v in value)
     return value
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Images [B, C, H, W] in channels-last memory, also where one channel leaves open what that would be.
+
+    Convolutions and pooling are two to four times faster so on a CPU. Other tensors as they are.
+    """
+    if x.dim() != 4:
+        return x
+    n, c, h, w = x.shape
+    flat = x.permute(0, 2, 3, 1).contiguous()
+    return flat.as_strided((n, c, h, w), (h * w * c, 1, w * c, c))

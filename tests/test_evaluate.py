@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedtorch import Client, evaluate
-from fedtorch.evaluate import evaluate_clients
+from fedtorch.evaluate import convolves, evaluate_clients
 from fedtorch.losses import accuracy, cross_entropy
 
 
@@ -44,3 +44,27 @@ def test_clients_without_validation_data_are_left_out():
     held = data(5).tensors
     clients = [Client("a", data(9)), Client("b", data(9), held)]
     assert list(evaluate_clients(nn.Linear(4, 3), clients, {"loss": cross_entropy})) == ["b"]
+
+
+class Viewed(nn.Module):
+    """Only right for images in the usual layout, where it needs one block of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(2, 3, 3, padding=1), nn.Linear(3 * 16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.conv(x).view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_images_are_laid_out_for_convolutions_where_the_model_takes_it(quick):
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 2, 4, 4), torch.randint(0, 4, (30,))
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 4))
+    model = model if quick else Viewed()
+    assert convolves(model, x) == quick
+    assert not convolves(nn.Flatten(), x) and not convolves(model, x[0])
+    want = float(nn.functional.cross_entropy(model(x), y).detach())
+    got = evaluate(model, TensorDataset(x, y), {"loss": cross_entropy}, batch_size=8)["loss"]
+    assert got == pytest.approx(want, rel=1e-5)

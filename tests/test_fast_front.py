@@ -10,6 +10,7 @@ from torch import nn
 
 from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
 from fedtorch.fast import Fast, front, offer, read, rows
+from fedtorch.modules import channels_last
 from fedtorch.privacy import ClientLevel, SampleLevel
 
 SIZES = [21, 5, 13, 1]
@@ -158,7 +159,7 @@ def test_pooling_before_the_activation_is_the_same_function():
 
 def test_one_channel_images_are_channels_last_for_certain():
     x = torch.randn(2, 1, 5, 7)
-    some = front.last(x)[torch.tensor([1, 0])]
+    some = channels_last(x)[torch.tensor([1, 0])]
     assert torch.equal(some, x.flip(0)) and some.stride() == (35, 1, 7, 1)
     w = torch.randn(4, 3, 2, 2)
     kept = front.shaped(front.stored(w).contiguous()[None])[0]

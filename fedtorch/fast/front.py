@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from fedtorch.fast.layers import Leaf, squares
+from fedtorch.modules import channels_last
 from fedtorch.types import Params, Stack
 
 MODULES = (
@@ -129,7 +130,7 @@ class Features:
     ) -> None:
         """``x`` [N, ...]: the examples; ``scale`` [K, T, 1] is 0 where a step has none."""
         self.module, self.leaves, self.half = module, leaves, half
-        self.x, self.scale = last(x), scale
+        self.x, self.scale = channels_last(x), scale
         self.s = 0
 
     def forward(self, a: Tensor) -> Tensor:
@@ -183,18 +184,6 @@ class Features:
         # a copy: the step of one client would count as a change of all that share the memory
         own = shaped(value[None])[0]
         return (own.bfloat16() if self.half else own.clone()).requires_grad_()
-
-
-def last(x: Tensor) -> Tensor:
-    """Images in channels-last memory, also where one channel leaves it open what that would be."""
-    if x.dim() != 4:
-        return x
-    return x.permute(0, 2, 3, 1).contiguous().as_strided(*_strides(x))
-
-
-def _strides(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    n, c, h, w = x.shape
-    return (n, c, h, w), (h * w * c, 1, w * c, c)
 
 
 def shifted(shift: Tensor | None) -> Tensor | None:
