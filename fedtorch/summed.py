@@ -34,7 +34,8 @@ def summed(
 ) -> tuple[Update, list[Failure]]:
     """One row: the weighted mean of the clients whose change is finite."""
     privacy = recipe.privacy
-    norms = trained.sq_norms(upper=privacy is not None).cpu().sqrt()
+    clipped = privacy is not None and privacy.unit == "client"  # otherwise a norm is only a figure
+    norms = trained.sq_norms(upper=clipped).cpu().sqrt()
     examples = torch.tensor([float(len(c)) for c in clients])
     part = shrunk(recipe, norms, examples, task)
     keep = norms.isfinite()

@@ -1,6 +1,7 @@
 """The fast path and the general path are one algorithm: the same weights from the same batches."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -401,3 +402,19 @@ def test_products_that_may_round_further_are_not_used_under_privacy():
     finally:
         torch.set_float32_matmul_precision(before)
     assert any("set_float32_matmul_precision" in n for n in notes.session.notes)
+
+
+def test_a_trial_that_differs_by_chance_is_repeated_on_others(monkeypatch):
+    offering = sys.modules["fedtorch.fast.offer"]
+    tried = []
+
+    def unlucky(solver, model, data, recipe, private):
+        tried.append(data)
+        return 0.1 if len(tried) < 3 else 1e-7
+
+    monkeypatch.setattr(offering, "difference", unlucky)
+    who = clients()
+    assert isinstance(offer(mlp(), [c.data for c in who], Recipe(lr=0.1)), solve.Fast)
+    assert tried == [who[0].data, who[3].data, who[5].data]
+    monkeypatch.setattr(offering, "difference", lambda *_: float("nan"))
+    assert "differs" in offer(mlp(), [c.data for c in who], Recipe(lr=0.1))
