@@ -28,15 +28,16 @@ def evaluate(
     """
     n = length(data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    laid: bool | None = None
     total = dict.fromkeys(metrics, 0.0)
     was_training = model.training
     model.eval()
     with torch.no_grad(), seeds.seeded(0):
         for index in torch.arange(n).split(batch_size or n):
             x, y = to(fetch(data, index), device)
-            if not int(index[0]):
-                lay = channels_last if convolves(model, x) else same
-            output = forward(model, lay(x))
+            if laid is None:
+                laid = convolves(model, x)
+            output = forward(model, channels_last(x) if laid else x)
             for name, metric in metrics.items():
                 total[name] += float(reduce(metric(output, y)).double().mean()) * len(index)
     model.train(was_training)
@@ -54,11 +55,6 @@ def convolves(model: nn.Module, x: Any) -> bool:
     except RuntimeError:  # a view of what is no longer one block of memory
         return False
     return isinstance(got, Tensor) and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
-
-
-def same(x: Any) -> Any:
-    """As it is."""
-    return x
 
 
 def evaluate_clients(

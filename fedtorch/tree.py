@@ -1,6 +1,6 @@
 """Arithmetic on ``dict[str, Tensor]``, with or without the leading client axis."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,14 @@ def row(tree: Stack, k: int) -> Params:
     return {name: v[k] for name, v in tree.items()}
 
 
+def split(flat: Tensor, shapes: Mapping[str, torch.Size]) -> Params:
+    """[..., numbers] -> tensors by name, [..., shape], that share its memory."""
+    parts = flat.split([s.numel() for s in shapes.values()], -1)
+    return {
+        n: p.view((*flat.shape[:-1], *s)) for (n, s), p in zip(shapes.items(), parts, strict=True)
+    }
+
+
 def per_client(values: Tensor, like: Tensor) -> Tensor:
     """[K] -> [K, 1, ...] so that it broadcasts over ``like`` [K, ...]."""
     return values.to(like.device).reshape(-1, *[1] * (like.dim() - 1))
@@ -36,7 +44,7 @@ def per_client(values: Tensor, like: Tensor) -> Tensor:
 
 def sq_norms(tree: Stack) -> Tensor:
     """Squared L2 norm of each client's tensors together, [K], in float64."""
-    return torch.stack([_squares(v.double()) for v in tree.values()]).sum(0)
+    return torch.stack([dots(v.double()) for v in tree.values()]).sum(0)
 
 
 def double(tree: Params) -> Params:
@@ -52,7 +60,7 @@ def finite(tree: Stack) -> Tensor:
     """
     if all(v.dtype == torch.float32 for v in tree.values()):
         # where the sum does not overflow float32 either, as nearly always, nothing has to be converted
-        good = torch.stack([_squares(v) for v in tree.values()]).isfinite().all(0)
+        good = torch.stack([dots(v) for v in tree.values()]).isfinite().all(0)
         if good.all():
             return good
     return sq_norms(tree).isfinite()
@@ -70,7 +78,8 @@ def add_weighted(total: Params, tree: Stack, weight: Tensor) -> None:
         total[name].view(-1).addmv_(_rows(v.double()).T, weight.double().to(v.device))
 
 
-def _squares(v: Tensor) -> Tensor:
+def dots(v: Tensor) -> Tensor:
+    """Squared norm of each client's tensor [K, ...], in its own precision."""
     # a dot product reads each number once and writes none: half the time of vector_norm
     rows = _rows(v)
     return rows[0].dot(rows[0])[None] if len(v) == 1 else torch.stack([r.dot(r) for r in rows])

@@ -16,7 +16,7 @@ from fedtorch.client import Client, Recipe
 from fedtorch.modules import to
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.summed import averages, shrunk
-from fedtorch.tree import add_weighted, expand, finite
+from fedtorch.tree import add_weighted, expand, finite, split
 from fedtorch.types import ClientError, Context, Params, Stack, Task
 from fedtorch.working import Working
 
@@ -37,8 +37,8 @@ class Total:
         self._sum = torch.empty_like(self._start)
         self._empty = True
         self._shapes = {k: v.shape for k, v in start.items()}
-        self._pieces = [*self._split(self._change).values()]
-        torch._foreach_copy_([*self._split(self._start).values()], [*start.values()])
+        self._pieces = [*split(self._change, self._shapes).values()]
+        torch._foreach_copy_([*split(self._start, self._shapes).values()], [*start.values()])
 
     def see(self, weights: Params) -> float:
         """Take the change of ``weights``, in the order of ``start``; its squared norm."""
@@ -58,15 +58,11 @@ class Total:
         """``factor`` times the sum."""
         if self._empty:
             self._sum.zero_()
-        return self._split(self._sum if factor == 1 else self._sum * factor)
+        return split(self._sum if factor == 1 else self._sum * factor, self._shapes)
 
     def bound(self, sq_norms: Tensor) -> Tensor:
         """No less than the exact squares: a sum of n products errs by less than n 2^-53 of itself."""
         return sq_norms * (1 + (len(self._sum) + 8) * 2.0**-52)
-
-    def _split(self, flat: Tensor) -> Params:
-        pieces = flat.split([s.numel() for s in self._shapes.values()])
-        return {k: v.view(s) for (k, s), v in zip(self._shapes.items(), pieces, strict=True)}
 
 
 @dataclass(frozen=True)

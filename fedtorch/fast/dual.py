@@ -153,10 +153,6 @@ class First(Dual):
             return z
         return torch.baddbmm(z, self.gram[:k, now], self.D[:k], alpha=-1)
 
-    def backward(self, d: Tensor) -> Tensor:
-        """Nothing comes before the first layer."""
-        raise NotImplementedError
-
     def step(self, d: Tensor) -> None:
         """Add the rows to those of their examples; with decay those before count less."""
         k, B = d.shape[:2]

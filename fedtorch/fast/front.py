@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from fedtorch.fast.layers import Leaf, squares
-from fedtorch.modules import channels_last
 from fedtorch.types import Params, Stack
 
 MODULES = (
@@ -128,9 +127,9 @@ class Features:
     def __init__(
         self, module: fx.GraphModule, leaves: dict[str, Leaf], x: Tensor, scale: Tensor, half: bool
     ) -> None:
-        """``x`` [N, ...]: the examples; ``scale`` [K, T, 1] is 0 where a step has none."""
+        """``x`` [N, ...]: the examples, channels last; ``scale`` [K, T, 1] is 0 where a step has none."""
         self.module, self.leaves, self.half = module, leaves, half
-        self.x, self.scale = channels_last(x), scale
+        self.x, self.scale = x, scale
         self.s = 0
 
     def forward(self, a: Tensor) -> Tensor:
@@ -150,10 +149,6 @@ class Features:
             self.runs.append((own, features))
             out.append(F.pad(features.detach(), (0, 0, 0, B - n)) if n < B else features.detach())
         return torch.stack(out).float() if self.half else torch.stack(out)
-
-    def backward(self, d: Tensor) -> Tensor:
-        """Nothing comes before."""
-        raise NotImplementedError
 
     def step(self, d: Tensor) -> None:
         """Autograd from the features on, then the step, client after client."""

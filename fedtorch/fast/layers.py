@@ -9,13 +9,15 @@ Here every client has its own copy of a layer, [K, out, in], and the step is one
 gradient itself is never written. ``dual`` does without the copies, ``front`` holds what is not linear.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from fedtorch.fast.spec import Activation, Linear
+from fedtorch.tree import dots
 from fedtorch.types import Params, Stack
 
 BLOCK = 512
@@ -45,11 +47,15 @@ class Layer(Protocol):
     def forward(self, a: Tensor) -> Tensor:
         """Inputs of this step [k, B, ...] -> outputs."""
 
-    def backward(self, d: Tensor) -> Tensor:
-        """Gradient of the outputs -> gradient of the inputs."""
-
     def step(self, d: Tensor) -> None:
         """Move the weights, if there are any, by the gradient d^T a of this step's inputs."""
+
+
+class Inner(Layer, Protocol):
+    """A layer behind another one, which wants to know the gradient of what it put out."""
+
+    def backward(self, d: Tensor) -> Tensor:
+        """Gradient of the outputs -> gradient of the inputs."""
 
 
 class Weights(Protocol):
@@ -207,14 +213,22 @@ class Act:
         """Nothing to move."""
 
 
+def passed_down(layers: Sequence[Layer], d: Tensor) -> list[Tensor]:
+    """Gradient of the last layer's outputs -> that of each layer's outputs, in the layers' order."""
+    grads = [d]
+    for layer in reversed(layers[1:]):
+        grads.append(cast(Inner, layer).backward(grads[-1]))
+    return grads[::-1]
+
+
 def squares(rows: Tensor, upper: bool = False) -> Tensor:
     """Squared norm of each row, float64; ``upper``: never less than it is.
 
     A float32 sum of millions of squares can come out a hundredth too small. Sums over blocks err by at
     most the length of a block times 2^-24, and float64 adds them up.
     """
-    if not upper:  # a dot product reads each number once and writes none
-        return torch.stack([row.dot(row) for row in rows]).double()
+    if not upper:
+        return dots(rows).double()
     whole = rows.shape[1] // BLOCK * BLOCK
     short, rest = rows[:, :whole].unflatten(1, (-1, BLOCK)), rows[:, whole:]
     sums: Tensor = torch.linalg.vecdot(short, short).double().sum(1)

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedtorch.fast.layers import Act, Layer, Leaf, Own, Rule
+from fedtorch.fast.layers import Act, Layer, Leaf, Own, Rule, passed_down
 from fedtorch.fast.projected import Projected
 from fedtorch.fast.spec import Activation, Linear
 from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.tree import split
 from fedtorch.types import Params
 
 
@@ -40,17 +41,9 @@ class Flat:
         self.leaf = Leaf(start, clients, rule, moved)
         self.gradient = torch.empty_like(start)
 
-    def views(self, rows: Tensor) -> Params:
-        """[..., numbers] -> the parameters by name, sharing its memory."""
-        parts = rows.split([s.numel() for s in self.shapes.values()], -1)
-        return {
-            n: p.view(*rows.shape[:-1], *s)
-            for (n, s), p in zip(self.shapes.items(), parts, strict=True)
-        }
-
     def layers(self, data: Tensor | None) -> list[Layer]:
         """The layers on these parameters; ``data`` if the first of them is the model's first."""
-        own, start = self.views(self.leaf.value), self.views(self.leaf.start)
+        own, start = (split(t, self.shapes) for t in (self.leaf.value, self.leaf.start))
         layers: list[Layer] = []
         for spec in self.specs:
             if isinstance(spec, Activation):
@@ -70,23 +63,20 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
     ``d`` [k, B, ...]: gradient of each example's own loss, 0 where there is none. An example that is not
     finite counts as nothing.
     """
-    grads = [d]
-    for layer in reversed(layers[1:]):
-        grads.append(layer.backward(grads[-1]))
-    pairs = zip(layers, reversed(grads), strict=True)
+    pairs = zip(layers, passed_down(layers, d), strict=True)
     known = [(m, g) for m, g in pairs if isinstance(m, (Own, Projected))]
     factors = private.factors(torch.stack([m.example_sq_norms(g) for m, g in known]).sum(0))
     factors, used = factors.to(d.dtype), factors > 0
     clean = bool(used.all())
-    into = flat.views(flat.gradient)
+    into = split(flat.gradient, flat.shapes)
     rows = [
-        ((g if clean else torch.where(used[..., None], g, 0)) * factors[..., None], m)
+        (m, (g if clean else torch.where(used[..., None], g, 0)) * factors[..., None])
         for m, g in known
     ]
-    if isinstance(rows[0][1], Projected):
-        first, projected = rows.pop(0)
-        projected.step(first)
-    own = [(m, g) for g, m in rows if isinstance(m, Own)]
+    first, scaled = rows[0]
+    if isinstance(first, Projected):
+        first.step(scaled)
+    own = [(m, g) for m, g in rows if isinstance(m, Own)]
     inputs = [m.a if clean else torch.where(used[..., None], m.a, 0) for m, _ in own]
     for k in range(len(d)):
         for (m, scaled), a in zip(own, inputs, strict=True):

@@ -49,12 +49,14 @@ class Projected(Dual):
         self.rows, self.n, self.private = rows, n, private
         self.inputs = widened(rows, bias is not None)
         index, local = taken
-        self.place = local + torch.arange(K, device=local.device)[:, None] * n
+        each = torch.arange(K, device=local.device)[:, None]
+        known_at = local + each * n
         self.z = self.affine(rows.flat)[index]
         back = self.inputs.bmm(self.basis)  # R^T: the rows in the basis
-        self.seen = torch.cat([grams, back], 2).flatten(0, 1)[self.place]
-        self.lengths = grams.diagonal(0, 1, 2).flatten()[self.place]
+        self.seen = torch.cat([grams, back], 2).flatten(0, 1)[known_at]
+        self.lengths = grams.diagonal(0, 1, 2).flatten()[known_at]
         self.D = weight.new_zeros(K, n + self.basis.shape[2], len(weight))
+        self.place = local + each * self.D.shape[1]
         self.steps = [0] * K
         self.rate = rule.lr / private.divisor
 
@@ -67,10 +69,6 @@ class Projected(Dual):
             return z
         return torch.baddbmm(z, self.seen[:k, self.now], self.D[:k], alpha=-self.rate)
 
-    def backward(self, d: Tensor) -> Tensor:
-        """Nothing comes before the first layer."""
-        raise NotImplementedError
-
     def example_sq_norms(self, d: Tensor) -> Tensor:
         """Squared norm of each example's own gradient, [k, B]."""
         return d.double().square().sum(2) * self.lengths[: len(d), self.now]
@@ -78,9 +76,8 @@ class Projected(Dual):
     def step(self, d: Tensor) -> None:
         """Clipped rows [k, B, out] are added to those of their examples, and noise to the others."""
         k, B = d.shape[:2]
-        places = self.place[:k, self.now]
-        place = places + places.div(self.n, rounding_mode="floor") * (self.D.shape[1] - self.n)
-        self.D.flatten(0, 1).index_add_(0, place.flatten(), d.flatten(0, 1))
+        place = self.place[:k, self.now].flatten()
+        self.D.flatten(0, 1).index_add_(0, place, d.flatten(0, 1))
         for j in range(k):
             self.private.noisy(self.D[j, self.n :].view(-1), j)
             self.steps[j] += 1

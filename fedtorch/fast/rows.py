@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from fedtorch.modules import channels_last
+
 ROOM = 128 << 20
 """Bytes that may be kept; what finds no room is made anew in every visit."""
 
@@ -27,6 +29,11 @@ class Rows:
     def flat(self) -> Tensor:
         """[N, in]."""
         return self.x.flatten(1)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The examples as convolutions want them."""
+        return channels_last(self.x)
 
     @cached_property
     def half(self) -> Tensor:

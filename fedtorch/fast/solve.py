@@ -12,7 +12,7 @@ from fedtorch.batches import plan
 from fedtorch.fast import front
 from fedtorch.fast.dual import First, Hidden
 from fedtorch.fast.heads import AnyLoss, CrossEntropy
-from fedtorch.fast.layers import Act, Layer, Leaf, Own, Rule, Weights
+from fedtorch.fast.layers import Act, Layer, Leaf, Own, Rule, Weights, passed_down
 from fedtorch.fast.private import Flat, noised
 from fedtorch.fast.projected import Projected
 from fedtorch.fast.read import Chain
@@ -84,7 +84,9 @@ class Fast:
                 if private is not None:
                     noised(flat, layers, d.mul_(order.scale[:k, step] > 0), private)
                 else:
-                    backward(layers, d.mul_(scale[:k, step]))
+                    grads = passed_down(layers, d.mul_(scale[:k, step]))
+                    for layer, g in zip(layers, grads, strict=True):
+                        layer.step(g)
             held: list[Weights] = [
                 m.done() if isinstance(m, Projected) else cast(Weights, m)
                 for m in layers
@@ -143,7 +145,7 @@ class Fast:
             n: Leaf(front.stored(state[n]).contiguous(), K, rule, front.shifted(shift.get(n)))
             for n in self.chain.front.names
         }
-        return [front.Features(self.module, leaves, rows.x, order.scale, self.half)]
+        return [front.Features(self.module, leaves, rows.images, order.scale, self.half)]
 
     def _dense(
         self,
@@ -174,15 +176,6 @@ class Fast:
             else:
                 layers.append(Hidden(spec, w, b, rule, (K, T), self.half))
         return layers
-
-
-def backward(layers: Sequence[Layer], d: Tensor) -> None:
-    """Pass the gradient of the outputs down through all layers, then let each take its step."""
-    grads = [d]
-    for layer in reversed(layers[1:]):
-        grads.append(layer.backward(grads[-1]))
-    for layer, d in zip(layers, reversed(grads), strict=True):
-        layer.step(d)
 
 
 @dataclass(frozen=True)

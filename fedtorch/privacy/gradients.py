@@ -16,7 +16,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from fedtorch.losses import Loss, reduce
 from fedtorch.privacy.streams import Stream, Work
-from fedtorch.tree import rows, tmap
+from fedtorch.tree import rows, split, tmap
 from fedtorch.types import Params, Stack
 
 
@@ -58,8 +58,7 @@ class PrivateSteps:
         for k, row in enumerate(flat):
             self.noisy(row, k)
         flat.div_(self.divisor)
-        parts = flat.split([v[0].numel() for v in sums.values()], 1)
-        return {k: p.view(v.shape) for (k, v), p in zip(sums.items(), parts, strict=True)}
+        return split(flat, {k: v.shape[1:] for k, v in sums.items()})
 
 
 def stacked_gradients(

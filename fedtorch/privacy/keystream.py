@@ -18,11 +18,10 @@ class Scratch:
         """Nothing yet: it grows to what is asked for."""
         self.zeros, self.out = bytearray(), np.empty(0, np.uint8)
 
-    def grown(self, size: int) -> "Scratch":
-        """With room for ``size`` bytes."""
+    def grow(self, size: int) -> None:
+        """Make room for ``size`` bytes."""
         if size > len(self.zeros):
             self.zeros, self.out = bytearray(size), np.empty(size + ROOM, np.uint8)
-        return self
 
 
 Words = Callable[[int, Scratch], np.ndarray]
@@ -39,7 +38,7 @@ def keystream(key: bytes) -> Words:
     cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
     def words(n: int, scratch: Scratch) -> np.ndarray:
-        scratch.grown(8 * n)
+        scratch.grow(8 * n)
         cipher.update_into(memoryview(scratch.zeros)[: 8 * n], scratch.out.data)
         return scratch.out[: 8 * n].view(np.uint64)
 
