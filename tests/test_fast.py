@@ -96,6 +96,44 @@ def test_other_losses(form, loss):
     )
 
 
+@pytest.mark.parametrize("args", [{}, {"weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("strategy", [FedAvg(), FedProx(mu=0.5), Scaffold()], ids=str)
+def test_inputs_that_are_zero_in_all_examples_are_left_out_and_their_weights_are_not(
+    form, strategy, args
+):
+    def blank() -> list[Client]:
+        who = clients()
+        for k, c in enumerate(who):
+            c.data.tensors[0][:, 4:12] = 0
+            c.data.tensors[0][:, 20 + k] = 0  # zero for one client only
+        return who
+
+    used = rows.Kept().rows([c.data for c in blank()], torch.device("cpu")).used
+    assert used.tolist() == [*range(4), *range(12, 30)]
+    optimizer = ClientOptimizer("SGD", args)
+    recipe = Recipe(strategy, optimizer=optimizer, lr=0.1, batch_size=8)
+    slow, _ = trained(recipe, "general", mlp(), blank())
+    fast, _ = trained(recipe, "fast", mlp(), blank())
+    assert apart(fast, slow) < 1e-5
+
+
+def test_an_input_that_comes_to_be_used_is_used():
+    who, models = clients(), (mlp(), mlp())
+    for c in who:
+        c.data.tensors[0][:, 4:12] = 0
+    recipe = Recipe(lr=0.1, batch_size=8)
+    servers = [
+        Server(m, who, recipe, engine=Local(solver=solver), seed=3)
+        for m, solver in zip(models, ("fast", "general"), strict=True)
+    ]
+    for server in servers:
+        server.round()
+    who[3].data.tensors[0][5, 7] = 2.0
+    for server in servers:
+        server.round()
+    assert apart(models[0].state_dict(), models[1].state_dict()) < 1e-5
+
+
 def test_training_moves_the_weights():
     # without this, parity would also hold for two paths that do nothing
     assert apart(trained(Recipe(lr=0.1), "fast", mlp(), clients())[0], mlp().state_dict()) > 1e-2

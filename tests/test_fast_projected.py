@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from fedtorch import Client, ClientOptimizer, FedProx, Local, Recipe, Server
 from fedtorch.fast.layers import Rule
-from fedtorch.fast.projected import Projected
+from fedtorch.fast.projected import Known, Projected
 from fedtorch.fast.rows import Kept
 from fedtorch.fast.spec import Linear
 from fedtorch.privacy import SampleLevel
@@ -39,7 +39,8 @@ def run(request):
     x = data(request.param)
     kept, table = Kept(), TensorDataset(x, torch.zeros(EXAMPLES))
     rows = kept.rows([table], torch.device("cpu"))
-    known = kept.gram(table, True)[None], kept.basis(table, True)[None]
+    basis = kept.basis(table, True)
+    known = Known(kept.gram(table, True)[None], [basis], basis[1].T[None])
     every = torch.arange(EXAMPLES).repeat(STEPS)[None]
     private = PrivateSteps(1.0, SIGMA, 1.0, [stream("aes", 7, request.param)])
     layer = Projected(

@@ -58,9 +58,18 @@ def test_seeds_that_torch_cannot_tell_apart_are_told_apart():
 
 
 def test_the_cipher_is_aes_256_in_counter_mode():
-    # known answer: NIST SP 800-38A gives no zero counter, so AES-256 of a zero block under a zero key
+    # known answer: test case 14 of the GCM specification (McGrew & Viega 2005), zeros under a zero key
     words = keystream(bytes(32))(2, Scratch())
-    assert words.tobytes().hex() == "dc95c078a2408989ad48a21492842087"
+    assert words.tobytes().hex() == "cea7403d4d606b6e074ec5d3baf39d18"
+
+
+def test_a_new_nonce_begins_before_the_counter_ends(monkeypatch):
+    monkeypatch.setattr("fedtorch.privacy.keystream.LIMIT", 64)
+    words, scratch = keystream(bytes(32)), Scratch()
+    drawn = np.concatenate([words(n, scratch).copy() for n in (6, 2, 5, 8, 1)])
+    assert len(np.unique(drawn)) == len(drawn)
+    monkeypatch.undo()
+    assert np.array_equal(drawn[:8], keystream(bytes(32))(8, Scratch()))
 
 
 def test_words_go_on_where_they_stopped_and_every_bit_of_the_key_counts():
@@ -72,19 +81,25 @@ def test_words_go_on_where_they_stopped_and_every_bit_of_the_key_counts():
         assert not np.array_equal(whole, keystream(bytes(key))(6, Scratch()))
 
 
+def given(*batches):
+    """Words that are handed out batch after batch, in memory that may be written on."""
+    left = [np.array(b, dtype=np.uint64) for b in batches]
+    return lambda n, scratch: left.pop(0)[:n]
+
+
 def test_box_muller_by_hand():
-    words = np.array([2**63, 2**62, 0, 5, 2**61, 2**63, 3 * 2**62, 2**62], dtype=np.uint64)
-    got = box_muller(words.copy(), 2.0, Work())
+    angles, lengths = [2**61, 2**63, 3 * 2**62, 2**62], [2**63, 2**62, 0, 5]
+    cosines, sines = box_muller(given(angles, lengths), 4, 2.0, Work())
     for k in range(4):
-        u = (int(words[k]) >> 1) / 2**63 + 2.0**-64
-        signed = int(words[4 + k]) - 2**64 * (int(words[4 + k]) >= 2**63)
+        u = (lengths[k] >> 1) / 2**63 + 2.0**-64
+        signed = angles[k] - 2**64 * (angles[k] >= 2**63)
         r, angle = 2 * math.sqrt(-2 * math.log(u)), 2 * math.pi * signed / 2**64
-        assert got[k] == pytest.approx(r * math.cos(angle), rel=1e-12, abs=1e-12)
-        assert got[4 + k] == pytest.approx(r * math.sin(angle), rel=1e-12, abs=1e-12)
+        assert cosines[k] == pytest.approx(r * math.cos(angle), rel=1e-12, abs=1e-12)
+        assert sines[k] == pytest.approx(r * math.sin(angle), rel=1e-12, abs=1e-12)
 
 
 def test_the_tail_reaches_beyond_nine_where_torch_stops_before_six():
-    largest = box_muller(np.array([0, 0], dtype=np.uint64), 1.0, Work())[0]
+    largest = box_muller(given([0], [0]), 1, 1.0, Work())[0][0]
     assert largest == pytest.approx(math.sqrt(2 * 64 * math.log(2)))
     assert largest > 9
     assert math.sqrt(2 * 24 * math.log(2)) < 5.78  # 24 bits of a float32 uniform

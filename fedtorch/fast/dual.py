@@ -58,30 +58,31 @@ class Dual:
         self.spec, self.w0, self.b0, self.rule = spec, weight, bias, rule
         self.share = Share(rule, clients)
         self.half = half and weight.numel() >= LARGE
-        self.w16 = weight.bfloat16() if self.half else weight
+        self.wide = weight.bfloat16() if self.half else weight
         self.s = 0
         """Rows so far."""
 
-    def affine(self, a: Tensor) -> Tensor:
-        """Outputs of w0 and b0 for [..., in]."""
+    def affine(self, a: Tensor, w: Tensor) -> Tensor:
+        """Outputs for [..., in] of w [out, in], which is w0, in bfloat16 if products are, and of b0."""
         flat = a.reshape(-1, a.shape[-1])
         if self.half:
-            z = (flat.bfloat16() @ self.w16.T).float()
+            z = (flat.bfloat16() @ w.T).float()
             z = z if self.b0 is None else z.add_(self.b0)
         elif len(flat) < 2 * TALL:
-            z = flat @ self.w0.T if self.b0 is None else torch.addmm(self.b0, flat, self.w0.T)
+            z = flat @ w.T if self.b0 is None else torch.addmm(self.b0, flat, w.T)
         else:
-            z = flat.new_empty(len(flat), len(self.w0))
+            z = flat.new_empty(len(flat), len(w))
             for rows, out in zip(flat.split(TALL), z.split(TALL), strict=True):
-                torch.mm(rows, self.w0.T, out=out)
+                torch.mm(rows, w.T, out=out)
             z = z if self.b0 is None else z.add_(self.b0)
-        return z.view(*a.shape[:-1], len(self.w0))
+        return z.view(*a.shape[:-1], len(w))
 
     def released(self, total: Tensor, D: Tensor, weight: Tensor) -> Params:
         """Sum of weighted D^T A and rows -> the sum of the clients' changes by name."""
         lost = float((weight * (self.share.each - 1)).sum())
         bias = None if self.b0 is None else (self.b0 * lost).sub_(D.flatten(0, -2).sum(0))
-        return self.spec.named(total.neg_().add_(self.w0, alpha=lost), bias)
+        total = total.neg_()
+        return self.spec.named(total.add_(self.w0, alpha=lost) if lost else total, bias)
 
     def copies(self, change: Tensor, D: Tensor) -> Stack:
         """D^T A for each client -> the copies after all, for a strategy that wants to see them."""
@@ -137,7 +138,7 @@ class First(Dual):
         self.rows, self.grams = rows, grams
         self.D = weight.new_zeros(K, n, len(weight))
         index, local = taken
-        z = self.affine(rows.half if self.half else rows.flat)
+        z = self.affine(rows.half if self.half else rows.slim, rows.near(self.wide))
         self.outputs = z
         self.z = z[index]
         base = torch.arange(K, device=local.device)[:, None] * n
@@ -182,14 +183,14 @@ class First(Dual):
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """One product for all clients; who stays out may hold NaN, which times 0 is NaN again."""
         D = self.rows.gather(self.D * weight[:, None, None])
-        x, half = self.rows.flat, self.half and not exact
+        x, half = self.rows.slim, self.half and not exact
         if not bool(weight.all()):
             on = torch.repeat_interleave(weight != 0, torch.tensor(self.rows.sizes))
             D, x = D[on], x[on]
         elif half:
             x = self.rows.half
         total = (D.bfloat16().T @ x.bfloat16()).float() if half else D.T @ x
-        return self.released(total, D, weight)
+        return self.released(self.rows.wide(total), D, weight)
 
 
 class Hidden(Dual):
@@ -223,7 +224,7 @@ class Hidden(Dual):
         if self.one:
             gram.add_(self.one)
         self.grams[:k, s:e, :e] = gram
-        z = self.share.keep(self.affine(a))
+        z = self.share.keep(self.affine(a, self.wide))
         return z.baddbmm_(gram[..., :s], self.D[:k, :s], alpha=-1) if s else z
 
     def backward(self, d: Tensor) -> Tensor:
@@ -233,7 +234,7 @@ class Hidden(Dual):
         gram = d.bmm(self.D[:k, :e].mT)
         self.products[:k, s:e, :e] = gram
         flat = d.flatten(0, 1)
-        t = (flat.bfloat16() @ self.w16).float() if self.half else flat @ self.w0
+        t = (flat.bfloat16() @ self.wide).float() if self.half else flat @ self.wide
         t = self.share.keep(t.unflatten(0, d.shape[:2]))
         return t.baddbmm_(gram[..., :s], self.A[:k, :s], alpha=-1) if s else t
 
@@ -255,7 +256,7 @@ class Hidden(Dual):
             return self.built_norms(self.stack())
         if self.rule.keep != 1.0:
             products = self.A.bmm(self.A.mT).add_(self.one) * self.D.bmm(self.D.mT)
-            norms = products.sum((1, 2)) + self.lost_norms(self.affine(self.A), self.D)
+            norms = products.sum((1, 2)) + self.lost_norms(self.affine(self.A, self.wide), self.D)
         else:  # each pair of rows of different steps is there once, and counts twice
             products = self.grams * self.products
             blocks = products.unflatten(2, (-1, self.B)).unflatten(1, (-1, self.B))

@@ -11,6 +11,7 @@ the proof, and what float32 leaves of it.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,23 +40,21 @@ class Projected(Dual):
         rule: Rule,
         rows: Rows,
         taken: tuple[Tensor, Tensor],
-        known: tuple[Tensor, Tensor],
+        known: "Known",
         private: PrivateSteps,
     ) -> None:
-        """``taken``: as for ``First``; ``known``: Gram matrices [K, n, n] and bases Q [K, in (+ 1), n]."""
-        grams, self.basis = known
+        """``taken``: as for ``First``."""
+        grams, self.bases = known.grams, known.bases
         super().__init__(spec, weight, bias, rule, len(grams), half=False)
         K, n = grams.shape[:2]
-        self.rows, self.n, self.private = rows, n, private
-        self.inputs = widened(rows, bias is not None)
+        self.n, self.private = n, private
         index, local = taken
         each = torch.arange(K, device=local.device)[:, None]
         known_at = local + each * n
-        self.z = self.affine(rows.flat)[index]
-        back = self.inputs.bmm(self.basis)  # R^T: the rows in the basis
-        self.seen = torch.cat([grams, back], 2).flatten(0, 1)[known_at]
+        self.z = self.affine(rows.slim, rows.near(weight))[index]
+        self.seen = torch.cat([grams, known.rows], 2).flatten(0, 1)[known_at]
         self.lengths = grams.diagonal(0, 1, 2).flatten()[known_at]
-        self.D = weight.new_zeros(K, n + self.basis.shape[2], len(weight))
+        self.D = weight.new_zeros(K, self.seen.shape[2], len(weight))
         self.place = local + each * self.D.shape[1]
         self.steps = [0] * K
         self.rate = rule.lr / private.divisor
@@ -79,27 +78,46 @@ class Projected(Dual):
         place = self.place[:k, self.now].flatten()
         self.D.flatten(0, 1).index_add_(0, place, d.flatten(0, 1))
         for j in range(k):
-            self.private.noisy(self.D[j, self.n :].view(-1), j)
+            self.private.noisy(self._noise(j).view(-1), j)
             self.steps[j] += 1
         self.s += B
 
     def done(self) -> "Moved":
-        """The changes of the copies after all, with the noise that no example saw."""
+        """The changes of the copies after all, with the noise that no example saw.
+
+        With X^T = Q R everything but that noise is Q times (R D + sum of Z_t); client after client, so that
+        a client's numbers are still in the cache.
+        """
         (out, inputs), K = self.spec.shape, len(self.D)
         weight = self.w0.new_zeros(K, out, inputs)
-        bias = self.w0.new_zeros(K, out, self.inputs.shape[2] - inputs)
-        for j, t in enumerate(self.steps):
+        bias = self.w0.new_zeros(K, out, int(self.b0 is not None))
+        for j, (t, (q, r)) in enumerate(zip(self.steps, self.bases, strict=True)):
             for left in (weight[j], bias[j]):
                 self.private.noisy(left.view(-1), j)
                 left.mul_(math.sqrt(t))
-        basis, one = self.basis[:, :inputs], self.basis[:, inputs:]
-        noise = self.D[:, self.n :].baddbmm_(basis.mT, weight.mT, alpha=-1)
-        noise.baddbmm_(one.mT, bias.mT, alpha=-1)
-        span = torch.cat([self.inputs, self.basis.mT], 1)
-        for left, part in ((weight, span[..., :inputs]), (bias, span[..., inputs:])):
-            left.baddbmm_(self.D.mT, part, beta=-self.rate, alpha=-self.rate)
+            pixels, one = q[:inputs], q[inputs:]
+            along = torch.addmm(self._noise(j), r, self.D[j, : r.shape[1]])
+            along.addmm_(pixels.T, weight[j].T, alpha=-1).addmm_(one.T, bias[j].T, alpha=-1)
+            for left, part in ((weight[j], pixels), (bias[j], one)):
+                left.addmm_(along.T, part.T, beta=-self.rate, alpha=-self.rate)
         start = self.spec.named(self.w0, self.b0)
         return Moved(self.spec.named(weight, bias[..., 0] if self.spec.bias else None), start)
+
+    def _noise(self, j: int) -> Tensor:
+        """Sum of client j's Z_t, a view."""
+        return self.D[j, self.n : self.n + len(self.bases[j][1])]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What depends on the clients' examples alone, a bias being an input that is always 1."""
+
+    grams: Tensor
+    """Their products with each other, [K, n, n], padded with zeros for clients with fewer."""
+    bases: Sequence[tuple[Tensor, Tensor]]
+    """Q [in (+ 1), m] and R [m, n] of each client."""
+    rows: Tensor
+    """The examples in the basis: R^T, [K, n, m], padded likewise."""
 
 
 @dataclass(frozen=True)
@@ -122,9 +140,3 @@ class Moved:
         on = weight != 0
         change = {n: v if on.all() else v[on] for n, v in self.change.items()}
         return {n: torch.tensordot(weight[on], v, 1) for n, v in change.items()}
-
-
-def widened(rows: Rows, one: bool) -> Tensor:
-    """The examples of each client, [K, n, in (+ 1)], with a column of ones where there is a bias."""
-    x = rows.spread(rows.flat)
-    return torch.cat([x, rows.spread(torch.ones_like(rows.flat[:, :1]))], 2) if one else x

@@ -24,6 +24,8 @@ class Rows:
     y: Tensor
     sizes: tuple[int, ...]
     """Examples of each client."""
+    stays: bool = False
+    """Whether it is kept, so that it pays to look at it closely."""
 
     @cached_property
     def flat(self) -> Tensor:
@@ -36,9 +38,33 @@ class Rows:
         return channels_last(self.x)
 
     @cached_property
+    def used(self) -> Tensor | None:
+        """Inputs that are not 0 in all examples, if at least an eighth are: a product needs no others."""
+        if not self.stays:
+            return None
+        used = (self.flat != 0).any(0).nonzero()[:, 0]
+        return used if len(used) <= self.flat.shape[1] * 7 / 8 else None
+
+    @cached_property
+    def slim(self) -> Tensor:
+        """[N, used inputs]."""
+        return self.flat if self.used is None else self.flat[:, self.used]
+
+    @cached_property
     def half(self) -> Tensor:
         """The same in bfloat16."""
-        return self.flat.bfloat16()
+        return self.slim.bfloat16()
+
+    def near(self, weight: Tensor) -> Tensor:
+        """What of a weight [out, in] meets anything but zeros."""
+        return weight if self.used is None else weight[:, self.used]
+
+    def wide(self, product: Tensor) -> Tensor:
+        """[out, used inputs] -> [out, in]."""
+        if self.used is None:
+            return product
+        out = product.new_zeros(len(product), self.flat.shape[1])
+        return out.index_copy_(1, self.used, product)
 
     @cached_property
     def finite(self) -> bool:
@@ -82,8 +108,8 @@ class Kept:
     chunks: dict[tuple[int, ...], tuple[list[Tensor], list[int], Rows]] = field(
         default_factory=dict
     )
-    grams: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
-    bases: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+    grams: "Made" = field(default_factory=dict)
+    bases: "Made" = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, object]:
         """A worker is sent none of it: data stays where it is."""
@@ -98,24 +124,26 @@ class Kept:
         if found and found[1] == versions:
             return found[2]
         x, y = (torch.cat([t[i] for t in tables]).to(device) for i in (0, 1))
-        rows = Rows(x, y, tuple(len(t[0]) for t in tables))
         # of clients drawn anew each round no chunk comes twice, and keeping it would only cost
-        if found or self._room(2 * x.numel() * x.element_size()):
+        stays = bool(found) or self._room(3 * x.numel() * x.element_size())
+        rows = Rows(x, y, tuple(len(t[0]) for t in tables), stays)
+        if stays:
             self.chunks[key] = parts, versions, rows
         return rows
 
     def gram(self, dataset: Dataset, bias: bool) -> Tensor:
         """Products of a client's examples with each other, [n, n]; the bias is a column of ones."""
-        return self._once(self.grams, dataset, lambda x: (x @ x.T).add_(float(bias)))
+        return self._once(self.grams, dataset, lambda x: ((x @ x.T).add_(float(bias)),))[0]
 
-    def basis(self, dataset: Dataset, bias: bool) -> Tensor:
-        """An orthonormal basis of the space of a client's rows, [in (+ 1), n], by Householder's QR."""
+    def basis(self, dataset: Dataset, bias: bool) -> tuple[Tensor, Tensor]:
+        """Householder's X^T = Q R of a client's rows: an orthonormal Q [in (+ 1), m] and R [m, n]."""
 
-        def q(x: Tensor) -> Tensor:
+        def factors(x: Tensor) -> tuple[Tensor, ...]:
             wide = torch.cat([x, torch.ones_like(x[:, :1])], 1) if bias else x
-            return cast(Tensor, torch.linalg.qr(wide.T).Q)
+            return tuple(torch.linalg.qr(wide.T))
 
-        return self._once(self.bases, dataset, q)
+        q, r = self._once(self.bases, dataset, factors)
+        return q, r
 
     def stacked(self, matrices: Sequence[Tensor], rows: Rows) -> Tensor:
         """A matrix of each client as one tensor, padded with zeros where a client has fewer examples."""
@@ -128,17 +156,14 @@ class Kept:
         return out
 
     def _once(
-        self,
-        kept: dict[int, tuple[Tensor, int, Tensor]],
-        dataset: Dataset,
-        make: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+        self, kept: "Made", dataset: Dataset, make: Callable[[Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
         x = cast(TensorDataset, dataset).tensors[0]
         found = kept.get(id(x))
         if found and found[1] == version(x):
             return found[2]
         made = make(x.flatten(1))
-        if found or self._room(made.numel() * made.element_size()):
+        if found or self._room(sum(m.numel() * m.element_size() for m in made)):
             kept[id(x)] = x, version(x), made
         return made
 
@@ -147,6 +172,10 @@ class Kept:
             return False
         self.used += size
         return True
+
+
+Made = dict[int, tuple[Tensor, int, tuple[Tensor, ...]]]
+"""By a tensor's id: the tensor, its version, and what was made of it."""
 
 
 def version(t: Tensor) -> int:

@@ -14,7 +14,7 @@ from fedtorch.fast.dual import First, Hidden
 from fedtorch.fast.heads import AnyLoss, CrossEntropy
 from fedtorch.fast.layers import Act, Layer, Leaf, Own, Rule, Weights, passed_down
 from fedtorch.fast.private import Flat, noised
-from fedtorch.fast.projected import Projected
+from fedtorch.fast.projected import Known, Projected
 from fedtorch.fast.read import Chain
 from fedtorch.fast.rows import Kept, Rows
 from fedtorch.fast.schedule import Schedule, schedule
@@ -121,11 +121,15 @@ class Fast:
     ) -> Projected:
         spec = cast(Linear, self.chain.layers[0])
         bias = spec.bias is not None
-        grams = self.kept.stacked([self.kept.gram(d, bias) for d in datasets], rows)
-        bases = self.kept.stacked([self.kept.basis(d, bias) for d in datasets], rows)
+        bases = [self.kept.basis(d, bias) for d in datasets]
+        known = Known(
+            self.kept.stacked([self.kept.gram(d, bias) for d in datasets], rows),
+            bases,
+            self.kept.stacked([r.T for _, r in bases], rows),
+        )
         w, b = state[spec.weight], state[spec.bias] if spec.bias else None
         taken = order.index, order.local
-        return Projected(spec, w, b, rule, rows, taken, (grams, bases), private)
+        return Projected(spec, w, b, rule, rows, taken, known, private)
 
     def _front(
         self,

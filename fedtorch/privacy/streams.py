@@ -11,6 +11,7 @@ standard deviations), float64 throughout, and rounding only after the noise is o
 import hashlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,11 +28,9 @@ BLOCK = 1 << 15
 class Work:
     """Memory for one block, to be used again and again: fresh pages would cost as much as the noise."""
 
-    radius: np.ndarray = field(default_factory=lambda: np.empty(BLOCK))
-    tangent: np.ndarray = field(default_factory=lambda: np.empty(BLOCK))
-    square: np.ndarray = field(default_factory=lambda: np.empty(BLOCK))
-    bottom: np.ndarray = field(default_factory=lambda: np.empty(BLOCK))
-    out: np.ndarray = field(default_factory=lambda: np.empty(2 * BLOCK))
+    cosine: np.ndarray = field(default_factory=lambda: np.empty(BLOCK))
+    sine: np.ndarray = field(default_factory=lambda: np.empty(BLOCK))
+    part: np.ndarray = field(default_factory=lambda: np.empty(BLOCK))
     scratch: Scratch = field(default_factory=Scratch)
 
 
@@ -48,10 +47,12 @@ class Stream:
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Independent N(0, 1), float64, on the CPU."""
-        n, work = math.prod(shape), Work()
-        out = np.empty(n)
-        for i in range(0, n, 2 * BLOCK):
-            out[i : i + 2 * BLOCK] = self.block(min(2 * BLOCK, n - i), 1.0, work)
+        out, work = np.empty(math.prod(shape)), Work()
+        for part in blocks(out):
+            for drawn, into in zip(
+                self.pairs(-(-len(part) // 2), 1.0, work), halves(part), strict=True
+            ):
+                into[:] = drawn[: len(into)]
         return torch.from_numpy(out).view(shape)
 
     def add(self, row: Tensor, std: float, work: Work) -> None:
@@ -60,12 +61,13 @@ class Stream:
             noise = self.normal((len(row),)).mul_(std).to(row.device)
             row.copy_(noise.add_(row))
             return
-        exact: np.ndarray = row.numpy()
-        for i in range(0, len(exact), 2 * BLOCK):
-            part = exact[i : i + 2 * BLOCK]
-            drawn = self.block(len(part), std, work)
-            np.add(drawn, part, out=drawn)
-            np.copyto(part, drawn, casting="same_kind")
+        for part in blocks(row.numpy()):
+            for drawn, into in zip(
+                self.pairs(-(-len(part) // 2), std, work), halves(part), strict=True
+            ):
+                exact = drawn[: len(into)]
+                np.add(exact, into, out=exact)
+                np.copyto(into, exact, casting="same_kind")
 
     def uniform(self, n: int) -> Tensor:
         """Independent uniforms in [0, 1), [n], float64, 53 random bits each."""
@@ -73,43 +75,52 @@ class Stream:
             (self.words(n, Scratch()) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         )
 
-    def block(self, n: int, std: float, work: Work) -> np.ndarray:
-        """``n`` normals, [n], at most 2 BLOCK; a view of ``work`` unless several draws are summed."""
-        half = -(-n // 2)
+    def pairs(self, m: int, std: float, work: Work) -> tuple[np.ndarray, np.ndarray]:
+        """Two times ``m`` normals, at most BLOCK each, in ``work``'s memory unless several are summed."""
         if self.draws == 1:
-            return box_muller(self.words(2 * half, work.scratch), std, work)[:n]
-        total = np.zeros(n)
+            return box_muller(self.words, m, std, work)
+        left, right = np.zeros(m), np.zeros(m)
         for _ in range(self.draws):
-            words = self.words(2 * half, work.scratch)
-            total += box_muller(words, std / math.sqrt(self.draws), work)[:n]
-        return total
+            one, other = box_muller(self.words, m, std / math.sqrt(self.draws), work)
+            left += one
+            right += other
+        return left, right
 
 
-def box_muller(words: np.ndarray, std: float, work: Work) -> np.ndarray:
-    """2m random words -> 2m normals, float64 (Box & Muller 1958).
+def box_muller(words: Words, m: int, std: float, work: Work) -> tuple[np.ndarray, np.ndarray]:
+    """2m random words -> two times m normals, float64 (Box & Muller 1958).
 
-    r = std sqrt(-2 ln u), and sine and cosine of an angle from the tangent t of its half, for which
-    there is a fast vector form: cos = (1 - t^2) / (1 + t^2), sin = 2 t / (1 + t^2).
+    r = std sqrt(-2 ln u), and cosine and sine of an angle from the tangent t of its half, for which there
+    is a fast vector form: with q = 2 r / (1 + t^2), r sin = q t and r cos = q - r.
     """
-    m = len(words) // 2
-    r, t, q, b = (w[:m] for w in (work.radius, work.tangent, work.square, work.bottom))
-    out = work.out[: 2 * m]
-    first = words[:m] >> np.uint64(1)  # signed integers are converted faster, hence 63 bits
-    np.multiply(first.view(np.int64), 2.0**-63, out=r)
-    np.add(r, 2.0**-64, out=r)  # in (0, 1]: a logarithm of 0 would be infinite
-    np.log(r, out=r)
-    np.multiply(r, -2 * std * std, out=r)
-    np.sqrt(r, out=r)
-    np.multiply(words[m:].view(np.int64), math.pi * 2.0**-64, out=t)
-    np.tan(t, out=t)
-    np.multiply(t, t, out=q)
-    np.add(q, 1, out=b)
-    np.divide(r, b, out=r)
-    np.subtract(1, q, out=q)
-    np.multiply(r, q, out=out[:m])
-    np.add(t, t, out=t)
-    np.multiply(r, t, out=out[m:])
-    return out
+    c, s, q = (w[:m] for w in (work.cosine, work.sine, work.part))
+    np.multiply(words(m, work.scratch).view(np.int64), math.pi * 2.0**-64, out=s)
+    np.tan(s, out=s)
+    first = words(m, work.scratch)  # signed integers are converted faster, hence 63 bits
+    np.right_shift(first, np.uint64(1), out=first)
+    np.multiply(first.view(np.int64), 2.0**-63, out=c)
+    np.add(c, 2.0**-64, out=c)  # in (0, 1]: a logarithm of 0 would be infinite
+    np.log(c, out=c)
+    np.multiply(c, -8 * std * std, out=c)
+    np.sqrt(c, out=c)  # 2 r
+    np.multiply(s, s, out=q)
+    np.add(q, 1, out=q)
+    np.divide(c, q, out=q)
+    np.multiply(q, s, out=s)
+    np.multiply(c, 0.5, out=c)
+    np.subtract(q, c, out=c)
+    return c, s
+
+
+def blocks(row: np.ndarray) -> Iterator[np.ndarray]:
+    """A row in pieces of two blocks at most."""
+    return (row[i : i + 2 * BLOCK] for i in range(0, len(row), 2 * BLOCK))
+
+
+def halves(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first half, the longer one if they differ, and the rest."""
+    half = -(-len(part) // 2)
+    return part[:half], part[half:]
 
 
 def stream(rng: str, insecure_seed: int | None, *purpose: str | int) -> Stream:
@@ -126,7 +137,7 @@ def stream(rng: str, insecure_seed: int | None, *purpose: str | int) -> Stream:
 
 def system(n: int, scratch: Scratch) -> np.ndarray:
     """Words from the operating system's cryptographic generator, about 20 times slower."""
-    return np.frombuffer(os.urandom(8 * n), np.uint64)
+    return np.frombuffer(bytearray(os.urandom(8 * n)), np.uint64)
 
 
 def noised(exact: Tensor, noise: Tensor) -> Tensor:
