@@ -119,10 +119,11 @@ def in_turn(
     loss, squares, used = [], [], []
     with seeds.kept():
         for k, client in enumerate(clients):
-            seeds.set_global(seeds.derive(task.seed, "visit", task.round, client.id))
+            seed = visit_seed(client, task)
+            seeds.set_global(seed)
             memory = client.memory or recipe.strategy.remember(start)
             memory = {g: expand(to(m, here.device)) for g, m in memory.items()}
-            ctx = Context(anchor, extras, memory, steps[k : k + 1], task.lr)
+            ctx = Context(anchor, extras, memory, steps[k : k + 1], task.lr, (seed,))
             noise = private and replace(private, streams=private.streams[k : k + 1])
             with blamed([client], task):
                 loss.append(here.visit(client.data, plans[k], ctx, noise))
@@ -139,6 +140,11 @@ def in_turn(
                 total.add(used[k])
                 add_weighted(floats, buffers, _float64(used[k:]))
     return Turns(torch.stack(loss), _float64(squares), _float64(used), total, floats)
+
+
+def visit_seed(client: Client, task: Task) -> int:
+    """What seeds the global generators while a client trains, for dropout and the like."""
+    return seeds.derive(task.seed, "visit", task.round, client.id)
 
 
 def _float64(values: Sequence[float]) -> Tensor:

@@ -54,6 +54,8 @@ class Context:
     steps: Tensor
     """Optimizer steps of each client in this visit, [K]."""
     lr: float
+    seeds: tuple[int, ...] = ()
+    """Of each client's own draws in this visit, such as dropout's, [K]."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.summed import averages, failures, summed, told
 from fedtorch.tree import double, expand, finite, row, sq_norms, stack
-from fedtorch.turns import blamed, in_turn
+from fedtorch.turns import blamed, in_turn, visit_seed
 from fedtorch.types import Context, Failure, Task, Update
 
 
@@ -45,8 +45,7 @@ def local_update(
     if solve is None:
         alone = len(clients) == 1 and not (private and private.mode == "stacked")
         solve = solvers.general if alone else solvers.stacked
-    seed = seeds.derive(task.seed, "visit", task.round, clients[0].id)
-    with seeds.seeded(seed), blamed(clients, task):
+    with seeds.seeded(ctx.seeds[0]), blamed(clients, task):
         trained = solve(model, [c.data for c in clients], plans, task, recipe, ctx, private)
     if isinstance(trained, solvers.Implicit) and averages(recipe):
         return summed(clients, plans, task, recipe, trained)
@@ -88,6 +87,7 @@ def _context(
         memory={g: to(stack([m[g] for m in memory]), device) for g in memory[0]},
         steps=torch.tensor([len(p) for p in plans]),
         lr=task.lr,
+        seeds=tuple(visit_seed(c, task) for c in clients),
     )
 
 

@@ -195,8 +195,8 @@ class Doubled(nn.Linear):
 
 REFUSED = {
     "torch.fx cannot read its forward": (Branch(), {}),
-    "layer 1 (Dropout) has no fast form": (
-        nn.Sequential(nn.Linear(30, 4), nn.Dropout(), nn.Linear(4, 4)), {},
+    "layer 1 (AlphaDropout) has no fast form": (
+        nn.Sequential(nn.Linear(30, 4), nn.AlphaDropout(), nn.Linear(4, 4)), {},
     ),
     "it does not end in a linear layer": (nn.Sequential(Doubled(30, 4)), {}),
     "parameter 0.weight is used outside of a layer": (
@@ -369,7 +369,7 @@ def test_bf16_is_close_and_much_like_float32(form):
 
 
 def test_bf16_on_the_general_path_is_autocast():
-    model = nn.Sequential(nn.Linear(30, 40), nn.Dropout(0.0), nn.Linear(40, 4))
+    model = nn.Sequential(nn.Linear(30, 40), nn.AlphaDropout(0.0), nn.Linear(40, 4))
     server = Server(model, clients(), Recipe(lr=0.1), engine=Local(dtype="bf16"))
     assert any("autocast" in n for n in server.session.notes)
     seen = []

@@ -129,7 +129,9 @@ def test_a_client_that_diverges_fails_alone():
 
 
 REFUSED = {
-    "layer 0 (Dropout) has no fast form": nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(64, 4)),
+    "layer 0 (AlphaDropout) has no fast form": nn.Sequential(
+        nn.AlphaDropout(), nn.Flatten(), nn.Linear(64, 4)
+    ),
     "layer 0 (BatchNorm2d)": nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 4)),
     "it does not end in a linear layer": nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten()),
     "for an example, not one row": nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4)),

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from fedtorch.fast.dropout import Coins, Masked, dropout
 from fedtorch.fast.layers import Leaf, squares
+from fedtorch.fast.spec import Dropout
 from fedtorch.types import Params, Stack
 
 MODULES = (
@@ -44,15 +46,23 @@ class Front:
     """The node of the traced graph whose result the dense part takes."""
     names: tuple[str, ...]
     """Its parameters, as the model names them."""
+    drops: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Nodes that drop something, and how their input lies in memory on the general path."""
 
 
 def cut(graph: fx.Graph, end: fx.Node, root: nn.Module, example: Tensor) -> Front | str:
     """The part of ``graph`` up to ``end`` as a front, or one clause saying what is not known."""
     names: list[str] = []
+    drops: list[tuple[str, tuple[int, ...]]] = []
     part = upto(graph, end)
     for node in part.nodes:
         target = str(node.target)[2:]
-        if node.op == "call_module":
+        if drop := dropout(node, root):
+            order = layout(drop, node, part, root, example)
+            if isinstance(order, str):
+                return order
+            drops += [(node.name, order)] if drop.p else []
+        elif node.op == "call_module":
             m = root.get_submodule(str(node.target))
             if type(m) not in MODULES:
                 return f"layer {target or 'model'} ({m._get_name()}) has no fast form"
@@ -67,7 +77,20 @@ def cut(graph: fx.Graph, end: fx.Node, root: nn.Module, example: Tensor) -> Fron
         return f"its dense layers see {list(out.shape[1:])} for an example, not one row"
     if not names:
         return "examples are changed before the first layer"
-    return Front(end.name, tuple(names))
+    return Front(end.name, tuple(names), tuple(drops))
+
+
+def layout(
+    drop: Dropout, node: fx.Node, part: fx.Graph, root: nn.Module, example: Tensor
+) -> tuple[int, ...] | str:
+    """Axes of what dropout in a front takes, as they lie in memory; or why it has no fast form."""
+    before = node.all_input_nodes[0]
+    if drop.inplace and len(before.users) > 1:
+        return f"{node.name} changes in place what others read"
+    x = fx.Interpreter(fx.GraphModule(root, upto(part, before))).run(example)
+    if drop.axes not in (0, x.dim()):
+        return f"{node.name} drops channels of inputs with {x.dim()} axes"
+    return tuple(x.dim_order())
 
 
 def upto(graph: fx.Graph, end: fx.Node) -> fx.Graph:
@@ -87,10 +110,10 @@ def upto(graph: fx.Graph, end: fx.Node) -> fx.Graph:
 
 def build(model: nn.Module, front: Front) -> fx.GraphModule:
     """The front of a model as a module that shares the model's parameters, pooling first."""
-    root = nn.Sequential(model)
-    graph = fx.Tracer().trace(root)
+    root, graph = traced(model)
     (end,) = (n for n in graph.nodes if n.name == front.end)
     part = upto(graph, end)
+    masked(part, root, dict(front.drops))
     for node in list(part.nodes):
         if node.op == "call_method" and node.target == "view":
             node.target = "reshape"  # channels last, what was one block of memory may not be one
@@ -102,6 +125,30 @@ def build(model: nn.Module, front: Front) -> fx.GraphModule:
             act.args = (node, *act.args[1:])
             node.append(act)
     return fx.GraphModule(root, part)
+
+
+def traced(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
+    """What ``forward`` does in training mode, and the module its nodes refer to."""
+    root = nn.Sequential(model)  # so that a model of one layer is read like any other
+    root.train()  # here and not in the trace: a model may have its own idea of it
+    return root, fx.Tracer().trace(root)
+
+
+def masked(part: fx.Graph, root: nn.Module, orders: dict[str, tuple[int, ...]]) -> None:
+    """Let dropout in ``part`` draw from a generator that is given to it; off, it is nothing at all."""
+    generator: fx.Node | None = None
+    for node in list(part.nodes):
+        if node.op == "placeholder" and orders:
+            with part.inserting_after(node):
+                generator = part.placeholder("generator")
+        if drop := dropout(node, root):
+            new = node.all_input_nodes[0]
+            if drop.p:
+                root.add_module(node.name, Masked(drop, orders[node.name]))
+                with part.inserting_before(node):
+                    new = part.call_module(node.name, (new, generator))
+            node.replace_all_uses_with(new)
+            part.erase_node(node)
 
 
 def pools(node: fx.Node, root: nn.Module) -> bool:
@@ -125,19 +172,18 @@ class Features:
     """The front of K clients: their own copies of its parameters, run one after another."""
 
     def __init__(
-        self, module: fx.GraphModule, leaves: dict[str, Leaf], x: Tensor, scale: Tensor, half: bool
+        self, module: fx.GraphModule, leaves: dict[str, Leaf], x: Tensor, coins: Coins, half: bool
     ) -> None:
-        """``x`` [N, ...]: the examples, channels last; ``scale`` [K, T, 1] is 0 where a step has none."""
+        """``x`` [N, ...]: the examples, channels last."""
         self.module, self.leaves, self.half = module, leaves, half
-        self.x, self.scale = x, scale
-        self.s = 0
+        self.x, self.coins = x, coins
+        self.t, self.draws = 0, any(isinstance(m, Masked) for m in module.children())
 
     def forward(self, a: Tensor) -> Tensor:
         """Rows of the data [k, B] -> features [k, B, F], zero where there is no example."""
         k, B = a.shape
-        real = self.scale[:k, self.s : self.s + B, 0] > 0
-        self.s += B
-        self.counts = real.sum(1).tolist()
+        self.counts = self.coins.order.counts[self.t][:k]
+        self.t += 1
         self.runs: list[tuple[dict[str, Tensor], Tensor]] = []
         out: list[Tensor] = []
         for j, n in enumerate(self.counts):
@@ -145,7 +191,9 @@ class Features:
             with torch.enable_grad():
                 x = self.x[a[j, :n]]
                 x = x.bfloat16() if self.half and x.is_floating_point() else x
-                features = functional_call(self.module, {f"0.{k}": v for k, v in own.items()}, (x,))
+                given = (x, self.coins.generators[j]) if self.draws else (x,)
+                weights = {f"0.{k}": v for k, v in own.items()}
+                features = functional_call(self.module, weights, given)
             self.runs.append((own, features))
             out.append(F.pad(features.detach(), (0, 0, 0, B - n)) if n < B else features.detach())
         return torch.stack(out).float() if self.half else torch.stack(out)

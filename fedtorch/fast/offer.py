@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from fedtorch import seeds
 from fedtorch.batches import length, plan
-from fedtorch.fast.read import read
+from fedtorch.fast.read import Chain, read
 from fedtorch.fast.solve import Fast
 from fedtorch.losses import reduce
 from fedtorch.privacy import SampleLevel
@@ -21,6 +23,9 @@ from fedtorch.types import Context, Task
 
 KNOWN = (Strategy.correct, FedProx.correct, Scaffold.correct)
 """Corrections of the gradient that ``layers.Rule`` can express."""
+
+SEED = 0
+"""Of the trial's masks."""
 
 TOLERANCE = 1e-3
 """Two steps on a few examples differ by rounding, which is far less, or by a mistake, which is more."""
@@ -46,25 +51,52 @@ def offer(
     if why:
         return why
     x, y = datasets[0].tensors  # type: ignore[attr-defined]
-    chain = read(model, x[:1])
+    x, y = (t[:2].to(next(model.parameters()).device) for t in (x, y))
+    with seeds.kept():  # reading and trying a model may draw
+        chain = read(model, x)
     if isinstance(chain, str):
         return chain
     if private and chain.front:
         return "private steps have a fast form for linear layers alone"
     if isinstance(privacy, SampleLevel) and privacy.projected and not plain(recipe):
         return "projected noise needs plain SGD and no correction of gradients"
-    solver = Fast(chain)
+    if why := draws(chain, model, datasets):
+        return why
+    return tried(Fast(chain), (x, y), model, datasets, recipe, private) or Fast(chain, half)
+
+
+def tried(
+    solver: Fast,
+    batch: tuple[Tensor, Tensor],
+    model: nn.Module,
+    datasets: Sequence[Dataset],
+    recipe: Recipe,
+    private: bool,
+) -> str | None:
+    """What a trial speaks against the solver, if anything."""
+    x, y = batch
     try:
-        with torch.no_grad():
-            where = next(model.parameters()).device
-            if reduce(recipe.loss(model(x[:2].to(where)), y[:2].to(where))).dim() == 0:
+        with torch.no_grad(), seeds.kept():
+            if reduce(recipe.loss(model(x), y)).dim() == 0:
                 return "the loss gives one number for the whole batch, not one for each example"
         error = nearest(solver, model, datasets, recipe, private)
     except Exception as e:  # a label without an output, say: training will name it better
         return f"a trial failed ({type(e).__name__})"
     if not error < TOLERANCE:
         return f"a trial of two steps differs from the general path by {error:.1e}"
-    return Fast(chain, half)
+    return None
+
+
+def draws(chain: Chain, model: nn.Module, datasets: Sequence[Dataset]) -> str | None:
+    """Why dropout would draw other numbers than on the general path; None where it draws the same."""
+    if not chain.drops:
+        return None
+    if next(model.parameters()).device.type != "cpu":
+        return "dropout draws the masks of the general path on a CPU alone"
+    apart = [d for d in datasets if not d.tensors[0].is_contiguous()]  # type: ignore[attr-defined]
+    if apart and chain.front and chain.front.drops:
+        return "dropout among its first layers needs examples that are contiguous in memory"
+    return None
 
 
 def optimizer(recipe: Recipe) -> str | None:
@@ -131,27 +163,30 @@ def difference(
     extras = {g: some for g in recipe.strategy.init(anchor)}
     memory = {g: tmap(torch.neg, expand(some)) for g in recipe.strategy.remember(anchor)}
     task = Task(state, extras, 0, 0, 0.1)
-    steps = plan(n, Trial(), 0)
+    # stacked draws masks for examples that a short batch lacks, too
+    steps = plan(n, Trial(drop_last=private and solver.chain.drops), 0)
     context = Context(
         expand(anchor),
         {g: expand(e) for g, e in extras.items()},
         memory,
         torch.tensor([len(steps)]),
         task.lr,
+        (SEED,),
     )
     noise = PrivateSteps(0.1, 0.0, 5.0, [stream("aes", 0, "trial")]) if private else None
     slow: Solver = stacked if private else general
-    ways = [
-        solve(model, [few], [steps], task, recipe, context, noise).params
-        for solve in (slow, solver)
-    ]
+    ways = []
+    for solve in (slow, solver):
+        with seeds.seeded(SEED):
+            ways.append(solve(model, [few], [steps], task, recipe, context, noise).params)
     change = [tmap(torch.sub, way, context.anchor) for way in ways]
     apart = sq_norms(tmap(torch.sub, *change)).sqrt()
     return float(apart / sq_norms(change[0]).sqrt().clamp(min=1e-12))
 
 
+@dataclass(frozen=True)
 class Trial:
-    """Two steps of unequal size."""
+    """Two steps, of unequal size where the data and ``drop_last`` allow it."""
 
     epochs: int = 1
     steps: int | None = 2

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.layers import Act, Layer, Leaf, Own, Rule, passed_down
 from fedtorch.fast.projected import Projected
-from fedtorch.fast.spec import Activation, Linear
+from fedtorch.fast.spec import Activation, Linear, Part
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.tree import split
 from fedtorch.types import Params
@@ -24,7 +25,7 @@ class Flat:
 
     def __init__(
         self,
-        specs: Sequence[Linear | Activation],
+        specs: Sequence[Part],
         state: Params,
         rule: Rule,
         shift: Params,
@@ -41,13 +42,13 @@ class Flat:
         self.leaf = Leaf(start, clients, rule, moved)
         self.gradient = torch.empty_like(start)
 
-    def layers(self, data: Tensor | None) -> list[Layer]:
+    def layers(self, data: Tensor | None, coins: Coins) -> list[Layer]:
         """The layers on these parameters; ``data`` if the first of them is the model's first."""
         own, start = (split(t, self.shapes) for t in (self.leaf.value, self.leaf.start))
         layers: list[Layer] = []
         for spec in self.specs:
-            if isinstance(spec, Activation):
-                layers.append(Act(spec))
+            if not isinstance(spec, Linear):
+                layers.append(Act(spec) if isinstance(spec, Activation) else Drop(spec, coins))
                 continue
             weight = Leaf(start[spec.weight], 0, self.rule, None, own[spec.weight])
             bias = None

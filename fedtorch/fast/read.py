@@ -13,18 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fedtorch.fast.front import Front, cut, upto
-from fedtorch.fast.spec import FORWARD, Activation, Linear
+from fedtorch.fast.dropout import dropout
+from fedtorch.fast.front import Front, cut, traced, upto
+from fedtorch.fast.spec import FORWARD, Activation, Dropout, Linear, Part
 
 
 @dataclass(frozen=True)
 class Chain:
-    """A model as a front of any known layers, then linear layers and activations one after another."""
+    """A model as a front of any known layers, then linear layers and what is between them."""
 
-    layers: tuple[Linear | Activation, ...]
+    layers: tuple[Part, ...]
     """The dense part, from flat features to outputs."""
     front: Front | None = None
     """What comes before it; none: the examples themselves, flattened."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped at random."""
+        dense = any(isinstance(layer, Dropout) for layer in self.layers)
+        return dense or bool(self.front and self.front.drops)
 
 
 FUNCTIONS: dict[object, Activation] = {
@@ -45,9 +52,8 @@ def read(model: nn.Module, example: Tensor) -> Chain | str:
     for name, m in model.named_modules():
         if hooks(m):
             return f"layer {name or 'model'} ({m._get_name()}) has hooks"
-    root = nn.Sequential(model)  # so that a model of one layer is read like any other
     try:
-        graph = fx.Tracer().trace(root)
+        root, graph = traced(model)
     except Exception as e:  # whatever a model's own code may raise when it is shown a symbol
         return f"torch.fx cannot read its forward ({type(e).__name__})"
     layers, node = dense(graph, root)
@@ -57,6 +63,9 @@ def read(model: nn.Module, example: Tensor) -> Chain | str:
     front = None if flat else cut(graph, node, root, example)
     if isinstance(front, str):
         return front
+    drops = sum(isinstance(layer, Dropout) for layer in layers) + len(front.drops if front else ())
+    if drops < sum(bool(d and d.p) for d in (dropout(n, root) for n in graph.nodes)):
+        return "what a dropout layer gives is not used"  # but it draws, and what is drawn later differs
     found = [n for layer in layers if isinstance(layer, Linear) for n in (layer.weight, layer.bias)]
     found += front.names if front else ()
     return whole(model, [n for n in found if n]) or Chain(tuple(layers), front)
@@ -74,10 +83,10 @@ def whole(model: nn.Module, found: Sequence[str]) -> str | None:
     return None
 
 
-def dense(graph: fx.Graph, root: nn.Module) -> tuple[list[Linear | Activation], fx.Node]:
-    """Linear layers and activations at the end of the graph, and the node that feeds them."""
+def dense(graph: fx.Graph, root: nn.Module) -> tuple[list[Part], fx.Node]:
+    """Linear layers and what is between them at the end of the graph, and the node that feeds them."""
     (output,) = (n for n in graph.nodes if n.op == "output")
-    layers: list[Linear | Activation] = []
+    layers: list[Part] = []
     at = end = output.args[0]
     linear = 0
     while isinstance(at, fx.Node) and len(at.users) == 1:
@@ -93,8 +102,10 @@ def dense(graph: fx.Graph, root: nn.Module) -> tuple[list[Linear | Activation], 
     return layers[:linear][::-1], cast(fx.Node, end)
 
 
-def simple(node: fx.Node, root: nn.Module) -> Linear | Activation | str | None:
+def simple(node: fx.Node, root: nn.Module) -> Part | str | None:
     """A node of the dense part; "nothing" where it does nothing, None where it is something else."""
+    if drop := dropout(node, root):
+        return "nothing" if not drop.p else None if drop.axes else drop
     if node.op == "call_module":
         m = root.get_submodule(str(node.target))
         prefix = str(node.target)[2:]

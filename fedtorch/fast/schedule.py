@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,12 @@ class Schedule:
     live: list[int]
     """Clients still training at each step; they come first, as those with most steps do."""
     batch: int
+
+    @cached_property
+    def counts(self) -> list[list[int]]:
+        """Examples in each step of each client, [T / batch][K]."""
+        real = self.scale[..., 0].unflatten(1, (-1, self.batch)) > 0
+        return cast(list[list[int]], real.sum(2).T.tolist())
 
 
 def schedule(plans: Sequence[Tensor], sizes: Sequence[int]) -> Schedule:

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from fedtorch.batches import plan
 from fedtorch.fast import front
+from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.dual import First, Hidden
 from fedtorch.fast.heads import AnyLoss, CrossEntropy
 from fedtorch.fast.layers import Act, Layer, Leaf, Own, Rule, Weights, passed_down
@@ -61,16 +62,17 @@ class Fast:
             rows = self.kept.rows(datasets, device)
             order = schedule(plans, rows.sizes)
             rule, shift = of(recipe, ctx, task.lr)
+            coins = Coins(ctx.seeds, order)
             if private is not None:
                 projected = recipe.privacy.projected and rows.finite
                 layers: list[Layer] = []
                 if projected:
                     layers = [self._projected(datasets, rows, order, task.state, rule, private)]
                 flat = Flat(self.chain.layers[len(layers) :], task.state, rule, shift, len(plans))
-                layers += flat.layers(None if projected else rows.flat)
+                layers += flat.layers(None if projected else rows.flat, coins)
             else:
-                layers = self._front(model, rows, order, task.state, rule, shift)
-                layers += self._dense(datasets, rows, order, task.state, rule, shift)
+                layers = self._front(model, rows, coins, task.state, rule, shift)
+                layers += self._dense(datasets, rows, coins, task.state, rule, shift)
             y = rows.y[order.index]
             known = recipe.loss is cross_entropy
             head = CrossEntropy(y, order.scale) if known else AnyLoss(y, order.scale, recipe.loss)
@@ -90,7 +92,7 @@ class Fast:
             held: list[Weights] = [
                 m.done() if isinstance(m, Projected) else cast(Weights, m)
                 for m in layers
-                if not isinstance(m, Act)
+                if not isinstance(m, (Act, Drop))
             ]
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
         return Visit(held, head.total() / ctx.steps, exact=recipe.privacy is not None)
@@ -135,7 +137,7 @@ class Fast:
         self,
         model: nn.Module,
         rows: Rows,
-        order: Schedule,
+        coins: Coins,
         state: Params,
         rule: Rule,
         shift: Params,
@@ -144,27 +146,28 @@ class Fast:
             return []
         if self.module is None:
             self.module = front.build(model, self.chain.front)
-        K = len(order.index)
+        K = len(coins.order.index)
         leaves = {
             n: Leaf(front.stored(state[n]).contiguous(), K, rule, front.shifted(shift.get(n)))
             for n in self.chain.front.names
         }
-        return [front.Features(self.module, leaves, rows.images, order.scale, self.half)]
+        return [front.Features(self.module, leaves, rows.images, coins, self.half)]
 
     def _dense(
         self,
         datasets: Sequence[Dataset],
         rows: Rows,
-        order: Schedule,
+        coins: Coins,
         state: Params,
         rule: Rule,
         shift: Params,
     ) -> list[Layer]:
+        order = coins.order
         K, T = order.index.shape
         layers: list[Layer] = []
         for spec in self.chain.layers:
-            if isinstance(spec, Activation):
-                layers.append(Act(spec))
+            if not isinstance(spec, Linear):
+                layers.append(Act(spec) if isinstance(spec, Activation) else Drop(spec, coins))
                 continue
             first = not layers and self.chain.front is None
             w, b = state[spec.weight], None if spec.bias is None else state[spec.bias]

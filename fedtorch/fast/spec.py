@@ -46,6 +46,19 @@ class Activation:
         return BACKWARD[self.name](d, z, a)
 
 
+@dataclass(frozen=True)
+class Dropout:
+    """Numbers are zero with probability ``p``, the others divided by 1 - p."""
+
+    p: float
+    axes: int = 0
+    """Of the input, where whole channels of it are zero; 0: single numbers are."""
+    inplace: bool = False
+
+
+Part = Linear | Activation | Dropout
+"""Of the dense part."""
+
 FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "ReLU": torch.relu,
     "Tanh": torch.tanh,
