@@ -73,10 +73,17 @@ def told(
     return {
         "train_loss": loss,
         "examples": examples,
-        "visited": torch.tensor([float((p.numpy() >= 0).sum()) for p in plans]),
+        "visited": visited(plans),
         "steps": torch.tensor([float(len(p)) for p in plans], dtype=torch.float64),
         "update_norm": norms,
     }
+
+
+def visited(plans: Sequence[Tensor]) -> Tensor:
+    """Examples each client takes, every pass counted, [K]."""
+    if all(p.shape == plans[0].shape for p in plans):  # one call for all of them
+        return (torch.stack(list(plans)) >= 0).sum((1, 2)).float()
+    return torch.tensor([float((p >= 0).sum()) for p in plans])
 
 
 def failures(clients: Sequence[Client], keep: Tensor) -> list[Failure]:

@@ -9,6 +9,10 @@ from torch import Tensor
 from fedtorch.types import Params, Stack
 
 
+SHORT = 1 << 14
+"""Numbers a row up to which all rows go in one call."""
+
+
 def tmap(fn: Callable[..., Tensor], *trees: Params) -> Params:
     """Apply ``fn`` name by name; every tree must hold the names of the first."""
     return {k: fn(*(t[k] for t in trees)) for k in trees[0]}
@@ -80,9 +84,12 @@ def add_weighted(total: Params, tree: Stack, weight: Tensor) -> None:
 
 def dots(v: Tensor) -> Tensor:
     """Squared norm of each client's tensor [K, ...], in its own precision."""
-    # a dot product reads each number once and writes none: half the time of vector_norm
+    # a dot product reads each number once and writes none: half the time of vector_norm. One call for all
+    # rows is slower on long ones, and much faster on the short ones of a bias
     rows = _rows(v)
-    return rows[0].dot(rows[0])[None] if len(v) == 1 else torch.stack([r.dot(r) for r in rows])
+    if rows.shape[1] < SHORT:
+        return torch.linalg.vecdot(rows, rows)
+    return torch.stack([r.dot(r) for r in rows])
 
 
 def _rows(v: Tensor) -> Tensor:

@@ -57,14 +57,14 @@ class Rows:
 
     def near(self, weight: Tensor) -> Tensor:
         """What of a weight [out, in] meets anything but zeros."""
-        return weight if self.used is None else weight[:, self.used]
+        return weight if self.used is None else weight.index_select(1, self.used)
 
     def wide(self, product: Tensor) -> Tensor:
         """[out, used inputs] -> [out, in]."""
         if self.used is None:
             return product
         out = product.new_zeros(len(product), self.flat.shape[1])
-        return out.index_copy_(1, self.used, product)
+        return out.scatter_(1, self.used.expand_as(product), product)
 
     @cached_property
     def finite(self) -> bool:

@@ -67,7 +67,7 @@ FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "ReLU": lambda d, z, a: aten.threshold_backward(d, a, 0),
+    "ReLU": lambda d, z, a: aten.threshold_backward.default(d, a, 0),
     "Tanh": lambda d, z, a: aten.tanh_backward(d, a),
     "Sigmoid": lambda d, z, a: aten.sigmoid_backward(d, a),
     "SiLU": lambda d, z, a: aten.silu_backward(d, z),
