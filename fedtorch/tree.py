@@ -1,13 +1,12 @@
 """Arithmetic on ``dict[str, Tensor]``, with or without the leading client axis."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fedtorch.types import Params, Stack
-
 
 SHORT = 1 << 14
 """Numbers a row up to which all rows go in one call."""
@@ -88,7 +87,7 @@ def dots(v: Tensor) -> Tensor:
     # rows is slower on long ones, and much faster on the short ones of a bias
     rows = _rows(v)
     if rows.shape[1] < SHORT:
-        return torch.linalg.vecdot(rows, rows)
+        return cast(Tensor, torch.linalg.vecdot(rows, rows))
     return torch.stack([r.dot(r) for r in rows])
 
 
