@@ -1,10 +1,11 @@
-"""What a run costs beside its training: import, start-up to the first round, dealing out the data.
+"""What a run costs beside its training: import, start-up to the first round, dealing data, accounting.
 
 python -m benchmarks.around
 """
 
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import torch
 
 from benchmarks.rounds import ONE_THREAD
 from fedtorch.data import Dirichlet, Iid, Natural, QuantitySkew, Shards, from_tensors, partition
+from fedtorch.privacy.accounting import Event
+from fedtorch.privacy.ledger import Ledger
 
 EXAMPLES, CLIENTS = 1_000_000, 10_000
 
@@ -91,6 +94,31 @@ def dealing() -> dict[str, float]:
     return out
 
 
+PRICED = (  # noise, rate, steps a round, rounds, clients, clients a round
+    (1.0, 1 / 6, 6, 20, 10, 10),  # W3
+    (1.0, 1 / 6, 6, 100, 10, 10),
+    (1.3, 0.01, 20, 1000, 10, 10),
+    (2.0, 0.1, 5, 300, 10_000, 100),
+)
+
+
+def accounting() -> list[tuple[float, float]]:
+    """Processor milliseconds a round of the ledger and its accountant: mean and largest, of each."""
+    out = []
+    for noise, rate, steps, rounds, clients, cohort in PRICED:
+        ledger, event, took = Ledger(), Event("gaussian", noise, rate, steps), []
+        draw = random.Random(0)
+        for r in range(rounds + 1):  # the first, in which modules are loaded, does not count
+            names = [str(k) for k in draw.sample(range(clients), cohort)]
+            start = time.process_time()
+            ledger.fits(event, names, 100.0, 1e-5)
+            ledger.charge(r, event, names)
+            ledger.spent(1e-5)
+            took.append(1000 * (time.process_time() - start))
+        out.append((statistics.mean(took[1:]), max(took[1:])))
+    return out
+
+
 def main() -> int:
     """Print all of it; status 1 where an import or a rule takes longer than it may."""
     names = ["torch clock", "torch cpu", "fedtorch clock", "fedtorch cpu"]
@@ -102,6 +130,8 @@ def main() -> int:
     dealt = dealing()
     for rule, seconds in dealt.items():
         print(f"{rule}: {seconds:.2f} s")
+    for options, (mean, most) in zip(PRICED, accounting(), strict=True):
+        print(f"ledger and accountant, {options}: {mean:.2f} ms a round, at most {most:.0f}")
     return int(took["fedtorch cpu"] > 0.3 or max(dealt.values()) > 3)
 
 

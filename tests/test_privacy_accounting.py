@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedtorch.privacy import bounds
 from fedtorch.privacy.accounting import Event, calibrate, epsilon, merge
+from fedtorch.privacy.renyi import orders, renyi
 from fedtorch.types import ConfigError
 
 
@@ -153,7 +154,7 @@ def test_tutorials_today(noise: float, epochs: int, size: int, by_prv: float) ->
 
 
 def test_renyi_orders() -> None:
-    found = dict(zip(bounds.orders(), bounds.renyi(1.1, 0.01), strict=True))
+    found = dict(zip(orders(), renyi(1.1, 0.01), strict=True))
     for order, value in {
         2: 1.285100816e-4,
         3: 1.962778899e-4,
@@ -407,9 +408,7 @@ def test_refused_accountants_and_targets() -> None:
 def independent(kind: str, run: list[Event], relation: str = "ADD_OR_REMOVE_ONE") -> Any:
     neighbours = getattr(dp_accounting.NeighboringRelation, relation)
     accountant = (
-        pld.PLDAccountant(neighbours)
-        if kind == "pld"
-        else rdp.RdpAccountant(bounds.orders(), neighbours)
+        pld.PLDAccountant(neighbours) if kind == "pld" else rdp.RdpAccountant(orders(), neighbours)
     )
     for e in run:
         one = dp_accounting.PoissonSampledDpEvent(e.rate, dp_accounting.GaussianDpEvent(e.noise))

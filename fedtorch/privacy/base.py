@@ -6,7 +6,7 @@ is charged with: what is accounted is what is done.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -115,7 +115,9 @@ class Privacy(ABC):
 
     def planned(self, noise: float, rounds: int) -> float:
         """Epsilon of ``rounds`` rounds for the unit that takes part most."""
-        return epsilon([self.event(noise)] * self.releases(rounds), self.delta, self.accountant)
+        one = self.event(noise)
+        whole = replace(one, steps=one.steps * self.releases(rounds))
+        return epsilon([whole], self.delta, self.accountant)
 
     @abstractmethod
     def event(self, noise: float) -> Event:

@@ -1,31 +1,34 @@
-"""Opacus's two accountants, wrapped: an upper bound on epsilon, or inf, whatever they are asked.
+"""Upper bounds on epsilon: without sampling, by Renyi divergence (RDP), by privacy loss on a grid (PRV).
 
-The one file that talks to Opacus. A run is a tuple of (noise, rate, steps): Gaussian releases, each over a
-Poisson sample of the units.
+Whatever they are asked they return a bound that holds, or inf. A run is a tuple of (noise, rate, steps):
+Gaussian releases, each over a Poisson sample of the units. Tests hold all three to Opacus's and Google's
+accountants.
 """
 
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
 
 from fedtorch.privacy.gaussian import gaussian_epsilon, sampled_delta
+from fedtorch.privacy.renyi import renyi, renyi_epsilon
+from fedtorch.privacy.spectrum import Release, epsilon_of, release
 
 Run = tuple[tuple[float, float, int], ...]
 
 PRV_ERROR = 0.01
 """How far the PRV bound may lie above the exact epsilon, for epsilons from 0.2 to 20; below and above,
-a twentieth and a two-thousandth of epsilon. It is part of the figure returned."""
+at most a twentieth and a two-thousandth of epsilon. It is part of the figure returned."""
 
 PRV_POINTS = 2_500_000
-"""Grid points a PRV computation may use (a few seconds); beyond, the error is widened."""
+"""Grid points a PRV computation may use (a fraction of a second); beyond, the error is widened."""
 
 LEAST = 0.01
 """Sampled runs are not priced below this; only the closed form without sampling is."""
 
+LEAST_STEPS = 64
+"""Runs of fewer steps are priced on the grid of this many."""
 
+
+@lru_cache(maxsize=4096)
 def unsampled(run: Run, delta: float) -> float:
     """Exact epsilon if every unit were in every release.
 
@@ -34,33 +37,28 @@ def unsampled(run: Run, delta: float) -> float:
     return gaussian_epsilon(1 / math.sqrt(sum(t / s / s for s, _, t in run)), delta)
 
 
+@lru_cache(maxsize=4096)
 def rdp(run: Run, delta: float) -> float:
-    """Opacus's RDP bound, with larger orders than its default, which small epsilons need."""
-    from opacus.accountants.analysis.rdp import get_privacy_spent
-
+    """By Renyi divergence."""
     try:
-        total = sum(renyi(s, q) * t for s, q, t in run)
-        with quiet():
-            found = float(get_privacy_spent(orders=orders(), rdp=total, delta=delta)[0])
-    except (ArithmeticError, ValueError):
+        return renyi_epsilon(sum(renyi(s, q) * t for s, q, t in run), delta)
+    except ArithmeticError:
         return math.inf
-    return math.inf if math.isnan(found) else max(0.0, found)
 
 
 def prv(run: Run, delta: float) -> float:
-    """Opacus's PRV bound (Gopi et al. 2021); inf where it cannot be computed or would take too long.
+    """By privacy loss on a grid (Gopi et al. 2021); inf where it cannot be computed or would take long.
 
-    The grid is chosen here and not by Opacus, from bounds that are known already: same rule, same mesh,
-    but its cost can be seen before it is paid. It is that of the next power of two of steps, so that
-    a run that asks after every round pays for a grid only now and then (a finer one errs less).
+    Mesh and reach are the paper's (its remark 5.6) for the next power of four of steps, so that a run that
+    asks after every round pays for a grid only now and then: a finer and wider one errs less.
     """
-    from opacus.accountants.analysis import prv as opacus
-
     bound = _quick(run, delta)
     if bound <= LEAST:  # nothing to gain
         return math.inf
     slack, error = delta / 1000, max(min(PRV_ERROR, bound / 20), min(bound / 2000, 0.5))
-    for room in (tuple((s, q, 1 << (t - 1).bit_length()) for s, q, t in run), run):
+    error = PRV_ERROR * 2.0 ** math.floor(math.log2(error / PRV_ERROR))  # few grids, here too
+    for base in (4, 2, 1):
+        room = tuple((s, q, _room(t, base)) for s, q, t in run)
         steps = sum(t for _, _, t in room)
         one = max(_quick(((s, q, 1),), slack / (8 * steps)) for s, q, _ in run)
         reach = max(_quick(room, slack / 4), one, error) + 3
@@ -71,110 +69,41 @@ def prv(run: Run, delta: float) -> float:
     error *= max(1.0, points / PRV_POINTS)
     if not error <= min(0.9, max(bound / 20, PRV_ERROR)):
         return math.inf
+    mesh = error / per_error
     try:
-        with quiet():
-            parts = [_composed(s, q, t, reach, error / per_error) for s, q, t in run]
-            whole = parts[0]
-            if len(parts) > 1:
-                whole = opacus.compose_heterogeneous(parts, [1] * len(parts))
-            found = whole.compute_epsilon(delta, slack, error)[2]
-            # what rounding in the transforms leaves below zero shows how much of the rest is rounding
-            if 20 * -float(whole.pmf[whole.pmf < 0].sum()) > delta:
-                return math.inf
-    except (ArithmeticError, ValueError, RuntimeError, MemoryError):
+        least = [1 if t <= LEAST_STEPS else t // base + (base > 1) for _, _, t in room]
+        parts = [
+            (_release(s, q, reach, mesh, n), t) for (s, q, t), n in zip(run, least, strict=True)
+        ]
+        found = epsilon_of(parts, delta, slack, bound) + error
+    except (ArithmeticError, ValueError, MemoryError):
         return math.inf
     # a run costs at least what its dearest step costs, which is known: less means the numbers broke down
     if not math.isfinite(found) or found < max(_one_step(s, q, delta) for s, q, _ in run):
         return math.inf
-    return float(found)
+    return found
 
 
-def _composed(noise: float, rate: float, steps: int, reach: float, mesh: float) -> Any:
-    """Privacy loss of ``steps`` equal releases on a grid, as one of Opacus's discrete variables."""
-    import numpy
-    from opacus.accountants.analysis.prv import DiscretePRV
-
-    domain, first, spectrum = _spectrum(noise, rate, reach, mesh)
-    pmf = numpy.fft.irfft(_power(spectrum, steps), domain.size)
-    # place i of a sum of t losses is worth t t_min + i dt, and the grid is a circle: turn it to where
-    # place 0 is worth t_min again
-    pmf = numpy.roll(pmf, (steps - 1) * first % domain.size)
-    return DiscretePRV(pmf=pmf, domain=domain.shift_right(domain.shifts * (steps - 1)))
+def _room(steps: int, base: int) -> int:
+    """The next power of ``base``, from LEAST_STEPS on; with base 1 the steps themselves."""
+    if base == 1:
+        return steps
+    room = LEAST_STEPS
+    while room < steps:
+        room *= base
+    return room
 
 
-def _power(x: Any, n: int) -> Any:
-    """x^n by squaring: NumPy's own power of complex numbers takes ten times as long."""
-    out = None
-    while n:
-        if n & 1:
-            out = x if out is None else out * x
-        n >>= 1
-        x = x * x if n else x
-    return out
-
-
-@lru_cache(maxsize=4)  # one may take 20 MB
-def _spectrum(noise: float, rate: float, reach: float, mesh: float) -> Any:
-    """Fourier transform of one release's privacy loss on a grid, and the grid."""
-    import numpy
-    from opacus.accountants.analysis import prv as opacus
-
-    half = math.ceil(reach / mesh) + 1
-    even = 1 << max(0, half.bit_length() - 4)  # a length with a large prime in it takes long
-    half = -(-half // even) * even
-    domain = opacus.Domain(-(half - 1) * mesh, half * mesh, 2 * half)
-    exact = opacus.PoissonSubsampledGaussianPRV(rate, noise)
-    cut = opacus.TruncatedPrivacyRandomVariable(exact, domain.t_min, domain.t_max)
-    grid = opacus.discretize(cut, domain)
-    return grid.domain, 1 - half, numpy.fft.rfft(grid.pmf)
-
-
-@lru_cache(maxsize=4096)
-def renyi(noise: float, rate: float) -> Any:
-    """Renyi divergence of one release at each of ``orders()``, inf where it would take too long."""
-    import numpy
-    from opacus.accountants.analysis.rdp import compute_rdp
-
-    # fractional orders are a series that hardly converges at rates near a half under much noise
-    slow = rate < 1 and noise > 30 and noise * abs(math.log(1 / rate - 1)) < 8
-    used = [o for o in orders() if not slow or float(o).is_integer()]
-    with quiet():
-        found = dict(
-            zip(
-                used, compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=used), strict=True
-            )
-        )
-    return numpy.array([found.get(o, math.inf) for o in orders()])
-
-
-@lru_cache(maxsize=1)
-def orders() -> list[float]:
-    """Opacus's default orders and larger ones."""
-    from opacus.accountants import RDPAccountant
-
-    more = [72, 80, 96, 112, 128, 160, 192, 256, 384, 512, 768, 1024]
-    return [*RDPAccountant.DEFAULT_ALPHAS, *more]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without Opacus's advice on orders, and NumPy's and SciPy's on values that are checked afterwards."""
-    import numpy
-
-    with warnings.catch_warnings(), numpy.errstate(all="ignore"):
-        warnings.filterwarnings(
-            "ignore", r"Optimal order is the (largest|smallest) alpha", UserWarning
-        )
-        warnings.filterwarnings(
-            "ignore", r"\s*The (maximum number|occurrence|integral|algorithm|extrap)", UserWarning
-        )
-        yield
+@lru_cache(maxsize=16)
+def _release(noise: float, rate: float, reach: float, mesh: float, least: int) -> Release:
+    return release(noise, rate, reach, mesh, least)
 
 
 def _quick(run: Run, delta: float) -> float:
     return min(unsampled(run, delta), rdp(run, delta))
 
 
+@lru_cache(maxsize=4096)
 def _one_step(noise: float, rate: float, delta: float) -> float:
     """Exact epsilon of one sampled release when a unit is removed, from below (0 beyond 700)."""
     low, high = 0.0, 1.0

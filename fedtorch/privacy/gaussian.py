@@ -5,6 +5,7 @@ over the L1 sensitivity. T Gaussian releases at noise s cost what one costs at s
 """
 
 import math
+from typing import Any
 
 import scipy  # scipy.special comes with its first use: half of what `import fedtorch` would cost
 
@@ -83,6 +84,11 @@ def laplace_epsilon(noise: float, rate: float = 1.0) -> float:
 def laplace_noise(epsilon: float, steps: int = 1) -> float:
     """Laplace scale over L1 sensitivity for ``steps`` releases that cost epsilon together."""
     return steps / epsilon
+
+
+def above(x: Any) -> Any:
+    """How likely a standard normal variable is above each ``x``."""
+    return scipy.special.ndtr(-x)
 
 
 def _tail(x: float) -> float:

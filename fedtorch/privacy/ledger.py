@@ -15,8 +15,10 @@ from fedtorch.types import ConfigError
 
 UNITS = ("example", "client")
 
-Tally = Counter[tuple[str, float, float]]
-"""(mechanism, noise, rate) -> steps."""
+History = frozenset[tuple[tuple[str, float, float], int]]
+"""What was charged to somebody: (mechanism, noise, rate) and steps."""
+
+NOTHING: History = frozenset()
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,11 @@ class Ledger:
 
     def spent_by_client(self, delta: float, accountant: str = "prv") -> dict[str, float]:
         """Epsilon of each client that was ever charged; equal histories are priced once."""
-        return {
-            name: epsilon(_events(own + self._run), delta, accountant)
-            for name, own in self._clients.items()
+        priced = {
+            own: epsilon(_events(_both(own, self._run)), delta, accountant)
+            for own in self._histories
         }
+        return {name: priced[own] for name, own in self._clients.items()}
 
     def would_spend(
         self, event: Event, clients: Iterable[str] | None, delta: float, accountant: str = "prv"
@@ -143,26 +146,36 @@ class Ledger:
         self.header, self.unit = header, str(header["unit"])
         self.entries: list[Entry] = []
         self.digest = _digest("", header)
-        self._run: Tally = Counter()
-        self._clients: dict[str, Tally] = {}
+        self._run = NOTHING
+        self._clients: dict[str, History] = {}
+        self._histories: Counter[History] = Counter()  # clients with each
 
     def _add(self, entry: Entry) -> None:
         self.entries.append(entry)
         self.digest = entry.digest
-        key, steps = _key(entry.event)
+        more = _history(entry.event)
         if entry.clients is None:
-            self._run[key] += steps
+            self._run = _both(self._run, more)
+        before = Counter(self._clients.get(name, NOTHING) for name in entry.clients or ())
+        after = {own: _both(own, more) for own in before}
         for name in entry.clients or ():
-            self._clients.setdefault(name, Counter())[key] += steps
+            self._clients[name] = after[self._clients.get(name, NOTHING)]
+        for own, clients in before.items():
+            self._histories[after[own]] += clients
+        self._histories = +(self._histories - before)
 
-    def _all(self, event: Event | None = None, clients: Iterable[str] | None = None) -> set[Any]:
-        """What each client has been charged, the run's own charges included, each history once."""
-        more: Tally = Counter(dict([_key(event)])) if event else Counter()
-        names = set(clients or ())
-        run = self._run + more if clients is None else self._run
-        tallies = [run, *(own + run for name, own in self._clients.items() if name not in names)]
-        tallies += [self._clients.get(name, Counter()) + run + more for name in names]
-        return {frozenset(t.items()) for t in tallies}
+    def _all(
+        self, event: Event | None = None, clients: Iterable[str] | None = None
+    ) -> set[History]:
+        """What each client has been charged, the run's own charges included, each history once.
+
+        A history that only clients charged by ``event`` have stays in, beside the longer ones it becomes.
+        """
+        more = _history(event) if event else NOTHING
+        run = self._run if clients is not None else _both(self._run, more)
+        now = {self._clients.get(name, NOTHING) for name in clients or ()}
+        owns = {NOTHING, *self._histories, *(_both(own, more) for own in now)}
+        return {_both(own, run) for own in owns}
 
     def _replay(self, lines: Sequence[Any], saved: Mapping[str, Any], where: str) -> None:
         """Check every line's digest while adding it."""
@@ -185,19 +198,29 @@ class Ledger:
             )
 
 
-def _key(event: Event) -> tuple[tuple[str, float, float], int]:
-    return (event.mechanism, float(event.noise), float(event.rate)), event.steps
+def _history(event: Event) -> History:
+    return frozenset({((event.mechanism, float(event.noise), float(event.rate)), event.steps)})
 
 
-def _events(tally: Iterable[Any] | Tally) -> tuple[Event, ...]:
-    items = tally.items() if isinstance(tally, Counter) else tally
-    return tuple(Event(kind, noise, rate, steps) for (kind, noise, rate), steps in sorted(items))
+def _both(one: History, other: History) -> History:
+    if not one or not other:
+        return one or other
+    steps = dict(one)
+    for key, more in other:
+        steps[key] = steps.get(key, 0) + more
+    return frozenset(steps.items())
 
 
-def _largest(tallies: set[Any], delta: float, accountant: str) -> float:
+def _events(history: Iterable[tuple[tuple[str, float, float], int]]) -> tuple[Event, ...]:
+    return tuple(Event(kind, noise, rate, steps) for (kind, noise, rate), steps in sorted(history))
+
+
+def _largest(histories: set[History], delta: float, accountant: str) -> float:
     """Largest epsilon over histories; those that cannot be the largest are not priced by PRV."""
-    histories = [dict(t) for t in tallies]
-    heads = [h for h in histories if not any(h is not o and _within(h, o) for o in histories)]
+    heads: list[dict[tuple[str, float, float], int]] = []  # what is part of none of the others
+    for one in sorted(map(dict, histories), key=lambda h: -sum(h.values())):
+        if not any(_within(one, other) for other in heads):
+            heads.append(one)
     runs = [_events(h.items()) for h in heads]
     quick = {run: epsilon(run, delta, "rdp") for run in runs}
     largest = 0.0
@@ -207,7 +230,7 @@ def _largest(tallies: set[Any], delta: float, accountant: str) -> float:
     return largest
 
 
-def _within(one: dict[Any, int], other: dict[Any, int]) -> bool:
+def _within(one: Mapping[Any, int], other: Mapping[Any, int]) -> bool:
     return all(steps <= other.get(key, 0) for key, steps in one.items())
 
 
