@@ -1,11 +1,14 @@
 """Small services around one ``nn.Module``: weights in and out, inputs to it, tensors to its device."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fedtorch.types import Params, Task
 
@@ -71,3 +74,36 @@ def channels_last(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     flat = x.permute(0, 2, 3, 1).contiguous()
     return flat.as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+
+
+DROPOUT = {
+    F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d,
+    torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout,
+}  # fmt: skip
+
+
+class _Undropped(TorchFunctionMode):
+    """Dropout called as a function gives back what it is given."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in DROPOUT:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def undropped(model: nn.Module) -> Iterator[None]:
+    """The model in training mode, but for what it drops at random: that differs from call to call."""
+    model.train()
+    for m in model.modules():
+        # those that have dropout inside of a single call are told by their type
+        if "Dropout" in m._get_name() or isinstance(m, (nn.RNNBase, nn.MultiheadAttention)):
+            m.eval()
+    try:
+        with _Undropped():
+            yield
+    finally:
+        model.train()

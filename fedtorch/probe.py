@@ -13,6 +13,7 @@ from fedtorch import seeds
 from fedtorch.batches import fetch, length
 from fedtorch.client import Client, Recipe
 from fedtorch.losses import Loss, reduce
+from fedtorch.modules import undropped
 from fedtorch.solvers import forward, snapshot, to
 from fedtorch.tree import rows
 from fedtorch.types import ConfigError
@@ -159,12 +160,8 @@ def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
     """Whether an example's result depends on its neighbours (BatchNorm, a whole-batch loss)."""
     x, y = to(two_examples(data), next(model.parameters()).device)
     before = snapshot(model)
-    off = [m for m in model.modules() if "Dropout" in m._get_name()]
     try:
-        with torch.no_grad(), seeds.seeded(0):
-            model.train()
-            for m in off:
-                m.eval()
+        with torch.no_grad(), seeds.seeded(0), undropped(model):
             output = forward(model, x)
             losses = reduce(recipe.loss(output, y))
             if losses.dim() == 0:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from fedtorch import seeds
 from fedtorch.client import Client, Recipe
 from fedtorch.losses import reduce
+from fedtorch.modules import undropped
 from fedtorch.privacy import Privacy, SampleLevel, checks
 from fedtorch.privacy.gradients import PrivateSteps, opacus_gradients, stacked_gradients
 from fedtorch.privacy.streams import stream
@@ -85,16 +86,14 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
             f"layer {name} sees several rows of an example, whose norm ghost clipping finds by subtracting "
             "large numbers: one example could go past the clip unseen"
         )
-    off = [m for m in model.modules() if "Dropout" in m._get_name()]
     try:
         _one_step(model, x, y, recipe, mode, 1.0)
-        for m in off:
-            m.eval()
-        alone = [_alone(model, x, y, k, recipe) for k in range(len(y))]
-        alone = [a for a in alone if bool(a.isfinite().all())]
-        clip = min((float(a.norm()) for a in alone if bool(a.any())), default=2.0) / 2
-        want = sum(a * (clip / a.norm().clamp(min=clip)) for a in alone)
-        got = _one_step(model, x, y, recipe, mode, clip)
+        with undropped(model):
+            alone = [_alone(model, x, y, k, recipe) for k in range(len(y))]
+            alone = [a for a in alone if bool(a.isfinite().all())]
+            clip = min((float(a.norm()) for a in alone if bool(a.any())), default=2.0) / 2
+            want = sum(a * (clip / a.norm().clamp(min=clip)) for a in alone)
+            got = _one_step(model, x, y, recipe, mode, clip)
     except Exception as e:
         return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
     finally:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from conftest import make_clients, mlp, weights
@@ -120,6 +121,28 @@ def test_an_lstm_trains_one_client_after_another_and_says_so():
 def test_examples_of_clients_with_different_shapes_do_not_stack():
     clients = [Client(str(k), (torch.zeros(4, 3 + k), torch.zeros(4).long())) for k in range(2)]
     assert "differ in shape" in str(no_stacking(nn.Linear(3, 4), clients, Recipe()))
+
+
+class Called(nn.Module):
+    """Dropout as functions, one of them always on, and inside of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.norm = nn.LSTM(3, 4, 2, batch_first=True, dropout=0.5), nn.BatchNorm1d(4)
+        self.mix = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.rnn(F.dropout(x, training=self.training).view(-1, 2, 3))[0][:, -1]
+        x = torch.dropout(F.alpha_dropout(x, 0.3, True), 0.2, True)
+        return self.norm(x) if self.mix else x
+
+
+def test_dropout_in_any_form_mixes_nothing_and_hides_nothing():
+    data, model = make_clients([9])[0].data, Called()
+    assert not mixes_examples(model, data, Recipe())
+    model.mix = True
+    assert mixes_examples(model, data, Recipe())
+    assert all(m.training for m in model.modules())
 
 
 def test_batchnorm_and_whole_batch_losses_mix_examples():

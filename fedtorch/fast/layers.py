@@ -213,6 +213,21 @@ class Act:
         """Nothing to move."""
 
 
+class Given:
+    """The examples themselves, where they are not what the first linear layer takes."""
+
+    def __init__(self, data: Tensor) -> None:
+        """[N, in]."""
+        self.data = data
+
+    def forward(self, a: Tensor) -> Tensor:
+        """Row numbers [k, B] of the data -> the rows."""
+        return self.data[a]
+
+    def step(self, d: Tensor) -> None:
+        """Nothing to move."""
+
+
 def passed_down(layers: Sequence[Layer], d: Tensor) -> list[Tensor]:
     """Gradient of the last layer's outputs -> that of each layer's outputs, in the layers' order."""
     grads = [d]

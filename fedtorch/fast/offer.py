@@ -60,6 +60,8 @@ def offer(
         return "private steps have a fast form for linear layers alone"
     if isinstance(privacy, SampleLevel) and privacy.projected and not plain(recipe):
         return "projected noise needs plain SGD and no correction of gradients"
+    if isinstance(privacy, SampleLevel) and privacy.projected and chain.drops_inputs:
+        return "projected noise needs examples as they are, and the model drops some of each"
     if why := draws(chain, model, datasets):
         return why
     return tried(Fast(chain), (x, y), model, datasets, recipe, private) or Fast(chain, half)
@@ -94,7 +96,7 @@ def draws(chain: Chain, model: nn.Module, datasets: Sequence[Dataset]) -> str | 
     if next(model.parameters()).device.type != "cpu":
         return "dropout draws the masks of the general path on a CPU alone"
     apart = [d for d in datasets if not d.tensors[0].is_contiguous()]  # type: ignore[attr-defined]
-    if apart and chain.front and chain.front.drops:
+    if apart and (chain.drops_inputs or (chain.front and chain.front.drops)):
         return "dropout among its first layers needs examples that are contiguous in memory"
     return None
 

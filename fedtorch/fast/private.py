@@ -7,12 +7,13 @@ another in one row of memory, so that a client's sum, noise and step pass throug
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fedtorch.fast.dropout import Coins, Drop
-from fedtorch.fast.layers import Act, Layer, Leaf, Own, Rule, passed_down
+from fedtorch.fast.layers import Act, Given, Layer, Leaf, Own, Rule, passed_down
 from fedtorch.fast.projected import Projected
 from fedtorch.fast.spec import Activation, Linear, Part
 from fedtorch.privacy.gradients import PrivateSteps
@@ -45,7 +46,8 @@ class Flat:
     def layers(self, data: Tensor | None, coins: Coins) -> list[Layer]:
         """The layers on these parameters; ``data`` if the first of them is the model's first."""
         own, start = (split(t, self.shapes) for t in (self.leaf.value, self.leaf.start))
-        layers: list[Layer] = []
+        begun = data is None or isinstance(self.specs[0], Linear)
+        layers: list[Layer] = [] if begun else [Given(cast(Tensor, data))]
         for spec in self.specs:
             if not isinstance(spec, Linear):
                 layers.append(Act(spec) if isinstance(spec, Activation) else Drop(spec, coins))

@@ -28,6 +28,11 @@ class Chain:
     """What comes before it; none: the examples themselves, flattened."""
 
     @property
+    def drops_inputs(self) -> bool:
+        """Whether what the dense part takes is dropped first."""
+        return isinstance(self.layers[0], Dropout)
+
+    @property
     def drops(self) -> bool:
         """Whether anything is dropped at random."""
         dense = any(isinstance(layer, Dropout) for layer in self.layers)
@@ -42,6 +47,12 @@ FUNCTIONS: dict[object, Activation] = {
     F.gelu: Activation("GELU"),
 }
 """Activations as functions and methods."""
+
+ROWS = {
+    **{f: Activation("Softmax") for f in (torch.softmax, F.softmax, "softmax")},
+    **{f: Activation("LogSoftmax") for f in (torch.log_softmax, F.log_softmax, "log_softmax")},
+}
+"""Those of whole rows of features, which come with the axis they are taken along."""
 
 SHAPES = {torch.flatten, operator.getitem, getattr, "flatten", "view", "reshape", "size"}
 """Calls that change nothing but the shape."""
@@ -59,8 +70,11 @@ def read(model: nn.Module, example: Tensor) -> Chain | str:
     layers, node = dense(graph, root)
     if not layers:
         return "it does not end in a linear layer"
-    flat = flattens(graph, node, root, example)
-    front = None if flat else cut(graph, node, root, example)
+    dropped, start = dropped_inputs(node, root)
+    if flattens(graph, start, root, example):
+        layers, front = dropped + layers, None
+    else:
+        front = cut(graph, node, root, example)
     if isinstance(front, str):
         return front
     drops = sum(isinstance(layer, Dropout) for layer in layers) + len(front.drops if front else ())
@@ -116,6 +130,10 @@ def simple(node: fx.Node, root: nn.Module) -> Part | str | None:
             bias = None if m.bias is None else f"{name}bias"
             return Linear(f"{name}weight", bias, (m.out_features, m.in_features))
         return activation(m)
+    if node.target in ROWS:
+        axis = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
+        known = axis in (1, -1) and len(node.args) < 3 and node.kwargs.get("dtype") is None
+        return ROWS[node.target] if known else None
     plain = len(node.args) == 1 and not any(node.kwargs.values())
     return FUNCTIONS.get(node.target) if plain else None
 
@@ -124,8 +142,19 @@ def activation(m: nn.Module) -> Activation | None:
     """The activations there are; None for any other module."""
     if type(m) is nn.GELU:
         return Activation("GELU", m.approximate)
+    if type(m) in (nn.Softmax, nn.LogSoftmax) and m.dim not in (1, -1):
+        return None
     name = type(m).__name__
     return Activation(name) if name in FORWARD and type(m) is getattr(nn, name) else None
+
+
+def dropped_inputs(end: fx.Node, root: nn.Module) -> tuple[list[Part], fx.Node]:
+    """Dropout right before the dense part, and the node that feeds it."""
+    layers: list[Part] = []
+    while (drop := dropout(end, root)) and not drop.axes and len(end.users) == 1:
+        layers += [drop] if drop.p else []
+        end = end.all_input_nodes[0]
+    return layers[::-1], end
 
 
 def flattens(graph: fx.Graph, end: fx.Node, root: nn.Module, example: Tensor) -> bool:

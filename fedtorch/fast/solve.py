@@ -13,7 +13,7 @@ from fedtorch.fast import front
 from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.dual import First, Hidden
 from fedtorch.fast.heads import AnyLoss, CrossEntropy
-from fedtorch.fast.layers import Act, Layer, Leaf, Own, Rule, Weights, passed_down
+from fedtorch.fast.layers import Act, Given, Layer, Leaf, Own, Rule, Weights, passed_down
 from fedtorch.fast.private import Flat, noised
 from fedtorch.fast.projected import Known, Projected
 from fedtorch.fast.read import Chain
@@ -92,7 +92,7 @@ class Fast:
             held: list[Weights] = [
                 m.done() if isinstance(m, Projected) else cast(Weights, m)
                 for m in layers
-                if not isinstance(m, (Act, Drop))
+                if not isinstance(m, (Act, Drop, Given))
             ]
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
         return Visit(held, head.total() / ctx.steps, exact=recipe.privacy is not None)
@@ -105,7 +105,7 @@ class Fast:
         held = 0 if self.chain.front else examples * (specs[0].shape[1] + examples + rows)
         for n, spec in enumerate(specs):
             out, into = spec.shape
-            first = n == 0 and self.chain.front is None
+            first = n == 0 and self.chain.front is None and spec is self.chain.layers[0]
             if noised or not dual_pays(rows, spec.shape, examples if first else None):
                 held += out * into
             else:
@@ -164,7 +164,8 @@ class Fast:
     ) -> list[Layer]:
         order = coins.order
         K, T = order.index.shape
-        layers: list[Layer] = []
+        given = self.chain.front is None and not isinstance(self.chain.layers[0], Linear)
+        layers: list[Layer] = [Given(rows.flat)] if given else []
         for spec in self.chain.layers:
             if not isinstance(spec, Linear):
                 layers.append(Act(spec) if isinstance(spec, Activation) else Drop(spec, coins))

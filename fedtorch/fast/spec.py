@@ -28,7 +28,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Activation:
-    """A function of each number alone; only its name, so that workers can be sent it."""
+    """A function of each number, or each row, alone; only its name, so that workers can be sent it."""
 
     name: str
     approximate: str = "none"
@@ -64,6 +64,8 @@ FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "Tanh": torch.tanh,
     "Sigmoid": torch.sigmoid,
     "SiLU": aten.silu,
+    "Softmax": lambda z: z.softmax(-1),
+    "LogSoftmax": lambda z: z.log_softmax(-1),
 }
 
 BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -71,4 +73,6 @@ BACKWARD: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "Tanh": lambda d, z, a: aten.tanh_backward(d, a),
     "Sigmoid": lambda d, z, a: aten.sigmoid_backward(d, a),
     "SiLU": lambda d, z, a: aten.silu_backward(d, z),
+    "Softmax": lambda d, z, a: aten._softmax_backward_data(d, a, -1, a.dtype),
+    "LogSoftmax": lambda d, z, a: aten._log_softmax_backward_data(d, a, -1, a.dtype),
 }
