@@ -3,7 +3,8 @@
     python -m benchmarks.dropout --rounds 30
 
 The 2NN with dropout of 0.5 behind both hidden layers, and the network of PyTorch's MNIST example; ten
-clients of 60 examples, batches of 10. "without" is the same model with p = 0. All take turns, and what
+clients of 60 examples, batches of 10. "private" is the 2NN with DP-SGD, its bare loop without, and its
+general path Opacus's ghost clipping. "without" is the same model with p = 0. All take turns, and what
 is compared is the processor time of rounds that follow each other, as in ``benchmarks.general``.
 """
 
@@ -21,6 +22,9 @@ from benchmarks.ours import Ours
 from benchmarks.workloads import MNIST, WORKLOADS, Problem, problem
 from fedtorch import seeds
 
+KINDS = {"mlp": "w1", "cnn": "w2", "private": "w3"}
+"""Models, and the workloads they take the place of."""
+
 
 @dataclass(frozen=True)
 class Dropping(Problem):
@@ -33,7 +37,7 @@ class Dropping(Problem):
     def model(self) -> nn.Module:
         """Images of 28 x 28 pixels."""
         with seeds.seeded(self.seed + 1):
-            return mlp(self.rate) if self.kind == "mlp" else cnn(self.rate)
+            return cnn(self.rate) if self.kind == "cnn" else mlp(self.rate)
 
 
 def mlp(rate: float) -> nn.Module:
@@ -55,7 +59,7 @@ def cnn(rate: float) -> nn.Module:
 
 def compare(kind: str, rounds: int, mnist: Path) -> str:
     """A line of the table: medians in ms, and the median and quartiles of the ratios."""
-    work = replace(WORKLOADS["w1" if kind == "mlp" else "w2"], rounds=rounds)
+    work = replace(WORKLOADS[KINDS[kind]], rounds=rounds)
     made = problem(work, mnist)
     same = {k: getattr(made, k) for k in ("work", "shards", "test", "facts", "seed", "noise")}
     with_, without = (Dropping(**same, kind=kind, rate=rate) for rate in (1.0, 0.0))
@@ -77,7 +81,7 @@ def compare(kind: str, rounds: int, mnist: Path) -> str:
 def main() -> None:
     """Compare both models."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], choices=["mlp", "cnn"])
+    parser.add_argument("--models", nargs="+", default=[*KINDS], choices=[*KINDS])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--mnist", default=str(MNIST), help="folder of IDX files")
     options = parser.parse_args()
