@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
+from fedtorch.engines import Processes
 from fedtorch.fast import Fast, dropout, front, offer, read, solve
 from fedtorch.fast.spec import Dropout
 from fedtorch.privacy import ClientLevel, SampleLevel
@@ -328,3 +329,38 @@ def test_projected_noise_needs_the_examples_as_they_are():
     plan = SampleLevel(rounds=1, noise_multiplier=1.0, projected=True)
     got = offer(inputs(), [c.data for c in clients(30)], Recipe(privacy=plan), plan)
     assert "the model drops some of each" in got
+
+
+@pytest.mark.parametrize("name", ["mnist", "functions"])
+def test_chunks_engines_and_resumed_runs_drop_the_same(name):
+    make, shape = MODELS[name]
+    recipe = Recipe(Scaffold(), lr=0.05, batch_size=4)
+
+    def server(engine):
+        torch.manual_seed(1)
+        return Server(make(), clients(*shape), recipe, engine=engine, seed=3)
+
+    whole = server(Local(solver="fast"))
+    list(whole.rounds(3))
+    stopped, later = (server(Local(solver="fast")) for _ in range(2))
+    list(stopped.rounds(1))
+    later.load_state_dict(stopped.state_dict())
+    list(later.rounds(2))
+    want = whole.model.state_dict()
+    assert all(torch.equal(v, want[k]) for k, v in later.model.state_dict().items())
+    other = server(Processes(workers=2, solver="fast", chunk=2))
+    try:
+        list(other.rounds(3))
+    finally:
+        other.close()
+    assert apart(other.model.state_dict(), want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mnist", "dense"])
+@pytest.mark.parametrize("args", [{}, {"momentum": 0.9}], ids=str)
+def test_weights_in_float64(name, args):
+    make, shape = MODELS[name]
+    who = [Client(c.id, (c.data.tensors[0].double(), c.data.tensors[1])) for c in clients(*shape)]
+    recipe = Recipe(optimizer=ClientOptimizer("SGD", args), lr=0.05, batch_size=4)
+    slow, fast = (trained(lambda: make().double(), recipe, s, who)[0] for s in ("general", "fast"))
+    assert apart(fast, slow) < 1e-6

@@ -205,7 +205,7 @@ class Features:
         for j, ((own, features), n) in enumerate(zip(self.runs, self.counts, strict=True)):
             grads = torch.autograd.grad(features, list(own.values()), d[j, :n].to(features.dtype))
             for leaf, g in zip(self.leaves.values(), grads, strict=True):
-                leaf.move(stored(g)[None].float(), slice(j, j + 1), scale)
+                leaf.move(stored(g)[None].to(leaf.value.dtype), slice(j, j + 1), scale)
         self.runs = []
 
     def stack(self) -> Stack:

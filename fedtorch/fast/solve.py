@@ -95,7 +95,8 @@ class Fast:
                 if not isinstance(m, (Act, Drop, Given))
             ]
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
-        return Visit(held, head.total() / ctx.steps, exact=recipe.privacy is not None)
+        dtype = next(iter(task.state.values())).dtype
+        return Visit(held, head.total() / ctx.steps, recipe.privacy is not None, dtype)
 
     def chunk(self, examples: int, recipe: Recipe, noised: bool) -> int:
         """How many clients with so many examples stay in cache together; 64 at most."""
@@ -195,6 +196,8 @@ class Visit:
     """Mean training loss over the visit's steps, [K]."""
     exact: bool = False
     """Never sum in bfloat16."""
+    dtype: torch.dtype = torch.float32
+    """Of the weights."""
 
     @property
     def params(self) -> Stack:
@@ -212,7 +215,7 @@ class Visit:
 
     def weighted_sum(self, weight: Tensor) -> Params:
         """Sum over clients of weight times change; a client of weight 0 may hold anything."""
-        w = weight.float()
+        w = weight.to(self.dtype)
         return {k: v for m in self.layers for k, v in m.weighted_sum(w, self.exact).items()}
 
 
