@@ -118,6 +118,14 @@ def test_inputs_that_are_zero_in_all_examples_are_left_out_and_their_weights_are
     assert apart(fast, slow) < 1e-5
 
 
+def test_examples_that_are_all_zero_train_the_biases(form):
+    who = clients()
+    for c in who:
+        c.data.tensors[0].zero_()
+    ends = [trained(Recipe(lr=0.1, batch_size=8), s, mlp(), who)[0] for s in ("fast", "general")]
+    assert apart(*ends) < 1e-5
+
+
 def test_an_input_that_comes_to_be_used_is_used():
     who, models = clients(), (mlp(), mlp())
     for c in who:

@@ -11,7 +11,7 @@ from torch import nn
 from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
 from fedtorch.fast import Fast, front, offer, read, rows
 from fedtorch.modules import channels_last
-from fedtorch.privacy import ClientLevel, SampleLevel
+from fedtorch.privacy import ClientLevel
 
 SIZES = [21, 5, 13, 1]
 
@@ -112,13 +112,6 @@ def test_each_client_clipped_over_front_and_dense_part_together():
     recipe = Recipe(lr=0.2, batch_size=4, privacy=plan)
     slow, fast = (trained(Written, recipe, s, images())[0] for s in ("general", "fast"))
     assert apart(fast, slow) < 1e-3
-
-
-def test_private_steps_of_convolutions_are_not_the_fast_paths():
-    model = paper()
-    plan = SampleLevel(rounds=1, noise_multiplier=1.0)
-    server = Server(model, images(), Recipe(privacy=plan))
-    assert any("linear layers alone" in n for n in server.session.notes), server.session.notes
 
 
 def test_a_client_that_diverges_fails_alone():

@@ -45,6 +45,15 @@ def conv() -> nn.Module:
     )  # fmt: skip
 
 
+def channels_last() -> nn.Module:
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 2),
+        nn.Flatten(), nn.Linear(18, 4),
+    )  # fmt: skip
+    return net.to(memory_format=torch.channels_last)
+
+
 class Scaled(nn.Module):
     """With a parameter that is a single number, which flattening can forget."""
 
@@ -63,7 +72,7 @@ def step(mode: str, **options) -> SampleLevel:
     return SampleLevel(mode=mode, **options)
 
 
-@pytest.mark.parametrize("make", [model, conv, Scaled])
+@pytest.mark.parametrize("make", [model, conv, channels_last, Scaled])
 @pytest.mark.parametrize("clip", [0.3, 1e6])
 @pytest.mark.parametrize("mode", MODES)
 def test_clipped_sum_is_the_brute_force_one(mode, clip, make):

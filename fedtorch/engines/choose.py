@@ -64,8 +64,7 @@ def choose(
         if solver == "auto" and not half and size >= SMALL:
             found = unless_small(found)
         if not isinstance(found, str):
-            noised = isinstance(recipe.privacy, SampleLevel)
-            size = chunk or found.chunk(max(len(c) for c in clients), recipe, noised)
+            size = chunk or found.chunk(max(len(c) for c in clients), recipe)
             how = f"fast path, {size} clients at once"
             how += ", large products in bf16" if half else ""
             return Choice(found, size, recipe, (*notes, how))

@@ -64,7 +64,7 @@ class Dual:
 
     def affine(self, a: Tensor, w: Tensor) -> Tensor:
         """Outputs for [..., in] of w [out, in], which is w0, in bfloat16 if products are, and of b0."""
-        flat = a.reshape(-1, a.shape[-1])
+        flat = a.flatten(0, -2)
         if self.half:
             z = (flat.bfloat16() @ w.T).float()
             z = z if self.b0 is None else z.add_(self.b0)

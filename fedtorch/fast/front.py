@@ -6,6 +6,7 @@ client with autograd, on copies of its parameters, and what is gained is everyth
 last, pooling before the activation, no optimizer, and a dense part that all clients share.
 """
 
+import copy
 import operator
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from fedtorch.fast.dropout import Coins, Masked, dropout
-from fedtorch.fast.layers import Leaf, squares
+from fedtorch.fast.layers import Leaf, Leaves
 from fedtorch.fast.spec import Dropout
 from fedtorch.types import Params, Stack
 
@@ -46,6 +47,8 @@ class Front:
     """The node of the traced graph whose result the dense part takes."""
     names: tuple[str, ...]
     """Its parameters, as the model names them."""
+    numbers: int = 0
+    """How many numbers they are."""
     drops: tuple[tuple[str, tuple[int, ...]], ...] = ()
     """Nodes that drop something, and how their input lies in memory on the general path."""
 
@@ -77,7 +80,8 @@ def cut(graph: fx.Graph, end: fx.Node, root: nn.Module, example: Tensor) -> Fron
         return f"its dense layers see {list(out.shape[1:])} for an example, not one row"
     if not names:
         return "examples are changed before the first layer"
-    return Front(end.name, tuple(names), tuple(drops))
+    numbers = sum(root.get_parameter(f"0.{n}").numel() for n in names)
+    return Front(end.name, tuple(names), numbers, tuple(drops))
 
 
 def layout(
@@ -108,11 +112,16 @@ def upto(graph: fx.Graph, end: fx.Node) -> fx.Graph:
     return part
 
 
-def build(model: nn.Module, front: Front) -> fx.GraphModule:
-    """The front of a model as a module that shares the model's parameters, pooling first."""
+def build(model: nn.Module, front: Front, apart: bool = False) -> fx.GraphModule:
+    """The front of a model as a module that shares the model's parameters, pooling first.
+
+    ``apart``: nothing is changed in place, so that what a layer gave can be asked about afterwards.
+    """
     root, graph = traced(model)
     (end,) = (n for n in graph.nodes if n.name == front.end)
     part = upto(graph, end)
+    if apart:
+        keep_apart(part, root)
     masked(part, root, dict(front.drops))
     for node in list(part.nodes):
         if node.op == "call_method" and node.target == "view":
@@ -125,6 +134,22 @@ def build(model: nn.Module, front: Front) -> fx.GraphModule:
             act.args = (node, *act.args[1:])
             node.append(act)
     return fx.GraphModule(root, part)
+
+
+def keep_apart(part: fx.Graph, root: nn.Module) -> None:
+    """Let nothing in ``part`` write over its input; where others read that, the trial will tell."""
+    for node in part.nodes:
+        if node.op == "call_module":
+            layer = root.get_submodule(str(node.target))
+            if getattr(layer, "inplace", False):
+                own = copy.copy(layer)
+                setattr(own, "inplace", False)  # noqa: B010 (a module's attributes have no types)
+                root.add_module(node.name, own)
+                node.target = node.name
+        elif node.target is operator.iadd:
+            node.target = operator.add
+        elif node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
 
 
 def traced(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
@@ -168,14 +193,15 @@ def activates(node: object, root: nn.Module) -> bool:
     return node.target in (F.relu, torch.relu, "relu")
 
 
-class Features:
+class Features(Leaves):
     """The front of K clients: their own copies of its parameters, run one after another."""
 
     def __init__(
         self, module: fx.GraphModule, leaves: dict[str, Leaf], x: Tensor, coins: Coins, half: bool
     ) -> None:
         """``x`` [N, ...]: the examples, channels last."""
-        self.module, self.leaves, self.half = module, leaves, half
+        super().__init__(leaves)
+        self.module, self.half = module, half
         self.x, self.coins = x, coins
         self.t, self.draws = 0, any(isinstance(m, Masked) for m in module.children())
 
@@ -210,18 +236,12 @@ class Features:
 
     def stack(self) -> Stack:
         """The copies."""
-        return {n: shaped(leaf.value) for n, leaf in self.leaves.items()}
-
-    def sq_norms(self, upper: bool = False) -> Tensor:
-        """Of all of them together."""
-        return torch.stack([squares(m.change(), upper) for m in self.leaves.values()]).sum(0)
+        return {n: shaped(v) for n, v in super().stack().items()}
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """Of each."""
-        return {
-            n: shaped(leaf.weighted_sum(weight)[None])[0].contiguous()
-            for n, leaf in self.leaves.items()
-        }
+        found = super().weighted_sum(weight, exact)
+        return {n: shaped(v[None])[0].contiguous() for n, v in found.items()}
 
     def _copy(self, value: Tensor) -> Tensor:
         # a copy: the step of one client would count as a change of all that share the memory

@@ -147,6 +147,26 @@ class Leaf:
         return (weight[on] @ (change if on.all() else change[on])).view(self.start.shape)
 
 
+class Leaves:
+    """Layers of which every client has its own copies of all parameters."""
+
+    def __init__(self, leaves: dict[str, Leaf]) -> None:
+        """By the model's names."""
+        self.leaves = leaves
+
+    def stack(self) -> Stack:
+        """The copies."""
+        return {n: leaf.value for n, leaf in self.leaves.items()}
+
+    def sq_norms(self, upper: bool = False) -> Tensor:
+        """Of all of them together."""
+        return torch.stack([squares(m.change(), upper) for m in self.leaves.values()]).sum(0)
+
+    def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
+        """Of each."""
+        return {n: leaf.weighted_sum(weight) for n, leaf in self.leaves.items()}
+
+
 class Own:
     """A linear layer of which every client has its own copy."""
 

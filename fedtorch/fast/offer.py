@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from fedtorch import seeds
 from fedtorch.batches import length, plan
+from fedtorch.fast.examples import unknown
 from fedtorch.fast.read import Chain, read
 from fedtorch.fast.solve import Fast
 from fedtorch.losses import reduce
@@ -56,13 +57,9 @@ def offer(
         chain = read(model, x)
     if isinstance(chain, str):
         return chain
-    if private and chain.front:
-        return "private steps have a fast form for linear layers alone"
-    if isinstance(privacy, SampleLevel) and privacy.projected and not plain(recipe):
-        return "projected noise needs plain SGD and no correction of gradients"
-    if isinstance(privacy, SampleLevel) and privacy.projected and chain.drops_inputs:
-        return "projected noise needs examples as they are, and the model drops some of each"
-    if why := draws(chain, model, datasets):
+    if isinstance(privacy, SampleLevel):
+        why = noise(chain, model, datasets, recipe, privacy)
+    if why := why or draws(chain, model, datasets):
         return why
     return tried(Fast(chain), (x, y), model, datasets, recipe, private) or Fast(chain, half)
 
@@ -87,6 +84,26 @@ def tried(
     if not error < TOLERANCE:
         return f"a trial of two steps differs from the general path by {error:.1e}"
     return None
+
+
+def noise(
+    chain: Chain,
+    model: nn.Module,
+    datasets: Sequence[Dataset],
+    recipe: Recipe,
+    privacy: SampleLevel,
+) -> str | None:
+    """Why private steps have no fast form; None where they have."""
+    if privacy.projected and not plain(recipe):
+        return "projected noise needs plain SGD and no correction of gradients"
+    if privacy.projected and chain.drops_inputs:
+        return "projected noise needs examples as they are, and the model drops some of each"
+    if chain.front is None:
+        return None
+    if privacy.projected:
+        return "projected noise needs a linear layer that takes the examples themselves"
+    batch = math.ceil(privacy.sample_rate * max(length(d) for d in datasets))
+    return unknown(model, chain.front, batch)
 
 
 def draws(chain: Chain, model: nn.Module, datasets: Sequence[Dataset]) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.fast.dropout import Coins, Drop
+from fedtorch.fast.examples import Examples
 from fedtorch.fast.layers import Act, Given, Layer, Leaf, Own, Rule, passed_down
 from fedtorch.fast.projected import Projected
 from fedtorch.fast.spec import Activation, Linear, Part
@@ -27,21 +28,26 @@ class Flat:
     def __init__(
         self,
         specs: Sequence[Part],
+        front: Sequence[str],
         state: Params,
         rule: Rule,
         shift: Params,
         clients: int,
     ) -> None:
-        self.specs, self.rule, self.shapes = specs, rule, dict[str, torch.Size]()
-        for spec in specs:
-            if isinstance(spec, Linear):
-                names = [spec.weight, *([spec.bias] if spec.bias else [])]
-                self.shapes |= {n: state[n].shape for n in names}
+        """``front``: names of parameters before the dense part's. Noise comes in the model's order."""
+        self.specs, self.rule = specs, rule
+        names = {*front, *(n for s in specs if isinstance(s, Linear) for n in (s.weight, s.bias))}
+        self.shapes = {n: v.shape for n, v in state.items() if n in names}
         name = next(iter(state))  # a projected first layer may be all there is
         start = torch.cat([state[name][:0].flatten(), *(state[n].flatten() for n in self.shapes)])
         moved = torch.cat([shift[n].flatten(1) for n in self.shapes], 1) if shift else None
         self.leaf = Leaf(start, clients, rule, moved)
         self.gradient = torch.empty_like(start)
+
+    def leaves(self, names: Sequence[str]) -> dict[str, Leaf]:
+        """Some of the parameters."""
+        own, start = (split(t, self.shapes) for t in (self.leaf.value, self.leaf.start))
+        return {n: Leaf(start[n], 0, self.rule, None, own[n]) for n in names}
 
     def layers(self, data: Tensor | None, coins: Coins) -> list[Layer]:
         """The layers on these parameters; ``data`` if the first of them is the model's first."""
@@ -66,9 +72,16 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
     ``d`` [k, B, ...]: gradient of each example's own loss, 0 where there is none. An example that is not
     finite counts as nothing.
     """
-    pairs = zip(layers, passed_down(layers, d), strict=True)
-    known = [(m, g) for m, g in pairs if isinstance(m, (Own, Projected))]
-    factors = private.factors(torch.stack([m.example_sq_norms(g) for m, g in known]).sum(0))
+    grads, first = passed_down(layers, d), layers[0]
+    known = [(m, g) for m, g in zip(layers, grads, strict=True) if isinstance(m, (Own, Projected))]
+    squares = torch.stack([m.example_sq_norms(g) for m, g in known]).sum(0)
+    written: list[Params] = [{} for _ in d]
+    if isinstance(first, Examples):
+        written = [first.gradients(j, g) for j, g in enumerate(grads[0])]
+        for row, own in zip(squares, written, strict=True):
+            for g in own.values():
+                row[: len(g)] += g.flatten(1).double().square().sum(1)
+    factors = private.factors(squares)
     factors, used = factors.to(d.dtype), factors > 0
     clean = bool(used.all())
     into = split(flat.gradient, flat.shapes)
@@ -76,15 +89,24 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
         (m, (g if clean else torch.where(used[..., None], g, 0)) * factors[..., None])
         for m, g in known
     ]
-    first, scaled = rows[0]
-    if isinstance(first, Projected):
-        first.step(scaled)
-    own = [(m, g) for m, g in rows if isinstance(m, Own)]
-    inputs = [m.a if clean else torch.where(used[..., None], m.a, 0) for m, _ in own]
+    front, scaled = rows[0]
+    if isinstance(front, Projected):
+        front.step(scaled)
+    dense = [(m, g) for m, g in rows if isinstance(m, Own)]
+    inputs = [m.a if clean else torch.where(used[..., None], m.a, 0) for m, _ in dense]
     for k in range(len(d)):
-        for (m, scaled), a in zip(own, inputs, strict=True):
+        for (m, scaled), a in zip(dense, inputs, strict=True):
             torch.mm(scaled[k].T, a[k], out=into[m.spec.weight])
             if m.spec.bias:
                 torch.sum(scaled[k], 0, out=into[m.spec.bias])
+        for name, g in written[k].items():
+            into[name].copy_(clipped(g, factors[k, : len(g)]))
         private.noisy(flat.gradient, k)
         flat.leaf.move(flat.gradient[None], slice(k, k + 1), 1 / private.divisor)
+
+
+def clipped(gradients: Tensor, factors: Tensor) -> Tensor:
+    """Sum of [n, ...] with factors [n]; who has factor 0 may hold NaN, which times 0 is NaN again."""
+    on = factors > 0
+    total: Tensor = torch.tensordot(factors[on], gradients[on], 1)
+    return total

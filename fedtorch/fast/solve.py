@@ -1,5 +1,6 @@
 """A solver for models the fast path can read: K clients in lock-step, layer by layer."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -12,6 +13,7 @@ from fedtorch.batches import plan
 from fedtorch.fast import front
 from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.dual import First, Hidden
+from fedtorch.fast.examples import Examples
 from fedtorch.fast.heads import AnyLoss, CrossEntropy
 from fedtorch.fast.layers import Act, Given, Layer, Leaf, Own, Rule, Weights, passed_down
 from fedtorch.fast.private import Flat, noised
@@ -21,6 +23,7 @@ from fedtorch.fast.rows import Kept, Rows
 from fedtorch.fast.schedule import Schedule, schedule
 from fedtorch.fast.spec import Activation, Linear
 from fedtorch.losses import cross_entropy
+from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.solvers import Recipe
 from fedtorch.strategies import FedProx, Scaffold
@@ -65,11 +68,9 @@ class Fast:
             coins = Coins(ctx.seeds, order)
             if private is not None:
                 projected = recipe.privacy.projected and rows.finite
-                layers: list[Layer] = []
-                if projected:
-                    layers = [self._projected(datasets, rows, order, task.state, rule, private)]
-                flat = Flat(self.chain.layers[len(layers) :], task.state, rule, shift, len(plans))
-                layers += flat.layers(None if projected else rows.flat, coins)
+                flat, layers = self._noised(
+                    model, datasets, rows, coins, task.state, (rule, shift), private, projected
+                )
             else:
                 layers = self._front(model, rows, coins, task.state, rule, shift)
                 layers += self._dense(datasets, rows, coins, task.state, rule, shift)
@@ -98,8 +99,9 @@ class Fast:
         dtype = next(iter(task.state.values())).dtype
         return Visit(held, head.total() / ctx.steps, recipe.privacy is not None, dtype)
 
-    def chunk(self, examples: int, recipe: Recipe, noised: bool) -> int:
+    def chunk(self, examples: int, recipe: Recipe) -> int:
         """How many clients with so many examples stay in cache together; 64 at most."""
+        noised = isinstance(recipe.privacy, SampleLevel)
         taken = plan(examples, recipe, 0)
         rows = taken.numel()
         specs = [s for s in self.chain.layers if isinstance(s, Linear)]
@@ -111,7 +113,33 @@ class Fast:
                 held += out * into
             else:
                 held += rows * out + (examples * out if first else rows * (into + out + 2 * rows))
+        if isinstance(recipe.privacy, SampleLevel) and self.chain.front:
+            # each example's gradient is written out
+            held += math.ceil(recipe.privacy.sample_rate * examples) * self.chain.front.numbers
         return int(max(1, min(64, CACHE // (4 * held))))
+
+    def _noised(
+        self,
+        model: nn.Module,
+        datasets: Sequence[Dataset],
+        rows: Rows,
+        coins: Coins,
+        state: Params,
+        rules: tuple[Rule, Params],
+        private: PrivateSteps,
+        projected: bool,
+    ) -> tuple[Flat, list[Layer]]:
+        """Parameters that are noised in every step, and all layers."""
+        rule, shift = rules
+        layers: list[Layer] = []
+        if projected:
+            layers = [self._projected(datasets, rows, coins.order, state, rule, private)]
+        names = self.chain.front.names if self.chain.front else ()
+        flat = Flat(self.chain.layers[len(layers) :], names, state, rule, shift, len(datasets))
+        if self.chain.front:
+            module = self._built(model, apart=True)
+            layers = [Examples(module, flat.leaves(names), rows.images, coins)]
+        return flat, [*layers, *flat.layers(None if layers else rows.flat, coins)]
 
     def _projected(
         self,
@@ -145,14 +173,17 @@ class Fast:
     ) -> list[Layer]:
         if self.chain.front is None:
             return []
-        if self.module is None:
-            self.module = front.build(model, self.chain.front)
         K = len(coins.order.index)
         leaves = {
             n: Leaf(front.stored(state[n]).contiguous(), K, rule, front.shifted(shift.get(n)))
             for n in self.chain.front.names
         }
-        return [front.Features(self.module, leaves, rows.images, coins, self.half)]
+        return [front.Features(self._built(model), leaves, rows.images, coins, self.half)]
+
+    def _built(self, model: nn.Module, apart: bool = False) -> fx.GraphModule:
+        if self.module is None:
+            self.module = front.build(model, cast(front.Front, self.chain.front), apart)
+        return self.module
 
     def _dense(
         self,

@@ -196,8 +196,12 @@ def _listen(model: nn.Module, opacus: Any) -> list[Any]:
 
 
 def _on_output(hook: Callable[..., Any]) -> Callable[[nn.Module, Any, Any], None]:
-    def listen(module: nn.Module, args: Any, output: Any) -> None:
+    def listen(module: Any, args: Any, output: Any) -> None:
         first: Tensor = output if isinstance(output, Tensor) else output[0]
+        # Opacus unfolds the inputs of convolutions as if they lay channels first whatever their strides
+        # say: of images channels last it takes other pixels, and clips by the norm of another gradient
+        if seen := getattr(module, "activations", None):
+            module.activations = [[a.contiguous() for a in inputs] for inputs in seen]
         if first.requires_grad:
             first.register_hook(lambda grad: hook(module, None, (grad,)))
 
