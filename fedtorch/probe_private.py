@@ -13,7 +13,7 @@ from fedtorch.client import Client, Recipe
 from fedtorch.losses import reduce
 from fedtorch.modules import undropped
 from fedtorch.privacy import Privacy, SampleLevel, checks
-from fedtorch.privacy.gradients import PrivateSteps, opacus_gradients, stacked_gradients
+from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
 from fedtorch.privacy.streams import stream
 from fedtorch.probe import mixes_examples, put_back, two_examples
 from fedtorch.solvers import forward, snapshot, to
@@ -28,25 +28,30 @@ TOLERANCE = 5e-3
 """How far a mode may be from the truth, in clipping norms; a wrong one is far beyond."""
 
 
-def fits(
+def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
+    """Raises ConfigError when model or loss would void the plan's claim, however it is trained."""
+    if recipe.privacy is None:
+        return
+    checks.refuse(model)
+    checks.narrow(model)
+    _frozen_buffers(model, clients, recipe)
+    if isinstance(recipe.privacy, SampleLevel):
+        _per_example(model, clients, recipe)
+
+
+def with_mode(
     model: nn.Module, clients: Sequence[Client], recipe: Recipe, chunk: int
 ) -> tuple[Recipe, int]:
     """The recipe with the way to per-example gradients chosen, and clients side by side.
 
-    Raises ConfigError when model or loss would void the plan's claim.
+    For training without the fast path, which is tried for itself. Raises ConfigError where there is none.
     """
     plan = recipe.privacy
-    if plan is None:
-        return recipe, chunk
-    checks.refuse(model)
-    checks.narrow(model)
-    _frozen_buffers(model, clients, recipe)
     if not isinstance(plan, SampleLevel):
         return recipe, chunk
-    _per_example(model, clients, recipe)
     mode: str = plan.mode
     if mode == "auto":
-        small = chunk >= SIDE_BY_SIDE and _works(model, clients, recipe, "stacked") is None
+        small = chunk >= SIDE_BY_SIDE and stacks(model, clients, recipe)
         mode = "stacked" if small else _first(model, clients, recipe, ("ghost", "hooks", "stacked"))
     elif why := _works(model, clients, recipe, mode):
         raise ConfigError(
@@ -55,6 +60,12 @@ def fits(
         )
     chunk = chunk if mode == "stacked" else 1
     return replace(recipe, privacy=replace(plan, mode=cast(Any, mode))), chunk
+
+
+def stacks(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
+    """Whether private steps may be taken with clients side by side."""
+    private = isinstance(recipe.privacy, SampleLevel)
+    return not private or _works(model, clients, recipe, "stacked") is None
 
 
 def _first(
@@ -147,7 +158,7 @@ def _one_step(
     model.zero_grad()
     with seeds.seeded(0):
         if mode != "stacked":
-            with opacus_gradients(model, recipe.loss, steps, forward) as gradients:
+            with private_gradients(model, recipe.loss, steps, forward) as gradients:
                 gradients.backward(x, y)
             return _gradients(model)
         state = snapshot(model)

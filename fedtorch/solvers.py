@@ -89,7 +89,7 @@ def general(
 ) -> Trained:
     """One client through the module itself: any model, any loss, any torch optimizer.
 
-    With ``private`` each step takes its gradient, clipped by example and noised, from Opacus.
+    With ``private`` each step takes its gradient clipped by example and noised.
     """
     (data,), (steps,) = datasets, plans
     here = Working(model, task, recipe)

@@ -12,7 +12,7 @@ from fedtorch.batches import Order, batches
 from fedtorch.losses import Loss, backward
 from fedtorch.modules import forget, forward, to
 from fedtorch.optimizers import ClientOptimizer
-from fedtorch.privacy.gradients import OpacusGradients, PrivateSteps, opacus_gradients
+from fedtorch.privacy.gradients import Gradients, PrivateSteps, private_gradients
 from fedtorch.strategies import Strategy
 from fedtorch.tree import expand
 from fedtorch.types import Context, Params, Stack, Task
@@ -59,8 +59,8 @@ class Working:
     ) -> Tensor:
         """Train one client from the global weights; returns its mean loss, on the CPU.
 
-        What it learned is in the module. With ``private`` each step takes its gradient, clipped by
-        example and noised, from Opacus.
+        What it learned is in the module. With ``private`` each step takes its gradient clipped by
+        example and noised.
         """
         self._load()
         if not self.model.training:  # train() walks through all submodules
@@ -68,12 +68,12 @@ class Working:
         views = expand(self.weights()) if self.correcting else {}
         step = self.recipe.optimizer.stepper([*self.params.values()], self.lr)
         losses = []
-        hooks: AbstractContextManager[OpacusGradients | None] = (
-            opacus_gradients(self.model, self.recipe.loss, private, forward)
+        found: AbstractContextManager[Gradients | None] = (
+            private_gradients(self.model, self.recipe.loss, private, forward)
             if private
             else nullcontext()
         )
-        with hooks as gradients:
+        with found as gradients:
             for x, y in batches(data, steps):
                 x, y = to(x, self.device), to(y, self.device)
                 forget(self.params)

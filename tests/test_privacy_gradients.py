@@ -12,7 +12,8 @@ from torch import nn
 from fedtorch import Client, Recipe, local_update
 from fedtorch.losses import cross_entropy
 from fedtorch.privacy import SampleLevel
-from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.privacy.gradients import PrivateSteps, private_gradients
+from fedtorch.privacy.streams import stream
 from fedtorch.solvers import snapshot
 from fedtorch.types import Task
 from private_case import clients, flat, model, visit
@@ -160,3 +161,21 @@ def test_no_contribution_is_longer_than_the_clip(values, clip):
         assert (g * factor).double().norm() <= clip * (1 + 1e-5)
     elif not g.isfinite().all():
         assert factor[0] == 0
+
+
+@pytest.mark.parametrize("make", [model, conv, Scaled])
+@pytest.mark.parametrize("clip", [0.3, 1e6])
+def test_examples_alone_are_the_brute_force_too(clip, make):
+    who = clients((11,))
+    x, y = who[0].data.tensors
+    x = torch.cat([x, torch.full((1, 6), math.nan)])
+    want = brute_force(make(), x, torch.cat([y, y[:1]]), clip)
+    net = make()
+    steps = PrivateSteps(clip, 0.0, 7.0, [stream("aes", 0, "test")], "alone")
+    with private_gradients(net, cross_entropy, steps, lambda m, x: m(x)) as found:
+        assert not found.backward(x, torch.cat([y, y[:1]])).isfinite()
+        got = [7.0 * p.grad for p in net.parameters()]
+        assert found.backward(x[:0], y[:0]) == 0
+    for g, w in zip(got, want, strict=True):
+        assert torch.allclose(g, w, atol=1e-6, rtol=1e-5)
+    assert all(bool((p.grad == 0).all()) for p in net.parameters())

@@ -243,6 +243,20 @@ def test_a_private_run_says_what_it_promises_and_what_it_spent(fedtorch):
     assert lines[0]["privacy_epsilon"] < lines[1]["privacy_epsilon"] <= 3
 
 
+def test_a_private_round_starts_without_a_compiler_or_opacus(tmp_path):
+    code = (
+        "import sys, train\n"
+        f"train.main(['--rounds', '1', '--run-dir', {str(tmp_path / 'run')!r}])\n"
+        "print([m for m in ('torch._dynamo', 'opacus', 'sympy', 'scipy.stats') if m in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "prv accountant" in done.stdout
+
+
 def test_an_insecure_seed_is_shown_in_every_report(fedtorch):
     code, out, _ = fedtorch(*QUICK, "--rounds", 1, "--run-dir", "run", "--privacy.insecure-seed", 1)
     assert code == 0

@@ -57,12 +57,12 @@ def choose(
     half = check(solver, dtype, recipe)
     asked = recipe.privacy
     size = min(chunk or _automatic(model), len(clients))
-    recipe, size = probe_private.fits(model, clients, recipe, size)
+    probe_private.fits(model, clients, recipe)
     notes = probe_private.warnings(clients, recipe.privacy)
     if solver in ("auto", "fast"):
         found = fast.offer(model, [c.data for c in clients], recipe, asked, half)
         if solver == "auto" and not half and size >= SMALL:
-            found = unless_small(found)
+            found = unless_small(found, model, clients, recipe)
         if not isinstance(found, str):
             size = chunk or found.chunk(max(len(c) for c in clients), recipe)
             how = f"fast path, {size} clients at once"
@@ -73,6 +73,7 @@ def choose(
         if isinstance(asked, SampleLevel) and asked.projected:
             raise ConfigError(f"privacy.projected needs the fast path: {found}; leave it out")
         notes.append(f"the fast path is not used: {found}")
+    recipe, size = probe_private.with_mode(model, clients, recipe, size)
     if half:
         notes.append("clients train one after another under autocast to bf16")
         return Choice(solvers.Mixed(solvers.general), 1, recipe, tuple(notes))
@@ -124,9 +125,13 @@ def check(solver: str, dtype: str, recipe: Recipe) -> bool:
     return dtype == "bf16"
 
 
-def unless_small(found: fast.Fast | str) -> fast.Fast | str:
+def unless_small(
+    found: fast.Fast | str, model: nn.Module, clients: Sequence[Client], recipe: Recipe
+) -> fast.Fast | str:
     """The front runs client after client, which takes the most of a round where a model is small."""
     if isinstance(found, str) or found.chain.front is None:
+        return found
+    if not probe_private.stacks(model, clients, recipe):
         return found
     return "so small a model with more than linear layers is faster with clients stacked"
 

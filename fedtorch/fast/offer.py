@@ -17,7 +17,7 @@ from fedtorch.losses import reduce
 from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.streams import stream
-from fedtorch.solvers import Recipe, Solver, general, snapshot, stacked
+from fedtorch.solvers import Recipe, general, load, snapshot, stacked
 from fedtorch.strategies import FedProx, Scaffold, Strategy
 from fedtorch.tree import expand, sq_norms, tmap
 from fedtorch.types import Context, Task
@@ -192,12 +192,17 @@ def difference(
         task.lr,
         (SEED,),
     )
-    noise = PrivateSteps(0.1, 0.0, 5.0, [stream("aes", 0, "trial")]) if private else None
-    slow: Solver = stacked if private else general
+    noise, slow = None, general
+    if private:
+        # gradients of examples alone are the plainest, but masks are drawn for many at once
+        mode, slow = ("stacked", stacked) if solver.chain.drops else ("alone", general)
+        noise = PrivateSteps(0.1, 0.0, 5.0, [stream("aes", 0, "trial")], mode)
     ways = []
     for solve in (slow, solver):
         with seeds.seeded(SEED):
             ways.append(solve(model, [few], [steps], task, recipe, context, noise).params)
+            ways[-1] = tmap(torch.clone, ways[-1])
+        load(model, state)  # the general path trains the module itself
     change = [tmap(torch.sub, way, context.anchor) for way in ways]
     apart = sq_norms(tmap(torch.sub, *change)).sqrt()
     return float(apart / sq_norms(change[0]).sqrt().clamp(min=1e-12))

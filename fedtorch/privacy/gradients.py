@@ -2,13 +2,13 @@
 
 Three ways to the same sum of clipped per-example gradients: ``stacked`` (torch.func, K clients at once),
 Opacus ``hooks`` (per-example gradients of one client) and Opacus ``ghost`` (per-example norms only, and
-a second backward pass over the weighted losses).
+a second backward pass over the weighted losses). A fourth, ``alone``, is what the others are held to.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -99,11 +99,21 @@ def _only(used: Tensor, grads: Tensor, sq_norms: Tensor) -> Tensor:
     return torch.where(used.reshape(*used.shape, *[1] * (grads.dim() - used.dim())), grads, 0)
 
 
+class Gradients(Protocol):
+    """One client's private gradients."""
+
+    def backward(self, x: Any, y: Any) -> Tensor:
+        """Leave the private gradient of a batch in ``p.grad``; returns the mean loss (0 when empty)."""
+
+
 @contextmanager
-def opacus_gradients(
+def private_gradients(
     model: nn.Module, loss: Loss, steps: PrivateSteps, forward: Callable[[nn.Module, Any], Any]
-) -> Iterator["OpacusGradients"]:
-    """Hooks on the model for one visit; afterwards it is as it was, with its plain state_dict keys."""
+) -> Iterator[Gradients]:
+    """For one visit; afterwards the model is as it was, with its plain state_dict keys."""
+    if steps.mode == "alone":
+        yield Alone(model, loss, steps, forward)
+        return
     from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
 
     kind = GradSampleHooksFastGradientClipping if steps.mode == "ghost" else GradSampleHooks
@@ -122,8 +132,38 @@ def opacus_gradients(
 
 
 @dataclass
+class Alone:
+    """Example after example, with nothing but autograd: as slow as it is plain."""
+
+    model: nn.Module
+    loss: Loss
+    steps: PrivateSteps
+    forward: Callable[[nn.Module, Any], Any]
+
+    def backward(self, x: Any, y: Any) -> Tensor:
+        """The gradient in ``p.grad``, and the mean loss."""
+        params = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        total, losses = {k: torch.zeros_like(p) for k, p in params.items()}, []
+        for part in torch.arange(len(y)).view(-1, 1):
+            self.model.zero_grad()
+            value = reduce(self.loss(self.forward(self.model, rows(x, part)), y[part]))
+            value.sum().backward()
+            # a weight an example does not reach (an expert not chosen) has no gradient
+            grads = {k: p.grad for k, p in params.items() if p.grad is not None}
+            sq = torch.stack([g.square().sum() for g in grads.values()]).sum()
+            if factor := float(self.steps.factors(sq)):  # 0 x NaN is NaN
+                for k, g in grads.items():
+                    total[k] += factor * g
+            losses.append(value.detach())
+        done = self.steps.finish({k: v[None] for k, v in total.items()})
+        for k, p in params.items():
+            p.grad = done[k][0]
+        return torch.cat(losses).mean() if losses else torch.zeros(())
+
+
+@dataclass
 class OpacusGradients:
-    """One client's private gradients through Opacus."""
+    """Through Opacus."""
 
     model: nn.Module
     hooks: Any
@@ -132,7 +172,7 @@ class OpacusGradients:
     forward: Callable[[nn.Module, Any], Any]
 
     def backward(self, x: Any, y: Any) -> Tensor:
-        """Leave the private gradient of a batch in ``p.grad``; returns the mean loss (0 when empty)."""
+        """The gradient in ``p.grad``, and the mean loss."""
         params = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         total = {k: torch.zeros_like(p) for k, p in params.items()}
         run = self._ghost if self.steps.mode == "ghost" else self._hooked
