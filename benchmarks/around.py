@@ -21,6 +21,8 @@ from fedtorch.data import Dirichlet, Iid, Natural, QuantitySkew, Shards, from_te
 from fedtorch.privacy.accounting import Event
 from fedtorch.privacy.ledger import Ledger
 
+CNN = ["--model", "cnn"]
+
 EXAMPLES, CLIENTS = 1_000_000, 10_000
 
 IMPORT = """
@@ -124,7 +126,8 @@ def main() -> int:
     names = ["torch clock", "torch cpu", "fedtorch clock", "fedtorch cpu"]
     took = dict(zip(names, imports(5), strict=True))
     print("import, s:", {n: round(v, 2) for n, v in took.items()})
-    for arguments in (["--privacy", "none"], ["--privacy", "none", "--model", "cnn"], []):
+    plain = ["--privacy", "none"]
+    for arguments in (plain, [*plain, *CNN], [], ["--privacy", "client"], CNN):
         clock, cpu = first_round(arguments, 3)
         print(f"first round of train.py {' '.join(arguments)}: {clock:.2f} s, cpu {cpu:.2f} s")
     dealt = dealing()
