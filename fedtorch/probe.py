@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import Dataset
 
@@ -14,7 +13,8 @@ from fedtorch.batches import fetch, length
 from fedtorch.client import Client, Recipe
 from fedtorch.losses import Loss, reduce
 from fedtorch.modules import undropped
-from fedtorch.solvers import forward, snapshot, to
+from fedtorch.privacy import SampleLevel
+from fedtorch.solvers import Together, forward, snapshot, to
 from fedtorch.tree import rows
 from fedtorch.types import ConfigError
 
@@ -138,22 +138,37 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
         for n, m in model.named_modules()
     ]
 
-    def loss(params: dict[str, Tensor], rest: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return reduce(recipe.loss(functional_call(model.train(), (params, rest), (x,)), y))
-
+    alike = x.device.type == "cpu" and not isinstance(recipe.privacy, SampleLevel)
+    together = Together(model.train(), recipe.loss, (0, 1) if alike else ())
+    pair, all_ = (x.expand(2, *x.shape), y.expand(2, *y.shape)), torch.ones(2, len(x)).bool()
     try:
         with seeds.seeded(0):
-            each = vmap(loss, randomness="different")(
-                params, rest, x.expand(2, *x.shape), y.expand(2, *y.shape)
-            )
-            each.sum().backward()
+            each = together(params, rest, *pair, all_)
+        each.sum().backward()
     except Exception as e:
         where = entered[-1] if entered else "the model"
         return f"layer {where} cannot be vectorised ({str(e).splitlines()[0]})"
     finally:
         for hook in hooks:
             hook.remove()
+    if alike and not _same_alone(model, x, y, recipe, each):
+        return "alone a client's losses differ, as where something other than dropout draws numbers"
     return None
+
+
+def _same_alone(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, losses: Tensor) -> bool:
+    """Whether the losses of clients seeded with 0, 1, ... are those that were found side by side."""
+    before = snapshot(model)
+    try:
+        with torch.no_grad():
+            for seed, found in enumerate(losses):
+                with seeds.seeded(seed):
+                    alone = reduce(recipe.loss(forward(model.train(), x), y))
+                if not _close(alone, found):
+                    return False
+        return True
+    finally:
+        put_back(model, before)
 
 
 def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:

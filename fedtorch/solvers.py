@@ -6,6 +6,7 @@ weight a client axis and lets torch.func.vmap run K clients as one.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -15,7 +16,8 @@ from torch.func import functional_call, vmap
 from torch.utils.data import Dataset
 
 from fedtorch.batches import side_by_side
-from fedtorch.losses import reduce
+from fedtorch.losses import Loss, reduce
+from fedtorch.masks import Drawing
 from fedtorch.modules import buffers
 from fedtorch.modules import forward as forward
 from fedtorch.modules import load as load
@@ -122,6 +124,31 @@ class Mixed:
             return self.solver(model, datasets, plans, task, recipe, ctx, private)
 
 
+class Together:
+    """Losses of K clients in training from one call of the model, each with the masks it draws alone."""
+
+    def __init__(self, model: nn.Module, loss: Loss, seeds: Sequence[int]) -> None:
+        """``seeds``: of the clients' visits; none: masks are drawn for all at once."""
+        self.model, self.loss = model, loss
+        self.drawing = Drawing(seeds) if seeds else None
+
+    def __call__(self, params: Stack, rest: Stack, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        """Batches [K, B, ...] and which of their rows are real -> [K, B], or [K] for whole batches."""
+        counts, drawing = mask.sum(1).tolist(), self.drawing
+
+        def one(params: Params, rest: Params, x: Tensor, y: Tensor, client: Tensor) -> Tensor:
+            with drawing.step(counts, client) if drawing else nullcontext():
+                return reduce(self.loss(functional_call(self.model, (params, rest), (x,)), y))
+
+        clients = torch.arange(len(x), device=x.device)
+        # "same": draws from a client's own generator look to vmap like one draw for all
+        randomness = "same" if drawing else "different"
+        each: Tensor = vmap(one, randomness=randomness)(params, rest, x, y, clients)
+        if drawing and not drawing.used:
+            self.drawing = None  # listening to a model that drops nothing costs some per cent
+        return each
+
+
 def stacked(
     model: nn.Module,
     datasets: Sequence[Dataset],
@@ -147,9 +174,8 @@ def stacked(
     correcting = type(recipe.strategy).correct is not Strategy.correct
     device = next(iter(params.values())).device
     total = torch.zeros(K, dtype=torch.float64)
-
-    def losses(params: Params, rest: Params, x: Tensor, y: Tensor) -> Tensor:
-        return reduce(recipe.loss(functional_call(model, (params, rest), (x,)), y))
+    # an accelerator's generator draws in an order of its own
+    together = Together(model, recipe.loss, ctx.seeds if device.type == "cpu" else ())
 
     for t, (x, y, mask) in enumerate(side_by_side(datasets, plans)):
         x, y, mask = x.to(device), y.to(device), mask.to(device)
@@ -157,7 +183,7 @@ def stacked(
         before = None if live.all() else {k: v.detach().clone() for k, v in state.items()}
         optimizer.zero_grad()
         if private is None:
-            each = vmap(losses, randomness="different")(params, rest, x, y)
+            each = together(params, rest, x, y, mask)
         else:
             batch = x, y, mask
             grads, each = stacked_gradients(model, recipe.loss, params, rest, batch, private)

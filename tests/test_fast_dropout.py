@@ -7,10 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
+from fedtorch import (
+    Client,
+    ClientOptimizer,
+    FedAvg,
+    FedProx,
+    Local,
+    Recipe,
+    Scaffold,
+    Server,
+    masks,
+)
 from fedtorch.engines import Processes
-from fedtorch.fast import Fast, dropout, front, offer, read, solve
-from fedtorch.fast.spec import Dropout
+from fedtorch.fast import Fast, front, offer, read, solve
+from fedtorch.masks import Dropout
 from fedtorch.privacy import ClientLevel, SampleLevel
 
 SIZES = [21, 5, 13, 1, 8]  # unequal, one below a batch, one single example
@@ -142,9 +152,9 @@ def test_same_weights_as_the_general_path(form, name, strategy, args):
 
 @pytest.mark.parametrize("uniform", [True, False])
 def test_both_ways_to_draw_are_one(monkeypatch, uniform):
-    if uniform and not dropout.uniform():
+    if uniform and not masks.uniform():
         pytest.skip("this processor's bernoulli_ is MKL's")
-    monkeypatch.setattr(dropout, "uniform", lambda: uniform)
+    monkeypatch.setattr(masks, "uniform", lambda: uniform)
     for make, shape in MODELS.values():
         recipe = Recipe(lr=0.05, batch_size=4)
         ends = [trained(make, recipe, s, clients(*shape))[0] for s in ("general", "fast")]
@@ -313,16 +323,6 @@ def test_the_solver_travels():
     arrived = pickle.loads(pickle.dumps(solver))
     assert arrived.module is None and arrived.chain == solver.chain
     assert len(pickle.dumps(solver)) < 3000
-
-
-def test_masks_are_zero_or_grown_at_the_rate_asked_for():
-    like = torch.zeros(3, 50, 40)
-    generators = [torch.Generator().manual_seed(k) for k in (0, 1, 0)]
-    noise = dropout.noise(like, (0, 1, 2), 0.8, [50, 50, 20], generators)
-    assert set(noise.unique().tolist()) == {0.0, float(torch.ones(1) / 0.8)}
-    assert float((noise[:2] > 0).float().mean()) == pytest.approx(0.8, abs=0.03)
-    assert not torch.equal(noise[0], noise[1])
-    assert torch.equal(noise[0, :20], noise[2, :20]) and noise[2, 20:].all()
 
 
 def test_projected_noise_needs_the_examples_as_they_are():

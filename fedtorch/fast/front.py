@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from fedtorch.fast.dropout import Coins, Masked, dropout
 from fedtorch.fast.layers import Leaf, Leaves
-from fedtorch.fast.spec import Dropout
+from fedtorch.masks import Dropout
 from fedtorch.types import Params, Stack
 
 MODULES = (

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from fedtorch.fast.dropout import dropout
 from fedtorch.fast.front import Front, cut, traced, upto
-from fedtorch.fast.spec import FORWARD, Activation, Dropout, Linear, Part
+from fedtorch.fast.spec import FORWARD, Activation, Linear, Part
+from fedtorch.masks import Dropout
 
 
 @dataclass(frozen=True)

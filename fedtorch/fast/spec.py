@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fedtorch.masks import Dropout
 from fedtorch.types import Params
 
 aten = torch.ops.aten
@@ -44,16 +45,6 @@ class Activation:
         if self.name == "GELU":
             return cast(Tensor, aten.gelu_backward(d, z, approximate=self.approximate))
         return BACKWARD[self.name](d, z, a)
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """Numbers are zero with probability ``p``, the others divided by 1 - p."""
-
-    p: float
-    axes: int = 0
-    """Of the input, where whole channels of it are zero; 0: single numbers are."""
-    inplace: bool = False
 
 
 Part = Linear | Activation | Dropout

@@ -1,0 +1,125 @@
+"""Dropout's masks for several clients at once, each with the numbers that its own generator would draw.
+
+Where one client trains, PyTorch's generator is seeded for its visit, and dropout draws from it, call after
+call, a number for each of its input. Where many train together, every client has a generator of its own,
+seeded alike and asked in the same order for masks of the same shape, so that the same numbers drop.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+CALLS: dict[object, int] = {
+    F.dropout: 0, torch.dropout: 0, F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5,
+}  # fmt: skip
+"""Functions, and the axes of their input where they drop whole channels of it."""
+
+USUAL: dict[str, Any] = {"p": 0.5, "training": True, "inplace": False}
+"""What they are given besides, in this order."""
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Numbers are zero with probability ``p``, the others divided by 1 - p."""
+
+    p: float
+    axes: int = 0
+    """Of the input, where whole channels of it are zero; 0: single numbers are."""
+    inplace: bool = False
+
+
+def asked(axes: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dropout:
+    """What a call drops; one that is switched off drops nothing, with p = 0."""
+    named = {"training" if k == "train" else k: v for k, v in kwargs.items()}
+    given = USUAL | dict(zip(USUAL, args[1:], strict=False)) | named
+    return Dropout(given["p"] if given["training"] else 0.0, axes, given["inplace"])
+
+
+def noise(
+    like: Tensor,
+    order: tuple[int, ...],
+    keep: float,
+    counts: Sequence[int],
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """What ``like`` [k, B, ...] is multiplied by: 0 or, with probability ``keep``, 1 / keep.
+
+    Client j draws for its first ``counts[j]`` examples, in memory laid out in ``order`` as dropout does.
+    """
+    if keep == 0:  # PyTorch draws nothing either
+        return torch.zeros_like(like)
+    fast, most = uniform(), like.shape[1]
+    draws = torch.empty_permuted(like.shape, order, dtype=torch.float64 if fast else like.dtype)
+    if min(counts) < most:
+        draws.zero_()
+    for row, n, generator in zip(draws, counts, generators, strict=False):
+        real = row if n == most else row[:n]
+        if n and fast:
+            real.uniform_(generator=generator)
+        elif n:
+            real.bernoulli_(keep, generator=generator)
+    return ((draws < keep).to(like.dtype) if fast else draws).div_(keep)
+
+
+@cache
+def uniform() -> bool:
+    """Whether ``bernoulli_`` is a float64 uniform below p, which takes half the time to draw.
+
+    It is not where it comes from MKL, on Intel's processors.
+    """
+    ours, theirs = (torch.Generator().manual_seed(0) for _ in range(2))
+    coins = torch.empty(1000).bernoulli_(0.3, generator=theirs)
+    same = torch.equal(coins, (torch.rand(1000, dtype=torch.float64, generator=ours) < 0.3).float())
+    return same and torch.equal(ours.get_state(), theirs.get_state())
+
+
+class Drawing(TorchFunctionMode):
+    """Dropout under ``torch.func.vmap`` over clients draws for each from a generator of its own."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        """``seeds``: what would seed the visit of each client that trained alone."""
+        super().__init__()
+        self.seeds = seeds
+        self.used = False
+        """Whether anything was dropped."""
+
+    @cached_property
+    def generators(self) -> list[torch.Generator]:
+        """Made when they are asked for."""
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
+
+    def step(self, counts: Sequence[int], client: Tensor) -> Self:
+        """For ``with``, under vmap: a step in which client k draws for its first ``counts[k]`` examples.
+
+        ``client``: its number, a scalar, over which vmap goes.
+        """
+        self.counts, self.client = counts, client[None]
+        return self
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Any call of torch; only dropout's are changed."""
+        kwargs = kwargs or {}
+        if func not in CALLS or not args:
+            return func(*args, **kwargs)
+        x, drop = args[0], asked(CALLS[func], args, kwargs)
+        if drop.axes not in (0, x.dim()):  # an input that is not a batch
+            return func(*args, **kwargs)
+        return x * self._noise(x.detach(), drop) if drop.p else x
+
+    def _noise(self, x: Tensor, drop: Dropout) -> Tensor:
+        # for x [B, ...] of one client; a row of the noise of all
+        self.used = True
+        shape, order = tuple(x.shape), x.dim_order()
+        if drop.axes:  # whole channels
+            shape, order = (*x.shape[:2], *[1] * (drop.axes - 2)), tuple(range(drop.axes))
+        like = torch.empty(1, dtype=x.dtype).expand(len(self.seeds), *shape)
+        rows = noise(like, (0, *(i + 1 for i in order)), 1 - drop.p, self.counts, self.generators)
+        return rows.index_select(0, self.client)[0]
