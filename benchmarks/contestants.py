@@ -21,7 +21,7 @@ class Contestant(NamedTuple):
     """All its work is done in the measured process, so that processor time means something."""
 
 
-ALL = ("w1", "w2", "w3", "w4")
+ALL = ("w1", "w2", "w3", "w4", "w5")
 
 CONTESTANTS = {
     BASELINE: Contestant(ALL),
@@ -31,8 +31,8 @@ CONTESTANTS = {
     "projected": Contestant(("w3",)),
     "pfl": Contestant(("w1", "w2", "w4"), "pfl"),
     "jax": Contestant(("w1", "w3", "w4"), "jax"),
-    "opacus": Contestant(("w3",), "opacus"),
-    "opacus-ghost": Contestant(("w3",), "opacus"),
+    "opacus": Contestant(("w3", "w5"), "opacus"),
+    "opacus-ghost": Contestant(("w3", "w5"), "opacus"),
     "flower": Contestant(("w1", "w2", "w4"), "flwr", alone=False),
 }
 """fedtorch: what ``auto`` picks; general: the path that takes any model; bf16 and projected: options of the

@@ -1,6 +1,6 @@
 """Rounds per second of fedtorch, of a bare PyTorch loop and of whatever else is installed.
 
-    python -m benchmarks.rounds --workloads w1 w2 w3 w4 --reps 5 --json out.json
+    python -m benchmarks.rounds --workloads w1 w2 w3 w4 w5 --reps 5 --json out.json
     python -m benchmarks.rounds --seeds 5        # other data, weights, order and noise each time
 
 Each measurement is a process of its own with one thread; repetitions go contestant by contestant

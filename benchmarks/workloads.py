@@ -1,7 +1,8 @@
-"""The four workloads every speed claim is about, and the data they train on.
+"""The five workloads every speed claim is about, and the data they train on.
 
 W1 and W2 are the two models of the FedAvg paper (McMahan et al. 2017, arXiv:1602.05629, sec. 3) on ten
-clients; W3 is W1 with sample-level and W4 a larger W1 with client-level differential privacy.
+clients; W3 is W1 with sample-level and W4 a larger W1 with client-level differential privacy, W5 is W2
+with sample-level privacy.
 """
 
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ WORKLOADS = {
     "w2": Workload("w2", "cnn", clients=10, rounds=10),
     "w3": Workload("w3", "mlp", clients=10, rounds=20, privacy="sample"),
     "w4": Workload("w4", "mlp", clients=100, rounds=10, privacy="client"),
+    "w5": Workload("w5", "cnn", clients=10, rounds=5, privacy="sample"),
 }
 
 

@@ -36,11 +36,10 @@ class Scaffold(Strategy):
     def upload(self, params: Stack, ctx: Context) -> tuple[dict[str, Stack], dict[str, Stack]]:
         """Paper's lines 12-14: delta and the change of c_k are sent, the new c_k is kept."""
         delta = tmap(torch.sub, params, ctx.anchor)
-        change = tmap(
-            lambda d, c: -c - d / (per_client(ctx.steps.double(), d) * ctx.lr),
-            delta,
-            ctx.extras["c"],
-        )
+        rate = -1 / (
+            ctx.steps.double() * ctx.lr
+        )  # one pass of a product, where a quotient takes three
+        change = tmap(lambda d, c: (d * per_client(rate, d)).sub_(c), delta, ctx.extras["c"])
         return {"delta": delta, "c": change}, {"c": tmap(torch.add, ctx.memory["c"], change)}
 
     def step(
