@@ -2,8 +2,10 @@
 
 import math
 import time
+import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedtorch.privacy import bounds
@@ -48,3 +50,30 @@ def test_a_run_too_long_for_a_grid_gets_a_wider_error_or_none() -> None:
 
 def test_nothing_to_gain_is_not_computed() -> None:
     assert prv(((1e4, 0.5, 10),), 1e-5) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("run", "delta"),
+    [
+        (((1.374, 1.634e-4, 256),), 4.8e-8),  # RDP says 0.39, and with its error PRV said 0.020
+        (((0.9, 2e-4, 1000),), 1e-6),
+        (((6.0, 0.01, 200),), 1e-5),
+    ],
+)
+def test_small_epsilons_carry_a_twentieth_and_not_a_hundredth(
+    run: bounds.Run, delta: float
+) -> None:
+    from opacus.accountants import PRVAccountant
+
+    theirs = PRVAccountant()
+    theirs.history = list(run)
+    with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):  # advice on orders
+        fine = theirs.get_epsilon(delta, eps_error=2e-4)
+    assert -4e-4 <= prv(run, delta) - fine <= 0.05 * fine
+
+
+def test_epsilon_does_not_fall_where_a_finer_grid_begins() -> None:
+    for noise, rate, delta in ((1.374, 1.634e-4, 4.8e-8), (1.0, 0.1, 1e-5), (3.0, 0.02, 1e-7)):
+        for last in (64, 256, 1024, 4096):
+            at, after = (prv(((noise, rate, t),), delta) for t in (last, last + 1))
+            assert after >= at * (1 - 1e-5)

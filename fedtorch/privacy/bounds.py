@@ -46,17 +46,52 @@ def rdp(run: Run, delta: float) -> float:
         return math.inf
 
 
+@lru_cache(maxsize=4096)
 def prv(run: Run, delta: float) -> float:
-    """By privacy loss on a grid (Gopi et al. 2021); inf where it cannot be computed or would take long.
+    """By privacy loss on a grid (Gopi et al. 2021); inf where it cannot be computed or would take long."""
+    best, bound = math.inf, _quick(run, delta)
+    while bound > LEAST:  # else there is nothing to gain
+        found = _on_grid(run, delta, bound)
+        best = min(best, found)
+        # where the quick bound was far above epsilon, so is the error that it allowed
+        if not (math.isfinite(found) and _error(found) <= _error(bound) / 2):
+            break
+        bound = found
+    return best
+
+
+def _on_grid(run: Run, delta: float, bound: float) -> float:
+    """PRV with the error that fits an epsilon below ``bound``."""
+    error, reach, mesh, before = _grid(run, delta, bound)
+    if not error <= min(0.9, max(bound / 20, PRV_ERROR)):
+        return math.inf
+    try:
+        parts = [
+            (_release(s, q, reach, mesh, n + 1), t)
+            for (s, q, t), n in zip(run, before, strict=True)
+        ]
+        found = epsilon_of(parts, delta, delta / 1000, bound) + error
+    except (ArithmeticError, ValueError, MemoryError):
+        return math.inf
+    # a run costs at least what its dearest step costs, which is known: less means the numbers broke down
+    if not math.isfinite(found) or found < max(_one_step(s, q, delta) for s, q, _ in run):
+        return math.inf
+    return found
+
+
+def _error(bound: float) -> float:
+    """Of a PRV figure below ``bound``; in powers of two, for few grids."""
+    error = max(min(PRV_ERROR, bound / 20), min(bound / 2000, 0.5))
+    return PRV_ERROR * 2.0 ** math.floor(math.log2(error / PRV_ERROR))
+
+
+def _grid(run: Run, delta: float, bound: float) -> tuple[float, float, float, list[int]]:
+    """Error, reach and mesh of the grid for this run, and the most steps of each part on the grid before.
 
     Mesh and reach are the paper's (its remark 5.6) for the next power of four of steps, so that a run that
     asks after every round pays for a grid only now and then: a finer and wider one errs less.
     """
-    bound = _quick(run, delta)
-    if bound <= LEAST:  # nothing to gain
-        return math.inf
-    slack, error = delta / 1000, max(min(PRV_ERROR, bound / 20), min(bound / 2000, 0.5))
-    error = PRV_ERROR * 2.0 ** math.floor(math.log2(error / PRV_ERROR))  # few grids, here too
+    slack, error = delta / 1000, _error(bound)
     for base in (4, 2, 1):
         room = tuple((s, q, _room(t, base)) for s, q, t in run)
         steps = sum(t for _, _, t in room)
@@ -67,31 +102,17 @@ def prv(run: Run, delta: float) -> float:
         if points <= PRV_POINTS:
             break
     error *= max(1.0, points / PRV_POINTS)
-    if not error <= min(0.9, max(bound / 20, PRV_ERROR)):
-        return math.inf
-    mesh = error / per_error
-    try:
-        least = [1 if t <= LEAST_STEPS else t // base + (base > 1) for _, _, t in room]
-        parts = [
-            (_release(s, q, reach, mesh, n), t) for (s, q, t), n in zip(run, least, strict=True)
-        ]
-        found = epsilon_of(parts, delta, slack, bound) + error
-    except (ArithmeticError, ValueError, MemoryError):
-        return math.inf
-    # a run costs at least what its dearest step costs, which is known: less means the numbers broke down
-    if not math.isfinite(found) or found < max(_one_step(s, q, delta) for s, q, _ in run):
-        return math.inf
-    return found
+    factor = base if base > 1 else 4
+    before = [0 if t <= LEAST_STEPS else _room(t, factor) // factor for _, _, t in run]
+    return error, reach, error / per_error, before
 
 
 def _room(steps: int, base: int) -> int:
     """The next power of ``base``, from LEAST_STEPS on; with base 1 the steps themselves."""
-    if base == 1:
-        return steps
     room = LEAST_STEPS
-    while room < steps:
+    while base > 1 and room < steps:
         room *= base
-    return room
+    return room if base > 1 else steps
 
 
 @lru_cache(maxsize=16)
