@@ -6,9 +6,10 @@ seeded alike and asked in the same order for masks of the same shape, so that th
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +84,9 @@ class Drawing(TorchFunctionMode):
     """Dropout under ``torch.func.vmap`` over clients draws for each from a generator of its own."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        """``seeds``: what would seed the visit of each client that trained alone."""
+        """``seeds``: what would seed the visit of each client that trained alone; none: vmap draws."""
         super().__init__()
-        self.seeds = seeds
+        self.seeds, self.counts = seeds, list[int]()
         self.used = False
         """Whether anything was dropped."""
 
@@ -94,13 +95,21 @@ class Drawing(TorchFunctionMode):
         """Made when they are asked for."""
         return [torch.Generator().manual_seed(seed) for seed in self.seeds]
 
-    def step(self, counts: Sequence[int], client: Tensor) -> Self:
-        """For ``with``, under vmap: a step in which client k draws for its first ``counts[k]`` examples.
+    def begin(self, mask: Tensor) -> str:
+        """A step with the examples in ``mask`` [K, B], in which the others draw nothing.
 
-        ``client``: its number, a scalar, over which vmap goes.
+        Returns the ``randomness`` that vmap is to have.
         """
-        self.counts, self.client = counts, client[None]
-        return self
+        # listening to a model that drops nothing costs some per cent, so its first step is the last
+        self.silent = not self.seeds or (bool(self.counts) and not self.used)
+        self.counts, self.rows = mask.sum(1).tolist(), mask.shape[1]
+        # "same": to vmap a draw from a client's own generator looks like one for all
+        return "different" if self.silent else "same"
+
+    def at(self, client: Tensor, example: Tensor | None = None) -> AbstractContextManager[object]:
+        """Within vmap: the model is run for this client, and perhaps for this example alone."""
+        self.client, self.example = client[None], None if example is None else example[None]
+        return nullcontext() if self.silent else self
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -115,11 +124,12 @@ class Drawing(TorchFunctionMode):
         return x * self._noise(x.detach(), drop) if drop.p else x
 
     def _noise(self, x: Tensor, drop: Dropout) -> Tensor:
-        # for x [B, ...] of one client; a row of the noise of all
+        # for x [B, ...] of one client, or [1, ...]; drawn for all, of which it takes its own
         self.used = True
-        shape, order = tuple(x.shape), x.dim_order()
+        shape, order = tuple(x.shape[1:]), x.dim_order()
         if drop.axes:  # whole channels
-            shape, order = (*x.shape[:2], *[1] * (drop.axes - 2)), tuple(range(drop.axes))
-        like = torch.empty(1, dtype=x.dtype).expand(len(self.seeds), *shape)
+            shape, order = (shape[0], *[1] * (drop.axes - 2)), tuple(range(drop.axes))
+        like = torch.empty(1, dtype=x.dtype).expand(len(self.seeds), self.rows, *shape)
         rows = noise(like, (0, *(i + 1 for i in order)), 1 - drop.p, self.counts, self.generators)
-        return rows.index_select(0, self.client)[0]
+        own = rows.index_select(0, self.client)[0]
+        return own if self.example is None else own.index_select(0, self.example)

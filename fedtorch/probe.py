@@ -12,9 +12,10 @@ from fedtorch import seeds
 from fedtorch.batches import fetch, length
 from fedtorch.client import Client, Recipe
 from fedtorch.losses import Loss, reduce
+from fedtorch.masks import Drawing
 from fedtorch.modules import undropped
 from fedtorch.privacy import SampleLevel
-from fedtorch.solvers import Together, forward, snapshot, to
+from fedtorch.solvers import forward, snapshot, to, together
 from fedtorch.tree import rows
 from fedtorch.types import ConfigError
 
@@ -139,11 +140,11 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
     ]
 
     alike = x.device.type == "cpu" and not isinstance(recipe.privacy, SampleLevel)
-    together = Together(model.train(), recipe.loss, (0, 1) if alike else ())
-    pair, all_ = (x.expand(2, *x.shape), y.expand(2, *y.shape)), torch.ones(2, len(x)).bool()
+    drawing = Drawing((0, 1) if alike else ())
+    batch = x.expand(2, *x.shape), y.expand(2, *y.shape), torch.ones(2, len(x)).bool()
     try:
         with seeds.seeded(0):
-            each = together(params, rest, *pair, all_)
+            each = together(model.train(), recipe.loss, params, rest, batch, drawing)
         each.sum().backward()
     except Exception as e:
         where = entered[-1] if entered else "the model"

@@ -6,8 +6,7 @@ weight a client axis and lets torch.func.vmap run K clients as one.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -124,29 +123,26 @@ class Mixed:
             return self.solver(model, datasets, plans, task, recipe, ctx, private)
 
 
-class Together:
-    """Losses of K clients in training from one call of the model, each with the masks it draws alone."""
+def together(
+    model: nn.Module,
+    loss: Loss,
+    params: Stack,
+    rest: Stack,
+    batch: tuple[Tensor, Tensor, Tensor],
+    drawing: Drawing,
+) -> Tensor:
+    """Losses of K clients in training from x, y, mask [K, B, ...]: [K, B], or [K] for whole batches.
 
-    def __init__(self, model: nn.Module, loss: Loss, seeds: Sequence[int]) -> None:
-        """``seeds``: of the clients' visits; none: masks are drawn for all at once."""
-        self.model, self.loss = model, loss
-        self.drawing = Drawing(seeds) if seeds else None
+    Each client has the masks that ``drawing`` draws for it.
+    """
 
-    def __call__(self, params: Stack, rest: Stack, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        """Batches [K, B, ...] and which of their rows are real -> [K, B], or [K] for whole batches."""
-        counts, drawing = mask.sum(1).tolist(), self.drawing
+    def one(params: Params, rest: Params, x: Tensor, y: Tensor, client: Tensor) -> Tensor:
+        with drawing.at(client):
+            return reduce(loss(functional_call(model, (params, rest), (x,)), y))
 
-        def one(params: Params, rest: Params, x: Tensor, y: Tensor, client: Tensor) -> Tensor:
-            with drawing.step(counts, client) if drawing else nullcontext():
-                return reduce(self.loss(functional_call(self.model, (params, rest), (x,)), y))
-
-        clients = torch.arange(len(x), device=x.device)
-        # "same": draws from a client's own generator look to vmap like one draw for all
-        randomness = "same" if drawing else "different"
-        each: Tensor = vmap(one, randomness=randomness)(params, rest, x, y, clients)
-        if drawing and not drawing.used:
-            self.drawing = None  # listening to a model that drops nothing costs some per cent
-        return each
+    x, y, mask = batch
+    clients = torch.arange(len(x), device=x.device)
+    return vmap(one, randomness=drawing.begin(mask))(params, rest, x, y, clients)
 
 
 def stacked(
@@ -175,17 +171,19 @@ def stacked(
     device = next(iter(params.values())).device
     total = torch.zeros(K, dtype=torch.float64)
     # an accelerator's generator draws in an order of its own
-    together = Together(model, recipe.loss, ctx.seeds if device.type == "cpu" else ())
+    drawing = Drawing(ctx.seeds if device.type == "cpu" else ())
+    if private is not None:
+        private = replace(private, drawing=drawing)
 
     for t, (x, y, mask) in enumerate(side_by_side(datasets, plans)):
         x, y, mask = x.to(device), y.to(device), mask.to(device)
         live = t < ctx.steps
         before = None if live.all() else {k: v.detach().clone() for k, v in state.items()}
         optimizer.zero_grad()
+        batch = x, y, mask
         if private is None:
-            each = together(params, rest, x, y, mask)
+            each = together(model, recipe.loss, params, rest, batch, drawing)
         else:
-            batch = x, y, mask
             grads, each = stacked_gradients(model, recipe.loss, params, rest, batch, private)
             for k, v in params.items():
                 v.grad = grads[k]

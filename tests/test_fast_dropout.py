@@ -206,20 +206,29 @@ def test_a_layer_that_is_off_drops_nothing():
     assert apart(fast, slow) < 1e-4
 
 
-@pytest.mark.parametrize(
-    ("make", "projected"), [(dense, False), (dense, True), (Functions, False), (inputs, False)]
-)
-def test_private_steps_drop_what_opacus_hooks_drop(make, projected):
-    # the same noise too; with projected noise another, so that there is none to compare
+@pytest.mark.parametrize("name", MODELS)
+def test_private_steps_drop_the_same_in_every_mode(name):
+    # the same noise too; some of the batches are empty
+    make, shape = MODELS[name]
     ends = []
-    for mode, solver in (("hooks", "auto"), ("auto", "fast")):
+    for mode, solver, chunk in (("hooks", "auto", 1), ("stacked", "auto", 3), ("auto", "fast", 3)):
         plan = SampleLevel(
-            rounds=2, noise_multiplier=1e-9 if projected else 0.5, clip=0.3, batch_size=6.0,
-            steps=4, sample_rate=0.15, insecure_seed=5, mode=mode,
-            projected=projected and mode == "auto",
+            rounds=2, noise_multiplier=0.5, clip=0.3, batch_size=6.0, steps=4, sample_rate=0.25,
+            insecure_seed=5, mode=mode,
         )  # fmt: skip
         recipe = Recipe(FedAvg(), lr=0.3, privacy=plan)
-        ends.append(trained(make, recipe, solver, clients(30))[0])
+        ends.append(trained(make, recipe, solver, clients(*shape), chunk=chunk)[0])
+    assert apart(ends[1], ends[0]) < 1e-5 and apart(ends[2], ends[0]) < 1e-5
+
+
+def test_projected_noise_drops_what_dense_noise_drops():
+    ends = []
+    for projected in (False, True):  # noise of another shape, hence hardly any
+        plan = SampleLevel(
+            rounds=2, noise_multiplier=1e-9, clip=0.3, insecure_seed=5, projected=projected
+        )
+        recipe = Recipe(FedAvg(), lr=0.3, privacy=plan)
+        ends.append(trained(dense, recipe, "fast", clients(30))[0])
     assert apart(*ends) < 1e-4
 
 

@@ -176,7 +176,6 @@ def test_a_wrong_gradient_is_found_before_training(monkeypatch):
         (nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect"), {}, "layer 0 .Conv2d. has no private"),
         (nn.Conv2d(1, 4, 2, padding="same"), {}, "layer 0 .Conv2d. has no private"),
         (nn.Conv2d(1, 4, 3, padding=1), {"projected": True}, "takes the examples themselves"),
-        (nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Dropout(0.5)), {}, "dropout among the first"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn import grad
 
-from fedtorch.fast.dropout import Coins
+from fedtorch.fast.dropout import Coins, Masked
 from fedtorch.fast.front import Front
 from fedtorch.fast.layers import Leaf, Leaves
 from fedtorch.types import Params
@@ -32,6 +32,7 @@ class Examples(Leaves):
         """``x`` [N, ...]: the examples, channels last."""
         super().__init__(leaves)
         self.watch, self.x, self.coins, self.t = Watch(module), x, coins, 0
+        self.draws = any(isinstance(m, Masked) for m in module.children())
 
     def forward(self, a: Tensor) -> Tensor:
         """Rows of the data [k, B] -> features [k, B, F], zero where there is no example."""
@@ -41,10 +42,14 @@ class Examples(Leaves):
         self.runs: list[tuple[list[Seen], Tensor]] = []
         for j, n in enumerate(self.counts):
             own = {name: fitted(leaf.value[j]) for name, leaf in self.leaves.items()}
-            # an empty batch is run as one of a single example, whose result nobody looks at
-            x = self.x[a[j, : max(n, 1)]]
+            # an empty batch is run as one of a single example, whose result nobody looks at: it must
+            # not move the client's generator on
+            x, coins = (
+                self.x[a[j, : max(n, 1)]],
+                self.coins.generators[j] if n else torch.Generator(),
+            )
             with torch.enable_grad():
-                features = self.watch.seen_with(own, x)
+                features = self.watch.seen_with(own, *((x, coins) if self.draws else (x,)))
             self.runs.append((self.watch.seen, features))
         out = [
             F.pad(f.detach()[:n], (0, 0, 0, B - n))
@@ -78,10 +83,10 @@ class Seen:
 class Watch(fx.Interpreter):
     """Runs a front with given weights and notes what its layers see."""
 
-    def seen_with(self, weights: Params, x: Tensor) -> Tensor:
-        """Features of ``x``; what was seen is in ``seen`` until the next run."""
+    def seen_with(self, weights: Params, *given: Tensor | torch.Generator) -> Tensor:
+        """Features of examples, and of masks drawn for them; what was seen is in ``seen``."""
         self.weights, self.seen = weights, list[Seen]()
-        return cast(Tensor, self.run(x))
+        return cast(Tensor, self.run(*given))
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a layer with the given weights if it has any."""
@@ -99,8 +104,6 @@ class Watch(fx.Interpreter):
 
 def unknown(model: nn.Module, front: Front, batch: int) -> str | None:
     """Why gradients of single examples have no fast form in this front; None where they have."""
-    if front.drops:
-        return "dropout among the first layers has no private fast form"
     if batch * front.numbers > ROOM:
         return f"the gradients of {batch} examples in its first layers would take too much memory"
     for name in front.names:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -182,8 +181,7 @@ def difference(
     extras = {g: some for g in recipe.strategy.init(anchor)}
     memory = {g: tmap(torch.neg, expand(some)) for g in recipe.strategy.remember(anchor)}
     task = Task(state, extras, 0, 0, 0.1)
-    # stacked draws masks for examples that a short batch lacks, too
-    steps = plan(n, Trial(drop_last=private and solver.chain.drops), 0)
+    steps = plan(n, Trial(), 0)
     context = Context(
         expand(anchor),
         {g: expand(e) for g, e in extras.items()},
@@ -194,7 +192,7 @@ def difference(
     )
     noise, slow = None, general
     if private:
-        # gradients of examples alone are the plainest, but masks are drawn for many at once
+        # gradients of examples alone are the plainest, but masks are drawn for a whole batch
         mode, slow = ("stacked", stacked) if solver.chain.drops else ("alone", general)
         noise = PrivateSteps(0.1, 0.0, 5.0, [stream("aes", 0, "trial")], mode)
     ways = []
@@ -208,9 +206,8 @@ def difference(
     return float(apart / sq_norms(change[0]).sqrt().clamp(min=1e-12))
 
 
-@dataclass(frozen=True)
 class Trial:
-    """Two steps, of unequal size where the data and ``drop_last`` allow it."""
+    """Two steps of unequal size."""
 
     epochs: int = 1
     steps: int | None = 2

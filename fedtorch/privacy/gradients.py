@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from fedtorch.losses import Loss, reduce
+from fedtorch.masks import Drawing
 from fedtorch.privacy.streams import Stream, Work
 from fedtorch.tree import rows, split, tmap
 from fedtorch.types import Params, Stack
@@ -39,6 +40,8 @@ class PrivateSteps:
     mode: str = "auto"
     max_batch: int = 512
     work: Work = field(default_factory=Work)
+    drawing: Drawing = field(default_factory=lambda: Drawing(()))
+    """Masks of dropout, where the clients train together."""
 
     def factors(self, sq_norms: Tensor) -> Tensor:
         """Squared norms -> min(1, clip / norm); an example that is not finite counts as nothing."""
@@ -71,17 +74,22 @@ def stacked_gradients(
 ) -> tuple[Stack, Tensor]:
     """K clients' private gradients [K, ...] and per-example losses [K, B] from x, y, mask [K, B, ...]."""
 
-    def one(params: Params, rest: Params, x: Tensor, y: Tensor) -> Tensor:
-        return reduce(loss(functional_call(model, (params, rest), (x[None],)), y[None]))[0]
+    def one(params: Params, rest: Params, x: Tensor, y: Tensor, k: Tensor, b: Tensor) -> Tensor:
+        with steps.drawing.at(k, b):
+            return reduce(loss(functional_call(model, (params, rest), (x[None],)), y[None]))[0]
 
-    per_example = vmap(
-        vmap(grad_and_value(one), (None, None, 0, 0), randomness="different"),
-        randomness="different",
-    )
     fixed = {k: v.detach() for k, v in params.items()}
     total, losses = tmap(torch.zeros_like, fixed), []
     for x, y, mask in zip(*(t.split(steps.max_batch, 1) for t in batch), strict=True):
-        grads, values = per_example(fixed, rest, x, y)
+        kind = steps.drawing.begin(mask)
+        per_example = vmap(
+            vmap(grad_and_value(one), (None, None, 0, 0, None, 0), randomness=kind),
+            (0, 0, 0, 0, 0, None),
+            randomness=kind,
+        )
+        grads, values = per_example(
+            fixed, rest, x, y, *(torch.arange(n, device=x.device) for n in mask.shape)
+        )
         sq = torch.stack([g.reshape(*g.shape[:2], -1).square().sum(2) for g in grads.values()]).sum(
             0
         )
