@@ -22,7 +22,10 @@ GROUP = 64
 """Clients that train one after another in one call, where their updates are only averaged."""
 
 SMALL = 8
-"""Clients that stay in cache stacked, from which on stacking takes half the time of a front for each."""
+"""Clients that stay in cache stacked, from which on stacking is faster than one after another."""
+
+SMALL_PRIVATE = 24
+"""The same of private steps, where stacking holds a gradient of each example besides."""
 
 SOLVERS = ("auto", "fast", "stacked", "general")
 
@@ -61,7 +64,8 @@ def choose(
     notes = probe_private.warnings(clients, recipe.privacy)
     if solver in ("auto", "fast"):
         found = fast.offer(model, [c.data for c in clients], recipe, asked, half)
-        if solver == "auto" and not half and size >= SMALL:
+        least = SMALL_PRIVATE if isinstance(asked, SampleLevel) else SMALL
+        if solver == "auto" and not half and size >= least:
             found = unless_small(found, model, clients, recipe)
         if not isinstance(found, str):
             size = chunk or found.chunk(max(len(c) for c in clients), recipe)
@@ -93,7 +97,8 @@ def otherwise(
     private = recipe.privacy.mode if isinstance(recipe.privacy, SampleLevel) else None
     alone = solvers.stacked if private == "stacked" else solvers.general
     turns = (chunk or GROUP) if alone is solvers.general and averages(recipe) else 1
-    if size == 1 or (solver == "general" and private is None):
+    few = solver == "auto" and chunk is None and _automatic(model) < SMALL
+    if size == 1 or (private is None and (solver == "general" or few)):
         return Choice(alone, 1, recipe, tuple(notes), turns)
     if why := probe.no_stacking(model, clients, recipe):
         if solver == "stacked":
