@@ -49,6 +49,18 @@ def test_tiny_divergences_keep_their_digits() -> None:
             assert found == pytest.approx(a / 2 * 1e-18 * math.expm1(0.25), rel=1e-6)
 
 
+@pytest.mark.parametrize("order", [1.1, 2.5, 7.6, 10.9])
+def test_tiny_divergences_of_little_noise_keep_their_digits_too(order: float) -> None:
+    # where e^v is large and q e^v is not: third order in the rate is below a millionth
+    noise, rate = 0.95, 1e-9
+    found = renyi(noise, rate)[np.searchsorted(orders(), order)]
+    terms = [
+        math.prod(order - i for i in range(j)) / math.factorial(j) * rate**j * moment
+        for j, moment in ((2, math.expm1(1 / noise**2)), (3, math.exp(3 / noise**2)))
+    ]
+    assert found == pytest.approx(terms[0] / (order - 1), rel=2 * abs(terms[1] / terms[0]) + 1e-12)
+
+
 def test_every_unit_in_every_release() -> None:
     assert renyi(2.0, 1.0) == pytest.approx(orders() / 8)
 

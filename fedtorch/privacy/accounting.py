@@ -45,8 +45,9 @@ def epsilon(events: Iterable[Event], delta: float, accountant: str = "prv") -> f
     """Epsilon of all ``events`` together; always a valid upper bound.
 
     Gaussian events without sampling have an exact closed form, which is used whatever the accountant.
-    Sampled ones: ``prv`` is numerical composition (Gopi et al. 2021), at most 0.01 above the exact value
-    up to epsilon 20; ``rdp`` is the Renyi accountant, looser, comparable with older papers.
+    Sampled ones: ``prv`` is numerical composition (Gopi et al. 2021), about 0.01 above the exact value
+    up to epsilon 20 (more over millions of steps, a twentieth of epsilon at most); ``rdp`` is the Renyi
+    accountant, looser, comparable with older papers.
     With ``prv`` the figure is the smallest of three bounds that all hold: PRV, RDP, and the closed form of
     the same events without sampling. So where PRV cannot be computed (tiny deltas, epsilons in the
     hundreds) the next best bound is returned, and never one that does not hold. Laplace events add their

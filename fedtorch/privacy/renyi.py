@@ -76,14 +76,19 @@ def _between(noise: float, rate: float, order: float) -> float:
     step = min(0.25, noise / 2)
     u = np.arange(-12.0, order / noise + 12.0, step)
     v = u / noise - 0.5 / noise / noise
-    small = rate * np.expm1(np.minimum(v, 1.0))
-    log_r = np.where(v < 1, np.log1p(small), np.logaddexp(math.log1p(-rate), math.log(rate) + v))
-    # two ways to write the same, one for r near 1, the other for r beyond the range of floats
-    near = np.log(np.expm1(order * log_r) - order * small)
+    w = rate * np.expm1(np.minimum(v, 700.0))  # r - 1
+    log_r = np.where(v < 1, np.log1p(w), np.logaddexp(math.log1p(-rate), math.log(rate) + v))
+    # three ways to write the same, for r as near 1 as makes no difference in r^a, near 1, and beyond the
+    # range of floats
+    series = np.ones_like(w)
+    for j in range(7, 1, -1):
+        series = 1 + series * (order - j) / (j + 1) * w
+    tiny = 2 * np.log(abs(w)) + np.log(order * (order - 1) / 2 * series)
+    near = np.log(np.expm1(order * log_r) - order * w)
     far = order * log_r + np.log1p(
         (order - 1) * np.exp(-order * log_r) - order * np.exp(-(order - 1) * log_r)
     )
-    logs = np.where(v < 1, near, far) - u * u / 2
+    logs = np.where(order * abs(w) < 0.02, tiny, np.where(v < 1, near, far)) - u * u / 2
     logs = logs[~np.isnan(logs)]
     top = float(logs.max())
     return top + math.log(float(np.exp(logs - top).sum()) * step / math.sqrt(2 * math.pi))

@@ -79,11 +79,14 @@ def epsilon_of(
     product = np.ones(count, complex)
     for one, steps in parts:
         product *= _power(one.spectrum[:count], steps)
-    # place i of a sum of t losses is worth t first + i, and the grid is a circle: turn it to where place 0
-    # is worth first again
+    # place i of a sum of t losses is worth t first + i and all their shifts, and the grid is a circle: turn
+    # it to where place 0 is worth first again, with what the shifts have over whole places. Shifts of many
+    # steps add up to more than the grid is long, and what is worth more than its end counts as less
     steps, first = sum(t for _, t in parts), parts[0][0].first
-    product *= _turned(-k * ((steps - 1) * first % size), size)
-    zero = first * mesh + sum(one.shift * t for one, t in parts)
+    shift = sum(one.shift * t for one, t in parts)
+    moved = round(shift / mesh)
+    product *= _turned(-k * (((steps - 1) * first + moved) % size), size)
+    zero = first * mesh + shift - moved * mesh
     length = size if count > size // 2 else min(size, 1 << (4 * count).bit_length())
     masses = np.fft.irfft(product, length)
     # what rounding leaves below zero shows how much of the rest is rounding
