@@ -5,13 +5,12 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
-from fedtorch.fast import dual, layers, offer, read, rows, solve, spec
-from fedtorch.losses import binary_cross_entropy, cross_entropy, mean_squared_error
+from fedtorch.fast import dual, layers, offer, rows, solve, spec
+from fedtorch.losses import binary_cross_entropy, mean_squared_error
 from fedtorch.privacy import ClientLevel, SampleLevel
 from fedtorch.types import ConfigError
 
@@ -141,40 +140,6 @@ def test_an_input_that_comes_to_be_used_is_used():
     for server in servers:
         server.round()
     assert apart(models[0].state_dict(), models[1].state_dict()) < 1e-5
-
-
-class Softmaxes(nn.Module):
-    """Along the features of a row, however that is said."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Linear(*n) for n in ((30, 9), (9, 8), (8, 7), (7, 6), (6, 5), (5, 4))
-        )
-        self.soft, self.log = nn.Softmax(-1), nn.LogSoftmax(dim=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a, b, c, d, e, f = self.layers
-        x = F.log_softmax(d(c(b(a(x).softmax(1)).log_softmax(dim=-1))), dim=1)
-        return self.log(f(torch.softmax(self.soft(e(x)), 1)))
-
-
-@pytest.mark.parametrize(
-    "loss", [cross_entropy, lambda out, y: F.nll_loss(out, y, reduction="none")]
-)
-def test_softmax_along_the_features(form, loss):
-    ends = []
-    for solver in ("general", "fast"):
-        torch.manual_seed(0)
-        recipe = Recipe(loss=loss, lr=0.3, batch_size=8)
-        ends.append(trained(recipe, solver, Softmaxes(), clients())[0])
-    assert apart(*ends) < 1e-5
-
-
-@pytest.mark.parametrize("last", [nn.LogSoftmax(0), nn.Softmax(2)])
-def test_softmax_along_other_axes_is_not_read(last):
-    model = nn.Sequential(nn.Linear(30, 4), last)
-    assert read.read(model, torch.zeros(2, 30)) == "it does not end in a linear layer"
 
 
 def test_training_moves_the_weights():

@@ -198,3 +198,25 @@ def test_a_small_model_with_a_front_is_stacked_where_many_clients_are():
     many, few = (Server(averaged(), images([8] * n), Recipe(lr=0.1)).session.choice for n in (9, 3))
     assert isinstance(few.solver, Fast) and not isinstance(many.solver, Fast)
     assert any("faster with clients stacked" in n for n in many.notes)
+
+
+class Varied(nn.Module):
+    """Layers and calls that are less usual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.ConvTranspose2d(6, 3, 2, 2)
+        self.act, self.norm, self.pad = nn.PReLU(6), nn.InstanceNorm2d(3), nn.ReflectionPad2d(1)
+        self.wide, self.out = nn.Upsample(scale_factor=2), nn.Linear(3 * 25, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.up(self.act(self.down((x - 0.1) / 0.3))))
+        a, b = self.pad(x).chunk(2, dim=2)
+        x = F.relu6(F.interpolate(torch.stack([a, -b]).sum(0).clamp(-2, 2), size=(10, 10)))
+        return self.out(F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0)).flatten(1))
+
+
+def test_less_usual_layers_and_calls():
+    recipe = Recipe(lr=0.05, epochs=2, batch_size=4)
+    slow, fast = (trained(Varied, recipe, s, images())[0] for s in ("general", "fast"))
+    assert apart(fast, slow) < 5e-4

@@ -16,27 +16,10 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from fedtorch.fast.dropout import Coins, Masked, dropout
+from fedtorch.fast.known import CALLS, MODULES
 from fedtorch.fast.layers import Leaf, Leaves
 from fedtorch.masks import Dropout
 from fedtorch.types import Params, Stack
-
-MODULES = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding, nn.Flatten, nn.Identity,
-    nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardswish,
-    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.GroupNorm, nn.LayerNorm, nn.ZeroPad2d,
-)  # fmt: skip
-"""Layers that treat every example alike and keep nothing."""
-
-CALLS = {
-    F.relu, torch.relu, F.leaky_relu, F.elu, F.gelu, F.silu, torch.tanh, torch.sigmoid,
-    F.max_pool1d, F.max_pool2d, F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
-    torch.flatten, torch.cat, torch.add, operator.add, operator.iadd, operator.mul, operator.getitem,
-    getattr,
-    "relu", "tanh", "sigmoid", "view", "reshape", "flatten", "permute", "transpose", "mean", "unsqueeze",
-    "squeeze", "size", "contiguous",
-}  # fmt: skip
-"""Functions and methods of which the same can be said."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from fedtorch.fast.spec import Activation, Linear
+from fedtorch.fast.activations import Activation
+from fedtorch.fast.spec import Linear
 from fedtorch.tree import dots
 from fedtorch.types import Params, Stack
 

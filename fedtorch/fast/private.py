@@ -12,11 +12,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fedtorch.fast.activations import Activation
 from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.examples import Examples
 from fedtorch.fast.layers import Act, Given, Layer, Leaf, Own, Rule, passed_down
 from fedtorch.fast.projected import Projected
-from fedtorch.fast.spec import Activation, Linear, Part
+from fedtorch.fast.spec import Linear, Part
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.tree import split
 from fedtorch.types import Params

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fedtorch.fast.activations import activation
 from fedtorch.fast.dropout import dropout
 from fedtorch.fast.front import Front, cut, traced, upto
-from fedtorch.fast.spec import FORWARD, Activation, Linear, Part
+from fedtorch.fast.spec import Linear, Part
 from fedtorch.masks import Dropout
 
 
@@ -39,21 +39,6 @@ class Chain:
         dense = any(isinstance(layer, Dropout) for layer in self.layers)
         return dense or bool(self.front and self.front.drops)
 
-
-FUNCTIONS: dict[object, Activation] = {
-    **{f: Activation("ReLU") for f in (torch.relu, F.relu, "relu")},
-    **{f: Activation("Tanh") for f in (torch.tanh, F.tanh, "tanh")},
-    **{f: Activation("Sigmoid") for f in (torch.sigmoid, F.sigmoid, "sigmoid")},
-    F.silu: Activation("SiLU"),
-    F.gelu: Activation("GELU"),
-}
-"""Activations as functions and methods."""
-
-ROWS = {
-    **{f: Activation("Softmax") for f in (torch.softmax, F.softmax, "softmax")},
-    **{f: Activation("LogSoftmax") for f in (torch.log_softmax, F.log_softmax, "log_softmax")},
-}
-"""Those of whole rows of features, which come with the axis they are taken along."""
 
 SHAPES = {torch.flatten, operator.getitem, getattr, "flatten", "view", "reshape", "size"}
 """Calls that change nothing but the shape."""
@@ -130,23 +115,7 @@ def simple(node: fx.Node, root: nn.Module) -> Part | str | None:
         if type(m) is nn.Linear:
             bias = None if m.bias is None else f"{name}bias"
             return Linear(f"{name}weight", bias, (m.out_features, m.in_features))
-        return activation(m)
-    if node.target in ROWS:
-        axis = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
-        known = axis in (1, -1) and len(node.args) < 3 and node.kwargs.get("dtype") is None
-        return ROWS[node.target] if known else None
-    plain = len(node.args) == 1 and not any(node.kwargs.values())
-    return FUNCTIONS.get(node.target) if plain else None
-
-
-def activation(m: nn.Module) -> Activation | None:
-    """The activations there are; None for any other module."""
-    if type(m) is nn.GELU:
-        return Activation("GELU", m.approximate)
-    if type(m) in (nn.Softmax, nn.LogSoftmax) and m.dim not in (1, -1):
-        return None
-    name = type(m).__name__
-    return Activation(name) if name in FORWARD and type(m) is getattr(nn, name) else None
+    return activation(node, root)
 
 
 def dropped_inputs(end: fx.Node, root: nn.Module) -> tuple[list[Part], fx.Node]:

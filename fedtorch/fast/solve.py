@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from fedtorch.batches import plan
 from fedtorch.fast import front
+from fedtorch.fast.activations import Activation
 from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.dual import First, Hidden
 from fedtorch.fast.examples import Examples
@@ -21,7 +22,7 @@ from fedtorch.fast.projected import Known, Projected
 from fedtorch.fast.read import Chain
 from fedtorch.fast.rows import Kept, Rows
 from fedtorch.fast.schedule import Schedule, schedule
-from fedtorch.fast.spec import Activation, Linear
+from fedtorch.fast.spec import Linear
 from fedtorch.losses import cross_entropy
 from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
