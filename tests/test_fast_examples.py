@@ -170,6 +170,32 @@ def test_a_wrong_gradient_is_found_before_training(monkeypatch):
     assert "differs from the general path" in str(why)
 
 
+class Alias(nn.Module):
+    """Two names of one sum in place, which no fast form keeps; at first all it adds is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again = (nn.Conv2d(n, 4, 3, padding=1) for n in (1, 4))
+        self.norm, self.out = nn.GroupNorm(2, 4), nn.Linear(4 * 64, 4)
+        nn.init.zeros_(self.norm.weight)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        y = x
+        y += self.norm(self.again(torch.tanh(x)))
+        return self.out(torch.flatten(x + y, 1))
+
+
+def test_zeros_at_the_end_of_branch_and_model_hide_nothing_from_the_trial():
+    model, who, recipe = Alias(), images(), Recipe(privacy=plan())
+    before = copy.deepcopy(model.state_dict())
+    assert "differs from the general path" in str(
+        offer(model, [c.data for c in who], recipe, recipe.privacy)
+    )
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("layer", "options", "why"),
     [

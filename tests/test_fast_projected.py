@@ -189,3 +189,26 @@ def test_an_example_too_large_for_products_moves_its_client_by_the_clip(size):
         assert server.round()["failed"] == {}
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert float((ends[0] - ends[1]).norm()) <= 0.5 / 2 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("size", [1e-22, 1e-24, 1e-30])
+def test_an_example_whose_squares_vanish_moves_its_client_by_the_clip_at_most(projected, size):
+    # inputs as small as their gradient is large: a norm of ordinary size, of which float32 squares see none
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(19, 12, generator=g), torch.randn(19, 4, generator=g)
+    x[18] *= size
+    y[18] /= size
+    ends = []
+    for n in (18, 19):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 4, bias=False))
+        plan = SampleLevel(
+            rounds=1, steps=1, sample_rate=1.0, noise_multiplier=1e-9, clip=0.05, batch_size=1.0,
+            projected=projected, insecure_seed=5,
+        )  # fmt: skip
+        recipe = Recipe(lr=1.0, loss=lambda z, y: (z - y).square().sum(1), privacy=plan)
+        server = Server(model, [Client("c", (x[:n], y[:n]))], recipe, engine=Local(solver="fast"))
+        server.round()
+        ends.append(model[0].weight.detach().double())
+    assert float((ends[1] - ends[0]).norm()) <= 0.05 * (1 + 1e-5)

@@ -196,7 +196,8 @@ class Own:
     def example_sq_norms(self, d: Tensor) -> Tensor:
         """Squared norm of each example's own gradient d a^T, [K, B], which is never built."""
         # a small gradient's square vanishes in float32, and what its input makes of it with it
-        return d.double().square().sum(2) * (self.a.square().sum(2) + (self.bias is not None))
+        lengths = self.a.square().sum(2) + (vanishing(self.a) if self.bias is None else 1)
+        return d.double().square().sum(2) * lengths
 
     def stack(self) -> Stack:
         """The copies."""
@@ -255,6 +256,11 @@ def passed_down(layers: Sequence[Layer], d: Tensor) -> list[Tensor]:
     for layer in reversed(layers[1:]):
         grads.append(cast(Inner, layer).backward(grads[-1]))
     return grads[::-1]
+
+
+def vanishing(rows: Tensor) -> float:
+    """What a sum of squares of rows of small numbers may have lost, at most."""
+    return rows.shape[-1] * torch.finfo(rows.dtype).tiny
 
 
 def squares(rows: Tensor, upper: bool = False) -> Tensor:

@@ -19,7 +19,7 @@ from fedtorch.privacy.streams import stream
 from fedtorch.solvers import Recipe, general, load, snapshot, stacked
 from fedtorch.strategies import FedProx, Scaffold, Strategy
 from fedtorch.tree import expand, sq_norms, tmap
-from fedtorch.types import Context, Task
+from fedtorch.types import Context, Params, Task
 
 KNOWN = (Strategy.correct, FedProx.correct, Scaffold.correct)
 """Corrections of the gradient that ``layers.Rule`` can express."""
@@ -174,7 +174,29 @@ def difference(
     """How far two paths are apart, over the length of the way that both went; without noise."""
     n = min(length(data), 9)
     few = TensorDataset(*(t[:n] for t in data.tensors))  # type: ignore[attr-defined]
-    state = snapshot(model)
+    before = snapshot(model)
+    try:
+        return apart(solver, model, few, stirred(before), recipe, private)
+    finally:
+        load(model, before)  # the general path trains the module itself
+
+
+def stirred(state: Params) -> Params:
+    """Weights to try with: none all alike, as zeros at the end of a branch and of the model hide it."""
+    draw = torch.Generator().manual_seed(SEED)
+
+    def moved(v: Tensor) -> Tensor:
+        alike = v.numel() > 0 and v.is_floating_point() and bool((v == v.flatten()[0]).all())
+        return v + 0.1 * torch.randn(v.shape, generator=draw).to(v) if alike else v
+
+    return tmap(moved, state)
+
+
+def apart(
+    solver: Fast, model: nn.Module, few: TensorDataset, state: Params, recipe: Recipe, private: bool
+) -> float:
+    """The same on a few examples, from given weights; the model is changed."""
+    n = len(few)
     names = [k for k, p in model.named_parameters() if p.requires_grad]
     anchor = {k: state[k] for k in names}
     some = tmap(lambda v: v.sign() * 1e-3, anchor)  # control variates that are not zero
@@ -200,10 +222,9 @@ def difference(
         with seeds.seeded(SEED):
             ways.append(solve(model, [few], [steps], task, recipe, context, noise).params)
             ways[-1] = tmap(torch.clone, ways[-1])
-        load(model, state)  # the general path trains the module itself
     change = [tmap(torch.sub, way, context.anchor) for way in ways]
-    apart = sq_norms(tmap(torch.sub, *change)).sqrt()
-    return float(apart / sq_norms(change[0]).sqrt().clamp(min=1e-12))
+    between = sq_norms(tmap(torch.sub, *change)).sqrt()
+    return float(between / sq_norms(change[0]).sqrt().clamp(min=1e-12))
 
 
 class Trial:

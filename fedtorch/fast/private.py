@@ -83,7 +83,9 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
             for g in own.values():
                 row[: len(g)] += g.flatten(1).double().square().sum(1)
     factors = private.factors(squares)
-    factors, used = factors.to(d.dtype), factors > 0
+    # a factor so small that it has lost digits scales to no norm in particular
+    used = factors >= torch.finfo(d.dtype).tiny
+    factors = torch.where(used, factors, 0).to(d.dtype)
     clean = bool(used.all())
     into = split(flat.gradient, flat.shapes)
     rows = [

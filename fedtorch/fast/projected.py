@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.fast.dual import Dual
-from fedtorch.fast.layers import Rule, squares
+from fedtorch.fast.layers import Rule, squares, vanishing
 from fedtorch.fast.rows import Rows
 from fedtorch.fast.spec import Linear
 from fedtorch.privacy.gradients import PrivateSteps
@@ -53,7 +53,7 @@ class Projected(Dual):
         known_at = local + each * n
         self.z = self.affine(rows.slim, rows.near(weight))[index]
         self.seen = torch.cat([grams, known.rows], 2).flatten(0, 1)[known_at]
-        self.lengths = grams.diagonal(0, 1, 2).flatten()[known_at]
+        self.lengths = grams.diagonal(0, 1, 2).flatten()[known_at] + vanishing(rows.flat)
         self.D = weight.new_zeros(K, self.seen.shape[2], len(weight))
         self.place = local + each * self.D.shape[1]
         self.steps = [0] * K
