@@ -30,7 +30,7 @@ CONTESTANTS = {
     "bf16": Contestant(("w1", "w2", "w4"), coarse=20.0),
     "projected": Contestant(("w3",)),
     "pfl": Contestant(("w1", "w2", "w4"), "pfl"),
-    "jax": Contestant(("w1", "w3", "w4"), "jax"),
+    "jax": Contestant(ALL, "jax"),
     "opacus": Contestant(("w3", "w5"), "opacus"),
     "opacus-ghost": Contestant(("w3", "w5"), "opacus"),
     "flower": Contestant(("w1", "w2", "w4"), "flwr", alone=False),

@@ -18,20 +18,23 @@ from jax import lax
 from benchmarks.workloads import Problem
 
 Params = list[tuple[jax.Array, jax.Array]]
-"""Weight [in, out] and bias [out] of each layer."""
+"""Weight and bias [out] of each layer; the weight [in, out], of a convolution [height, width, in, out]."""
 
 
 class Jax:
-    """The 2NN: linear layers with relu between them."""
+    """The 2NN or the CNN: layers with relu between them."""
 
     def __init__(self, problem: Problem) -> None:
         self.work, self.noise = problem.work, problem.noise
         values = [jnp.asarray(v.numpy()) for v in problem.model().state_dict().values()]
-        self.params: Params = [(w.T, b) for w, b in zip(values[::2], values[1::2], strict=True)]
+        self.params = layers(list(zip(values[::2], values[1::2], strict=True)))
         stack = [np.stack([s[i].numpy() for s in problem.shards]) for i in (0, 1)]
-        self.x = jnp.asarray(stack[0].reshape(*stack[0].shape[:2], -1))
+        images = self.work.model == "cnn"
+        shape = (28, 28, 1) if images else (-1,)
+        self.x = jnp.asarray(stack[0].reshape(*stack[0].shape[:2], *shape))
         self.y = jnp.asarray(stack[1])
-        self.test = [jnp.asarray(t.flatten(1) if t.dim() > 1 else t) for t in problem.test]
+        x, y = problem.test
+        self.test = [jnp.asarray(x.numpy().reshape(len(x), *shape)), jnp.asarray(y.numpy())]
         self.orders = [jnp.asarray(np.stack(r)) for r in problem.orders()]
         self.key = jax.random.key(torch.initial_seed())
         self.step, self.score = jax.jit(self.one_round), jax.jit(score)
@@ -57,7 +60,8 @@ class Jax:
 
         keys = jax.random.split(key, len(x) + 1)
         zero = jax.tree.map(jnp.zeros_like, params)
-        total, _ = lax.scan(client, zero, (x, y, order, keys[1:]))
+        clients = x, y, order, keys[1:]
+        total, _ = lax.scan(client, zero, clients, unroll=self.work.model == "cnn")
         if self.work.privacy == "client":
             total = noised(total, self.noise, keys[0])
         return jax.tree.map(lambda p, t: p + t / len(x), params, total)
@@ -78,8 +82,9 @@ class Jax:
                 grads = jax.grad(mean)(params, x, y)
             return jax.tree.map(lambda p, g: p - self.work.lr * g, params, grads), None
 
-        batches = x.reshape(-1, size, x.shape[-1]), y.reshape(-1, size), keys
-        return lax.scan(step, params, batches)[0]
+        batches = x.reshape(-1, size, *x.shape[1:]), y.reshape(-1, size), keys
+        # in a loop XLA's convolutions take ten times as long on a CPU
+        return lax.scan(step, params, batches, unroll=self.work.model == "cnn")[0]
 
     def evaluate(self) -> tuple[float, float]:
         """Accuracy and loss on the test set, 500 examples at a time."""
@@ -91,17 +96,50 @@ class Jax:
         return right, loss
 
 
+def layers(torchs: Params) -> Params:
+    """PyTorch's weights [out, in, ...] -> as they are used here; images are channels last."""
+    params: Params = []
+    for w, b in torchs:
+        if w.ndim == 4:
+            params.append((w.transpose(2, 3, 1, 0), b))
+        elif params and params[-1][0].ndim == 4:  # rows of features come from images channels last
+            channels = params[-1][0].shape[-1]
+            side = round((w.shape[1] / channels) ** 0.5)
+            w = w.reshape(len(w), channels, side, side).transpose(2, 3, 1, 0)
+            params.append((w.reshape(-1, len(b)), b))
+        else:
+            params.append((w.T, b))
+    return params
+
+
 def logits(params: Params, x: jax.Array) -> jax.Array:
     """Of one example or many."""
-    for w, b in params[:-1]:
-        x = jax.nn.relu(x @ w + b)
-    w, b = params[-1]
-    return x @ w + b
+    last = params[-1][0].shape[-1]
+    for w, b in params:
+        if w.ndim == 4:
+            x = convolved(x if x.ndim == 4 else x[None], w) + b
+            x = jax.nn.relu(pooled(x))
+        else:
+            x = x.reshape(-1, len(w)) @ w + b
+            x = x if w.shape[-1] == last else jax.nn.relu(x)
+    return x
+
+
+def convolved(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Images [N, H, W, C], padded so that they keep their size."""
+    return lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def pooled(x: jax.Array) -> jax.Array:
+    """Maximum over two by two."""
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
 
 
 def one(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
     """Cross entropy of one example."""
-    return -jax.nn.log_softmax(logits(params, x))[y]
+    return -jax.nn.log_softmax(logits(params, x)[0])[y]
 
 
 def mean(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:

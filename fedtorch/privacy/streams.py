@@ -66,7 +66,9 @@ class Stream:
                 self.pairs(-(-len(part) // 2), std, work), halves(part), strict=True
             ):
                 exact = drawn[: len(into)]
-                np.add(exact, into, out=exact)
+                wide = work.part[: len(into)]  # free again, and faster than adding two types
+                np.copyto(wide, into)
+                np.add(exact, wide, out=exact)
                 np.copyto(into, exact, casting="same_kind")
 
     def uniform(self, n: int) -> Tensor:
