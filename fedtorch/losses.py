@@ -69,13 +69,14 @@ def backward(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
     """Leave the gradient of a batch's mean loss in the leaves, like ``reduce(...).mean().backward()``.
 
     Returns the mean loss. To start with a gradient of 1/B spares the nodes of the mean, a tenth of a
-    small model's step.
+    small model's step. Cross entropy takes it as the weight of every class: the first backward that is
+    given a gradient to start with imports sympy, a third of a second.
     """
     if loss is cross_entropy and output.dim() == 2 and target.dim() == 1:
-        values = F.cross_entropy(output, target, reduction="sum")
-        each = torch.full_like(values, 1 / len(output))
-        values.backward(each)
-        return values.detach() * each
+        each = output.new_full((output.shape[1],), 1 / len(output))
+        value = F.cross_entropy(output, target, each, reduction="sum")
+        value.backward()
+        return value.detach()
     values = reduce(loss(output, target))
     values.backward(torch.full_like(values, 1 / values.numel()))
     return values.detach().mean()

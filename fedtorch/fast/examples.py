@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn import grad
 
 from fedtorch.fast.dropout import Coins, Masked
-from fedtorch.fast.front import Front
+from fedtorch.fast.front import Front, backward
 from fedtorch.fast.layers import Leaf, Leaves
 from fedtorch.types import Params
 
@@ -65,7 +65,7 @@ class Examples(Leaves):
         outputs = [s.output for s in seen]
         return {
             s.prefix + name: each
-            for s, g in zip(seen, torch.autograd.grad(features, outputs, d[:n]), strict=True)
+            for s, g in zip(seen, backward(features, d[:n], outputs), strict=True)
             for name, each in GRADIENTS[type(s.layer)](s.layer, s.input, g).items()
         }
 

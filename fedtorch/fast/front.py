@@ -212,7 +212,7 @@ class Features(Leaves):
         rule = next(iter(self.leaves.values())).rule
         scale = 1.0 if rule.momentum else 1 / rule.lr  # without momentum d is times lr already
         for j, ((own, features), n) in enumerate(zip(self.runs, self.counts, strict=True)):
-            grads = torch.autograd.grad(features, list(own.values()), d[j, :n].to(features.dtype))
+            grads = backward(features, d[j, :n].to(features.dtype), [*own.values()])
             for leaf, g in zip(self.leaves.values(), grads, strict=True):
                 leaf.move(stored(g)[None].to(leaf.value.dtype), slice(j, j + 1), scale)
         self.runs = []
@@ -230,6 +230,15 @@ class Features(Leaves):
         # a copy: the step of one client would count as a change of all that share the memory
         own = shaped(value[None])[0]
         return (own.bfloat16() if self.half else own.clone()).requires_grad_()
+
+
+def backward(features: Tensor, d: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of ``leaves`` from that of the features.
+
+    As those of a product: to be given a gradient, autograd first imports sympy, a third of a second.
+    """
+    with torch.enable_grad():
+        return torch.autograd.grad((features * d).sum(), leaves)
 
 
 def shifted(shift: Tensor | None) -> Tensor | None:
