@@ -32,8 +32,13 @@ class Schedule:
         return cast(list[list[int]], real.sum(2).T.tolist())
 
 
-def schedule(plans: Sequence[Tensor], sizes: Sequence[int]) -> Schedule:
-    """Put the clients' plans side by side. The plans must come in order of falling length."""
+def schedule(
+    plans: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Schedule:
+    """Put the clients' plans side by side, for weights of ``dtype``.
+
+    The plans must come in order of falling length.
+    """
     steps = [len(p) for p in plans]
     if steps != sorted(steps, reverse=True):
         raise ValueError("clients must come in order of falling number of steps")
@@ -44,7 +49,7 @@ def schedule(plans: Sequence[Tensor], sizes: Sequence[int]) -> Schedule:
     ]
     index = torch.stack(plans)
     real = index >= 0
-    scale = real / real.sum(2, keepdim=True).clamp(min=1)
+    scale = real.to(dtype) / real.sum(2, keepdim=True).clamp(min=1)
     first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
     local = index.clamp(min=0).flatten(1)
     live = [sum(t < s for s in steps) for t in range(S)]

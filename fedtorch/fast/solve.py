@@ -62,9 +62,9 @@ class Fast:
     ) -> "Visit":
         """Train K clients; the same contract as ``solvers.general``."""
         with torch.no_grad():
-            device = next(iter(task.state.values())).device
-            rows = self.kept.rows(datasets, device)
-            order = schedule(plans, rows.sizes)
+            first = next(iter(task.state.values()))
+            rows = self.kept.rows(datasets, first.device)
+            order = schedule(plans, rows.sizes, first.dtype)
             rule, shift = of(recipe, ctx, task.lr)
             coins = Coins(ctx.seeds, order)
             if private is not None:
@@ -97,8 +97,7 @@ class Fast:
                 if not isinstance(m, (Act, Drop, Given))
             ]
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
-        dtype = next(iter(task.state.values())).dtype
-        return Visit(held, head.total() / ctx.steps, recipe.privacy is not None, dtype)
+        return Visit(held, head.total() / ctx.steps, recipe.privacy is not None, first.dtype)
 
     def chunk(self, examples: int, recipe: Recipe) -> int:
         """How many clients with so many examples stay in cache together; 64 at most."""
