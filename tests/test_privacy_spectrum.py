@@ -137,6 +137,12 @@ def test_the_mean_is_the_integral() -> None:
     )
 
 
+def test_rounding_that_is_a_part_of_delta_is_taken_off_it() -> None:
+    # delta falls slowly where one release tells a lot by a tiny chance: a twentieth of it is 0.1 in epsilon
+    run = ((0.0916, 5.08e-7, 4), (1.533, 2.682e-3, 14), (1.2555, 0.9975, 20))
+    assert bounds.prv(run, 1.65e-13) >= from_below(run, 1.65e-13)
+
+
 def test_delta_in_the_dust_of_rounding_has_no_answer() -> None:
     mesh = 0.01 / math.sqrt(1000 * math.log(12e14) / 2)
     one = release(1.0, 0.01, 20.0, mesh, 1)

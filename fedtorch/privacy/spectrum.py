@@ -89,10 +89,11 @@ def epsilon_of(
     zero = first * mesh + shift - moved * mesh
     length = size if count > size // 2 else min(size, 1 << (4 * count).bit_length())
     masses = np.fft.irfft(product, length)
-    # what rounding leaves below zero shows how much of the rest is rounding
-    if 20 * -float(masses[masses < 0].sum()) > delta:
+    # what rounding leaves below zero shows how much of the rest is rounding, as much again being above
+    rounding = -2 * float(masses[masses < 0].sum())
+    if 10 * rounding > delta:
         return math.inf
-    return _Tails(product, size, mesh, zero).solve(delta - slack - tiny, start)
+    return _Tails(product, size, mesh, zero).solve(delta - slack - tiny - rounding, start)
 
 
 class _Tails:
