@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
-from fedtorch.fast import dual, layers, offer, rows, solve, spec
+from fedtorch.fast import dual, layers, offer, read, rows, solve, spec
 from fedtorch.losses import binary_cross_entropy, mean_squared_error
 from fedtorch.privacy import ClientLevel, SampleLevel
 from fedtorch.types import ConfigError
@@ -464,3 +464,42 @@ def test_a_trial_that_differs_by_chance_is_repeated_on_others(monkeypatch):
     assert tried == [who[0].data, who[3].data, who[5].data]
     monkeypatch.setattr(offering, "difference", lambda *_: float("nan"))
     assert "differs" in offer(mlp(), [c.data for c in who], Recipe(lr=0.1))
+
+
+class OneNumber(nn.Module):
+    """One output an example, without an axis for it."""
+
+    def __init__(self, squeeze) -> None:
+        super().__init__()
+        self.hidden, self.out, self.squeeze = nn.Linear(30, 6), nn.Linear(6, 1), squeeze
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.squeeze(torch.sigmoid(self.out(torch.relu(self.hidden(x)))))
+
+
+def strict(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A loss that would make a matrix of [B, 1] and [B]."""
+    assert output.shape == target.shape
+    return torch.nn.functional.binary_cross_entropy(output, target.float(), reduction="none")
+
+
+SQUEEZES = [
+    lambda z: z.squeeze(1), lambda z: z.squeeze(dim=-1), lambda z: torch.squeeze(z, 1),
+    lambda z: z.view(-1),
+    lambda z: z.reshape(-1), lambda z: z.flatten(), lambda z: torch.flatten(z, 0), lambda z: z[:, 0],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("squeeze", SQUEEZES)
+def test_one_number_for_each_example(squeeze):
+    ends = []
+    for solver in ("general", "fast"):
+        torch.manual_seed(0)
+        recipe = Recipe(loss=strict, lr=0.1, batch_size=8)
+        ends.append(trained(recipe, solver, OneNumber(squeeze), clients(classes=2))[0])
+    assert apart(*ends) < 1e-5
+
+
+@pytest.mark.parametrize("squeeze", [lambda z: z.squeeze(), lambda z: z.squeeze(0), lambda z: z[0]])
+def test_what_may_take_the_examples_axis_away_is_not_read(squeeze):
+    assert read.read(OneNumber(squeeze), torch.zeros(2, 30)) == "it does not end in a linear layer"

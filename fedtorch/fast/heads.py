@@ -49,3 +49,8 @@ class AnyLoss:
     def total(self) -> Tensor:
         """Sum over steps of the mean loss of each batch, [K]."""
         return (self.losses * self.scale[..., 0]).double().sum(1)
+
+
+def squeezed(loss: Loss) -> Loss:
+    """The loss of outputs [B], for outputs [B, 1]."""
+    return lambda output, target: loss(output.squeeze(-1), target)

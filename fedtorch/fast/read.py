@@ -7,7 +7,7 @@ or has a forward of its own.
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,6 +27,8 @@ class Chain:
     """The dense part, from flat features to outputs."""
     front: Front | None = None
     """What comes before it; none: the examples themselves, flattened."""
+    squeezed: bool = False
+    """Whether the model puts out one number for each example, [B] and not [B, 1]."""
 
     @property
     def drops_inputs(self) -> bool:
@@ -44,6 +46,15 @@ SHAPES = {torch.flatten, operator.getitem, getattr, "flatten", "view", "reshape"
 """Calls that change nothing but the shape."""
 
 
+SQUEEZES: dict[object, tuple[tuple[object, ...], ...]] = {
+    **{f: ((1,), (-1,)) for f in (torch.squeeze, "squeeze")},
+    **{f: ((), (0,)) for f in (torch.flatten, "flatten")},
+    **{f: ((-1,),) for f in (torch.reshape, "view", "reshape")},
+    operator.getitem: (((slice(None), 0),),),
+}
+"""Calls, and what they are told, that turn [B, 1] into [B] whatever B is."""
+
+
 def read(model: nn.Module, example: Tensor) -> Chain | str:
     """The model as a chain, or one clause saying what stands in the way."""
     for name, m in model.named_modules():
@@ -53,8 +64,9 @@ def read(model: nn.Module, example: Tensor) -> Chain | str:
         root, graph = traced(model)
     except Exception as e:  # whatever a model's own code may raise when it is shown a symbol
         return f"torch.fx cannot read its forward ({type(e).__name__})"
-    layers, node = dense(graph, root)
-    if not layers:
+    end, squeezed = outputs(graph)
+    layers, node = dense(end, root)
+    if not layers or (squeezed and width(layers) != 1):
         return "it does not end in a linear layer"
     dropped, start = dropped_inputs(node, root)
     if flattens(graph, start, root, example):
@@ -68,7 +80,7 @@ def read(model: nn.Module, example: Tensor) -> Chain | str:
         return "what a dropout layer gives is not used"  # but it draws, and what is drawn later differs
     found = [n for layer in layers if isinstance(layer, Linear) for n in (layer.weight, layer.bias)]
     found += front.names if front else ()
-    return whole(model, [n for n in found if n]) or Chain(tuple(layers), front)
+    return whole(model, [n for n in found if n]) or Chain(tuple(layers), front, squeezed)
 
 
 def whole(model: nn.Module, found: Sequence[str]) -> str | None:
@@ -83,11 +95,27 @@ def whole(model: nn.Module, found: Sequence[str]) -> str | None:
     return None
 
 
-def dense(graph: fx.Graph, root: nn.Module) -> tuple[list[Part], fx.Node]:
-    """Linear layers and what is between them at the end of the graph, and the node that feeds them."""
+def outputs(graph: fx.Graph) -> tuple[object, bool]:
+    """What the dense part puts out, and whether an axis of one output is taken away from it then."""
     (output,) = (n for n in graph.nodes if n.op == "output")
+    end = output.args[0]
+    if not isinstance(end, fx.Node) or end.op not in ("call_function", "call_method"):
+        return end, False
+    told = (*end.args[1:], *end.kwargs.values())
+    if end.target in SQUEEZES and told in SQUEEZES[end.target]:
+        return end.args[0], True
+    return end, False
+
+
+def width(layers: Sequence[Part]) -> int:
+    """Outputs of the last linear layer."""
+    return [layer.shape[0] for layer in layers if isinstance(layer, Linear)][-1]
+
+
+def dense(end: object, root: nn.Module) -> tuple[list[Part], fx.Node]:
+    """Linear layers and what is between them up to ``end``, and the node that feeds them."""
     layers: list[Part] = []
-    at = end = output.args[0]
+    at: Any = end
     linear = 0
     while isinstance(at, fx.Node) and len(at.users) == 1:
         layer = simple(at, root)

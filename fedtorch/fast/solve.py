@@ -15,7 +15,7 @@ from fedtorch.fast.activations import Activation
 from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.dual import First, Hidden
 from fedtorch.fast.examples import Examples
-from fedtorch.fast.heads import AnyLoss, CrossEntropy
+from fedtorch.fast.heads import AnyLoss, CrossEntropy, squeezed
 from fedtorch.fast.layers import Act, Given, Layer, Leaf, Own, Rule, Weights, passed_down
 from fedtorch.fast.private import Flat, noised
 from fedtorch.fast.projected import Known, Projected
@@ -76,8 +76,9 @@ class Fast:
                 layers = self._front(model, rows, coins, task.state, rule, shift)
                 layers += self._dense(datasets, rows, coins, task.state, rule, shift)
             y = rows.y[order.index]
-            known = recipe.loss is cross_entropy
-            head = CrossEntropy(y, order.scale) if known else AnyLoss(y, order.scale, recipe.loss)
+            known = recipe.loss is cross_entropy and not self.chain.squeezed
+            loss = squeezed(recipe.loss) if self.chain.squeezed else recipe.loss
+            head = CrossEntropy(y, order.scale) if known else AnyLoss(y, order.scale, loss)
             scale = order.scale if rule.momentum else order.scale * rule.lr
             for t, k in enumerate(order.live):
                 step = slice(t * order.batch, (t + 1) * order.batch)
