@@ -204,7 +204,7 @@ def _smallest(cost: Callable[[float], float], target: float, start: float) -> fl
         high = min(2 * high, MAX_NOISE)
         at_high = cost(high)
     for step in range(80):
-        if at_high >= target - window or high - low < 1e-9 * high:
+        if at_high >= target - window or high - low < 1e-5 * high:
             break
         if math.isinf(at_low):  # no second point yet: cost falls at least like 1 / noise
             guess = max(high * max(at_high, 1e-9) / goal, high / 8)
