@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -126,10 +126,50 @@ class Drawing(TorchFunctionMode):
     def _noise(self, x: Tensor, drop: Dropout) -> Tensor:
         # for x [B, ...] of one client, or [1, ...]; drawn for all, of which it takes its own
         self.used = True
-        shape, order = tuple(x.shape[1:]), x.dim_order()
-        if drop.axes:  # whole channels
-            shape, order = (shape[0], *[1] * (drop.axes - 2)), tuple(range(drop.axes))
+        shape, order = masked(x, drop)
         like = torch.empty(1, dtype=x.dtype).expand(len(self.seeds), self.rows, *shape)
-        rows = noise(like, (0, *(i + 1 for i in order)), 1 - drop.p, self.counts, self.generators)
+        rows = noise(like, order, 1 - drop.p, self.counts, self.generators)
         own = rows.index_select(0, self.client)[0]
         return own if self.example is None else own.index_select(0, self.example)
+
+
+class Replaying(TorchFunctionMode):
+    """Dropout for the examples of a batch one after another, with the masks the batch would have."""
+
+    def __init__(self, rows: int) -> None:
+        """``rows``: examples of the batch; masks come from PyTorch's own generator."""
+        super().__init__()
+        self.rows, self.masks = rows, list[Tensor]()
+
+    def of(self, example: int) -> Self:
+        """For ``with``: the model is run for this example alone."""
+        self.example, self.calls = example, 0
+        return self
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Any call of torch; only dropout's are changed."""
+        kwargs = kwargs or {}
+        if func not in CALLS or not args:
+            return func(*args, **kwargs)
+        x, drop = args[0], asked(CALLS[func], args, kwargs)
+        if drop.axes not in (0, x.dim()):
+            return func(*args, **kwargs)
+        if not drop.p:
+            return x
+        if self.calls == len(self.masks):  # the first example meets each call first
+            shape, order = masked(x, drop)
+            like = torch.empty(1, dtype=x.dtype).expand(1, self.rows, *shape)
+            generators = [torch.default_generator]
+            self.masks.append(noise(like, order, 1 - drop.p, [self.rows], generators)[0])
+        self.calls += 1
+        return x * self.masks[self.calls - 1][self.example, None]
+
+
+def masked(x: Tensor, drop: Dropout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What of an example of x [B, ...] has a number of its own, and how [K, B, ...] lies in memory."""
+    shape, order = tuple(x.shape[1:]), x.dim_order()
+    if drop.axes:  # whole channels
+        shape, order = (shape[0], *[1] * (drop.axes - 2)), tuple(range(drop.axes))
+    return shape, (0, *(i + 1 for i in order))

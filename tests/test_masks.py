@@ -14,6 +14,7 @@ from fedtorch import (
     Scaffold,
     Server,
     masks,
+    seeds,
     solvers,
 )
 from fedtorch.types import ConfigError
@@ -92,3 +93,14 @@ def test_masks_are_zero_or_grown_at_the_rate_asked_for():
     assert float((noise[:2] > 0).float().mean()) == pytest.approx(0.8, abs=0.03)
     assert not torch.equal(noise[0], noise[1])
     assert torch.equal(noise[0, :20], noise[2, :20]) and noise[2, 20:].all()
+
+
+def test_examples_alone_drop_what_the_batch_drops():
+    x, model = clients()[0].data.tensors[0], Mixed()
+    with seeds.seeded(5):
+        whole = model(x)
+    masks_of = masks.Replaying(len(x))
+    with seeds.seeded(5):
+        for b in range(len(x)):
+            with masks_of.of(b):
+                assert torch.allclose(model(x[b : b + 1]), whole[b : b + 1], atol=1e-6)

@@ -16,7 +16,7 @@ from fedtorch.losses import reduce
 from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.streams import stream
-from fedtorch.solvers import Recipe, general, load, snapshot, stacked
+from fedtorch.solvers import Recipe, general, load, snapshot
 from fedtorch.strategies import FedProx, Scaffold, Strategy
 from fedtorch.tree import expand, sq_norms, tmap
 from fedtorch.types import Context, Params, Task
@@ -212,13 +212,11 @@ def apart(
         task.lr,
         (SEED,),
     )
-    noise, slow = None, general
+    noise = None
     if private:
-        # gradients of examples alone are the plainest, but masks are drawn for a whole batch
-        mode, slow = ("stacked", stacked) if solver.chain.drops else ("alone", general)
-        noise = PrivateSteps(0.1, 0.0, 5.0, [stream("aes", 0, "trial")], mode)
+        noise = PrivateSteps(0.1, 0.0, 5.0, [stream("aes", 0, "trial")], "alone")
     ways = []
-    for solve in (slow, solver):
+    for solve in (general, solver):
         with seeds.seeded(SEED):
             ways.append(solve(model, [few], [steps], task, recipe, context, noise).params)
             ways[-1] = tmap(torch.clone, ways[-1])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from fedtorch.losses import Loss, reduce
-from fedtorch.masks import Drawing
+from fedtorch.masks import Drawing, Replaying
 from fedtorch.privacy.streams import Stream, Work
 from fedtorch.tree import rows, split, tmap
 from fedtorch.types import Params, Stack
@@ -152,9 +152,12 @@ class Alone:
         """The gradient in ``p.grad``, and the mean loss."""
         params = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         total, losses = {k: torch.zeros_like(p) for k, p in params.items()}, []
+        masks = Replaying(len(y))
         for part in torch.arange(len(y)).view(-1, 1):
             self.model.zero_grad()
-            value = reduce(self.loss(self.forward(self.model, rows(x, part)), y[part]))
+            with masks.of(int(part)):
+                output = self.forward(self.model, rows(x, part))
+            value = reduce(self.loss(output, y[part]))
             value.sum().backward()
             # a weight an example does not reach (an expert not chosen) has no gradient
             grads = {k: p.grad for k, p in params.items() if p.grad is not None}
