@@ -3,9 +3,10 @@
     python -m benchmarks.dropout --rounds 30
 
 The 2NN with dropout of 0.5 behind both hidden layers, and the network of PyTorch's MNIST example; ten
-clients of 60 examples, batches of 10. "private" is the 2NN with DP-SGD, its bare loop without, and its
-general path Opacus's ghost clipping. "without" is the same model with p = 0. All take turns, and what
-is compared is the processor time of rounds that follow each other, as in ``benchmarks.general``.
+clients of 60 examples, batches of 10. The private ones are with DP-SGD, their bare loop without, and
+their general path is what the plan picks from Opacus. "without" is the same model with p = 0. All take
+turns, and what is compared is the processor time of rounds that follow each other, as in
+``benchmarks.general``.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from benchmarks.ours import Ours
 from benchmarks.workloads import MNIST, WORKLOADS, Problem, problem
 from fedtorch import seeds
 
-KINDS = {"mlp": "w1", "cnn": "w2", "private": "w3"}
+KINDS = {"mlp": "w1", "cnn": "w2", "private": "w3", "private-cnn": "w2"}
 """Models, and the workloads they take the place of."""
 
 
@@ -37,7 +38,7 @@ class Dropping(Problem):
     def model(self) -> nn.Module:
         """Images of 28 x 28 pixels."""
         with seeds.seeded(self.seed + 1):
-            return cnn(self.rate) if self.kind == "cnn" else mlp(self.rate)
+            return cnn(self.rate) if "cnn" in self.kind else mlp(self.rate)
 
 
 def mlp(rate: float) -> nn.Module:
@@ -59,7 +60,8 @@ def cnn(rate: float) -> nn.Module:
 
 def compare(kind: str, rounds: int, mnist: Path) -> str:
     """A line of the table: medians in ms, and the median and quartiles of the ratios."""
-    work = replace(WORKLOADS[KINDS[kind]], rounds=rounds)
+    privacy = "sample" if "private" in kind else "none"
+    work = replace(WORKLOADS[KINDS[kind]], rounds=rounds, privacy=privacy)
     made = problem(work, mnist)
     same = {k: getattr(made, k) for k in ("work", "shards", "test", "facts", "seed", "noise")}
     with_, without = (Dropping(**same, kind=kind, rate=rate) for rate in (1.0, 0.0))
