@@ -62,15 +62,13 @@ class Masked(nn.Module):
     def __init__(self, spec: Dropout, order: tuple[int, ...]) -> None:
         """``order``: axes of the input as they lie in memory on the general path, outermost first."""
         super().__init__()
-        self.keep, self.axes, self.order = 1 - spec.p, spec.axes, order
+        self.keep, self.axes = 1 - spec.p, spec.axes
+        self.order = (0, *(i + 1 for i in (range(spec.axes) if spec.axes else order)))
 
     def forward(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """[n, ...], the real examples of a step."""
-        if self.axes:  # whole channels
-            like = x.detach().flatten(2)[..., 0].view(*x.shape[:2], *[1] * (self.axes - 2))
-            order = tuple(range(self.axes))
-        else:
-            like, order = x.detach(), self.order
-        drawn = noise(like[None], (0, *(i + 1 for i in order)), self.keep, [len(x)], [generator])
+        shape = (*x.shape[:2], *[1] * (self.axes - 2)) if self.axes else x.shape  # whole channels
+        like = x.detach().new_empty(1).expand(1, *shape)
+        drawn = noise(like, self.order, self.keep, [len(x)], [generator])[0]
         # general path and front keep images in different memory, and draw in the order of the former
-        return x * torch.empty_like(like).copy_(drawn[0])
+        return x * (drawn if self.axes else torch.empty_like(x).copy_(drawn))
