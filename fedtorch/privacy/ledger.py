@@ -88,6 +88,14 @@ class Ledger:
         """Epsilon of the run if this were charged too."""
         return _largest(self._all(event, clients), delta, accountant)
 
+    def within(self, event: Event, most: int, clients: Iterable[str] | None = ()) -> bool:
+        """Whether nobody is charged for more than ``most`` releases like ``event``, or for any other.
+
+        ``clients``: as if they (None: everyone) were charged for ``event`` once more.
+        """
+        plan = {key: most for key, _ in _history(event)}
+        return all(_within(dict(history), plan) for history in self._all(event, clients))
+
     def fits(
         self,
         event: Event,

@@ -31,7 +31,7 @@ def statement(run: PrivateRun) -> dict[str, Any]:
     """Everything a reader needs to believe, or doubt, the claim: ``privacy.json``."""
     plan = run.plan
     spent = run.ledger.spent_by_client(plan.delta, plan.accountant) if plan.per_client else {}
-    values = sorted(spent.values())
+    values = sorted(min(v, run.spent()) for v in spent.values())
     return {
         **plan.describe(),
         "plan": repr(plan),

@@ -69,6 +69,8 @@ class PrivateRun:
             return round < self.rounds
         charged = self.charged(cohort, round)
         event = plan.event(self.noise)
+        if self._planned() <= plan.target and self.ledger.within(event, self._most(), charged):
+            return True  # a part of the plan costs no more than the plan, whatever its own bound is
         return self.ledger.fits(event, charged, plan.target, plan.delta, plan.accountant)
 
     def charge(self, cohort: Sequence[int], round: int) -> None:
@@ -110,15 +112,25 @@ class PrivateRun:
         """What the guarantee stands at after a round."""
         return {
             "privacy_epsilon": self.spent(),
-            "privacy_epsilon_planned": self.plan.planned(self.noise, self.rounds),
+            "privacy_epsilon_planned": self._planned(),
             "privacy_noise_multiplier": self.noise,
             "privacy_noise_std": self.plan.spread(self.noise, self.state, len(self.ids)),
             "privacy_clip_norm": float(self.state.get("clip", self.plan.clip)),
         }
 
     def spent(self) -> float:
-        """Epsilon of the run so far, at the plan's delta."""
-        return self.ledger.spent(self.plan.delta, self.plan.accountant)
+        """Epsilon of the run so far, at the plan's delta; a part of the plan costs no more than it all."""
+        spent = self.ledger.spent(self.plan.delta, self.plan.accountant)
+        part = self.ledger.within(self.plan.event(self.noise), self._most())
+        return min(spent, self._planned()) if part else spent
+
+    def _planned(self) -> float:
+        """Epsilon of all rounds of the plan."""
+        return self.plan.planned(self.noise, self.rounds)
+
+    def _most(self) -> int:
+        """Releases in them that one unit is charged for."""
+        return self.plan.releases(self.rounds) * self.plan.event(self.noise).steps
 
     @property
     def delta(self) -> float:
