@@ -34,6 +34,8 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
         return
     checks.refuse(model)
     checks.narrow(model)
+    if isinstance(recipe.privacy, SampleLevel):
+        checks.renorming(model)
     _frozen_buffers(model, clients, recipe)
     if isinstance(recipe.privacy, SampleLevel):
         _per_example(model, clients, recipe)
@@ -216,7 +218,7 @@ def _largest(clients: Sequence[Client]) -> Dataset:
 
 
 def _frozen_buffers(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
-    """Buffers that follow the data would leave the client un-noised, or stay behind the weights."""
+    """Buffers that follow the data would leave the client un-noised, or stay behind; weights, likewise."""
     x, _ = to(two_examples(_largest(clients)), next(model.parameters()).device)
     before = snapshot(model)
     with torch.no_grad(), seeds.seeded(0):
@@ -228,6 +230,14 @@ def _frozen_buffers(model: nn.Module, clients: Sequence[Client], recipe: Recipe)
             raise ConfigError(
                 f"buffer {k} changes while training and nobody noises it: use a layer without "
                 "statistics of the data"
+            )
+    if not isinstance(recipe.privacy, SampleLevel):
+        return
+    for k, _ in model.named_parameters():
+        if not torch.equal(before[k], after[k]):
+            raise ConfigError(
+                f"parameter {k} is changed by the model's forward, past clipping and noise: change weights "
+                "by their gradients alone"
             )
 
 

@@ -117,6 +117,36 @@ REFUSED = [
 ]  # fmt: skip
 
 
+class Shrinks(nn.Linear):
+    """Writes to its weights as it is called."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.mul_(1 - 1e-3 * x.abs().mean())
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "layer, why",
+    [
+        (nn.Embedding(4, 3, max_norm=100.0), "scales the rows"),
+        (nn.EmbeddingBag(4, 3, max_norm=0.5), "scales the rows"),
+        (Shrinks(6, 4), "parameter 0.weight is changed by the model's forward"),
+    ],
+)
+def test_weights_that_forward_itself_changes_are_refused(layer, why):
+    # a row that an example looked up would be shorter afterwards, and no noise could hide it
+    net = nn.Sequential(layer, nn.Flatten(), nn.Linear(layer.weight.shape[0], 4))
+    who = clients()
+    if not isinstance(layer, Shrinks):
+        net = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(4))
+        for c in who:
+            c.data.tensors = (c.data.tensors[0].abs().long().clamp(max=3), c.data.tensors[1])
+        net(who[0].data.tensors[0])
+    with pytest.raises(ConfigError, match=why):
+        server(net, who, SampleLevel(rounds=1))
+
+
 @pytest.mark.parametrize("layer, fix", REFUSED, ids=lambda v: getattr(v, "_get_name", lambda: v)())
 def test_layers_with_statistics_are_refused_frozen_or_not(layer, fix):
     net = nn.Sequential(layer, nn.Linear(6, 4))

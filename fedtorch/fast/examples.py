@@ -116,7 +116,7 @@ def unknown(model: nn.Module, front: Front, batch: int) -> str | None:
 def plain(layer: nn.Module) -> bool:
     """Whether the layer has no option that its formula below leaves out."""
     if isinstance(layer, nn.Embedding):
-        return not (layer.max_norm or layer.scale_grad_by_freq or layer.sparse)
+        return not (layer.scale_grad_by_freq or layer.sparse)
     return getattr(layer, "padding_mode", "zeros") == "zeros" and layer_padding(layer) is not None
 
 

@@ -50,7 +50,8 @@ def cut(graph: fx.Graph, end: fx.Node, root: nn.Module, example: Tensor) -> Fron
             drops += [(node.name, order)] if drop.p else []
         elif node.op == "call_module":
             m = root.get_submodule(str(node.target))
-            if type(m) not in MODULES:
+            renorms = getattr(m, "max_norm", None) is not None  # its copy, and not what is trained
+            if type(m) not in MODULES or renorms:
                 return f"layer {target or 'model'} ({m._get_name()}) has no fast form"
             names += [f"{target}.{n}" if target else n for n, _ in m.named_parameters()]
         elif node.op == "get_attr":

@@ -31,6 +31,16 @@ def refuse(model: nn.Module) -> None:
             )
 
 
+def renorming(model: nn.Module) -> None:
+    """Embeddings that scale the rows they look up, in forward and so past clipping and noise."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise ConfigError(
+                f"layer {name or 'model'} ({type(module).__name__}) scales the rows that examples look up "
+                "down to max_norm, which shows them past all noise: leave max_norm out"
+            )
+
+
 def narrow(model: nn.Module) -> None:
     """Norms, sums and noise in 16 bits are off by more than the claim has room for."""
     for name, p in model.named_parameters():
