@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedtorch import seeds
 from fedtorch.client import Client, Recipe
 from fedtorch.modules import to
+from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.summed import averages, shrunk
 from fedtorch.tree import add_weighted, expand, finite, split
@@ -119,7 +120,7 @@ def in_turn(
     loss, squares, used = [], [], []
     with seeds.kept():
         for k, client in enumerate(clients):
-            seed = visit_seed(client, task)
+            seed = visit_seed(client, task, recipe)
             seeds.set_global(seed)
             memory = client.memory or recipe.strategy.remember(start)
             memory = {g: expand(to(m, here.device)) for g, m in memory.items()}
@@ -142,8 +143,15 @@ def in_turn(
     return Turns(torch.stack(loss), _float64(squares), _float64(used), total, floats)
 
 
-def visit_seed(client: Client, task: Task) -> int:
-    """What seeds the global generators while a client trains, for dropout and the like."""
+def visit_seed(client: Client, task: Task, recipe: Recipe) -> int:
+    """What seeds the global generators while a client trains, for dropout and the like.
+
+    Masks belong to places in a batch: one example more moves those of the others and of later steps, which
+    no clip bounds. So under sample-level privacy nobody else may know them, the server included.
+    """
+    if isinstance(recipe.privacy, SampleLevel):
+        secret = recipe.privacy.stream("masks", task.round, client.id).uniform(1)
+        return int(float(secret) * 2**53)
     return seeds.derive(task.seed, "visit", task.round, client.id)
 
 

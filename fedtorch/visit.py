@@ -87,7 +87,7 @@ def _context(
         memory={g: to(stack([m[g] for m in memory]), device) for g in memory[0]},
         steps=torch.tensor([len(p) for p in plans]),
         lr=task.lr,
-        seeds=tuple(visit_seed(c, task) for c in clients),
+        seeds=tuple(visit_seed(c, task, recipe) for c in clients),
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedtorch import Recipe, Uniform, local_update
+from fedtorch import Local, Recipe, Server, Uniform, local_update
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, SampleLevel
 from fedtorch.privacy.accounting import Event
 from fedtorch.privacy.ledger import Ledger
@@ -65,6 +65,23 @@ def test_noise_is_never_the_same_twice_without_an_insecure_seed():
     for run in runs:
         run.round()
     assert not torch.equal(weights(runs[0]), weights(runs[1]))
+
+
+@pytest.mark.parametrize("solver", ["auto", "fast", "stacked"])
+def test_masks_of_dropout_are_a_secret_under_sample_level_privacy(solver):
+    # they belong to places in a batch: who knew them would see one example move those of all others
+    ends = []
+    for seed in (None, None, 7, 7):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Linear(6, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 4)
+        )
+        plan = SampleLevel(noise_multiplier=1e-9, rounds=1, sample_rate=1.0, insecure_seed=seed)
+        run = Server(net, clients(), Recipe(privacy=plan), engine=Local(solver=solver), seed=5)
+        run.round()
+        ends.append(weights(run))
+    assert float((ends[0] - ends[1]).norm()) > 1e-3
+    assert torch.equal(ends[2], ends[3])
 
 
 def test_a_round_the_budget_has_no_room_for_is_refused():
