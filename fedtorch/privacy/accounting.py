@@ -182,7 +182,8 @@ def _gaussian(run: bounds.Run, delta: float, accountant: str) -> float:
         return closed
     if accountant == "rdp":
         return bounds.rdp(run, delta)
-    # three rising bounds cut off at the same height: their smallest rises with every step too
+    # three rising bounds cut off at the same height: their smallest rises with every step too, but for what
+    # grids differ in and where PRV has no answer for some number of steps and one for more
     if closed <= bounds.LEAST:
         return closed
     sampled = min(bounds.rdp(run, delta), bounds.prv(run, delta))

@@ -49,7 +49,7 @@ def statement(run: PrivateRun) -> dict[str, Any]:
         "rounds_planned": run.rounds,
         "rounds_charged": len(run.ledger.entries),
         "accountant": plan.accountant,
-        "versions": {p: version(p) for p in ("torch", "opacus", "numpy", "scipy")},
+        "versions": {p: version(p) for p in ("fedtorch", "torch", "opacus", "numpy", "scipy")},
         "randomness": randomness(run),
         "outside_the_guarantee": "nothing is logged"
         if plan.strict
