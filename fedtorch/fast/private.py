@@ -75,30 +75,22 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
     """
     grads, first = passed_down(layers, d), layers[0]
     known = [(m, g) for m, g in zip(layers, grads, strict=True) if isinstance(m, (Own, Projected))]
-    squares = torch.stack([m.example_sq_norms(g) for m, g in known]).sum(0)
     written: list[Params] = [{} for _ in d]
     if isinstance(first, Examples):
         written = [first.gradients(j, g) for j, g in enumerate(grads[0])]
-        for row, own in zip(squares, written, strict=True):
-            for g in own.values():
-                row[: len(g)] += g.flatten(1).double().square().sum(1)
-    factors = private.factors(squares)
-    # a factor so small that it has lost digits scales to no norm in particular
-    used = factors >= torch.finfo(d.dtype).tiny
-    factors = torch.where(used, factors, 0).to(d.dtype)
+    factors = scales(known, written, private).to(d.dtype)
+    used = factors > 0
     clean = bool(used.all())
+    dense: list[tuple[Own, Tensor, Tensor]] = []
+    for m, g in known:
+        scaled = (g if clean else torch.where(used[..., None], g, 0)) * factors[..., None]
+        if isinstance(m, Own):
+            dense.append((m, scaled, m.a if clean else torch.where(used[..., None], m.a, 0)))
+        else:
+            m.step(scaled)
     into = split(flat.gradient, flat.shapes)
-    rows = [
-        (m, (g if clean else torch.where(used[..., None], g, 0)) * factors[..., None])
-        for m, g in known
-    ]
-    front, scaled = rows[0]
-    if isinstance(front, Projected):
-        front.step(scaled)
-    dense = [(m, g) for m, g in rows if isinstance(m, Own)]
-    inputs = [m.a if clean else torch.where(used[..., None], m.a, 0) for m, _ in dense]
     for k in range(len(d)):
-        for (m, scaled), a in zip(dense, inputs, strict=True):
+        for m, scaled, a in dense:
             torch.mm(scaled[k].T, a[k], out=into[m.spec.weight])
             if m.spec.bias:
                 torch.sum(scaled[k], 0, out=into[m.spec.bias])
@@ -106,6 +98,21 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
             into[name].copy_(clipped(g, factors[k, : len(g)]))
         private.noisy(flat.gradient, k)
         flat.leaf.move(flat.gradient[None], slice(k, k + 1), 1 / private.divisor)
+
+
+def scales(
+    known: Sequence[tuple[Own | Projected, Tensor]],
+    written: Sequence[Params],
+    private: PrivateSteps,
+) -> Tensor:
+    """What each example's gradient is multiplied by, [k, B], from its norm over all layers."""
+    squares = torch.stack([m.example_sq_norms(g) for m, g in known]).sum(0)
+    for row, own in zip(squares, written, strict=True):
+        for g in own.values():
+            row[: len(g)] += g.flatten(1).double().square().sum(1)
+    factors = private.factors(squares)
+    # a factor so small that it has lost digits scales to no norm in particular
+    return torch.where(factors >= torch.finfo(known[0][1].dtype).tiny, factors, 0)
 
 
 def clipped(gradients: Tensor, factors: Tensor) -> Tensor:
