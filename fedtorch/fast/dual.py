@@ -18,7 +18,7 @@ from fedtorch.fast.rows import Rows
 from fedtorch.fast.spec import Linear
 from fedtorch.types import Params, Stack
 
-LARGE = 1 << 16
+LARGE = 1 << 15
 """Weights from which on a product is worth the way to bfloat16 and back."""
 
 TALL = 600
