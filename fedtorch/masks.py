@@ -80,7 +80,27 @@ def uniform() -> bool:
     return same and torch.equal(ours.get_state(), theirs.get_state())
 
 
-class Drawing(TorchFunctionMode):
+class Listening(TorchFunctionMode):
+    """Dropout called as a function multiplies by numbers from elsewhere."""
+
+    def noise(self, x: Tensor, drop: Dropout) -> Tensor:
+        """What ``x`` is multiplied by."""
+        raise NotImplementedError
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Any call of torch; only dropout's are changed."""
+        kwargs = kwargs or {}
+        if func not in CALLS or not args:
+            return func(*args, **kwargs)
+        x, drop = args[0], asked(CALLS[func], args, kwargs)
+        if drop.axes not in (0, x.dim()):  # an input that is not a batch
+            return func(*args, **kwargs)
+        return x * self.noise(x.detach(), drop) if drop.p else x
+
+
+class Drawing(Listening):
     """Dropout under ``torch.func.vmap`` over clients draws for each from a generator of its own."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -111,20 +131,8 @@ class Drawing(TorchFunctionMode):
         self.client, self.example = client[None], None if example is None else example[None]
         return nullcontext() if self.silent else self
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Any call of torch; only dropout's are changed."""
-        kwargs = kwargs or {}
-        if func not in CALLS or not args:
-            return func(*args, **kwargs)
-        x, drop = args[0], asked(CALLS[func], args, kwargs)
-        if drop.axes not in (0, x.dim()):  # an input that is not a batch
-            return func(*args, **kwargs)
-        return x * self._noise(x.detach(), drop) if drop.p else x
-
-    def _noise(self, x: Tensor, drop: Dropout) -> Tensor:
-        # for x [B, ...] of one client, or [1, ...]; drawn for all, of which it takes its own
+    def noise(self, x: Tensor, drop: Dropout) -> Tensor:
+        """For x [B, ...] of one client, or [1, ...]; drawn for all, of which it takes its own."""
         self.used = True
         shape, order = masked(x, drop)
         like = torch.empty(1, dtype=x.dtype).expand(len(self.seeds), self.rows, *shape)
@@ -133,7 +141,7 @@ class Drawing(TorchFunctionMode):
         return own if self.example is None else own.index_select(0, self.example)
 
 
-class Replaying(TorchFunctionMode):
+class Replaying(Listening):
     """Dropout for the examples of a batch one after another, with the masks the batch would have."""
 
     def __init__(self, rows: int) -> None:
@@ -146,25 +154,15 @@ class Replaying(TorchFunctionMode):
         self.example, self.calls = example, 0
         return self
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Any call of torch; only dropout's are changed."""
-        kwargs = kwargs or {}
-        if func not in CALLS or not args:
-            return func(*args, **kwargs)
-        x, drop = args[0], asked(CALLS[func], args, kwargs)
-        if drop.axes not in (0, x.dim()):
-            return func(*args, **kwargs)
-        if not drop.p:
-            return x
+    def noise(self, x: Tensor, drop: Dropout) -> Tensor:
+        """Of this call for the example that is run."""
         if self.calls == len(self.masks):  # the first example meets each call first
             shape, order = masked(x, drop)
             like = torch.empty(1, dtype=x.dtype).expand(1, self.rows, *shape)
             generators = [torch.default_generator]
             self.masks.append(noise(like, order, 1 - drop.p, [self.rows], generators)[0])
         self.calls += 1
-        return x * self.masks[self.calls - 1][self.example, None]
+        return self.masks[self.calls - 1][self.example, None]
 
 
 def masked(x: Tensor, drop: Dropout) -> tuple[tuple[int, ...], tuple[int, ...]]:
