@@ -5,7 +5,7 @@ call, a number for each of its input. Where many train together, every client ha
 seeded alike and asked in the same order for masks of the same shape, so that the same numbers drop.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -80,27 +80,22 @@ def uniform() -> bool:
     return same and torch.equal(ours.get_state(), theirs.get_state())
 
 
-class Listening(TorchFunctionMode):
-    """Dropout called as a function multiplies by numbers from elsewhere."""
-
-    def noise(self, x: Tensor, drop: Dropout) -> Tensor:
-        """What ``x`` is multiplied by."""
-        raise NotImplementedError
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Any call of torch; only dropout's are changed."""
-        kwargs = kwargs or {}
-        if func not in CALLS or not args:
-            return func(*args, **kwargs)
-        x, drop = args[0], asked(CALLS[func], args, kwargs)
-        if drop.axes not in (0, x.dim()):  # an input that is not a batch
-            return func(*args, **kwargs)
-        return x * self.noise(x.detach(), drop) if drop.p else x
+def dropped(
+    noise: Callable[[Tensor, Dropout], Tensor],
+    func: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Any call of torch; where it is dropout's, its input times ``noise`` of input and what it drops."""
+    if func not in CALLS or not args:
+        return func(*args, **kwargs)
+    x, drop = args[0], asked(CALLS[func], args, kwargs)
+    if drop.axes not in (0, x.dim()):  # an input that is not a batch
+        return func(*args, **kwargs)
+    return x * noise(x.detach(), drop) if drop.p else x
 
 
-class Drawing(Listening):
+class Drawing(TorchFunctionMode):
     """Dropout under ``torch.func.vmap`` over clients draws for each from a generator of its own."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
@@ -131,6 +126,12 @@ class Drawing(Listening):
         self.client, self.example = client[None], None if example is None else example[None]
         return nullcontext() if self.silent else self
 
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Only dropout's calls are changed."""
+        return dropped(self.noise, func, args, kwargs or {})
+
     def noise(self, x: Tensor, drop: Dropout) -> Tensor:
         """For x [B, ...] of one client, or [1, ...]; drawn for all, of which it takes its own."""
         self.used = True
@@ -141,7 +142,7 @@ class Drawing(Listening):
         return own if self.example is None else own.index_select(0, self.example)
 
 
-class Replaying(Listening):
+class Replaying(TorchFunctionMode):
     """Dropout for the examples of a batch one after another, with the masks the batch would have."""
 
     def __init__(self, rows: int) -> None:
@@ -153,6 +154,12 @@ class Replaying(Listening):
         """For ``with``: the model is run for this example alone."""
         self.example, self.calls = example, 0
         return self
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Only dropout's calls are changed."""
+        return dropped(self.noise, func, args, kwargs or {})
 
     def noise(self, x: Tensor, drop: Dropout) -> Tensor:
         """Of this call for the example that is run."""
