@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn import grad
 
-from fedtorch.fast.dropout import Coins, Masked
-from fedtorch.fast.front import Front, backward
+from fedtorch.fast.dropout import Coins
+from fedtorch.fast.front import Front, backward, draws, padded
 from fedtorch.fast.layers import Leaf, Leaves
 from fedtorch.types import Params
 
@@ -32,7 +32,7 @@ class Examples(Leaves):
         """``x`` [N, ...]: the examples, channels last."""
         super().__init__(leaves)
         self.watch, self.x, self.coins, self.t = Watch(module), x, coins, 0
-        self.draws = any(isinstance(m, Masked) for m in module.children())
+        self.draws = draws(module)
 
     def forward(self, a: Tensor) -> Tensor:
         """Rows of the data [k, B] -> features [k, B, F], zero where there is no example."""
@@ -44,18 +44,12 @@ class Examples(Leaves):
             own = {name: fitted(leaf.value[j]) for name, leaf in self.leaves.items()}
             # an empty batch is run as one of a single example, whose result nobody looks at: it must
             # not move the client's generator on
-            x, coins = (
-                self.x[a[j, : max(n, 1)]],
-                self.coins.generators[j] if n else torch.Generator(),
-            )
+            x = self.x[a[j, : max(n, 1)]]
+            coins = self.coins.generators[j] if n else torch.Generator()
             with torch.enable_grad():
                 features = self.watch.seen_with(own, *((x, coins) if self.draws else (x,)))
             self.runs.append((self.watch.seen, features))
-        out = [
-            F.pad(f.detach()[:n], (0, 0, 0, B - n))
-            for n, (_, f) in zip(self.counts, self.runs, strict=True)
-        ]
-        return torch.stack(out)
+        return padded([features for _, features in self.runs], self.counts, B)
 
     def gradients(self, j: int, d: Tensor) -> Params:
         """Client j's examples' gradients by name, [n, ...], from those of its features, [B, F]."""

@@ -8,6 +8,7 @@ last, pooling before the activation, no optimizer, and a dense part that all cli
 
 import copy
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -187,7 +188,7 @@ class Features(Leaves):
         super().__init__(leaves)
         self.module, self.half = module, half
         self.x, self.coins = x, coins
-        self.t, self.draws = 0, any(isinstance(m, Masked) for m in module.children())
+        self.t, self.draws = 0, draws(module)
 
     def forward(self, a: Tensor) -> Tensor:
         """Rows of the data [k, B] -> features [k, B, F], zero where there is no example."""
@@ -195,7 +196,6 @@ class Features(Leaves):
         self.counts = self.coins.order.counts[self.t][:k]
         self.t += 1
         self.runs: list[tuple[dict[str, Tensor], Tensor]] = []
-        out: list[Tensor] = []
         for j, n in enumerate(self.counts):
             own = {name: self._copy(leaf.value[j]) for name, leaf in self.leaves.items()}
             with torch.enable_grad():
@@ -205,8 +205,8 @@ class Features(Leaves):
                 weights = {f"0.{k}": v for k, v in own.items()}
                 features = functional_call(self.module, weights, given)
             self.runs.append((own, features))
-            out.append(F.pad(features.detach(), (0, 0, 0, B - n)) if n < B else features.detach())
-        return torch.stack(out).float() if self.half else torch.stack(out)
+        out = padded([features for _, features in self.runs], self.counts, B)
+        return out.float() if self.half else out
 
     def step(self, d: Tensor) -> None:
         """Autograd from the features on, then the step, client after client."""
@@ -231,6 +231,20 @@ class Features(Leaves):
         # a copy: the step of one client would count as a change of all that share the memory
         own = shaped(value[None])[0]
         return (own.bfloat16() if self.half else own.clone()).requires_grad_()
+
+
+def draws(module: fx.GraphModule) -> bool:
+    """Whether it wants a generator for what it drops."""
+    return any(isinstance(m, Masked) for m in module.children())
+
+
+def padded(features: Sequence[Tensor], counts: Sequence[int], batch: int) -> Tensor:
+    """The first ``counts[k]`` rows of each client's features as [K, batch, F], zero behind them."""
+    out = []
+    for f, n in zip(features, counts, strict=True):
+        f = f.detach()
+        out.append(f if n == batch else F.pad(f[:n], (0, 0, 0, batch - n)))
+    return torch.stack(out)
 
 
 def backward(features: Tensor, d: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
