@@ -1,7 +1,6 @@
 """Noise streams: never shared, of the law they claim."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 from scipy import stats
 
 from fedtorch.privacy.keystream import Scratch, keystream
-from fedtorch.privacy.streams import BLOCK, Work, box_muller, stream
+from fedtorch.privacy.streams import BLOCK, stream
 
 
 @pytest.mark.parametrize("rng", ["aes", "os"])
@@ -81,30 +80,6 @@ def test_words_go_on_where_they_stopped_and_every_bit_of_the_key_counts():
         assert not np.array_equal(whole, keystream(bytes(key))(6, Scratch()))
 
 
-def given(*batches):
-    """Words that are handed out batch after batch, in memory that may be written on."""
-    left = [np.array(b, dtype=np.uint64) for b in batches]
-    return lambda n, scratch: left.pop(0)[:n]
-
-
-def test_box_muller_by_hand():
-    angles, lengths = [2**61, 2**63, 3 * 2**62, 2**62], [2**63, 2**62, 0, 5]
-    cosines, sines = box_muller(given(angles, lengths), 4, 2.0, Work())
-    for k in range(4):
-        u = (lengths[k] >> 1) / 2**63 + 2.0**-64
-        signed = angles[k] - 2**64 * (angles[k] >= 2**63)
-        r, angle = 2 * math.sqrt(-2 * math.log(u)), 2 * math.pi * signed / 2**64
-        assert cosines[k] == pytest.approx(r * math.cos(angle), rel=1e-12, abs=1e-12)
-        assert sines[k] == pytest.approx(r * math.sin(angle), rel=1e-12, abs=1e-12)
-
-
-def test_the_tail_reaches_beyond_nine_where_torch_stops_before_six():
-    largest = box_muller(given([0], [0]), 1, 1.0, Work())[0][0]
-    assert largest == pytest.approx(math.sqrt(2 * 64 * math.log(2)))
-    assert largest > 9
-    assert math.sqrt(2 * 24 * math.log(2)) < 5.78  # 24 bits of a float32 uniform
-
-
 def test_blocks_do_not_overlap():
     x = stream("aes", None, "noise").normal((5 * BLOCK + 3,))
     assert len(x.unique()) == len(x)
@@ -115,9 +90,20 @@ def test_noise_on_a_row_is_the_same_noise_rounded_once(rng, monkeypatch):
     monkeypatch.setattr("os.urandom", lambda n: bytes(range(256)) * (n // 256) + bytes(n % 256))
     exact = torch.linspace(-1, 1, 2 * BLOCK + 7)
     row = exact.clone()
-    stream(rng, None, "noise").add(row, 0.25, Work())
+    stream(rng, None, "noise").add(row, 0.25, Scratch())
     noise = stream(rng, None, "noise").normal((len(row),))
     assert torch.equal(row, (exact + 0.25 * noise).float())
+
+
+@pytest.mark.parametrize("rng", ["aes", "os"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_is_noised_where_it_lies(rng, dtype):
+    table = torch.zeros(7, 5, dtype=dtype)
+    stream(rng, None, "noise").add(table[:, 2], 1.0, Scratch())  # not contiguous
+    stream(rng, None, "noise").add(table[3, 3:], 1.0, Scratch())
+    noised = table != 0
+    assert noised[:, 2].all() and noised[3, 3:].all()
+    assert noised.sum() == 9
 
 
 def test_odd_and_empty_shapes():

@@ -16,7 +16,8 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from fedtorch.losses import Loss, reduce
 from fedtorch.masks import Drawing, Replaying
-from fedtorch.privacy.streams import Stream, Work
+from fedtorch.privacy.keystream import Scratch
+from fedtorch.privacy.streams import Stream
 from fedtorch.tree import rows, split, tmap
 from fedtorch.types import Params, Stack
 
@@ -39,7 +40,7 @@ class PrivateSteps:
     """Noise, one stream for each client of the stack."""
     mode: str = "auto"
     max_batch: int = 512
-    work: Work = field(default_factory=Work)
+    scratch: Scratch = field(default_factory=Scratch)
     drawing: Drawing = field(default_factory=lambda: Drawing(()))
     """Masks of dropout, where the clients train together."""
 
@@ -50,7 +51,7 @@ class PrivateSteps:
 
     def noisy(self, row: Tensor, k: int) -> None:
         """Add client k's noise to the sum of its clipped gradients, [numbers], in place."""
-        self.streams[k].add(row, self.noise * self.clip, self.work)
+        self.streams[k].add(row, self.noise * self.clip, self.scratch)
 
     def finish(self, sums: Stack) -> Stack:
         """(sum + N(0, (noise clip)^2)) / divisor, [K, ...]; sensitivity of the sum: clip (add/remove).
