@@ -1,24 +1,35 @@
-"""Loops over arrays as machine code, where numba is installed (``pip install 'fedtorch[fast]'``)."""
+"""Loops over arrays as machine code, where numba is installed (``pip install 'fedtorch[fast]'``).
+
+A loop is compiled on its first call for the types it is called with, which takes about half a second, and
+kept on disk. Sums may be regrouped, as in any vector code, unless it is to be ``exact``; NaN and infinity
+are what they were.
+"""
 
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, TypeVar, cast
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
 @cache
-def compiled(loop: Loop, exact: bool = False) -> Loop | None:
-    """The loop as machine code, or None without numba: whoever asks then does the same in another way.
+def loops(module: str) -> Any:
+    """A module of compiled loops, or None without numba: whoever asks then does the same in another way."""
+    return import_module(module) if find_spec("numba") else None
 
-    It is compiled on its first call for the types it is called with, which takes about half a second, and
-    kept on disk. Sums may be regrouped, as in any vector code, unless the loop is to be ``exact``; NaN and
-    infinity are what they were.
-    """
-    try:
-        from numba import njit
-    except ImportError:
-        return None
+
+@cache
+def compiled(loop: Loop, exact: bool = False) -> Loop | None:
+    """A single loop as machine code, or None without numba."""
+    return machine_code(loop, exact) if find_spec("numba") else None
+
+
+def machine_code(loop: Loop, exact: bool = False) -> Loop:
+    """A loop as machine code; raises ImportError without numba."""
+    from numba import njit
+
     fast = {"contract"} if exact else {"contract", "reassoc"}
     options = {"nogil": True, "error_model": "numpy", "fastmath": fast}
     try:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedtorch.fast.layers import Rule, squares
 from fedtorch.fast.rows import Rows
+from fedtorch.fast.small import add_rows, remember, subtract
 from fedtorch.fast.spec import Linear
 from fedtorch.types import Params, Stack
 
@@ -77,11 +78,17 @@ class Dual:
             z = z if self.b0 is None else z.add_(self.b0)
         return z.view(*a.shape[:-1], len(w))
 
+    def known(self, rows: Rows) -> Tensor:
+        """Outputs for all examples of w0, [N, out]."""
+        if rows.sparse is None:
+            return self.affine(rows.half if self.half else rows.slim, rows.near(self.wide))
+        z = rows.sparse[0].times(self.w0.T)
+        return z if self.b0 is None else z.add_(self.b0)
+
     def released(self, total: Tensor, D: Tensor, weight: Tensor) -> Params:
-        """Sum of weighted D^T A and rows -> the sum of the clients' changes by name."""
+        """Sum of weighted -D^T A and rows -> the sum of the clients' changes by name."""
         lost = float((weight * (self.share.each - 1)).sum())
-        bias = None if self.b0 is None else (self.b0 * lost).sub_(D.flatten(0, -2).sum(0))
-        total = total.neg_()
+        bias = None if self.b0 is None else (self.b0 * lost).add_(D.flatten(0, -2).sum(0))
         return self.spec.named(total.add_(self.w0, alpha=lost) if lost else total, bias)
 
     def copies(self, change: Tensor, D: Tensor) -> Stack:
@@ -138,8 +145,7 @@ class First(Dual):
         self.rows, self.grams = rows, grams
         self.D = weight.new_zeros(K, n, len(weight))
         index, local = taken
-        z = self.affine(rows.half if self.half else rows.slim, rows.near(self.wide))
-        self.outputs = z
+        self.outputs = z = self.known(rows)
         self.z = z[index]
         base = torch.arange(K, device=local.device)[:, None] * n
         self.place = local + base
@@ -148,19 +154,15 @@ class First(Dual):
     def forward(self, a: Tensor) -> Tensor:
         """``a`` [k, B] are the rows of this step, of which only the shape matters here."""
         k, B = a.shape
-        now = slice(self.s, self.s + B)
-        z = self.share.keep(self.z[:k, now])
-        if not self.s:
-            return z
-        return torch.baddbmm(z, self.gram[:k, now], self.D[:k], alpha=-1)
+        z = self.share.keep(self.z[:k, self.s : self.s + B])
+        return subtract(z, self.gram, self.D, self.s, self.D.shape[1]) if self.s else z
 
     def step(self, d: Tensor) -> None:
         """Add the rows to those of their examples; with decay those before count less."""
         k, B = d.shape[:2]
         if self.rule.keep != 1.0:
             self.D[:k].mul_(self.rule.keep)
-        place = self.place[:k, self.s : self.s + B].flatten()
-        self.D.flatten(0, 1).index_add_(0, place, d.flatten(0, 1))
+        add_rows(self.D, self.place, self.s, d)
         self.share.step(k)
         self.s += B
 
@@ -182,15 +184,10 @@ class First(Dual):
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """One product for all clients; who stays out may hold NaN, which times 0 is NaN again."""
-        D = self.rows.gather(self.D * weight[:, None, None])
-        x, half = self.rows.slim, self.half and not exact
-        if not bool(weight.all()):
-            on = torch.repeat_interleave(weight != 0, torch.tensor(self.rows.sizes))
-            D, x = D[on], x[on]
-        elif half:
-            x = self.rows.half
-        total = (D.bfloat16().T @ x.bfloat16()).float() if half else D.T @ x
-        return self.released(self.rows.wide(total), D, weight)
+        D, on = self.rows.gather(self.D * -weight[:, None, None]), weight != 0
+        stay = None if bool(on.all()) else on.repeat_interleave(torch.tensor(self.rows.sizes))
+        total = self.rows.back(D, self.half and not exact, stay)
+        return self.released(total, D if stay is None else D[stay], weight)
 
 
 class Hidden(Dual):
@@ -217,26 +214,18 @@ class Hidden(Dual):
 
     def forward(self, a: Tensor) -> Tensor:
         """[k, B, in] -> [k, B, out]."""
-        k, self.B = a.shape[:2]
-        s, e = self.s, self.s + self.B
-        self.A[:k, s:e] = a
-        gram = a.bmm(self.A[:k, :e].mT)
-        if self.one:
-            gram.add_(self.one)
-        self.grams[:k, s:e, :e] = gram
+        self.B, s = a.shape[1], self.s
+        remember(a, self.A, self.grams, s, self.one)
         z = self.share.keep(self.affine(a, self.wide))
-        return z.baddbmm_(gram[..., :s], self.D[:k, :s], alpha=-1) if s else z
+        return subtract(z, self.grams, self.D, s, s) if s else z
 
     def backward(self, d: Tensor) -> Tensor:
         """[k, B, out] -> [k, B, in]; the rows are written down here already, for their products."""
-        k, s, e = len(d), self.s, self.s + d.shape[1]
-        self.D[:k, s:e] = d
-        gram = d.bmm(self.D[:k, :e].mT)
-        self.products[:k, s:e, :e] = gram
-        flat = d.flatten(0, 1)
+        s, flat = self.s, d.flatten(0, 1)
+        remember(d, self.D, self.products, s, 0.0)
         t = (flat.bfloat16() @ self.wide).float() if self.half else flat @ self.wide
         t = self.share.keep(t.unflatten(0, d.shape[:2]))
-        return t.baddbmm_(gram[..., :s], self.A[:k, :s], alpha=-1) if s else t
+        return subtract(t, self.products, self.A, s, s) if s else t
 
     def step(self, d: Tensor) -> None:
         """With decay the rows before these count less."""
@@ -266,7 +255,7 @@ class Hidden(Dual):
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """One product for all clients; who stays out may hold NaN, which times 0 is NaN again."""
-        A, D = self.A, self.D * weight[:, None, None]
+        A, D = self.A, self.D * -weight[:, None, None]
         if not bool(weight.all()):
             A, D = A[weight != 0], D[weight != 0]
         A, D = A.flatten(0, 1), D.flatten(0, 1)

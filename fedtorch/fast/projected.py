@@ -20,6 +20,7 @@ from torch import Tensor
 from fedtorch.fast.dual import Dual
 from fedtorch.fast.layers import Rule, squares, vanishing
 from fedtorch.fast.rows import Rows
+from fedtorch.fast.small import add_rows
 from fedtorch.fast.spec import Linear
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.types import Params, Stack
@@ -51,7 +52,7 @@ class Projected(Dual):
         index, local = taken
         each = torch.arange(K, device=local.device)[:, None]
         known_at = local + each * n
-        self.z = self.affine(rows.slim, rows.near(weight))[index]
+        self.z = self.known(rows)[index]
         self.seen = torch.cat([grams, known.rows], 2).flatten(0, 1)[known_at]
         self.lengths = grams.diagonal(0, 1, 2).flatten()[known_at] + vanishing(rows.flat)
         self.D = weight.new_zeros(K, self.seen.shape[2], len(weight))
@@ -75,8 +76,7 @@ class Projected(Dual):
     def step(self, d: Tensor) -> None:
         """Clipped rows [k, B, out] are added to those of their examples, and noise to the others."""
         k, B = d.shape[:2]
-        place = self.place[:k, self.now].flatten()
-        self.D.flatten(0, 1).index_add_(0, place, d.flatten(0, 1))
+        add_rows(self.D, self.place, self.s, d)
         for j in range(k):
             self.private.noisy(self._noise(j).view(-1), j)
             self.steps[j] += 1

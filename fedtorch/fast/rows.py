@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from fedtorch.fast.sparse import Sparse, pays, sparse
 from fedtorch.modules import channels_last
 
 ROOM = 128 << 20
@@ -55,12 +56,28 @@ class Rows:
         """The same in bfloat16."""
         return self.slim.bfloat16()
 
+    @cached_property
+    def sparse(self) -> tuple[Sparse, Sparse] | None:
+        """The examples, and the same transposed, where products are faster without each single zero.
+
+        Only of finite examples: what is not finite must not meet rows that stay out, even as zeros.
+        """
+        if not (self.stays and self.finite and pays(self.flat, self.slim.shape[1])):
+            return None
+        return sparse(self.flat), sparse(self.flat.T)
+
     def near(self, weight: Tensor) -> Tensor:
         """What of a weight [out, in] meets anything but zeros."""
         return weight if self.used is None else weight.index_select(1, self.used)
 
-    def wide(self, product: Tensor) -> Tensor:
-        """[out, used inputs] -> [out, in]."""
+    def back(self, D: Tensor, half: bool, stay: Tensor | None = None) -> Tensor:
+        """D^T X for D [N, out], [out, in]; ``half``: in bfloat16; ``stay``: only with these rows."""
+        if self.sparse is not None:
+            D = D if stay is None else torch.where(stay[:, None], D, 0)
+            return self.sparse[1].times(D).T.contiguous()
+        x = self.half if half else self.slim
+        D, x = (D, x) if stay is None else (D[stay], x[stay])
+        product = (D.bfloat16().T @ x).float() if half else D.T @ x
         if self.used is None:
             return product
         out = product.new_zeros(len(product), self.flat.shape[1])
