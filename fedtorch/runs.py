@@ -19,7 +19,7 @@ from torch import nn
 from fedtorch import checkpoint
 from fedtorch.types import ConfigError
 
-PACKAGES = ("fedtorch", "torch", "numpy", "tensorboard", "safetensors")
+PACKAGES = ("fedtorch", "torch", "numpy", "numba", "tensorboard", "safetensors")
 
 EVENTS = ".fedtorch"
 """Ends the name of every event file of ours; files of others are never touched."""

@@ -163,7 +163,7 @@ def test_only_the_row_is_written_also_where_it_has_gaps(way):
 
 def test_the_loop_is_compiled_and_takes_pairs_side_by_side():
     normals.add(words(4), np.zeros(4, np.float32), 1.0)
-    assert compiled(normals.fused, exact=True).signatures
+    assert compiled(normals.fused, exact=True).signatures and normals.way() == "a compiled loop"
     fresh = njit(normals.fused, error_model="numpy")  # of one that was kept there is no listing
     fresh(words(4), np.zeros(4, np.float32), 1.0)
     (listing,) = fresh.inspect_asm().values()
@@ -174,6 +174,7 @@ def test_without_numba_numpy_does_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     compiled.cache_clear()
     try:
+        assert normals.way() == "NumPy"
         given = words(9)
         one, other = np.zeros(9), np.zeros(9)
         normals.add(given.copy(), one, 2.0)

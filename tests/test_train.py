@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -44,6 +45,7 @@ def test_a_run_leaves_all_it_should(fedtorch):
     model.load_state_dict(load_file(folder / "model.safetensors"))
     about = json.loads((folder / "about.json").read_text())
     assert about["packages"]["torch"] == torch.__version__
+    assert about["packages"]["numba"] == numba.__version__
     assert tomllib.loads((folder / "config.toml").read_text())["schedule"]["name"] == "cosine"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2]

@@ -81,19 +81,20 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
     factors = scales(known, written, private).to(d.dtype)
     used = factors > 0
     clean = bool(used.all())
-    dense: list[tuple[Own, Tensor, Tensor]] = []
+    dense: list[tuple[Linear, Sequence[Tensor], Sequence[Tensor]]] = []
     for m, g in known:
         scaled = (g if clean else torch.where(used[..., None], g, 0)) * factors[..., None]
         if isinstance(m, Own):
-            dense.append((m, scaled, m.a if clean else torch.where(used[..., None], m.a, 0)))
+            a = m.a if clean else torch.where(used[..., None], m.a, 0)
+            dense.append((m.spec, scaled.mT.unbind(), a.unbind()))
         else:
             m.step(scaled)
     into = split(flat.gradient, flat.shapes)
     for k in range(len(d)):
-        for m, scaled, a in dense:
-            torch.mm(scaled[k].T, a[k], out=into[m.spec.weight])
-            if m.spec.bias:
-                torch.sum(scaled[k], 0, out=into[m.spec.bias])
+        for spec, columns, inputs in dense:
+            torch.mm(columns[k], inputs[k], out=into[spec.weight])
+            if spec.bias:
+                torch.sum(columns[k], 1, out=into[spec.bias])
         for name, g in written[k].items():
             into[name].copy_(clipped(g, factors[k, : len(g)]))
         private.noisy(flat.gradient, k)

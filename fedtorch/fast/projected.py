@@ -57,6 +57,8 @@ class Projected(Dual):
         self.lengths = grams.diagonal(0, 1, 2).flatten()[known_at] + vanishing(rows.flat)
         self.D = weight.new_zeros(K, self.seen.shape[2], len(weight))
         self.place = local + each * self.D.shape[1]
+        bases = enumerate(known.bases)
+        self.sums = [self.D[j, n : n + len(r)] for j, (_, r) in bases]  # each client's of its Z_t
         self.steps = [0] * K
         self.rate = rule.lr / private.divisor
 
@@ -78,7 +80,7 @@ class Projected(Dual):
         k, B = d.shape[:2]
         add_rows(self.D, self.place, self.s, d)
         for j in range(k):
-            self.private.noisy(self._noise(j).view(-1), j)
+            self.private.noisy(self.sums[j].view(-1), j)
             self.steps[j] += 1
         self.s += B
 
@@ -93,19 +95,14 @@ class Projected(Dual):
         bias = self.w0.new_zeros(K, out, int(self.b0 is not None))
         for j, (t, (q, r)) in enumerate(zip(self.steps, self.bases, strict=True)):
             for left in (weight[j], bias[j]):
-                self.private.noisy(left.view(-1), j)
-                left.mul_(math.sqrt(t))
+                self.private.noisy(left.view(-1), j, math.sqrt(t))
             pixels, one = q[:inputs], q[inputs:]
-            along = torch.addmm(self._noise(j), r, self.D[j, : r.shape[1]])
+            along = torch.addmm(self.sums[j], r, self.D[j, : r.shape[1]])
             along.addmm_(pixels.T, weight[j].T, alpha=-1).addmm_(one.T, bias[j].T, alpha=-1)
             for left, part in ((weight[j], pixels), (bias[j], one)):
                 left.addmm_(along.T, part.T, beta=-self.rate, alpha=-self.rate)
         start = self.spec.named(self.w0, self.b0)
         return Moved(self.spec.named(weight, bias[..., 0] if self.spec.bias else None), start)
-
-    def _noise(self, j: int) -> Tensor:
-        """Sum of client j's Z_t, a view."""
-        return self.D[j, self.n : self.n + len(self.bases[j][1])]
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,9 @@ class PrivateSteps:
         scale = (self.clip * sq_norms.rsqrt()).clamp(max=1)
         return torch.where(sq_norms.isfinite(), scale, 0)
 
-    def noisy(self, row: Tensor, k: int) -> None:
-        """Add client k's noise to the sum of its clipped gradients, [numbers], in place."""
-        self.streams[k].add(row, self.noise * self.clip, self.scratch)
+    def noisy(self, row: Tensor, k: int, times: float = 1.0) -> None:
+        """Add client k's noise, ``times`` as large, to its sum of gradients, [numbers], in place."""
+        self.streams[k].add(row, times * self.noise * self.clip, self.scratch)
 
     def finish(self, sums: Stack) -> Stack:
         """(sum + N(0, (noise clip)^2)) / divisor, [K, ...]; sensitivity of the sum: clip (add/remove).

@@ -4,6 +4,7 @@ import statistics
 from importlib.metadata import version
 from typing import Any
 
+from fedtorch.privacy.normals import way
 from fedtorch.privacy.run import PrivateRun
 
 
@@ -63,7 +64,7 @@ def randomness(run: PrivateRun) -> str:
         return "INSECURE: a known seed; the noise can be taken off again"
     if run.plan.rng == "os":
         return "four draws of the operating system's cryptographic generator for each number"
-    return "AES-256 in counter mode, each stream under a key from the operating system"
+    return f"AES-256 in counter mode, each stream under a key from the operating system; normals by {way()}"
 
 
 def text(run: PrivateRun) -> str:
