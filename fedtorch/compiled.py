@@ -1,8 +1,8 @@
 """Loops over arrays as machine code, where numba is installed (``pip install 'fedtorch[fast]'``).
 
 A loop is compiled on its first call for the types it is called with, which takes about half a second, and
-kept on disk. Sums may be regrouped, as in any vector code, unless it is to be ``exact``; NaN and infinity
-are what they were.
+kept on disk. Sums may be regrouped, as in any vector code, unless it is to be ``exact``, which must be the
+same wherever a loop is asked for: the disk keeps one. NaN and infinity are what they were.
 """
 
 from collections.abc import Callable

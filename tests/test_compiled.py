@@ -34,6 +34,26 @@ def test_nan_and_infinity_are_kept(fresh):
     assert loop(np.array([1.0, np.inf])) == np.inf
 
 
+def by_index(x):
+    out = 0.0
+    for i in range(len(x)):
+        out += x[i]
+    return out
+
+
+def by_index_regrouped(x):  # one of its own: what is kept on disk does not know how it was compiled
+    out = 0.0
+    for i in range(len(x)):
+        out += x[i]
+    return out
+
+
+def test_an_exact_loop_adds_in_the_order_written(fresh):
+    x = np.tile([1e16, 1.0, -1e16, 1.0], 100)
+    assert compiled(by_index, exact=True)(x) == by_index(x) == 1
+    assert compiled(by_index_regrouped)(x) == 200  # side by side the ones are not swallowed
+
+
 def test_without_numba_there_is_none(fresh, monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     assert compiled(total) is None

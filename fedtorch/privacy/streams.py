@@ -47,8 +47,9 @@ class Stream:
         if self.draws == 1 and row.device.type == "cpu":
             self._onto(row.numpy(), std, scratch)
             return
-        noise = self.normal((len(row),)).mul_(std).to(row.device)
-        row.copy_(noise.add_(row))
+        for part in row.split(32 * BLOCK):
+            noise = self.normal((len(part),)).mul_(std).to(part.device)
+            part.copy_(noise.add_(part))
 
     def uniform(self, n: int) -> Tensor:
         """Independent uniforms in [0, 1), [n], float64, 53 random bits each."""
