@@ -4,6 +4,7 @@ Sums stay in registers: two rows at a time against four registers, or four rows,
 is as much as an AVX-512 processor can keep busy with. Matrices are flat, with places counted in numbers.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -180,3 +181,22 @@ def add_rows(D: Any, place: Any, s: int, d: Any) -> None:
             to, row = D[place[c, s + i]], d[c, i]
             for k in range(len(row)):
                 to[k] += row[k]
+
+
+@machine_code
+def cross_entropy(z: Any, y: Any, s: int, d: Any, losses: Any) -> None:
+    """Write softmax minus one-hot of z [k, B, C] to d, and losses [K, T] from s on; labels y [K, T, 1]."""
+    for c in range(z.shape[0]):
+        for i in range(z.shape[1]):
+            row, out, label = z[c, i], d[c, i], y[c, s + i, 0]
+            top = row[0]
+            for k in range(1, len(row)):
+                top = max(top, row[k])
+            total = z.dtype.type(0)
+            for k in range(len(row)):
+                out[k] = math.exp(row[k] - top)
+                total += out[k]
+            for k in range(len(row)):
+                out[k] /= total
+            out[label] -= z.dtype.type(1)
+            losses[c, s + i] = math.log(total) + top - row[label]

@@ -1,0 +1,53 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedtorch.fast.heads import CrossEntropy
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def way(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr("fedtorch.fast.heads.compiled", lambda like: None)
+
+
+def labels(*shape, classes=5):
+    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cross_entropy_and_its_gradient_are_those_of_torch(dtype):
+    y, scale = labels(3, 6), torch.full((3, 6, 1), 0.5, dtype=dtype)
+    scale[2, 4:] = 0
+    head = CrossEntropy(y, scale)
+    z = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(1), dtype=dtype) * 4
+    z[0, 0, 2], z[0, 1, 0] = 90, -torch.inf
+    y[0, 1] = 1
+    for rows in (slice(0, 2), slice(2, 4)):
+        out = z[:, rows].requires_grad_()
+        loss = F.cross_entropy(out.flatten(0, 1), y[:, rows].flatten(), reduction="none")
+        (grad,) = torch.autograd.grad(loss.sum(), out)
+        torch.testing.assert_close(head(z[:, rows].detach(), 3, rows), grad)
+    head(z[:2, 4:], 2, slice(4, 6))  # the third client has stopped
+    each = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").view(3, 6)
+    each[2, 4:] = 0
+    torch.testing.assert_close(head.total(), (each * 0.5).sum(1).double())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_spoil_their_own_row_alone(bad):
+    y, scale = labels(2, 2), torch.ones(2, 2, 1)
+    z = torch.zeros(2, 2, 5)
+    z[0, 1, 3] = bad
+    head = CrossEntropy(y, scale)
+    d = head(z, 2, slice(0, 2))
+    assert d[0, 1].isnan().any() and d[0, 0].isfinite().all() and d[1].isfinite().all()
+    assert head.total()[1].isfinite() and not head.total()[0].isfinite()
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_a_label_without_an_output_is_refused(label):
+    y = labels(2, 2)
+    y[1, 0] = label
+    with pytest.raises(IndexError, match=rf"label {label} is out of bounds for 5 outputs"):
+        CrossEntropy(y, torch.ones(2, 2, 1))(torch.zeros(2, 1, 5), 2, slice(0, 1))
