@@ -147,30 +147,36 @@ def _dots(
 
 @machine_code
 def sparse_product(
-    out: Any, targets: Any, starts: Any, columns: Any, values: Any, dense: Any
+    out: Any, blocks: Any, rows: Any, starts: Any, columns: Any, values: Any, dense: Any
 ) -> None:
     """Add to out [N, q] the matrix of ``sparse.Sparse`` times dense [n, q]."""
     q = np.uint64(out.shape[1])
     of, df = out.reshape(-1), dense.reshape(-1)
-    t = np.uint64(0)
-    while t < q:
-        wide, m = t + W4 <= q, min(q - t, W)
-        for s in range(len(targets)):
-            at, first, last = np.uint64(targets[s]) * q + t, starts[s], starts[s + 1]
-            if wide:
-                a, b, c, d = load(of, at), load(of, at + W), load(of, at + W2), load(of, at + W3)
-                for j in range(first, last):
-                    v, r = values[j], np.uint64(columns[j]) * q + t
-                    a, b = scaled(a, v, load(df, r)), scaled(b, v, load(df, r + W))
-                    c, d = scaled(c, v, load(df, r + W2)), scaled(d, v, load(df, r + W3))
-                _store_wide(of, at, a, b, c, d)
-            else:
-                a = load_some(of, at, m)
-                for j in range(first, last):
-                    r = np.uint64(columns[j]) * q + t
-                    a = scaled(a, values[j], load_some(df, r, m))
-                store_some(of, at, m, a)
-        t += W4 if wide else W
+    for block in range(len(blocks) - 1):
+        t = np.uint64(0)
+        while t < q:
+            wide, m = t + W4 <= q, min(q - t, W)
+            for s in range(blocks[block], blocks[block + 1]):
+                at, first, last = np.uint64(rows[s]) * q + t, starts[s], starts[s + 1]
+                if wide:
+                    a, b, c, d = (
+                        load(of, at),
+                        load(of, at + W),
+                        load(of, at + W2),
+                        load(of, at + W3),
+                    )
+                    for j in range(first, last):
+                        v, r = values[j], np.uint64(columns[j]) * q + t
+                        a, b = scaled(a, v, load(df, r)), scaled(b, v, load(df, r + W))
+                        c, d = scaled(c, v, load(df, r + W2)), scaled(d, v, load(df, r + W3))
+                    _store_wide(of, at, a, b, c, d)
+                else:
+                    a = load_some(of, at, m)
+                    for j in range(first, last):
+                        r = np.uint64(columns[j]) * q + t
+                        a = scaled(a, values[j], load_some(df, r, m))
+                    store_some(of, at, m, a)
+            t += W4 if wide else W
 
 
 @machine_code
