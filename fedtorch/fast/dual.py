@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.fast.layers import Rule, squares
-from fedtorch.fast.rows import Rows
+from fedtorch.fast.rows import Rows, taken
 from fedtorch.fast.small import add_rows, remember, subtract
 from fedtorch.fast.spec import Linear
 from fedtorch.types import Params, Stack
@@ -136,20 +136,20 @@ class First(Dual):
         rule: Rule,
         rows: Rows,
         grams: Tensor,
-        taken: tuple[Tensor, Tensor],
+        places: tuple[Tensor, Tensor],
         half: bool,
     ) -> None:
-        """``taken``: the examples of each step, [K, T], as rows of x and as rows of the client's."""
+        """``places``: the examples of each step, [K, T], as rows of x and as rows of the client's."""
         super().__init__(spec, weight, bias, rule, len(grams), half)
         K, n = grams.shape[:2]
         self.rows, self.grams = rows, grams
         self.D = weight.new_zeros(K, n, len(weight))
-        index, local = taken
+        index, local = places
         self.outputs = z = self.known(rows)
-        self.z = z[index]
+        self.z = taken(z, index)
         base = torch.arange(K, device=local.device)[:, None] * n
         self.place = local + base
-        self.gram = grams.flatten(0, 1)[self.place]
+        self.gram = taken(grams.flatten(0, 1), self.place)
 
     def forward(self, a: Tensor) -> Tensor:
         """``a`` [k, B] are the rows of this step, of which only the shape matters here."""

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fedtorch.fast.dual import Dual
 from fedtorch.fast.layers import Rule, squares, vanishing
-from fedtorch.fast.rows import Rows
-from fedtorch.fast.small import add_rows
+from fedtorch.fast.rows import Rows, taken
+from fedtorch.fast.small import add_rows, subtract
 from fedtorch.fast.spec import Linear
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.types import Params, Stack
@@ -40,36 +40,35 @@ class Projected(Dual):
         bias: Tensor | None,
         rule: Rule,
         rows: Rows,
-        taken: tuple[Tensor, Tensor],
+        places: tuple[Tensor, Tensor],
         known: "Known",
         private: PrivateSteps,
     ) -> None:
-        """``taken``: as for ``First``."""
+        """``places``: as for ``First``."""
         grams, self.bases = known.grams, known.bases
         super().__init__(spec, weight, bias, rule, len(grams), half=False)
         K, n = grams.shape[:2]
         self.n, self.private = n, private
-        index, local = taken
+        index, local = places
         each = torch.arange(K, device=local.device)[:, None]
         known_at = local + each * n
-        self.z = self.known(rows)[index]
-        self.seen = torch.cat([grams, known.rows], 2).flatten(0, 1)[known_at]
+        self.z = taken(self.known(rows), index)
+        self.rate = rule.lr / private.divisor
+        seen = torch.cat([grams, known.rows], 2).flatten(0, 1)
+        self.seen = taken(seen, known_at).mul_(self.rate)
         self.lengths = grams.diagonal(0, 1, 2).flatten()[known_at] + vanishing(rows.flat)
         self.D = weight.new_zeros(K, self.seen.shape[2], len(weight))
         self.place = local + each * self.D.shape[1]
         bases = enumerate(known.bases)
         self.sums = [self.D[j, n : n + len(r)] for j, (_, r) in bases]  # each client's of its Z_t
         self.steps = [0] * K
-        self.rate = rule.lr / private.divisor
 
     def forward(self, a: Tensor) -> Tensor:
         """``a`` [k, B] are the rows of this step, of which only the shape matters here."""
         k, B = a.shape
         self.now = slice(self.s, self.s + B)
         z = self.z[:k, self.now]
-        if not self.s:
-            return z
-        return torch.baddbmm(z, self.seen[:k, self.now], self.D[:k], alpha=-self.rate)
+        return subtract(z, self.seen, self.D, self.s, self.D.shape[1]) if self.s else z
 
     def example_sq_norms(self, d: Tensor) -> Tensor:
         """Squared norm of each example's own gradient, [k, B]."""

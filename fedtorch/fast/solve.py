@@ -20,7 +20,7 @@ from fedtorch.fast.layers import Act, Given, Layer, Leaf, Own, Rule, Weights, pa
 from fedtorch.fast.private import Flat, noised
 from fedtorch.fast.projected import Known, Projected
 from fedtorch.fast.read import Chain
-from fedtorch.fast.rows import Kept, Rows
+from fedtorch.fast.rows import Kept, Rows, taken
 from fedtorch.fast.schedule import Schedule, schedule
 from fedtorch.fast.spec import Linear
 from fedtorch.losses import cross_entropy
@@ -75,7 +75,7 @@ class Fast:
             else:
                 layers = self._front(model, rows, coins, task.state, rule, shift)
                 layers += self._dense(datasets, rows, coins, task.state, rule, shift)
-            y = rows.y[order.index]
+            y = taken(rows.y, order.index)
             known = recipe.loss is cross_entropy and not self.chain.squeezed
             loss = squeezed(recipe.loss) if self.chain.squeezed else recipe.loss
             head = CrossEntropy(y, order.scale) if known else AnyLoss(y, order.scale, loss)
@@ -100,11 +100,14 @@ class Fast:
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
         return Visit(held, head.total() / ctx.steps, recipe.privacy is not None, first.dtype)
 
+    def draws(self, recipe: Recipe) -> bool:
+        """Whether anything may draw from the global generators: the front, or a loss of one's own."""
+        return self.chain.front is not None or recipe.loss is not cross_entropy
+
     def chunk(self, examples: int, recipe: Recipe) -> int:
         """How many clients with so many examples stay in cache together; 64 at most."""
         noised = isinstance(recipe.privacy, SampleLevel)
-        taken = plan(examples, recipe, 0)
-        rows = taken.numel()
+        rows = plan(examples, recipe, 0).numel()
         specs = [s for s in self.chain.layers if isinstance(s, Linear)]
         held = 0 if self.chain.front else examples * (specs[0].shape[1] + examples + rows)
         for n, spec in enumerate(specs):
@@ -160,8 +163,8 @@ class Fast:
             self.kept.stacked([r.T for _, r in bases], rows),
         )
         w, b = state[spec.weight], state[spec.bias] if spec.bias else None
-        taken = order.index, order.local
-        return Projected(spec, w, b, rule, rows, taken, known, private)
+        places = order.index, order.local
+        return Projected(spec, w, b, rule, rows, places, known, private)
 
     def _front(
         self,
@@ -212,8 +215,8 @@ class Fast:
             elif first:
                 bias = b is not None
                 grams = self.kept.stacked([self.kept.gram(d, bias) for d in datasets], rows)
-                taken = order.index, order.local
-                layers.append(First(spec, w, b, rule, rows, grams, taken, self.half))
+                places = order.index, order.local
+                layers.append(First(spec, w, b, rule, rows, grams, places, self.half))
             else:
                 layers.append(Hidden(spec, w, b, rule, (K, T), self.half))
         return layers
