@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from fedtorch import seeds
 from fedtorch.batches import fetch, length
@@ -33,15 +33,23 @@ def evaluate(
     was_training = model.training
     model.eval()
     with torch.no_grad(), seeds.seeded(0):
-        for index in torch.arange(n).split(batch_size or n):
-            x, y = to(fetch(data, index), device)
+        for start in range(0, n, batch_size or n):
+            size = min(batch_size or n, n - start)
+            x, y = to(_part(data, start, size), device)
             if laid is None:
                 laid = convolves(model, x)
             output = forward(model, channels_last(x) if laid else x)
             for name, metric in metrics.items():
-                total[name] += float(reduce(metric(output, y)).double().mean()) * len(index)
+                total[name] += float(reduce(metric(output, y)).double().mean()) * size
     model.train(was_training)
     return {name: value / n for name, value in total.items()}
+
+
+def _part(data: Dataset, start: int, size: int) -> tuple[Any, Any]:
+    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+        x, y = (t[start : start + size] for t in data.tensors)  # nothing is copied
+        return x, y
+    return fetch(data, torch.arange(start, start + size))
 
 
 def convolves(model: nn.Module, x: Any) -> bool:

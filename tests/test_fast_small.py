@@ -99,3 +99,10 @@ def test_half_precision_and_whoever_has_no_loops_go_by_torch():
     assert small.compiled(torch.zeros(1)) is not None
     assert small.compiled(torch.zeros(1, dtype=torch.bfloat16)) is None
     assert small.compiled(torch.zeros(1, device="meta")) is None
+
+
+@pytest.mark.parametrize("q", WIDTHS)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 9])
+def test_products_of_each_two_rows_are_taken_once(way, q, n):
+    D = drawn(2, n, q)
+    close(small.pairs(D), (D @ D.mT).tril())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedtorch.fast.layers import Rule, squares
 from fedtorch.fast.rows import Rows, taken
-from fedtorch.fast.small import add_rows, remember, subtract
+from fedtorch.fast.small import add_rows, pairs, remember, subtract
 from fedtorch.fast.spec import Linear
 from fedtorch.types import Params, Stack
 
@@ -82,8 +82,7 @@ class Dual:
         """Outputs for all examples of w0, [N, out]."""
         if rows.sparse is None:
             return self.affine(rows.half if self.half else rows.slim, rows.near(self.wide))
-        z = rows.sparse[0].times(self.w0.T)
-        return z if self.b0 is None else z.add_(self.b0)
+        return rows.sparse[0].times(self.w0.T, self.b0)
 
     def released(self, total: Tensor, D: Tensor, weight: Tensor) -> Params:
         """Sum of weighted -D^T A and rows -> the sum of the clients' changes by name."""
@@ -174,10 +173,11 @@ class First(Dual):
         """|D^T X|^2 = sum of (X X^T) * (D D^T): the change is not built for its norm."""
         if upper and self.rule.keep != 1.0:
             return self.built_norms(self.stack())
-        products = self.grams * self.D.bmm(self.D.mT)
-        norms = products.sum((1, 2))
+        products = self.grams * pairs(self.D)  # each two rows are there once, and count twice
+        lengths = products.diagonal(0, 1, 2)
+        norms = 2 * products.sum((1, 2)) - lengths.sum(1)
         if upper:
-            norms = self.bounded(norms, products.diagonal(0, 1, 2))
+            norms = self.bounded(norms, lengths)
         if self.rule.keep != 1.0:
             norms += self.lost_norms(self.rows.spread(self.outputs), self.D)
         return norms

@@ -119,6 +119,27 @@ def products(x: Any, X: Any, G: Any, s: int, one: float) -> None:
 
 
 @machine_code
+def pairs(D: Any, P: Any) -> None:
+    """Write products of rows i and j <= i of D [K, n, q] to P [K, n, n], as ``small.pairs`` has it."""
+    K, n, width = D.shape
+    q = np.uint64(width)
+    for c in range(K):
+        Dc, pc = D[c].reshape(-1), P[c]
+        for j in range(0, n, 4):
+            r0, r1 = np.uint64(j) * q, np.uint64(min(j + 1, n - 1)) * q
+            r2, r3 = np.uint64(min(j + 2, n - 1)) * q, np.uint64(min(j + 3, n - 1)) * q
+            for i in range(j, n, 2):
+                other = min(i + 1, n - 1)
+                a, b = np.uint64(i) * q, np.uint64(other) * q
+                found = _dots(Dc, a, b, Dc, r0, r1, r2, r3, q)
+                for k in range(min(4, n - j)):
+                    if j + k <= i:
+                        pc[i, j + k] = found[k]
+                    if j + k <= other:
+                        pc[other, j + k] = found[4 + k]
+
+
+@machine_code
 def _dots(
     x: Any, a: Place, b: Place, X: Any, r0: Place, r1: Place, r2: Place, r3: Place, q: Place
 ) -> Any:

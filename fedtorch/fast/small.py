@@ -25,21 +25,30 @@ def remember(x: Tensor, X: Tensor, G: Tensor, s: int, one: float) -> None:
 
     G is [K, T, T]; ``one`` is added to each product: a bias is an input that is always 1.
     """
-    k, e = len(x), s + x.shape[1]
     if fast := compiled(x):
         fast.products(x.contiguous().numpy(), X.numpy(), G.numpy(), s, one)
         return
+    k, e = x.shape[0], s + x.shape[1]
     X[:k, s:e] = x
     G[:k, s:e, :e] = x.bmm(X[:k, :e].mT).add_(one)
 
 
+def pairs(D: Tensor) -> Tensor:
+    """Products of each two rows of D [K, n, q], [K, n, n], zero above the diagonal."""
+    if fast := compiled(D):
+        out = D.new_zeros(*D.shape[:2], D.shape[1])
+        fast.pairs(D.numpy(), out.numpy())
+        return out
+    return D.bmm(D.mT).tril()
+
+
 def subtract(z: Tensor, G: Tensor, Y: Tensor, s: int, n: int) -> Tensor:
     """The difference z [k, B, q] - G Y: rows from s on of G [K, T, ...], the first n of Y [K, ..., q]."""
-    k, B = z.shape[:2]
     if fast := compiled(z):
         out = torch.empty_like(z, memory_format=torch.contiguous_format)
         fast.less(z.contiguous().numpy(), out.numpy(), G.numpy(), Y.numpy(), s, n)
         return out
+    k, B = z.shape[:2]
     return torch.baddbmm(z, G[:k, s : s + B, :n], Y[:k, :n], alpha=-1)
 
 

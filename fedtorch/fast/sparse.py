@@ -35,9 +35,10 @@ class Sparse:
     columns: np.ndarray
     values: np.ndarray
 
-    def times(self, dense: Tensor) -> Tensor:
-        """The product with [n, q], [N, q]."""
-        out = dense.new_zeros(self.height, dense.shape[1])
+    def times(self, dense: Tensor, start: Tensor | None = None) -> Tensor:
+        """The product with [n, q], [N, q]; ``start`` [q] is added to each row."""
+        size = self.height, dense.shape[1]
+        out = dense.new_zeros(size) if start is None else start.expand(size).contiguous()
         runs = self.blocks, self.rows, self.starts, self.columns, self.values
         loops(LOOPS).sparse_product(out.numpy(), *runs, dense.contiguous().numpy())
         return out
