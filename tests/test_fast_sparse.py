@@ -36,6 +36,14 @@ def test_a_transposed_matrix_is_taken_as_it_is():
     torch.testing.assert_close(sparse(x).times(w.T), x @ w.T)
 
 
+@pytest.mark.parametrize("height", [1, 4])
+def test_what_a_product_starts_from_is_left_alone(height):
+    x, w, b = few(height, 50), few(50, 20, share=1.0), few(20, share=1.0)
+    kept = b.clone()  # a single row of it is no copy by itself, and it is the server's bias
+    torch.testing.assert_close(sparse(x).times(w, b), x @ w + b)
+    assert torch.equal(b, kept)
+
+
 def test_it_pays_where_enough_is_zero_and_numba_is_there(monkeypatch):
     assert pays(few(50, 100), 100) and not pays(few(50, 100, share=0.6), 100)
     assert not pays(few(50, 100), 40)  # most columns are 0 throughout, and left out anyhow

@@ -38,7 +38,7 @@ class Sparse:
     def times(self, dense: Tensor, start: Tensor | None = None) -> Tensor:
         """The product with [n, q], [N, q]; ``start`` [q] is added to each row."""
         size = self.height, dense.shape[1]
-        out = dense.new_zeros(size) if start is None else start.expand(size).contiguous()
+        out = dense.new_zeros(size) if start is None else start.repeat(self.height, 1)
         runs = self.blocks, self.rows, self.starts, self.columns, self.values
         loops(LOOPS).sparse_product(out.numpy(), *runs, dense.contiguous().numpy())
         return out
