@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedtorch.fast.layers import Rule, squares
 from fedtorch.fast.rows import Rows, taken
-from fedtorch.fast.small import add_rows, pairs, remember, subtract
+from fedtorch.fast.small import add_rows, corrected, pairs, subtract
 from fedtorch.fast.spec import Linear
 from fedtorch.types import Params, Stack
 
@@ -153,8 +153,10 @@ class First(Dual):
     def forward(self, a: Tensor) -> Tensor:
         """``a`` [k, B] are the rows of this step, of which only the shape matters here."""
         k, B = a.shape
+        if self.share.now == 1.0:
+            return subtract(self.z, self.s, a, self.gram, self.D, self.s)
         z = self.share.keep(self.z[:k, self.s : self.s + B])
-        return subtract(z, self.gram, self.D, self.s, self.D.shape[1]) if self.s else z
+        return subtract(z, 0, a, self.gram, self.D, self.s)
 
     def step(self, d: Tensor) -> None:
         """Add the rows to those of their examples; with decay those before count less."""
@@ -214,18 +216,16 @@ class Hidden(Dual):
 
     def forward(self, a: Tensor) -> Tensor:
         """[k, B, in] -> [k, B, out]."""
-        self.B, s = a.shape[1], self.s
-        remember(a, self.A, self.grams, s, self.one)
+        self.B = a.shape[1]
         z = self.share.keep(self.affine(a, self.wide))
-        return subtract(z, self.grams, self.D, s, s) if s else z
+        return corrected(z, a, self.A, self.grams, self.D, self.s, self.one)
 
     def backward(self, d: Tensor) -> Tensor:
         """[k, B, out] -> [k, B, in]; the rows are written down here already, for their products."""
-        s, flat = self.s, d.flatten(0, 1)
-        remember(d, self.D, self.products, s, 0.0)
+        flat = d.flatten(0, 1)
         t = (flat.bfloat16() @ self.wide).float() if self.half else flat @ self.wide
-        t = self.share.keep(t.unflatten(0, d.shape[:2]))
-        return subtract(t, self.products, self.A, s, s) if s else t
+        t = self.share.keep(t.view(*d.shape[:2], t.shape[1]))
+        return corrected(t, d, self.D, self.products, self.A, self.s, 0.0)
 
     def step(self, d: Tensor) -> None:
         """With decay the rows before these count less."""

@@ -28,12 +28,12 @@ W2, W3, W4 = np.uint64(2 * WIDTH), np.uint64(3 * WIDTH), np.uint64(4 * WIDTH)
 
 
 @machine_code
-def less(z: Any, out: Any, G: Any, Y: Any, s: int, n: int) -> None:
-    """Write z - G Y to out, as ``small.subtract`` has it."""
-    K, B, width = z.shape
-    q = np.uint64(width)
+def less(z: Any, begin: int, out: Any, G: Any, Y: Any, s: int, n: int) -> None:
+    """Write z - G Y to out, as ``small.subtract`` has it; rows of z count from ``begin``."""
+    K, B, width = out.shape
+    q, skip = np.uint64(width), np.uint64(begin * width)
     for c in range(K):
-        zc, oc, gc, yc = z[c].reshape(-1), out[c].reshape(-1), G[c], Y[c].reshape(-1)
+        zc, oc, gc, yc = z[c].reshape(-1)[skip:], out[c].reshape(-1), G[c], Y[c].reshape(-1)
         t = np.uint64(0)
         while t < q:  # a few columns of Y for all rows: they stay in the first cache
             for i in range(0, B, 2):
@@ -97,8 +97,16 @@ def _store_wide(out: Any, at: Place, v0: Any, v1: Any, v2: Any, v3: Any) -> None
 
 
 @machine_code
+def corrected(z: Any, x: Any, X: Any, G: Any, Y: Any, s: int, one: float) -> None:
+    """What ``small.corrected`` does, in place."""
+    products(x, X, G, s, one)
+    if s:
+        less(z, 0, z, G, Y, s, s)
+
+
+@machine_code
 def products(x: Any, X: Any, G: Any, s: int, one: float) -> None:
-    """Write x to X[s:e] and x X[:e]^T + one to G[s:e, :e], as ``small.remember`` has it."""
+    """Write x to X[s:e] and x X[:e]^T + one to G[s:e, :e]."""
     K, B, width = x.shape
     e, q = s + B, np.uint64(width)
     extra = x.dtype.type(one)

@@ -65,10 +65,8 @@ class Projected(Dual):
 
     def forward(self, a: Tensor) -> Tensor:
         """``a`` [k, B] are the rows of this step, of which only the shape matters here."""
-        k, B = a.shape
-        self.now = slice(self.s, self.s + B)
-        z = self.z[:k, self.now]
-        return subtract(z, self.seen, self.D, self.s, self.D.shape[1]) if self.s else z
+        self.now = slice(self.s, self.s + a.shape[1])
+        return subtract(self.z, self.s, a, self.seen, self.D, self.s)
 
     def example_sq_norms(self, d: Tensor) -> Tensor:
         """Squared norm of each example's own gradient, [k, B]."""

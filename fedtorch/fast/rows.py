@@ -62,7 +62,8 @@ class Rows:
 
         Only of finite examples: what is not finite must not meet rows that stay out, even as zeros.
         """
-        if not (self.stays and self.finite and pays(self.flat, self.slim.shape[1])):
+        columns = self.flat.shape[1] if self.used is None else len(self.used)
+        if not (self.stays and self.finite and pays(self.flat, columns)):
             return None
         return sparse(self.flat), sparse(self.flat.T)
 

@@ -20,17 +20,21 @@ def compiled(like: Tensor) -> Any:
     return loops(LOOPS) if known else None
 
 
-def remember(x: Tensor, X: Tensor, G: Tensor, s: int, one: float) -> None:
-    """Write rows x [k, B, p] down in X [K, T, p] from s on, and their products with all so far in G.
+def corrected(z: Tensor, x: Tensor, X: Tensor, G: Tensor, Y: Tensor, s: int, one: float) -> Tensor:
+    """A step of a layer whose clients' rows before this one's are X [K, T, p] and Y [K, T, q], up to s.
 
-    G is [K, T, T]; ``one`` is added to each product: a bias is an input that is always 1.
+    Rows x [k, B, p] are written down in X from s on, and their products with all so far, plus ``one``, in
+    G [K, T, T]: a bias is an input that is always 1. Returns z [k, B, q] less their products with rows
+    before s times Y, in z's memory.
     """
-    if fast := compiled(x):
-        fast.products(x.contiguous().numpy(), X.numpy(), G.numpy(), s, one)
-        return
+    if fast := compiled(z):
+        given = x.contiguous().numpy(), X.numpy(), G.numpy(), Y.numpy()
+        fast.corrected(z.numpy(), *given, s, one)
+        return z
     k, e = x.shape[0], s + x.shape[1]
     X[:k, s:e] = x
     G[:k, s:e, :e] = x.bmm(X[:k, :e].mT).add_(one)
+    return z.baddbmm_(G[:k, s:e, :s], Y[:k, :s], alpha=-1) if s else z
 
 
 def pairs(D: Tensor) -> Tensor:
@@ -42,14 +46,17 @@ def pairs(D: Tensor) -> Tensor:
     return D.bmm(D.mT).tril()
 
 
-def subtract(z: Tensor, G: Tensor, Y: Tensor, s: int, n: int) -> Tensor:
-    """The difference z [k, B, q] - G Y: rows from s on of G [K, T, ...], the first n of Y [K, ..., q]."""
+def subtract(z: Tensor, begin: int, a: Tensor, G: Tensor, Y: Tensor, s: int) -> Tensor:
+    """Rows of z [K, ..., q] from ``begin`` on, less those of G [K, T, n] from s on times Y [K, n, q].
+
+    For as many clients and rows as ``a`` [k, B] has, [k, B, q].
+    """
+    k, B = a.shape[:2]
     if fast := compiled(z):
-        out = torch.empty_like(z, memory_format=torch.contiguous_format)
-        fast.less(z.contiguous().numpy(), out.numpy(), G.numpy(), Y.numpy(), s, n)
+        out = z.new_empty(k, B, z.shape[2])
+        fast.less(z.numpy(), begin, out.numpy(), G.numpy(), Y.numpy(), s, G.shape[2])
         return out
-    k, B = z.shape[:2]
-    return torch.baddbmm(z, G[:k, s : s + B, :n], Y[:k, :n], alpha=-1)
+    return torch.baddbmm(z[:k, begin : begin + B], G[:k, s : s + B], Y[:k], alpha=-1)
 
 
 def add_rows(D: Tensor, place: Tensor, s: int, d: Tensor) -> None:
