@@ -34,6 +34,14 @@ def test_cross_entropy_and_its_gradient_are_those_of_torch(dtype):
     torch.testing.assert_close(head.total(), (each * 0.5).sum(1).double())
 
 
+def test_a_loss_keeps_its_digits_beside_large_logits():
+    z = torch.tensor([[[1e4, 9999.5, 0.0], [-3e4, 2e4, 2e4]]])
+    head = CrossEntropy(torch.tensor([[0, 2]]), torch.ones(1, 2, 1))
+    head(z, 1, slice(0, 2))
+    each = F.cross_entropy(z[0], torch.tensor([0, 2]), reduction="none")
+    torch.testing.assert_close(head.losses[0], each)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_spoil_their_own_row_alone(bad):
     y, scale = labels(2, 2), torch.ones(2, 2, 1)

@@ -234,4 +234,4 @@ def cross_entropy(z: Any, y: Any, s: int, d: Any, losses: Any) -> None:
             for k in range(len(row)):
                 out[k] /= total
             out[label] -= z.dtype.type(1)
-            losses[c, s + i] = math.log(total) + top - row[label]
+            losses[c, s + i] = math.log(total) - (row[label] - top)
