@@ -96,6 +96,26 @@ def test_other_losses(form, loss):
     )
 
 
+LABELS = {
+    "a column of them": lambda y: y[:, None],
+    "none where there are -100": lambda y: torch.where(torch.arange(len(y)) > 9, -100, y),
+    "bytes": lambda y: y.byte(),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_that_cross_entropy_takes_and_a_loop_over_classes_would_not(kind):
+    ends = []
+    for solver in ("fast", "general"):
+        who = clients()
+        for c in who:
+            c.data.tensors = c.data.tensors[0], LABELS[kind](c.data.tensors[1])
+        ends.append(trained(Recipe(lr=0.1, batch_size=8), solver, mlp(), who))
+    (fast, told), (slow, figures) = ends
+    assert apart(fast, slow) < 1e-5
+    assert told[1]["train_loss"] == pytest.approx(figures[1]["train_loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("args", [{}, {"weight_decay": 0.1}], ids=str)
 @pytest.mark.parametrize("strategy", [FedAvg(), FedProx(mu=0.5), Scaffold()], ids=str)
 def test_inputs_that_are_zero_in_all_examples_are_left_out_and_their_weights_are_not(

@@ -34,6 +34,12 @@ class Rows:
         return self.x.flatten(1)
 
     @cached_property
+    def classes(self) -> bool:
+        """Whether labels are plain classes: one number each, and none that cross entropy leaves out (-100)."""
+        plain = self.y.dtype == torch.int64 and self.y.dim() == 1
+        return plain and bool((self.y >= 0).all())
+
+    @cached_property
     def images(self) -> Tensor:
         """The examples as convolutions want them."""
         return channels_last(self.x)

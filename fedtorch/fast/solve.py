@@ -76,7 +76,7 @@ class Fast:
                 layers = self._front(model, rows, coins, task.state, rule, shift)
                 layers += self._dense(datasets, rows, coins, task.state, rule, shift)
             y = taken(rows.y, order.index)
-            known = recipe.loss is cross_entropy and not self.chain.squeezed
+            known = recipe.loss is cross_entropy and not self.chain.squeezed and rows.classes
             loss = squeezed(recipe.loss) if self.chain.squeezed else recipe.loss
             head = CrossEntropy(y, order.scale) if known else AnyLoss(y, order.scale, loss)
             scale = order.scale if rule.momentum else order.scale * rule.lr
