@@ -35,7 +35,7 @@ class Rows:
 
     @cached_property
     def classes(self) -> bool:
-        """Whether labels are plain classes: one number each, and none that cross entropy leaves out (-100)."""
+        """Whether labels are one class each, and none of them -100, which cross entropy leaves out."""
         plain = self.y.dtype == torch.int64 and self.y.dim() == 1
         return plain and bool((self.y >= 0).all())
 
