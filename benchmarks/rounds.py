@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from benchmarks import agreement
@@ -137,9 +137,16 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--noise", type=float, default=1.0, help="multiplier; 1e-6: none to speak of"
     )
+    parser.add_argument("--epochs", type=int, default=1, help="local passes a round (w1, w2, w4)")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    asked = parser.parse_args()
+    fixed = [w for w in asked.workloads if WORKLOADS[w].privacy == "sample"]
+    if asked.epochs != 1 and fixed:
+        parser.error(
+            f"--epochs: {fixed[0]} takes private steps, not passes; choose --workloads w1 w2 w4"
+        )
+    return asked
 
 
 def main() -> int:
@@ -150,7 +157,7 @@ def main() -> int:
         return 0
     results, wrong = {}, []
     for workload in asked.workloads:
-        work = WORKLOADS[workload]
+        work = replace(WORKLOADS[workload], epochs=asked.epochs)
         runs = measure(present(workload, asked.only), work, asked)
         results[workload] = summary(runs)
         wrong += agreement.complaints(runs, work, asked.noise)

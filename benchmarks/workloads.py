@@ -39,6 +39,8 @@ class Workload:
     batch_size: int = 10
     lr: float = 0.1
     eval_every: int = 10
+    epochs: int = 1
+    """Passes over a client's data in each round; private steps are six, whatever it says."""
 
 
 WORKLOADS = {
@@ -76,7 +78,7 @@ class Problem:
 
     def recipe(self) -> Recipe:
         """How clients train."""
-        return Recipe(lr=self.work.lr, batch_size=self.work.batch_size)
+        return Recipe(lr=self.work.lr, batch_size=self.work.batch_size, epochs=self.work.epochs)
 
     def order(self, round: int, client: int) -> Tensor:
         """The shuffled batches fedtorch would draw, so that everyone steps through the same ones."""
