@@ -1,11 +1,13 @@
 """The command line: every command answers, bad input is one sentence and exit status 2."""
 
+import gc
 import importlib
 import json
+import sys
 
 import pytest
 
-from fedtorch.__main__ import COMMANDS, main
+from fedtorch.__main__ import COMMANDS, main, run
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -49,4 +51,12 @@ def test_lists_have_a_line_each(command, name, capsys):
 
 def test_version(capsys):
     assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip()[0].isdigit()
+
+
+def test_a_process_of_its_own_does_not_search_what_it_imported_for_garbage(monkeypatch, capsys):
+    order = []
+    monkeypatch.setattr(gc, "freeze", lambda: order.append(capsys.readouterr().out))
+    monkeypatch.setattr(sys, "argv", ["fedtorch", "version"])
+    assert run() == 0 and order == [""]  # once, and before the command
     assert capsys.readouterr().out.strip()[0].isdigit()
