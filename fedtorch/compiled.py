@@ -14,16 +14,25 @@ from typing import Any, TypeVar, cast
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
 
+FASTER = "pip install 'fedtorch[fast]' would make it faster"
+"""What to tell whoever has no numba."""
+
+
+def available() -> bool:
+    """Whether numba is installed; it is imported where a loop is first asked for, in half a second."""
+    return find_spec("numba") is not None
+
+
 @cache
 def loops(module: str) -> Any:
     """A module of compiled loops, or None without numba: whoever asks then does the same in another way."""
-    return import_module(module) if find_spec("numba") else None
+    return import_module(module) if available() else None
 
 
 @cache
 def compiled(loop: Loop, exact: bool = False) -> Loop | None:
     """A single loop as machine code, or None without numba."""
-    return machine_code(loop, exact) if find_spec("numba") else None
+    return machine_code(loop, exact) if available() else None
 
 
 def machine_code(loop: Loop, exact: bool = False) -> Loop:

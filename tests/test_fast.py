@@ -253,6 +253,17 @@ def test_what_cannot_be_read_trains_on_the_general_path_and_says_why(why):
         Server(model, clients(), recipe, engine=Local(solver="fast"))
 
 
+@pytest.mark.parametrize("numba, how", [(True, ", compiled loops"), (False, "; pip install 'fed")])
+def test_the_note_says_if_loops_are_compiled_or_how_they_could_be(numba, how, monkeypatch):
+    monkeypatch.setattr("fedtorch.engines.choose.available", lambda: numba)
+    (note,) = Server(mlp(), clients(), Recipe(lr=0.01)).notes
+    assert note.startswith(f"fast path, {len(SIZES)} clients at once{how}")
+    slow = Recipe(lr=0.01, optimizer=ClientOptimizer("Adam"))
+    assert "pip" not in " ".join(Server(mlp(), clients(), slow).notes)  # it would not help
+    private = Recipe(lr=0.01, privacy=SampleLevel(noise_multiplier=1.0, rounds=1, mode="stacked"))
+    assert ("drawn by NumPy" in " ".join(Server(mlp(), clients(), private).notes)) is not numba
+
+
 def test_a_strategy_with_its_own_correction_is_not_guessed_at():
     class Sign(FedAvg):
         def correct(self, grads, params, ctx):

@@ -11,6 +11,7 @@ from torch import nn
 
 from fedtorch import fast, probe, probe_private, solvers
 from fedtorch.client import Client, Recipe
+from fedtorch.compiled import FASTER, available
 from fedtorch.privacy import SampleLevel
 from fedtorch.summed import averages
 from fedtorch.types import ConfigError
@@ -69,14 +70,16 @@ def choose(
             found = unless_small(found, model, clients, recipe)
         if not isinstance(found, str):
             size = chunk or found.chunk(max(len(c) for c in clients), recipe)
-            how = f"fast path, {size} clients at once"
+            how = f"fast path, {min(size, len(clients))} clients at once"
             how += ", large products in bf16" if half else ""
-            return Choice(found, size, recipe, (*notes, how))
+            return Choice(found, size, recipe, (*notes, how + loops(model, recipe)))
         if solver == "fast":
             raise ConfigError(f"engine.solver fast cannot train this: {found}; use auto")
         if isinstance(asked, SampleLevel) and asked.projected:
             raise ConfigError(f"privacy.projected needs the fast path: {found}; leave it out")
         notes.append(f"the fast path is not used: {found}")
+    if isinstance(asked, SampleLevel) and not available():
+        notes.append(f"noise in every step is drawn by NumPy: {FASTER}")
     recipe, size = probe_private.with_mode(model, clients, recipe, size)
     if half:
         notes.append("clients train one after another under autocast to bf16")
@@ -139,6 +142,14 @@ def unless_small(
     if not probe_private.stacks(model, clients, recipe):
         return found
     return "so small a model with more than linear layers is faster with clients stacked"
+
+
+def loops(model: nn.Module, recipe: Recipe) -> str:
+    """How the fast path's loops run, in words: on an accelerator noise in every step is the only one."""
+    here = next(model.parameters()).device.type == "cpu"
+    if not (here or isinstance(recipe.privacy, SampleLevel)):
+        return ""
+    return ", compiled loops" if available() else f"; {FASTER}"
 
 
 def _automatic(model: nn.Module) -> int:
