@@ -1,17 +1,24 @@
 """Loops over arrays as machine code, where numba is installed (``pip install 'fedtorch[fast]'``).
 
 A loop is compiled on its first call for the types it is called with, which takes about half a second, and
-kept on disk. Sums may be regrouped, as in any vector code, unless it is to be ``exact``, which must be the
-same wherever a loop is asked for: the disk keeps one. NaN and infinity are what they were.
+kept on disk. Sums may be regrouped, as in any vector code, unless it is to be ``exact``. NaN and infinity
+are what they were.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache
+from hashlib import sha256
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+PARTS = Path(__file__), Path(__file__).with_name("lanes.py")
+"""What all loops are compiled by."""
 
 
 FASTER = "pip install 'fedtorch[fast]' would make it faster"
@@ -19,8 +26,11 @@ FASTER = "pip install 'fedtorch[fast]' would make it faster"
 
 
 def available() -> bool:
-    """Whether numba is installed; it is imported where a loop is first asked for, in half a second."""
-    return find_spec("numba") is not None
+    """Whether numba is installed, and not told to leave loops to Python, thousands of times slower.
+
+    It is imported where a loop is first asked for, in half a second.
+    """
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0") and find_spec("numba") is not None
 
 
 @cache
@@ -41,7 +51,19 @@ def machine_code(loop: Loop, exact: bool = False) -> Loop:
 
     fast = {"contract"} if exact else {"contract", "reassoc"}
     options = {"nogil": True, "error_model": "numpy", "fastmath": fast}
+    named = cast(FunctionType, loop)
+    named.__qualname__ = f"{named.__qualname__.partition('-')[0]}-{digest(named, exact)}"
     try:
         return cast(Loop, njit(loop, cache=True, **options))
     except RuntimeError:  # nowhere to keep it: compiled anew in each process
         return cast(Loop, njit(loop, **options))
+
+
+def digest(loop: FunctionType, exact: bool) -> str:
+    """Of all that decides what a loop becomes, to be part of the name by which it is kept.
+
+    numba looks at the loop's own file alone, and keeps the new version under the old one's name: a process
+    killed while it writes leaves the old one there for good, and that may be of noise.
+    """
+    files = [p for p in (*PARTS, Path(loop.__code__.co_filename)) if p.is_file()]
+    return sha256(b"".join(p.read_bytes() for p in files) + bytes([exact])).hexdigest()[:12]

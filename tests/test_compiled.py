@@ -1,9 +1,11 @@
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 
 import numpy as np
 import pytest
+from numba.core.caching import IndexDataCacheFile
 
-from fedtorch.compiled import compiled
+from fedtorch.compiled import compiled, loops
 
 
 def total(x):
@@ -16,8 +18,10 @@ def total(x):
 @pytest.fixture
 def fresh():
     compiled.cache_clear()
+    loops.cache_clear()
     yield
     compiled.cache_clear()
+    loops.cache_clear()
 
 
 def test_a_loop_is_machine_code_and_gives_the_same(fresh):
@@ -41,17 +45,42 @@ def by_index(x):
     return out
 
 
-def by_index_regrouped(x):  # one of its own: what is kept on disk does not know how it was compiled
-    out = 0.0
-    for i in range(len(x)):
-        out += x[i]
-    return out
-
-
 def test_an_exact_loop_adds_in_the_order_written(fresh):
     x = np.tile([1e16, 1.0, -1e16, 1.0], 100)
     assert compiled(by_index, exact=True)(x) == by_index(x) == 1
-    assert compiled(by_index_regrouped)(x) == 200  # side by side the ones are not swallowed
+    assert compiled(by_index)(x) == 200  # side by side the ones are not swallowed
+
+
+def test_a_version_that_was_not_written_to_the_end_is_not_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "versions.py"
+
+    def run(factor):
+        path.write_text(f"def times(x):\n    return x * {factor}\n")
+        spec = spec_from_file_location("versions", path)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return compiled(module.times)(1.0)
+
+    assert run(2.0) == 2
+    with monkeypatch.context() as patch:  # killed after the index, before the code
+        patch.setattr(IndexDataCacheFile, "_save_data", lambda *args: None)
+        assert run(30.0) == 30
+    assert run(30.0) == 30
+
+
+def test_what_compiles_loops_is_part_of_what_is_kept(monkeypatch, tmp_path, fresh):
+    before = compiled(total).__qualname__
+    other = tmp_path / "lanes.py"
+    other.write_text("# otherwise")
+    monkeypatch.setattr("fedtorch.compiled.PARTS", (other,))
+    compiled.cache_clear()
+    assert compiled(total).__qualname__ != before
+    assert compiled(total).__qualname__ != compiled(total, exact=True).__qualname__
+
+
+def test_loops_left_to_python_are_none_at_all(fresh, monkeypatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # thousands of times slower
+    assert compiled(total) is None and loops("fedtorch.fast.kernels") is None
 
 
 def test_without_numba_there_is_none(fresh, monkeypatch):
