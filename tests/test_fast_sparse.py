@@ -52,26 +52,45 @@ def test_it_pays_where_enough_is_zero_and_numba_is_there(monkeypatch):
     assert not pays(few(50, 100), 100)
 
 
-def rows(x, stays=True):
-    return Rows(x, torch.zeros(len(x)), (len(x) // 2, len(x) - len(x) // 2), stays)
+def rows(x):
+    return Rows(x, torch.zeros(len(x)), (len(x) // 2, len(x) - len(x) // 2))
 
 
-def test_rows_are_sparse_only_where_they_stay_and_are_finite():
+def test_rows_are_sparse_only_where_they_are_finite():
     x = few(20, 90)
-    assert rows(x).sparse is not None and rows(x, stays=False).sparse is None
+    assert rows(x).sparse is not None
     x[3, 4] = torch.inf
     assert rows(x).sparse is None
 
 
 def test_rows_that_stay_out_may_hold_anything():
-    x, D = few(20, 90), few(20, 11, share=1.0)
     stay = torch.arange(20) >= 10
-    D[:10] = torch.nan
-    for table in (rows(x), rows(x, stays=False)):
-        torch.testing.assert_close(table.back(D, False, stay), D[10:].T @ x[10:])
+    for share in (0.2, 0.9):
+        x, D = few(20, 90, share=share), few(20, 11, share=1.0)
+        D[:10] = torch.nan
+        assert (rows(x).sparse is None) is (share == 0.9)
+        torch.testing.assert_close(rows(x).back(D, False, stay), D[10:].T @ x[10:])
 
 
-def trained(monkeypatch, loops):
+def test_nan_and_a_negative_zero_are_seen_for_what_they_are():
+    x = torch.tensor([[0.0, -0.0, torch.nan, torch.inf, -2.0, 1e-45]])
+    found = sparse(x)
+    assert found.columns.tolist() == [2, 3, 4, 5] and found.values.tolist()[2:] == [-2.0, x[0, 5]]
+    assert rows(torch.cat([x, x])).used.tolist() == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("numba", [True, False])
+@pytest.mark.parametrize("zeros", [0, 50])
+def test_bits_do_not_depend_on_what_finds_room(zeros, numba, monkeypatch):
+    # a run that is resumed, or another worker, has other chunks in its memory
+    ends = []
+    for room in (1 << 30, 0):
+        monkeypatch.setattr("fedtorch.fast.rows.ROOM", room)
+        ends.append(trained(monkeypatch, loops if numba else lambda module: None, zeros))
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+def trained(monkeypatch, loops, zeros=0):
     asked = []
     for where in ("sparse", "small"):
         name = f"fedtorch.fast.{where}.loops"
@@ -80,7 +99,10 @@ def trained(monkeypatch, loops):
     model = nn.Sequential(
         nn.Linear(90, 90), nn.ReLU(), nn.Linear(90, 90), nn.Tanh(), nn.Linear(90, 4)
     )
-    data = [TensorDataset(few(n, 90), torch.arange(n) % 4) for n in (24, 17, 12)]
+    data = [
+        TensorDataset(few(n, 90) * (torch.arange(90) >= zeros), torch.arange(n) % 4)
+        for n in (24, 17, 12)
+    ]
     clients = [Client(str(k), d) for k, d in enumerate(data)]
     recipe = Recipe(lr=0.1, batch_size=5, epochs=2)
     server = Server(model, clients, recipe, engine=Local(solver="fast"), seed=1)

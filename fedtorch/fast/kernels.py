@@ -175,6 +175,27 @@ def _dots(
 
 
 @machine_code
+def compress(
+    x: Any, width: int, blocks: Any, rows: Any, starts: Any, columns: Any, values: Any
+) -> int:
+    """Write what is not 0 in x [N, n] as ``sparse.Sparse`` has it, in blocks so wide; returns the runs."""
+    N, n = x.shape
+    k = runs = np.uint64(0)
+    last = np.uint64(len(values) - 1)  # whoever counted may have taken a number this small for 0
+    for b in range(len(blocks) - 1):
+        blocks[b] = runs
+        for i in range(N):
+            first = k
+            for j in range(b * width, min(n, (b + 1) * width)):
+                columns[k], values[k] = j, x[i, j]  # to be written over by the next one if it is 0
+                k = min(k + np.uint64(x[i, j] != 0), last)
+            rows[runs], starts[runs] = i, first
+            runs += np.uint64(k > first)
+    blocks[len(blocks) - 1], starts[runs] = runs, k
+    return int(runs)
+
+
+@machine_code
 def sparse_product(
     out: Any, blocks: Any, rows: Any, starts: Any, columns: Any, values: Any, dense: Any
 ) -> None:

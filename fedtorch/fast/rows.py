@@ -25,8 +25,6 @@ class Rows:
     y: Tensor
     sizes: tuple[int, ...]
     """Examples of each client."""
-    stays: bool = False
-    """Whether it is kept, so that it pays to look at it closely."""
 
     @cached_property
     def flat(self) -> Tensor:
@@ -47,15 +45,13 @@ class Rows:
     @cached_property
     def used(self) -> Tensor | None:
         """Inputs that are not 0 in all examples, if at least an eighth are: a product needs no others."""
-        if not self.stays:
-            return None
-        used = (self.flat != 0).any(0).nonzero()[:, 0]
+        used = self.flat.abs().amax(0).nonzero()[:, 0]
         return used if len(used) <= self.flat.shape[1] * 7 / 8 else None
 
     @cached_property
     def slim(self) -> Tensor:
         """[N, used inputs]."""
-        return self.flat if self.used is None else self.flat[:, self.used]
+        return self.flat if self.used is None else self.flat.index_select(1, self.used)
 
     @cached_property
     def half(self) -> Tensor:
@@ -69,7 +65,7 @@ class Rows:
         Only of finite examples: what is not finite must not meet rows that stay out, even as zeros.
         """
         columns = self.flat.shape[1] if self.used is None else len(self.used)
-        if not (self.stays and self.finite and pays(self.flat, columns)):
+        if not (pays(self.flat, columns) and self.finite):
             return None
         return sparse(self.flat), sparse(self.flat.T)
 
@@ -153,10 +149,9 @@ class Kept:
         if found and found[1] == versions:
             return found[2]
         x, y = (torch.cat([t[i] for t in tables]).to(device) for i in (0, 1))
-        # of clients drawn anew each round no chunk comes twice, and keeping it would only cost
-        stays = bool(found) or self._room(3 * x.numel() * x.element_size())
-        rows = Rows(x, y, tuple(len(t[0]) for t in tables), stays)
-        if stays:
+        # how it is computed with must not depend on what came before: a resumed run begins with nothing
+        rows = Rows(x, y, tuple(len(t[0]) for t in tables))
+        if found or self._room(3 * x.numel() * x.element_size()):
             self.chunks[key] = parts, versions, rows
         return rows
 
