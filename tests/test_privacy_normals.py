@@ -161,6 +161,12 @@ def test_only_the_row_is_written_also_where_it_has_gaps(way):
         assert not table.any()
 
 
+@pytest.mark.parametrize("given", [0, 2, 3, 6])
+def test_other_than_the_words_it_takes_are_refused(way, given):
+    with pytest.raises(ValueError, match=f"3 normals cannot be made of {given} words"):
+        normals.add(words(6)[:given], np.zeros(3), 1.0)
+
+
 def test_the_loop_is_compiled_and_takes_pairs_side_by_side():
     normals.add(words(4), np.zeros(4, np.float32), 1.0)
     assert compiled(normals.fused, exact=True).signatures and normals.way() == "a compiled loop"

@@ -96,6 +96,15 @@ def test_noise_on_a_row_is_the_same_noise_rounded_once(rng, monkeypatch):
 
 
 @pytest.mark.parametrize("rng", ["aes", "os"])
+def test_a_row_of_many_blocks_is_noised_to_its_end(rng, monkeypatch):
+    monkeypatch.setattr("fedtorch.privacy.streams.BLOCK", 8)
+    row = torch.zeros(1501)
+    stream(rng, None, "noise").add(row, 1.0, Scratch())
+    assert len(row.unique()) == len(row)
+    assert stats.kstest(row.numpy(), "norm").pvalue > 1e-4
+
+
+@pytest.mark.parametrize("rng", ["aes", "os"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_row_is_noised_where_it_lies(rng, dtype):
     table = torch.zeros(7, 5, dtype=dtype)

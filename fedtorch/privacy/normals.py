@@ -64,7 +64,11 @@ def add(words: np.ndarray, row: np.ndarray, std: float) -> None:
 
     ``words``: n of them, uint64, and one more if n is odd; they are used up. With m = half of them, row[k]
     gets the cosine of words[k] and words[m + k], and row[m + k] the sine.
+
+    Raises ValueError for other than so many: a loop would take what lies behind them in memory.
     """
+    if len(words) != len(row) + len(row) % 2:
+        raise ValueError(f"{len(row)} normals cannot be made of {len(words)} words")
     (compiled(fused, exact=True) or passes)(words, row, std)
 
 
