@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.fast.activations import Activation
+from fedtorch.fast.rows import taken
 from fedtorch.fast.spec import Linear
 from fedtorch.tree import dots
 from fedtorch.types import Params, Stack
@@ -179,7 +180,7 @@ class Own:
 
     def forward(self, a: Tensor) -> Tensor:
         """[k, B, in] (or row numbers [k, B] of the data) -> [k, B, out]."""
-        self.a = a = a if self.data is None else self.data[a]
+        self.a = a = a if self.data is None else taken(self.data, a)
         w = self.weight.value[: len(a)].mT
         return a.bmm(w) if self.bias is None else torch.baddbmm(self.bias.value[: len(a)], a, w)
 
@@ -244,7 +245,7 @@ class Given:
 
     def forward(self, a: Tensor) -> Tensor:
         """Row numbers [k, B] of the data -> the rows."""
-        return self.data[a]
+        return taken(self.data, a)
 
     def step(self, d: Tensor) -> None:
         """Nothing to move."""

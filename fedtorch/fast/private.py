@@ -15,12 +15,13 @@ from torch import Tensor
 from fedtorch.fast.activations import Activation
 from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.examples import Examples
-from fedtorch.fast.layers import Act, Given, Layer, Leaf, Own, Rule, passed_down
+from fedtorch.fast.layers import Act, Given, Layer, Leaf, Own, Rule, Weights, passed_down, squares
+from fedtorch.fast.memory import Memory
 from fedtorch.fast.projected import Projected
 from fedtorch.fast.spec import Linear, Part
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.tree import split
-from fedtorch.types import Params
+from fedtorch.types import Params, Stack
 
 
 class Flat:
@@ -33,17 +34,44 @@ class Flat:
         state: Params,
         rule: Rule,
         shift: Params,
-        clients: int,
+        memory: tuple[Memory, int],
     ) -> None:
-        """``front``: names of parameters before the dense part's. Noise comes in the model's order."""
+        """``front``: names of parameters before the dense part's; ``memory`` for so many clients.
+
+        Noise comes in the model's order.
+        """
         self.specs, self.rule = specs, rule
         names = {*front, *(n for s in specs if isinstance(s, Linear) for n in (s.weight, s.bias))}
         self.shapes = {n: v.shape for n, v in state.items() if n in names}
         name = next(iter(state))  # a projected first layer may be all there is
         start = torch.cat([state[name][:0].flatten(), *(state[n].flatten() for n in self.shapes)])
         moved = torch.cat([shift[n].flatten(1) for n in self.shapes], 1) if shift else None
-        self.leaf = Leaf(start, clients, rule, moved)
+        self.leaf = Leaf(start, 0, rule, moved, memory[0].rows(start, memory[1]))
         self.gradient = torch.empty_like(start)
+
+    def held(self, layers: Sequence[Layer]) -> list[Weights]:
+        """What is left of a visit through these layers: most of their parameters are here."""
+        return [self, *(m.done() for m in layers if isinstance(m, Projected))]
+
+    def stack(self) -> Stack:
+        """The copies."""
+        return split(self.leaf.value, self.shapes)
+
+    def sq_norms(self, upper: bool = False) -> Tensor:
+        """Of all parameters together; client after client, so that no change is kept."""
+        changes = (self._change(value)[None] for value in self.leaf.value)
+        return torch.cat([squares(change, upper) for change in changes])
+
+    def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
+        """Likewise; who has weight 0 may hold NaN, which times 0 is NaN again."""
+        total = torch.zeros_like(self.leaf.start)
+        for w, value in zip(weight.tolist(), self.leaf.value, strict=True):
+            if w:
+                total.add_(self._change(value), alpha=w)
+        return split(total, self.shapes)
+
+    def _change(self, value: Tensor) -> Tensor:
+        return torch.sub(value, self.leaf.start, out=self.gradient)
 
     def leaves(self, names: Sequence[str]) -> dict[str, Leaf]:
         """Some of the parameters."""

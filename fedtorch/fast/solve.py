@@ -17,6 +17,7 @@ from fedtorch.fast.dual import First, Hidden
 from fedtorch.fast.examples import Examples
 from fedtorch.fast.heads import AnyLoss, CrossEntropy, squeezed
 from fedtorch.fast.layers import Act, Given, Layer, Leaf, Own, Rule, Weights, passed_down
+from fedtorch.fast.memory import Memory
 from fedtorch.fast.private import Flat, noised
 from fedtorch.fast.projected import Known, Projected
 from fedtorch.fast.read import Chain
@@ -43,6 +44,7 @@ class Fast:
     half: bool = False
     """Large products, and the front, in bfloat16."""
     kept: Kept = field(default_factory=Kept)
+    memory: Memory = field(default_factory=Memory)
     module: fx.GraphModule | None = None
     """The front; built from the working model on first use."""
 
@@ -92,11 +94,8 @@ class Fast:
                     grads = passed_down(layers, d.mul_(scale[:k, step]))
                     for layer, g in zip(layers, grads, strict=True):
                         layer.step(g)
-            held: list[Weights] = [
-                m.done() if isinstance(m, Projected) else cast(Weights, m)
-                for m in layers
-                if not isinstance(m, (Act, Drop, Given))
-            ]
+            others = [m for m in layers if not isinstance(m, (Act, Drop, Given))]
+            held = cast(list[Weights], others) if private is None else flat.held(others)
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
         return Visit(held, head.total() / ctx.steps, recipe.privacy is not None, first.dtype)
 
@@ -139,7 +138,8 @@ class Fast:
         if projected:
             layers = [self._projected(datasets, rows, coins.order, state, rule, private)]
         names = self.chain.front.names if self.chain.front else ()
-        flat = Flat(self.chain.layers[len(layers) :], names, state, rule, shift, len(datasets))
+        dense, memory = self.chain.layers[len(layers) :], (self.memory, len(datasets))
+        flat = Flat(dense, names, state, rule, shift, memory)
         if self.chain.front:
             module = self._built(model, apart=True)
             layers = [Examples(module, flat.leaves(names), rows.images, coins)]

@@ -1,0 +1,45 @@
+"""Memory for the clients' copies, lent to visit after visit: new pages cost more than filling them."""
+
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LINE = 64
+"""Bytes of a cache line: a vector that lies across two takes twice as long to load."""
+
+ROOM = 32 << 20
+"""Bytes that may be kept from visit to visit."""
+
+
+class Memory:
+    """Lends the same memory again and again, once nobody holds a tensor of it."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self.held = np.empty(0, np.uint8)
+        self.lent: weakref.ref[np.ndarray] | None = None
+
+    def __reduce__(self) -> tuple[type["Memory"], tuple[()]]:
+        """A worker has its own."""
+        return Memory, ()
+
+    def rows(self, start: Tensor, count: int) -> Tensor:
+        """``start`` [numbers], ``count`` times: [count, numbers], each row on cache lines of its own."""
+        width = len(start) + -len(start) % (LINE // start.element_size())
+        size = count * width * start.element_size()
+        if start.device.type == "cpu" and size <= ROOM and not self.busy():
+            if len(self.held) < size + LINE:
+                self.held = np.empty(size + LINE, np.uint8)
+            begin = -self.held.ctypes.data % LINE
+            lent = self.held[begin : begin + size]  # torch keeps this view alive, and it the memory
+            self.lent = weakref.ref(lent)
+            room = torch.from_numpy(lent).view(start.dtype).view(count, width)
+        else:
+            room = start.new_empty(count, width)
+        return room[:, : len(start)].copy_(start)
+
+    def busy(self) -> bool:
+        """Whether a tensor of what was lent last is still alive."""
+        return self.lent is not None and self.lent() is not None
