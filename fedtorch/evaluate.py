@@ -29,27 +29,38 @@ def evaluate(
     n = length(data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     laid: bool | None = None
+    lent = False
     total = dict.fromkeys(metrics, 0.0)
     was_training = model.training
     model.eval()
     with torch.no_grad(), seeds.seeded(0):
         for start in range(0, n, batch_size or n):
             size = min(batch_size or n, n - start)
-            x, y = to(_part(data, start, size), device)
+            x, y = to(_part(data, start, size, lent), device)
+            before = _versions(x, y) if start == 0 else ()
             if laid is None:
                 laid = convolves(model, x)
             output = forward(model, channels_last(x) if laid else x)
             for name, metric in metrics.items():
                 total[name] += float(reduce(metric(output, y)).double().mean()) * size
+            if start == 0:  # of a copy: whoever writes on that is lent nothing
+                lent = before is not None and before == _versions(x, y)
     model.train(was_training)
     return {name: value / n for name, value in total.items()}
 
 
-def _part(data: Dataset, start: int, size: int) -> tuple[Any, Any]:
-    if isinstance(data, TensorDataset) and len(data.tensors) == 2:
+def _part(data: Dataset, start: int, size: int, lent: bool) -> tuple[Any, Any]:
+    if lent and isinstance(data, TensorDataset) and len(data.tensors) == 2:
         x, y = (t[start : start + size] for t in data.tensors)  # nothing is copied
         return x, y
     return fetch(data, torch.arange(start, start + size))
+
+
+def _versions(*given: Any) -> tuple[int, ...] | None:
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    if any(t.is_inference() for t in tensors):  # who counts no changes may have them
+        return None
+    return tuple(t._version for t in tensors)
 
 
 def convolves(model: nn.Module, x: Any) -> bool:
@@ -59,7 +70,8 @@ def convolves(model: nn.Module, x: Any) -> bool:
     if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
         return False
     try:
-        wanted, got = forward(model, x[:2]), forward(model, channels_last(x[:2]))
+        few = [x[:2].clone(), x[:2].clone()]  # a model may write on what it is given
+        wanted, got = forward(model, few[0]), forward(model, channels_last(few[1]))
     except RuntimeError:  # a view of what is no longer one block of memory
         return False
     return isinstance(got, Tensor) and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)

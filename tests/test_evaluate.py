@@ -24,6 +24,55 @@ def test_means_are_over_examples_whatever_the_batches():
         assert got["hit"] == pytest.approx(float((model(x).argmax(1) == y).double().mean()))
 
 
+class Centred(nn.Module):
+    """Writes on what it is given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        x -= x.mean()
+        return self.inner(x)
+
+
+def halved(output, target):
+    loss = cross_entropy(output, target)
+    target //= 2
+    return loss
+
+
+@pytest.mark.parametrize("size", [4, 20])
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("images", [False, True])
+def test_data_is_what_it_was_whoever_writes_on_it(images, inference, size):
+    shape = (1, 8, 8) if images else (4,)
+    front = nn.Sequential(nn.Conv2d(1, 2, 8), nn.Flatten()) if images else nn.Linear(4, 2)
+    model = Centred(nn.Sequential(front, nn.Linear(2, 3)))
+    x, y = torch.randn(20, *shape), torch.arange(20) % 3
+    with torch.no_grad():
+        parts = zip(x.clone().split(size), y.split(size), strict=True)
+        want = torch.stack([cross_entropy(model(a), b).mean() for a, b in parts]).mean()
+    held = TensorDataset(x.clone(), y.clone())
+    for loss in (cross_entropy, halved, cross_entropy):
+        with torch.inference_mode(inference):
+            got = evaluate(model, held, {"loss": loss}, size)
+        assert got["loss"] == pytest.approx(float(want), rel=1e-5)
+    assert torch.equal(held.tensors[0], x) and torch.equal(held.tensors[1], y)
+
+
+def test_tables_are_not_copied_for_models_that_only_read():
+    held, seen = data(30), []
+
+    class Reads(nn.Linear):
+        def forward(self, x):
+            seen.append(x.data_ptr() - held.tensors[0].data_ptr())
+            return super().forward(x)
+
+    evaluate(Reads(4, 3), held, {"loss": cross_entropy}, 10)
+    assert seen[0] and seen[1:] == [4 * 4 * 10, 4 * 4 * 20]
+
+
 def test_dropout_is_off_and_the_mode_is_put_back():
     model = nn.Sequential(nn.Dropout(0.9), nn.Linear(4, 3))
     state = torch.get_rng_state()
