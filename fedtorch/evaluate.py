@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from fedtorch import seeds
 from fedtorch.batches import fetch, length
@@ -29,38 +29,19 @@ def evaluate(
     n = length(data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     laid: bool | None = None
-    lent = False
     total = dict.fromkeys(metrics, 0.0)
     was_training = model.training
     model.eval()
     with torch.no_grad(), seeds.seeded(0):
-        for start in range(0, n, batch_size or n):
-            size = min(batch_size or n, n - start)
-            x, y = to(_part(data, start, size, lent), device)
-            before = _versions(x, y) if start == 0 else ()
+        for index in torch.arange(n).split(batch_size or n):
+            x, y = to(fetch(data, index), device)  # a copy: a model may write on what it is given
             if laid is None:
                 laid = convolves(model, x)
             output = forward(model, channels_last(x) if laid else x)
             for name, metric in metrics.items():
-                total[name] += float(reduce(metric(output, y)).double().mean()) * size
-            if start == 0:  # of a copy: whoever writes on that is lent nothing
-                lent = before is not None and before == _versions(x, y)
+                total[name] += float(reduce(metric(output, y)).double().mean()) * len(index)
     model.train(was_training)
     return {name: value / n for name, value in total.items()}
-
-
-def _part(data: Dataset, start: int, size: int, lent: bool) -> tuple[Any, Any]:
-    if lent and isinstance(data, TensorDataset) and len(data.tensors) == 2:
-        x, y = (t[start : start + size] for t in data.tensors)  # nothing is copied
-        return x, y
-    return fetch(data, torch.arange(start, start + size))
-
-
-def _versions(*given: Any) -> tuple[int, ...] | None:
-    tensors = [t for t in given if isinstance(t, Tensor)]
-    if any(t.is_inference() for t in tensors):  # who counts no changes may have them
-        return None
-    return tuple(t._version for t in tensors)
 
 
 def convolves(model: nn.Module, x: Any) -> bool:
