@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeVar, cast
@@ -26,11 +25,17 @@ FASTER = "pip install 'fedtorch[fast]' would make it faster"
 
 
 def available() -> bool:
-    """Whether numba is installed, and not told to leave loops to Python, thousands of times slower.
+    """Whether numba can be imported, and is not told to leave loops to Python, thousands of times slower.
 
-    It is imported where a loop is first asked for, in half a second.
+    Installed beside a NumPy that is too new it cannot. The first to ask waits half a second.
     """
-    return os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0") and find_spec("numba") is not None
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return False
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 @cache

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from numba.core.caching import IndexDataCacheFile
 
-from fedtorch.compiled import compiled, loops
+from fedtorch.compiled import available, compiled, loops
 
 
 def total(x):
@@ -92,3 +92,11 @@ def test_a_loop_with_nowhere_to_be_kept_is_compiled_all_the_same(fresh):
     scope: dict = {}
     exec("def double(x):\n    return x * 2", scope)  # of no file, so numba has no place for it
     assert compiled(scope["double"])(3.0) == 6.0
+
+
+def test_a_numba_that_cannot_be_imported_is_none(fresh, monkeypatch, tmp_path):
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.5 or less')\n")
+    for name in [m for m in sys.modules if m.partition(".")[0] == "numba"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not available() and compiled(total) is None
