@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
-PARTS = Path(__file__), Path(__file__).with_name("lanes.py")
+PARTS = tuple(Path(__file__).with_name(f"{name}.py") for name in ("compiled", "lanes", "tile"))
 """What all loops are compiled by."""
 
 

@@ -53,8 +53,7 @@ def load(typing: Any, array: Any, at: Any) -> Any:
     """Those of a flat array from ``at`` on."""
 
     def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        where, align = _pointer(context, b, signature, args)
-        return b.load(where, align=align)
+        return read(context, b, array, *args)
 
     return Lanes(array.dtype)(array, types.uintp), code
 
@@ -64,12 +63,7 @@ def load_some(typing: Any, array: Any, at: Any, n: Any) -> Any:
     """The first ``n`` of them, and zeros: what comes after is not touched."""
 
     def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        vector = context.get_value_type(signature.return_type)
-        where, align = _pointer(context, b, signature, args)
-        mask = _first(b, args[2])
-        kind = ir.FunctionType(vector, [where.type, ir.IntType(32), mask.type, vector])
-        masked = _declared(b, kind, f"llvm.masked.load.{_name(vector)}.p0")
-        return b.call(masked, [where, ir.IntType(32)(align), mask, ir.Constant(vector, None)])
+        return read(context, b, array, *args)
 
     return Lanes(array.dtype)(array, types.uintp, types.uintp), code
 
@@ -79,8 +73,7 @@ def store(typing: Any, array: Any, at: Any, v: Any) -> Any:
     """Write them from ``at`` on."""
 
     def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        where, align = _pointer(context, b, signature, args)
-        b.store(args[2], where, align=align)
+        write(context, b, array, *args)
         return context.get_dummy_value()
 
     return types.void(array, types.uintp, v), code
@@ -91,11 +84,8 @@ def store_some(typing: Any, array: Any, at: Any, n: Any, v: Any) -> Any:
     """Write the first ``n`` of them."""
 
     def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        where, align = _pointer(context, b, signature, args)
-        mask, vector = _first(b, args[2]), args[3].type
-        kind = ir.FunctionType(ir.VoidType(), [vector, where.type, ir.IntType(32), mask.type])
-        masked = _declared(b, kind, f"llvm.masked.store.{_name(vector)}.p0")
-        b.call(masked, [args[3], where, ir.IntType(32)(align), mask])
+        where, at, n, value = args
+        write(context, b, array, where, at, value, n)
         return context.get_dummy_value()
 
     return types.void(array, types.uintp, types.uintp, v), code
@@ -106,8 +96,7 @@ def scaled(typing: Any, total: Any, factor: Any, v: Any) -> Any:
     """What there is, plus factor v, for one factor."""
 
     def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        product = b.fmul(_all(b, args[1], args[2].type), args[2], flags=("contract",))
-        return b.fadd(args[0], product, flags=("contract",))
+        return plus_product(b, args[0], repeated(b, args[1], args[2].type), args[2])
 
     return total(total, v.dtype, v), code
 
@@ -117,8 +106,7 @@ def multiplied(typing: Any, total: Any, u: Any, v: Any) -> Any:
     """What there is, plus u v, number by number."""
 
     def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        product = b.fmul(args[1], args[2], flags=("contract",))
-        return b.fadd(args[0], product, flags=("contract",))
+        return plus_product(b, *args)
 
     return total(total, u, v), code
 
@@ -136,15 +124,79 @@ def added(typing: Any, v: Any) -> Any:
     return v.dtype(v), code
 
 
-def _pointer(context: Any, b: Any, signature: Any, args: Any) -> tuple[Any, int]:
-    """Where numbers of the first argument, an array, are from the second on; and how far it is aligned."""
-    array = signature.args[0]
-    start = make_array(array)(context, b, args[0]).data
-    vector = ir.VectorType(context.get_value_type(array.dtype), WIDTH)
-    return b.bitcast(b.gep(start, [args[1]]), vector.as_pointer()), array.dtype.bitwidth // 8
+@intrinsic
+def plus(typing: Any, u: Any, v: Any) -> Any:
+    """Two of them added, number by number."""
+
+    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.fadd(*args)
+
+    return u(u, v), code
 
 
-def _all(b: Any, number: Any, vector: Any) -> Any:
+@intrinsic
+def upper(typing: Any, v: Any) -> Any:
+    """The last eight of them, in the first eight places."""
+
+    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return shuffled(b, args[0], args[0], [(k + WIDTH // 2) % WIDTH for k in range(WIDTH)])
+
+    return v(v), code
+
+
+@intrinsic
+def nonzero(typing: Any, v: Any) -> Any:
+    """Whether any of them is not 0."""
+
+    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        found = b.fcmp_unordered("!=", args[0], ir.Constant(args[0].type, None))
+        bits = ir.IntType(WIDTH)
+        return b.icmp_unsigned("!=", b.bitcast(found, bits), bits(0))
+
+    return types.boolean(v), code
+
+
+def read(context: Any, b: Any, kind: Any, array: Any, at: Any, n: Any = None) -> Any:
+    """Those of an array of this kind from ``at`` on, or the first n of them and zeros."""
+    where, align, vector = _pointer(context, b, kind, array, at)
+    if n is None:
+        return b.load(where, align=align)
+    mask = _first(b, n)
+    form = ir.FunctionType(vector, [where.type, ir.IntType(32), mask.type, vector])
+    masked = _declared(b, form, f"llvm.masked.load.{_name(vector)}.p0")
+    return b.call(masked, [where, ir.IntType(32)(align), mask, ir.Constant(vector, None)])
+
+
+def write(context: Any, b: Any, kind: Any, array: Any, at: Any, value: Any, n: Any = None) -> None:
+    """Write them there, or the first n of them."""
+    where, align, vector = _pointer(context, b, kind, array, at)
+    if n is None:
+        b.store(value, where, align=align)
+        return
+    mask = _first(b, n)
+    form = ir.FunctionType(ir.VoidType(), [vector, where.type, ir.IntType(32), mask.type])
+    masked = _declared(b, form, f"llvm.masked.store.{_name(vector)}.p0")
+    b.call(masked, [value, where, ir.IntType(32)(align), mask])
+
+
+def _pointer(context: Any, b: Any, kind: Any, array: Any, at: Any) -> tuple[Any, int, Any]:
+    """Where an array's numbers from ``at`` on are, how far that is aligned, and what is there."""
+    vector = ir.VectorType(context.get_value_type(kind.dtype), WIDTH)
+    start = make_array(kind)(context, b, array).data
+    return b.bitcast(b.gep(start, [at]), vector.as_pointer()), kind.dtype.bitwidth // 8, vector
+
+
+def plus_product(b: Any, total: Any, u: Any, v: Any) -> Any:
+    """What there is, plus u v, number by number and rounded once."""
+    return b.fadd(total, b.fmul(u, v, flags=("contract",)), flags=("contract",))
+
+
+def shuffled(b: Any, u: Any, v: Any, lanes: list[int]) -> Any:
+    """Those of u, and after them those of v, in another order."""
+    return b.shuffle_vector(u, v, ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), lanes))
+
+
+def repeated(b: Any, number: Any, vector: Any) -> Any:
     """One number, sixteen times."""
     nothing, first = ir.Constant(vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
     lanes = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), None)
@@ -154,7 +206,7 @@ def _all(b: Any, number: Any, vector: Any) -> Any:
 def _first(b: Any, n: Any) -> Any:
     """Yes for the first n lanes."""
     vector = ir.VectorType(n.type, WIDTH)
-    return b.icmp_unsigned("<", ir.Constant(vector, list(range(WIDTH))), _all(b, n, vector))
+    return b.icmp_unsigned("<", ir.Constant(vector, list(range(WIDTH))), repeated(b, n, vector))
 
 
 def _name(vector: Any) -> str:

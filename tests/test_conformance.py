@@ -16,7 +16,7 @@ import torch
 from fedtorch import client as client_module
 from fedtorch import participation
 from fedtorch import server as server_module
-from fedtorch.fast import layers
+from fedtorch.fast import copies
 from fedtorch.privacy import (
     AdaptiveClip,
     ClientLevel,
@@ -215,7 +215,7 @@ def half_the_noise_of_the_fast_path(patch: pytest.MonkeyPatch) -> None:
 
 
 def inputs_forgotten_in_norms_of_the_fast_path(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(layers.Own, "example_sq_norms", lambda self, d: d.square().sum(2))
+    patch.setattr(copies.Own, "example_sq_norms", lambda self, d: d.square().sum(2))
 
 
 def projected_noise_of_one_step_for_all(patch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ All clients of a chunk do their t-th local step together. In each step a layer i
 weights). Tensors are [k, B, ...]: the k clients still training, B examples each. Rows of ``d`` come
 multiplied by learning rate and 1 / batch size already, so that a plain step is ``w <- w - d^T a``.
 
-Here every client has its own copy of a layer, [K, out, in], and the step is one ``baddbmm_`` into it; the
-gradient itself is never written. ``dual`` does without the copies, ``front`` holds what is not linear.
+A parameter of which every client has its own copy is a ``Leaf``, and its step one ``baddbmm_`` into it; the
+gradient itself is never written. ``copies`` has layers of such parameters, ``dual`` does without, ``front``
+holds what is not linear.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from fedtorch.fast.activations import Activation
 from fedtorch.fast.rows import taken
-from fedtorch.fast.spec import Linear
 from fedtorch.tree import dots
 from fedtorch.types import Params, Stack
 
@@ -167,53 +167,6 @@ class Leaves:
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """Of each."""
         return {n: leaf.weighted_sum(weight) for n, leaf in self.leaves.items()}
-
-
-class Own:
-    """A linear layer of which every client has its own copy."""
-
-    def __init__(
-        self, spec: Linear, weight: Leaf, bias: Leaf | None, data: Tensor | None = None
-    ) -> None:
-        """A first layer gets the ``data``, [N, in], of which its inputs are rows."""
-        self.spec, self.weight, self.bias, self.data = spec, weight, bias, data
-
-    def forward(self, a: Tensor) -> Tensor:
-        """[k, B, in] (or row numbers [k, B] of the data) -> [k, B, out]."""
-        self.a = a = a if self.data is None else taken(self.data, a)
-        w = self.weight.value[: len(a)].mT
-        return a.bmm(w) if self.bias is None else torch.baddbmm(self.bias.value[: len(a)], a, w)
-
-    def backward(self, d: Tensor) -> Tensor:
-        """[k, B, out] -> [k, B, in]."""
-        return d.bmm(self.weight.value[: len(d)])
-
-    def step(self, d: Tensor) -> None:
-        """The step, fused into the product that would have been the gradient."""
-        self.weight.step(d.mT, self.a)
-        if self.bias is not None:
-            self.bias.step(d.new_ones(1, 1, 1).expand(len(d), 1, d.shape[1]), d)
-
-    def example_sq_norms(self, d: Tensor) -> Tensor:
-        """Squared norm of each example's own gradient d a^T, [K, B], which is never built."""
-        # a small gradient's square vanishes in float32, and what its input makes of it with it
-        lengths = self.a.square().sum(2) + (vanishing(self.a) if self.bias is None else 1)
-        return d.double().square().sum(2) * lengths
-
-    def stack(self) -> Stack:
-        """The copies."""
-        bias = None if self.bias is None else self.bias.value[:, 0]
-        return self.spec.named(self.weight.value, bias)
-
-    def sq_norms(self, upper: bool = False) -> Tensor:
-        """Of weight and bias together."""
-        leaves = [self.weight, *([self.bias] if self.bias else [])]
-        return torch.stack([squares(leaf.change(), upper) for leaf in leaves]).sum(0)
-
-    def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
-        """Of both."""
-        bias = None if self.bias is None else self.bias.weighted_sum(weight)[0]
-        return self.spec.named(self.weight.weighted_sum(weight), bias)
 
 
 class Act:

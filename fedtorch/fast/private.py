@@ -6,16 +6,17 @@ step makes each client's weights a full matrix of its own; all of a client's par
 another in one row of memory, so that a client's sum, noise and step pass through the cache once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from fedtorch.fast.activations import Activation
+from fedtorch.fast.copies import Own, sums
 from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.examples import Examples
-from fedtorch.fast.layers import Act, Given, Layer, Leaf, Own, Rule, Weights, passed_down, squares
+from fedtorch.fast.layers import Act, Given, Layer, Leaf, Rule, Weights, passed_down, squares
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.projected import Projected
 from fedtorch.fast.spec import Linear, Part
@@ -91,7 +92,7 @@ class Flat:
             bias = None
             if spec.bias:
                 bias = Leaf(start[spec.bias][None], 0, self.rule, None, own[spec.bias][:, None])
-            layers.append(Own(spec, weight, bias, None if layers else data))
+            layers.append(Own(spec, weight, bias, coins.order, None if layers else data))
         return layers
 
 
@@ -109,20 +110,19 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
     factors = scales(known, written, private).to(d.dtype)
     used = factors > 0
     clean = bool(used.all())
-    dense: list[tuple[Linear, Sequence[Tensor], Sequence[Tensor]]] = []
+    into = split(flat.gradient, flat.shapes)
+    dense: list[Callable[[int], None]] = []
     for m, g in known:
         scaled = (g if clean else torch.where(used[..., None], g, 0)) * factors[..., None]
         if isinstance(m, Own):
             a = m.a if clean else torch.where(used[..., None], m.a, 0)
-            dense.append((m.spec, scaled.mT.unbind(), a.unbind()))
+            bias = into[m.spec.bias] if m.spec.bias else None
+            dense.append(sums(scaled, a, m.counts, into[m.spec.weight], bias))
         else:
             m.step(scaled)
-    into = split(flat.gradient, flat.shapes)
     for k in range(len(d)):
-        for spec, columns, inputs in dense:
-            torch.mm(columns[k], inputs[k], out=into[spec.weight])
-            if spec.bias:
-                torch.sum(columns[k], 1, out=into[spec.bias])
+        for write in dense:
+            write(k)
         for name, g in written[k].items():
             into[name].copy_(clipped(g, factors[k, : len(g)]))
         private.noisy(flat.gradient, k)

@@ -16,8 +16,12 @@ LOOPS = "fedtorch.fast.kernels"
 
 def compiled(like: Tensor) -> Any:
     """The loops, if they can be had for tensors like this one."""
-    known = like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
-    return loops(LOOPS) if known else None
+    return loops(LOOPS) if known(like) else None
+
+
+def known(like: Tensor) -> bool:
+    """Whether a loop can work on such tensors."""
+    return like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
 
 
 def corrected(z: Tensor, x: Tensor, X: Tensor, G: Tensor, Y: Tensor, s: int, one: float) -> Tensor:

@@ -12,11 +12,12 @@ from torch.utils.data import Dataset
 from fedtorch.batches import plan
 from fedtorch.fast import front
 from fedtorch.fast.activations import Activation
+from fedtorch.fast.copies import Own
 from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.dual import First, Hidden
 from fedtorch.fast.examples import Examples
 from fedtorch.fast.heads import AnyLoss, CrossEntropy, squeezed
-from fedtorch.fast.layers import Act, Given, Layer, Leaf, Own, Rule, Weights, passed_down
+from fedtorch.fast.layers import Act, Given, Layer, Leaf, Rule, Weights, passed_down
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.private import Flat, noised
 from fedtorch.fast.projected import Known, Projected
@@ -211,7 +212,7 @@ class Fast:
             if shift or rule.momentum or not dual_pays(T, spec.shape, rows.most if first else None):
                 own_bias = None if b is None else Leaf(b[None], K, rule, shift.get(spec.bias or ""))
                 weight = Leaf(w, K, rule, shift.get(spec.weight))
-                layers.append(Own(spec, weight, own_bias, rows.flat if first else None))
+                layers.append(Own(spec, weight, own_bias, order, rows.flat if first else None))
             elif first:
                 bias = b is not None
                 grams = self.kept.stacked([self.kept.gram(d, bias) for d in datasets], rows)
