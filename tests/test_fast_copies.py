@@ -69,6 +69,19 @@ def test_sums_of_gradients_are_those_of_real_examples(p, q, dtype):
             assert flat[0] == flat[-1] == 7
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("q", WIDTHS)
+@pytest.mark.parametrize("p", WIDTHS)
+def test_norms_are_those_of_outer_products(p, q, dtype):
+    a, d = drawn(4, 5, p, dtype=dtype), drawn(4, 5, q, dtype=dtype) * 1e-25
+    norms = copies.sq_norms(d, a, COUNTS, 1.0)
+    assert norms.dtype == torch.float64
+    for k, n in enumerate(COUNTS):
+        wide = torch.cat([a[k, :n], torch.ones(n, 1)], 1).double()
+        outer = torch.einsum("no,ni->noi", d[k, :n].double(), wide)
+        torch.testing.assert_close(norms[k, :n], outer.square().sum((1, 2)), rtol=1e-5, atol=0)
+
+
 def test_what_is_not_a_number_is_no_zero(way):
     a, weight = torch.zeros(1, 2, 32), torch.ones(1, 16, 32)
     a[0, 1, 20], a[0, 0, 3] = float("nan"), float("inf")

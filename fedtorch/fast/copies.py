@@ -55,9 +55,7 @@ class Own:
 
     def example_sq_norms(self, d: Tensor) -> Tensor:
         """Squared norm of each example's own gradient d a^T, [K, B], which is never built."""
-        # a small gradient's square vanishes in float32, and what its input makes of it with it
-        lengths = self.a.square().sum(2) + (vanishing(self.a) if self.bias is None else 1)
-        return d.double().square().sum(2) * lengths
+        return sq_norms(d, self.a, self.counts, vanishing(self.a) if self.bias is None else 1.0)
 
     def stack(self) -> Stack:
         """The copies."""
@@ -96,6 +94,16 @@ def inputs(d: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
         fast.inputs(d.contiguous().numpy(), np.array(counts), weight.numpy(), out.numpy())
         return out
     return d.bmm(weight)
+
+
+def sq_norms(d: Tensor, a: Tensor, counts: Sequence[int], extra: float) -> Tensor:
+    """Squared norms |d|^2 (|a|^2 + extra) of gradients d [k, B, out] and inputs a [k, B, in], [k, B]."""
+    # in float64: a small gradient's square vanishes in float32, and what its input makes of it with it
+    if fast := tiles(d):
+        out = np.empty(d.shape[:2])
+        fast.sq_norms(d.contiguous().numpy(), a.contiguous().numpy(), np.array(counts), extra, out)
+        return torch.from_numpy(out)
+    return d.double().square().sum(2) * (a.square().sum(2) + extra)
 
 
 def sums(

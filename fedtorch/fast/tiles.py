@@ -34,7 +34,7 @@ from fedtorch.tile import (
     tile,
 )
 
-__all__ = ["FITS", "gradient", "inputs", "outputs"]
+__all__ = ["FITS", "gradient", "inputs", "outputs", "sq_norms"]
 
 Place = np.uint64
 W = np.uint64(WIDTH)
@@ -182,6 +182,21 @@ def gradient(d: Any, a: Any, counts: Any, k: int, out: Any, bias: Any) -> None:
                 _part(f, ds[:some], x, xs, to, (o, p), t, m)
             o += W
         t += W
+
+
+@machine_code
+def sq_norms(d: Any, a: Any, counts: Any, extra: float, out: Any) -> None:
+    """Write |d|^2 (|a|^2 + extra) of each example to out [K, B], 0 where there is none."""
+    out[:] = 0.0
+    for c in range(len(out)):
+        for i in range(counts[c]):
+            x, g = a[c, i], d[c, i]
+            lengths, squares = a.dtype.type(0), 0.0
+            for t in range(len(x)):
+                lengths += x[t] * x[t]
+            for t in range(len(g)):
+                squares += np.float64(g[t]) * np.float64(g[t])
+            out[c, i] = squares * np.float64(lengths + a.dtype.type(extra))
 
 
 @machine_code

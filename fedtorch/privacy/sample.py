@@ -7,8 +7,8 @@ sum, division by a fixed public number.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedtorch.optimizers import positive
@@ -70,9 +70,11 @@ class SampleLevel(Privacy):
     def batches(self, n: int, draw: Stream) -> Tensor:
         """Poisson batches of ``n`` examples, [steps, widest], padded with -1; a step may be empty."""
         coins = draw.uniform(self.steps * n).view(self.steps, n) < self.sample_rate
-        rows = [row.nonzero().flatten() for row in coins]
-        width = max(1, *(len(r) for r in rows))
-        return torch.stack([F.pad(r, (0, width - len(r)), value=-1) for r in rows])
+        rows = [np.flatnonzero(row) for row in coins.numpy()]
+        batches = np.full((self.steps, max(1, *map(len, rows))), -1)
+        for batch, row in zip(batches, rows, strict=True):
+            batch[: len(row)] = row
+        return torch.from_numpy(batches)
 
     def check(
         self, recipe: Order, participation: object, population: int, noise: float
