@@ -16,7 +16,7 @@ def few(*shape, share=0.2, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("q", [1, 5, 16, 63, 64, 65, 200])
+@pytest.mark.parametrize("q", [1, 5, 16, 63, 64, 65, 80, 81, 128, 200])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (7, 95), (40, 200)])
 def test_a_product_is_that_of_the_whole_matrix(shape, q, dtype):
     x, dense = few(*shape, dtype=dtype), few(shape[1], q, share=1.0, dtype=dtype)

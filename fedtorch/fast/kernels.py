@@ -205,20 +205,27 @@ def sparse_product(
     for block in range(len(blocks) - 1):
         t = np.uint64(0)
         while t < q:
-            wide, m = t + W4 <= q, min(q - t, W)
+            left = q - t
+            wide, m = left >= W4, min(left - W4 if left >= W4 else left, W)
+            more = wide and m > 0 and m == left - W4  # a fifth register spares a round of its own
             for s in range(blocks[block], blocks[block + 1]):
                 at, first, last = np.uint64(rows[s]) * q + t, starts[s], starts[s + 1]
                 if wide:
-                    a, b, c, d = (
-                        load(of, at),
-                        load(of, at + W),
-                        load(of, at + W2),
-                        load(of, at + W3),
-                    )
-                    for j in range(first, last):
-                        v, r = values[j], np.uint64(columns[j]) * q + t
-                        a, b = scaled(a, v, load(df, r)), scaled(b, v, load(df, r + W))
-                        c, d = scaled(c, v, load(df, r + W2)), scaled(d, v, load(df, r + W3))
+                    a, b = load(of, at), load(of, at + W)
+                    c, d = load(of, at + W2), load(of, at + W3)
+                    if more:
+                        e = load_some(of, at + W4, m)
+                        for j in range(first, last):
+                            v, r = values[j], np.uint64(columns[j]) * q + t
+                            a, b = scaled(a, v, load(df, r)), scaled(b, v, load(df, r + W))
+                            c, d = scaled(c, v, load(df, r + W2)), scaled(d, v, load(df, r + W3))
+                            e = scaled(e, v, load_some(df, r + W4, m))
+                        store_some(of, at + W4, m, e)
+                    else:
+                        for j in range(first, last):
+                            v, r = values[j], np.uint64(columns[j]) * q + t
+                            a, b = scaled(a, v, load(df, r)), scaled(b, v, load(df, r + W))
+                            c, d = scaled(c, v, load(df, r + W2)), scaled(d, v, load(df, r + W3))
                     _store_wide(of, at, a, b, c, d)
                 else:
                     a = load_some(of, at, m)
@@ -226,7 +233,7 @@ def sparse_product(
                         r = np.uint64(columns[j]) * q + t
                         a = scaled(a, values[j], load_some(df, r, m))
                     store_some(of, at, m, a)
-            t += W4 if wide else W
+            t += (W4 + m if more else W4) if wide else W
 
 
 @machine_code

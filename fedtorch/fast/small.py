@@ -21,7 +21,7 @@ def compiled(like: Tensor) -> Any:
 
 def known(like: Tensor) -> bool:
     """Whether a loop can work on such tensors."""
-    return like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
+    return like.is_cpu and like.dtype in (torch.float32, torch.float64)
 
 
 def corrected(z: Tensor, x: Tensor, X: Tensor, G: Tensor, Y: Tensor, s: int, one: float) -> Tensor:
