@@ -3,6 +3,7 @@ import torch
 
 from fedtorch.compiled import loops
 from fedtorch.fast import copies
+from fedtorch.fast.layers import Leaf, Rule
 
 COUNTS = [5, 0, 4, 1]
 WIDTHS = (1, 7, 15, 16, 17, 40, 64)
@@ -90,6 +91,13 @@ def test_what_is_not_a_number_is_no_zero(way):
     into = torch.empty(16, 32)
     copies.sums(torch.ones(1, 2, 16), a, [2], into, None)(0)
     assert bool(into[:, 20].isnan().all()) and bool(into[:, 3].isinf().all())
+
+
+def test_copies_of_a_transposed_weight_lie_row_by_row():
+    a, d, start = drawn(4, 5, 32), drawn(4, 5, 16), drawn(1, 32, 16)[0].T
+    weight = Leaf(start, 4, Rule(0.1), None).value
+    close(copies.outputs(a, weight, None, [5] * 4), a @ start.T)
+    close(copies.inputs(d, weight, [5] * 4), d @ start)
 
 
 @pytest.mark.parametrize("counts, loop", [([16, 16], True), ([16, 17], False), ([0, 32], True)])

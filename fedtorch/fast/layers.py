@@ -92,7 +92,9 @@ class Leaf:
     ) -> None:
         """``value``: memory that others move, in place of copies of ``start``."""
         self.start, self.rule = start, rule
-        self.value = start.expand(clients, *start.shape).clone() if value is None else value
+        if value is None:  # a transposed weight too, row by row: loops count on it
+            value = start.expand(clients, *start.shape).clone(memory_format=torch.contiguous_format)
+        self.value = value
         self.shift = None if shift is None else shift.reshape(self.value.shape)
         self.velocity = torch.zeros_like(self.value) if rule.momentum else None
         self.moved: Tensor | None = None
