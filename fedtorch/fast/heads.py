@@ -31,12 +31,8 @@ class CrossEntropy:
 
     def total(self) -> Tensor:
         """Sum over steps of the mean loss of each batch, [K]."""
-        # where there is no example there is no loss either
-        return (
-            torch.where(self.scale > 0, (self.losses[..., None] * self.scale), 0)
-            .double()
-            .sum((1, 2))
-        )
+        scale = self.scale[..., 0]  # where there is no example there is no loss either
+        return torch.where(scale > 0, self.losses * scale, 0).double().sum(1)
 
     def _check(self, classes: int) -> None:
         low, high = (int(v) for v in self.y.aminmax())

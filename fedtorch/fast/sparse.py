@@ -7,12 +7,10 @@ what is left can be gathered; so below two fifths this is the faster way.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedtorch.compiled import loops
-
-LOOPS = "fedtorch.fast.kernels"
+from fedtorch.fast.small import LOOPS, known
 
 RATE = 2.5
 """How much faster a product with zeros and all is, for each number in it."""
@@ -65,7 +63,7 @@ def filled(x: Tensor) -> int:
 
 def pays(x: Tensor, columns: int) -> bool:
     """Whether it is the faster way, for a product that would else be one with so many ``columns``."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    if not known(x):
         return False
     few = x.numel() < 2**32 and filled(x) * RATE < len(x) * columns
     return few and loops(LOOPS) is not None
