@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from fedtorch.tree import add_weighted, expand, finite
+from torch import Tensor
+
+from fedtorch.tree import add_weighted, sound
 from fedtorch.types import ConfigError, Params, Stack, Update
 
 
@@ -42,7 +44,7 @@ class Mean:
         return {g: {k: v.cpu() for k, v in s.items()} for g, s in self.sent.items()}
 
     def result(self) -> tuple[dict[str, Params], Params]:
-        """Mean of each sent group and of the float buffers, on the CPU."""
+        """Mean of each sent group and of the float buffers, on the CPU; in float64 if there were many."""
         if self._first is not None:
             one = self._first
             return {g: _only(s) for g, s in one.sent.items()}, _only(one.buffers)
@@ -53,7 +55,7 @@ class Mean:
 
 
 def _only(stack: Stack) -> Params:
-    return {k: v[0].double().cpu() for k, v in stack.items()}
+    return {k: v[0].cpu() for k, v in stack.items()}
 
 
 def moved(
@@ -63,12 +65,18 @@ def moved(
 
     Raises ConfigError when the step is not finite.
     """
-    # added in float64 and rounded once: one client's own weights come back to the last bit
-    new = {k: state[k].double().add_(delta[k]).to(state[k].dtype) for k in trainable}
-    if not bool(finite(expand(new))):
+    new = {k: _sum(state[k], delta[k]) for k in trainable}
+    if not sound(new):
         raise ConfigError(
             f"round {round}: the server's step is not finite; lower lr or the server's learning rate "
             "(the model of the round before is kept)"
         )
     # float statistics are averaged; integer counters keep the server's value
     return state | new | {k: v.to(state[k].dtype) for k, v in buffers.items()}
+
+
+def _sum(value: Tensor, step: Tensor) -> Tensor:
+    if step.dtype == value.dtype:
+        return value + step
+    # added in float64 and rounded once: one client's own weights come back to the last bit
+    return value.double().add_(step).to(value.dtype)

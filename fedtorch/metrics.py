@@ -41,14 +41,14 @@ class Visits:
         """Mean of a figure over clients, weighted as their weights are."""
         return float((self.values[name].double() * self.weight).sum() / self.weight.sum())
 
-    def figures(self, mean_delta: Params | None) -> Metrics:
-        """The round's figures; ``mean_delta`` is the weighted mean of the clients' deltas."""
-        if not self.ids or mean_delta is None:
+    def figures(self, mean_norm: float | None) -> Metrics:
+        """The round's figures; ``mean_norm`` is the length of the weighted mean of the clients' deltas."""
+        if not self.ids or mean_norm is None:
             return {}
         norm = self.mean("update_norm")
         found: Metrics = {
             "update_norm": norm,
-            "cosine_to_mean": length(mean_delta) / norm if norm else 0.0,
+            "cosine_to_mean": mean_norm / norm if norm else 0.0,
         }
         if "train_loss" in self.values:  # under strict privacy clients keep it to themselves
             loss = spread("client_loss", self.values["train_loss"])
@@ -83,8 +83,11 @@ def spread(name: str, values: Tensor) -> dict[str, float]:
 
 def length(params: Params) -> float:
     """L2 norm of all tensors together."""
-    flat = (v.double().flatten() for v in params.values())
-    return math.sqrt(sum(float(v.dot(v)) for v in flat))
+    flat = [v.flatten() for v in params.values()]
+    total = sum(float(v.dot(v)) for v in flat)
+    if not 1e-30 < total < math.inf:  # so small or large that squares lose their digits in float32
+        total = sum(float(v.double().square().sum()) for v in flat)
+    return math.sqrt(total)
 
 
 def traffic(task: Task, sent: Mapping[str, Params], asked: int, reported: int) -> Metrics:

@@ -29,6 +29,8 @@ class Participation:
         """
         if chosen is None:
             chosen = self.choose(population, seeds.generator(seed, "cohort", round))
+        if not self.dropout:
+            return chosen, []
         lost = torch.rand(len(chosen), generator=seeds.generator(seed, "dropout", round))
         late = (lost < self.dropout).tolist()
         return (

@@ -20,7 +20,8 @@ from fedtorch.privacy.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent, PrivateRun
 from fedtorch.schedules import Constant, Schedule
 from fedtorch.solvers import load, snapshot
-from fedtorch.strategies.base import uploads
+from fedtorch.strategies.base import Strategy, uploads
+from fedtorch.tree import double
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
 
 
@@ -220,6 +221,10 @@ class Server:
         if reported or released:
             sent, buffers = (released, {}) if released else (means, buffers)
             share = self.recipe.privacy and self.recipe.privacy.share()
+            if strategy.server is not None or type(strategy).step is not Strategy.step:
+                sent = {
+                    g: double(v) for g, v in sent.items()
+                }  # to be computed with, not only added
             delta, self.extras = strategy.step(sent, self.extras, share or reported / len(self.ids))
             if strategy.server is not None:
                 delta, self.optimizer_state = strategy.server.step(delta, self.optimizer_state)
@@ -230,7 +235,10 @@ class Server:
 
     def _figures(self, task: Task, failed: list[Failure], means: dict[str, Params]) -> Metrics:
         kinds = [f.kind for f in failed]
-        reported = len(self.visits.ids)
+        reported, mean = len(self.visits.ids), means.get("delta")
+        step_norm = length(self.last_step)
+        # the step often is the mean
+        mean_norm = step_norm if mean is self.last_step else length(mean) if mean else None
         return {
             "lr": task.lr,
             "cohort": list(self.visits.ids),
@@ -238,8 +246,8 @@ class Server:
             "clients": reported,
             "dropped": kinds.count("dropped"),
             "nonfinite": kinds.count("nonfinite"),
-            **self.visits.figures(means.get("delta")),
-            "step_norm": length(self.last_step),
+            **self.visits.figures(mean_norm),
+            "step_norm": step_norm,
             **traffic(task, means, asked=reported + len(failed), reported=reported),
         }
 

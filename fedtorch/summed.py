@@ -8,6 +8,7 @@ from torch import Tensor
 from fedtorch.client import Client, Recipe
 from fedtorch.solvers import Implicit
 from fedtorch.strategies import Strategy
+from fedtorch.tree import expand
 from fedtorch.types import Failure, Task, Update
 
 
@@ -38,25 +39,28 @@ def summed(
     norms = trained.sq_norms(upper=clipped).cpu().sqrt()
     examples = torch.tensor([float(len(c)) for c in clients])
     part = shrunk(recipe, norms, examples, task)
-    keep = norms.isfinite()
-    figures = told(recipe, examples, plans, trained.loss, torch.where(keep, norms, 0) * part)
-    if privacy and privacy.unit == "client":
-        # made zero by the plan, and counted: who reports must not depend on anybody's data
-        keep = torch.ones_like(keep)
-    weight = recipe.weights(examples)[keep]
+    finite = norms.isfinite()
+    norms = norms if bool(finite.all()) else torch.where(finite, norms, 0)
+    figures = told(recipe, examples, plans, trained.loss, norms * part)
+    # by client-level privacy made zero by the plan, and counted: who reports must not depend on data
+    keep = [True] * len(clients) if clipped else finite.tolist()
+    lost = [c for c, kept in zip(clients, keep, strict=True) if not kept]
+    kept: slice | Tensor = torch.tensor(keep) if lost else slice(None)
+    weight = recipe.weights(examples)[kept]
     share = torch.zeros_like(norms)
-    share[keep] = weight.double() / weight.sum()
-    delta = trained.weighted_sum(share * part) if keep.any() else {}
+    share[kept] = weight.double() / weight.sum()
+    some = len(lost) < len(clients)
+    delta = trained.weighted_sum(share * part) if some else {}
     update = Update(
-        ids=tuple(c.id for k, c in enumerate(clients) if keep[k]),
-        sent={"delta": {n: v.double()[None] for n, v in delta.items()}},
+        ids=tuple(c.id for c, k in zip(clients, keep, strict=True) if k),
+        sent={"delta": expand(delta)},
         # statistics of the data are never noised
-        buffers=trained.buffers if keep.any() and not privacy else {},
+        buffers=trained.buffers if some and not privacy else {},
         weight=weight,
-        metrics={name: v[keep] for name, v in figures.items()},
+        metrics={name: v[kept] for name, v in figures.items()},
         summed=True,
     )
-    return update, failures(clients, keep)
+    return update, failures(lost)
 
 
 def told(
@@ -86,7 +90,6 @@ def visited(plans: Sequence[Tensor]) -> Tensor:
     return torch.tensor([float((p >= 0).sum()) for p in plans])
 
 
-def failures(clients: Sequence[Client], keep: Tensor) -> list[Failure]:
+def failures(lost: Sequence[Client]) -> list[Failure]:
     """A failure for each client that is not kept."""
-    lost = [c for c, kept in zip(clients, keep.tolist(), strict=True) if not kept]
     return [Failure(c.id, "nonfinite", "its update is not finite") for c in lost]

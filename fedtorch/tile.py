@@ -75,6 +75,42 @@ def crossed_some(typing: Any, total: Any, u: Any, v: Any, Y: Any, rows: Any, t: 
 
 
 @intrinsic
+def square(typing: Any, x: Any, rows: Any, t: Any) -> Any:
+    """Sixteen numbers of each of sixteen rows of x, from t on."""
+
+    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        where, rows, t = args
+        total = ir.Constant(context.get_value_type(signature.return_type), ir.Undefined)
+        for k in range(WIDTH):
+            lanes = read(context, b, x, where, b.add(_row(b, rows, k), t))
+            total = b.insert_value(total, lanes, k)
+        return total
+
+    return Tile(x.dtype)(x, ROWS, types.uintp), code
+
+
+@intrinsic
+def turned(typing: Any, total: Any) -> Any:
+    """Rows and columns exchanged."""
+
+    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        total, width = args[0], 1
+        while width < WIDTH:  # of a square of squares, the two that are not on the diagonal
+            for k in range(WIDTH):
+                if k & width:
+                    continue
+                u, v = (b.extract_value(total, j) for j in (k, k + width))
+                low = [j if not j & width else j - width + WIDTH for j in range(WIDTH)]
+                high = [j + width if not j & width else j + WIDTH for j in range(WIDTH)]
+                total = b.insert_value(total, shuffled(b, u, v, low), k)
+                total = b.insert_value(total, shuffled(b, u, v, high), k + width)
+            width *= 2
+        return total
+
+    return total(total), code
+
+
+@intrinsic
 def sums(typing: Any, total: Any) -> Any:
     """What each of the tile's sixteen adds up to."""
 

@@ -1,5 +1,6 @@
 """Arithmetic on ``dict[str, Tensor]``, with or without the leading client axis."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -67,6 +68,15 @@ def finite(tree: Stack) -> Tensor:
         if good.all():
             return good
     return sq_norms(tree).isfinite()
+
+
+def sound(params: Params) -> bool:
+    """Whether every number of one model is finite."""
+    flat = [v.flatten() for v in params.values()]
+    # as above: nearly always the squares do not overflow, and nothing more is to be done
+    return all(math.isfinite(float(v.dot(v))) for v in flat if v.is_floating_point()) or all(
+        bool(v.isfinite().all()) for v in flat
+    )
 
 
 def add_weighted(total: Params, tree: Stack, weight: Tensor) -> None:

@@ -60,7 +60,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Update:
-    """What K clients send back. Sent tensors are float64, so that a sum loses nothing."""
+    """What K clients send back.
+
+    Sent tensors are float64, so that a sum loses nothing; of a sum that the fast path took in the weights'
+    own type they are of that type.
+    """
 
     ids: tuple[str, ...]
     sent: dict[str, Stack]

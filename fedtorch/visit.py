@@ -5,7 +5,7 @@ Behind it stand solvers with one meaning: ``general`` (one client after another,
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -43,21 +43,17 @@ def local_update(
     if solve is solvers.general and len(clients) > 1:
         turns = in_turn(clients, plans, task, recipe, model, private)
         return summed(clients, plans, task, recipe, turns)
-    ctx = _context(clients, plans, task, recipe, model)
     if solve is None:
         alone = len(clients) == 1 and not (private and private.mode == "stacked")
         solve = solvers.general if alone else solvers.stacked
-    with _seeded(solve, recipe, ctx), blamed(clients, task):
+    draws = not isinstance(solve, Fast) or solve.draws(recipe)
+    ctx = _context(clients, plans, task, recipe, model, draws)
+    # putting generators back takes a tenth of a millisecond
+    with seeds.seeded(ctx.seeds[0]) if draws else nullcontext(), blamed(clients, task):
         trained = solve(model, [c.data for c in clients], plans, task, recipe, ctx, private)
     if isinstance(trained, solvers.Implicit) and averages(recipe):
         return summed(clients, plans, task, recipe, trained)
     return _apart(clients, plans, task, recipe, ctx, trained)
-
-
-def _seeded(solve: solvers.Solver, recipe: Recipe, ctx: Context) -> AbstractContextManager[None]:
-    if isinstance(solve, Fast) and not solve.draws(recipe):
-        return nullcontext()  # putting generators back takes a tenth of a millisecond
-    return seeds.seeded(ctx.seeds[0])
 
 
 def _steps(
@@ -84,7 +80,12 @@ def _steps(
 
 
 def _context(
-    clients: Sequence[Client], plans: Sequence[Tensor], task: Task, recipe: Recipe, model: nn.Module
+    clients: Sequence[Client],
+    plans: Sequence[Tensor],
+    task: Task,
+    recipe: Recipe,
+    model: nn.Module,
+    draws: bool,
 ) -> Context:
     anchor = {k: task.state[k] for k, p in model.named_parameters() if p.requires_grad}
     memory = [c.memory or recipe.strategy.remember(anchor) for c in clients]
@@ -95,7 +96,7 @@ def _context(
         memory={g: to(stack([m[g] for m in memory]), device) for g in memory[0]},
         steps=torch.tensor([len(p) for p in plans]),
         lr=task.lr,
-        seeds=tuple(visit_seed(c, task, recipe) for c in clients),
+        seeds=tuple(visit_seed(c, task, recipe) for c in clients) if draws else (),
     )
 
 
@@ -144,4 +145,4 @@ def _apart(
         weight=recipe.weights(examples)[kept],
         metrics={name: v[kept] for name, v in figures.items()},
     )
-    return update, failures(clients, keep)
+    return update, failures([c for c, k in zip(clients, keep.tolist(), strict=True) if not k])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.engines.wire import Message, MessageError
+from fedtorch.tree import double
 from fedtorch.types import Failure, Params, Stack, Task, Update
 
 Memory = dict[str, dict[str, Params]]
@@ -61,7 +62,9 @@ def outcome_message(outcome: Outcome, asked: Sequence[str], **facts: Any) -> Mes
     """An outcome; clients go by their place in ``asked``."""
     update, failures, memory = outcome
     place = {id: k for k, id in enumerate(asked)}
-    groups = {f"sent/{g}": s for g, s in update.sent.items()}
+    # in float64, as everybody's: in what type a solver adds up is no other's business
+    sent = {g: double(s) if update.summed else s for g, s in update.sent.items()}
+    groups = {f"sent/{g}": s for g, s in sent.items()}
     groups |= {"buffers": update.buffers, "metrics": update.metrics, "": {"weight": update.weight}}
     for id, kept in memory.items():
         groups |= {f"memory/{place[id]}/{g}": tree for g, tree in kept.items()}

@@ -4,25 +4,28 @@ Loops of ours do them where a tile of numbers fits a processor's registers, at u
 for ten rows; with many rows, without numba, on accelerators and on other processors torch does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.compiled import loops
 from fedtorch.fast.layers import Leaf, squares, vanishing
 from fedtorch.fast.rows import taken
 from fedtorch.fast.schedule import Schedule
-from fedtorch.fast.small import known
+from fedtorch.fast.small import masked, tiles
 from fedtorch.fast.spec import Linear
 from fedtorch.types import Params, Stack
 
-LOOPS = "fedtorch.fast.tiles"
-
 FEW = 16
 """Rows of a client, on average, up to which the loops are faster in both directions."""
+
+LEAST = 8
+"""Outputs the loops take at a time."""
+
+NARROW = 16
+"""Outputs from which on a library's product is faster than stepping row by row."""
 
 
 class Own:
@@ -34,21 +37,32 @@ class Own:
         """A first layer gets the ``data``, [N, in], of which its inputs are rows."""
         self.spec, self.weight, self.bias, self.data = spec, weight, bias, data
         self.order, self.t = order, 0
+        few = order.usual <= FEW and spec.shape[0] >= LEAST
+        fast = tiles(weight.value)
+        values = weight.value, None if bias is None else bias.value
+        self.products = Products(*values, fast if few else None)
+        rule = weight.rule
+        plain = not (rule.momentum or rule.pull or weight.shift is not None)
+        self.narrow = plain and spec.shape[0] < NARROW and fast is not None and few
+        self.end = self.mask = ""
+        """As in ``dual``."""
 
     def forward(self, a: Tensor) -> Tensor:
         """[k, B, in] (or row numbers [k, B] of the data) -> [k, B, out]."""
-        k = len(a)
-        self.counts, self.t = self.order.counts[self.t][:k], self.t + 1
-        self.a = a = a if self.data is None else taken(self.data, a)
-        bias = None if self.bias is None else self.bias.value[:k]
-        return outputs(a, self.weight.value[:k], bias, self.counts)
+        self.counts, self.t = self.order.counts[self.t, : len(a)], self.t + 1
+        self.a = a = (a if self.data is None else taken(self.data, a)).contiguous()
+        z = self.products.outputs(a, self.counts)
+        return z.relu_() if self.end else z
 
     def backward(self, d: Tensor) -> Tensor:
         """[k, B, out] -> [k, B, in]."""
-        return inputs(d, self.weight.value[: len(d)], self.counts)
+        return self.products.inputs(d, self.counts, self.a if self.mask else None)
 
     def step(self, d: Tensor) -> None:
         """The step, fused into the product that would have been the gradient."""
+        if self.narrow:
+            self.products.step(d, self.a, self.counts, self.weight.rule.keep)
+            return
         self.weight.step(d.mT, self.a)
         if self.bias is not None:
             self.bias.step(d.new_ones(1, 1, 1).expand(len(d), 1, d.shape[1]), d)
@@ -73,41 +87,61 @@ class Own:
         return self.spec.named(self.weight.weighted_sum(weight), bias)
 
 
-def outputs(a: Tensor, weight: Tensor, bias: Tensor | None, counts: Sequence[int]) -> Tensor:
-    """Rows a [k, B, in] times weights [k, out, in], plus bias [k, 1, out] -> [k, B, out].
+class Products:
+    """Products of K clients' rows with their own weights.
 
-    Of each client the first ``counts`` rows count; what comes of the others is finite if they are.
+    Of each client the first ``counts`` rows of a step are examples; what comes of the others is finite if
+    they are.
     """
-    if fast := few(a, weight, counts):
-        out = a.new_empty(*a.shape[:2], weight.shape[1])
-        b = a.new_empty(len(a), 0) if bias is None else bias[:, 0]
-        given = a.contiguous().numpy(), np.array(counts), weight.numpy(), b.numpy()
-        fast.outputs(*given, out.numpy())
-        return out
-    return a.bmm(weight.mT) if bias is None else torch.baddbmm(bias, a, weight.mT)
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, fast: Any) -> None:
+        """Weights [K, out, in] and biases [K, 1, out]; ``fast``: the loops, if they are to do it."""
+        self.weight, self.bias, self.fast = weight, bias, fast
+        if fast:
+            none = weight.new_empty(len(weight), 1, 0)
+            self.arrays = weight.numpy(), (none if bias is None else bias).numpy()
+
+    def outputs(self, a: Tensor, counts: np.ndarray) -> Tensor:
+        """Rows a [k, B, in] -> a W^T + b, [k, B, out]."""
+        if self.fast:
+            out = a.new_empty(*a.shape[:2], self.weight.shape[1])
+            self.fast.outputs(a.numpy(), counts, *self.arrays, out.numpy())
+            return out
+        weight = self.weight[: len(a)].mT
+        return a.bmm(weight) if self.bias is None else torch.baddbmm(self.bias[: len(a)], a, weight)
+
+    def inputs(self, d: Tensor, counts: np.ndarray, a: Tensor | None = None) -> Tensor:
+        """Gradients d [k, B, out] of the outputs -> those of the inputs, d W [k, B, in].
+
+        ``a``: those inputs, where a ReLU put them out; the result is then the gradient of what it got.
+        """
+        if self.fast:
+            out = d.new_empty(*d.shape[:2], self.weight.shape[2])
+            by = out[:, :0] if a is None else a
+            given = d.contiguous().numpy(), counts, self.arrays[0], by.numpy()
+            self.fast.inputs(*given, out.numpy())
+            return out
+        t = d.bmm(self.weight[: len(d)])
+        return t if a is None else masked(t, a)
+
+    def step(self, d: Tensor, a: Tensor, counts: np.ndarray, keep: float) -> None:
+        """Take d^T a, and the sum of d, off ``keep`` times weights and biases; with loops alone."""
+        given = d.contiguous().numpy(), a.numpy(), counts
+        self.fast.narrow_step(*given, keep, *self.arrays)
 
 
-def inputs(d: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
-    """Gradients d [k, B, out] of the outputs -> those of the inputs, [k, B, in]."""
-    if fast := few(d, weight, counts):
-        out = d.new_empty(*d.shape[:2], weight.shape[2])
-        fast.inputs(d.contiguous().numpy(), np.array(counts), weight.numpy(), out.numpy())
-        return out
-    return d.bmm(weight)
-
-
-def sq_norms(d: Tensor, a: Tensor, counts: Sequence[int], extra: float) -> Tensor:
+def sq_norms(d: Tensor, a: Tensor, counts: np.ndarray, extra: float) -> Tensor:
     """Squared norms |d|^2 (|a|^2 + extra) of gradients d [k, B, out] and inputs a [k, B, in], [k, B]."""
     # in float64: a small gradient's square vanishes in float32, and what its input makes of it with it
     if fast := tiles(d):
         out = np.empty(d.shape[:2])
-        fast.sq_norms(d.contiguous().numpy(), a.contiguous().numpy(), np.array(counts), extra, out)
+        fast.sq_norms(d.contiguous().numpy(), a.contiguous().numpy(), counts, extra, out)
         return torch.from_numpy(out)
     return d.double().square().sum(2) * (a.square().sum(2) + extra)
 
 
 def sums(
-    d: Tensor, a: Tensor, counts: Sequence[int], weight: Tensor, bias: Tensor | None
+    d: Tensor, a: Tensor, counts: np.ndarray, weight: Tensor, bias: Tensor | None
 ) -> Callable[[int], None]:
     """What writes a client's d^T a to ``weight`` [out, in], and the sum of its d to ``bias``, if any.
 
@@ -115,7 +149,7 @@ def sums(
     """
     if fast := tiles(d):
         b = d.new_empty(0) if bias is None else bias
-        given = d.contiguous().numpy(), a.contiguous().numpy(), np.array(counts)
+        given = d.contiguous().numpy(), a.contiguous().numpy(), counts
         into = weight.numpy(), b.numpy()
         return lambda k: fast.gradient(*given, k, *into)
     columns, rows = d.mT.unbind(), a.unbind()
@@ -127,16 +161,3 @@ def sums(
             torch.sum(some, 1, out=bias)
 
     return write
-
-
-def few(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Any:
-    """The loops, if they are the faster way for so many rows and such weights."""
-    if sum(counts) > FEW * len(counts) or weight.shape[1] < 8:
-        return None
-    return tiles(rows)
-
-
-def tiles(like: Tensor) -> Any:
-    """The loops, if they can be had for tensors like this one and a tile stays in registers."""
-    fast = loops(LOOPS) if known(like) else None
-    return fast if fast and fast.FITS else None

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fedtorch.fast.layers import Rule, squares
-from fedtorch.fast.rows import Rows, taken
-from fedtorch.fast.small import add_rows, corrected, pairs, subtract
+from fedtorch.fast.rows import Rows
+from fedtorch.fast.small import Coefficients, Written, spans, turned, weighed
 from fedtorch.fast.spec import Linear
 from fedtorch.types import Params, Stack
 
@@ -29,18 +29,15 @@ TALL = 600
 class Share:
     """How much of w0 is left in the clients' weights: weight decay and the proximal pull take from it."""
 
-    def __init__(self, rule: Rule, clients: int) -> None:
-        self.rule, self.now, self.each = rule, 1.0, torch.ones(clients)
+    def __init__(self, rule: Rule, weight: Tensor, clients: int) -> None:
+        """Everything, of a ``weight`` of so many clients."""
+        self.rule, self.now, self.each = rule, 1.0, weight.new_ones(clients)
 
     def step(self, clients: int) -> None:
         """One step of the first ``clients``; the others have stopped."""
         if self.rule.keep != 1.0:
             self.now = self.rule.keep * self.now + self.rule.lr * self.rule.pull
             self.each[:clients] = self.now
-
-    def keep(self, z: Tensor) -> Tensor:
-        """A product with w0 -> with what is left of it."""
-        return z if self.now == 1.0 else z * self.now
 
 
 class Dual:
@@ -57,11 +54,15 @@ class Dual:
     ) -> None:
         """``half``: large products in bfloat16."""
         self.spec, self.w0, self.b0, self.rule = spec, weight, bias, rule
-        self.share = Share(rule, clients)
+        self.share = Share(rule, weight, clients)
         self.half = half and weight.numel() >= LARGE
         self.wide = weight.bfloat16() if self.half else weight
         self.s = 0
         """Rows so far."""
+        self.end = ""
+        """ "relu" if one follows, which comes cheaper here than as a layer of its own."""
+        self.mask = ""
+        """ "mask" if the layer before ends in one."""
 
     def affine(self, a: Tensor, w: Tensor) -> Tensor:
         """Outputs for [..., in] of w [out, in], which is w0, in bfloat16 if products are, and of b0."""
@@ -82,13 +83,15 @@ class Dual:
         """Outputs for all examples of w0, [N, out]."""
         if rows.sparse is None:
             return self.affine(rows.half if self.half else rows.slim, rows.near(self.wide))
-        return rows.sparse[0].times(self.w0.T, self.b0)
+        return rows.sparse[0].times(turned(self.w0), self.b0)
 
-    def released(self, total: Tensor, D: Tensor, weight: Tensor) -> Params:
-        """Sum of weighted -D^T A and rows -> the sum of the clients' changes by name."""
-        lost = float((weight * (self.share.each - 1)).sum())
-        bias = None if self.b0 is None else (self.b0 * lost).add_(D.flatten(0, -2).sum(0))
-        return self.spec.named(total.add_(self.w0, alpha=lost) if lost else total, bias)
+    def released(self, total: Tensor, bias: Tensor, weight: Tensor) -> Params:
+        """Sums of weighted -D^T A and of its rows -> the sum of the clients' changes by name."""
+        if self.rule.keep != 1.0:
+            lost = float((weight * (self.share.each - 1)).sum())
+            total.add_(self.w0, alpha=lost)
+            bias = bias if self.b0 is None else bias.add_(self.b0, alpha=lost)
+        return self.spec.named(total, None if self.b0 is None else bias)
 
     def copies(self, change: Tensor, D: Tensor) -> Stack:
         """D^T A for each client -> the copies after all, for a strategy that wants to see them."""
@@ -140,30 +143,22 @@ class First(Dual):
     ) -> None:
         """``places``: the examples of each step, [K, T], as rows of x and as rows of the client's."""
         super().__init__(spec, weight, bias, rule, len(grams), half)
-        K, n = grams.shape[:2]
         self.rows, self.grams = rows, grams
-        self.D = weight.new_zeros(K, n, len(weight))
-        index, local = places
-        self.outputs = z = self.known(rows)
-        self.z = taken(z, index)
-        base = torch.arange(K, device=local.device)[:, None] * n
-        self.place = local + base
-        self.gram = taken(grams.flatten(0, 1), self.place)
+        self.outputs = self.known(rows)
+        self.seen = Coefficients(self.outputs, grams, places)
+        self.D = self.seen.rows
 
     def forward(self, a: Tensor) -> Tensor:
         """``a`` [k, B] are the rows of this step, of which only the shape matters here."""
         k, B = a.shape
-        if self.share.now == 1.0:
-            return subtract(self.z, self.s, a, self.gram, self.D, self.s)
-        z = self.share.keep(self.z[:k, self.s : self.s + B])
-        return subtract(z, 0, a, self.gram, self.D, self.s)
+        return self.seen.outputs(self.s, k, B, keep=self.share.now, end=self.end)
 
     def step(self, d: Tensor) -> None:
         """Add the rows to those of their examples; with decay those before count less."""
         k, B = d.shape[:2]
         if self.rule.keep != 1.0:
             self.D[:k].mul_(self.rule.keep)
-        add_rows(self.D, self.place, self.s, d)
+        self.seen.add(self.s, d)
         self.share.step(k)
         self.s += B
 
@@ -175,9 +170,7 @@ class First(Dual):
         """|D^T X|^2 = sum of (X X^T) * (D D^T): the change is not built for its norm."""
         if upper and self.rule.keep != 1.0:
             return self.built_norms(self.stack())
-        products = self.grams * pairs(self.D)  # each two rows are there once, and count twice
-        lengths = products.diagonal(0, 1, 2)
-        norms = 2 * products.sum((1, 2)) - lengths.sum(1)
+        norms, lengths = spans(self.D, self.grams)
         if upper:
             norms = self.bounded(norms, lengths)
         if self.rule.keep != 1.0:
@@ -186,10 +179,12 @@ class First(Dual):
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """One product for all clients; who stays out may hold NaN, which times 0 is NaN again."""
-        D, on = self.rows.gather(self.D * -weight[:, None, None]), weight != 0
-        stay = None if bool(on.all()) else on.repeat_interleave(torch.tensor(self.rows.sizes))
-        total = self.rows.back(D, self.half and not exact, stay)
-        return self.released(total, D if stay is None else D[stay], weight)
+        D, bias = weighed(self.D, weight)
+        on, stay = weight != 0, None
+        if not bool(on.all()):
+            stay = on.repeat_interleave(torch.tensor(self.rows.sizes, device=on.device))
+        total = self.rows.back(self.rows.gather(D), self.half and not exact, stay)
+        return self.released(total, bias, weight)
 
 
 class Hidden(Dual):
@@ -213,19 +208,20 @@ class Hidden(Dual):
         self.D = weight.new_zeros(*size, weight.shape[0])
         self.grams, self.products = (weight.new_zeros(*size, size[1]) for _ in range(2))
         self.one, self.B = float(bias is not None), size[1]
+        self.forth = Written(self.A, self.grams, self.D, self.one)
+        self.back = Written(self.D, self.products, self.A, 0.0)
 
     def forward(self, a: Tensor) -> Tensor:
         """[k, B, in] -> [k, B, out]."""
         self.B = a.shape[1]
-        z = self.share.keep(self.affine(a, self.wide))
-        return corrected(z, a, self.A, self.grams, self.D, self.s, self.one)
+        return self.forth(self.affine(a, self.wide), a, self.s, self.share.now, self.end)
 
     def backward(self, d: Tensor) -> Tensor:
         """[k, B, out] -> [k, B, in]; the rows are written down here already, for their products."""
         flat = d.flatten(0, 1)
         t = (flat.bfloat16() @ self.wide).float() if self.half else flat @ self.wide
-        t = self.share.keep(t.view(*d.shape[:2], t.shape[1]))
-        return corrected(t, d, self.D, self.products, self.A, self.s, 0.0)
+        t = t.view(*d.shape[:2], t.shape[1])
+        return self.back(t, d, self.s, self.share.now, self.mask)
 
     def step(self, d: Tensor) -> None:
         """With decay the rows before these count less."""
@@ -255,10 +251,11 @@ class Hidden(Dual):
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """One product for all clients; who stays out may hold NaN, which times 0 is NaN again."""
-        A, D = self.A, self.D * -weight[:, None, None]
-        if not bool(weight.all()):
-            A, D = A[weight != 0], D[weight != 0]
+        D, bias = weighed(self.D, weight)
+        A, on = self.A, weight != 0
+        if not bool(on.all()):
+            A, D = A[on], D[on]
         A, D = A.flatten(0, 1), D.flatten(0, 1)
         half = self.half and not exact
         total = (D.bfloat16().T @ A.bfloat16()).float() if half else D.T @ A
-        return self.released(total, D, weight)
+        return self.released(total, bias, weight)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fedtorch.fast.dual import Dual
 from fedtorch.fast.layers import Rule, squares, vanishing
-from fedtorch.fast.rows import Rows, taken
-from fedtorch.fast.small import add_rows, subtract
+from fedtorch.fast.rows import Rows
+from fedtorch.fast.small import Coefficients
 from fedtorch.fast.spec import Linear
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.types import Params, Stack
@@ -49,16 +49,11 @@ class Projected(Dual):
         super().__init__(spec, weight, bias, rule, len(grams), half=False)
         K, n = grams.shape[:2]
         self.n, self.private = n, private
-        index, local = places
-        each = torch.arange(K, device=local.device)[:, None]
-        known_at = local + each * n
-        self.z = taken(self.known(rows), index)
         self.rate = rule.lr / private.divisor
-        seen = torch.cat([grams, known.rows], 2).flatten(0, 1)
-        self.seen = taken(seen, known_at).mul_(self.rate)
-        self.lengths = grams.diagonal(0, 1, 2).flatten()[known_at] + vanishing(rows.flat)
-        self.D = weight.new_zeros(K, self.seen.shape[2], len(weight))
-        self.place = local + each * self.D.shape[1]
+        lengths = grams.diagonal(0, 1, 2).gather(1, places[1])
+        self.lengths = lengths + vanishing(rows.flat)
+        self.seen = Coefficients(self.known(rows), torch.cat([grams, known.rows], 2), places)
+        self.D = self.seen.rows
         bases = enumerate(known.bases)
         self.sums = [self.D[j, n : n + len(r)] for j, (_, r) in bases]  # each client's of its Z_t
         self.steps = [0] * K
@@ -66,7 +61,8 @@ class Projected(Dual):
     def forward(self, a: Tensor) -> Tensor:
         """``a`` [k, B] are the rows of this step, of which only the shape matters here."""
         self.now = slice(self.s, self.s + a.shape[1])
-        return subtract(self.z, self.s, a, self.seen, self.D, self.s)
+        k, B = a.shape
+        return self.seen.outputs(self.s, k, B, rate=self.rate)
 
     def example_sq_norms(self, d: Tensor) -> Tensor:
         """Squared norm of each example's own gradient, [k, B]."""
@@ -75,7 +71,9 @@ class Projected(Dual):
     def step(self, d: Tensor) -> None:
         """Clipped rows [k, B, out] are added to those of their examples, and noise to the others."""
         k, B = d.shape[:2]
-        add_rows(self.D, self.place, self.s, d)
+        self.seen.add(self.s, d)
+        if not self.s:  # what noise there is counts in all steps to come
+            self.seen.count_all(k)
         for j in range(k):
             self.private.noisy(self.sums[j].view(-1), j)
             self.steps[j] += 1

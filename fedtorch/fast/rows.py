@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from fedtorch.fast.small import turned
 from fedtorch.fast.sparse import Sparse, pays, sparse
 from fedtorch.modules import channels_last
 
@@ -74,10 +75,12 @@ class Rows:
         return weight if self.used is None else weight.index_select(1, self.used)
 
     def back(self, D: Tensor, half: bool, stay: Tensor | None = None) -> Tensor:
-        """D^T X for D [N, out], [out, in]; ``half``: in bfloat16; ``stay``: only with these rows."""
+        """D^T X for D [N, out], [out, in]; ``half``: in bfloat16.
+
+        ``stay``: only with these rows, as the others, of which D's are 0, may not be finite.
+        """
         if self.sparse is not None:
-            D = D if stay is None else torch.where(stay[:, None], D, 0)
-            return self.sparse[1].times(D).T.contiguous()
+            return turned(self.sparse[1].times(D))
         x = self.half if half else self.slim
         D, x = (D, x) if stay is None else (D[stay], x[stay])
         product = (D.bfloat16().T @ x).float() if half else D.T @ x

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import cast
+from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,18 +24,17 @@ class Schedule:
     live: list[int]
     """Clients still training at each step; they come first, as those with most steps do."""
     batch: int
+    counts: np.ndarray
+    """Examples in each step of each client, [T / batch, K]."""
 
-    @cached_property
-    def counts(self) -> list[list[int]]:
-        """Examples in each step of each client, [T / batch][K]."""
-        real = self.scale[..., 0].unflatten(1, (-1, self.batch)) > 0
-        return cast(list[list[int]], real.sum(2).T.tolist())
+    @property
+    def usual(self) -> float:
+        """Examples of a client in a step, on average."""
+        return float(self.counts.sum()) / sum(self.live)
 
 
-def schedule(
-    plans: Sequence[Tensor], sizes: Sequence[int], dtype: torch.dtype = torch.float32
-) -> Schedule:
-    """Put the clients' plans side by side, for weights of ``dtype``.
+def schedule(plans: Sequence[Tensor], sizes: Sequence[int], weight: Tensor) -> Schedule:
+    """Put the clients' plans side by side, for weights of ``weight``'s type, and on its device.
 
     The plans must come in order of falling length.
     """
@@ -49,8 +48,20 @@ def schedule(
     ]
     index = torch.stack(plans)
     real = index >= 0
-    scale = real.to(dtype) / real.sum(2, keepdim=True).clamp(min=1)
-    first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
-    local = index.clamp(min=0).flatten(1)
-    live = [sum(t < s for s in steps) for t in range(S)]
-    return Schedule(local + first[:, None], local, scale.flatten(1)[..., None], live, B)
+    if bool(real.all()):
+        local, scale = (
+            index.flatten(1),
+            torch.full((len(plans), S * B, 1), 1 / B, dtype=weight.dtype),
+        )
+        counts = np.full((S, len(plans)), B)
+    else:
+        local, some = index.clamp(min=0).flatten(1), real.sum(2, keepdim=True)
+        scale = (real.to(weight.dtype) / some.clamp(min=1)).flatten(1)[..., None]
+        counts = some[..., 0].T.contiguous().numpy()
+    first = torch.tensor([0, *accumulate(sizes[:-1])])
+    alike = steps[-1] == S
+    live = [len(plans)] * S if alike else [sum(t < s for s in steps) for t in range(S)]
+    index = local + first[:, None]
+    if weight.device.type != "cpu":
+        index, local, scale = (t.to(weight.device) for t in (index, local, scale))
+    return Schedule(index, local, scale, live, B, counts)

@@ -26,6 +26,7 @@ from fedtorch.fast.rows import Kept, Rows, taken
 from fedtorch.fast.schedule import Schedule, schedule
 from fedtorch.fast.spec import Linear
 from fedtorch.losses import cross_entropy
+from fedtorch.masks import Dropout
 from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.solvers import Recipe
@@ -67,7 +68,7 @@ class Fast:
         with torch.no_grad():
             first = next(iter(task.state.values()))
             rows = self.kept.rows(datasets, first.device)
-            order = schedule(plans, rows.sizes, first.dtype)
+            order = schedule(plans, rows.sizes, first)
             rule, shift = of(recipe, ctx, task.lr)
             coins = Coins(ctx.seeds, order)
             if private is not None:
@@ -77,12 +78,16 @@ class Fast:
                 )
             else:
                 layers = self._front(model, rows, coins, task.state, rule, shift)
-                layers += self._dense(datasets, rows, coins, task.state, rule, shift)
+                layers += joined(self._dense(datasets, rows, coins, task.state, rule, shift))
             y = taken(rows.y, order.index)
             known = recipe.loss is cross_entropy and not self.chain.squeezed and rows.classes
             loss = squeezed(recipe.loss) if self.chain.squeezed else recipe.loss
-            head = CrossEntropy(y, order.scale) if known else AnyLoss(y, order.scale, loss)
-            scale = order.scale if rule.momentum else order.scale * rule.lr
+            if private is not None:
+                factor = (order.scale > 0).to(order.scale.dtype)
+            else:
+                factor = order.scale if rule.momentum else order.scale * rule.lr
+            weights = order.scale, factor
+            head = CrossEntropy(y, *weights) if known else AnyLoss(y, *weights, loss)
             for t, k in enumerate(order.live):
                 step = slice(t * order.batch, (t + 1) * order.batch)
                 a = order.index[:k, step]
@@ -90,19 +95,20 @@ class Fast:
                     a = layer.forward(a)
                 d = head(a, k, step)
                 if private is not None:
-                    noised(flat, layers, d.mul_(order.scale[:k, step] > 0), private)
+                    noised(flat, layers, d, private)
                 else:
-                    grads = passed_down(layers, d.mul_(scale[:k, step]))
+                    grads = passed_down(layers, d)
                     for layer, g in zip(layers, grads, strict=True):
                         layer.step(g)
             others = [m for m in layers if not isinstance(m, (Act, Drop, Given))]
             held = cast(list[Weights], others) if private is None else flat.held(others)
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
-        return Visit(held, head.total() / ctx.steps, recipe.privacy is not None, first.dtype)
+        return Visit(held, head.total().cpu() / ctx.steps, recipe.privacy is not None, first[:0])
 
     def draws(self, recipe: Recipe) -> bool:
-        """Whether anything may draw from the global generators: the front, or a loss of one's own."""
-        return self.chain.front is not None or recipe.loss is not cross_entropy
+        """Whether anything may draw at random: the front, dropout, or a loss of one's own."""
+        dropped = any(isinstance(s, Dropout) for s in self.chain.layers)
+        return self.chain.front is not None or dropped or recipe.loss is not cross_entropy
 
     def chunk(self, examples: int, recipe: Recipe) -> int:
         """How many clients with so many examples stay in cache together; 64 at most."""
@@ -223,6 +229,20 @@ class Fast:
         return layers
 
 
+def joined(layers: list[Layer]) -> list[Layer]:
+    """The layers without ReLUs between two linear ones, which do it in passing.
+
+    The one before makes its outputs positive, the one behind looks at them for what it passes down.
+    """
+    done: list[Layer] = []
+    for before, layer, after in zip(layers, layers[1:], layers[2:], strict=False):
+        relu = isinstance(layer, Act) and layer.spec.name == "ReLU"
+        if relu and isinstance(before, (First, Hidden, Own)) and isinstance(after, (Hidden, Own)):
+            before.end, after.mask = "relu", "mask"
+            done.append(layer)
+    return [m for m in layers if m not in done]
+
+
 @dataclass(frozen=True)
 class Visit:
     """What K clients have learned, without K copies of the weights unless somebody asks for them."""
@@ -232,8 +252,8 @@ class Visit:
     """Mean training loss over the visit's steps, [K]."""
     exact: bool = False
     """Never sum in bfloat16."""
-    dtype: torch.dtype = torch.float32
-    """Of the weights."""
+    like: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """Of the weights' type and device."""
 
     @property
     def params(self) -> Stack:
@@ -251,7 +271,7 @@ class Visit:
 
     def weighted_sum(self, weight: Tensor) -> Params:
         """Sum over clients of weight times change; a client of weight 0 may hold anything."""
-        w = weight.to(self.dtype)
+        w = weight.to(self.like)
         return {k: v for m in self.layers for k, v in m.weighted_sum(w, self.exact).items()}
 
 

@@ -28,13 +28,15 @@ from fedtorch.tile import (
     crossed,
     crossed_some,
     spread,
+    square,
     store_rows,
     store_some_rows,
     sums,
     tile,
+    turned,
 )
 
-__all__ = ["FITS", "gradient", "inputs", "outputs", "sq_norms"]
+__all__ = ["FITS", "gradient", "inputs", "narrow_step", "outputs", "sq_norms", "turn"]
 
 Place = np.uint64
 W = np.uint64(WIDTH)
@@ -51,7 +53,7 @@ def outputs(a: Any, counts: Any, weight: Any, bias: Any, out: Any) -> None:
     lengths = np.empty(B // 2 + 1, np.int64)
     for c in range(K):
         n = counts[c]
-        x, w, b, z = a[c].reshape(-1), weight[c], bias[c], out[c].reshape(-1)
+        x, w, b, z = a[c].reshape(-1), weight[c], bias[c, 0], out[c].reshape(-1)
         for i in range(0, n, 2):  # where not both rows have sixteen zeros
             u, v = np.uint64(i) * p, np.uint64(min(i + 1, n - 1)) * p
             m, t = 0, ZERO
@@ -89,8 +91,11 @@ def _dots(x: Any, u: Place, v: Place, w: Any, rows: Any, places: Any) -> Any:
 
 
 @machine_code
-def inputs(d: Any, counts: Any, weight: Any, out: Any) -> None:
-    """Write d W to out, as ``copies.inputs`` has it, and zeros where there is no example."""
+def inputs(d: Any, counts: Any, weight: Any, by: Any, out: Any) -> None:
+    """Write d W to out, as ``copies.inputs`` has it, and zeros where there is no example.
+
+    Also where ``by`` is not positive, if it has rows at all.
+    """
     p, q = np.uint64(out.shape[2]), np.uint64(d.shape[2])
     for c in range(len(out)):
         n = counts[c]
@@ -107,6 +112,11 @@ def inputs(d: Any, counts: Any, weight: Any, out: Any) -> None:
                     _summed_short(f, u * q, v * q, q, w, t, p, o, u * p + t, v * p + t, m)
             t += W4 if wide else W
         o[n * out.shape[2] :] = 0
+        zero = out.dtype.type(0)
+        for i in range(n if by.shape[1] else 0):
+            row, a = out[c, i], by[c, i]
+            for k in range(len(row)):
+                row[k] = zero if a[k] <= zero else row[k]
 
 
 @machine_code
@@ -182,6 +192,43 @@ def gradient(d: Any, a: Any, counts: Any, k: int, out: Any, bias: Any) -> None:
                 _part(f, ds[:some], x, xs, to, (o, p), t, m)
             o += W
         t += W
+
+
+@machine_code
+def narrow_step(d: Any, a: Any, counts: Any, keep: float, weight: Any, bias: Any) -> None:
+    """Take d^T a and the sum of d off what is to be kept of each client's weight and bias [K, 1, out]."""
+    left = weight.dtype.type(keep)
+    for c in range(len(d)):
+        for o in range(weight.shape[1]):
+            row = weight[c, o]
+            if left != 1:
+                for t in range(len(row)):
+                    row[t] *= left
+            for i in range(counts[c]):
+                f, x = d[c, i, o], a[c, i]
+                for t in range(len(row)):
+                    row[t] -= f * x[t]
+        b = bias[c, 0]
+        for o in range(len(b)):
+            b[o] *= left
+            for i in range(counts[c]):
+                b[o] -= d[c, i, o]
+
+
+@machine_code
+def turn(x: Any, out: Any) -> None:
+    """Write x [p, q] to out [q, p], for at least sixteen of each."""
+    p, q = np.uint64(x.shape[0]), np.uint64(x.shape[1])
+    f, to = x.reshape(-1), out.reshape(-1)
+    i = ZERO
+    while i < p:
+        i = min(i, p - W)
+        t = ZERO
+        while t < q:
+            t = min(t, q - W)
+            store_rows(to, (t, p), i, turned(square(f, (i, q), t)))
+            t += W
+        i += W
 
 
 @machine_code
