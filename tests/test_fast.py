@@ -380,7 +380,7 @@ def test_the_bound_on_a_norm_holds_where_everything_cancels():
     D[:, 20:] = -D[:, :20]  # each row comes back with the other sign: the change is zero
     own = rows.Rows(x, torch.zeros(40), (40,))
     taken = (torch.arange(40)[None],) * 2
-    grams = rows.Kept().gram(TensorDataset(x, own.y), False)[None]
+    grams = rows.Kept().gram(TensorDataset(x, own.y), False, x.device)[None]
     first = dual.First(
         spec.Linear("w", None, (20, 300)), torch.zeros(20, 300), None, layers.Rule(0.1),
         own, grams, taken, False,

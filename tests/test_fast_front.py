@@ -16,6 +16,8 @@ from fedtorch.privacy import ClientLevel
 
 SIZES = [21, 5, 13, 1]
 
+CPU = torch.device("cpu")
+
 
 def images(sizes: list[int] = SIZES, channels: int = 1) -> list[Client]:
     g = torch.Generator().manual_seed(0)
@@ -166,7 +168,7 @@ def test_a_solver_travels_without_data_or_weights():
     who = images()
     solver = offer(paper(), [c.data for c in who], Recipe())
     solver.module = front.build(paper(), solver.chain.front)
-    solver.kept.rows([c.data for c in who], torch.device("cpu"))
+    solver.kept.rows([c.data for c in who], CPU)
     assert solver.kept.chunks
     arrived = pickle.loads(pickle.dumps(solver))
     assert arrived.module is None and not arrived.kept.chunks and not arrived.kept.grams
@@ -176,21 +178,19 @@ def test_a_solver_travels_without_data_or_weights():
 def test_what_is_kept_is_made_anew_when_data_changes():
     kept = rows.Kept()
     data = images()[0].data
-    before = kept.rows([data], torch.device("cpu")), kept.gram(data, True)
-    assert (
-        kept.rows([data], torch.device("cpu")) is before[0] and kept.gram(data, True) is before[1]
-    )
+    before = kept.rows([data], CPU), kept.gram(data, True, CPU)
+    assert kept.rows([data], CPU) is before[0] and kept.gram(data, True, CPU) is before[1]
     data.tensors[0].mul_(2)
-    assert torch.equal(kept.rows([data], torch.device("cpu")).x, data.tensors[0])
+    assert torch.equal(kept.rows([data], CPU).x, data.tensors[0])
     flat = data.tensors[0].flatten(1)
-    assert torch.allclose(kept.gram(data, True), flat @ flat.T + 1)
+    assert torch.allclose(kept.gram(data, True, CPU), flat @ flat.T + 1)
 
 
 def test_what_is_kept_has_a_bound(monkeypatch):
     monkeypatch.setattr(rows, "ROOM", 10_000)
     kept = rows.Kept()
     for client in images([20] * 30):
-        kept.gram(client.data, True)
+        kept.gram(client.data, True, CPU)
     assert kept.used <= 10_000 and 1 <= len(kept.grams) <= 6
 
 

@@ -39,8 +39,8 @@ def run(request):
     x = data(request.param)
     kept, table = Kept(), TensorDataset(x, torch.zeros(EXAMPLES))
     rows = kept.rows([table], torch.device("cpu"))
-    basis = kept.basis(table, True)
-    known = Known(kept.gram(table, True)[None], [basis], basis[1].T[None])
+    basis = kept.basis(table, True, x.device)
+    known = Known(kept.gram(table, True, x.device)[None], [basis], basis[1].T[None])
     every = torch.arange(EXAMPLES).repeat(STEPS)[None]
     private = PrivateSteps(1.0, SIGMA, 1.0, [stream("aes", 7, request.param)])
     layer = Projected(

@@ -66,7 +66,7 @@ class Flat:
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """Likewise; who has weight 0 may hold NaN, which times 0 is NaN again."""
         total = torch.zeros_like(self.leaf.start)
-        for w, value in zip(weight.tolist(), self.leaf.value, strict=True):
+        for w, value in zip(weight.cpu().tolist(), self.leaf.value, strict=True):
             if w:
                 total.add_(self._change(value), alpha=w)
         return split(total, self.shapes)

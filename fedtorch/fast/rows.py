@@ -107,7 +107,8 @@ class Rows:
         """Where each example stands in [K * most], [N]; None where all clients are equally large."""
         if len(set(self.sizes)) == 1:
             return None
-        return torch.cat([k * self.most + torch.arange(n) for k, n in enumerate(self.sizes)])
+        at = torch.cat([k * self.most + torch.arange(n) for k, n in enumerate(self.sizes)])
+        return at.to(self.x.device)
 
     def spread(self, flat: Tensor) -> Tensor:
         """[N, ...] -> [K, most, ...], zero where a client has no example."""
@@ -158,18 +159,18 @@ class Kept:
             self.chunks[key] = parts, versions, rows
         return rows
 
-    def gram(self, dataset: Dataset, bias: bool) -> Tensor:
+    def gram(self, dataset: Dataset, bias: bool, device: torch.device) -> Tensor:
         """Products of a client's examples with each other, [n, n]; the bias is a column of ones."""
-        return self._once(self.grams, dataset, lambda x: ((x @ x.T).add_(float(bias)),))[0]
+        return self._once(self.grams, dataset, device, lambda x: ((x @ x.T).add_(float(bias)),))[0]
 
-    def basis(self, dataset: Dataset, bias: bool) -> tuple[Tensor, Tensor]:
+    def basis(self, dataset: Dataset, bias: bool, device: torch.device) -> tuple[Tensor, Tensor]:
         """Householder's X^T = Q R of a client's rows: an orthonormal Q [in (+ 1), m] and R [m, n]."""
 
         def factors(x: Tensor) -> tuple[Tensor, ...]:
             wide = torch.cat([x, torch.ones_like(x[:, :1])], 1) if bias else x
             return tuple(torch.linalg.qr(wide.T))
 
-        q, r = self._once(self.bases, dataset, factors)
+        q, r = self._once(self.bases, dataset, device, factors)
         return q, r
 
     def stacked(self, matrices: Sequence[Tensor], rows: Rows) -> Tensor:
@@ -183,13 +184,17 @@ class Kept:
         return out
 
     def _once(
-        self, kept: "Made", dataset: Dataset, make: Callable[[Tensor], tuple[Tensor, ...]]
+        self,
+        kept: "Made",
+        dataset: Dataset,
+        device: torch.device,
+        make: Callable[[Tensor], tuple[Tensor, ...]],
     ) -> tuple[Tensor, ...]:
         x = cast(TensorDataset, dataset).tensors[0]
         found = kept.get(id(x))
         if found and found[1] == version(x):
             return found[2]
-        made = make(x.flatten(1))
+        made = make(x.flatten(1).to(device))
         if found or self._room(sum(m.numel() * m.element_size() for m in made)):
             kept[id(x)] = x, version(x), made
         return made

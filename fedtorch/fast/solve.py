@@ -162,10 +162,10 @@ class Fast:
         private: PrivateSteps,
     ) -> Projected:
         spec = cast(Linear, self.chain.layers[0])
-        bias = spec.bias is not None
-        bases = [self.kept.basis(d, bias) for d in datasets]
+        asked = spec.bias is not None, rows.x.device
+        bases = [self.kept.basis(d, *asked) for d in datasets]
         known = Known(
-            self.kept.stacked([self.kept.gram(d, bias) for d in datasets], rows),
+            self.kept.stacked([self.kept.gram(d, *asked) for d in datasets], rows),
             bases,
             self.kept.stacked([r.T for _, r in bases], rows),
         )
@@ -220,8 +220,8 @@ class Fast:
                 weight = Leaf(w, K, rule, shift.get(spec.weight))
                 layers.append(Own(spec, weight, own_bias, order, rows.flat if first else None))
             elif first:
-                bias = b is not None
-                grams = self.kept.stacked([self.kept.gram(d, bias) for d in datasets], rows)
+                asked = b is not None, rows.x.device
+                grams = self.kept.stacked([self.kept.gram(d, *asked) for d in datasets], rows)
                 places = order.index, order.local
                 layers.append(First(spec, w, b, rule, rows, grams, places, self.half))
             else:

@@ -1,0 +1,122 @@
+"""The fast path on an accelerator, as far as a machine without one can tell (``pretend``)."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import pretend
+from fedtorch import Client, ClientOptimizer, FedProx, Local, Recipe, Scaffold, Server
+from fedtorch.fast.offer import offer
+from fedtorch.modules import snapshot
+from fedtorch.privacy import ClientLevel, SampleLevel
+from fedtorch.types import Task
+from fedtorch.visit import local_update
+
+SIZES = [37, 18, 5]
+
+
+def clients():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 30, generator=g), torch.randint(0, 4, (60,), generator=g)
+    x[:, ::3] = 0  # columns that stay out of products
+    return [
+        Client(str(k), part)
+        for k, part in enumerate(zip(x.split(SIZES), y.split(SIZES), strict=True))
+    ]
+
+
+def mlp():
+    return nn.Sequential(
+        nn.Linear(30, 25), nn.ReLU(), nn.Linear(25, 20), nn.Tanh(), nn.Linear(20, 4)
+    )
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 5, 6)), nn.Conv2d(1, 3, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def sgd(**args):
+    return {"optimizer": ClientOptimizer(args=args)}
+
+
+def sample(**more):
+    plan = {"noise_multiplier": 1.0, "rounds": 3, "sample_rate": 0.2, "steps": 3, "batch_size": 4}
+    return {"privacy": SampleLevel(**plan, **more, insecure_seed=1)}
+
+
+CASES = {
+    "plain": (mlp, {}),
+    "squared error": (
+        mlp,
+        {"loss": lambda z, y: (z - nn.functional.one_hot(y, 4)).square().sum(1)},
+    ),
+    "FedProx": (mlp, {"strategy": FedProx(mu=0.5)}),
+    "SCAFFOLD": (mlp, {"strategy": Scaffold()}),
+    "momentum": (mlp, sgd(momentum=0.9)),
+    "decay": (mlp, sgd(weight_decay=0.1)),
+    "client-level": (mlp, {"privacy": ClientLevel(noise_multiplier=1.0, rounds=3)}),
+    "sample-level": (mlp, sample()),
+    "projected": (mlp, sample(projected=True)),
+    "convolutions": (cnn, {}),
+    "private convolutions": (cnn, sample()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_visit_there_is_a_visit_here(case):
+    make, options = CASES[case]
+    torch.manual_seed(0)
+    model, recipe = make(), Recipe(lr=0.1, batch_size=8, epochs=2, **options)
+    solver = offer(model, [c.data for c in clients()], recipe, recipe.privacy)
+    state = snapshot(model)
+    extras = recipe.strategy.init({k: state[k] for k, _ in model.named_parameters()})
+    task = Task(state, extras, 0, 3, 0.1, {"clip": 1.0, "noise": 1.0} if recipe.privacy else {})
+    here, _ = local_update(clients(), task, recipe, model, copy.deepcopy(solver))
+    with pretend.device() as device:
+        away = copy.deepcopy(model).to(device)
+        there, failures = local_update(clients(), task, recipe, away, copy.deepcopy(solver))
+        assert not failures
+        for group, names in here.sent.items():
+            for name, v in names.items():
+                found = there.sent[group][name]
+                assert isinstance(found, pretend.Far)
+                torch.testing.assert_close(pretend.near(found), v, rtol=1e-5, atol=1e-6)
+    for name, v in here.metrics.items():  # figures are for the server
+        torch.testing.assert_close(there.metrics[name], v, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["auto", "general", "stacked"])
+@pytest.mark.parametrize("case", ["plain", "convolutions", "sample-level"])
+def test_a_run_there_is_a_run_here(case, solver):
+    make, options = CASES[case]
+    torch.manual_seed(0)
+    model, recipe = make(), Recipe(lr=0.1, batch_size=8, **options)
+    other = copy.deepcopy(model)
+    here = Server(model, clients(), recipe, engine=Local(solver=solver), seed=3)
+    with pretend.device() as device:
+        engine = Local(device=str(device), solver=solver)
+        there = Server(other, clients(), recipe, engine=engine, seed=3)
+        if solver == "auto":
+            assert any(note.startswith("fast path") for note in there.notes)
+        for _ in range(2):
+            here.round(), there.round()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert b.device.type == "cpu"  # the server's own model stays where it was
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+
+
+def test_the_device_is_told_from_the_cpu():
+    with pretend.device() as device:
+        x = torch.ones(3, 2).to(device)
+        assert x.device.type == "pretend" and (x + x).device == device
+        assert torch.zeros(2, device=device).device == device and x.cpu().device.type == "cpu"
+        assert float(x.sum() * torch.tensor(2.0)) == 12
+        with pytest.raises(RuntimeError, match="two devices"):
+            x + torch.ones(3, 2)
+        with pytest.raises((RuntimeError, TypeError)):
+            x.numpy()

@@ -1,0 +1,100 @@
+"""A device that is none: its numbers are in this machine's memory, but meet no tensor of the CPU.
+
+On a machine without an accelerator it shows what would fail on one: a tensor made on the wrong device, or
+NumPy asked for numbers that are elsewhere. It knows nothing of speed, streams or an accelerator's kernels.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "pretend"
+
+# torch's own way to add a device in Python, which lasts to the end of the process; autograd looks once,
+# when it first runs, which devices there are
+backend_registration._setup_privateuseone_for_python_backend(NAME)
+
+DEVICE = torch.device(NAME, 0)
+
+aten = torch.ops.aten
+
+MIXED = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor}
+"""Operations that take tensors of two devices; any takes a single number of the CPU."""
+
+
+class Far(Tensor):
+    """A tensor of that device."""
+
+    @staticmethod
+    def __new__(cls, near: Tensor) -> "Far":
+        """One with the numbers of ``near``."""
+        where = near.shape, near.stride(), near.storage_offset()
+        made = Tensor._make_wrapper_subclass(cls, *where, dtype=near.dtype, device=DEVICE)
+        made.near = near
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """An operation of which a tensor is on the device."""
+        return _run(func, args, kwargs or {})
+
+
+@contextmanager
+def device() -> Iterator[torch.device]:
+    """The device, as long as it is there."""
+    with _Made(), _Given():
+        yield DEVICE
+
+
+def near(value: Any) -> Any:
+    """The same numbers on the CPU."""
+    return value.near if isinstance(value, Far) else value
+
+
+class _Made(TorchDispatchMode):
+    """Tensors that are made there, or moved."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _Given(TorchFunctionMode):
+    """Tensors made of numbers, which no mode is asked about as an operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and _is_far(kwargs.get("device")):
+            return torch.tensor(*args, **kwargs | {"device": "cpu"}).to(DEVICE)
+        if func is Tensor.tolist:  # which torch has for its own tensors alone
+            return near(args[0]).tolist()
+        return func(*args, **kwargs)
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    far = any(isinstance(t, Far) for t in given)
+    if far and func not in MIXED and any(t.dim() for t in given if not isinstance(t, Far)):
+        raise RuntimeError(f"{func} of tensors on two devices")
+    asked = kwargs.get("device")
+    if asked is not None:
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    out = func(*tree_map(near, args), **tree_map(near, kwargs))
+    if func._schema.is_mutable:  # it is one of the arguments
+        known = {id(t.near): t for t in given if isinstance(t, Far)}
+        return tree_map(lambda t: known.get(id(t), t), out)
+    if _is_far(asked) or (far and asked is None):
+        return tree_map(lambda t: Far(t) if isinstance(t, Tensor) else t, out)
+    return out
+
+
+def _is_far(device: Any) -> bool:
+    return device is not None and torch.device(device).type == NAME
