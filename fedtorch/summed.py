@@ -38,8 +38,7 @@ def summed(
     clipped = privacy is not None and privacy.unit == "client"  # otherwise a norm is only a figure
     norms = trained.sq_norms(upper=clipped).cpu().sqrt()
     examples = torch.tensor([float(len(c)) for c in clients])
-    part = shrunk(recipe, norms, examples, task)
-    finite = norms.isfinite()
+    part, finite = shrunk(recipe, norms, examples, task), norms.isfinite()
     norms = norms if bool(finite.all()) else torch.where(finite, norms, 0)
     figures = told(recipe, examples, plans, trained.loss, norms * part)
     # by client-level privacy made zero by the plan, and counted: who reports must not depend on data

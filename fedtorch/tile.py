@@ -13,7 +13,7 @@ from numba.np.arrayobj import make_array
 
 from fedtorch.lanes import WIDTH, Lanes, intrinsic, plus_product, read, repeated, shuffled, write
 
-EIGHT = 8
+EIGHT, TEN = 8, 10
 
 FITS = bool(binding.get_host_cpu_features().get("avx512f"))
 """Whether this processor has the registers: without them a library's products are as fast."""
@@ -145,6 +145,48 @@ def spread(typing: Any, total: Any, d: Any, s: Any, v: Any) -> Any:
 
 
 @intrinsic
+def grown(typing: Any, total: Any, a: Any, rows: Any, t: Any, v: Any) -> Any:
+    """Add to the tile's first ten v times the t-th number of each of ten rows of a.
+
+    Ten sums are enough to be added to one in each cycle, and a batch often has so many rows.
+    """
+
+    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        total, where, rows, t, v = args
+        start = make_array(a)(context, b, where).data
+        for k in range(TEN):
+            factor = b.load(b.gep(start, [b.add(_row(b, rows, k), t)]))
+            sum_ = plus_product(b, b.extract_value(total, k), repeated(b, factor, v.type), v)
+            total = b.insert_value(total, sum_, k)
+        return total
+
+    return total(total, a, ROWS, types.uintp, v), code
+
+
+@intrinsic
+def every(typing: Any, v: Any) -> Any:
+    """A tile that has v sixteen times."""
+
+    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        total = ir.Constant(context.get_value_type(signature.return_type), ir.Undefined)
+        for k in range(WIDTH):
+            total = b.insert_value(total, args[0], k)
+        return total
+
+    return Tile(v.dtype)(v), code
+
+
+@intrinsic
+def store_ten(typing: Any, out: Any, rows: Any, t: Any, total: Any, n: Any) -> Any:
+    """Write the first ``n`` of each of the tile's first ten to ten rows of out, from t on."""
+
+    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return _write_rows(context, b, out, args, TEN)
+
+    return types.void(out, ROWS, types.uintp, total, types.uintp), code
+
+
+@intrinsic
 def store_rows(typing: Any, out: Any, rows: Any, t: Any, total: Any) -> Any:
     """Write the tile to sixteen rows of out, from t on."""
 
@@ -174,9 +216,9 @@ def _crossed(context: Any, b: Any, kind: Any, args: Any) -> Any:
     return total
 
 
-def _write_rows(context: Any, b: Any, kind: Any, args: Any) -> Any:
+def _write_rows(context: Any, b: Any, kind: Any, args: Any, count: int = WIDTH) -> Any:
     out, rows, t, total, *n = args
-    for k in range(WIDTH):
+    for k in range(count):
         at = b.add(_row(b, rows, k), t)
         write(context, b, kind, out, at, b.extract_value(total, k), *n)
     return context.get_dummy_value()

@@ -15,15 +15,10 @@ from torch import Tensor
 
 from fedtorch.fast.layers import Rule, squares
 from fedtorch.fast.rows import Rows
+from fedtorch.fast.shared import LARGE, Shared, crossed
 from fedtorch.fast.small import Coefficients, Written, spans, turned, weighed
 from fedtorch.fast.spec import Linear
 from fedtorch.types import Params, Stack
-
-LARGE = 1 << 15
-"""Weights from which on a product is worth the way to bfloat16 and back."""
-
-TALL = 600
-"""Rows of a product at a time: with thousands at once the library is a sixth slower."""
 
 
 class Share:
@@ -56,7 +51,6 @@ class Dual:
         self.spec, self.w0, self.b0, self.rule = spec, weight, bias, rule
         self.share = Share(rule, weight, clients)
         self.half = half and weight.numel() >= LARGE
-        self.wide = weight.bfloat16() if self.half else weight
         self.s = 0
         """Rows so far."""
         self.end = ""
@@ -64,25 +58,10 @@ class Dual:
         self.mask = ""
         """ "mask" if the layer before ends in one."""
 
-    def affine(self, a: Tensor, w: Tensor) -> Tensor:
-        """Outputs for [..., in] of w [out, in], which is w0, in bfloat16 if products are, and of b0."""
-        flat = a.flatten(0, -2)
-        if self.half:
-            z = (flat.bfloat16() @ w.T).float()
-            z = z if self.b0 is None else z.add_(self.b0)
-        elif len(flat) < 2 * TALL:
-            z = flat @ w.T if self.b0 is None else torch.addmm(self.b0, flat, w.T)
-        else:
-            z = flat.new_empty(len(flat), len(w))
-            for rows, out in zip(flat.split(TALL), z.split(TALL), strict=True):
-                torch.mm(rows, w.T, out=out)
-            z = z if self.b0 is None else z.add_(self.b0)
-        return z.view(*a.shape[:-1], len(w))
-
     def known(self, rows: Rows) -> Tensor:
         """Outputs for all examples of w0, [N, out]."""
         if rows.sparse is None:
-            return self.affine(rows.half if self.half else rows.slim, rows.near(self.wide))
+            return Shared(rows.near(self.w0), self.b0, self.half)(rows.slim)
         return rows.sparse[0].times(turned(self.w0), self.b0)
 
     def released(self, total: Tensor, bias: Tensor, weight: Tensor) -> Params:
@@ -208,20 +187,18 @@ class Hidden(Dual):
         self.D = weight.new_zeros(*size, weight.shape[0])
         self.grams, self.products = (weight.new_zeros(*size, size[1]) for _ in range(2))
         self.one, self.B = float(bias is not None), size[1]
+        self.up, self.down = Shared(weight, bias, half), Shared(weight.T, None, half)
         self.forth = Written(self.A, self.grams, self.D, self.one)
         self.back = Written(self.D, self.products, self.A, 0.0)
 
     def forward(self, a: Tensor) -> Tensor:
         """[k, B, in] -> [k, B, out]."""
         self.B = a.shape[1]
-        return self.forth(self.affine(a, self.wide), a, self.s, self.share.now, self.end)
+        return self.forth(self.up(a), a, self.s, self.share.now, self.end)
 
     def backward(self, d: Tensor) -> Tensor:
         """[k, B, out] -> [k, B, in]; the rows are written down here already, for their products."""
-        flat = d.flatten(0, 1)
-        t = (flat.bfloat16() @ self.wide).float() if self.half else flat @ self.wide
-        t = t.view(*d.shape[:2], t.shape[1])
-        return self.back(t, d, self.s, self.share.now, self.mask)
+        return self.back(self.down(d), d, self.s, self.share.now, self.mask)
 
     def step(self, d: Tensor) -> None:
         """With decay the rows before these count less."""
@@ -241,7 +218,7 @@ class Hidden(Dual):
             return self.built_norms(self.stack())
         if self.rule.keep != 1.0:
             products = self.A.bmm(self.A.mT).add_(self.one) * self.D.bmm(self.D.mT)
-            norms = products.sum((1, 2)) + self.lost_norms(self.affine(self.A, self.wide), self.D)
+            norms = products.sum((1, 2)) + self.lost_norms(self.up(self.A), self.D)
         else:  # each pair of rows of different steps is there once, and counts twice
             products = self.grams * self.products
             blocks = products.unflatten(2, (-1, self.B)).unflatten(1, (-1, self.B))
@@ -257,5 +234,5 @@ class Hidden(Dual):
             A, D = A[on], D[on]
         A, D = A.flatten(0, 1), D.flatten(0, 1)
         half = self.half and not exact
-        total = (D.bfloat16().T @ A.bfloat16()).float() if half else D.T @ A
+        total = (D.bfloat16().T @ A.bfloat16()).float() if half else crossed(D, A)
         return self.released(total, bias, weight)

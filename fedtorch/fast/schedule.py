@@ -38,7 +38,7 @@ def schedule(plans: Sequence[Tensor], sizes: Sequence[int], weight: Tensor) -> S
 
     The plans must come in order of falling length.
     """
-    steps = [len(p) for p in plans]
+    steps = [p.shape[0] for p in plans]
     if steps != sorted(steps, reverse=True):
         raise ValueError("clients must come in order of falling number of steps")
     S, B = steps[0], max(p.shape[1] for p in plans)
@@ -49,11 +49,8 @@ def schedule(plans: Sequence[Tensor], sizes: Sequence[int], weight: Tensor) -> S
     index = torch.stack(plans)
     real = index >= 0
     if bool(real.all()):
-        local, scale = (
-            index.flatten(1),
-            torch.full((len(plans), S * B, 1), 1 / B, dtype=weight.dtype),
-        )
-        counts = np.full((S, len(plans)), B)
+        local, counts = index.flatten(1), np.full((S, len(plans)), B)
+        scale = torch.full((len(plans), S * B, 1), 1 / B, dtype=weight.dtype)
     else:
         local, some = index.clamp(min=0).flatten(1), real.sum(2, keepdim=True)
         scale = (real.to(weight.dtype) / some.clamp(min=1)).flatten(1)[..., None]

@@ -25,23 +25,29 @@ from fedtorch.lanes import (
 )
 from fedtorch.tile import (
     FITS,
+    TEN,
     crossed,
     crossed_some,
+    every,
+    grown,
     spread,
     square,
     store_rows,
     store_some_rows,
+    store_ten,
     sums,
     tile,
     turned,
 )
 
-__all__ = ["FITS", "gradient", "inputs", "narrow_step", "outputs", "sq_norms", "turn"]
+__all__ = [
+    "FITS", "gradient", "inputs", "narrow_step", "outputs", "panels", "shared", "sq_norms", "turn",
+]  # fmt: skip
 
 Place = np.uint64
 W = np.uint64(WIDTH)
 W2, W3, W4 = np.uint64(2 * WIDTH), np.uint64(3 * WIDTH), np.uint64(4 * WIDTH)
-ZERO, EIGHT = np.uint64(0), np.uint64(8)
+ZERO, EIGHT, ROWS = np.uint64(0), np.uint64(8), np.uint64(TEN)
 
 
 @machine_code
@@ -213,6 +219,39 @@ def narrow_step(d: Any, a: Any, counts: Any, keep: float, weight: Any, bias: Any
             b[o] *= left
             for i in range(counts[c]):
                 b[o] -= d[c, i, o]
+
+
+@machine_code
+def panels(w: Any, out: Any) -> None:
+    """Write w [p, q] to out [q / 16, p, 16], the last columns filled up with zeros."""
+    p, q = w.shape
+    for n in range(len(out)):
+        for t in range(p):
+            row, to = w[t], out[n, t]
+            for k in range(WIDTH):
+                to[k] = row[n * WIDTH + k] if n * WIDTH + k < q else 0
+
+
+@machine_code
+def shared(a: Any, w: Any, bias: Any, out: Any) -> None:
+    """Write a times the matrix in these panels, plus the bias if there is one, to out; ten rows or more."""
+    R, q, p = np.uint64(a.shape[0]), np.uint64(out.shape[1]), np.uint64(a.shape[1])
+    x, f, to = a.reshape(-1), w.reshape(-1), out.reshape(-1)
+    o = at = ZERO
+    while o < q:
+        n = min(q - o, W)
+        start = every(load_some(bias, o, n if len(bias) else ZERO))
+        r = ZERO
+        while r < R:
+            r = min(r, R - ROWS)
+            total, place = start, at
+            for t in range(p):
+                total = grown(total, x, (r, p), np.uint64(t), load(f, place))
+                place += W
+            store_ten(to, (r, q), o, total, n)
+            r += ROWS
+        o += W
+        at += p * W
 
 
 @machine_code

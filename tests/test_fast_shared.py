@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from fedtorch.compiled import loops
+from fedtorch.fast import shared, small
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def way(request, monkeypatch):
+    """The loops are held to torch on processors too for which torch is as fast."""
+    fast = loops(small.TILES) if request.param == "compiled" else None
+    for module in (shared, small):
+        monkeypatch.setattr(module, "tiles", lambda like: fast)
+    return request.param
+
+
+def drawn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
+
+
+def close(a, b):
+    exact = a.dtype == torch.float64
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-12 if exact else 2e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("q", [1, 15, 16, 17, 40, 64])
+@pytest.mark.parametrize("p", [1, 16, 33])
+@pytest.mark.parametrize("rows", [(3, 3), (2, 5), (1, 11), (3, 10), (7,)])
+def test_a_product_is_that_of_the_library(rows, p, q, biased, dtype):
+    a, weight, bias = drawn(*rows, p, dtype=dtype), drawn(q, p, dtype=dtype), drawn(q, dtype=dtype)
+    wanted = a @ weight.T + bias if biased else a @ weight.T
+    for given in (weight, weight.T.contiguous().T):  # row by row, and column by column
+        made = shared.Shared(given, bias if biased else None)
+        close(made(a), wanted)
+        close(made(a.transpose(0, -1).contiguous().transpose(0, -1)), wanted)
+    assert made(a).shape == (*rows, q)
+
+
+def test_a_product_of_thousands_of_rows_is_taken_in_parts():
+    a, weight, bias = drawn(1300, 20), drawn(5, 20), drawn(5)
+    close(shared.Shared(weight, bias)(a), a @ weight.T + bias)
+    close(shared.Shared(weight, None)(a), a @ weight.T)
+
+
+@pytest.mark.parametrize("rows", [shared.MANY - 1, shared.MANY])
+@pytest.mark.parametrize("out", [256, 64])
+def test_only_large_products_go_to_bfloat16(rows, out):
+    a, weight, bias = drawn(rows, 128), drawn(out, 128), drawn(out)
+    found, exact = shared.Shared(weight, bias, half=True)(a), a @ weight.T + bias
+    off = float((found - exact).abs().max() / exact.abs().max())
+    coarse = rows >= shared.MANY and weight.numel() >= shared.LARGE
+    assert (1e-4 < off < 1e-2) if coarse else off < 1e-5
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "q", "p"), [(5, 3, 4), (33, 20, 47), (16, 9, 200)])
+def test_a_sum_of_outer_products(n, q, p, dtype):
+    D, A = drawn(n, q, dtype=dtype), drawn(n, p, dtype=dtype)
+    close(shared.crossed(D, A), D.T @ A)
+
+
+def test_what_is_not_finite_stays_in_its_row_and_column():
+    a, weight = drawn(12, 20), drawn(18, 20)
+    a[3, 4], weight[17, 0] = torch.nan, torch.inf
+    found = shared.Shared(weight, None)(a)
+    assert found[3].isnan().all() and not found[:, 17].isfinite().any()
+    found[3], found[:, 17] = 0, 0
+    assert found.isfinite().all()
