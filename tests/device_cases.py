@@ -17,6 +17,12 @@ from fedtorch.visit import local_update
 SIZES = [37, 18, 5]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    """Not on import: this module is looked through for documented examples, in the tests' own process."""
+    pretend.register()
+
+
 def clients():
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(60, 30, generator=g), torch.randint(0, 4, (60,), generator=g)

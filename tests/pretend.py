@@ -6,6 +6,7 @@ NumPy asked for numbers that are elsewhere. It knows nothing of speed, streams o
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,12 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "pretend"
-
-# torch's own way to add a device in Python, which lasts to the end of the process; autograd looks once,
-# when it first runs, which devices there are
-backend_registration._setup_privateuseone_for_python_backend(NAME)
-
-DEVICE = torch.device(NAME, 0)
 
 aten = torch.ops.aten
 
@@ -36,7 +31,7 @@ class Far(Tensor):
     def __new__(cls, near: Tensor) -> "Far":
         """One with the numbers of ``near``."""
         where = near.shape, near.stride(), near.storage_offset()
-        made = Tensor._make_wrapper_subclass(cls, *where, dtype=near.dtype, device=DEVICE)
+        made = Tensor._make_wrapper_subclass(cls, *where, dtype=near.dtype, device=register())
         made.near = near
         return made
 
@@ -48,11 +43,21 @@ class Far(Tensor):
         return _run(func, args, kwargs or {})
 
 
+@cache
+def register() -> torch.device:
+    """Make it known to torch, to the end of the process.
+
+    To be called before autograd first runs, which is when that looks what devices there are.
+    """
+    backend_registration._setup_privateuseone_for_python_backend(NAME)
+    return torch.device(NAME, 0)
+
+
 @contextmanager
 def device() -> Iterator[torch.device]:
     """The device, as long as it is there."""
     with _Made(), _Given():
-        yield DEVICE
+        yield register()
 
 
 def near(value: Any) -> Any:
@@ -73,7 +78,7 @@ class _Given(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.tensor and _is_far(kwargs.get("device")):
-            return torch.tensor(*args, **kwargs | {"device": "cpu"}).to(DEVICE)
+            return torch.tensor(*args, **kwargs | {"device": "cpu"}).to(register())
         if func is Tensor.tolist:  # which torch has for its own tensors alone
             return near(args[0]).tolist()
         return func(*args, **kwargs)
