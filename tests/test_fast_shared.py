@@ -55,13 +55,6 @@ def test_only_large_products_go_to_bfloat16(rows, out):
     assert found.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("n", "q", "p"), [(5, 3, 4), (33, 20, 47), (16, 9, 200)])
-def test_a_sum_of_outer_products(n, q, p, dtype):
-    D, A = drawn(n, q, dtype=dtype), drawn(n, p, dtype=dtype)
-    close(shared.crossed(D, A), D.T @ A)
-
-
 def test_what_is_not_finite_stays_in_its_row_and_column():
     a, weight = drawn(12, 20), drawn(18, 20)
     a[3, 4], weight[17, 0] = torch.nan, torch.inf

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedtorch.fast.layers import Rule, squares
 from fedtorch.fast.rows import Rows
-from fedtorch.fast.shared import LARGE, Shared, crossed
+from fedtorch.fast.shared import LARGE, Shared
 from fedtorch.fast.small import Coefficients, Written, spans, turned, weighed
 from fedtorch.fast.spec import Linear
 from fedtorch.types import Params, Stack
@@ -234,5 +234,5 @@ class Hidden(Dual):
             A, D = A[on], D[on]
         A, D = A.flatten(0, 1), D.flatten(0, 1)
         half = self.half and not exact
-        total = (D.bfloat16().T @ A.bfloat16()).float() if half else crossed(D, A)
+        total = (D.bfloat16().T @ A.bfloat16()).float() if half else D.T @ A
         return self.released(total, bias, weight)

@@ -62,8 +62,3 @@ class Shared:
         for some, into in zip(rows.split(TALL), out.split(TALL), strict=True):
             torch.mm(some, self.weight.T, out=into)
         return out if self.bias is None else out.add_(self.bias)
-
-
-def crossed(D: Tensor, A: Tensor) -> Tensor:
-    """D^T A for [N, q] and [N, p], [q, p]."""
-    return Shared(A.T, None)(turned(D)) if tiles(A) else D.T @ A
