@@ -124,5 +124,11 @@ def test_the_device_is_told_from_the_cpu():
         assert float(x.sum() * torch.tensor(2.0)) == 12
         with pytest.raises(RuntimeError, match="two devices"):
             x + torch.ones(3, 2)
+        # an index may come from the CPU, and not the other way
+        assert (x[torch.tensor([2, 0])] == 1).all()
+        with pytest.raises(RuntimeError, match="an index"):
+            torch.ones(3)[torch.tensor([2, 0]).to(device)]
+        with pytest.raises(RuntimeError, match="a generator"):
+            x.bernoulli_(0.5, generator=torch.Generator())
         with pytest.raises((RuntimeError, TypeError)):
             x.numpy()

@@ -21,7 +21,7 @@ NAME = "pretend"
 aten = torch.ops.aten
 
 MIXED = {aten._to_copy.default, aten.copy_.default, aten.index.Tensor}
-"""Operations that take tensors of two devices; any takes a single number of the CPU."""
+"""Operations that take tensors of two devices, the last an index of the CPU; any takes one number of it."""
 
 
 class Far(Tensor):
@@ -89,7 +89,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     far = any(isinstance(t, Far) for t in given)
     if far and func not in MIXED and any(t.dim() for t in given if not isinstance(t, Far)):
         raise RuntimeError(f"{func} of tensors on two devices")
+    if func is aten.index.Tensor and far and not isinstance(args[0], Far):
+        raise RuntimeError(f"{func} of a tensor of the CPU by an index that is not")
     asked = kwargs.get("device")
+    if kwargs.get("generator") is not None and (far or _is_far(asked)):
+        raise RuntimeError(f"{func} there by a generator that is here")
     if asked is not None:
         kwargs = kwargs | {"device": torch.device("cpu")}
     out = func(*tree_map(near, args), **tree_map(near, kwargs))
