@@ -13,6 +13,9 @@ from fedtorch.types import Params, Task
 Metrics = dict[str, Any]
 """One round's figures: numbers, plus ``cohort`` and ``failed`` (lists of client ids)."""
 
+PART = 1 << 16
+"""Squares that are added up in float32: of ten million that sum can be off by a hundredth."""
+
 QUARTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
 
 
@@ -83,11 +86,15 @@ def spread(name: str, values: Tensor) -> dict[str, float]:
 
 def length(params: Params) -> float:
     """L2 norm of all tensors together."""
-    flat = [v.flatten() for v in params.values()]
-    total = sum(float(v.dot(v)) for v in flat)
+    flat = [_precise(v).flatten() for v in params.values()]
+    total = sum(float(p.dot(p)) for v in flat for p in v.split(PART))
     if not 1e-30 < total < math.inf:  # so small or large that squares lose their digits in float32
         total = sum(float(v.double().square().sum()) for v in flat)
     return math.sqrt(total)
+
+
+def _precise(v: Tensor) -> Tensor:
+    return v if v.dtype in (torch.float32, torch.float64) else v.double()
 
 
 def traffic(task: Task, sent: Mapping[str, Params], asked: int, reported: int) -> Metrics:

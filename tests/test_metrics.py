@@ -92,3 +92,23 @@ def test_examples_per_second_counts_every_pass():
     server = Server(model(), clients([10, 7]), Recipe(epochs=3, batch_size=4))
     server.round()
     assert float(server.visits.values["visited"].sum()) == 3 * 17
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.full((8_000_000,), 1.2345e-3),
+        torch.full((3, 1000), 1e-4, dtype=torch.float16),
+        torch.full((7,), 300.0, dtype=torch.float16),
+        torch.full((100_000,), 0.7, dtype=torch.bfloat16),
+        torch.full((5,), 1e30),
+        torch.full((5,), 1e-30),
+        torch.tensor([200, 100], dtype=torch.uint8),
+        torch.tensor(3.0),
+        torch.tensor([True, False]),
+    ],
+    ids=lambda v: f"{v.dtype}-{v.numel()}",
+)
+def test_length_keeps_its_digits_in_every_type_and_size(value):
+    exact = float(value.double().square().sum().sqrt())
+    assert length({"a": value, "b": torch.zeros(0)}) == pytest.approx(exact, rel=1e-5)
