@@ -55,7 +55,7 @@ class Context:
     """Optimizer steps of each client in this visit, [K]."""
     lr: float
     seeds: tuple[int, ...] = ()
-    """Of each client's own draws in this visit, such as dropout's, [K]."""
+    """Of each client's own draws in this visit, such as dropout's, [K]; empty where nothing can draw."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fedtorch.fast import Fast
 from fedtorch.modules import to, to_device
 from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.strategies import Strategy
 from fedtorch.summed import averages, failures, summed, told
 from fedtorch.tree import double, expand, finite, row, sq_norms, stack
 from fedtorch.turns import blamed, in_turn, visit_seed
@@ -47,7 +48,9 @@ def local_update(
         alone = len(clients) == 1 and not (private and private.mode == "stacked")
         solve = solvers.general if alone else solvers.stacked
     draws = not isinstance(solve, Fast) or solve.draws(recipe)
-    ctx = _context(clients, plans, task, recipe, model, draws)
+    # an upload of one's own may draw as well
+    seeded = draws or type(recipe.strategy).upload is not Strategy.upload
+    ctx = _context(clients, plans, task, recipe, model, seeded)
     # putting generators back takes a tenth of a millisecond
     with seeds.seeded(ctx.seeds[0]) if draws else nullcontext(), blamed(clients, task):
         trained = solve(model, [c.data for c in clients], plans, task, recipe, ctx, private)
@@ -85,7 +88,7 @@ def _context(
     task: Task,
     recipe: Recipe,
     model: nn.Module,
-    draws: bool,
+    seeded: bool,
 ) -> Context:
     anchor = {k: task.state[k] for k, p in model.named_parameters() if p.requires_grad}
     memory = [c.memory or recipe.strategy.remember(anchor) for c in clients]
@@ -96,7 +99,7 @@ def _context(
         memory={g: to(stack([m[g] for m in memory]), device) for g in memory[0]},
         steps=torch.tensor([len(p) for p in plans]),
         lr=task.lr,
-        seeds=tuple(visit_seed(c, task, recipe) for c in clients) if draws else (),
+        seeds=tuple(visit_seed(c, task, recipe) for c in clients) if seeded else (),
     )
 
 

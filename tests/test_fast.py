@@ -286,6 +286,22 @@ def test_a_strategy_that_sends_more_than_the_delta_sees_every_client():
     assert all(c.memory["last"]["1.weight"].shape == (25, 30) for c in who)
 
 
+def test_a_strategy_may_draw_for_what_it_sends_by_each_clients_seed():
+    class Noisy(FedAvg):
+        def upload(self, params, ctx):
+            sent, memory = super().upload(params, ctx)
+            for k, seed in enumerate(ctx.seeds):
+                coins = torch.Generator().manual_seed(seed)
+                for v in sent["delta"].values():
+                    v[k] += torch.randn(v[k].shape, generator=coins) * 0.01
+            assert len(ctx.seeds) == len(params["1.weight"])
+            return sent, memory
+
+    slow, _ = trained(Recipe(Noisy(), lr=0.1, batch_size=8), "general", mlp(), clients())
+    fast, _ = trained(Recipe(Noisy(), lr=0.1, batch_size=8), "fast", mlp(), clients())
+    assert apart(fast, slow) < 1e-5
+
+
 def test_the_trial_catches_a_wrong_layer(monkeypatch):
     right = layers.Rule.keep.fget
     monkeypatch.setattr(layers.Rule, "keep", property(lambda r: right(r) * 0.99))
