@@ -62,3 +62,15 @@ def test_what_is_not_finite_stays_in_its_row_and_column():
     assert found[3].isnan().all() and not found[:, 17].isfinite().any()
     found[3], found[:, 17] = 0, 0
     assert found.isfinite().all()
+
+
+def test_large_products_are_left_to_several_threads_where_there_are_any(way, monkeypatch):
+    made, called = shared.Shared(drawn(40, 64), None), []
+    monkeypatch.setattr(
+        made, "_by_library", lambda rows: called.append(rows) or rows @ made.weight.T
+    )
+    for threads, most in ((1, 0), (2, 0), (2, 1 << 20)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(shared, "ALONE", most)
+        close(made(drawn(20, 64)), drawn(20, 64) @ made.weight.T)
+    assert len(called) == (1 if way == "compiled" else 3)

@@ -17,6 +17,9 @@ LEAST = 10
 LARGE, MANY = 1 << 15, 256
 """Weights and rows from which on a product is worth the way to bfloat16 and back."""
 
+ALONE = 1 << 23
+"""Multiplications of a product up to which several threads would not be faster than the loop's one."""
+
 TALL = 600
 """Rows of a product at a time: with thousands at once the library is a sixth slower."""
 
@@ -47,12 +50,15 @@ class Shared:
         if self.half and len(rows) >= MANY:
             out = (rows.bfloat16() @ self.wide.T).float()
             out = out if self.bias is None else out.add_(self.bias)
-        elif self.fast and len(rows) >= LEAST:
+        elif self.fast and len(rows) >= LEAST and self._alone(len(rows)):
             out = rows.new_empty(len(rows), len(self.weight))
             self.fast.shared(rows.contiguous().numpy(), *self.arrays, out.numpy())
         else:
             out = self._by_library(rows)
         return out.view(*a.shape[:-1], len(self.weight))
+
+    def _alone(self, rows: int) -> bool:
+        return torch.get_num_threads() == 1 or rows * self.weight.numel() <= ALONE
 
     def _by_library(self, rows: Tensor) -> Tensor:
         if len(rows) < 2 * TALL:
