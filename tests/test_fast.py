@@ -488,12 +488,12 @@ def test_the_clip_holds_with_decay_and_in_bf16(half, decay):
 def test_a_sum_that_privacy_noises_is_float32_in_every_layer():
     shape, rule, weight = (200, 300), layers.Rule(0.1), torch.ones(2)
     named, w0 = spec.Linear("w", None, shape), torch.zeros(shape)
-    x, D = torch.randn(12, 300), torch.randn(2, 6, 200)
-    own = rows.Rows(x, torch.zeros(12), (6, 6))
-    places = torch.arange(12).view(2, 6), torch.arange(6).expand(2, 6)
-    first = dual.First(named, w0, None, rule, own, torch.zeros(2, 6, 6), places, True)
-    hidden = dual.Hidden(named, w0, None, rule, (2, 6), True)
-    hidden.A.copy_(x.view(2, 6, 300))
+    x, D = torch.randn(160, 300), torch.randn(2, 80, 200)  # enough for bfloat16 to be worth it
+    own = rows.Rows(x, torch.zeros(160), (80, 80))
+    places = torch.arange(160).view(2, 80), torch.arange(80).expand(2, 80)
+    first = dual.First(named, w0, None, rule, own, torch.zeros(2, 80, 80), places, True)
+    hidden = dual.Hidden(named, w0, None, rule, (2, 80), True)
+    hidden.A.copy_(x.view(2, 80, 300))
     for layer in (first, hidden):
         layer.D.copy_(D)
         whole = -D.flatten(0, 1).double().T @ x.double()

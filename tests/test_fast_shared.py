@@ -44,13 +44,12 @@ def test_a_product_of_thousands_of_rows_is_taken_in_parts():
     close(shared.Shared(weight, None)(a), a @ weight.T)
 
 
-@pytest.mark.parametrize("rows", [shared.MANY - 1, shared.MANY])
-@pytest.mark.parametrize("out", [256, 64])
-def test_only_large_products_go_to_bfloat16(rows, out):
-    a, weight, bias = drawn(rows, 128), drawn(out, 128), drawn(out)
+@pytest.mark.parametrize("rows", [shared.LARGE // (256 * 128) - 1, shared.LARGE // (256 * 128)])
+def test_only_large_products_go_to_bfloat16(rows):
+    a, weight, bias = drawn(rows, 128), drawn(256, 128), drawn(256)
     found, exact = shared.Shared(weight, bias, half=True)(a), a @ weight.T + bias
     off = float((found - exact).abs().max() / exact.abs().max())
-    coarse = rows >= shared.MANY and weight.numel() >= shared.LARGE
+    coarse = rows * weight.numel() >= shared.LARGE
     assert (1e-4 < off < 1e-2) if coarse else off < 1e-5
     assert found.dtype == torch.float32
 
@@ -69,8 +68,8 @@ def test_large_products_are_left_to_several_threads_where_there_are_any(way, mon
     monkeypatch.setattr(
         made, "_by_library", lambda rows: called.append(rows) or rows @ made.weight.T
     )
-    for threads, most in ((1, 0), (2, 0), (2, 1 << 20)):
+    for threads, large in ((1, 0), (2, 0), (2, 1 << 20)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        monkeypatch.setattr(shared, "ALONE", most)
+        monkeypatch.setattr(shared, "LARGE", large)
         close(made(drawn(20, 64)), drawn(20, 64) @ made.weight.T)
     assert len(called) == (1 if way == "compiled" else 3)

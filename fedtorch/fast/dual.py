@@ -50,7 +50,7 @@ class Dual:
         """``half``: large products in bfloat16."""
         self.spec, self.w0, self.b0, self.rule = spec, weight, bias, rule
         self.share = Share(rule, weight, clients)
-        self.half = half and weight.numel() >= LARGE
+        self.half = half
         self.s = 0
         """Rows so far."""
         self.end = ""
@@ -63,6 +63,10 @@ class Dual:
         if rows.sparse is None:
             return Shared(rows.near(self.w0), self.b0, self.half)(rows.slim)
         return rows.sparse[0].times(turned(self.w0), self.b0)
+
+    def coarse(self, rows: int, exact: bool) -> bool:
+        """Whether the sum over so many rows is taken in bfloat16."""
+        return self.half and not exact and rows * self.w0.numel() >= LARGE
 
     def released(self, total: Tensor, bias: Tensor, weight: Tensor) -> Params:
         """Sums of weighted -D^T A and of its rows -> the sum of the clients' changes by name."""
@@ -162,7 +166,8 @@ class First(Dual):
         on, stay = weight != 0, None
         if not bool(on.all()):
             stay = on.repeat_interleave(torch.tensor(self.rows.sizes, device=on.device))
-        total = self.rows.back(self.rows.gather(D), self.half and not exact, stay)
+        D = self.rows.gather(D)
+        total = self.rows.back(D, self.coarse(len(D), exact), stay)
         return self.released(total, bias, weight)
 
 
@@ -233,6 +238,6 @@ class Hidden(Dual):
         if not bool(on.all()):
             A, D = A[on], D[on]
         A, D = A.flatten(0, 1), D.flatten(0, 1)
-        half = self.half and not exact
+        half = self.coarse(len(D), exact)
         total = (D.bfloat16().T @ A.bfloat16()).float() if half else D.T @ A
         return self.released(total, bias, weight)

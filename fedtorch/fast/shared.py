@@ -14,11 +14,8 @@ from fedtorch.fast.small import SIDE, tiles, turned
 LEAST = 10
 """Rows that the loop takes at a time."""
 
-LARGE, MANY = 1 << 15, 256
-"""Weights and rows from which on a product is worth the way to bfloat16 and back."""
-
-ALONE = 1 << 23
-"""Multiplications of a product up to which several threads would not be faster than the loop's one."""
+LARGE = 1 << 23
+"""Multiplications from which on a product is worth the way to bfloat16 and back, or several threads."""
 
 TALL = 600
 """Rows of a product at a time: with thousands at once the library is a sixth slower."""
@@ -30,7 +27,7 @@ class Shared:
     def __init__(self, weight: Tensor, bias: Tensor | None, half: bool = False) -> None:
         """``half``: in bfloat16 where that is worth it."""
         self.weight, self.bias = weight, bias
-        self.half = half and weight.numel() >= LARGE
+        self.half = half
         self.fast = tiles(weight)
         if self.fast:
             q, p = weight.shape
@@ -47,18 +44,16 @@ class Shared:
     def __call__(self, a: Tensor) -> Tensor:
         """[..., p] -> [..., q]."""
         rows = a.flatten(0, -2)
-        if self.half and len(rows) >= MANY:
+        large = len(rows) * self.weight.numel() >= LARGE
+        if self.half and large:
             out = (rows.bfloat16() @ self.wide.T).float()
             out = out if self.bias is None else out.add_(self.bias)
-        elif self.fast and len(rows) >= LEAST and self._alone(len(rows)):
+        elif self.fast and len(rows) >= LEAST and (not large or torch.get_num_threads() == 1):
             out = rows.new_empty(len(rows), len(self.weight))
             self.fast.shared(rows.contiguous().numpy(), *self.arrays, out.numpy())
         else:
             out = self._by_library(rows)
         return out.view(*a.shape[:-1], len(self.weight))
-
-    def _alone(self, rows: int) -> bool:
-        return torch.get_num_threads() == 1 or rows * self.weight.numel() <= ALONE
 
     def _by_library(self, rows: Tensor) -> Tensor:
         if len(rows) < 2 * TALL:
