@@ -6,6 +6,7 @@ another once a visit. It runs at a sixth more than the library's rate, and for s
 
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,12 +30,15 @@ class Shared:
         self.weight, self.bias = weight, bias
         self.half = half
         self.fast = tiles(weight)
-        if self.fast:
-            q, p = weight.shape
-            panels = weight.new_empty(-(-q // SIDE), p, SIDE)
-            self.fast.panels(turned(weight).numpy(), panels.numpy())
-            added = weight.new_empty(0) if bias is None else bias.contiguous()
-            self.arrays = panels.numpy(), added.numpy()
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the loop reads: sixteen columns after sixteen, and the bias, empty where there is none."""
+        q, p = self.weight.shape
+        panels = self.weight.new_empty(-(-q // SIDE), p, SIDE)
+        self.fast.panels(turned(self.weight).numpy(), panels.numpy())
+        bias = self.weight.new_empty(0) if self.bias is None else self.bias.contiguous()
+        return panels.numpy(), bias.numpy()
 
     @cached_property
     def wide(self) -> Tensor:
