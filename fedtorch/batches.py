@@ -46,12 +46,11 @@ def plan(n: int, order: Order, seed: int) -> Tensor:
         return torch.arange(n).expand(steps, n)
     passes = []
     for _ in range(-(-steps // per_epoch)):
-        perm = torch.randperm(n, generator=generator)
-        if short := per_epoch * size - n:  # negative: examples that are left out
+        perm = torch.randperm(n, generator=generator)[: per_epoch * size]
+        if short := per_epoch * size - len(perm):
             perm = F.pad(perm, (0, short), value=-1)
         passes.append(perm.view(-1, size))
-    whole = torch.cat(passes) if len(passes) > 1 else passes[0]
-    return whole if steps == per_epoch * len(passes) else whole[:steps]
+    return (torch.cat(passes) if len(passes) > 1 else passes[0])[:steps]
 
 
 def fetch(data: Dataset, index: Tensor) -> tuple[Any, Any]:

@@ -222,9 +222,8 @@ class Server:
             sent, buffers = (released, {}) if released else (means, buffers)
             share = self.recipe.privacy and self.recipe.privacy.share()
             if strategy.server is not None or type(strategy).step is not Strategy.step:
-                sent = {
-                    g: double(v) for g, v in sent.items()
-                }  # to be computed with, not only added
+                # to be computed with, not only added
+                sent = {g: double(v) for g, v in sent.items()}
             delta, self.extras = strategy.step(sent, self.extras, share or reported / len(self.ids))
             if strategy.server is not None:
                 delta, self.optimizer_state = strategy.server.step(delta, self.optimizer_state)

@@ -134,12 +134,8 @@ def spread(typing: Any, total: Any, d: Any, s: Any, v: Any) -> Any:
 
     def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
         total, where, s, v = args
-        start = make_array(d)(context, b, where).data
-        for k in range(WIDTH):
-            factor = b.load(b.gep(start, [b.add(s, s.type(k))]))
-            sum_ = plus_product(b, b.extract_value(total, k), repeated(b, factor, v.type), v)
-            total = b.insert_value(total, sum_, k)
-        return total
+        places = [b.add(s, s.type(k)) for k in range(WIDTH)]
+        return _spread(b, total, make_array(d)(context, b, where).data, places, v)
 
     return total(total, d, types.uintp, v), code
 
@@ -153,12 +149,8 @@ def grown(typing: Any, total: Any, a: Any, rows: Any, t: Any, v: Any) -> Any:
 
     def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
         total, where, rows, t, v = args
-        start = make_array(a)(context, b, where).data
-        for k in range(TEN):
-            factor = b.load(b.gep(start, [b.add(_row(b, rows, k), t)]))
-            sum_ = plus_product(b, b.extract_value(total, k), repeated(b, factor, v.type), v)
-            total = b.insert_value(total, sum_, k)
-        return total
+        places = [b.add(_row(b, rows, k), t) for k in range(TEN)]
+        return _spread(b, total, make_array(a)(context, b, where).data, places, v)
 
     return total(total, a, ROWS, types.uintp, v), code
 
@@ -213,6 +205,14 @@ def _crossed(context: Any, b: Any, kind: Any, args: Any) -> Any:
         y = read(context, b, kind, Y, at, *n)
         for j, x in ((k, u), (k + EIGHT, v)):
             total = b.insert_value(total, plus_product(b, b.extract_value(total, j), x, y), j)
+    return total
+
+
+def _spread(b: Any, total: Any, start: Any, places: list[Any], v: Any) -> Any:
+    """Add v times the numbers at these places to the first of the tile."""
+    for k, at in enumerate(places):
+        factor = repeated(b, b.load(b.gep(start, [at])), v.type)
+        total = b.insert_value(total, plus_product(b, b.extract_value(total, k), factor, v), k)
     return total
 
 

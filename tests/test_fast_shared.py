@@ -3,6 +3,7 @@ import torch
 
 from fedtorch.compiled import loops
 from fedtorch.fast import shared, small
+from loop_case import close, drawn
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
@@ -12,15 +13,6 @@ def way(request, monkeypatch):
     for module in (shared, small):
         monkeypatch.setattr(module, "tiles", lambda like: fast)
     return request.param
-
-
-def drawn(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
-
-
-def close(a, b):
-    exact = a.dtype == torch.float64
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-12 if exact else 2e-5 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

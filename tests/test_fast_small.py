@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from fedtorch.fast import small
+from loop_case import close, drawn
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -10,15 +11,6 @@ def way(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr("fedtorch.fast.small.loops", lambda module: None)
     return request.param
-
-
-def drawn(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype)
-
-
-def close(a, b):
-    exact = a.dtype == torch.float64
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-12 if exact else 2e-5 * b.abs().max().item())
 
 
 WIDTHS = (1, 3, 15, 16, 17, 64, 81, 200)

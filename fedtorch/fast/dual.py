@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedtorch.fast.layers import Rule, squares
 from fedtorch.fast.rows import Rows
-from fedtorch.fast.shared import LARGE, Shared
+from fedtorch.fast.shared import Shared, large
 from fedtorch.fast.small import Coefficients, Written, spans, turned, weighed
 from fedtorch.fast.spec import Linear
 from fedtorch.types import Params, Stack
@@ -66,7 +66,7 @@ class Dual:
 
     def coarse(self, rows: int, exact: bool) -> bool:
         """Whether the sum over so many rows is taken in bfloat16."""
-        return self.half and not exact and rows * self.w0.numel() >= LARGE
+        return self.half and not exact and large(rows, self.w0)
 
     def released(self, total: Tensor, bias: Tensor, weight: Tensor) -> Params:
         """Sums of weighted -D^T A and of its rows -> the sum of the clients' changes by name."""

@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.fast.small import SIDE, tiles, turned
-
-LEAST = 10
-"""Rows that the loop takes at a time."""
+from fedtorch.fast.small import tiles, turned
 
 LARGE = 1 << 23
 """Multiplications from which on a product is worth the way to bfloat16 and back, or several threads."""
 
 TALL = 600
 """Rows of a product at a time: with thousands at once the library is a sixth slower."""
+
+
+def large(rows: int, weight: Tensor) -> bool:
+    """Whether a product of so many rows and this weight is."""
+    return rows * weight.numel() >= LARGE
 
 
 class Shared:
@@ -35,7 +37,8 @@ class Shared:
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """What the loop reads: sixteen columns after sixteen, and the bias, empty where there is none."""
         q, p = self.weight.shape
-        panels = self.weight.new_empty(-(-q // SIDE), p, SIDE)
+        width = self.fast.WIDTH
+        panels = self.weight.new_empty(-(-q // width), p, width)
         self.fast.panels(turned(self.weight).numpy(), panels.numpy())
         bias = self.weight.new_empty(0) if self.bias is None else self.bias.contiguous()
         return panels.numpy(), bias.numpy()
@@ -48,16 +51,19 @@ class Shared:
     def __call__(self, a: Tensor) -> Tensor:
         """[..., p] -> [..., q]."""
         rows = a.flatten(0, -2)
-        large = len(rows) * self.weight.numel() >= LARGE
-        if self.half and large:
+        much = large(len(rows), self.weight)
+        if self.half and much:
             out = (rows.bfloat16() @ self.wide.T).float()
             out = out if self.bias is None else out.add_(self.bias)
-        elif self.fast and len(rows) >= LEAST and (not large or torch.get_num_threads() == 1):
+        elif self._loops(len(rows)) and (not much or torch.get_num_threads() == 1):
             out = rows.new_empty(len(rows), len(self.weight))
             self.fast.shared(rows.contiguous().numpy(), *self.arrays, out.numpy())
         else:
             out = self._by_library(rows)
         return out.view(*a.shape[:-1], len(self.weight))
+
+    def _loops(self, rows: int) -> bool:
+        return self.fast is not None and rows >= self.fast.TEN
 
     def _by_library(self, rows: Tensor) -> Tensor:
         if len(rows) < 2 * TALL:

@@ -17,9 +17,6 @@ LOOPS = "fedtorch.fast.kernels"
 TILES = "fedtorch.fast.tiles"
 """Those that want sixteen registers for one sum."""
 
-SIDE = 16
-"""Of a tile."""
-
 
 def compiled(like: Tensor) -> Any:
     """The loops, if they can be had for tensors like this one."""
@@ -140,7 +137,8 @@ def weighed(D: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def turned(x: Tensor) -> Tensor:
     """The transpose of [p, q], row by row."""
-    if min(x.shape) >= SIDE and x.is_contiguous() and (fast := tiles(x)):
+    fast = tiles(x)
+    if fast and min(x.shape) >= fast.WIDTH and x.is_contiguous():
         out = x.new_empty(x.shape[1], x.shape[0])
         fast.turn(x.numpy(), out.numpy())
         return out

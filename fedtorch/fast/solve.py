@@ -250,9 +250,9 @@ class Visit:
     layers: Sequence[Weights]
     loss: Tensor
     """Mean training loss over the visit's steps, [K]."""
-    exact: bool = False
+    exact: bool
     """Never sum in bfloat16."""
-    like: Tensor = field(default_factory=lambda: torch.zeros(0))
+    like: Tensor
     """Of the weights' type and device."""
 
     @property
