@@ -3,7 +3,10 @@
 Gopi, Lee and Wutschitz 2021 (arXiv:2106.02848): the loss of one release is rounded to a grid, and the loss
 of a run is the sum over its releases, so its transform is a product of powers. That product is next to
 nothing but at the lowest frequencies, a few hundred of perhaps a million; delta at any epsilon is a
-weighted sum over them, and nothing is ever transformed back but for a look at its rounding errors.
+weighted sum over them, and nothing is ever transformed back.
+
+What rounding may do is bounded from above and counted against delta. It is never measured: what one
+processor happens to round to nothing, another does not.
 """
 
 import math
@@ -14,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedtorch.privacy.gaussian import above
+
+EPS = float(np.finfo(float).eps)
 
 NOTHING = 1e-30
 """Frequencies that a run multiplies by less are not kept."""
@@ -29,6 +34,8 @@ class Release(NamedTuple):
     shift: float
     spectrum: Any
     """Transform of the masses, at the frequencies that are kept."""
+    rounding: float
+    """How far off any frequency may be, and a product with it."""
     envelope: Any
     """Logarithm of the largest magnitude at this frequency or any above."""
 
@@ -60,9 +67,12 @@ def release(noise: float, rate: float, reach: float, mesh: float, least: int) ->
     pmf = np.zeros(size)
     pmf[start:stop] = masses
     spectrum = np.fft.rfft(pmf)
+    # a transform in log2(size) stages, each of which rounds; 2 for the result itself, 1 for its powers. A
+    # test holds this to longer numbers
+    off = EPS * (3 + math.sqrt(math.log2(size)) * float(np.linalg.norm(pmf)))
     envelope = np.log(np.maximum.accumulate(np.abs(spectrum)[::-1])[::-1])
     kept = int(np.searchsorted(-envelope, -math.log(NOTHING) / least)) + 1
-    return Release(mesh, size, first, shift, spectrum[:kept].copy(), envelope[:kept].copy())
+    return Release(mesh, size, first, shift, spectrum[:kept].copy(), off, envelope[:kept].copy())
 
 
 def epsilon_of(
@@ -70,8 +80,8 @@ def epsilon_of(
 ) -> float:
     """Where delta of the sum of the parts' losses, each so many times, is ``delta - slack``, from above.
 
-    All parts are on grids of the same places but for their shifts. Inf where rounding errors are not far
-    below delta. ``start`` is where to look first.
+    All parts are on grids of the same places but for their shifts. Inf where rounding could make up half of
+    delta. ``start`` is where to look first.
     """
     size, mesh, tiny = parts[0][0].size, parts[0][0].mesh, slack / 1000
     count = _needed(parts, math.log(tiny / size))
@@ -87,13 +97,18 @@ def epsilon_of(
     moved = round(shift / mesh)
     product *= _turned(-k * (((steps - 1) * first + moved) % size), size)
     zero = first * mesh + shift - moved * mesh
-    length = size if count > size // 2 else min(size, 1 << (4 * count).bit_length())
-    masses = np.fft.irfft(product, length)
-    # what rounding leaves below zero shows how much of the rest is rounding, as much again being above
-    rounding = -2 * float(masses[masses < 0].sum())
-    if 10 * rounding > delta:
+    tails = _Tails(product, size, mesh, zero)
+    rounding = tails.rounding + tails.most(_off(parts, count))
+    if 2 * rounding > delta:
         return math.inf
-    return _Tails(product, size, mesh, zero).solve(delta - slack - tiny - rounding, start)
+    return tails.solve(delta - slack - tiny - rounding, start)
+
+
+def _off(parts: Sequence[tuple[Release, int]], count: int) -> Any:
+    """How far rounding may put the product off at each frequency, from above."""
+    sizes = [np.abs(one.spectrum[:count]) + one.rounding for one, _ in parts]
+    product = np.exp(sum(t * np.log(m) for (_, t), m in zip(parts, sizes, strict=True)))
+    return product * sum(t * one.rounding / m for (one, t), m in zip(parts, sizes, strict=True))
 
 
 class _Tails:
@@ -114,10 +129,11 @@ class _Tails:
         angle = 2 * math.pi / size * k
         plain = 2 * np.sin(angle / 2) ** 2 - 1j * np.sin(angle)
         plain[0] = 1
+        self.step = twice / np.abs(plain)
         self.plain = weighed / plain
         self.falling = weighed / (math.exp(-mesh) * plain - math.expm1(-mesh))
         terms = float(np.abs(self.plain).sum() + np.abs(self.falling).sum()) + 2
-        self.rounding = 2 * np.finfo(float).eps * terms
+        self.rounding = 2 * EPS * terms
 
     def at(self, place: int) -> tuple[float, float]:
         """Mass from ``place`` on, and the same with e^(-loss) as a weight, times e^(loss at place)."""
@@ -129,15 +145,19 @@ class _Tails:
         weighed = even * -math.expm1(-self.mesh * rest) / -math.expm1(-self.mesh)
         return mass, weighed + float(np.sum(self.falling * (turn - end)).real)
 
+    def most(self, off: Any) -> float:
+        """By how much any sum of masses can be wrong if each frequency is wrong by ``off``, from above.
+
+        So can delta, whose weights rise from 0 to 1: it is a mean of such sums.
+        """
+        return float(off[0] + 2 * np.sum(off[1:] * self.step[1:]))
+
     def solve(self, delta: float, start: float) -> float:
         """Smallest epsilon, from -1 up, at which E max(0, 1 - e^(epsilon - loss)) is at most ``delta``.
 
         Newton's method on the logarithm, which is nearly a straight line, until it is within one place of
         the grid, where the equation is solved exactly.
         """
-        delta -= self.rounding
-        if delta <= 0:
-            return math.inf
         low, high = -1.0, self.zero + self.mesh * (self.size - 2)
         epsilon = min(max(start, low), high)
         for _ in range(200):
