@@ -15,11 +15,26 @@ from fedtorch.types import ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
+IGNORED = -100
+"""The class of positions that do not count, as in ``torch.nn.functional.cross_entropy``."""
+
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """Classes: output [B, ..., C] logits, target [B, ...] integers -> [B, ...]."""
-    flat = F.cross_entropy(output.flatten(0, -2), target.flatten(), reduction="none")
-    return flat.view(target.shape)
+    """Classes, as ``F.cross_entropy`` reads them: output [B, C, ...] logits, target [B, ...] -> [B, ...].
+
+    Classes lie on axis 1, whatever the other sizes are: text is [B, C, T], a segmentation [B, C, H, W].
+    A float target of the output's shape holds probabilities of the classes. Positions of class -100
+    are ignored: those of an example that count are weighed so that the example's mean is theirs, and an
+    example without any has a loss of 0. Raises ConfigError where the shapes do not fit.
+    """
+    if target.shape == output.shape and target.is_floating_point() and target.dim() > 1:
+        return F.cross_entropy(output, target, reduction="none")
+    _one_axis_less(output, target)
+    if output.dim() == 2:
+        return F.cross_entropy(output, target, reduction="none")
+    # classes last, as the flat kernel takes them: of text that a model turned round it is a view
+    flat = F.cross_entropy(output.movedim(1, -1).flatten(0, -2), target.flatten(), reduction="none")
+    return flat.view(target.shape) * _weights(target)
 
 
 def binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
@@ -35,8 +50,13 @@ def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Share of classes predicted right, per example [B, ...]."""
-    return (output.argmax(-1) == target).float()
+    """Share of classes predicted right: output [B, C, ...], target [B, ...] -> per example [B, ...].
+
+    Positions of class -100 do not count, as in ``cross_entropy``.
+    """
+    _one_axis_less(output, target)
+    hits = (output.argmax(1) == target).float()
+    return hits if output.dim() == 2 else hits * _weights(target)
 
 
 def binary_accuracy(output: Tensor, target: Tensor) -> Tensor:
@@ -47,6 +67,29 @@ def binary_accuracy(output: Tensor, target: Tensor) -> Tensor:
 def mean_absolute_error(output: Tensor, target: Tensor) -> Tensor:
     """Absolute error, per example."""
     return (_like(output, target) - target).abs()
+
+
+def counted(metric: Loss, target: Tensor) -> Tensor | None:
+    """How many positions of each example count, [B], where the metric ignores some; else None."""
+    if metric not in (cross_entropy, accuracy) or target.is_floating_point():
+        return None
+    ignored = target == IGNORED
+    return (~ignored).flatten(1).sum(1) if bool(ignored.any()) else None
+
+
+def _weights(target: Tensor) -> Tensor:
+    # [B, ...]: 1 where everything counts, so that no bit changes there
+    kept = (target != IGNORED).flatten(1)
+    weight = kept.shape[1] / kept.sum(1, keepdim=True).clamp(min=1)
+    return (kept * weight).view(target.shape)
+
+
+def _one_axis_less(output: Tensor, target: Tensor) -> None:
+    if output.dim() < 2 or (output.shape[0], *output.shape[2:]) != target.shape:
+        raise ConfigError(
+            f"the model gives {tuple(output.shape)} but the targets are {tuple(target.shape)}: classes "
+            "lie on axis 1, as in torch's cross_entropy, so that output [B, C, ...] has targets [B, ...]"
+        )
 
 
 def _like(output: Tensor, target: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ class CharLSTM(nn.Module):
         self.head = nn.Linear(hidden, vocab_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Characters [B, T] -> logits [B, T, vocab_size]."""
-        return self.head(self.lstm(self.embed(x))[0])
+        """Characters [B, T] -> logits [B, vocab_size, T]: classes on axis 1, as torch's losses want."""
+        return self.head(self.lstm(self.embed(x))[0]).transpose(1, 2)
 
 
 def build(vocab_size: int, embedding: int = 32, hidden: int = 128, layers: int = 1) -> nn.Module:

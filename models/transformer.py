@@ -42,9 +42,10 @@ class CharTransformer(nn.Module):
         self.head = nn.Linear(width, vocab_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Characters [B, T] -> logits [B, T, vocab_size]."""
+        """Characters [B, T] -> logits [B, vocab_size, T]: classes on axis 1, as torch's losses want."""
         places = torch.arange(x.shape[1], device=x.device)
-        return self.head(self.norm(self.blocks(self.token(x) + self.position(places))))
+        deep = self.blocks(self.token(x) + self.position(places))
+        return self.head(self.norm(deep)).transpose(1, 2)
 
 
 def build(

@@ -71,6 +71,17 @@ def test_labels_and_outputs_must_fit(outputs, labels, classes, message):
         classes_fit(mlp(classes=outputs), named(torch.tensor(labels), classes))
 
 
+@pytest.mark.parametrize("classes", [3, 8, 12])
+def test_the_classes_of_a_segmentation_are_on_axis_1_not_in_its_width(classes):
+    x, y = torch.randn(4, 1, 8, 8), torch.randint(0, classes, (4, 8, 8))
+    maps = from_tensors("maps", (x, y), (x, y), "classification", classes)
+    classes_fit(torch.nn.Conv2d(1, classes, 1), maps)
+    with pytest.raises(
+        ConfigError, match=f"needs an output of {classes} for each example, on axis 1"
+    ):
+        classes_fit(torch.nn.Conv2d(1, classes - 1, 1), maps)
+
+
 def test_metrics_are_tried_too():
     data = named(torch.tensor([0, 1]), 4)
     metrics_fit(mlp(), data.test, {"accuracy": accuracy})
@@ -109,7 +120,7 @@ def test_an_lstm_trains_one_client_after_another_and_says_so():
             self.head = nn.Linear(8, 9)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.lstm(self.embed(x))[0])
+            return self.head(self.lstm(self.embed(x))[0]).transpose(1, 2)
 
     clients = [Client(str(k), (torch.arange(40).view(5, 8) % 9,) * 2) for k in range(3)]
     server = Server(Reader(), clients, Recipe(lr=1.0), engine=Local(chunk=3))

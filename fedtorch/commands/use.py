@@ -83,7 +83,7 @@ def predict(argv: Sequence[str]) -> int:
 def described(output: Tensor, kind: str) -> list[dict[str, Any]]:
     """The class and its probability, or the number predicted."""
     if kind == "classification":
-        chance, label = output.softmax(-1).max(-1)
+        chance, label = output.softmax(1).max(1)
         pairs = zip(label.tolist(), chance.tolist(), strict=True)
         return [{"prediction": y, "probability": p} for y, p in pairs]
     values = output.flatten(1).squeeze(-1)
@@ -144,7 +144,7 @@ def write_on(run: Trained, start: str, length: int) -> str:
     with torch.no_grad():
         for _ in range(length):
             output = forward(run.model, torch.tensor([codes[-window:]]))
-            codes.append(int(output[0, -1].argmax()))
+            codes.append(int(output[0, :, -1].argmax()))
     return "".join(vocabulary[c] for c in codes[len(start) :])
 
 

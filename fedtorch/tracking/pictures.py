@@ -172,7 +172,7 @@ def predictions(
     with torch.no_grad(), seeds.seeded(0):
         for index in torch.arange(min(length(data.test), most)).split(512):
             x, y = fetch(data.test, index)
-            guesses.append(forward(model, to(x, device)).argmax(-1).cpu())
+            guesses.append(forward(model, to(x, device)).argmax(1).cpu())
             xs.append(x)
             ys.append(y.cpu())
     model.train(was_training)
