@@ -53,6 +53,14 @@ def plan(n: int, order: Order, seed: int) -> Tensor:
     return (torch.cat(passes) if len(passes) > 1 else passes[0])[:steps]
 
 
+def least(n: int, order: Order) -> int:
+    """Size of the smallest batch that a client of ``n`` examples takes in a visit."""
+    size = min(order.batch_size or n, n)
+    rest = 0 if order.drop_last else n % size
+    comes = order.steps is None or order.steps > n // size
+    return rest if rest and comes else size
+
+
 def fetch(data: Dataset, index: Tensor) -> tuple[Any, Any]:
     """The examples at ``index`` as one batch ``(x, y)``; datasets are collated as DataLoader does."""
     if isinstance(data, TensorDataset):
@@ -91,29 +99,37 @@ def batches(data: Dataset, plan: Tensor) -> Iterator[tuple[Any, Any]]:
         yield from zip(x.split(sizes), y.split(sizes), strict=True)
 
 
+def alike(plans: Sequence[Tensor]) -> bool:
+    """Whether in every step all clients take equally many examples, so that none needs filling up."""
+    real = [p >= 0 for p in plans]
+    return all(r.shape == real[0].shape and torch.equal(r, real[0]) for r in real[1:])
+
+
 def side_by_side(
-    datasets: Sequence[Dataset], plans: Sequence[Tensor]
+    datasets: Sequence[Dataset], plans: Sequence[Tensor], cut: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Step by step, K clients' batches as one: x [K, B, ...], y [K, B, ...], mask [K, B].
 
     Where a client has no example (a short batch, or its steps are over) the mask is False and one of
-    its own examples stands in, so that every row is real data of that client.
+    its own examples stands in, so that every row is real data of that client. With ``cut`` a step is
+    no longer than its longest batch, so that of clients with ``alike`` plans every row is an example.
     """
     steps, size = max(len(p) for p in plans), max(p.shape[1] for p in plans)
     index = torch.stack(
         [F.pad(p, (0, size - p.shape[1], 0, steps - len(p)), value=-1) for p in plans]
     )
+    longest = (index >= 0).sum(2).amax(0).tolist() if cut else [size] * steps
     if all(isinstance(d, TensorDataset) for d in datasets):
         tables = [d.tensors for d in datasets if isinstance(d, TensorDataset)]
         xs, ys = torch.cat([t[0] for t in tables]), torch.cat([t[1] for t in tables])
         sizes = torch.tensor([len(t[0]) for t in tables])
         start = (sizes.cumsum(0) - sizes)[:, None]
         for t in range(steps):
-            i = index[:, t]
+            i = index[:, t, : longest[t]]
             at = start + i.clamp(min=0)
             yield xs[at], ys[at], i >= 0
     else:
         for t in range(steps):
-            i = index[:, t]
+            i = index[:, t, : longest[t]]
             pairs = [fetch(d, i[k].clamp(min=0)) for k, d in enumerate(datasets)]
             yield torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs]), i >= 0

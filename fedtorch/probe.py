@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import Dataset
 
 from fedtorch import seeds
-from fedtorch.batches import fetch, length
+from fedtorch.batches import fetch, least, length
 from fedtorch.client import Client, Recipe
 from fedtorch.losses import Loss, reduce
 from fedtorch.masks import Drawing
@@ -78,6 +78,34 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
         loss.mean().backward()
     model.zero_grad()
     put_back(model, before)
+
+
+def single(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
+    """A batch of one example, where a client has such a batch; raises ConfigError naming the client."""
+    few = [c for c in clients if least(len(c), recipe) == 1]
+    if not few or isinstance(recipe.privacy, SampleLevel):  # whose batches are drawn by chance
+        return
+    client, before = few[0], snapshot(model)
+    x, y = to(fetch(client.data, torch.tensor([0])), next(model.parameters()).device)
+    try:
+        with torch.no_grad(), seeds.seeded(0):
+            loss = reduce(recipe.loss(forward(model.train(), x), y))
+            if loss.dim() and len(loss) != 1:
+                raise ValueError(f"the loss gives {_shape(loss)} for one example")
+    except Exception as e:
+        fix = "leave out the last, smaller batch (drop_last), or take another batch_size"
+        if recipe.batch_size == 1:
+            fix = "take a larger batch_size"
+        elif len(client) == 1:
+            fix = "leave that client out"
+        others = f", as have {len(few) - 1} more" if len(few) > 1 else ""
+        raise ConfigError(
+            f"client {client.id} has a batch of one example ({len(client)} examples, batch_size "
+            f"{recipe.batch_size}){others}, and model {type(model).__name__} or its loss cannot train "
+            f"on one ({type(e).__name__}: {e}): {fix}"
+        ) from e
+    finally:
+        put_back(model, before)
 
 
 def classes_fit(model: nn.Module, data: Classes) -> None:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
-from fedtorch.batches import side_by_side
+from fedtorch.batches import alike, side_by_side
 from fedtorch.losses import Loss, reduce
 from fedtorch.masks import Drawing
 from fedtorch.modules import buffers
@@ -28,6 +29,11 @@ from fedtorch.tree import expand, per_client
 from fedtorch.types import Context, Params, Stack, Task
 from fedtorch.working import Recipe as Recipe
 from fedtorch.working import Working, correct
+
+UNEVEN = (
+    "model or loss looks at the whole batch, and these clients' batches are not equally large: train "
+    "them one after another (solvers.general)"
+)
 
 
 class Trained(NamedTuple):
@@ -123,6 +129,31 @@ class Mixed:
             return self.solver(model, datasets, plans, task, recipe, ctx, private)
 
 
+def normalises(model: nn.Module) -> bool:
+    """Whether a layer that is in training takes its statistics from the batch, of any examples."""
+    return any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
+
+
+def evenly(model: nn.Module, plans: Sequence[Tensor]) -> bool:
+    """Whether no batch has to be filled up; raises ValueError where that would be wrong."""
+    even = alike(plans)
+    if not even and normalises(model):
+        raise ValueError(UNEVEN)
+    return even
+
+
+def averaged(losses: Tensor, mask: Tensor, even: bool) -> Tensor:
+    """Each client's loss, [K], from those of its examples [K, B], of which it has the ones in ``mask``.
+
+    A loss for whole batches, [K], is as it is; raises ValueError where such batches were filled up.
+    """
+    if losses.dim() == 2:
+        return torch.where(mask, losses, 0).sum(1) / mask.sum(1).clamp(min=1)
+    if not even:
+        raise ValueError(UNEVEN)
+    return losses
+
+
 def together(
     model: nn.Module,
     loss: Loss,
@@ -157,10 +188,13 @@ def stacked(
     """K clients at once: every weight gets a client axis and an ordinary torch optimizer steps it.
 
     The K losses are independent, so the gradient of their sum is each client's own gradient. Clients
-    whose steps are over stay as they are.
+    whose steps are over stay as they are. A batch shorter than another client's is filled up with rows
+    that count for nothing, which only a model and a loss that look at each example alone do not see.
+    Raises ValueError where they would.
     """
     K = len(datasets)
     model.train()
+    even = private is None and evenly(model, plans)
     names = {k for k, p in model.named_parameters() if p.requires_grad}
     state = {k: v.expand(K, *v.shape).clone() for k, v in task.state.items()}
     params = {k: v.requires_grad_() for k, v in state.items() if k in names}
@@ -175,7 +209,7 @@ def stacked(
     if private is not None:
         private = replace(private, drawing=drawing)
 
-    for t, (x, y, mask) in enumerate(side_by_side(datasets, plans)):
+    for t, (x, y, mask) in enumerate(side_by_side(datasets, plans, cut=even)):
         x, y, mask = x.to(device), y.to(device), mask.to(device)
         live = t < ctx.steps
         before = None if live.all() else {k: v.detach().clone() for k, v in state.items()}
@@ -187,8 +221,7 @@ def stacked(
             grads, each = stacked_gradients(model, recipe.loss, params, rest, batch, private)
             for k, v in params.items():
                 v.grad = grads[k]
-        if each.dim() == 2:  # one loss for each example: average each client's real ones
-            each = torch.where(mask, each, 0).sum(1) / mask.sum(1).clamp(min=1)
+        each = averaged(each, mask, even)
         if private is None:
             each.sum().backward()
         if correcting:

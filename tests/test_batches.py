@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from fedtorch.batches import batches, fetch, plan, side_by_side
+from fedtorch.batches import alike, batches, fetch, least, plan, side_by_side
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,26 @@ def test_side_by_side_masks_what_a_client_does_not_have():
                 assert (x[k] >= 100).all() == (k == 1)
         assert sorted(seen[0]) == sorted([0, 1, 4, 9, 16] * 2)
         assert sorted(seen[1]) == sorted([100**2, 101**2] * 2)
+
+
+def test_clients_alike_are_never_filled_up():
+    data = [TensorDataset(torch.arange(5.0) + 10 * k, torch.arange(5)) for k in range(2)]
+    plans = [plan(5, Order(epochs=2, batch_size=3), k) for k in range(2)]
+    assert alike(plans) and not alike([*plans, plan(6, Order(epochs=2, batch_size=3), 0)])
+    assert not alike([plans[0], plans[1][:2]])
+    assert alike([plan(9, Order(steps=2), 0), plan(11, Order(steps=2), 0)])
+    steps = [*side_by_side(data, plans, cut=True)]
+    assert [tuple(x.shape) for x, _, _ in steps] == [(2, 3), (2, 2)] * 2
+    assert all(bool(mask.all()) for _, _, mask in steps)
+    for k in range(2):
+        seen = torch.cat([x[k] for x, _, _ in steps[:2]])
+        assert sorted(seen.tolist()) == data[k].tensors[0].tolist()
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 9) | st.none(), st.booleans())
+def test_the_smallest_batch_is_foreseen(n, batch, steps, drop_last):
+    order = Order(batch_size=batch, steps=steps, drop_last=drop_last)
+    assert least(n, order) == (plan(n, order, 0) >= 0).sum(1).min()
 
 
 def test_batches_are_the_plan_step_by_step():

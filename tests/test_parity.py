@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import make_clients
 from fedtorch import (
     Client,
     ClientOptimizer,
@@ -18,7 +19,13 @@ from fedtorch import (
     Server,
     ServerAdam,
     ServerSGD,
+    local_update,
+    seeds,
 )
+from fedtorch.batches import plan
+from fedtorch.losses import cross_entropy
+from fedtorch.modules import snapshot
+from fedtorch.types import ClientError, Task
 
 SIZES = [37, 5, 18, 64, 1, 23]  # unequal, one below a batch, one single example
 
@@ -133,3 +140,82 @@ def test_batchnorm_agrees_and_is_never_padded():
         states.append({k: v.clone() for k, v in model.state_dict().items()})
     for k, v in states[0].items():
         assert torch.allclose(v.double(), states[1][k].double(), atol=1e-6), k
+
+
+def whole_batch(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """One number that no mean over examples gives: each is weighed against its neighbours."""
+    losses = nn.functional.cross_entropy(output, target, reduction="none")
+    return (losses.softmax(0).detach() * losses).sum()
+
+
+def bn_mlp() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def by_hand(model: nn.Module, clients: list[Client], recipe: Recipe, rounds: int) -> nn.Module:
+    """What a PyTorch user would write: every client on its own batches, then the mean by examples."""
+    model = copy.deepcopy(model)
+    for r in range(rounds):
+        mean = dict.fromkeys(model.state_dict(), 0.0)
+        for c in clients:
+            own = copy.deepcopy(model).train()
+            optimizer = torch.optim.SGD(own.parameters(), recipe.lr)
+            x, y = c.data.tensors
+            for index in plan(len(c), recipe, seeds.derive(3, "order", r, c.id)):
+                index = index[index >= 0]
+                optimizer.zero_grad()
+                recipe.loss(own(x[index]), y[index]).mean().backward()
+                optimizer.step()
+            share = len(c) / sum(len(c) for c in clients)
+            mean = {k: mean[k] + share * v.double() for k, v in own.state_dict().items()}
+        model.load_state_dict({k: mean[k].to(v) for k, v in model.state_dict().items()})
+    return model
+
+
+WHOLE = {
+    "batchnorm": (bn_mlp, cross_entropy),
+    "conv": (conv_bn, cross_entropy),
+    "mean": (mlp, nn.CrossEntropyLoss()),
+    "sum": (mlp, nn.CrossEntropyLoss(reduction="sum")),
+    "weighed": (mlp, whole_batch),
+    "both": (bn_mlp, nn.CrossEntropyLoss(label_smoothing=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize(
+    "order",
+    [
+        {"batch_size": 8},
+        {"batch_size": 8, "epochs": 2, "drop_last": True},
+        {"batch_size": 7, "steps": 6},
+        {"batch_size": None, "epochs": 2},
+    ],
+    ids=str,
+)
+def test_who_looks_at_the_whole_batch_sees_real_batches_alone(name, order):
+    make, loss = WHOLE[name]
+    recipe = Recipe(loss=loss, lr=0.02, **order)
+    sizes = [37, 18, 37, 5, 18, 20]  # 8 leaves 5, 2, 5, 5, 2, 4; some equally large, some not
+    everybody = make_clients(sizes)
+    wanted = by_hand(make(), everybody, recipe, 2)
+    for solver, chunk in (("auto", None), ("stacked", 3), ("stacked", None), ("general", None)):
+        model = make()
+        engine = Local(chunk=chunk, solver=solver)
+        server = Server(model, everybody, recipe, engine=engine, seed=3)
+        assert all(figures["clients"] == len(sizes) for figures in server.rounds(2))
+        for k, v in wanted.state_dict().items():
+            if v.is_floating_point():
+                worst = float((model.state_dict()[k] - v).abs().max())
+                assert worst <= 1e-6, (solver, chunk, k, worst)
+
+
+@pytest.mark.parametrize("make, loss", [WHOLE["batchnorm"], WHOLE["mean"]])
+def test_what_would_be_filled_up_is_refused_by_the_stacked_solver(make, loss):
+    model = make()
+    task = Task(snapshot(model), {}, 0, 0, 0.1)
+    with pytest.raises(ClientError, match="looks at the whole batch"):
+        local_update(make_clients([5, 9]), task, Recipe(loss=loss), model)
+    update, _ = local_update(make_clients([9, 9]), task, Recipe(loss=loss), model)
+    assert len(update.ids) == 2

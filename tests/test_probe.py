@@ -44,6 +44,41 @@ def test_what_does_not_fit_is_said_before_training(model, recipe, message):
         fits(model, make_clients([5]), recipe)
 
 
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(
+    "sizes, order, message",
+    [
+        ([32, 33], {"batch_size": 16}, r"client c1 .* \(33 .*, batch_size 16\), .*drop_last"),
+        ([33, 17], {"batch_size": 16}, "client c0 .*, as have 1 more"),
+        ([32, 1], {"batch_size": 16, "drop_last": True}, "client c1 .*: leave that client out"),
+        ([33, 32], {"batch_size": 16, "steps": 3}, "client c0 .*drop_last"),
+        ([8, 8], {"batch_size": 1}, "client c0 .*: take a larger batch_size"),
+    ],
+)
+def test_a_batch_of_one_that_cannot_train_is_refused_before_training(sizes, order, message):
+    for solver in ("auto", "general"):
+        with pytest.raises(ConfigError, match=message):
+            Server(normed(), make_clients(sizes), Recipe(**order), engine=Local(solver=solver))
+    Server(mlp(), make_clients(sizes), Recipe(**order)).round()  # without BatchNorm it trains
+
+
+def test_a_batch_of_one_that_never_comes_is_no_mistake():
+    for order in ({"drop_last": True}, {"steps": 2}):
+        server = Server(normed(), make_clients([33, 20]), Recipe(batch_size=16, **order))
+        assert server.round()["clients"] == 2
+
+
+def test_a_loss_that_gives_no_number_for_one_example_is_refused_too():
+    def paired(output, y):
+        return (output[1:] - output[:-1]).square().sum(1).max()
+
+    with pytest.raises(ConfigError, match="client c1 has a batch of one example"):
+        Server(mlp(), make_clients([8, 9]), Recipe(loss=paired, batch_size=8))
+
+
 def test_trying_leaves_no_trace():
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     before, state = weights(model), torch.get_rng_state()

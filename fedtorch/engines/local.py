@@ -40,6 +40,7 @@ class Local:
         """Try one batch and choose how to train."""
         worker = copy.deepcopy(model).to(self.device)
         probe.fits(worker, clients, recipe)
+        probe.single(worker, clients, recipe)
         choice = choose(worker, clients, recipe, self.chunk, self.solver, self.dtype)
         by_id = {c.id: c for c in clients}
         session = LocalSession(worker, by_id, choice.recipe, choice, choice.notes)
@@ -77,8 +78,8 @@ class LocalSession:
         while cohort:
             size = limit
             if self.choice.strict:
+                # who has equally many examples has equally large batches, step by step
                 size = sum(len(c) == len(cohort[0]) for c in cohort[:size])
-                size = size if self._unpadded(len(cohort[0])) else 1
             chunks.append(cohort[:size])
             cohort = cohort[size:]
         return chunks
@@ -105,7 +106,3 @@ class LocalSession:
 
     def close(self) -> None:
         """Nothing to let go of."""
-
-    def _unpadded(self, n: int) -> bool:
-        size = min(self.recipe.batch_size or n, n)
-        return self.recipe.drop_last or n % size == 0
