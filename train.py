@@ -37,7 +37,7 @@ from fedtorch.tracking.pictures import Pictures
 from fedtorch.types import ClientError, ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """Every option of a run. ``--config run.toml`` sets them, flags override."""
 
@@ -149,17 +149,24 @@ def train(config: Config) -> dict[str, Any]:
     loss, metrics = assemble.loss_and_metrics(data.kind, config.loss, config.metrics)
     recipe = Recipe(
         config.strategy,
-        loss,
-        ClientOptimizer(config.optimizer, config.optimizer_args),
-        learning_rate(config),
-        config.epochs,
-        config.steps,
-        config.batch_size,
-        config.drop_last,
-        config.privacy and replace(config.privacy, rounds=config.privacy.rounds or config.rounds),
+        loss=loss,
+        optimizer=ClientOptimizer(config.optimizer, config.optimizer_args),
+        lr=learning_rate(config),
+        epochs=config.epochs,
+        steps=config.steps,
+        batch_size=config.batch_size,
+        drop_last=config.drop_last,
+        privacy=config.privacy
+        and replace(config.privacy, rounds=config.privacy.rounds or config.rounds),
     )
     server = Server(
-        model, clients, recipe, config.participation, config.schedule, config.engine, config.seed
+        model,
+        clients,
+        recipe,
+        participation=config.participation,
+        schedule=config.schedule,
+        engine=config.engine,
+        seed=config.seed,
     )
     if data.kind == "classification":
         probe.classes_fit(model, data)

@@ -86,7 +86,14 @@ def dealing() -> dict[str, float]:
     x, y = torch.zeros(EXAMPLES, 1), torch.from_numpy(rng.integers(0, 10, EXAMPLES))
     keys = [f"owner {k}" for k in rng.integers(0, CLIENTS, EXAMPLES)]
     data = from_tensors("made", (x, y), (x[:1], y[:1]), "classification", 10, keys)
-    rules = Iid(), Dirichlet(), Dirichlet(0.01), Shards(), QuantitySkew(), QuantitySkew(0.05)
+    rules = (
+        Iid(),
+        Dirichlet(),
+        Dirichlet(alpha=0.01),
+        Shards(),
+        QuantitySkew(),
+        QuantitySkew(alpha=0.05),
+    )
     out = {}
     for how in (*rules, Natural()):
         start = time.process_time()

@@ -65,7 +65,11 @@ def engine(name: str, width: int) -> tuple[list[float], float]:
     """Seconds of each round after two to warm up, and when the engine was ready."""
     data = [(torch.randn(4, 784), torch.arange(4)) for _ in NAMES]
     clients = [Client(n, d) for n, d in zip(NAMES, data, strict=True)]
-    made = {"local": Local(1), "processes": Processes(2, 1), "ray": Ray(2, 1)}[name]
+    made = {
+        "local": Local(chunk=1),
+        "processes": Processes(workers=2, chunk=1),
+        "ray": Ray(workers=2, chunk=1),
+    }[name]
     server = Server(model(width), clients, RECIPE, engine=made)
     session: Any = server.session
     ready = time.perf_counter()
@@ -89,7 +93,7 @@ def sites(width: int) -> tuple[list[float], float]:
         facts = facts_of((784,), 10, "classification")
         offered = plan.Plan("bench", "mlp", {"hidden": width}, facts, batch_size=None)
         network, recipe = offered.build()
-        made = Sites(offered, "127.0.0.1:0", folder / "server", minimum=2)
+        made = Sites(plan=offered, address="127.0.0.1:0", keys=folder / "server", minimum=2)
         server = Server(network, remotes(NAMES), recipe, engine=made)
         session: Any = server.session
         started = [start(folder, name, session.port) for name in NAMES]
@@ -141,7 +145,7 @@ def growth() -> None:
     g = torch.Generator().manual_seed(0)
     data = torch.randn(10_000, 4, 20, generator=g), torch.randint(0, 5, (10_000, 4), generator=g)
     clients = [Client(f"c{k}", (data[0][k], data[1][k])) for k in range(10_000)]
-    server = Server(nn.Linear(20, 5), clients, RECIPE, engine=Processes(2))
+    server = Server(nn.Linear(20, 5), clients, RECIPE, engine=Processes(workers=2))
     session: Any = server.session
     pids = ["self", *(w.process.pid for w in session.workers)]
     start, warm = time.perf_counter(), [0.0] * len(pids)

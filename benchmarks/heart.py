@@ -39,10 +39,15 @@ Split = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 RUNS = {
     "FedAvg": (FedAvg(), 1e-3, 0.7480, 0.6850),
     "FedProx": (FedProx(mu=0.01), 1e-3, 0.7480, 0.6850),
-    "SCAFFOLD": (Scaffold(ServerSGD(lr=1.0)), 1e-3, 0.7480, 0.6840),
-    "FedAdam": (FedAvg(ServerAdam(lr=1e-2, tau=1e-8, beta2=0.999)), 1e-2, 0.7787, 0.7255),
-    "FedAdagrad": (FedAvg(ServerAdagrad(lr=0.316228, tau=1e-8)), 3.162e-3, 0.7787, 0.7314),
-    "FedYogi": (FedAvg(ServerYogi(lr=1e-2, tau=1e-8, beta2=0.999)), 3.162e-3, 0.7787, 0.7314),
+    "SCAFFOLD": (Scaffold(server=ServerSGD(lr=1.0)), 1e-3, 0.7480, 0.6840),
+    "FedAdam": (FedAvg(server=ServerAdam(lr=1e-2, tau=1e-8, beta2=0.999)), 1e-2, 0.7787, 0.7255),
+    "FedAdagrad": (FedAvg(server=ServerAdagrad(lr=0.316228, tau=1e-8)), 3.162e-3, 0.7787, 0.7314),
+    "FedYogi": (
+        FedAvg(server=ServerYogi(lr=1e-2, tau=1e-8, beta2=0.999)),
+        3.162e-3,
+        0.7787,
+        0.7314,
+    ),
 }
 
 
@@ -122,7 +127,7 @@ def main(folder: Path) -> None:
     jobs = {"pooled": ([Client("all", pooled[0])], adam, 1)}
     published = {"pooled": (0.7953, 0.7353)}
     for name, (strategy, lr, *figures) in RUNS.items():
-        recipe = Recipe(strategy, binary_cross_entropy, lr=lr, steps=100, batch_size=4)
+        recipe = Recipe(strategy, loss=binary_cross_entropy, lr=lr, steps=100, batch_size=4)
         jobs[name], published[name] = (clients, recipe, 15), tuple(figures)
     print("algorithm    pooled test (published)           mean of hospitals (published)")
     for name, job in jobs.items():

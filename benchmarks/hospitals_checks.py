@@ -205,7 +205,7 @@ def same_as_undisturbed(trial: "Trial") -> str:
     config = cli.parse(ServeConfig, ["--config", str(trial.folder / "serve.toml")])
     with seeds.seeded(seeds.derive(config.seed, "model")):
         model, recipe = make_plan(config, "").build()
-    clients = [Client(n, Npz(str(trial.rows(n)), "binary").load(0).train) for n in trial.names]
+    clients = [Client(n, Npz(str(trial.rows(n)), kind="binary").load(0).train) for n in trial.names]
     server = Server(model, clients, recipe, engine=Local(chunk=1), seed=config.seed)
     for _ in server.rounds(trial.rounds):
         pass

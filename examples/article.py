@@ -53,7 +53,7 @@ def make_clients(clients: int = 5, rows: int = 100, columns: int = 10) -> list[C
 
 def rounds(clients: list[Client], n: int = 10) -> Iterator[Tensor]:
     """The global model after each round."""
-    recipe = Recipe(FedProx(mu=MU), half_squared_distance, lr=LOCAL, steps=5, batch_size=None)
+    recipe = Recipe(FedProx(mu=MU), loss=half_squared_distance, lr=LOCAL, steps=5, batch_size=None)
     server = Server(MeanVector(10), clients, recipe)
     for _ in server.rounds(n):
         yield server.model.vector.detach().clone()

@@ -1,6 +1,6 @@
 """Clients, and the recipe by which they train. What they do in a round is in ``visit.py``."""
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Recipe:
     """How every client trains in a visit, and how their work is combined."""
 
     strategy: Strategy = FedAvg()
+    _: KW_ONLY
     loss: Loss = cross_entropy
     optimizer: ClientOptimizer = field(default_factory=ClientOptimizer)
     lr: float = 0.1

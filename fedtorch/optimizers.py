@@ -20,7 +20,7 @@ from fedtorch.types import ConfigError, Params
 State = dict[str, Params]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServerOptimizer:
     """Base: named state groups, one pure step. ``step`` returns what is added to the weights."""
 
@@ -40,7 +40,7 @@ class ServerOptimizer:
         raise ConfigError(f"{type(self).__name__} has no step; choose sgd, adam, yogi or adagrad")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServerSGD(ServerOptimizer):
     """Delta times lr; with momentum it is FedAvgM (Hsu et al. 2019, arXiv:1909.06335)."""
 
@@ -59,7 +59,7 @@ class ServerSGD(ServerOptimizer):
         return tmap(lambda d: self.lr * d, delta), state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Adaptive(ServerOptimizer):
     """m <- beta1 m + (1 - beta1) delta;  w <- w + lr m / (sqrt(v) + tau).  No bias correction."""
 
@@ -85,7 +85,7 @@ class _Adaptive(ServerOptimizer):
         return v + square
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServerAdagrad(_Adaptive):
     """FedAdagrad: v <- v + delta^2. The paper runs it with beta1 = 0."""
 
@@ -93,7 +93,7 @@ class ServerAdagrad(_Adaptive):
     """Memory of the mean delta."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServerAdam(_Adaptive):
     """FedAdam: v <- beta2 v + (1 - beta2) delta^2."""
 
@@ -105,7 +105,7 @@ class ServerAdam(_Adaptive):
         return self.beta2 * v + (1 - self.beta2) * square
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServerYogi(_Adaptive):
     """FedYogi: v <- v - (1 - beta2) delta^2 sign(v - delta^2)."""
 

@@ -8,7 +8,7 @@ from fedtorch import seeds
 from fedtorch.types import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Participation:
     """Base: draw a cohort, then lose some of it on the way."""
 
@@ -46,12 +46,12 @@ class Participation:
         """Refuse a choice that this population cannot meet."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Everyone(Participation):
     """All clients, every round."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Uniform(Participation):
     """A fixed number of clients, drawn without replacement."""
 
@@ -72,7 +72,7 @@ class Uniform(Participation):
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Poisson(Participation):
     """Each client independently with a given rate; a round may be empty."""
 

@@ -7,7 +7,7 @@ from fedtorch.optimizers import positive
 from fedtorch.types import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Constant:
     """The same learning rate in every round."""
 
@@ -16,7 +16,7 @@ class Constant:
         return 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Exponential:
     """Multiply the learning rate by ``decay`` every round."""
 
@@ -33,7 +33,7 @@ class Exponential:
         return self.decay**round
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """Multiply the learning rate by ``decay`` every ``every`` rounds."""
 
@@ -53,7 +53,7 @@ class Step:
         return self.decay ** (round // self.every)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cosine:
     """Half a cosine from 1 down to ``floor`` over ``period`` rounds, then flat."""
 

@@ -37,6 +37,7 @@ class Server:
         model: nn.Module,
         clients: Sequence[Client],
         recipe: Recipe | None = None,
+        *,
         participation: Participation = Everyone(),
         schedule: Schedule = Constant(),
         engine: Engine | None = None,

@@ -188,4 +188,4 @@ def test_free_options_keep_their_type(text, value):
 
 def test_a_config_may_name_a_partition_with_options(tmp_path):
     Path(tmp_path / "c.toml").write_text('partition = { name = "dirichlet", alpha = 0.2 }')
-    assert parse("--config", str(tmp_path / "c.toml")).partition == Dirichlet(0.2)
+    assert parse("--config", str(tmp_path / "c.toml")).partition == Dirichlet(alpha=0.2)

@@ -121,4 +121,4 @@ def test_no_folder_is_refused(path):
 def test_fractions_that_leave_nothing_are_refused():
     for share in (0.0, 1.0, float("nan"), -0.1):
         with pytest.raises(ConfigError, match="test_fraction"):
-            Digits(share).load(0)
+            Digits(test_fraction=share).load(0)

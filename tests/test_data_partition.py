@@ -25,7 +25,15 @@ def data(n: int, classes: int = 5, owners: int = 0, seed: int = 0) -> Data:
     return from_tensors("made", (x, y), (x[:1], y[:1]), "classification", classes, keys)
 
 
-HOW = [Iid(), Dirichlet(), Dirichlet(0.05), Dirichlet(100), Shards(), QuantitySkew(), Natural()]
+HOW = [
+    Iid(),
+    Dirichlet(),
+    Dirichlet(alpha=0.05),
+    Dirichlet(alpha=100),
+    Shards(),
+    QuantitySkew(),
+    Natural(),
+]
 
 
 @pytest.mark.parametrize("how", HOW, ids=str)
@@ -40,7 +48,7 @@ def test_every_example_goes_to_exactly_one_client_and_no_client_is_empty(how, n,
 @given(n=st.integers(1, 12), clients=st.integers(1, 12), seed=st.integers(0, 2**32))
 def test_as_many_clients_as_examples_still_get_one_each(n, clients, seed):
     assume(clients <= n)
-    for how in (Iid(), Dirichlet(0.01), QuantitySkew(0.01)):
+    for how in (Iid(), Dirichlet(alpha=0.01), QuantitySkew(alpha=0.01)):
         _, parts = partition(data(n), how, clients, seed)
         assert sorted(torch.cat(parts).tolist()) == list(range(n))
         assert all(len(p) for p in parts)
@@ -73,15 +81,17 @@ def skew(how: Dirichlet | Iid) -> float:
 
 
 def test_a_smaller_alpha_is_more_skewed():
-    assert skew(Dirichlet(0.05)) > skew(Dirichlet(0.5)) > skew(Dirichlet(100)) + 0.05
-    assert abs(skew(Dirichlet(1000)) - skew(Iid())) < 0.1
+    assert (
+        skew(Dirichlet(alpha=0.05)) > skew(Dirichlet(alpha=0.5)) > skew(Dirichlet(alpha=100)) + 0.05
+    )
+    assert abs(skew(Dirichlet(alpha=1000)) - skew(Iid())) < 0.1
 
 
 def test_iid_sizes_differ_by_one_and_shards_hold_about_two_classes():
     _, parts = partition(data(103), Iid(), 10, 0)
     assert sorted({len(p) for p in parts}) == [10, 11]
     d = data(1000, classes=10)
-    _, parts = partition(d, Shards(2), 20, 0)
+    _, parts = partition(d, Shards(per_client=2), 20, 0)
     classes = [len(d.labels[p].unique()) for p in parts]
     # a shard can straddle the border between two classes
     assert max(classes) <= 4
@@ -90,7 +100,7 @@ def test_iid_sizes_differ_by_one_and_shards_hold_about_two_classes():
 
 def test_quantity_skew_is_about_sizes_not_labels():
     d = data(5000)
-    _, parts = partition(d, QuantitySkew(0.5), 5, 0)
+    _, parts = partition(d, QuantitySkew(alpha=0.5), 5, 0)
     sizes = [len(p) for p in parts]
     assert max(sizes) > 3 * min(sizes)
     big = d.labels[parts[int(np.argmax(sizes))]]
@@ -121,7 +131,7 @@ def test_without_labels_or_owners_the_default_is_iid():
     [
         (lambda: data(20), Iid(), 21, "21 clients are more than the 20 training examples"),
         (lambda: data(20), Iid(), 0, "clients must be at least 1"),
-        (lambda: data(20), Shards(3), 10, "10 clients x 3 shards are more than the 20"),
+        (lambda: data(20), Shards(per_client=3), 10, "10 clients x 3 shards are more than the 20"),
         (lambda: data(20), Natural(), 2, "names none: use iid"),
         (lambda: data(20, owners=2), Natural(), 3, "3 clients asked for, but the data has 2"),
         (regression, Dirichlet(), 2, "needs class labels"),
@@ -135,11 +145,11 @@ def test_cuts_that_cannot_be_made_are_refused(make, how, clients, message):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Dirichlet(0),
-        lambda: Dirichlet(float("nan")),
-        lambda: Dirichlet(float("inf")),
-        lambda: QuantitySkew(-1),
-        lambda: Shards(0),
+        lambda: Dirichlet(alpha=0),
+        lambda: Dirichlet(alpha=float("nan")),
+        lambda: Dirichlet(alpha=float("inf")),
+        lambda: QuantitySkew(alpha=-1),
+        lambda: Shards(per_client=0),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(make):

@@ -119,7 +119,7 @@ def test_scaffold_with_one_of_two_clients_moves_c_by_its_share():
     ]
     model = Scalar()
     recipe = Recipe(Scaffold(), loss=quadratic, lr=LR, steps=STEPS, batch_size=None)
-    server = Server(model, clients, recipe, Uniform(cohort_size=1))
+    server = Server(model, clients, recipe, participation=Uniform(cohort_size=1))
     w, c, own = START, 0.0, [0.0, 0.0]
     for figures in server.rounds(6):
         (k,) = map(int, figures["cohort"])
@@ -136,7 +136,7 @@ def test_fedavgm_hsu_2019():
         v = 0.9 * v + delta(w)
         w += v
         want.append(w)
-    check(FedAvg(ServerSGD(momentum=0.9)), want)
+    check(FedAvg(server=ServerSGD(momentum=0.9)), want)
 
 
 LR_S, BETA1, BETA2, TAU = 0.2, 0.9, 0.99, 1e-3
@@ -155,15 +155,15 @@ def adaptive(second_moment, beta1: float = BETA1) -> list[float]:
 
 
 def test_fedadagrad_reddi_2021():
-    check(FedAvg(ServerAdagrad(lr=LR_S)), adaptive(lambda v, s: v + s, beta1=0.0))
+    check(FedAvg(server=ServerAdagrad(lr=LR_S)), adaptive(lambda v, s: v + s, beta1=0.0))
 
 
 def test_fedadam_reddi_2021():
-    check(FedAvg(ServerAdam(lr=LR_S)), adaptive(lambda v, s: BETA2 * v + (1 - BETA2) * s))
+    check(FedAvg(server=ServerAdam(lr=LR_S)), adaptive(lambda v, s: BETA2 * v + (1 - BETA2) * s))
 
 
 def test_fedyogi_reddi_2021():
     check(
-        FedAvg(ServerYogi(lr=LR_S)),
+        FedAvg(server=ServerYogi(lr=LR_S)),
         adaptive(lambda v, s: v - (1 - BETA2) * s * math.copysign(1, v - s)),
     )

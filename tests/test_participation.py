@@ -57,7 +57,7 @@ def test_what_no_population_can_meet_is_refused(wrong):
 
 def test_a_round_nobody_joins_leaves_the_model_as_it_was():
     model = mlp()
-    server = Server(model, make_clients([5, 6]), Recipe(FedAvg()), Poisson(rate=1e-9))
+    server = Server(model, make_clients([5, 6]), Recipe(FedAvg()), participation=Poisson(rate=1e-9))
     before = weights(model)
     figures = server.round()
     assert figures["clients"] == 0

@@ -177,7 +177,7 @@ def test_adaptive_clipping_refuses_noise_its_bits_cannot_pay_for():
 
 
 def test_bands_noise_is_the_dense_inverse_times_white_noise():
-    bands = Bands(3)
+    bands = Bands(count=3)
     c = bands.coefficients()
     assert sum(x * x for x in c) == pytest.approx(1)
     n = 12
@@ -195,7 +195,7 @@ def test_bands_noise_is_the_dense_inverse_times_white_noise():
 
 @pytest.mark.parametrize("rounds, k", [(6, 2), (7, 3), (12, 4)])
 def test_bands_sensitivity_is_the_square_root_of_the_participations(rounds, k):
-    bands = Bands(3)
+    bands = Bands(count=3)
     c = bands.coefficients()
     dense = sum(
         torch.diag(torch.full((rounds - i,), x, dtype=torch.float64), -i) for i, x in enumerate(c)
@@ -207,7 +207,7 @@ def test_bands_sensitivity_is_the_square_root_of_the_participations(rounds, k):
 
 
 def test_bands_keep_clients_apart():
-    plan = ClientLevel(bands=Bands(4), rounds=1)
+    plan = ClientLevel(bands=Bands(count=4), rounds=1)
     last: dict[int, int] = {}
     for t in range(20):
         for i in plan.cohort(10, t):
@@ -217,12 +217,12 @@ def test_bands_keep_clients_apart():
 
 
 def test_one_band_is_independent_noise():
-    assert Bands(1).coefficients() == [1.0]
-    assert ClientLevel(bands=Bands(1), rounds=5).releases(5) == 5
+    assert Bands(count=1).coefficients() == [1.0]
+    assert ClientLevel(bands=Bands(count=1), rounds=5).releases(5) == 5
 
 
 def test_bands_are_charged_by_group():
-    plan = ClientLevel(bands=Bands(2), noise_multiplier=1.0, rounds=4)
+    plan = ClientLevel(bands=Bands(count=2), noise_multiplier=1.0, rounds=4)
     private = server(model(), clients((5,) * 6), plan)
     for _ in range(4):
         private.round()
@@ -234,7 +234,7 @@ def test_bands_are_charged_by_group():
     "n, want", [(8, 2.952827), (16, 3.778665), (64, 5.706595), (1024, 10.709611)]
 )
 def test_full_coefficients_have_the_published_largest_error(n, want):
-    c = Bands(n).coefficients()
+    c = Bands(count=n).coefficients()
     assert sum((x / c[0]) ** 2 for x in c) ** 2 == pytest.approx(want, abs=1e-6)
 
 
@@ -256,4 +256,4 @@ def test_options_of_no_meaning_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         ClientLevel(**options)
     with pytest.raises(ConfigError, match="count"):
-        Bands(2.5)
+        Bands(count=2.5)

@@ -35,7 +35,7 @@ PLANS = [
     SampleLevel(noise_multiplier=1.0, rounds=6, insecure_seed=3),
     ClientLevel(rate=0.75, noise_multiplier=1.0, rounds=6, insecure_seed=3),
     ClientLevel(noise_multiplier=0.2, adaptive=AdaptiveClip(bit_noise=2.0), rounds=6, insecure_seed=3),
-    ClientLevel(noise_multiplier=1.0, bands=Bands(2), rounds=6, insecure_seed=3),
+    ClientLevel(noise_multiplier=1.0, bands=Bands(count=2), rounds=6, insecure_seed=3),
     LocalDP(noise_multiplier=1.0, rounds=6, insecure_seed=3),
 ]  # fmt: skip
 
@@ -184,7 +184,7 @@ def test_a_broken_client_reports_like_any_other():
 
 
 def test_a_resume_after_lost_rounds_starts_correlated_noise_anew(tmp_path):
-    plan = ClientLevel(noise_multiplier=1.0, bands=Bands(2), rounds=8)
+    plan = ClientLevel(noise_multiplier=1.0, bands=Bands(count=2), rounds=8)
     who = clients((9, 20, 14, 5, 6, 7))
     first = server(model(), who, plan)
     first.private.ledger = Ledger(tmp_path / "ledger.jsonl", "client")
@@ -205,7 +205,7 @@ def test_a_resume_after_lost_rounds_starts_correlated_noise_anew(tmp_path):
 
 def test_noise_taken_back_twice_would_cost_more_than_is_charged():
     """Why it starts anew: squared sensitivity of what was seen, against the releases charged."""
-    bands, rounds, kept = Bands(4), 12, 5
+    bands, rounds, kept = Bands(count=4), 12, 5
     c = bands.coefficients()
     dense = sum(
         torch.diag(torch.full((rounds - i,), x, dtype=torch.float64), -i) for i, x in enumerate(c)

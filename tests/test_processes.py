@@ -116,7 +116,9 @@ def test_the_fast_path_in_workers_gives_the_weights_of_the_general_one(privacy):
 @pytest.mark.parametrize(
     "privacy",
     [
-        ClientLevel(noise_multiplier=0.1, rounds=3, insecure_seed=3, adaptive=AdaptiveClip(0.5)),
+        ClientLevel(
+            noise_multiplier=0.1, rounds=3, insecure_seed=3, adaptive=AdaptiveClip(start=0.5)
+        ),
         LocalDP(noise_multiplier=1.0, rounds=3, insecure_seed=3),
     ],
     ids=["client", "local"],
@@ -227,12 +229,16 @@ def test_what_cannot_be_sent_is_said_before_training():
 
 def test_resume_is_bit_for_bit(tmp_path):
     whole, _ = trained(Local(chunk=3), Scaffold(), 4)
-    server = Server(mlp(), clients(), recipe(Scaffold()), engine=Processes(1, 3), seed=3)
+    server = Server(
+        mlp(), clients(), recipe(Scaffold()), engine=Processes(workers=1, chunk=3), seed=3
+    )
     for _ in server.rounds(2):
         pass
     checkpoint.save(tmp_path, server.state_dict())
     server.close()
-    server = Server(mlp(), clients(), recipe(Scaffold()), engine=Processes(1, 3), seed=3)
+    server = Server(
+        mlp(), clients(), recipe(Scaffold()), engine=Processes(workers=1, chunk=3), seed=3
+    )
     server.load_state_dict(checkpoint.load(tmp_path))
     for _ in server.rounds(2):
         pass

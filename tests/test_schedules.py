@@ -8,21 +8,21 @@ from fedtorch.schedules import Constant, Cosine, Exponential, Step
 
 def test_factors_by_hand():
     assert [Constant()(r) for r in (0, 9)] == [1.0, 1.0]
-    assert [Exponential(0.5)(r) for r in range(3)] == [1.0, 0.5, 0.25]
-    assert [Step(2, 0.1)(r) for r in range(5)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
-    cosine = Cosine(10, 0.2)
+    assert [Exponential(decay=0.5)(r) for r in range(3)] == [1.0, 0.5, 0.25]
+    assert [Step(every=2, decay=0.1)(r) for r in range(5)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    cosine = Cosine(period=10, floor=0.2)
     assert [cosine(r) for r in (0, 5, 10, 99)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: Exponential(0.0),
-        lambda: Exponential(1.1),
-        lambda: Step(0),
-        lambda: Step(3, float("nan")),
-        lambda: Cosine(0),
-        lambda: Cosine(3, -1.0),
+        lambda: Exponential(decay=0.0),
+        lambda: Exponential(decay=1.1),
+        lambda: Step(every=0),
+        lambda: Step(every=3, decay=float("nan")),
+        lambda: Cosine(period=0),
+        lambda: Cosine(period=3, floor=-1.0),
     ],
 )
 def test_schedules_that_cannot_be_meant_are_refused(wrong):
@@ -36,7 +36,7 @@ def test_clients_train_with_the_scheduled_learning_rate():
     nn.init.zeros_(model.weight)
     client = Client("a", (torch.ones(1, 1), torch.zeros(1)))
     recipe = Recipe(loss=lambda out, _: out[:, 0], lr=1.0, batch_size=None)
-    server = Server(model, [client], recipe, schedule=Exponential(0.5))
+    server = Server(model, [client], recipe, schedule=Exponential(decay=0.5))
     lrs = [figures["lr"] for figures in server.rounds(3)]
     assert lrs == [1.0, 0.5, 0.25]
     assert model.weight.item() == -1.75

@@ -31,7 +31,7 @@ def test_the_model_is_trained_in_place_and_stays_a_plain_module():
 
 
 def test_figures_of_a_round():
-    figures = Server(mlp(), make_clients([30, 10]), Recipe(), Everyone()).round()
+    figures = Server(mlp(), make_clients([30, 10]), Recipe(), participation=Everyone()).round()
     assert figures["round"] == 1
     assert figures["clients"] == 2
     assert sorted(figures["cohort"]) == ["c0", "c1"]
@@ -70,14 +70,14 @@ def test_when_every_client_is_nan_the_model_stays_as_it_was():
 def test_a_server_step_that_overflows_is_refused_and_the_model_is_kept():
     model = mlp()
     before = weights(model)
-    server = Server(model, make_clients([10]), Recipe(FedAvg(ServerSGD(lr=1e300))))
+    server = Server(model, make_clients([10]), Recipe(FedAvg(server=ServerSGD(lr=1e300))))
     with pytest.raises(ConfigError, match="server's step is not finite"):
         server.round()
     assert all(torch.equal(before[k], v) for k, v in weights(model).items())
 
 
 @pytest.mark.parametrize(
-    "strategy", [FedAvg(), FedAvg(ServerAdam()), Scaffold(ServerSGD(momentum=0.9))]
+    "strategy", [FedAvg(), FedAvg(server=ServerAdam()), Scaffold(server=ServerSGD(momentum=0.9))]
 )
 def test_state_goes_out_and_comes_back_bit_for_bit(strategy):
     def server() -> Server:

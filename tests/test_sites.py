@@ -54,7 +54,7 @@ def server(folder, offered, memory=None, names=NAMES, **options):
     with seeds.seeded(1):
         model, recipe = offered.build()
     options = {"address": "127.0.0.1:0", "keys": folder / "keys/server", "deadline": 60.0} | options
-    made = Server(model, remotes(names), recipe, engine=Sites(offered, **options), seed=3)
+    made = Server(model, remotes(names), recipe, engine=Sites(plan=offered, **options), seed=3)
     if memory:
         made.load_state_dict(memory)
     try:
@@ -250,7 +250,7 @@ def test_who_has_no_right_key_is_turned_away_and_the_log_says_so(folder, caplog,
 
 def test_without_keys_only_loopback_is_served():
     with pytest.raises(ConfigError, match="only this machine"):
-        Sites(offer(), "0.0.0.0:0").open(offer().build()[0], remotes(NAMES), Recipe())
+        Sites(plan=offer(), address="0.0.0.0:0").open(offer().build()[0], remotes(NAMES), Recipe())
     with pytest.raises(ConfigError, match="insecure"):
         SiteConfig(name="north")
 
@@ -516,7 +516,7 @@ def test_of_reports_that_came_together_the_first_count():
 )
 def test_over_selection_that_would_void_a_claim_is_refused(privacy, enough, why):
     model, recipe = offer(privacy=privacy).build()
-    engine = Sites(offer(), "127.0.0.1:0", minimum=2, enough=enough)
+    engine = Sites(plan=offer(), address="127.0.0.1:0", minimum=2, enough=enough)
     with pytest.raises(ConfigError, match=why):
         engine.open(model, remotes("abc"), recipe)
 

@@ -1,7 +1,7 @@
 """Data from elsewhere: Hugging Face ``datasets`` by name, or a function of the user's own."""
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ class HuggingFace:
 
     path: str = ""
     """Name on the hub (``ylecun/mnist``) or a local folder."""
+    _: KW_ONLY
     config: str = ""
     """Configuration of the dataset, where it has several."""
     x: str = "image"

@@ -3,7 +3,7 @@
 import gzip
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from fedtorch.data.base import Data, from_tensors, split
 from fedtorch.types import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Digits:
     """scikit-learn's 1,797 handwritten digits, 8x8 (Alpaydin & Kaynak 1998): bundled, offline."""
 
@@ -43,6 +43,7 @@ class Idx:
 
     path: str = ""
     """Folder with ...-images-idx3-ubyte and ...-labels-idx1-ubyte."""
+    _: KW_ONLY
     test_fraction: float = 0.2
     """Share kept for the test where only one pair of files is there."""
 

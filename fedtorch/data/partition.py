@@ -13,7 +13,7 @@ from fedtorch.data.base import Data
 from fedtorch.types import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Partition:
     """Base; ``assign`` gives each example its client."""
 
@@ -27,7 +27,7 @@ class Partition:
         raise ConfigError(f"{type(self).__name__} does not assign; choose iid, dirichlet, ...")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Iid(Partition):
     """Shuffle and deal out evenly."""
 
@@ -38,7 +38,7 @@ class Iid(Partition):
         return rng.permutation(np.arange(len(labels)) % clients)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dirichlet(Partition):
     """Each class is spread over clients by its own Dirichlet draw (Hsu et al. 2019, 1909.06335)."""
 
@@ -62,7 +62,7 @@ class Dirichlet(Partition):
         return _fill_empty(owner, clients)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shards(Partition):
     """Sort by class, cut into shards, give each client some (McMahan et al. 2017, sec. 3)."""
 
@@ -93,7 +93,7 @@ class Shards(Partition):
         return owner
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class QuantitySkew(Partition):
     """Sizes follow one Dirichlet draw; labels stay iid (Li et al. 2022, arXiv:2102.02079)."""
 
@@ -112,7 +112,7 @@ class QuantitySkew(Partition):
         return _fill_empty(rng.permutation(np.repeat(np.arange(clients), sizes)), clients)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Natural(Partition):
     """By the data's own owners (speakers, hospitals, a client column), each kept whole."""
 

@@ -3,7 +3,7 @@
 import csv
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ class Csv:
 
     path: str = ""
     """The file."""
+    _: KW_ONLY
     target: str = ""
     """Column to predict; empty: the last one."""
     client: str = ""
@@ -81,6 +82,7 @@ class Npz:
 
     path: str = ""
     """The file."""
+    _: KW_ONLY
     kind: str = "auto"
     """classification, binary, regression, or auto: classes when y is 0, 1, 2, ..."""
     test_fraction: float = 0.2

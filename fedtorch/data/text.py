@@ -1,7 +1,7 @@
 """Plain text for next-character prediction; in a play, speakers are the natural clients."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ class Text:
 
     path: str = ""
     """The text file (UTF-8)."""
+    _: KW_ONLY
     length: int = 80
     """Characters in a window."""
     test_fraction: float = 0.1

@@ -14,7 +14,7 @@ from fedtorch.types import ConfigError, Failure, Params, Task, Update
 from fedtorch.visit import local_update
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Local:
     """Clients train in this process."""
 

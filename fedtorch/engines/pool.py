@@ -17,7 +17,7 @@ def options(workers: int | None, chunk: int | None, device: str, solver: str, dt
     """How each worker trains; raises ConfigError for a pool of nobody."""
     if workers is not None and workers < 1:
         raise ConfigError(f"engine.workers must be at least 1, got {workers}")
-    return Local(chunk, device, solver, dtype)
+    return Local(chunk=chunk, device=device, solver=solver, dtype=dtype)
 
 
 def prepare(

@@ -28,7 +28,7 @@ START_SECONDS = 120.0
 """Most a worker may take to import torch and say that it is ready."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Processes:
     """Clients train in worker processes of this machine."""
 

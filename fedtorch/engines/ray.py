@@ -28,7 +28,7 @@ START_SECONDS = 180.0
 """Most a cluster may take to give us a first actor, at the start or after all were lost."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ray:
     """Clients train on a Ray cluster."""
 

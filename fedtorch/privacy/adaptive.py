@@ -8,7 +8,7 @@ from fedtorch.privacy.streams import Stream
 from fedtorch.types import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdaptiveClip:
     """C <- C exp(-lr (share below C - quantile)) (Andrew et al. 2021, arXiv:1905.03871, Alg. 1).
 

@@ -8,7 +8,7 @@ from fedtorch.privacy.accounting import check_steps
 from fedtorch.types import Params
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bands:
     """Noise of a round takes back part of the noise of the rounds before (Choquette-Choo et al. 2023,
     arXiv:2306.08153, banded Toeplitz; coefficients of arXiv:2202.11205, truncated and normalised).

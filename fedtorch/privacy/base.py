@@ -47,7 +47,7 @@ class Order(Protocol):
         """Leave out the last batch."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Privacy(ABC):
     """Options common to the three plans. ``epsilon`` and ``delta`` hold for the whole run."""
 

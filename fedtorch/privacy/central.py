@@ -24,7 +24,7 @@ CLIP_BIT = "below"
 """Group in which a client says whether its norm was below the clipping norm (adaptive clipping)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClientLevel(Privacy):
     """Hides whether a client, with all its data, was there at all.
 

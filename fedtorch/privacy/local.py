@@ -14,7 +14,7 @@ from fedtorch.privacy.streams import Stream, noised
 from fedtorch.types import ConfigError, Stack, Task
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LocalDP(Privacy):
     """Hides a client's whole data from everybody, the server included.
 

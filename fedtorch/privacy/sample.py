@@ -20,7 +20,7 @@ from fedtorch.types import ConfigError
 MODES = ("auto", "stacked", "hooks", "ghost")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SampleLevel(Privacy):
     """Hides whether one example was in one client's data, from everybody but that client.
 

@@ -42,7 +42,7 @@ def remotes(names: Sequence[str]) -> list[Client]:
     return cast(list[Client], [Remote(n) for n in names])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sites:
     """Clients train at their sites."""
 

@@ -50,14 +50,14 @@ class Plan:
         """Model and recipe, from code that is installed here."""
         recipe = Recipe(
             self.strategy,
-            LOSSES[self.loss],
-            ClientOptimizer(self.optimizer, self.optimizer_args),
-            self.lr,
-            self.epochs,
-            self.steps,
-            self.batch_size,
-            self.drop_last,
-            self.privacy,
+            loss=LOSSES[self.loss],
+            optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
+            lr=self.lr,
+            epochs=self.epochs,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            drop_last=self.drop_last,
+            privacy=self.privacy,
         )
         model = zoo.build(self.model, self.facts, self.model_args)
         return checks.fixed(model) if self.privacy and self.privacy.fix_model else model, recipe

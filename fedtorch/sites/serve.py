@@ -26,7 +26,7 @@ from fedtorch.tracking import Record, TensorBoard
 from fedtorch.types import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """Every option of a server of sites. ``--config serve.toml`` sets them, flags override."""
 
@@ -133,13 +133,26 @@ def serve(config: ServeConfig) -> dict[str, Any]:
     with seeds.seeded(seeds.derive(config.seed, "model")):
         model, recipe = plan.build()
     keys = Path(config.credentials) if config.credentials else None
-    engine = Sites(plan, config.address, keys, config.deadline, config.minimum, config.enough)
+    engine = Sites(
+        plan=plan,
+        address=config.address,
+        keys=keys,
+        deadline=config.deadline,
+        minimum=config.minimum,
+        enough=config.enough,
+    )
     clients = remotes(config.sites)
     test = config.dataset.load(config.seed).test if config.dataset is not None else None
     metric = DEFAULTS[config.kind][1]
     metrics = {"loss": LOSSES[plan.loss], metric: METRICS[metric]}
     server = Server(
-        model, clients, recipe, config.participation, config.schedule, engine, config.seed
+        model,
+        clients,
+        recipe,
+        participation=config.participation,
+        schedule=config.schedule,
+        engine=engine,
+        seed=config.seed,
     )
     with closing(server):
         open_folder(config, folder, plan, server)

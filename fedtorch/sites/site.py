@@ -32,7 +32,7 @@ NOBODY = Update((), {}, {}, torch.zeros(0))
 log = logging.getLogger("fedtorch.site")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SiteConfig:
     """Every option of a site. ``--config site.toml`` sets them, flags override."""
 
@@ -148,7 +148,9 @@ class Site:
                 f"{self.data.kind}; see --dataset.kind"
             )
         self.model, recipe = plan.build()
-        self.session = Local(1, self.config.device).open(self.model, [self.client], recipe)
+        self.session = Local(chunk=1, device=self.config.device).open(
+            self.model, [self.client], recipe
+        )
         self.schema = messages.schema(snapshot(self.model))
         self.plan = plan
         log.info("joined run %s: %s, %s", plan.run, plan.model, plan.strategy)

@@ -10,7 +10,7 @@ from fedtorch.tree import expand, row, tmap
 from fedtorch.types import ConfigError, Context, Params, Stack
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Strategy:
     """What a federated algorithm decides, on the client and on the server.
 
@@ -53,7 +53,7 @@ class Strategy:
         return mean["delta"], extras
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FedAvg(Strategy):
     """Weighted mean of the clients' weights (McMahan et al. 2017, arXiv:1602.05629, Alg. 1)."""
 

@@ -8,7 +8,7 @@ from fedtorch.tree import tmap
 from fedtorch.types import ConfigError, Context, Stack
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FedProx(Strategy):
     """Adds mu/2 ||w - w_t||^2 to each local loss (Li et al. 2020, arXiv:1812.06127, eq. 2)."""
 

@@ -10,7 +10,7 @@ from fedtorch.tree import per_client, tmap
 from fedtorch.types import Context, Params, Stack
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scaffold(Strategy):
     """Local gradients are shifted by c - c_k (Karimireddy et al. 2020, arXiv:1910.06378, Alg. 1).
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedtorch.types import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tracking:
     """What is recorded, and how often."""
 

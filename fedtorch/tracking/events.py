@@ -18,7 +18,7 @@ CLIENTS = "clients/client-"
 """Tags that start like this go into the run of that client."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TensorBoard(Tracking):
     """Event files in the run folder, read by ``tensorboard --logdir``."""
 

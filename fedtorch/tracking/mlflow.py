@@ -12,7 +12,7 @@ RUN = "mlflow_run_id"
 """File in the run folder that names the MLflow run, so that a resumed run goes on in it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MLflow(Tracking):
     """A run in an MLflow experiment."""
 

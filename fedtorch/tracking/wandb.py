@@ -13,7 +13,7 @@ RUN = "wandb_run_id"
 """File in the run folder that names the run, so that a resumed run goes on in it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WandB(Tracking):
     """A run in a Weights & Biases project."""
 
