@@ -22,12 +22,11 @@ from fedtorch.console import Report, StopSignal, partition_table
 from fedtorch.data import Data, Digits, Partition, partition
 from fedtorch.engines import Engine, Local
 from fedtorch.evaluate import evaluate, evaluate_clients
-from fedtorch.narrate import conclude, introduce
+from fedtorch.narrate import conclude, introduce, record_privacy, write_results
 from fedtorch.optimizers import ClientOptimizer
 from fedtorch.participation import Everyone, Participation
 from fedtorch.privacy import Privacy, SampleLevel, checks
 from fedtorch.privacy.ledger import Ledger
-from fedtorch.privacy.report import statement, text
 from fedtorch.privacy.run import BudgetSpent
 from fedtorch.schedules import Constant, Schedule
 from fedtorch.server import Server
@@ -205,8 +204,9 @@ def train(config: Config) -> dict[str, Any]:
             if last or server.round_number % config.checkpoint_every == 0:
                 state = server.state_dict()
                 report.attempt("checkpoint", checkpoint.save, folder / "checkpoints", state)
+        runs.write_model(folder, model)  # first: whatever is reported after this can fail
         if server.private:
-            record.text("privacy", text(server.private), server.round_number)
+            report.attempt("privacy report", record_privacy, record, server)
 
     summary = {
         **{f"test_{k}": v for k, v in scores.items()},
@@ -219,10 +219,8 @@ def train(config: Config) -> dict[str, Any]:
         "delta": server.private.delta if server.private else None,
         "seed": config.seed,
     }
-    runs.finish(folder, model, summary)
-    if server.private:
-        runs.write_json(folder / "privacy.json", statement(server.private))
-    conclude(report, folder, summary, stop.asked > 0, server)
+    write_results(report, folder, summary, server)
+    report.attempt("the report", conclude, report, folder, summary, stop.asked > 0, server)
     if stop.asked:
         raise SystemExit(128 + stop.asked)
     if config.privacy and config.privacy.budget == "error" and not server.within_budget():

@@ -1,6 +1,5 @@
 """Checkpoints: written whole or not at all, and read without running any code."""
 
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fedtorch import disk
 from fedtorch.types import ConfigError
 
 FORMAT = "fedtorch checkpoint 1"
@@ -21,14 +21,9 @@ def save(folder: Path, state: dict[str, Any], keep: int = 2) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round-{state['round']:06d}.pt"
-    part = path.with_suffix(".part")
-    if state.get("privacy"):  # client memory in it was never noised: for nobody else's eyes
-        part.touch(mode=0o600)
-    with part.open("wb") as file:
+    # client memory in a private run's was never noised: for nobody else's eyes
+    with disk.whole(path, private=bool(state.get("privacy"))) as file:
         torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
     for old in everything(folder)[:-keep]:
         old.unlink()
     return path

@@ -1,7 +1,10 @@
 """What a person sees: a live bar on a terminal, plain lines when piped."""
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -12,12 +15,22 @@ from rich.text import Text
 from torch import Tensor
 
 
+class _Screen(Console):
+    """A console whose reader may go away, as with ``| head``: the run goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        """Nothing more is shown; what Python still holds for stdout goes nowhere."""
+        self.quiet = True
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Report:
     """Progress over rounds."""
 
     def __init__(self, rounds: int, start: int, lines: bool = True) -> None:
         """A bar from ``start`` to ``rounds`` on a terminal or in a notebook, else ``lines``."""
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = _Screen(highlight=False, soft_wrap=True)
         self.rounds = rounds
         live = self.console.is_terminal or self.console.is_jupyter
         self.lines = lines and not live
@@ -32,16 +45,17 @@ class Report:
         )
         self.task = self.bar.add_task("", total=rounds, completed=start)
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        self.console.print(text, markup=False)
+    def say(self, text: str | Table) -> None:
+        """A line or a table above the bar; a screen that cannot take it does not end a run."""
+        with suppress(OSError):
+            self.console.print(text, markup=False)
 
     def attempt(self, what: str, act: Callable[..., object], *args: object) -> None:
-        """Do what may fail for want of space without ending the run; it is said each time it does."""
+        """Write or tell what a run can do without; that it failed is one sentence, each time."""
         try:
             act(*args)
-        except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-            reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        except Exception as e:  # a full disk, a missing package, a library's own error
+            reason = getattr(e, "strerror", None) or (str(e) or type(e).__name__).splitlines()[0]
             self.say(f"warning: {what} not written ({reason}); the run goes on without it")
 
     def round(self, metrics: Mapping[str, Any]) -> None:

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from fedtorch import runs
 from fedtorch.console import Report
-from fedtorch.privacy.report import promise, text
+from fedtorch.privacy.report import promise, statement, text
 from fedtorch.server import Server
+from fedtorch.tracking import Record
 
 
-def introduce(report: Report, opening: str, server: Server, who_has_what: object) -> None:
+def introduce(report: Report, opening: str, server: Server, who_has_what: Any) -> None:
     """Model, privacy promise, the engine's choices, and who got what."""
     model, private = server.model, server.private
     size = sum(p.numel() for p in model.parameters())
@@ -24,7 +26,25 @@ def introduce(report: Report, opening: str, server: Server, who_has_what: object
     if server.round_number:
         report.say(f"resumed after round {server.round_number}")
     elif not (private and private.plan.strict):  # who has what is nobody's to know, if strict
-        report.console.print(who_has_what)
+        report.say(who_has_what)
+
+
+def record_privacy(record: Record, server: Server) -> None:
+    """What a private run has spent, for the trackers."""
+    if server.private:
+        record.text("privacy", text(server.private), server.round_number)
+
+
+def write_results(report: Report, folder: Path, summary: dict[str, Any], server: Server) -> None:
+    """``summary.json`` and ``privacy.json``; one that cannot be written is said, and costs no more."""
+    report.attempt("summary.json", runs.write_json, folder / "summary.json", summary)
+    if server.private:
+        report.attempt("privacy.json", _write_statement, folder / "privacy.json", server)
+
+
+def _write_statement(path: Path, server: Server) -> None:
+    if server.private:
+        runs.write_json(path, statement(server.private))
 
 
 def conclude(

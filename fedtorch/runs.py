@@ -2,24 +2,23 @@
 
 import json
 import math
-import os
 import platform
-import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
-from fedtorch import checkpoint
+from fedtorch import checkpoint, disk, versions
 from fedtorch.types import ConfigError
 
 PACKAGES = ("fedtorch", "torch", "numpy", "numba", "tensorboard", "safetensors")
+
+MODEL = "model.safetensors"
 
 EVENTS = ".fedtorch"
 """Ends the name of every event file of ours; files of others are never touched."""
@@ -49,29 +48,27 @@ def create(folder: Path) -> None:
 
 def write_config(folder: Path, table: dict[str, Any]) -> None:
     """The resolved config, as ``--config`` reads it, and what it ran with."""
-    replace(folder / "config.toml", tomli_w.dumps(table))
+    disk.replace(folder / "config.toml", tomli_w.dumps(table))
     about = {
         "command": sys.argv,
-        "git_commit": git_commit(),
+        "git_commit": versions.git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "packages": {p: installed(p) for p in PACKAGES},
+        "packages": {p: versions.installed(p) for p in PACKAGES},
     }
-    replace(folder / "about.json", json.dumps(about, indent=2) + "\n")
+    disk.replace(folder / "about.json", json.dumps(about, indent=2) + "\n")
 
 
-def finish(folder: Path, model: nn.Module, summary: dict[str, Any]) -> None:
-    """The trained model as a plain state_dict, and ``summary.json``.
+def write_model(folder: Path, model: nn.Module) -> None:
+    """The trained model as a plain state_dict, to be written before anything is reported.
 
-    Raises ConfigError when they cannot be written: the run is not lost while it has a checkpoint.
+    Raises ConfigError when it cannot be written: the run is not lost while it has a checkpoint.
     """
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    part = folder / "model.safetensors.part"
     try:
-        save_file(state, part)
-        os.replace(part, folder / "model.safetensors")
-        write_json(folder / "summary.json", summary)
+        with disk.whole(folder / MODEL) as file:
+            file.write(save(state))
     except (OSError, SafetensorError) as e:
         raise ConfigError(
             f"the trained model cannot be written to {folder} ({getattr(e, 'strerror', None) or e}): "
@@ -84,12 +81,12 @@ def write_json(path: Path, table: dict[str, Any]) -> None:
     plain = {
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in table.items()
     }
-    replace(path, json.dumps(plain, indent=2) + "\n")
+    disk.replace(path, json.dumps(plain, indent=2) + "\n")
 
 
 def read_model(folder: Path, model: nn.Module) -> None:
     """Load the trained weights of a run; raises ConfigError when they are not there or do not fit."""
-    path = folder / "model.safetensors"
+    path = folder / MODEL
     if not path.is_file():
         raise ConfigError(
             f"{folder} holds no trained model yet: fedtorch train --run-dir {folder} --resume"
@@ -98,37 +95,3 @@ def read_model(folder: Path, model: nn.Module) -> None:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError) as e:
         raise ConfigError(f"{path} cannot be used: {str(e).splitlines()[0]}") from e
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def installed(package: str) -> str | None:
-    """Version of an installed package."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def git_commit() -> str | None:
-    """Commit of the source fedtorch runs from, with ``+`` when it has changes; none for a wheel."""
-    source = Path(__file__).parents[1]
-    if not (source / ".git").exists():  # installed: a repository around it is somebody else's
-        return None
-    try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
-            cwd=source,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return out.stdout.strip()

@@ -450,3 +450,18 @@ def test_worker_processes_draw_the_noise_of_one_process(plan):
         results.append(weights(run))
         run.close()
     assert (results[0] - results[1]).abs().max() <= 1e-6
+
+
+def test_versions_that_are_not_known_cost_no_report(monkeypatch):
+    import importlib.metadata
+
+    from fedtorch import __version__, versions
+    from fedtorch.privacy.report import statement
+
+    def unknown(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(versions, "version", unknown)
+    s = server(model(), clients(), SampleLevel(noise_multiplier=1.0, rounds=1))
+    said = statement(s.private)["versions"]
+    assert (said["fedtorch"], said["scipy"]) == (__version__, None)

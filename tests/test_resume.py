@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from fedtorch import Server
+
 # client memory, server optimizer, dropped clients, a schedule and dropout: all there is to lose
 RUN = [
     "train", "--privacy", "none", "--model", "wide.py", "--strategy", "scaffold",
@@ -147,6 +149,32 @@ def test_a_run_killed_before_its_first_round_starts_again_without_doubles(fedtor
     code, _, err = fedtorch("train", "--resume", "--run-dir", "run")
     assert (code, err) == (0, "")
     assert steps("run") == whole
+
+
+@pytest.mark.parametrize("plan", ["sample", "client", "local"])
+def test_a_private_run_killed_before_its_first_charge_goes_on(fedtorch, monkeypatch, plan):
+    def killed(self: Server) -> None:
+        raise KeyboardInterrupt
+
+    small = [
+        "train",
+        "--privacy",
+        plan,
+        "--model",
+        "logistic",
+        "--rounds",
+        "1",
+        "--tracking",
+        "none",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "round", killed)
+        assert fedtorch(*small, "--run-dir", "run")[0] == 130
+    assert len(Path("run/ledger.jsonl").read_text().splitlines()) == 1, "nothing is charged yet"
+    code, _, err = fedtorch("train", "--resume", "--run-dir", "run")
+    assert (code, err) == (0, "")
+    assert len(Path("run/ledger.jsonl").read_text().splitlines()) == 2
+    assert json.loads(Path("run/summary.json").read_text())["epsilon"] > 0
 
 
 @pytest.mark.parametrize(

@@ -224,3 +224,43 @@ def test_own_loss_metric_strategy_and_data_come_from_the_working_folder(fedtorch
     assert "strength=0.25" in out
     last = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
     assert last["test_error"] == pytest.approx(1 - last["test_accuracy"])
+
+
+def test_nothing_that_is_reported_after_training_can_lose_the_model(fedtorch, monkeypatch):
+    def fail(*_: object) -> None:
+        raise LookupError("no metadata")
+
+    for name in (
+        "statement",
+        "text",
+    ):  # what privacy.json, the trackers and the last lines are made of
+        monkeypatch.setattr(f"fedtorch.narrate.{name}", fail)
+    private = [w if w != "none" else "sample" for w in SMALL]
+    code, out, err = fedtorch(*private, "--tracking.pictures", "false")
+    assert (code, err) == (0, "")
+    assert all(v.isfinite().all() for v in load_file("run/model.safetensors").values())
+    for what in ("privacy report", "privacy.json", "the report"):
+        assert out.count(f"warning: {what} not written (no metadata)") == 1
+    assert json.loads(Path("run/summary.json").read_text())["rounds"] == 2
+
+
+def test_a_model_is_written_before_anything_is_reported(fedtorch, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "fedtorch.narrate.runs.write_json",
+        lambda path, table: seen.append((path.name, Path("run/model.safetensors").is_file())),
+    )
+    assert fedtorch(*SMALL, "--tracking", "none")[0] == 0
+    assert seen == [("summary.json", True)]
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(fedtorch):
+    command = [sys.executable, "-m", "fedtorch", *SMALL, "--tracking", "none"]
+    command += ["--rounds", "12", "--model", "logistic"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stderr is not None
+    run.stdout.readline()
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait(60)) == ("", 0)
+    run.stderr.close()
+    assert json.loads(Path("run/summary.json").read_text())["rounds"] == 12

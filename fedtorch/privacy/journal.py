@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fedtorch import disk
 from fedtorch.types import ConfigError
 
 
@@ -28,7 +29,7 @@ class Journal:
             path.write_bytes(b"")
             journal = cls(path, 0)
             journal.append(header)
-            _sync_folder(path.parent)
+            disk.sync_folder(path.parent)
         except OSError as e:
             raise ConfigError(f"privacy journal {path} cannot be written: {e.strerror}") from e
         return journal
@@ -83,12 +84,3 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line)
     except ValueError:
         return None
-
-
-def _sync_folder(folder: Path) -> None:
-    # the name of a new file is on disk only once its folder is
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -1,11 +1,11 @@
 """The privacy report: in plain words before training, in figures afterwards."""
 
 import statistics
-from importlib.metadata import version
 from typing import Any
 
 from fedtorch.privacy.normals import way
 from fedtorch.privacy.run import PrivateRun
+from fedtorch.versions import installed
 
 
 def promise(run: PrivateRun) -> list[str]:
@@ -50,7 +50,7 @@ def statement(run: PrivateRun) -> dict[str, Any]:
         "rounds_planned": run.rounds,
         "rounds_charged": len(run.ledger.entries),
         "accountant": plan.accountant,
-        "versions": {p: version(p) for p in ("fedtorch", "torch", "opacus", "numpy", "scipy")},
+        "versions": {p: installed(p) for p in ("fedtorch", "torch", "opacus", "numpy", "scipy")},
         "randomness": randomness(run),
         "outside_the_guarantee": "nothing is logged"
         if plan.strict

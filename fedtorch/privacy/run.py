@@ -157,7 +157,7 @@ class PrivateRun:
                 f"the checkpoint was trained with {saved['plan']}, which hides something else than "
                 f"{type(self.plan).__name__}: one run has one plan"
             )
-        self.ledger = ledger or Ledger.resume(None, saved["ledger"])
+        self.ledger = Ledger.resume(None, saved["ledger"]) if ledger is None else ledger
         self.noise, self.rounds = saved["noise"], saved["rounds"]
         if self.plan.target is None:  # no budget ends such a run: what is promised is all of it
             self.rounds = max(self.rounds, self.plan.rounds or 0)

@@ -8,7 +8,7 @@ import json
 import math
 from pathlib import Path
 
-from fedtorch import runs
+from fedtorch import disk
 from fedtorch.privacy import LocalDP, Privacy, SampleLevel
 from fedtorch.privacy.ledger import UNITS, Ledger
 from fedtorch.types import ConfigError
@@ -83,7 +83,7 @@ class Budget:
     def _note(self, unit: str, ledger: Ledger) -> None:
         # how far the journal had come: a journal cut short later does not go unnoticed
         note = self._path(unit).with_suffix(".json")
-        runs.replace(note, json.dumps(ledger.state_dict()) + "\n")
+        disk.replace(note, json.dumps(ledger.state_dict()) + "\n")
 
     def _path(self, unit: str) -> Path:
         return self.folder / f"ledger-{unit}.jsonl"

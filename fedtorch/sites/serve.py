@@ -8,15 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedtorch import checkpoint, cli, runs, seeds
+from fedtorch import checkpoint, cli, disk, runs, seeds
 from fedtorch.console import Report, StopSignal
 from fedtorch.data.base import facts_of
 from fedtorch.evaluate import evaluate
 from fedtorch.losses import DEFAULTS, LOSSES, METRICS
+from fedtorch.narrate import write_results
 from fedtorch.participation import Everyone, Participation
 from fedtorch.privacy import Privacy, SampleLevel
 from fedtorch.privacy.ledger import Ledger
-from fedtorch.privacy.report import promise, statement
+from fedtorch.privacy.report import promise
 from fedtorch.schedules import Constant, Schedule
 from fedtorch.server import Server
 from fedtorch.sites.engine import Sites, SitesSession, remotes
@@ -179,15 +180,14 @@ def serve(config: ServeConfig) -> dict[str, Any]:
                 record.round(figures)
                 report.round(figures)
                 checkpoint.save(folder / "checkpoints", server.state_dict())
+            runs.write_model(folder, model)  # first: whatever is reported later can fail
     summary = {f"test_{k}": v for k, v in scores.items()} | {
         "rounds": server.round_number,
         "seconds": round(time.perf_counter() - began, 3),
         "epsilon": server.private.spent() if server.private else None,
         "delta": server.private.delta if server.private else None,
     }
-    runs.finish(folder, model, summary)
-    if server.private:
-        runs.write_json(folder / "privacy.json", statement(server.private))
+    write_results(report, folder, summary, server)
     return summary
 
 
@@ -255,5 +255,5 @@ def open_folder(config: ServeConfig, folder: Path, plan: Plan, server: Server) -
         server.private.ledger = Ledger(folder / LEDGER, server.private.plan.unit)
     table = {k: v for k, v in cli.describe(config).items() if k not in ("resume", "run_dir")}
     runs.write_config(folder, table)
-    runs.replace(folder / "sites.json", json.dumps({"run": plan.run}) + "\n")
+    disk.replace(folder / "sites.json", json.dumps({"run": plan.run}) + "\n")
     checkpoint.save(folder / "checkpoints", server.state_dict())

@@ -1,0 +1,106 @@
+"""Files that a kill or a power cut leaves whole, and folders that one process at a time may write."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from fedtorch.types import ConfigError
+
+PART = ".part"
+"""Ends the name of a file that is not complete yet."""
+
+LOCK = ".lock"
+"""File in a folder whose lock says that the folder is in use; it stays, the lock dies with its process."""
+
+
+@contextmanager
+def whole(path: Path, private: bool = False) -> Iterator[BinaryIO]:
+    """A file to write to that gets its name once all of it is on disk; ``private``: for its owner alone.
+
+    What was there before stays if anything goes wrong, and nothing half written is left.
+    """
+    part = path.with_name(path.name + PART)
+    try:
+        part.unlink(missing_ok=True)
+        if private:
+            part.touch(mode=0o600)
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole(path) as file:
+        file.write(text.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make new names in a folder last: a file's name is on disk only once its folder is."""
+    if (
+        os.name == "nt"
+    ):  # no folder can be opened there; its file system keeps a log of names itself
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[str | None]:
+    """Hold a folder for this process until the end of the block; the lock dies with the process.
+
+    Gives None, or a sentence where the file system has no locks. Raises ConfigError when another process
+    holds the folder, or when nothing can be written there.
+    """
+    try:
+        file = (folder / LOCK).open("ab")
+    except OSError as e:
+        raise ConfigError(f"run folder {folder} cannot be written: {e.strerror}") from e
+    with file:
+        try:
+            _take(file.fileno())
+        except (BlockingIOError, PermissionError) as e:
+            raise ConfigError(
+                f"{folder} is in use by another process: wait until that one ends, or choose another "
+                "--run-dir"
+            ) from e
+        except OSError as e:
+            yield f"{folder} cannot be locked ({e.strerror}): see to it that no second process writes it"
+            return
+        try:
+            yield None
+        finally:
+            _let_go(file.fileno())
+
+
+if os.name == "nt":
+    import msvcrt
+
+    def _take(number: int) -> None:
+        os.lseek(number, 0, os.SEEK_SET)
+        msvcrt.locking(number, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+
+    def _let_go(number: int) -> None:
+        os.lseek(number, 0, os.SEEK_SET)
+        msvcrt.locking(number, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+
+else:
+    import fcntl
+
+    def _take(number: int) -> None:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _let_go(number: int) -> None:
+        fcntl.flock(number, fcntl.LOCK_UN)
