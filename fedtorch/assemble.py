@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtorch import losses, seeds
 from fedtorch.client import Client
@@ -45,6 +45,11 @@ def named(role: str, name: str, known: Mapping[str, Loss]) -> Loss:
             f"unknown {role} {name!r}; there are {', '.join(known)}, or give package.module:function"
         )
     found = resolve(name)
+    fits = issubclass(found, nn.Module) if isinstance(found, type) else callable(found)
+    if not fits:
+        raise ConfigError(
+            f"{name!r} is no {role}: it must be a function or a subclass of nn.Module"
+        )
     return cast(Loss, found() if isinstance(found, type) else found)
 
 

@@ -67,6 +67,30 @@ CHOICES: dict[str, dict[str, str]] = {
 }
 """Short names of each choice; the dotted path is what a user's own class is given by."""
 
+WANTED = {
+    "dataset": ("load", "it must be a dataclass with a method load(seed)"),
+    "partition": ("fedtorch.data.Partition", "it must be a subclass of fedtorch.data.Partition"),
+    "strategy": ("fedtorch.strategies.Strategy", "it must be a subclass of fedtorch.Strategy"),
+    "strategy.server": (
+        "fedtorch.optimizers.ServerOptimizer",
+        "it must be a subclass of fedtorch.optimizers.ServerOptimizer",
+    ),
+    "participation": (
+        "fedtorch.participation.Participation",
+        "it must be a subclass of fedtorch.participation.Participation",
+    ),
+    "privacy": ("fedtorch.privacy.Privacy", "it must be a subclass of fedtorch.privacy.Privacy"),
+    "privacy.adaptive": ("fedtorch.privacy.AdaptiveClip", "it must be a subclass of AdaptiveClip"),
+    "privacy.bands": ("fedtorch.privacy.Bands", "it must be a subclass of Bands"),
+    "schedule": ("__call__", "it must be a dataclass that can be called with the round"),
+    "tracking": (
+        "fedtorch.tracking.Tracking",
+        "it must be a subclass of fedtorch.tracking.Tracking",
+    ),
+    "engine": ("open", "it must be a dataclass with a method open(model, clients, recipe)"),
+}
+"""What a class of the user's own must be for each choice: a base class or a method, and that in words."""
+
 FREE = {"model", "optimizer"}
 """Choices whose options belong to a function that is only found later: a table ``<name>_args``."""
 
@@ -77,6 +101,7 @@ def help_text(cls: type, command: str) -> str:
         f"usage: {command} [--config run.toml] [--option value ...]",
         "",
         "Flags override the TOML file. Options of a choice: --strategy fedprox --strategy.mu 0.1.",
+        "Code that only a file names is imported with --trust-code alone.",
         "",
     ]
     docs = _docs(cls)

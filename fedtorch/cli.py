@@ -16,17 +16,31 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from fedtorch.choices import CHOICES, FREE
+from fedtorch import trust
+from fedtorch.choices import CHOICES, FREE, WANTED
 from fedtorch.types import ConfigError
 
 Table = dict[str, Any]
 
 
 def parse(cls: type, argv: Sequence[str], base: Table | None = None) -> Any:
-    """An instance of the config dataclass ``cls``; raises ConfigError naming what is wrong."""
+    """An instance of the config dataclass ``cls``; raises ConfigError naming what is wrong.
+
+    Code that only a file names is imported where ``--trust-code`` is among the arguments, else refused.
+    """
     flags = from_flags(argv, {f.name: f.type for f in dataclasses.fields(cls)})
-    path = flags.pop("config", None)
-    return build(cls, merge(merge(base or {}, read(path) if path else {}), flags))
+    path, trusted = flags.pop("config", None), trusts(flags)
+    table = merge(merge(base or {}, read(path) if path else {}), flags)
+    trust.check(table, flags, "the run's config" if path is None else str(path), trusted)
+    return build(cls, table)
+
+
+def trusts(flags: Table) -> bool:
+    """Take ``--trust-code`` out of the flags; whether it was given."""
+    given = str(flags.pop("trust_code", "false")).lower()
+    if given not in ("true", "false"):
+        raise ConfigError(f"{trust.FLAG} takes no value, but got {given!r}")
+    return given == "true"
 
 
 def resume(cls: type, argv: Sequence[str], config: Path, free: set[str]) -> Any:
@@ -34,7 +48,10 @@ def resume(cls: type, argv: Sequence[str], config: Path, free: set[str]) -> Any:
     if not config.is_file():
         raise ConfigError(f"nothing to resume: {config.parent} holds no run; leave out --resume")
     saved = read(config)
-    old, new = build(cls, saved), parse(cls, argv, base=saved)
+    if not trusts(from_flags(argv, {f.name: f.type for f in dataclasses.fields(cls)})):
+        trust.inside(config.parent, saved)
+    new = parse(cls, argv, base=saved)  # first: it refuses to import what only the file names
+    old = build(cls, saved)
     for f in dataclasses.fields(cls):
         before, after = getattr(old, f.name), getattr(new, f.name)
         if f.name not in free and before != after:
@@ -56,12 +73,13 @@ def from_flags(argv: Sequence[str], fields: Mapping[str, Any]) -> Table:
         key, eq, value = word[2:].partition("=")
         key = key.replace("-", "_")
         top = key.partition(".")[0]
-        if top not in fields and top != "config":
+        if top not in fields and top not in ("config", "trust_code"):
             raise ConfigError(f"unknown option --{top}; fedtorch train --help lists them")
         if not eq:
-            if fields.get(key) is bool and (not words or words[0].startswith("--")):
+            last = not words or words[0].startswith("--")
+            if key == "trust_code" or (fields.get(key) is bool and last):
                 value = "true"
-            elif not words or words[0].startswith("--"):
+            elif last:
                 raise ConfigError(f"--{key} needs a value")
             else:
                 value = words.pop(0)
@@ -192,7 +210,18 @@ def _class(choice: str, name: str) -> Callable[..., Any]:
             f"unknown {choice} {name!r}; there are {', '.join(names)}, "
             "or give the dotted path of a class of your own"
         )
-    return find(name.replace(":", "."))
+    found = find(name.replace(":", "."))
+    if not (isinstance(found, type) and _fits(choice, found)):
+        raise ConfigError(f"{name!r} is no {choice}: {WANTED[choice][1]}")
+    return found
+
+
+def _fits(choice: str, cls: type) -> bool:
+    base = WANTED[choice][0]
+    if "." in base:
+        found = find(base)
+        return isinstance(found, type) and issubclass(cls, found)
+    return dataclasses.is_dataclass(cls) and callable(getattr(cls, base, None))
 
 
 def find(dotted: str) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fedtorch import runs
+from fedtorch import cli, runs, trust
 from fedtorch.console import Report
 from fedtorch.privacy.report import promise, statement, text
 from fedtorch.server import Server
@@ -62,5 +62,6 @@ def conclude(
         report.say("without privacy: --privacy none")
     report.say(f"run folder: {folder}   model: {folder}/model.safetensors")
     if stopped:
-        report.say(f"continue: fedtorch train --run-dir {folder} --resume")
+        own = f" {trust.FLAG}" if trust.foreign(cli.read(folder / "config.toml")) else ""
+        report.say(f"continue: fedtorch train --run-dir {folder} --resume{own}")
     report.say(f"watch: tensorboard --logdir {folder.parent}")

@@ -156,7 +156,11 @@ class ClientOptimizer:
                 f"unknown client optimizer {self.name!r}; there are {', '.join(sorted(found))}, "
                 "or give package.module.Class"
             ) from e
-        return cls  # type: ignore[no-any-return]
+        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+            raise ConfigError(
+                f"{self.name!r} is no optimizer: it must subclass torch.optim.Optimizer"
+            )
+        return cls
 
     def check(self) -> None:
         """Try the constructor on one number, so that a wrong option is named before training."""

@@ -36,6 +36,8 @@ def names() -> list[str]:
 def build(spec: str, facts: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Module:
     """The model ``spec``; raises ConfigError naming what there is or what does not fit."""
     make = find(spec)
+    if isinstance(make, type) and not issubclass(make, nn.Module):
+        raise ConfigError(f"model {spec!r} is a class, but no subclass of nn.Module")
     try:
         takes = inspect.signature(make).parameters
     except (TypeError, ValueError) as e:
@@ -77,6 +79,8 @@ def find(spec: str) -> Callable[..., Any]:
         except ImportError as e:
             raise ConfigError(f"model {spec!r}: {e}") from e
     else:
+        if not spec.replace("-", "_").isidentifier():  # a path in it would leave the model folders
+            raise ConfigError(f"model {spec!r} is neither a name nor path/file.py:Name")
         path = next((f / f"{spec}.py" for f in folders() if (f / f"{spec}.py").is_file()), None)
         if path is None:
             raise ConfigError(

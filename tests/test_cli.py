@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtorch import ConfigError, FedProx, Scaffold, ServerAdam, Strategy, Uniform, cli
+from fedtorch.choices import CHOICES
 from fedtorch.commands.train import train_module
 from fedtorch.data import Csv, Dirichlet, Natural
 
@@ -73,7 +74,7 @@ def test_what_is_described_builds_the_same_config_again(argv, tmp_path):
     config = parse(*argv)
     path = tmp_path / "config.toml"
     path.write_text(tomli_w.dumps(cli.describe(config)), encoding="utf-8")
-    again = parse("--config", str(path))
+    again = parse("--config", str(path), "--trust-code")
     for f in fields(Config):
         assert getattr(again, f.name) == getattr(config, f.name), f.name
 
@@ -89,6 +90,80 @@ def test_a_class_of_ones_own_goes_by_its_dotted_path():
     own = parse("--strategy", f"{__name__}.Shifted", "--strategy.amount", "3")
     assert own.strategy == Shifted(amount=3.0)
     assert cli.describe(own)["strategy"]["name"] == f"{__name__}.Shifted"
+
+
+NAMES = [
+    ('strategy = "ran.Code"', "strategy = 'ran.Code'"),
+    ('[strategy]\nname = "ran:Code"', "strategy = 'ran:Code'"),
+    ('strategy = { name = "fedavg", server = "ran.Code" }', "strategy.server = 'ran.Code'"),
+    ('[strategy.server]\nname = "ran.Code"', "strategy.server = 'ran.Code'"),
+    ('privacy = { name = "client", adaptive = "ran.Code" }', "privacy.adaptive = 'ran.Code'"),
+    ('privacy = "ran.Code"', "privacy = 'ran.Code'"),
+    ('partition = "ran.Code"', "partition = 'ran.Code'"),
+    ('participation = "ran.Code"', "participation = 'ran.Code'"),
+    ('schedule = "ran.Code"', "schedule = 'ran.Code'"),
+    ('tracking = "ran.Code"', "tracking = 'ran.Code'"),
+    ('engine = "ran.Code"', "engine = 'ran.Code'"),
+    ('dataset = "ran.Code"', "dataset = 'ran.Code'"),
+    ('dataset = { name = "custom", path = "ran:make" }', "dataset.path = 'ran:make'"),
+    ('dataset = { name = "Custom", path = "ran:make" }', "dataset.path = 'ran:make'"),
+    ('engine = { name = "ray", address = "ray://there:1" }', "engine.address = 'ray://there:1'"),
+    ('model = "ran.py:Code"', "model = 'ran.py:Code'"),
+    ('model = "ran:Code"', "model = 'ran:Code'"),
+    ('model = "../ran"', "model = '../ran'"),
+    ('model = { name = "./ran.py", width = 3 }', "model = './ran.py'"),
+    ('optimizer = "ran.Code"', "optimizer = 'ran.Code'"),
+    ('loss = "ran:code"', "loss = 'ran:code'"),
+    ('metrics = ["accuracy", "ran:code"]', "metrics = 'ran:code'"),
+    ('metrics = "accuracy,ran.code"', "metrics = 'ran.code'"),
+    ('[model]\nname = "mlp"\n[model.act]\nclass_path = "ran.Code"', "model.act.class_path = 'ran.Code'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, names", NAMES)
+def test_what_only_a_file_names_is_never_imported_unasked(tmp_path, monkeypatch, text, names):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("ran.py").write_text("from pathlib import Path\nPath('traces').touch()\n")
+    Path("c.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        parse("--config", "c.toml")
+    assert f"c.toml names code to import and run: {names}; add --trust-code" in str(caught.value)
+    with pytest.raises(ConfigError, match="the run's config names code"):
+        cli.resume(Config, ["--run-dir", "x"], Path("c.toml"), set())
+    assert not Path("traces").exists()
+
+
+def test_what_is_typed_is_trusted_and_overrides_the_file(tmp_path):
+    (tmp_path / "c.toml").write_text(f'strategy = "{__name__}.Shifted"\nloss = "no.such:loss"')
+    file = ["--config", str(tmp_path / "c.toml")]
+    with pytest.raises(ConfigError, match=r"loss = 'no\.such:loss'"):
+        parse(*file, "--strategy", f"{__name__}.Shifted")
+    typed = parse(*file, "--strategy", f"{__name__}.Shifted", "--loss", "my:loss")
+    assert (typed.strategy, typed.loss) == (Shifted(), "my:loss")
+    assert parse(*file, "--trust-code").loss == "no.such:loss"
+    with pytest.raises(ConfigError, match="takes no value"):
+        parse(*file, "--trust-code=perhaps")
+
+
+@pytest.mark.parametrize("choice", sorted(CHOICES))
+def test_a_class_that_is_not_what_a_choice_asks_for_is_never_made(choice):
+    table: dict[str, Any] = {}
+    cli.put(table, choice.split("."), f"{__name__}.Touch")
+    if choice.startswith("privacy."):
+        table["privacy"]["name"] = "client"
+    with pytest.raises(ConfigError, match=f"Touch' is no {choice}: it must be a"):
+        cli.build(Config, table)
+    assert not Touch.made
+
+
+class Touch:
+    """Anything that does something when it is made."""
+
+    made = 0
+
+    def __init__(self, *_: object, **__: object) -> None:
+        Touch.made += 1
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,40 @@ def test_predict_writes_on(tmp_path, capsys, monkeypatch):
     assert "never saw" in capsys.readouterr().err
 
 
+def test_a_run_of_somebody_elses_runs_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = "from torch import nn\ndef build(in_features, num_outputs):\n"
+    own += "    return nn.Sequential(nn.Flatten(), nn.Linear(in_features, num_outputs))\n"
+    Path("mine.py").write_text(own)
+    fast = ["--epochs", "1", "--clients", "3", "--tracking", "none", "--rounds", "1"]
+    words = ["train", "--privacy", "none", *fast, "--model", "mine.py", "--run-dir", "run"]
+    assert main(words) == 0
+    Path("mine.py").write_text(own + "from pathlib import Path\nPath('traces').touch()\n")
+    np.save("x.npy", np.zeros((2, 1, 8, 8)))
+    table = ["--run-dir", "run", "--rounds", "2"]
+    uses = [["eval", "run"], ["predict", "run", "x.npy"], ["train", *table, "--resume"]]
+    again = ["train", "--config", "run/config.toml", "--run-dir", "other"]
+    for use in (*uses, again, [*again, "--sweep", "seed=1,2"]):
+        assert main(use) == 2
+        assert "model = 'mine.py'; add --trust-code" in capsys.readouterr().err
+    assert main(["runs", "run"]) == main(["compare", "run", "run"]) == 0
+    assert not Path("traces").exists()
+    for use in uses:
+        assert main([*use, "--trust-code"]) == 0
+    assert Path("traces").exists()
+
+
+def test_a_run_folder_that_brings_models_along_runs_none_of_them(tmp_path, capsys, monkeypatch):
+    assert main(["train", *SMALL, "--rounds", "1", "--run-dir", str(tmp_path / "run")]) == 0
+    monkeypatch.chdir(tmp_path / "run")
+    Path("models").mkdir()
+    Path("models/logistic.py").write_text("from pathlib import Path\nPath('traces').touch()\n")
+    for use in (["eval", "."], ["train", "--run-dir", ".", "--resume", "--rounds", "2"]):
+        assert main(use) == 2
+        assert "brings a model file of its own" in capsys.readouterr().err
+    assert not Path("traces").exists()
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [

@@ -85,7 +85,9 @@ def wait_for_round(process: subprocess.Popen, run: str, n: int) -> None:
 def test_n_and_m_rounds_are_n_plus_m(fedtorch, folder):
     assert fedtorch(*RUN, "--rounds", 5, "--run-dir", "whole")[0] == 0
     assert fedtorch(*RUN, "--rounds", 2, "--run-dir", "parts")[0] == 0
-    code, out, _ = fedtorch("train", "--resume", "--run-dir", "parts", "--rounds", 5)
+    code, out, _ = fedtorch(
+        "train", "--resume", "--trust-code", "--run-dir", "parts", "--rounds", 5
+    )
     assert code == 0
     assert "resumed after round 2" in out
     same("whole", "parts")
@@ -102,7 +104,7 @@ def test_killed_between_rounds_3_and_8_and_resumed_is_the_uninterrupted_run(fedt
     assert not Path("killed/summary.json").exists()
     done = len(figures("killed")) if Path("killed/metrics.jsonl").read_text().endswith("\n") else 0
     assert done < 10
-    code, _, err = fedtorch("train", "--resume", "--run-dir", "killed")
+    code, _, err = fedtorch("train", "--resume", "--trust-code", "--run-dir", "killed")
     assert (code, err) == (0, "")
     same("whole", "killed")
     for tag, seen in steps("killed").items():
@@ -126,7 +128,10 @@ def test_a_signal_saves_and_exits_and_the_run_can_go_on(fedtorch, folder, number
     reached = json.loads(Path("stopped/summary.json").read_text())
     assert reached["test_accuracy"] == figures("stopped")[-1]["test_accuracy"]
     goal = reached["rounds"] + 1
-    assert fedtorch("train", "--resume", "--run-dir", "stopped", "--rounds", goal)[0] == 0
+    assert (
+        fedtorch("train", "--resume", "--trust-code", "--run-dir", "stopped", "--rounds", goal)[0]
+        == 0
+    )
     assert fedtorch(*RUN, *rare, "--rounds", goal, "--run-dir", "straight")[0] == 0
     one, two = (load_file(f"{f}/model.safetensors") for f in ("stopped", "straight"))
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -135,7 +140,7 @@ def test_a_signal_saves_and_exits_and_the_run_can_go_on(fedtorch, folder, number
 def test_a_finished_run_resumed_stays_as_it_is(fedtorch, folder):
     assert fedtorch(*RUN, "--rounds", 2, "--run-dir", "done")[0] == 0
     before = load_file("done/model.safetensors"), steps("done")
-    assert fedtorch("train", "--resume", "--run-dir", "done")[0] == 0
+    assert fedtorch("train", "--resume", "--trust-code", "--run-dir", "done")[0] == 0
     after = load_file("done/model.safetensors"), steps("done")
     assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
     assert before[1] == after[1]
@@ -146,7 +151,7 @@ def test_a_run_killed_before_its_first_round_starts_again_without_doubles(fedtor
     whole = steps("run")
     for path in Path("run/checkpoints").glob("round-000001.pt"):
         path.unlink()
-    code, _, err = fedtorch("train", "--resume", "--run-dir", "run")
+    code, _, err = fedtorch("train", "--resume", "--trust-code", "--run-dir", "run")
     assert (code, err) == (0, "")
     assert steps("run") == whole
 
@@ -171,7 +176,7 @@ def test_a_private_run_killed_before_its_first_charge_goes_on(fedtorch, monkeypa
         patch.setattr(Server, "round", killed)
         assert fedtorch(*small, "--run-dir", "run")[0] == 130
     assert len(Path("run/ledger.jsonl").read_text().splitlines()) == 1, "nothing is charged yet"
-    code, _, err = fedtorch("train", "--resume", "--run-dir", "run")
+    code, _, err = fedtorch("train", "--resume", "--trust-code", "--run-dir", "run")
     assert (code, err) == (0, "")
     assert len(Path("run/ledger.jsonl").read_text().splitlines()) == 2
     assert json.loads(Path("run/summary.json").read_text())["epsilon"] > 0
@@ -188,7 +193,9 @@ def test_a_private_run_killed_before_its_first_charge_goes_on(fedtorch, monkeypa
 )
 def test_what_would_make_it_another_run_is_refused(fedtorch, folder, change, message):
     assert fedtorch(*RUN, "--rounds", 1, "--run-dir", "run")[0] == 0
-    code, _, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 2, *change)
+    code, _, err = fedtorch(
+        "train", "--resume", "--trust-code", "--run-dir", "run", "--rounds", 2, *change
+    )
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
@@ -213,7 +220,9 @@ def test_a_corrupt_or_foreign_checkpoint_is_one_sentence(fedtorch, folder, damag
     else:
         torch.save({"format": "fedtorch checkpoint 1", "round": 1, "model": {}}, path)
     before = Path("run/metrics.jsonl").read_bytes(), steps("run")
-    code, out, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 2)
+    code, out, err = fedtorch(
+        "train", "--resume", "--trust-code", "--run-dir", "run", "--rounds", 2
+    )
     assert code == 2
     assert err.count("\n") == 1
     assert "checkpoint" in err

@@ -36,7 +36,9 @@ def main(argv: Sequence[str]) -> int:
 def script() -> str:
     """The bash script, with the names there are now."""
     names = [f.name for f in fields(train_module().Config) if not f.name.endswith("_args")]
-    options = [f"--{n.replace('_', '-')}" for n in (*names, "config", "sweep", "help")]
+    options = [
+        f"--{n.replace('_', '-')}" for n in (*names, "config", "trust_code", "sweep", "help")
+    ]
     choices = "\n".join(
         f'    --{name}) words="{" ".join(values)}" ;;' for name, values in CHOICES.items()
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedtorch import assemble, cli, runs, saved
+from fedtorch import assemble, cli, runs, saved, trust
 from fedtorch.commands.options import words_and_options
 from fedtorch.commands.train import train_module
 from fedtorch.data import Csv, Data, partition
@@ -19,6 +19,7 @@ from fedtorch.evaluate import evaluate, evaluate_clients
 from fedtorch.solvers import forward
 from fedtorch.types import ConfigError
 
+TRUST = trust.FLAG.removeprefix("--")
 LENGTH = 200
 """Characters a text model adds unless told otherwise."""
 
@@ -32,10 +33,17 @@ class Trained:
     model: nn.Module
 
 
-def trained(folder: str) -> Trained:
-    """Raises ConfigError when the folder holds no run, or one that has not come to its end."""
+def trained(folder: str, trusted: bool) -> Trained:
+    """Raises ConfigError when the folder holds no run, one that has not come to its end, or code of others.
+
+    ``trusted``: import what its config names.
+    """
     train = train_module()
-    config = cli.build(train.Config, cli.read(saved.load(folder).folder / "config.toml"))
+    table = cli.read(saved.load(folder).folder / "config.toml")
+    if not trusted:
+        trust.check(table, {}, f"the run in {folder}")
+        trust.inside(Path(folder), table)
+    config = cli.build(train.Config, table)
     data = config.dataset.load(config.seed)
     model = train.make_model(config, data)
     runs.read_model(Path(folder), model)
@@ -44,10 +52,10 @@ def trained(folder: str) -> Trained:
 
 def evaluate_run(argv: Sequence[str]) -> int:
     """Loss and metrics on the test set, and on the clients' validation data where there is some."""
-    words, given = words_and_options(argv, "eval", {"json": False})
+    words, given = words_and_options(argv, "eval", {"json": False, TRUST: False})
     if len(words) != 1:
         raise ConfigError(f"fedtorch eval takes one run folder, but got {len(words)}")
-    run = trained(words[0])
+    run = trained(words[0], TRUST in given)
     config, data = run.config, run.data
     _, metrics = assemble.loss_and_metrics(data.kind, config.loss, config.metrics)
     figures = {f"test_{k}": v for k, v in evaluate(run.model, data.test, metrics).items()}
@@ -64,10 +72,10 @@ def evaluate_run(argv: Sequence[str]) -> int:
 
 def predict(argv: Sequence[str]) -> int:
     """A prediction for each example of a file; a text model writes on."""
-    words, given = words_and_options(argv, "predict", {"json": False, "length": True})
+    words, given = words_and_options(argv, "predict", {"json": False, "length": True, TRUST: False})
     if len(words) != 2:
         raise ConfigError(f"fedtorch predict takes a run folder and a file, but got {len(words)}")
-    run, path = trained(words[0]), Path(words[1])
+    run, path = trained(words[0], TRUST in given), Path(words[1])
     if "vocabulary" in run.data.facts:
         more = write_on(run, _text(path), _whole(given.get("length", str(LENGTH))))
         print(json.dumps({"continuation": more}) if "json" in given else more)

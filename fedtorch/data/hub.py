@@ -90,6 +90,10 @@ class Custom:
     def load(self, seed: int) -> Data:
         """Call it; raises ConfigError when it is not there or returns something else."""
         make = resolve(self.path)
+        if isinstance(make, type) or not callable(make):
+            raise ConfigError(
+                f"dataset.path {self.path!r} must name a function that returns the data"
+            )
         try:
             data = make()
         except Exception as e:

@@ -1,0 +1,98 @@
+"""What a file may name: nothing that Python would import, unless whoever starts the run says so.
+
+A config or a run folder may come from anybody. Its short names are ours; a dotted name, a path or a
+cluster's address would run somebody's code, so it needs ``--trust-code``. What is typed on the command
+line is trusted as it is.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtorch.choices import CHOICES
+from fedtorch.types import ConfigError
+
+FLAG = "--trust-code"
+
+SHORT = re.compile(r"[\w-]*")
+"""Names of models, losses, metrics and optimizers that are found without an import by path."""
+
+
+def foreign(table: Mapping[str, Any]) -> dict[str, str]:
+    """Option -> the name in it that only an import by path, or another machine, could give."""
+    found = _choices(table)
+    for option in ("model", "optimizer", "loss"):
+        found[option] = _name(table.get(option))
+    metrics = table.get("metrics", [])
+    for name in metrics.split(",") if isinstance(metrics, str) else _list(metrics):
+        if not SHORT.fullmatch(str(name)):
+            found["metrics"] = str(name)
+    for choice, kind, option in (("dataset", "custom", "path"), ("engine", "ray", "address")):
+        chosen = table.get(choice)
+        if isinstance(chosen, Mapping) and _name(chosen).lower() == kind and chosen.get(option):
+            found[f"{choice}.{option}"] = str(chosen[option])
+    plain = {"model", "optimizer", "loss"}
+    named = {k: n for k, n in found.items() if k not in plain or not SHORT.fullmatch(n)}
+    return named | _classes(table)
+
+
+def check(
+    table: Mapping[str, Any], typed: Mapping[str, Any], source: str, trusted: bool = False
+) -> None:
+    """Raises ConfigError, before anything is imported, for a name that was not ``typed``."""
+    if trusted:
+        return
+    known = foreign(typed)
+    for option, name in foreign(table).items():
+        if known.get(option) != name:
+            raise ConfigError(
+                f"{source} names code to import and run: {option} = {name!r}; add {FLAG} if it is yours "
+                "or you trust whoever wrote it"
+            )
+
+
+def inside(folder: Path, table: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a run folder brings the model's code along: ./models lies within it."""
+    own = Path("models") / f"{_name(table.get('model'))}.py"
+    if own.is_file() and own.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"the run folder {folder} brings a model file of its own, {own}, which would be run; start "
+            f"from another folder, or add {FLAG} if it is yours"
+        )
+
+
+def _choices(table: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for choice in CHOICES:
+        value: Any = table
+        for key in choice.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        name = _name(value)
+        if (
+            "." in name or ":" in name
+        ):  # as fedtorch.cli reads it; any other name is ours or nobody's
+            found[choice] = name
+    return found
+
+
+def _classes(value: Any, where: str = "") -> dict[str, str]:
+    # the parser's own spelling of "make an object of this class"
+    if isinstance(value, Mapping):
+        found: dict[str, str] = {}
+        for key, inner in value.items():
+            here = f"{where}.{key}" if where else str(key)
+            found |= {here: str(inner)} if key == "class_path" else _classes(inner, here)
+        return found
+    return {
+        k: n for i, v in enumerate(_list(value)) for k, n in _classes(v, f"{where}.{i}").items()
+    }
+
+
+def _name(value: Any) -> str:
+    value = value.get("name") if isinstance(value, Mapping) else value
+    return "" if value is None else str(value)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
