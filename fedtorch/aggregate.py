@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fedtorch.tree import add_weighted, sound
-from fedtorch.types import ConfigError, Params, Stack, Update
+from fedtorch.types import Params, Stack, Update
 
 
 class Mean:
@@ -58,19 +58,14 @@ def _only(stack: Stack) -> Params:
     return {k: v[0].cpu() for k, v in stack.items()}
 
 
-def moved(
-    state: Params, delta: Params, buffers: Params, trainable: Sequence[str], round: int
-) -> Params:
+def moved(state: Params, delta: Params, buffers: Params, trainable: Sequence[str]) -> Params | None:
     """``state`` with ``delta`` added to the ``trainable`` and ``buffers`` in place of its own.
 
-    Raises ConfigError when the step is not finite.
+    None when the result is not finite.
     """
     new = {k: _sum(state[k], delta[k]) for k in trainable}
     if not sound(new):
-        raise ConfigError(
-            f"round {round}: the server's step is not finite; lower lr or the server's learning rate "
-            "(the model of the round before is kept)"
-        )
+        return None
     # float statistics are averaged; integer counters keep the server's value
     return state | new | {k: v.to(state[k].dtype) for k, v in buffers.items()}
 

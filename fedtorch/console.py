@@ -66,6 +66,11 @@ class Report:
                 self.say(
                     f"round {metrics['round']}: client {who} left out, its update is not finite"
                 )
+        if metrics.get("step_failed"):
+            self.say(
+                f"round {metrics['round']}: failed, the server's step is not finite; the model of the "
+                "round before is kept: lower lr or the server's learning rate"
+            )
         parts = [
             f"{label} {metrics[key]:.4f}"
             for label, key in _shown(metrics)

@@ -21,7 +21,7 @@ from fedtorch.privacy.run import BudgetSpent, PrivateRun
 from fedtorch.schedules import Constant, Schedule
 from fedtorch.solvers import load, snapshot
 from fedtorch.strategies.base import Strategy, uploads
-from fedtorch.tree import double
+from fedtorch.tree import double, sound
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
 
 
@@ -68,6 +68,8 @@ class Server:
         """What each client of the last round reported."""
         self.last_step: Params = {}
         """What the last round added to the trainable weights."""
+        self.failed_step = False
+        """Whether the last round's step was not finite, and the round before stands."""
         self.watch: Callable[[Update], None] | None = None
         """Shown every update as it arrives; for looking, not for changing."""
         self.private: PrivateRun | None = None
@@ -213,8 +215,12 @@ class Server:
         return mean, Visits.of(chunks)
 
     def _move(self, state: Params, mean: Mean) -> dict[str, Params]:
-        """Step from ``state``; returns the clients' means before any noise, for the figures."""
+        """Step from ``state``; returns the clients' means before any noise, for the figures.
+
+        A step that is not finite is not taken: the round has failed, and what the server keeps stays.
+        """
         strategy, reported = self.recipe.strategy, len(self.visits.ids)
+        self.failed_step = False
         # noise comes first: all that the strategy and the server optimizer do is post-processing
         released = self.private.release(mean.sums()) if self.private else None
         means, buffers = mean.result() if reported else ({}, {})
@@ -225,11 +231,17 @@ class Server:
             if strategy.server is not None or type(strategy).step is not Strategy.step:
                 # to be computed with, not only added
                 sent = {g: double(v) for g, v in sent.items()}
-            delta, self.extras = strategy.step(sent, self.extras, share or reported / len(self.ids))
+            delta, extras = strategy.step(sent, self.extras, share or reported / len(self.ids))
+            kept = self.optimizer_state
             if strategy.server is not None:
-                delta, self.optimizer_state = strategy.server.step(delta, self.optimizer_state)
-            new = moved(state, delta, buffers, self.trainable, self.round_number + 1)
-            load(self.model, new)
+                delta, kept = strategy.server.step(delta, kept)
+            new = moved(state, delta, buffers, self.trainable)
+            # one infinite moment would keep the optimizer from ever moving again
+            if new is None or not all(map(sound, [*extras.values(), *kept.values()])):
+                self.failed_step, delta = True, {}
+            else:
+                self.extras, self.optimizer_state = extras, kept
+                load(self.model, new)
         self.last_step = delta
         return means
 
@@ -248,6 +260,7 @@ class Server:
             "nonfinite": kinds.count("nonfinite"),
             **self.visits.figures(mean_norm),
             "step_norm": step_norm,
+            **({"step_failed": 1} if self.failed_step else {}),
             **traffic(task, means, asked=reported + len(failed), reported=reported),
         }
 

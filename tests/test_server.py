@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from fedtorch import (
     ServerAdam,
     ServerSGD,
 )
+from fedtorch.console import Report
 
 
 def test_the_model_is_trained_in_place_and_stays_a_plain_module():
@@ -67,13 +69,38 @@ def test_when_every_client_is_nan_the_model_stays_as_it_was():
     assert all(torch.equal(before[k], v) for k, v in weights(model).items())
 
 
-def test_a_server_step_that_overflows_is_refused_and_the_model_is_kept():
+class Spike:
+    """A server optimizer whose second step is as bad as it can be."""
+
+    def __init__(self, optimizer, where):
+        self.optimizer, self.where, self.steps = optimizer, where, 0
+        self.init = optimizer.init
+
+    def step(self, delta, state):
+        self.steps += 1
+        if self.steps == 2 and self.where == "step":
+            return {k: v * float("inf") for k, v in delta.items()}, state
+        if self.steps == 2:  # squares overflow in the moments, and the step itself is 0
+            delta = {k: torch.full_like(v, 1e200) for k, v in delta.items()}
+        return self.optimizer.step(delta, state)
+
+
+@pytest.mark.parametrize("where", ["step", "moments"])
+def test_a_step_that_is_not_finite_is_a_failed_round_and_not_the_end(where, capsys):
     model = mlp()
-    before = weights(model)
-    server = Server(model, make_clients([10]), Recipe(FedAvg(server=ServerSGD(lr=1e300))))
-    with pytest.raises(ConfigError, match="server's step is not finite"):
-        server.round()
+    server = Server(model, make_clients([10]), Recipe(FedAvg(server=Spike(ServerAdam(), where))))
+    assert "step_failed" not in server.round()
+    before, kept = weights(model), copy.deepcopy(server.optimizer_state)
+    figures = server.round()
+    assert figures["step_failed"] and figures["step_norm"] == 0 and figures["round"] == 2
     assert all(torch.equal(before[k], v) for k, v in weights(model).items())
+    for group, tree in kept.items():
+        assert all(torch.equal(server.optimizer_state[group][k], v) for k, v in tree.items())
+    with Report(3, 0) as report:
+        report.round(figures)
+    assert "round 2: failed, the server's step is not finite" in capsys.readouterr().out
+    figures = server.round()
+    assert "step_failed" not in figures and figures["step_norm"] > 0
 
 
 @pytest.mark.parametrize(

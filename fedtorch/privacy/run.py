@@ -7,7 +7,7 @@ from fedtorch.privacy.base import Order, Privacy
 from fedtorch.privacy.ledger import Ledger
 from fedtorch.types import ConfigError, Params
 
-PUBLIC = ("round", "lr", "test_", "step_norm", "privacy_")
+PUBLIC = ("round", "lr", "test_", "step_norm", "step_failed", "privacy_")
 """Figures that no client's data reaches but through what the guarantee covers, by how they start."""
 
 COVERED = {
