@@ -31,13 +31,14 @@ class Visits:
 
     @classmethod
     def of(cls, parts: "Sequence[Visits]") -> "Visits":
-        """The chunks of a round as one."""
+        """The chunks of a round as one, with the figures that all of them tell."""
         if not parts:
             return cls()
+        names = [k for k in parts[0].values if all(k in p.values for p in parts)]
         return cls(
             tuple(i for p in parts for i in p.ids),
             torch.cat([p.weight for p in parts]).double(),
-            {k: torch.cat([p.values[k] for p in parts]) for k in parts[0].values},
+            {k: torch.cat([p.values[k] for p in parts]) for k in names},
         )
 
     def mean(self, name: str) -> float:

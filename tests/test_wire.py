@@ -182,7 +182,7 @@ def test_an_outcome_comes_back():
         ({"buffers": {"mean": torch.ones(2)}}, "'mean'"),
         ({"weight": torch.tensor([1.0, -2.0])}, "weight"),
         ({"weight": torch.tensor([1.0, math.nan])}, "weight"),
-        ({"weight": torch.tensor([1.0, 1e30])}, "weight"),
+        ({"weight": torch.tensor([1.0, math.inf])}, "weight"),
         ({"weight": torch.tensor([1.0])}, "weight"),
         ({"metrics": {"train_loss": torch.tensor([math.inf, 0.0])}}, "not finite"),
         ({"metrics": {"rows": torch.ones(2, 50)}}, "figure"),
@@ -204,3 +204,48 @@ def test_any_facts_and_groups_are_read_or_refused(facts, groups):
                 messages.read_task(message)
             else:
                 messages.check(messages.read_outcome(message, ASKED).update, EXPECTED)
+
+
+def test_what_others_wrote_is_told_short_and_in_ascii():
+    assert wire.short("weight") == "'weight'"
+    told = wire.short("\x1b[2J\u0430\n" + "x" * (1 << 20))
+    assert len(told) < 100 and told.isascii() and told.isprintable()
+    name = "\0" * (1 << 20)
+    with pytest.raises(MessageError) as e:
+        wire.decode(with_header({"kind": "k", "facts": {}, "schema": [["g", name, "uint8", [9]]]}))
+    assert len(str(e.value)) < 400
+
+
+def test_facts_nested_too_deep_and_a_header_too_large_are_refused():
+    deep: list = []
+    for _ in range(wire.DEPTH):
+        deep = [deep, {}]
+    with pytest.raises(MessageError, match="nested more than 16 deep"):
+        wire.decode(with_header({"kind": "k", "facts": {"x": deep}, "schema": []}))
+    bomb = {"kind": "k", "facts": {"x": [[]] * 2000}, "schema": []}
+    assert wire.decode(with_header(bomb)).kind == "k"
+    with pytest.raises(MessageError, match="at most 4096"):
+        wire.decode(with_header(bomb), header_limit=4096)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 10**400},
+        {"lr": True},
+        {"privacy": {"clip": 10**400}},
+        {"privacy": {"clip": True}},
+        {"privacy": {"clip": [1.0]}},
+        {"privacy": {str(k): 1.0 for k in range(9)}},
+        {"round": 2**70},
+        {"round": -1},
+        {"round": 1.0},
+        {"seed": 2**200},
+    ],
+    ids=str,
+)
+def test_numbers_no_task_has_are_refused(changes):
+    message = messages.task_message(task())
+    assert messages.read_task(message).round == 4
+    with pytest.raises(MessageError):
+        messages.read_task(Message("task", message.facts | changes, message.groups))

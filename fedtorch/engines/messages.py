@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedtorch.engines.wire import Message, MessageError
+from fedtorch.engines.wire import Message, MessageError, short
 from fedtorch.tree import double
 from fedtorch.types import Failure, Params, Stack, Task, Update
 
@@ -41,20 +41,16 @@ def task_message(task: Task, **facts: Any) -> Message:
 def read_task(message: Message) -> Task:
     """The task in a message; raises MessageError when there is none."""
     _kind(message, "task")
-    lr = _fact(message, "lr", (int, float))
-    if not math.isfinite(lr):
-        raise MessageError("the learning rate is not finite")
-    extras = _under(message, "extras/")
     privacy = _fact(message, "privacy", (dict,))
-    if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in privacy.values()):
-        raise MessageError("a number of the privacy plan is not finite")
+    if len(privacy) > 8:
+        raise MessageError("the privacy plan has more numbers than any plan")
     return Task(
         state=message.groups.get("state", {}),
-        extras=extras,
-        round=_fact(message, "round", (int,)),
-        seed=_fact(message, "seed", (int,)),
-        lr=float(lr),
-        privacy={k: float(v) for k, v in privacy.items()},
+        extras=_under(message, "extras/"),
+        round=_whole(message, "round", 0, 1 << 31),
+        seed=_whole(message, "seed", -(1 << 64), 1 << 64),
+        lr=_finite(_fact(message, "lr", (int, float)), "the learning rate"),
+        privacy={k: _finite(v, "a number of the privacy plan") for k, v in privacy.items()},
     )
 
 
@@ -105,7 +101,7 @@ def read_outcome(message: Message, asked: Sequence[str]) -> Outcome:
     return Outcome(update, failures, memory)
 
 
-def check(update: Update, expected: Expected, most: float = 1e12) -> None:
+def check(update: Update, expected: Expected) -> None:
     """Refuse an update that differs from what this model and strategy send, or is not finite."""
     clients = len(update.ids)
     rows = 1 if update.summed else clients
@@ -114,15 +110,15 @@ def check(update: Update, expected: Expected, most: float = 1e12) -> None:
     for group, names in expected.sent.items():
         _same(update.sent[group], names, rows)
     _same(update.buffers, expected.buffers, rows)
-    if not bool(((update.weight > 0) & (update.weight <= most)).all()):
+    if not bool(((update.weight > 0) & update.weight.isfinite()).all()):
         raise MessageError("its weight is not a positive number")
     for name, values in update.metrics.items():
-        if values.shape != (clients,) or len(name) > 64 or not values.dtype.is_floating_point:
-            raise MessageError(f"its figure {name[:64]!r} is not one number for each client")
+        if values.shape != (clients,) or values.dtype not in _FLOATS:
+            raise MessageError(f"its figure {short(name)} is not one number for each client")
     for tree in (*update.sent.values(), update.buffers, update.metrics):
         for name, values in tree.items():
             if not bool(values.isfinite().all()):
-                raise MessageError(f"{name!r} is not finite")
+                raise MessageError(f"{short(name)} is not finite")
 
 
 def schema(tree: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -134,11 +130,11 @@ def same_schema(tree: Params, names: dict[str, tuple[torch.Size, torch.dtype]]) 
     """Refuse tensors of other names, shapes or dtypes."""
     if tree.keys() != names.keys():
         odd = sorted(tree.keys() ^ names.keys())[0]
-        raise MessageError(f"{odd[:100]!r} is on one side only")
+        raise MessageError(f"{short(odd)} is on one side only")
     for name, (shape, dtype) in names.items():
         if tree[name].shape != shape or tree[name].dtype != dtype:
             raise MessageError(
-                f"{name!r} is {list(tree[name].shape)} {tree[name].dtype}, "
+                f"{short(name)} is {list(tree[name].shape)} {tree[name].dtype}, "
                 f"not {list(shape)} {dtype}"
             )
 
@@ -152,7 +148,7 @@ def _same(stack: Stack, names: dict[str, tuple[torch.Size, torch.dtype]], client
 
 
 def _listed(groups: Mapping[str, object]) -> str:
-    return ", ".join(sorted(groups))[:200] or "nothing"
+    return ", ".join(map(short, sorted(groups)[:4])) or "nothing"
 
 
 def _under(message: Message, prefix: str) -> dict[str, Params]:
@@ -161,7 +157,7 @@ def _under(message: Message, prefix: str) -> dict[str, Params]:
 
 def _kind(message: Message, kind: str) -> None:
     if message.kind != kind:
-        raise MessageError(f"a message of kind {message.kind[:40]!r}, not {kind!r}")
+        raise MessageError(f"a message of kind {short(message.kind)}, not {kind!r}")
 
 
 def _fact(message: Message, name: str, kinds: tuple[type, ...]) -> Any:
@@ -169,6 +165,23 @@ def _fact(message: Message, name: str, kinds: tuple[type, ...]) -> Any:
     if type(value) not in kinds:
         raise MessageError(f"the fact {name!r} is missing or of a wrong type")
     return value
+
+
+def _whole(message: Message, name: str, least: int, end: int) -> int:
+    value = int(_fact(message, name, (int,)))
+    if not least <= value < end:
+        raise MessageError(f"the fact {name!r} is out of range")
+    return value
+
+
+def _finite(value: Any, what: str) -> float:
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:  # an integer of hundreds of digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise MessageError(f"{what} is not finite")
+    return number
 
 
 def _strings(value: Any, count: int | None = None) -> list[str]:

@@ -8,7 +8,7 @@ name code, and nothing is unpickled. ``decode`` trusts nothing: it raises Messag
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ DTYPES = {
 }  # fmt: skip
 AXES = 16
 """Most dimensions of a tensor."""
+DEPTH = 16
+"""Most brackets inside one another in the facts of a message."""
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("fedtorch's messages are little-endian, and so must this machine be")
@@ -97,14 +99,26 @@ def encode(message: Message) -> bytes:
     return pack(message).block().numpy().tobytes()
 
 
-def decode(data: bytes | Tensor, limit: int | None = None) -> Message:
+def header_room(trees: Mapping[str, Iterable[str]], facts: int = 4096) -> int:
+    """Bytes that the header of a message with these tensors (group -> names) can take at most.
+
+    ``facts``: room for everything but the tensors.
+    """
+    row = 128 + 24 * AXES  # brackets, type and shape; a character may be escaped to twelve
+    return facts + sum(row + 12 * (len(g) + len(n)) for g, names in trees.items() for n in names)
+
+
+def decode(
+    data: bytes | Tensor, limit: int | None = None, header_limit: int = HEADER_LIMIT
+) -> Message:
     """Read a message; the tensors are views of ``data`` where that is a tensor (uint8).
 
-    Raises MessageError for anything but exactly one whole message of at most ``limit`` bytes.
+    Raises MessageError for anything but exactly one whole message of at most ``limit`` bytes, whose header
+    has at most ``header_limit``: JSON takes much longer to read, and many times the memory, than tensors.
     """
     if not isinstance(data, Tensor):
         data = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
-    at = START + _head_length(data, limit)
+    at = START + _head_length(data, limit, header_limit)
     kind, facts, schema = _header(data[START:at].numpy().tobytes())
     groups: dict[str, Params] = {}
     for row in schema:
@@ -112,10 +126,10 @@ def decode(data: bytes | Tensor, limit: int | None = None) -> Message:
         at += -at % 8
         size = dtype.itemsize * math.prod(shape)
         if size > len(data) - at:
-            raise MessageError(f"cut short: {name!r} does not fit")
+            raise MessageError(f"cut short: {short(name)} does not fit")
         tree = groups.setdefault(group, {})
         if name in tree:
-            raise MessageError(f"{name!r} is there twice")
+            raise MessageError(f"{short(name)} is there twice")
         tree[name] = _tensor(data[at : at + size], dtype, shape)
         at += size
     if at != len(data):
@@ -123,7 +137,12 @@ def decode(data: bytes | Tensor, limit: int | None = None) -> Message:
     return Message(kind, facts, groups)
 
 
-def _head_length(data: Tensor, limit: int | None) -> int:
+def short(text: str, most: int = 60) -> str:
+    """What somebody else wrote, quoted in ASCII and cut, so that no log can be flooded or forged by it."""
+    return ascii(text[:most]) + ("..." if len(text) > most else "")
+
+
+def _head_length(data: Tensor, limit: int | None, header_limit: int) -> int:
     if limit is not None and len(data) > limit:
         raise MessageError(f"{len(data)} bytes, but at most {limit} are taken")
     if len(data) < START:
@@ -132,7 +151,9 @@ def _head_length(data: Tensor, limit: int | None) -> int:
     length = int.from_bytes(front[len(MAGIC) :], "little")
     if front[: len(MAGIC)] != MAGIC:
         raise MessageError("this is no fedtorch message of version 1")
-    if length > min(HEADER_LIMIT, len(data) - START) or (START + length) % 64:
+    if length > header_limit:
+        raise MessageError(f"a header of {length} bytes, but at most {header_limit} are taken")
+    if length > len(data) - START or (START + length) % 64:
         raise MessageError("the length of the header is wrong")
     return length
 
@@ -154,7 +175,18 @@ def _header(text: bytes) -> tuple[str, dict[str, Any], list[Any]]:
     kind, facts, schema = header["kind"], header["facts"], header["schema"]
     if not (isinstance(kind, str) and isinstance(facts, dict) and isinstance(schema, list)):
         raise MessageError("the header has fields of a wrong type")
+    _flat_enough(facts)
     return kind, facts, schema
+
+
+def _flat_enough(facts: dict[str, Any]) -> None:
+    level: list[Any] = [facts]
+    for _ in range(DEPTH):
+        inner = [[*v.values()] if isinstance(v, dict) else v for v in level]
+        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+        if not level:
+            return
+    raise MessageError(f"the facts are nested more than {DEPTH} deep")
 
 
 def _row(row: Any) -> tuple[str, str, torch.dtype, list[int]]:
@@ -165,7 +197,7 @@ def _row(row: Any) -> tuple[str, str, torch.dtype, list[int]]:
         raise MessageError("a row of the schema names no tensor")
     whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
     if not whole or len(shape) > AXES or math.prod(n or 1 for n in shape) >= 1 << 40:
-        raise MessageError(f"the shape of {name[:100]!r} is wrong")
+        raise MessageError(f"the shape of {short(name)} is wrong")
     return group, name, DTYPES[dtype], shape
 
 

@@ -1,20 +1,32 @@
 """What a site's report must be to count; nothing that a site sends is believed before."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from fedtorch.client import Recipe
-from fedtorch.engines import messages
+from fedtorch.engines import messages, wire
 from fedtorch.engines.messages import Expected
 from fedtorch.engines.wire import Message, MessageError
+from fedtorch.privacy import ClientLevel
+from fedtorch.privacy.base import joint_norms
+from fedtorch.privacy.central import CLIP_BIT
 from fedtorch.strategies import Strategy
+from fedtorch.summed import told
 from fedtorch.tree import expand, row
 from fedtorch.types import Context, Failure, Params, Task, Update
 
-KINDS = ("nonfinite", "error", "budget")
-"""Why a site may say that it has no update."""
+REASONS = {
+    "nonfinite": "its update is not finite",
+    "error": "its model or data raised an error",
+    "budget": "its privacy budget is spent",
+}
+"""Why a site may say that it has no update, and how that is put: in words of ours."""
+LONGEST = 1e18
+"""Norm beyond which an update is refused: float32 cannot hold its square, nor weights it is added to."""
+FACTS = {"run", "visit", "round", "ids", "summed", "failures"}
 
 
 @dataclass(frozen=True)
@@ -22,29 +34,88 @@ class Reader:
     """Reads the reports of one run."""
 
     expected: Expected
-    uniform: bool
-    """Every weight must be 1."""
+    recipe: Recipe
+    figures: tuple[frozenset[str], ...]
+    """Which figures a report has: all that the recipe tells or, from a site that is strict, fewer."""
+    most_examples: int
+    """Largest number of examples a site may say it has: where clients are weighed by size, its weight."""
 
     @classmethod
-    def of(cls, recipe: Recipe, model: nn.Module) -> "Reader":
+    def of(cls, recipe: Recipe, model: nn.Module, most_examples: int) -> "Reader":
         """What this model and recipe make a site send."""
         params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
-        return cls(expected(recipe, params, model), recipe.weighting == "uniform")
+        kinds = [figures(recipe)]
+        if recipe.privacy is not None and recipe.privacy.per_client:
+            strict = replace(recipe.privacy, strict=True)
+            kinds.append(figures(replace(recipe, privacy=strict)))
+        known = expected(recipe, params, model)
+        return cls(known, recipe, tuple(dict.fromkeys(kinds)), most_examples)
+
+    def header_limit(self) -> int:
+        """Bytes of the largest header that an honest report can have."""
+        trees: dict[str, Iterable[str]] = {f"sent/{g}": t for g, t in self.expected.sent.items()}
+        trees |= {"buffers": self.expected.buffers, "metrics": self.figures[0], "": ("weight",)}
+        return wire.header_room(trees)
 
     def read(self, site: str, task: Task, message: Message) -> Update | Failure:
         """The update, or the site's reason to send none; raises MessageError for anything else."""
+        if odd := sorted(message.facts.keys() - FACTS):
+            raise MessageError(f"it says {wire.short(odd[0])}, which no report does")
         if message.facts.get("round") != task.round:
             raise MessageError("it is about another round")
+        own = {"buffers", "metrics", "", *(f"sent/{g}" for g in self.expected.sent)}
+        if odd := sorted(message.groups.keys() - own):
+            raise MessageError(f"it sends {wire.short(odd[0])}, which no report has")
         outcome = Message("outcome", message.facts, message.groups)
         update, failures, _ = messages.read_outcome(outcome, [site])
         if not update.ids:
-            if failures[0].kind not in KINDS:
+            if failures[0].kind not in REASONS:
                 raise MessageError("it gives no reason that is known")
-            return failures[0]
+            return Failure(site, failures[0].kind, REASONS[failures[0].kind])
         messages.check(update, self.expected)
-        if self.uniform and not bool((update.weight == 1).all()):
-            raise MessageError("its weight is not 1")
+        self._sane(update)
+        norm = float(joint_norms({g: s for g, s in update.sent.items() if g != CLIP_BIT}))
+        if not norm <= LONGEST:
+            raise MessageError(f"its update has norm {norm:.3g}; at most {LONGEST:g} is taken")
+        if isinstance(self.recipe.privacy, ClientLevel):
+            _clipped(update, norm, task.privacy["clip"])
         return update
+
+    def _sane(self, update: Update) -> None:
+        """Figures and weight must be such as a visit has."""
+        if update.metrics.keys() not in self.figures:
+            odd = sorted(update.metrics.keys() ^ self.figures[0])
+            raise MessageError(f"its figures are not those of a visit: {wire.short(odd[0])}")
+        for name in update.metrics.keys() & {"examples", "visited", "steps"}:
+            count = float(update.metrics[name])
+            least = 1 if name == "examples" else 0
+            if count != int(count) or not least <= count <= 1e15:
+                raise MessageError(f"its figure {name!r} is no count")
+        if "examples" in update.metrics and float(update.metrics["examples"]) > self.most_examples:
+            raise MessageError(
+                f"it says that it has more than {self.most_examples:,} examples (--most-examples)"
+            )
+        if abs(float(update.metrics.get("train_loss", 0))) > torch.finfo(torch.float32).max:
+            raise MessageError("its figure 'train_loss' is no loss")
+        if not 0 <= float(update.metrics["update_norm"]) <= LONGEST:
+            raise MessageError("its figure 'update_norm' is no length")
+        sized = self.recipe.weighting == "examples"
+        if float(update.weight) != (float(update.metrics["examples"]) if sized else 1):
+            raise MessageError(f"its weight is not {'its number of examples' if sized else '1'}")
+
+
+def _clipped(update: Update, norm: float, clip: float) -> None:
+    """Under client-level privacy nobody moves the sum by more than the clipping norm."""
+    if norm > clip * (1 + 1e-6):
+        raise MessageError(f"its update has norm {norm:.6g}, above the clipping norm {clip:.6g}")
+    if CLIP_BIT in update.sent and abs(float(update.sent[CLIP_BIT]["bit"])) != 0.5:
+        raise MessageError("its bit for the clipping norm is neither 1/2 nor -1/2")
+
+
+def figures(recipe: Recipe) -> frozenset[str]:
+    """Names of the figures that a client tells under this recipe."""
+    one = torch.ones(1)
+    return frozenset(told(recipe, one, [torch.zeros(1, 1)], one, one))
 
 
 def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
