@@ -266,7 +266,7 @@ def report(made, name, change):
         {"delta": {k: torch.zeros(1, *v.shape).double() for k, v in state.items()}},
         {},
         torch.ones(1),
-        {"train_loss": torch.ones(1), "update_norm": torch.ones(1), "examples": torch.ones(1)},
+        {k: torch.ones(1) for k in ("train_loss", "update_norm", "examples", "visited", "steps")},
     )
     message = messages.outcome_message(
         messages.Outcome(update, [], {}),

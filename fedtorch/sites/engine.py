@@ -26,6 +26,8 @@ from fedtorch.types import ConfigError, Failure, Params, Task, Update
 
 HOLD_SECONDS = 20.0
 """How long a call for work is held open when there is none."""
+SMALL = 4096
+"""Bytes of a message without tensors."""
 ALIVE_SECONDS = 3 * HOLD_SECONDS
 """A site that has not called for so long counts as away."""
 
@@ -57,6 +59,8 @@ class Sites:
     """Sites that must report for a round to count."""
     enough: int | None = None
     """Over-selection: a round ends when so many have reported; none: it waits for all that were asked."""
+    most_examples: int = 10_000_000
+    """A site that says it has more is refused."""
 
     def open(self, model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> "SitesSession":
         """Listen for the sites."""
@@ -64,6 +68,8 @@ class Sites:
             raise ConfigError(f"minimum must be between 1 and {len(clients)}, got {self.minimum}")
         if self.deadline <= 0:
             raise ConfigError(f"deadline must be positive, got {self.deadline}")
+        if self.most_examples < 1:
+            raise ConfigError(f"most_examples must be at least 1, got {self.most_examples}")
         if self.enough is not None:
             check_enough(self.enough, self.minimum, len(clients), recipe.privacy)
         return SitesSession(self, model, [c.id for c in clients], recipe)
@@ -78,7 +84,7 @@ class SitesSession:
         """Start to listen."""
         state = snapshot(model)
         self.options, self.names = options, names
-        self.reader = Reader.of(recipe, model)
+        self.reader = Reader.of(recipe, model, options.most_examples)
         # whether a round counts must not depend on one client where that is what is hidden
         central = recipe.privacy is not None and not recipe.privacy.per_client
         self.least = 0 if central else options.minimum
@@ -91,9 +97,9 @@ class SitesSession:
         # float64, every group of the strategy, and room for the header
         groups = max(len(self.reader.expected.sent), 1)
         size = sum(v.numel() for v in state.values()) * 8 * (groups + 1)
-        limit = size + wire.HEADER_LIMIT
-        self.limit = limit
-        self.listener = Listener(options.address, options.keys, len(names), limit, self.handle)
+        self.header_limit = self.reader.header_limit()
+        self.limit = limit = size + self.header_limit + SMALL
+        self.listener = Listener(options.address, options.keys, names, limit, self.handle)
         self.port = self.listener.port
 
     # the server's thread
@@ -174,11 +180,12 @@ class SitesSession:
 
     def handle(self, method: str, site: str, data: bytes) -> bytes:
         """Answer one call."""
-        if site not in self.names:
-            raise PermissionError(f"{site[:64]!r} is not one of this run's sites")
-        message = wire.decode(data, self.limit)
+        if method == "report":
+            message = wire.decode(data, self.limit, self.header_limit)
+        else:
+            message = wire.decode(data, SMALL)
         if message.kind != method:
-            raise MessageError(f"a message of kind {message.kind[:40]!r} cannot {method}")
+            raise MessageError(f"a message of kind {wire.short(message.kind)} cannot {method}")
         with self.change:
             if site not in self._here():
                 log.info("%s is here", site)

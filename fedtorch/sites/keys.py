@@ -1,7 +1,7 @@
 """Certificates and keys for a trial: an authority, the server, and one pair for each site.
 
 The authority's key signs new sites and is needed nowhere else: keep it off the server. An organisation
-with an authority of its own does not need any of this; only the names matter (``rpc.identity``).
+with an authority of its own does not need any of this; only the names matter (``common_name``).
 """
 
 import ipaddress
@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography import x509
@@ -52,6 +53,17 @@ def make(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int) ->
         _write(folder / name, own, builder.sign(key, hashes.SHA256()), authority)
         made.append(folder / name)
     return made
+
+
+@lru_cache(maxsize=1024)
+def common_name(pem: bytes) -> str:
+    """The one common name of a certificate, if it can be a site's name; "" for any other."""
+    try:
+        subject = x509.load_pem_x509_certificate(pem).subject
+        names = [str(n.value) for n in subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    except ValueError:  # what the other side's TLS took for a certificate, and this parser does not
+        return ""
+    return names[0] if len(names) == 1 and SITE_NAME.fullmatch(names[0]) else ""
 
 
 def _authority(folder: Path, days: int) -> tuple[Key, x509.Certificate]:

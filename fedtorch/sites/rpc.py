@@ -5,14 +5,18 @@ of ``fedtorch.engines.wire``: gRPC's own way of packing objects is not used. The
 """
 
 import logging
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
 
+from fedtorch.engines import wire
 from fedtorch.engines.wire import MessageError
+from fedtorch.sites.keys import common_name
 from fedtorch.types import ConfigError
 
 SERVICE = "fedtorch.Sites"
@@ -20,6 +24,14 @@ METHODS = ("join", "fetch", "report")
 SITE_HEADER = "fedtorch-site"
 Handler = Callable[[str, str, bytes], bytes]
 """Method, name of the site, message -> answer; raises MessageError to refuse."""
+
+CALLS = 4
+"""Calls that one site may have open: one for work, one for a report, and those of a process that died."""
+SPARE = 8
+"""Threads that turn callers away."""
+LONGEST_CALL = 900.0
+"""Most seconds that a call may be given."""
+LINES = 20
 
 FINAL = {
     grpc.StatusCode.PERMISSION_DENIED,
@@ -41,24 +53,38 @@ class Refused(Exception):
 
 
 class Listener:
-    """The server's port."""
+    """The server's port.
+
+    Who calls is known before anything of the call is read. A site has at most ``CALLS`` calls open, each
+    with a deadline, and there is a thread for all of them: nobody who is not a site ever holds one, and no
+    site can hold another's.
+    """
 
     def __init__(
-        self, address: str, keys: Path | None, sites: int, limit: int, handle: Handler
+        self,
+        address: str,
+        keys: Path | None,
+        sites: Sequence[str],
+        limit: int,
+        handle: Handler,
     ) -> None:
         """Listen at HOST:PORT; without keys anybody can claim any name, so only on loopback."""
-        # each site holds one call open while it waits for work
-        pool = ThreadPoolExecutor(max_workers=2 * sites + 8, thread_name_prefix="fedtorch-site")
+        threads = CALLS * len(sites) + SPARE
+        pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="fedtorch-site")
         self.server = grpc.server(
             pool,
             options=[
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", -1),
+                ("grpc.max_concurrent_streams", 4 * CALLS),
+                ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small bomb stays small
+                ("grpc.keepalive_time_ms", 60_000),  # a site that is gone gives its calls back
+                ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.so_reuseport", 0),
             ],
         )
-        answer = _answerer(handle, secure=keys is not None)
-        handlers = {m: grpc.unary_unary_rpc_method_handler(answer(m)) for m in METHODS}
+        self.desk = Desk(sites, handle, secure=keys is not None)
+        handlers = {m: grpc.stream_unary_rpc_method_handler(self.desk.answer(m)) for m in METHODS}
         self.server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers),)
         )
@@ -114,30 +140,93 @@ class Line:
         self.channel.close()
 
 
-def _answerer(handle: Handler, secure: bool) -> Callable[[str], Any]:
-    def method(name: str) -> Any:
-        def answer(data: bytes, context: grpc.ServicerContext) -> bytes:
-            site = identity(context, secure)
+class Desk:
+    """Where calls arrive: who it is, whether there is room, one message, its answer."""
+
+    def __init__(self, sites: Sequence[str], handle: Handler, secure: bool) -> None:
+        """Nobody is there yet."""
+        self.handle, self.secure = handle, secure
+        self.open = dict.fromkeys(sites, 0)
+        self.lock = threading.Lock()
+        self.quiet = Quiet()
+
+    def answer(self, method: str) -> Callable[..., bytes]:
+        """What gRPC calls in a thread of its own; ``messages`` has been sent or not, nothing is read."""
+
+        def call(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+            site = identity(context, self.secure)
             try:
-                return handle(name, site, data)
+                with self._place(site, context):
+                    return self.handle(method, site, _only(messages))
             except PermissionError as e:
-                log.warning("turned away %s at %s: %s", site, context.peer(), e)
+                self.quiet.warn("", f"turned away {site or 'somebody'} at {context.peer()}: {e}")
                 context.abort(grpc.StatusCode.PERMISSION_DENIED, str(e))
+            except Busy as e:
+                self.quiet.warn(site, f"no room for a call of {site}: {e}")
+                context.abort(grpc.StatusCode.UNAVAILABLE, str(e))
             except MessageError as e:
-                log.warning("refused a message of %s: %s", site, e)
+                self.quiet.warn(site, f"refused a message of {site}: {e}")
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(e))
             raise AssertionError("abort raises")
 
-        return answer
+        return call
 
-    return method
+    @contextmanager
+    def _place(self, site: str, context: grpc.ServicerContext) -> Iterator[None]:
+        if site not in self.open:
+            raise PermissionError(f"{wire.short(site)} is not one of this run's sites")
+        left = context.time_remaining()
+        if left is None or left > LONGEST_CALL:
+            raise MessageError(f"a call without a deadline of at most {LONGEST_CALL:g} s")
+        with self.lock:
+            if self.open[site] >= CALLS:
+                raise Busy(f"it has {CALLS} calls open")
+            self.open[site] += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.open[site] -= 1
+
+
+class Busy(Exception):
+    """A site has more calls open than it needs."""
+
+
+class Quiet:
+    """Warnings, of which nobody can cause more than ``LINES`` a minute."""
+
+    def __init__(self) -> None:
+        """Nothing said yet."""
+        self.said: dict[str, list[float]] = {}
+        self.lock = threading.Lock()
+
+    def warn(self, who: str, text: str) -> None:
+        """Log ``text`` unless ``who`` has filled the log enough; what was left out is counted."""
+        now = time.monotonic()
+        with self.lock:
+            since, count = self.said.get(who, (now, 0))
+            if now - since > 60:
+                since, count, left = now, 0, int(count) - LINES
+                text += f" ({left} more in the minute before)" if left > 0 else ""
+            self.said[who] = [since, count + 1]
+        if count < LINES:
+            log.warning("%s", text)
+
+
+def _only(messages: Iterator[bytes]) -> bytes:
+    """The one message of a call; the caller's deadline ends the wait for it."""
+    try:
+        return next(messages)
+    except StopIteration:
+        raise MessageError("a call without a message") from None
 
 
 def identity(context: grpc.ServicerContext, secure: bool) -> str:
     """Whom the certificate names; on a line without one, who the caller says it is."""
     if secure:
-        names = context.auth_context().get("x509_common_name", [])
-        return names[0].decode(errors="replace") if len(names) == 1 else ""
+        shown = context.auth_context().get("x509_pem_cert", [])
+        return common_name(shown[0]) if len(shown) == 1 else ""
     return str(dict(context.invocation_metadata()).get(SITE_HEADER, ""))
 
 

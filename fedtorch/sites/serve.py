@@ -21,6 +21,7 @@ from fedtorch.privacy.report import promise
 from fedtorch.schedules import Constant, Schedule
 from fedtorch.server import Server
 from fedtorch.sites.engine import Sites, SitesSession, remotes
+from fedtorch.sites.keys import SITE_NAME
 from fedtorch.sites.plan import Plan
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.tracking import Record, TensorBoard
@@ -83,6 +84,8 @@ class ServeConfig:
     enough: int | None = None
     """Over-selection: a round ends when so many sites have reported, the others are late; none: it waits
     for all that participation has chosen."""
+    most_examples: int = 10_000_000
+    """Largest number of examples a site may say it has; without privacy that is its weight."""
     patience: float = 3600.0
     """Seconds to wait for enough sites before giving up."""
     seed: int = 0
@@ -100,6 +103,9 @@ class ServeConfig:
             )
         if not self.sites or not self.input_shape:
             raise ConfigError("sites and input_shape are needed; see docs/sites.md")
+        for name in self.sites:
+            if not SITE_NAME.fullmatch(name):
+                raise ConfigError(f"{name!r} cannot be a site's name: letters, digits, . _ - only")
         if self.kind not in DEFAULTS:
             raise ConfigError(f"kind must be one of {', '.join(DEFAULTS)}, got {self.kind!r}")
         if self.loss not in ("auto", *LOSSES):
@@ -118,6 +124,7 @@ FREE_ON_RESUME = {
     "deadline",
     "minimum",
     "enough",
+    "most_examples",
     "patience",
     "address",
 }
@@ -141,6 +148,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
         deadline=config.deadline,
         minimum=config.minimum,
         enough=config.enough,
+        most_examples=config.most_examples,
     )
     clients = remotes(config.sites)
     test = config.dataset.load(config.seed).test if config.dataset is not None else None
