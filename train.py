@@ -141,7 +141,8 @@ def train(config: Config) -> dict[str, Any]:
     torch.set_num_threads(config.threads)
     data = config.dataset.load(config.seed)
     ids, parts = partition(data, config.partition, config.clients, config.seed)
-    clients = assemble.clients(data, ids, parts, config.validation, config.seed)
+    private = config.privacy is not None
+    clients = assemble.clients(data, ids, parts, config.validation, config.seed, private)
     model = make_model(config, data)
     if config.privacy and config.privacy.fix_model:
         model = checks.fixed(model)
@@ -169,7 +170,9 @@ def train(config: Config) -> dict[str, Any]:
     )
     if data.kind == "classification":
         probe.classes_fit(model, data)
-    probe.metrics_fit(model, data.test, metrics)
+    if whole := probe.metrics_fit(model, data.test, metrics):
+        evaluate(model, data.test, whole)
+        evaluate_clients(model, clients, whole)
     folder = open_folder(config, server)
 
     with (
@@ -211,7 +214,7 @@ def train(config: Config) -> dict[str, Any]:
     summary = {
         **{f"test_{k}": v for k, v in scores.items()},
         "test_accuracy": next((v for k, v in scores.items() if "accuracy" in k), None),
-        "test_loss": scores["loss"],
+        "test_loss": scores.get("loss"),
         "rounds": server.round_number,
         "clients": len(clients),
         "seconds": round(time.perf_counter() - began, 3),

@@ -70,11 +70,13 @@ def mean_absolute_error(output: Tensor, target: Tensor) -> Tensor:
 
 
 def counted(metric: Loss, target: Tensor) -> Tensor | None:
-    """How many positions of each example count, [B], where the metric ignores some; else None."""
+    """How many positions of each example count, [B]; None: the metric counts every example alike."""
     if metric not in (cross_entropy, accuracy) or target.is_floating_point():
         return None
-    ignored = target == IGNORED
-    return (~ignored).flatten(1).sum(1) if bool(ignored.any()) else None
+    kept = target != IGNORED
+    if target.dim() == 1 and bool(kept.all()):
+        return None
+    return kept.flatten(1).sum(1) if target.dim() > 1 else kept.long()
 
 
 def _weights(target: Tensor) -> Tensor:

@@ -129,21 +129,38 @@ def classes_fit(model: nn.Module, data: Classes) -> None:
         )
 
 
-def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) -> None:
-    """Each metric must give numbers for a batch of test data."""
-    output, y = _try(model, data)
-    for name, metric in metrics.items():
-        try:
-            value = reduce(metric(output, y)).double().mean()
-        except ConfigError:
-            raise
-        except Exception as e:
-            raise ConfigError(
-                f"metric {name} does not fit the output {_shape(output)} and the labels "
-                f"{_shape(y)}: {e}"
-            ) from e
-        if value.dim():
-            raise ConfigError(f"metric {name} must give numbers, got {_shape(value)}")
+def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) -> dict[str, Loss]:
+    """Each metric must give a number for each example of a few, or one number for them all.
+
+    Returns those that only the whole set can try: they give one number, or fail on a few (a score of
+    classes, of examples that are all of one class).
+    """
+    whole: dict[str, Loss] = {}
+    if not length(data):
+        return whole
+    for few in {min(2, length(data)), min(3, length(data))}:
+        output, y = _try(model, data, few)
+        for name, metric in metrics.items():
+            try:
+                value = reduce(metric(output, y)).double()
+            except ConfigError:
+                raise
+            except Exception as e:
+                if length(data) > few and getattr(metric, "whole_set", True):
+                    whole[name] = metric
+                    continue
+                raise ConfigError(
+                    f"metric {name} does not fit the output {_shape(output)} and the labels "
+                    f"{_shape(y)}: {e}"
+                ) from e
+            if value.dim() and value.shape != (few,):
+                raise ConfigError(
+                    f"metric {name} must give one number for each example or one for all of them, got "
+                    f"{_shape(value)} for {few} examples"
+                )
+            if not value.dim():
+                whole[name] = metric
+    return whole
 
 
 def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | None:
@@ -228,8 +245,8 @@ def _close(new: Tensor, old: Tensor) -> bool:
     return torch.allclose(new, old, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
-def _try(model: nn.Module, data: Dataset) -> tuple[Any, Any]:
-    x, y = fetch(data, torch.arange(min(2, length(data))))
+def _try(model: nn.Module, data: Dataset, few: int = 2) -> tuple[Any, Any]:
+    x, y = fetch(data, torch.arange(min(few, length(data))))
     before = snapshot(model)
     was_training = model.training
     with torch.no_grad(), seeds.seeded(0):

@@ -113,3 +113,14 @@ def rows(batch: Any, index: Tensor | slice) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(rows(v, index) for v in batch)
     return batch[index]
+
+
+def joined(batches: Sequence[Any]) -> Any:
+    """Batches as one: tensors, or tuples, lists or dicts of such."""
+    first = batches[0]
+    if isinstance(first, dict):
+        return type(first)(**{k: joined([b[k] for b in batches]) for k in first})
+    if isinstance(first, (tuple, list)):
+        parts = [joined(p) for p in zip(*batches, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return torch.cat([b if b.dim() else b[None] for b in batches])

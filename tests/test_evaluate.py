@@ -1,9 +1,10 @@
 import pytest
 import torch
+from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fedtorch import Client, evaluate
+from fedtorch import Client, ConfigError, evaluate
 from fedtorch.evaluate import convolves, evaluate_clients
 from fedtorch.losses import accuracy, cross_entropy
 
@@ -75,6 +76,85 @@ def test_whole_batch_metrics_and_plain_numbers():
         return float(len(target))
 
     assert evaluate(nn.Linear(4, 3), data(20), {"n": spread}, batch_size=None) == {"n": 20.0}
+
+
+def macro_f1(output: torch.Tensor, target: torch.Tensor) -> float:
+    return float(f1_score(target, output.argmax(1), average="macro", zero_division=0.0))
+
+
+def auc(output: torch.Tensor, target: torch.Tensor) -> float:
+    if len(target.unique()) < 2:
+        raise ValueError("only one class is there")
+    return float(roc_auc_score(target, output[:, 1] - output[:, 0]))
+
+
+@pytest.mark.parametrize("size", [None, 7, 16, 200])
+def test_scores_of_classes_are_of_the_whole_set_as_scikit_learn_gives_them(size):
+    torch.manual_seed(1)
+    model, x = nn.Linear(4, 2), torch.randn(120, 4)
+    y = (
+        (x[:, 0] + torch.randn(120) > 1.2).long().sort().values
+    )  # the first batches are of one class
+    output = model(x).detach()
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0]))
+    metrics = {"loss": cross_entropy, "f1": macro_f1, "auc": auc, "weighted": weighted}
+    got = evaluate(model, TensorDataset(x, y), metrics, size)
+    assert list(got) == list(metrics)
+    want = {
+        "f1": macro_f1(output, y),
+        "auc": auc(output, y),
+        "weighted": float(weighted(output, y)),
+    }
+    assert {k: got[k] for k in want} == pytest.approx(want, rel=1e-6)
+
+
+def test_a_metric_may_say_that_it_needs_the_whole_set():
+    def rank(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return output[:, 0].argsort().argsort().double()  # one for each example, among all of them
+
+    x = torch.randn(40, 4)
+    held, model = TensorDataset(x, torch.zeros(40)), nn.Linear(4, 1)
+    assert evaluate(model, held, {"r": rank}, 10)["r"] == pytest.approx(4.5)
+    rank.whole_set = True
+    assert evaluate(model, held, {"r": rank}, 10)["r"] == pytest.approx(19.5)
+
+
+class Pair(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"a": x.sum(1), "b": (x, x)}
+
+
+def test_whole_sets_of_outputs_in_parts_and_metrics_that_fail_or_give_something_else():
+    held = data(20)
+    total = {"sum": lambda o, y: (o["a"] + o["b"][1].sum(1)).sum()}
+    want = float(2 * held.tensors[0].sum())
+    assert evaluate(Pair(), held, total, 6)["sum"] == pytest.approx(want, rel=1e-4)
+    by_class = {"recall": lambda o, y: torch.zeros(3)}
+    with pytest.raises(
+        ConfigError, match=r"metric recall must give one number for each .* got \[3\]"
+    ):
+        evaluate(nn.Linear(4, 3), held, by_class)
+    with pytest.raises(
+        ConfigError, match="metric bad fails on a set of 20 examples: KeyError: 'x'"
+    ):
+        evaluate(nn.Linear(4, 3), held, {"bad": lambda o, y: {}["x"]})
+
+
+def test_ignored_positions_count_nowhere_as_in_torch():
+    torch.manual_seed(0)
+    x, y = torch.randn(11, 4, 6), torch.randint(0, 4, (11, 6))
+    y[0, 1:], y[3], y[7, :2] = -100, -100, -100
+    got = evaluate(nn.Identity(), TensorDataset(x, y), {"l": cross_entropy, "a": accuracy}, 4)
+    assert got["l"] == pytest.approx(float(nn.functional.cross_entropy(x, y)), rel=1e-6)
+    kept = y != -100
+    assert got["a"] == pytest.approx(float((x.argmax(1) == y)[kept].float().mean()))
+    flat = evaluate(nn.Identity(), TensorDataset(x[..., 0], y[:, 0]), {"l": cross_entropy}, 3)["l"]
+    assert flat == pytest.approx(float(nn.functional.cross_entropy(x[..., 0], y[:, 0])), rel=1e-6)
+
+
+def test_no_data_has_no_figures():
+    held = TensorDataset(torch.zeros(0, 4), torch.zeros(0).long())
+    assert evaluate(nn.Linear(4, 3), held, {"loss": cross_entropy, "f1": macro_f1}) == {}
 
 
 def test_clients_without_validation_data_are_left_out():

@@ -126,6 +126,19 @@ def test_metrics_are_tried_too():
         metrics_fit(mlp(), data.test, {"odd": lambda o, t: o @ t})
 
 
+def test_metrics_that_only_the_whole_set_can_try_are_named():
+    data = named(torch.arange(9) % 4, 4)
+
+    def one_class(output, target):
+        raise ValueError("only one class is there")
+
+    metrics = {"accuracy": accuracy, "mean": lambda o, t: 1.0, "auc": one_class}
+    assert set(metrics_fit(mlp(), data.test, metrics)) == {"mean", "auc"}
+    for length in (2, 3):  # as many as examples were tried, by chance
+        with pytest.raises(ConfigError, match="metric recall must give one number for each"):
+            metrics_fit(mlp(), data.test, {"recall": lambda o, t, n=length: torch.zeros(n)})
+
+
 def stacks(model: nn.Module, recipe: Recipe | None = None) -> str | None:
     return no_stacking(model, make_clients([5, 6]), recipe or Recipe())
 

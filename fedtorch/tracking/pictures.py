@@ -64,7 +64,8 @@ class Pictures:
             args = (ids, parts, self.data.labels)
             self.record.picture(f"{self.under}/partition", 0, figures.partition_map, *args)
         if self.options and self.options.graph:
-            x, _ = fetch(self.data.test, torch.arange(min(2, length(self.data.test))))
+            some = self.data.test if length(self.data.test) else self.data.train
+            x, _ = fetch(some, torch.arange(min(2, length(some))))
             device = next(self.server.model.parameters()).device
             nodes = modules(copy.deepcopy(self.server.model), to(x, device))
             self.record.pass_on("graph", nodes)
@@ -90,7 +91,7 @@ class Pictures:
             return
         if not self.strict:
             self._participation(step)
-        if self.data.kind == "classification":
+        if self.data.kind == "classification" and length(self.data.test):
             self._test(step)
 
     def _points(self, step: int) -> None:
