@@ -5,24 +5,43 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fedtorch import losses, seeds
+from fedtorch import losses
 from fedtorch.client import Client
-from fedtorch.data.base import Data, split, subset
+from fedtorch.data.base import Data, subset
+from fedtorch.data.content import coins
 from fedtorch.data.hub import resolve
 from fedtorch.losses import Loss
 from fedtorch.types import ConfigError
 
 
 def clients(
-    data: Data, ids: Sequence[str], parts: Sequence[Tensor], validation: float, seed: int
+    data: Data,
+    ids: Sequence[str],
+    parts: Sequence[Tensor],
+    validation: float,
+    seed: int,
+    private: bool = False,
 ) -> list[Client]:
-    """Cut the training data into clients, each with its own validation share if asked."""
+    """Cut the training data into clients, each with its own validation share if asked.
+
+    About ``validation`` of a client's examples are held out, each by a coin of its own (``content``). A
+    client whose every coin falls so trains on all of them and has no validation data, but not in a
+    ``private`` run, where one more example may move no other: ConfigError.
+    """
+    out = coins(data.train, seed, "validation") < validation if validation else None
     made = []
-    for k, (name, index) in enumerate(zip(ids, parts, strict=True)):
+    for name, index in zip(ids, parts, strict=True):
         held = None
-        if validation and len(index) > 1:
-            keep, out = split(len(index), validation, seeds.derive(seed, "held", k))
-            index, held = index[keep], subset(data.train, index[out])
+        if out is not None:
+            kept, held_out = index[~out[index]], index[out[index]]
+            if len(kept) and len(held_out):
+                index, held = kept, subset(data.train, held_out)
+            elif private and not len(kept):
+                raise ConfigError(
+                    f"client {name}: all of its {len(index)} examples fall into its validation share of "
+                    f"{validation:g}, and none is left to train on: take fewer clients, a smaller "
+                    "--validation or another --seed"
+                )
         made.append(Client(name, subset(data.train, index), held))
     return made
 

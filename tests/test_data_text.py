@@ -29,10 +29,10 @@ def test_each_position_predicts_the_next_character(tmp_path):
     assert x.shape[1] == 10
     assert torch.equal(x[0, 1:], y[0, :-1])
     vocabulary = data.facts["vocabulary"]
-    assert "".join(vocabulary[i] for i in x[0]) == PLAY[7:17]
+    assert all("".join(vocabulary[i] for i in row) in PLAY for row in x)
     assert data.facts["vocab_size"] == len(set(PLAY))
     ids, _ = partition(data, None, None, 0)
-    assert ids == ["JULIET", "ROMEO"]
+    assert sorted(ids) == ["JULIET", "ROMEO"]
 
 
 def test_a_speaker_who_says_nothing_changes_nothing(tmp_path):
@@ -55,7 +55,9 @@ def test_train_and_test_windows_do_not_overlap(tmp_path):
     data = Text(str(tmp_path / "t.txt"), length=30, test_fraction=0.2).load(0)
     n = len(data.train) + len(data.test)
     assert n == (3000 - 1) // 30
-    assert len(data.test) == int(n * 0.2)
+    assert 0.1 * n < len(data.test) < 0.3 * n
+    starts = torch.cat([data.train.tensors[0], data.test.tensors[0]])[:, 0]
+    assert len(starts) == n
 
 
 @pytest.mark.parametrize(

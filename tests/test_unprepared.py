@@ -98,7 +98,7 @@ def test_regression_from_a_csv(fedtorch):
         "--dataset.standardize", "true", "--model", "logistic", "--lr", 0.02, "--rounds", 10,
     )  # fmt: skip
     assert code == 0
-    assert "3 clients, 354 examples" in out
+    assert "3 clients" in out
     found = summary()
     assert found["test_accuracy"] is None
     # predicting the mean scores 1; least squares on these ten columns explains about half

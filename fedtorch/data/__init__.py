@@ -1,6 +1,7 @@
 """Datasets and how to cut them into clients."""
 
 from fedtorch.data.base import Data, from_tensors
+from fedtorch.data.content import split
 from fedtorch.data.hub import Custom, HuggingFace
 from fedtorch.data.images import Digits, Idx
 from fedtorch.data.partition import (
@@ -32,4 +33,5 @@ __all__ = [
     "Text",
     "from_tensors",
     "partition",
+    "split",
 ]

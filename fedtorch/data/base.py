@@ -5,12 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
-
-from fedtorch import seeds
-from fedtorch.types import ConfigError
 
 
 @dataclass(frozen=True)
@@ -66,17 +62,6 @@ def facts_of(shape: tuple[int, ...], outputs: int, kind: str) -> dict[str, Any]:
         "num_outputs": 1 if kind == "binary" else outputs,
         "out_features": 1 if kind == "binary" else outputs,
     }
-
-
-def split(n: int, test_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices for training and for the central test set, drawn at random."""
-    if not 0 < test_fraction < 1:
-        raise ConfigError(f"dataset.test_fraction must be between 0 and 1, got {test_fraction}")
-    order = torch.randperm(n, generator=seeds.generator(seed, "test split"))
-    size = max(1, round(n * test_fraction))
-    if size >= n:
-        raise ConfigError(f"{n} examples are too few to split into train and test")
-    return order[size:].sort().values, order[:size].sort().values
 
 
 def subset(data: Dataset, index: Tensor) -> Dataset:

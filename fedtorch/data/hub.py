@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtorch.data.base import Data, from_tensors, split
+from fedtorch.data.base import Data, from_tensors
+from fedtorch.data.content import split
 from fedtorch.types import ConfigError
 
 
@@ -52,7 +53,7 @@ class HuggingFace:
         if "test" in found:
             test = self._tensors(found["test"])
         else:
-            keep, held = split(len(y), self.test_fraction, seed)
+            keep, held = split((x, y, *([keys] if keys else [])), self.test_fraction, seed)
             test = x[held], y[held]
             keys = [keys[i] for i in keep.tolist()] if keys else None
             x, y = x[keep], y[keep]

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.data.base import Data, from_tensors, split
+from fedtorch import seeds
+from fedtorch.data.base import Data, from_tensors
+from fedtorch.data.content import split
 from fedtorch.types import ConfigError
 
 
@@ -27,7 +29,16 @@ class Digits:
         table = _digits()
         x = torch.tensor(table[:, :-1] / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)
         y = torch.tensor(table[:, -1], dtype=torch.int64)
-        train, test = split(len(y), self.test_fraction, seed)
+        if not 0 <= self.test_fraction < 1:
+            raise ConfigError(
+                f"dataset.test_fraction must be between 0 (no test) and 1, got {self.test_fraction}"
+            )
+        # by a shuffle and not by content: a table that never changes has no neighbours
+        order = torch.randperm(len(y), generator=seeds.generator(seed, "test split"))
+        size = (
+            min(max(1, round(len(y) * self.test_fraction)), len(y) - 1) if self.test_fraction else 0
+        )
+        train, test = order[size:].sort().values, order[:size].sort().values
         return from_tensors(
             "digits", (x[train], y[train]), (x[test], y[test]), "classification", 10
         )
@@ -37,8 +48,8 @@ class Digits:
 class Idx:
     """A folder of MNIST-style IDX files (MNIST, Fashion-MNIST, EMNIST, KMNIST), gzipped or not.
 
-    With ``train-*`` and ``t10k-*`` the files' own split is used; with one pair alone its last
-    ``test_fraction`` is the test set.
+    With ``train-*`` and ``t10k-*`` the files' own split is used; with one pair alone about
+    ``test_fraction`` of its images are the test set, each by its content.
     """
 
     path: str = ""
@@ -57,12 +68,8 @@ class Idx:
             train, test = pairs["train"], pairs["t10k"]
         elif pairs:
             (x, y) = next(iter(pairs.values()))
-            if not 0 < self.test_fraction < 1:
-                raise ConfigError(
-                    f"dataset.test_fraction must be between 0 and 1, got {self.test_fraction}"
-                )
-            cut = round(len(y) * (1 - self.test_fraction))
-            train, test = (x[:cut], y[:cut]), (x[cut:], y[cut:])
+            keep, held = split((x, y), self.test_fraction, seed)
+            train, test = (x[keep], y[keep]), (x[held], y[held])
         else:
             raise ConfigError(
                 f"no IDX files in {self.path!r}: expected e.g. train-images-idx3-ubyte.gz and "

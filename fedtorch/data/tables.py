@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.data.base import Data, from_tensors, split
+from fedtorch.data.base import Data, from_tensors
+from fedtorch.data.content import split
 from fedtorch.types import ConfigError
 
 MOST_CLASSES = 100
@@ -37,6 +38,14 @@ class Csv:
 
     def load(self, seed: int) -> Data:
         """X [N, columns], y [N]."""
+        x, y, keys = self._table()
+        train, test = split(_columns(x, y, keys), self.test_fraction, seed)
+        if self.standardize:
+            mean, std = x[train].mean(0), x[train].std(0)
+            x = (x - mean) / torch.where(std > 0, std, 1)
+        return _data(Path(self.path).stem, self.kind, x, y, keys, train, test)
+
+    def _table(self) -> tuple[Tensor, Tensor, list[str] | None]:
         header, rows = _read(Path(self.path))
         target = self.target or header[-1]
         for role, column in (("target", target), ("client", self.client)):
@@ -49,12 +58,7 @@ class Csv:
             raise ConfigError(f"{self.path} has no feature columns beside {target!r}")
         x = torch.tensor(_numbers(self.path, header, rows, names), dtype=torch.float32)
         y = torch.tensor(_numbers(self.path, header, rows, [target]), dtype=torch.float64)[:, 0]
-        keys = [row[header.index(self.client)] for _, row in rows] if self.client else None
-        train, test = split(len(y), self.test_fraction, seed)
-        if self.standardize:
-            mean, std = x[train].mean(0), x[train].std(0)
-            x = (x - mean) / torch.where(std > 0, std, 1)
-        return _data(Path(self.path).stem, self.kind, x, y, keys, train, test)
+        return x, y, [row[header.index(self.client)] for _, row in rows] if self.client else None
 
     def features(self, header: Sequence[str]) -> list[str]:
         """The columns that are neither target nor client."""
@@ -62,7 +66,7 @@ class Csv:
 
     def unlabelled(self, path: Path, seed: int) -> Tensor:
         """Features of another file with these columns, scaled as ``load`` scales: [N, columns]."""
-        header, rows = _read(Path(self.path))
+        header, _ = _read(Path(self.path))
         names, (other, more) = self.features(header), _read(path)
         if missing := [n for n in names if n not in other]:
             raise ConfigError(
@@ -70,8 +74,8 @@ class Csv:
             )
         x = torch.tensor(_numbers(str(path), other, more, names), dtype=torch.float32)
         if self.standardize:
-            seen = torch.tensor(_numbers(self.path, header, rows, names), dtype=torch.float32)
-            seen = seen[split(len(seen), self.test_fraction, seed)[0]]
+            seen, y, keys = self._table()
+            seen = seen[split(_columns(seen, y, keys), self.test_fraction, seed)[0]]
             x = (x - seen.mean(0)) / torch.where(seen.std(0) > 0, seen.std(0), 1)
         return x
 
@@ -103,7 +107,7 @@ class Npz:
             train, test = torch.arange(len(x)), torch.arange(len(x), len(x) + len(x_test))
             x, y = torch.cat([x, x_test]), torch.cat([y, y_test])
         else:
-            train, test = split(len(y), self.test_fraction, seed)
+            train, test = split(_columns(x, y, keys), self.test_fraction, seed)
         return _data(Path(self.path).stem, self.kind, x, y, keys, train, test)
 
 
@@ -137,6 +141,10 @@ def _data(
     outputs = classes if kind == "classification" else y[0].numel()
     owners = [keys[i] for i in train.tolist()] if keys else None
     return from_tensors(name, (x[train], y[train]), (x[test], y[test]), kind, outputs, owners)
+
+
+def _columns(x: Tensor, y: Tensor, keys: list[str] | None) -> list[Tensor | Sequence[str]]:
+    return [x, y, keys] if keys else [x, y]
 
 
 Rows = list[tuple[int, list[str]]]

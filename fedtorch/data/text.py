@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fedtorch.data.base import Data, from_tensors
+from fedtorch.data.content import split
 from fedtorch.types import ConfigError
 
 SPEAKER = re.compile(r"^([A-Z][A-Za-z' ]*[A-Za-z]):\n", re.MULTILINE)
@@ -23,16 +24,12 @@ class Text:
     length: int = 80
     """Characters in a window."""
     test_fraction: float = 0.1
-    """Share of each speaker's windows, from the end, kept for the central test."""
+    """Share of windows kept for the central test, each by its content; 0: none."""
 
     def load(self, seed: int) -> Data:
         """X [N, length] characters, y [N, length] the next ones; keys are speakers if there are any."""
         if self.length < 1:
             raise ConfigError(f"dataset.length must be at least 1, got {self.length}")
-        if not 0 < self.test_fraction < 1:
-            raise ConfigError(
-                f"dataset.test_fraction must be between 0 and 1, got {self.test_fraction}"
-            )
         try:
             text = Path(self.path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
@@ -40,23 +37,20 @@ class Text:
         vocabulary = sorted(set(text))
         number = {c: i for i, c in enumerate(vocabulary)}
         parts = by_speaker(text)
-        train, test, keys = [], [], []
+        windows, speakers = [], []
         for name, said in parts.items():
             codes = torch.tensor([number[c] for c in said], dtype=torch.int64)
-            windows = (
-                codes.unfold(0, self.length + 1, self.length)
-                if len(codes) > self.length
-                else codes[:0].view(0, self.length + 1)
-            )
-            cut = len(windows) - int(len(windows) * self.test_fraction)
-            train.append(windows[:cut])
-            test.append(windows[cut:])
-            keys += [name] * cut
-        fit, held = torch.cat(train), torch.cat(test)
-        if not len(fit) or not len(held):
+            if len(codes) > self.length:
+                windows.append(codes.unfold(0, self.length + 1, self.length))
+                speakers += [name] * len(windows[-1])
+        if len(speakers) < 2:
             raise ConfigError(
                 f"{self.path!r} is too short: no training and test windows of {self.length} characters"
             )
+        cut = torch.cat(windows)
+        keep, out = split((cut, speakers), self.test_fraction, seed)
+        fit, held = cut[keep], cut[out]
+        keys = [speakers[i] for i in keep.tolist()]
         return from_tensors(
             Path(self.path).stem,
             (fit[:, :-1], fit[:, 1:]),
