@@ -96,8 +96,8 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
     if mode == "ghost" and (name := _over_sequences(model, x)):
         put_back(model, before)
         return (
-            f"layer {name} sees several rows of an example, whose norm ghost clipping finds by subtracting "
-            "large numbers: one example could go past the clip unseen"
+            f"layer {name} sees several rows of an example, whose gradient has to be written out for its "
+            "norm: that is mode hooks"
         )
     try:
         _one_step(model, x, y, recipe, mode, 1.0)

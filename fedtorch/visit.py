@@ -18,6 +18,7 @@ from fedtorch.client import Client, Recipe
 from fedtorch.fast import Fast
 from fedtorch.modules import to, to_device
 from fedtorch.privacy import SampleLevel
+from fedtorch.privacy.base import check_clip
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.strategies import Strategy
 from fedtorch.summed import averages, failures, summed, told
@@ -39,6 +40,8 @@ def local_update(
     (stacked) and one alone through the module itself. A client whose result is not finite is a
     Failure, keeps its memory as it was, and is left out of the Update, which may then be empty.
     """
+    if recipe.privacy:
+        check_clip("a task's clip", task.privacy["clip"])
     task = to_device(task, model)
     plans, private = _steps(clients, task, recipe)
     if solve is solvers.general and len(clients) > 1:

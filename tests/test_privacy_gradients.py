@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedtorch import Client, Recipe, local_update
+from fedtorch.fast import offer
 from fedtorch.losses import cross_entropy
 from fedtorch.privacy import SampleLevel
-from fedtorch.privacy.gradients import PrivateSteps, private_gradients
+from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
 from fedtorch.privacy.streams import stream
 from fedtorch.solvers import snapshot
+from fedtorch.tree import exact_sq_norms
 from fedtorch.types import Task
 from private_case import clients, flat, model, visit
 
@@ -156,7 +158,7 @@ def test_nothing_of_opacus_stays_on_the_model(mode):
 )
 def test_no_contribution_is_longer_than_the_clip(values, clip):
     g = torch.tensor(values, dtype=torch.float32)
-    factor = PrivateSteps(clip, 1.0, 1.0, []).factors(g.square().sum()[None])
+    factor = PrivateSteps(clip, 1.0, 1.0, []).factors(exact_sq_norms(g[None]))
     if factor[0] > 0 and g.isfinite().all():
         assert (g * factor).double().norm() <= clip * (1 + 1e-5)
     elif not g.isfinite().all():
@@ -179,3 +181,77 @@ def test_examples_alone_are_the_brute_force_too(clip, make):
     for g, w in zip(got, want, strict=True):
         assert torch.allclose(g, w, atol=1e-6, rtol=1e-5)
     assert all(bool((p.grad == 0).all()) for p in net.parameters())
+
+
+def extremes(inputs: int) -> dict[str, torch.Tensor]:
+    """Rows from where squares vanish to where they overflow, alike and of mixed size."""
+    g = torch.Generator().manual_seed(9)
+    r = torch.randn(1, inputs, generator=g)
+    sizes = [
+        *(10.0**e for e in (-45, -38, -30, -20, -8, 0, 8, 15, 19, 20, 30, 37)),
+        math.nan,
+        math.inf,
+    ]
+    rows = {f"{s:g}": s * r for s in sizes} | {"3e38": torch.full((1, inputs), 3e38)}
+    rows["mixed"] = 10.0 ** torch.linspace(-44, 38, inputs)[None]
+    rows["one"] = torch.zeros(1, inputs)
+    rows["one"][0, 1] = 3e38
+    return rows
+
+
+@pytest.mark.parametrize("clip", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("mode", [*MODES, "dense", "projected"])
+def test_no_row_however_small_or_large_moves_the_sum_by_more_than_the_clip(mode, clip):
+    x, y = clients((9,))[0].data.tensors
+    options = (
+        {"projected": True} if mode == "projected" else {"mode": mode} if mode in MODES else {}
+    )
+    plan = SampleLevel(
+        clip=clip, batch_size=clip, sample_rate=1.0, steps=1, rounds=1, insecure_seed=1, **options
+    )
+
+    def total(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        who = [Client("c", (rows, labels))]
+        net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+        torch.nn.init.normal_(net[0].weight, generator=torch.Generator().manual_seed(2))
+        torch.nn.init.normal_(net[2].weight, generator=torch.Generator().manual_seed(3))
+        task = Task(snapshot(net), {}, 0, 0, 1.0, {"clip": clip, "noise": 0.0})
+        recipe = Recipe(privacy=plan, lr=1.0)
+        solver = None
+        if mode not in MODES:
+            solver = offer(net, [clients((9,))[0].data], recipe, plan)
+        update, _ = local_update(who, task, recipe, net, solver)
+        return flat({k: update.sent["delta"][k] for k in sorted(update.sent["delta"])})
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    base = total(x, y)
+    for name, row in extremes(6).items():
+        torch.set_rng_state(state)
+        change = total(torch.cat([x, row]), torch.cat([y, torch.tensor([2])])) - base
+        # what the others add up to is rounded anew
+        assert float(change.norm()) <= 1 + 2e-5, name
+
+
+@pytest.mark.parametrize("mode", ["stacked", "hooks", "ghost", "alone"])
+def test_gradients_at_the_ends_of_float32_are_clipped_in_every_mode(mode):
+    # a row is its own gradient, so each size is seen by itself
+    net = nn.Linear(6, 1, bias=False)
+    for clip in (1e-6, 1.0, 1e9):
+        for name, row in extremes(6).items():
+            steps = PrivateSteps(clip, 0.0, 1.0, [stream("aes", 0, "test")], mode)
+            if mode == "stacked":
+                params = {"weight": net.weight[None]}
+                batch = row[None], torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+                grads, _ = stacked_gradients(net, lambda z, y: z[:, 0], params, {}, batch, steps)
+                got = grads["weight"]
+            else:
+                with private_gradients(
+                    net, lambda z, y: z[:, 0], steps, lambda m, x: m(x)
+                ) as found:
+                    found.backward(row, torch.zeros(1))
+                got = net.weight.grad
+            norm, want = float(got.double().norm()), float(row.double().norm())
+            assert norm <= clip * (1 + 1e-6), name
+            if math.isfinite(want) and clip / want > 1e-37:
+                assert norm == pytest.approx(min(want, clip), rel=1e-5, abs=1e-43), name

@@ -465,3 +465,52 @@ def test_versions_that_are_not_known_cost_no_report(monkeypatch):
     s = server(model(), clients(), SampleLevel(noise_multiplier=1.0, rounds=1))
     said = statement(s.private)["versions"]
     assert (said["fedtorch"], said["scipy"]) == (__version__, None)
+
+
+@pytest.mark.parametrize("plan", [SampleLevel(rounds=3), LocalDP(rounds=3, noise_multiplier=2.0)])
+def test_a_task_is_held_to_the_plan_that_was_joined(plan):
+    noise = plan.calibrated(3)
+    plan.hold({"clip": 1.0, "noise": noise})
+    plan.hold({"clip": 1.0, "noise": noise * (1 + 1e-9)})  # of another processor
+    for told, why in (
+        ({"clip": 1e-30, "noise": noise}, "clip is 1e-30, the plan's 1"),
+        ({"clip": 1.0, "noise": noise / 2}, "noise multiplier is .*, the plan's"),
+        ({"clip": 1.0, "noise": noise * 2}, "noise multiplier is .*, the plan's"),
+        ({"clip": 1.0, "noise": math.nan}, "noise multiplier is nan"),
+        ({"clip": math.nan, "noise": noise}, "clip is nan"),
+        ({"clip": 1.0}, "must name clip and noise, not clip"),
+        ({"clip": 1.0, "noise": noise, "rate": 1.0}, "must name clip and noise"),
+        ({}, "not nothing"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            plan.hold(told)
+
+
+def test_an_adaptive_clip_is_what_it_has_come_to_within_the_range_of_all():
+    plan = ClientLevel(rounds=1, noise_multiplier=1.0, adaptive=AdaptiveClip())
+    plan.hold({"clip": 0.037, "noise": 1.0})
+    for clip in (1e-7, 1e10, math.nan):
+        with pytest.raises(ConfigError, match="between 1e-06 and 1e"):
+            plan.hold({"clip": clip, "noise": 1.0})
+    with pytest.raises(ConfigError, match=r"privacy\.adaptive\.start must be between"):
+        ClientLevel(adaptive=AdaptiveClip(start=1e-9))
+
+
+def test_an_adaptive_clip_stops_at_the_ends_of_the_range():
+    plan = ClientLevel(
+        rounds=1,
+        noise_multiplier=1.0,
+        insecure_seed=1,
+        adaptive=AdaptiveClip(lr=50.0, bit_noise=1.0),
+    )
+    for clip, bit, end in ((2e-6, 5.0, 1e-6), (5e8, -5.0, 1e9)):
+        state = plan.start({"delta": {"w": torch.zeros(2)}}) | {"clip": clip, "round": 0}
+        sums = {"delta": {"w": torch.zeros(2).double()}, "below": {"bit": torch.tensor([bit])}}
+        assert plan.release(sums, state, 1.0, 10)[1]["clip"] == end
+
+
+def test_a_clip_that_float32_cannot_hold_is_refused_wherever_it_comes_from():
+    net, plan = model(), SampleLevel(rounds=1)
+    task = Task(snapshot(net), {}, 0, 0, 1.0, {"clip": 1e-30, "noise": 1.0})
+    with pytest.raises(ConfigError, match="a task's clip must be between"):
+        local_update(clients((5,)), task, Recipe(privacy=plan), net)

@@ -21,9 +21,11 @@ from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.engine import Sites, remotes
 from fedtorch.sites.reports import expected
 from fedtorch.sites.rpc import Line, Refused, Unreachable
+from fedtorch.sites.serve import calibrated
 from fedtorch.sites.site import Site, SiteConfig
 from fedtorch.sites.visits import Visit, judge
-from fedtorch.types import ConfigError
+from fedtorch.solvers import snapshot
+from fedtorch.types import ConfigError, Task
 
 pytestmark = pytest.mark.timeout(300)
 NAMES = ["north", "south"]
@@ -596,3 +598,38 @@ def test_a_site_gives_up_on_a_server_that_stays_away(folder, tmp_path):
     assert made.run() == 1
     made.close()
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    "told, why",
+    [
+        ({"clip": 1e-6, "noise": 1.0}, "clip is 1e-06, the plan's 1"),
+        ({"clip": 1.0, "noise": 0.5}, "noise multiplier is 0.5, the plan's 1"),
+        ({}, "must name clip and noise"),
+    ],
+)
+def test_a_task_that_is_not_of_the_plan_is_refused_before_it_is_charged(
+    folder, tmp_path, caplog, told, why
+):
+    offered = offer(privacy=SampleLevel(noise_multiplier=1.0, rounds=1))
+    net, _ = offered.build()
+    task = Task(snapshot(net), {}, 0, 0, 1.0, told)
+    asked = messages.task_message(task, visit="0" * 32, after="", seconds=9.0)
+    answers = {"join": Message("plan", {"plan": plan.describe(offered)}), "fetch": asked}
+    options = {"insecure": True, "dataset": Npz(str(folder / "north.npz")), "state": str(tmp_path)}
+    site = Site(SiteConfig(name="north", **options))
+    site._ask = lambda method, message, seconds: wire.decode(wire.encode(answers[method]), 1 << 30)
+    assert site.run() == 1
+    site.close()
+    assert why in caplog.text
+    assert site.budget.spent() == 0
+
+
+def test_a_run_that_goes_on_for_longer_tells_sites_the_noise_it_was_planned_with(tmp_path):
+    saved = {"privacy": {"rounds": 3}}
+    checkpoint.save(tmp_path / "checkpoints", saved | {"round": 3})
+    longer = offer(privacy=SampleLevel(rounds=9))
+    assert calibrated(longer, tmp_path).privacy.rounds == 3
+    given = offer(privacy=SampleLevel(rounds=9, noise_multiplier=1.0))
+    assert calibrated(given, tmp_path) == given
+    assert calibrated(offer(), tmp_path).privacy is None

@@ -86,7 +86,7 @@ def test_a_sum_is_the_mean_of_clients_trained_alone(make, recipe):
 def test_clients_are_clipped_as_they_are_alone(plan):
     update, mean, _ = both(Recipe(batch_size=8, privacy=plan), make_clients(SIZES), mlp())
     agree(update, mean)
-    assert float(update.metrics["update_norm"].max()) <= 0.05
+    assert float(update.metrics["update_norm"].max()) <= 0.05 * (1 + 1e-15)
     assert float(update.metrics["update_norm"].max()) == pytest.approx(0.05)
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.fast.layers import Leaf, squares, vanishing
+from fedtorch.fast.layers import Leaf, squares
 from fedtorch.fast.rows import taken
 from fedtorch.fast.schedule import Schedule
 from fedtorch.fast.small import masked, tiles
 from fedtorch.fast.spec import Linear
+from fedtorch.tree import exact_sq_norms
 from fedtorch.types import Params, Stack
 
 FEW = 16
@@ -69,7 +70,7 @@ class Own:
 
     def example_sq_norms(self, d: Tensor) -> Tensor:
         """Squared norm of each example's own gradient d a^T, [K, B], which is never built."""
-        return sq_norms(d, self.a, self.counts, vanishing(self.a) if self.bias is None else 1.0)
+        return sq_norms(d, self.a, self.counts, 0.0 if self.bias is None else 1.0)
 
     def stack(self) -> Stack:
         """The copies."""
@@ -132,12 +133,13 @@ class Products:
 
 def sq_norms(d: Tensor, a: Tensor, counts: np.ndarray, extra: float) -> Tensor:
     """Squared norms |d|^2 (|a|^2 + extra) of gradients d [k, B, out] and inputs a [k, B, in], [k, B]."""
-    # in float64: a small gradient's square vanishes in float32, and what its input makes of it with it
+    # in float64: squares vanish in float32, or lose a thousandth where a million of them are added up
     if fast := tiles(d):
         out = np.empty(d.shape[:2])
         fast.sq_norms(d.contiguous().numpy(), a.contiguous().numpy(), counts, extra, out)
         return torch.from_numpy(out)
-    return d.double().square().sum(2) * (a.square().sum(2) + extra)
+    lengths = exact_sq_norms(a.flatten(0, 1)).view(a.shape[:2])
+    return exact_sq_norms(d.flatten(0, 1)).view(d.shape[:2]) * (lengths + extra)
 
 
 def sums(

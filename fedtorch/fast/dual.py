@@ -82,15 +82,18 @@ class Dual:
         bias = None if self.b0 is None else self.b0 * left[:, 0] - D.sum(1)
         return self.spec.named(self.w0 * left - change, bias)
 
-    def bounded(self, norms: Tensor, lengths: Tensor) -> Tensor:
-        """Squared norms [K] as they came out -> what they are at most, for ``lengths`` |a|^2 |d|^2 [K, T].
+    def bounded(self, norms: Tensor, a: Tensor, d: Tensor) -> Tensor:
+        """Squared norms [K] as they came out -> what they are at most, for |a|^2 and |d|^2 [K, T].
 
         Products of n numbers err by at most n 2^-24 times the lengths multiplied, which bounds the
-        whole sum however much cancels in it.
+        whole sum however much cancels in it; and what vanished of them was below the smallest number.
         """
-        most = lengths.clamp(min=0).sqrt().sum(1).square()
-        rows = lengths.shape[1] + sum(self.w0.shape)
-        return norms.clamp(min=0) + most * rows * 2.0**-24
+        out, inputs = (n * torch.finfo(self.w0.dtype).tiny for n in self.w0.shape)
+        a, d = a.double().clamp(min=0) + inputs, d.double().clamp(min=0) + out
+        most = (a * d).sqrt().sum(1).square()
+        lost = out * a.sqrt().sum(1).square() + inputs * d.sqrt().sum(1).square()
+        rows = d.shape[1] + sum(self.w0.shape)
+        return norms.double().clamp(min=0) + most * rows * 2.0**-24 + lost
 
     def built_norms(self, copies: Stack) -> Tensor:
         """Squared norms of changes that had to be built: with decay no product of the visit bounds them."""
@@ -153,9 +156,10 @@ class First(Dual):
         """|D^T X|^2 = sum of (X X^T) * (D D^T): the change is not built for its norm."""
         if upper and self.rule.keep != 1.0:
             return self.built_norms(self.stack())
-        norms, lengths = spans(self.D, self.grams)
+        norms = spans(self.D, self.grams)
         if upper:
-            norms = self.bounded(norms, lengths)
+            lengths = torch.linalg.vecdot(self.D, self.D)
+            norms = self.bounded(norms, self.grams.diagonal(0, 1, 2), lengths)
         if self.rule.keep != 1.0:
             norms += self.lost_norms(self.rows.spread(self.outputs), self.D)
         return norms
@@ -229,7 +233,9 @@ class Hidden(Dual):
             blocks = products.unflatten(2, (-1, self.B)).unflatten(1, (-1, self.B))
             same = blocks.diagonal(0, 1, 3).sum((1, 2, 3))
             norms = 2 * products.sum((1, 2)) - same
-        return self.bounded(norms, products.diagonal(0, 1, 2)) if upper else norms
+        if not upper:
+            return norms
+        return self.bounded(norms, *(g.diagonal(0, 1, 2) for g in (self.grams, self.products)))
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """One product for all clients; who stays out may hold NaN, which times 0 is NaN again."""

@@ -178,7 +178,7 @@ def products(x: Any, X: Any, G: Any, s: int, one: float) -> None:
 
 
 @machine_code
-def spans(D: Any, G: Any, norms: Any, lengths: Any) -> None:
+def spans(D: Any, G: Any, norms: Any) -> None:
     """Write what ``small.spans`` returns."""
     K, n, width = D.shape
     q = np.uint64(width)
@@ -197,12 +197,10 @@ def spans(D: Any, G: Any, norms: Any, lengths: Any) -> None:
                         total += 2 * one
                     elif j + k == i:
                         total += one
-                        lengths[c, i] = one
                     if other > i and j + k < other:
                         total += 2 * two
                     elif other > i and j + k == other:
                         total += two
-                        lengths[c, other] = two
         norms[c] = total
 
 

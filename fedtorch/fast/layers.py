@@ -215,7 +215,7 @@ def passed_down(layers: Sequence[Layer], d: Tensor) -> list[Tensor]:
 
 
 def vanishing(rows: Tensor) -> float:
-    """What a sum of squares of rows of small numbers may have lost, at most."""
+    """What a sum of products of rows of small numbers may have lost, at most."""
     return rows.shape[-1] * torch.finfo(rows.dtype).tiny
 
 
@@ -231,4 +231,4 @@ def squares(rows: Tensor, upper: bool = False) -> Tensor:
     short, rest = rows[:, :whole].unflatten(1, (-1, BLOCK)), rows[:, whole:]
     sums: Tensor = torch.linalg.vecdot(short, short).double().sum(1)
     sums = sums + rest.double().square().sum(1)
-    return sums * (1 + BLOCK * 2.0**-24)
+    return sums * (1 + BLOCK * 2.0**-24) + vanishing(rows)

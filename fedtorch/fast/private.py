@@ -21,7 +21,7 @@ from fedtorch.fast.memory import Memory
 from fedtorch.fast.projected import Projected
 from fedtorch.fast.spec import Linear, Part
 from fedtorch.privacy.gradients import PrivateSteps
-from fedtorch.tree import split
+from fedtorch.tree import exact_sq_norms, scaled_rows, split
 from fedtorch.types import Params, Stack
 
 
@@ -107,15 +107,14 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
     written: list[Params] = [{} for _ in d]
     if isinstance(first, Examples):
         written = [first.gradients(j, g) for j, g in enumerate(grads[0])]
-    factors = scales(known, written, private).to(d.dtype)
-    used = factors > 0
-    clean = bool(used.all())
+    factors = scales(known, written, private)
+    clean = bool(factors.all())
     into = split(flat.gradient, flat.shapes)
     dense: list[Callable[[int], None]] = []
     for m, g in known:
-        scaled = (g if clean else torch.where(used[..., None], g, 0)) * factors[..., None]
+        scaled = scaled_rows(g, factors)
         if isinstance(m, Own):
-            a = m.a if clean else torch.where(used[..., None], m.a, 0)
+            a = m.a if clean else torch.where(factors[..., None] > 0, m.a, 0)
             bias = into[m.spec.bias] if m.spec.bias else None
             dense.append(sums(scaled, a, m.counts, into[m.spec.weight], bias))
         else:
@@ -138,10 +137,8 @@ def scales(
     squares = torch.stack([m.example_sq_norms(g) for m, g in known]).sum(0)
     for row, own in zip(squares, written, strict=True):
         for g in own.values():
-            row[: len(g)] += g.flatten(1).double().square().sum(1)
-    factors = private.factors(squares)
-    # a factor so small that it has lost digits scales to no norm in particular
-    return torch.where(factors >= torch.finfo(known[0][1].dtype).tiny, factors, 0)
+            row[: len(g)] += exact_sq_norms(g)
+    return private.factors(squares, known[0][1].dtype)
 
 
 def clipped(gradients: Tensor, factors: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from fedtorch.fast.dual import Dual
-from fedtorch.fast.layers import Rule, squares, vanishing
+from fedtorch.fast.layers import Rule, squares
 from fedtorch.fast.rows import Rows
 from fedtorch.fast.small import Coefficients
 from fedtorch.fast.spec import Linear
 from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.tree import exact_sq_norms
 from fedtorch.types import Params, Stack
 
 
@@ -50,8 +51,7 @@ class Projected(Dual):
         K, n = grams.shape[:2]
         self.n, self.private = n, private
         self.rate = rule.lr / private.divisor
-        lengths = grams.diagonal(0, 1, 2).gather(1, places[1])
-        self.lengths = lengths + vanishing(rows.flat)
+        self.lengths = rows.sq_lengths[places[0]] + float(bias is not None)
         self.seen = Coefficients(self.known(rows), torch.cat([grams, known.rows], 2), places)
         self.D = self.seen.rows
         bases = enumerate(known.bases)
@@ -66,7 +66,8 @@ class Projected(Dual):
 
     def example_sq_norms(self, d: Tensor) -> Tensor:
         """Squared norm of each example's own gradient, [k, B]."""
-        return d.double().square().sum(2) * self.lengths[: len(d), self.now]
+        squares = exact_sq_norms(d.flatten(0, 1)).view(d.shape[:2])
+        return squares * self.lengths[: len(d), self.now]
 
     def step(self, d: Tensor) -> None:
         """Clipped rows [k, B, out] are added to those of their examples, and noise to the others."""

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 from fedtorch.fast.small import turned
 from fedtorch.fast.sparse import Sparse, pays, sparse
 from fedtorch.modules import channels_last
+from fedtorch.tree import exact_sq_norms
 
 ROOM = 128 << 20
 """Bytes that may be kept; what finds no room is made anew in every visit."""
@@ -96,6 +97,11 @@ class Rows:
         By Cauchy and Schwarz they are where the squares are.
         """
         return bool(self.flat.square().sum(1).isfinite().all())
+
+    @cached_property
+    def sq_lengths(self) -> Tensor:
+        """Squared norm of each example, [N], float64."""
+        return exact_sq_norms(self.x)
 
     @cached_property
     def most(self) -> int:

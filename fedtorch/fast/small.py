@@ -145,14 +145,13 @@ def turned(x: Tensor) -> Tensor:
     return x.T.contiguous()
 
 
-def spans(D: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared norms of D^T X, [K], for rows D [K, n, q] and X X^T = G [K, n, n], and |d|^2 |x|^2, [K, n].
+def spans(D: Tensor, G: Tensor) -> Tensor:
+    """Squared norms of D^T X, [K], for rows D [K, n, q] and X X^T = G [K, n, n].
 
     The norm is the sum of (X X^T) * (D D^T).
     """
     if fast := compiled(D):
-        norms, lengths = D.new_empty(len(D), dtype=torch.float64), D.new_empty(D.shape[:2])
-        fast.spans(D.numpy(), G.numpy(), norms.numpy(), lengths.numpy())
-        return norms, lengths
-    products = G * D.bmm(D.mT)
-    return products.sum((1, 2)), products.diagonal(0, 1, 2)
+        norms = D.new_empty(len(D), dtype=torch.float64)
+        fast.spans(D.numpy(), G.numpy(), norms.numpy())
+        return norms
+    return (G * D.bmm(D.mT)).sum((1, 2))

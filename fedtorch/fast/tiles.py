@@ -277,12 +277,12 @@ def sq_norms(d: Any, a: Any, counts: Any, extra: float, out: Any) -> None:
     for c in range(len(out)):
         for i in range(counts[c]):
             x, g = a[c, i], d[c, i]
-            lengths, squares = a.dtype.type(0), 0.0
+            lengths, squares = np.float64(extra), 0.0
             for t in range(len(x)):
-                lengths += x[t] * x[t]
+                lengths += np.float64(x[t]) * np.float64(x[t])
             for t in range(len(g)):
                 squares += np.float64(g[t]) * np.float64(g[t])
-            out[c, i] = squares * np.float64(lengths + a.dtype.type(extra))
+            out[c, i] = squares * lengths
 
 
 @machine_code

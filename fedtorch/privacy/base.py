@@ -4,8 +4,9 @@ The object that draws the batches or cohorts also clips, adds the noise and stat
 is charged with: what is accounted is what is done.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -29,6 +30,12 @@ State = dict[str, Any]
 """What a plan carries from round to round: public numbers, and noise already released."""
 
 DEFAULT_EPSILON = 8.0
+
+CLIPS = (1e-6, 1e9)
+"""Clipping norms there may be: beyond them noise, or what is clipped, meets the ends of float32."""
+
+LEAST_NOISE = 1e-30
+"""Standard deviation of noise that float32 still has digits for, many steps and divisors later."""
 
 
 class Order(Protocol):
@@ -81,13 +88,18 @@ class Privacy(ABC):
 
     def __post_init__(self) -> None:
         """Refuse what gives no guarantee, by name."""
-        positive("privacy.clip", self.clip)
+        check_clip("privacy.clip", self.clip)
         if self.epsilon is not None and self.noise_multiplier is not None:
             raise ConfigError("privacy takes epsilon or noise_multiplier, not both: leave one out")
         if self.epsilon is not None:
             positive("privacy.epsilon", self.epsilon)
         if self.noise_multiplier is not None:
             positive("privacy.noise_multiplier", self.noise_multiplier)
+            if self.noise_multiplier * self.clip < LEAST_NOISE:
+                raise ConfigError(
+                    f"privacy.noise_multiplier {self.noise_multiplier:g} at clip {self.clip:g} is noise "
+                    f"that vanishes in float32: their product must be at least {LEAST_NOISE:g}"
+                )
         check_delta(self.delta)
         check_accountant(self.accountant)
         if self.rounds is not None:
@@ -147,6 +159,28 @@ class Privacy(ABC):
         """Public numbers the clients need this round: ``clip`` and ``noise`` (multiplier)."""
         return {"clip": self.clip, "noise": noise}
 
+    def hold(self, told: Mapping[str, float]) -> None:
+        """Raises ConfigError where the public numbers of a task are not those of this plan.
+
+        A client that joined a plan is charged for that plan: another clip or other noise is another run.
+        """
+        if sorted(told) != ["clip", "noise"]:
+            raise ConfigError(
+                f"a task's privacy must name clip and noise, not {', '.join(sorted(told)) or 'nothing'}"
+            )
+        self.hold_clip(told["clip"])
+        if self.rounds is None:
+            raise ConfigError("a plan without rounds does not say how much noise there is")
+        if not math.isclose(told["noise"], noise := self.calibrated(self.rounds), rel_tol=1e-6):
+            raise ConfigError(
+                f"a task's noise multiplier is {told['noise']:g}, the plan's {noise:g}"
+            )
+
+    def hold_clip(self, clip: float) -> None:
+        """Raises ConfigError where a round's clipping norm is not the plan's."""
+        if clip != self.clip:
+            raise ConfigError(f"a task's clip is {clip:g}, the plan's {self.clip:g}")
+
     def spread(self, noise: float, state: State, population: int) -> float:
         """Standard deviation of the noise on the sum that is clipped, in parameter units."""
         return noise * self.clip
@@ -181,6 +215,13 @@ class Privacy(ABC):
     ) -> tuple[dict[str, Params], State] | None:
         """The server's half: noised mean from the sum over clients; None: an ordinary mean will do."""
         return None
+
+
+def check_clip(name: str, clip: float) -> None:
+    """Refuse clipping norms at the ends of float32."""
+    least, most = CLIPS
+    if not least <= clip <= most:
+        raise ConfigError(f"{name} must be between {least:g} and {most:g}, got {clip}")
 
 
 def uniform_weights(recipe: Order) -> None:

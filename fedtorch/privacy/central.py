@@ -15,7 +15,16 @@ from torch import Tensor
 from fedtorch.privacy.accounting import Event, check_steps
 from fedtorch.privacy.adaptive import AdaptiveClip
 from fedtorch.privacy.bands import Bands
-from fedtorch.privacy.base import Order, Privacy, State, clipped, joint_norms, uniform_weights
+from fedtorch.privacy.base import (
+    CLIPS,
+    Order,
+    Privacy,
+    State,
+    check_clip,
+    clipped,
+    joint_norms,
+    uniform_weights,
+)
 from fedtorch.privacy.streams import noised
 from fedtorch.tree import tmap
 from fedtorch.types import ConfigError, Params, Stack, Task
@@ -55,6 +64,8 @@ class ClientLevel(Privacy):
             raise ConfigError(f"privacy.rate must be in (0, 1], got {self.rate}")
         if self.weight_cap is not None:
             check_steps(self.weight_cap, "privacy.weight_cap")
+        if self.adaptive:
+            check_clip("privacy.adaptive.start", self.adaptive.start)
         if self.adaptive and self.bands:
             raise ConfigError(
                 "privacy.adaptive and privacy.bands do not go together: correlated noise needs one "
@@ -81,6 +92,13 @@ class ClientLevel(Privacy):
     def numbers(self, noise: float, state: State) -> dict[str, float]:
         """The clipping norm of this round."""
         return {"clip": state["clip"], "noise": noise}
+
+    def hold_clip(self, clip: float) -> None:
+        """An adaptive norm is what it has come to."""
+        if self.adaptive:
+            check_clip("a task's clip", clip)
+        else:
+            super().hold_clip(clip)
 
     def spread(self, noise: float, state: State, population: int) -> float:
         """With adaptive clipping a little more than noise x clip, which pays for the bits."""
@@ -159,7 +177,8 @@ class ClientLevel(Privacy):
         }
         if self.adaptive:
             total = float(bits["bit"]) if bits else 0.0
-            new["clip"] = self.adaptive.next(state["clip"], total, denominator, draw)
+            clip = self.adaptive.next(state["clip"], total, denominator, draw)
+            new["clip"] = min(max(clip, CLIPS[0]), CLIPS[1])
         return mean, new
 
     def check(

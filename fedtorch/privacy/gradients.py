@@ -1,11 +1,11 @@
 """Clipped and noised gradients for one local step: the heart of DP-SGD.
 
 Three ways to the same sum of clipped per-example gradients: ``stacked`` (torch.func, K clients at once),
-Opacus ``hooks`` (per-example gradients of one client) and Opacus ``ghost`` (per-example norms only, and
-a second backward pass over the weighted losses). A fourth, ``alone``, is what the others are held to.
+Opacus ``hooks`` (per-example gradients of one client) and ``ghost`` (the same, but linear layers and
+embeddings give norms and sum without them). A fourth, ``alone``, is what the others are held to.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,10 +16,14 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from fedtorch.losses import Loss, reduce
 from fedtorch.masks import Drawing, Replaying
+from fedtorch.privacy.ghost import Ghosts
 from fedtorch.privacy.keystream import Scratch
 from fedtorch.privacy.streams import Stream
-from fedtorch.tree import rows, split, tmap
+from fedtorch.tree import exact_sq_norms, rows, split, tmap
 from fedtorch.types import Params, Stack
+
+ROOM = 1 << 28
+"""Numbers that the gradients ``ghost`` has to write out may have at once."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,15 @@ class PrivateSteps:
     drawing: Drawing = field(default_factory=lambda: Drawing(()))
     """Masks of dropout, where the clients train together."""
 
-    def factors(self, sq_norms: Tensor) -> Tensor:
-        """Squared norms -> min(1, clip / norm); an example that is not finite counts as nothing."""
-        scale = (self.clip * sq_norms.rsqrt()).clamp(max=1)
-        return torch.where(sq_norms.isfinite(), scale, 0)
+    def factors(self, sq_norms: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Squared norms -> min(1, clip / norm) in ``dtype``; what is not finite counts as nothing.
+
+        The norms must be float64's: where squares vanish in float32 a gradient would pass unclipped. An
+        example whose factor has lost digits counts as nothing too: it would get no norm in particular.
+        """
+        scale = (self.clip * sq_norms.double().rsqrt()).clamp(max=1).to(dtype)
+        good = sq_norms.isfinite() & (scale >= torch.finfo(dtype).tiny)
+        return torch.where(good, scale, 0)
 
     def noisy(self, row: Tensor, k: int, times: float = 1.0) -> None:
         """Add client k's noise, ``times`` as large, to its sum of gradients, [numbers], in place."""
@@ -91,14 +100,17 @@ def stacked_gradients(
         grads, values = per_example(
             fixed, rest, x, y, *(torch.arange(n, device=x.device) for n in mask.shape)
         )
-        sq = torch.stack([g.reshape(*g.shape[:2], -1).square().sum(2) for g in grads.values()]).sum(
-            0
-        )
-        weight = torch.where(mask, steps.factors(sq), 0)
+        sq = _joint_sq_norms(g.flatten(0, 1) for g in grads.values()).view(mask.shape)
+        weight = torch.where(mask, steps.factors(sq, values.dtype), 0)
         for k, g in grads.items():
             total[k] += torch.einsum("kb,kb...->k...", weight, _only(weight > 0, g, sq))
         losses.append(values)
     return steps.finish(total), torch.cat(losses, 1)
+
+
+def _joint_sq_norms(grads: Iterable[Tensor]) -> Tensor:
+    # of [n, ...] together, [n]
+    return torch.stack([exact_sq_norms(g) for g in grads]).sum(0)
 
 
 def _only(used: Tensor, grads: Tensor, sq_norms: Tensor) -> Tensor:
@@ -123,19 +135,20 @@ def private_gradients(
     if steps.mode == "alone":
         yield Alone(model, loss, steps, forward)
         return
-    from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
+    from opacus.grad_sample import GradSampleHooks
 
-    kind = GradSampleHooksFastGradientClipping if steps.mode == "ghost" else GradSampleHooks
-    hooks = kind(model, loss_reduction="sum", strict=False)
-    moved = _listen(model, hooks)
+    hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
+    ghosts = Ghosts(model if steps.mode == "ghost" else nn.Sequential())
+    moved = _listen(model, hooks, ghosts.layers)
     try:
-        yield OpacusGradients(model, hooks, loss, steps, forward)
+        yield OpacusGradients(model, hooks, ghosts, loss, steps, forward)
     finally:
+        ghosts.close()
         for handle in moved:
             handle.remove()
         hooks.cleanup()
         for p in model.parameters():
-            for left in ("summed_grad", "grad_sample", "_norm_sample", "_forward_counter"):
+            for left in ("summed_grad", "grad_sample", "_forward_counter"):
                 if hasattr(p, left):
                     delattr(p, left)
 
@@ -162,8 +175,8 @@ class Alone:
             value.sum().backward()
             # a weight an example does not reach (an expert not chosen) has no gradient
             grads = {k: p.grad for k, p in params.items() if p.grad is not None}
-            sq = torch.stack([g.square().sum() for g in grads.values()]).sum()
-            if factor := float(self.steps.factors(sq)):  # 0 x NaN is NaN
+            sq = _joint_sq_norms(g[None] for g in grads.values())
+            if factor := float(self.steps.factors(sq, value.dtype)):  # 0 x NaN is NaN
                 for k, g in grads.items():
                     total[k] += factor * g
             losses.append(value.detach())
@@ -175,22 +188,27 @@ class Alone:
 
 @dataclass
 class OpacusGradients:
-    """Through Opacus."""
+    """Through Opacus, but for layers whose examples' gradients need not be written out."""
 
     model: nn.Module
     hooks: Any
+    ghosts: Ghosts
     loss: Loss
     steps: PrivateSteps
     forward: Callable[[nn.Module, Any], Any]
 
     def backward(self, x: Any, y: Any) -> Tensor:
         """The gradient in ``p.grad``, and the mean loss."""
-        params = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        params: Params = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         total = {k: torch.zeros_like(p) for k, p in params.items()}
-        run = self._ghost if self.steps.mode == "ghost" else self._hooked
+        apart = {id(p) for m in self.ghosts.layers for p in m.parameters(recurse=False)}
+        written = {k: p for k, p in params.items() if id(p) not in apart}
+        most = self.steps.max_batch
+        if apart and (size := sum(p.numel() for p in written.values())):
+            most = max(1, min(most, ROOM // size))
         losses = [
-            run(rows(x, part), y[part], total)
-            for part in torch.arange(len(y)).split(self.steps.max_batch)
+            self._part(rows(x, part), y[part], params, written, total)
+            for part in torch.arange(len(y)).split(most)
             if len(part)
         ]
         done = self.steps.finish({k: v[None] for k, v in total.items()})
@@ -198,41 +216,27 @@ class OpacusGradients:
             p.grad = done[k][0]
         return torch.cat(losses).mean() if losses else torch.zeros(())
 
-    def _hooked(self, x: Any, y: Any, total: Params) -> Tensor:
+    def _part(self, x: Any, y: Any, params: Params, written: Params, total: Params) -> Tensor:
+        self.ghosts.forget()
         values = reduce(self.loss(self.forward(self.model, x), y))
         values.sum().backward()
-        grads: Params = {k: getattr(self.model.get_parameter(k), "grad_sample") for k in total}  # noqa: B009
-        sq = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in grads.values()]).sum(0)
-        weight = self.steps.factors(sq)
+        grads: Params = {k: getattr(p, "grad_sample") for k, p in written.items()}  # noqa: B009
+        sq = torch.stack([*map(exact_sq_norms, grads.values()), *self.ghosts.sq_norms()]).sum(0)
+        weight = self.steps.factors(sq, values.dtype)
         for k, g in grads.items():
             total[k] += torch.tensordot(weight, _only(weight > 0, g, sq), 1)
+        names = {id(p): k for k, p in params.items()}
+        for seen in self.ghosts.seen:
+            seen.add(weight, lambda p: total.get(names.get(id(p), "")))
         self.hooks.set_grad_sample_to_none()
         self.model.zero_grad()
         return values.detach()
 
-    def _ghost(self, x: Any, y: Any, total: Params) -> Tensor:
-        values = reduce(self.loss(self.forward(self.model, x), y))
-        values.sum().backward(retain_graph=True)
-        sq = self.hooks.get_norm_sample().square()
-        self.model.zero_grad()
-        finite = sq.isfinite()
-        if not bool(finite.all()):
-            # 0 x NaN would spread in the second backward: such examples must not be in its graph
-            if bool(finite.any()):
-                self._ghost(rows(x, finite), y[finite], total)
-            return values.detach()
-        self.hooks.disable_hooks()
-        (values * self.steps.factors(sq)).sum().backward()
-        self.hooks.enable_hooks()
-        for k, p in self.model.named_parameters():
-            if p.grad is not None:
-                total[k] += p.grad
-        self.model.zero_grad()
-        return values.detach()
 
-
-def _listen(model: nn.Module, opacus: Any) -> list[Any]:
+def _listen(model: nn.Module, opacus: Any, others: Sequence[nn.Module]) -> list[Any]:
     """Move Opacus's backward hooks from modules to the tensors they put out; returns their handles.
+
+    Of ``others`` it hears nothing.
 
     They read the gradient of the output alone. torch calls a module's backward hook when the gradient of
     its input is there, and warns where no input needs one; that warning could only be silenced for all
@@ -243,7 +247,11 @@ def _listen(model: nn.Module, opacus: Any) -> list[Any]:
         for key, hook in [*module._backward_hooks.items()]:
             if getattr(getattr(hook, "func", None), "__self__", None) is opacus:
                 del module._backward_hooks[key]
-                handles.append(module.register_forward_hook(_on_output(hook)))
+                if module not in others:
+                    handles.append(module.register_forward_hook(_on_output(hook)))
+        for key, hook in [*module._forward_hooks.items()]:
+            if module in others and getattr(hook, "__self__", None) is opacus:
+                del module._forward_hooks[key]
     return handles
 
 

@@ -138,6 +138,8 @@ def serve(config: ServeConfig) -> dict[str, Any]:
         raise ConfigError("--run-dir: in which folder shall the run be kept?")
     folder = Path(config.run_dir)
     plan = make_plan(config, run_id(folder, config.resume))
+    if config.resume:
+        plan = calibrated(plan, folder)
     with seeds.seeded(seeds.derive(config.seed, "model")):
         model, recipe = plan.build()
     keys = Path(config.credentials) if config.credentials else None
@@ -248,6 +250,14 @@ def run_id(folder: Path, resume: bool) -> str:
         return str(json.loads((folder / "sites.json").read_text())["run"])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"nothing to resume: {folder} holds no run of sites") from e
+
+
+def calibrated(plan: Plan, folder: Path) -> Plan:
+    """The plan of a run that goes on: its noise is for the rounds that were planned at first."""
+    saved = checkpoint.load(folder / "checkpoints").get("privacy")
+    if not saved or plan.privacy is None or plan.privacy.target is None:
+        return plan
+    return replace(plan, privacy=replace(plan.privacy, rounds=saved["rounds"]))
 
 
 def open_folder(config: ServeConfig, folder: Path, plan: Plan, server: Server) -> None:

@@ -171,6 +171,11 @@ class Site:
         assert self.plan is not None
         task = messages.read_task(message)
         messages.same_schema(task.state, self.schema)
+        if self.plan.privacy:
+            try:
+                self.plan.privacy.hold(task.privacy)
+            except ConfigError as e:
+                raise MessageError(f"round {task.round + 1}: {e}") from e
         visit, after = message.facts.get("visit"), message.facts.get("after")
         if not (isinstance(visit, str) and isinstance(after, str) and len(visit) == 32):
             raise MessageError("the task names no visit")
