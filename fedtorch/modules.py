@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fedtorch.tree import rebuilt
 from fedtorch.types import Params, Task
 
 
@@ -20,11 +21,12 @@ def forget(params: Mapping[str, Tensor]) -> None:
 
 
 def load(model: nn.Module, state: Params) -> None:
-    """Copy parameters and buffers into the module, in place."""
-    both = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Copy parameters and buffers into the module, in place; buffers that a forward made stay."""
+    buffers = {k: b for k, b in model.named_buffers() if k in state and b.shape == state[k].shape}
+    both = dict(model.named_parameters()) | buffers
     if both:
         with torch.no_grad():
-            torch._foreach_copy_([*both.values()], [state[k] for k in both])
+            torch._foreach_copy_([*both.values()], [state[k].to(v.device) for k, v in both.items()])
 
 
 def to_device(task: Task, model: nn.Module) -> Task:
@@ -57,10 +59,9 @@ def to(value: Any, device: torch.device) -> Any:
     """Move tensors, also inside tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, dict):
-        return {k: to(v, device) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(to(v, device) for v in value)
+    if isinstance(value, (dict, tuple, list)):
+        parts = value.values() if isinstance(value, dict) else value
+        return rebuilt(value, [to(v, device) for v in parts])
     return value
 
 

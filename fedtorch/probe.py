@@ -1,11 +1,14 @@
 """Try one batch before training starts, so that what does not fit is said in one sentence."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.data import Dataset
 
 from fedtorch import seeds
@@ -14,10 +17,14 @@ from fedtorch.client import Client, Recipe
 from fedtorch.losses import Loss, reduce
 from fedtorch.masks import Drawing
 from fedtorch.modules import undropped
+from fedtorch.outline import put_back as put_back
+from fedtorch.outline import untouched
 from fedtorch.privacy import SampleLevel
 from fedtorch.solvers import forward, snapshot, to, together
-from fedtorch.tree import rows
-from fedtorch.types import ConfigError
+from fedtorch.strategies import Strategy
+from fedtorch.tree import expand, leaves, rows
+from fedtorch.types import ConfigError, Context
+from fedtorch.working import correct
 
 
 class Classes(Protocol):
@@ -36,48 +43,134 @@ class Classes(Protocol):
         """Class of each training example."""
 
 
-def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
-    """Run one small batch forward and backward; raises ConfigError naming what does not fit."""
+def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | None:
+    """Take a real step on a full batch and on the shortest; raises ConfigError naming what does not fit.
+
+    Returns what changes of the model as it runs, apart from its weights and the numbers in its buffers.
+    The model is left as it was.
+    """
+    _trainable(model)
+    with untouched(model) as outline, seeds.seeded(0):
+        take = _stepper(model.train(), recipe)
+        for client, index in _full_and_short(clients, recipe):
+            _backward(model, client, index, recipe)
+            take()
+        change = outline.changed()
+    if change and change.saved:
+        raise ConfigError(
+            f"{change.what} is made, or takes another shape, as the model runs, and the server's model "
+            "would not have it: run one batch through the model first, or register it with "
+            "persistent=False"
+        )
+    return change and change.what
+
+
+def _trainable(model: nn.Module) -> None:
     name = type(model).__name__
-    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+    lazy = UninitializedParameter, UninitializedBuffer
+    if any(isinstance(t, lazy) for t in (*model.parameters(), *model.buffers())):
         raise ConfigError(f"model {name} has lazy layers; run one batch through it first")
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ConfigError(f"model {name} has no trainable parameters")
     if any(p.is_complex() for p in params):
         raise ConfigError(f"model {name} has complex parameters, which are not supported")
-    client = clients[0]
+    if loose := [k for k, p in model.named_parameters() if not p.is_leaf]:
+        raise ConfigError(
+            f"parameter {loose[0]} of model {name} is computed from others: detach it"
+        )
+    for k, v in (*model.named_parameters(), *model.named_buffers()):
+        if v.layout is not torch.strided or v.is_quantized or v.is_meta:
+            kind = "quantized" if v.is_quantized else "on device meta" if v.is_meta else "sparse"
+            raise ConfigError(
+                f"{k} of model {name} is {kind}, and weights and buffers must be plain numbers: make it "
+                "dense, or keep it as a plain attribute"
+            )
+
+
+def _full_and_short(clients: Sequence[Client], recipe: Recipe) -> Iterator[tuple[Client, Tensor]]:
+    """The first client's batch, and the smallest of more than one example that any client takes."""
+    if isinstance(recipe.privacy, SampleLevel):  # batches are drawn by chance
+        recipe = replace(recipe, privacy=None, batch_size=math.ceil(recipe.privacy.batch_size))
+    size = min(recipe.batch_size or len(clients[0]), len(clients[0]))
+    # two examples even of a client that has one: BatchNorm cannot train on a single value
+    full = clients[0], torch.arange(max(size, 2)) % size
+    yield full
+    rests = [(least(len(c), recipe), k) for k, c in enumerate(clients)]
+    rest, k = min((r for r in rests if r[0] > 1), default=(size, 0))
+    n = len(clients[k])
+    yield (
+        (clients[k], torch.arange(n - rest, n)) if rest != size else full
+    )  # a second step in any case
+
+
+def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -> None:
+    """Leave the gradient of a batch in the model, or say what does not fit."""
+    name, device = type(model).__name__, next(model.parameters()).device
     try:
-        x, y = to(two_examples(client.data), params[0].device)
+        x, y = to(fetch(client.data, index), device)
     except Exception as e:
         raise ConfigError(
             f"client {client.id}: a dataset must give (x, y) pairs, but taking a batch failed: {e}"
         ) from e
-    before = snapshot(model)
-    with seeds.seeded(0):
-        try:
-            output = forward(model.train(), x)
-        except Exception as e:
-            raise ConfigError(f"model {name} cannot take a batch {_shape(x)}: {e}") from e
-        try:
-            loss = reduce(recipe.loss(output, y))
-        except ConfigError:
-            raise
-        except Exception as e:
-            raise ConfigError(
-                f"the loss does not fit model {name} (output {_shape(output)}) and the labels "
-                f"{_shape(y)}: {e}"
-            ) from e
-        if not isinstance(loss, Tensor) or (loss.dim() and len(loss) != len(y)):
-            raise ConfigError(
-                "the loss must return a scalar or one number for each example, got "
-                f"{_shape(loss)} for labels {_shape(y)}"
-            )
-        if not loss.requires_grad:
-            raise ConfigError(f"the loss does not depend on the parameters of model {name}")
-        loss.mean().backward()
+    try:
+        output = forward(model, x)
+    except Exception as e:
+        raise ConfigError(f"model {name} cannot take a batch {_shape(x)}: {_first(e)}") from e
+    try:
+        loss = reduce(recipe.loss(output, y))
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(
+            f"the loss does not fit model {name} (output {_shape(output)}) and the labels "
+            f"{_shape(y)}: {_first(e)}"
+        ) from e
+    if not isinstance(loss, Tensor) or (loss.dim() and len(loss) != len(index)):
+        raise ConfigError(
+            "the loss must return a scalar or one number for each example, got "
+            f"{_shape(loss)} for labels {_shape(y)}"
+        )
+    if not loss.requires_grad:
+        raise ConfigError(f"the loss does not depend on the parameters of model {name}")
     model.zero_grad()
-    put_back(model, before)
+    try:
+        loss.mean().backward()
+    except Exception as e:
+        raise ConfigError(f"the loss of model {name} has no gradient: {_first(e)}") from e
+
+
+def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
+    """What takes an optimizer's step as training will, with what the strategy makes of the gradient."""
+    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    name, optimizer, strategy = type(model).__name__, recipe.optimizer, recipe.strategy
+    start = {k: p.detach().clone() for k, p in params.items()}
+    extras = {g: expand(e) for g, e in strategy.init(start).items()}
+    memory = {g: expand(m) for g, m in strategy.remember(start).items()}
+    context = Context(expand(start), extras, memory, torch.ones(1), recipe.lr, (0,))
+    views = expand({k: p.detach() for k, p in params.items()})
+    try:
+        step = optimizer.stepper([*params.values()], recipe.lr)
+    except Exception as e:
+        raise ConfigError(
+            f"client optimizer {optimizer.name} cannot train model {name}: {_first(e)}"
+        ) from e
+
+    def take() -> None:
+        sparse = [k for k, p in params.items() if p.grad is not None and p.grad.is_sparse]
+        who = f"strategy {type(strategy).__name__}"
+        try:
+            if type(strategy).correct is not Strategy.correct:
+                correct(strategy, params, views, context)
+            who = f"client optimizer {optimizer.name}"
+            step()
+        except Exception as e:
+            fix = (
+                f"; the gradient of {sparse[0]} is sparse, leave out sparse=True" if sparse else ""
+            )
+            raise ConfigError(f"{who} cannot take a step of model {name}: {_first(e)}{fix}") from e
+
+    return take
 
 
 def single(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
@@ -85,10 +178,10 @@ def single(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     few = [c for c in clients if least(len(c), recipe) == 1]
     if not few or isinstance(recipe.privacy, SampleLevel):  # whose batches are drawn by chance
         return
-    client, before = few[0], snapshot(model)
+    client = few[0]
     x, y = to(fetch(client.data, torch.tensor([0])), next(model.parameters()).device)
     try:
-        with torch.no_grad(), seeds.seeded(0):
+        with untouched(model), torch.no_grad(), seeds.seeded(0):
             loss = reduce(recipe.loss(forward(model.train(), x), y))
             if loss.dim() and len(loss) != 1:
                 raise ValueError(f"the loss gives {_shape(loss)} for one example")
@@ -102,10 +195,8 @@ def single(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
         raise ConfigError(
             f"client {client.id} has a batch of one example ({len(client)} examples, batch_size "
             f"{recipe.batch_size}){others}, and model {type(model).__name__} or its loss cannot train "
-            f"on one ({type(e).__name__}: {e}): {fix}"
+            f"on one ({type(e).__name__}: {_first(e)}): {fix}"
         ) from e
-    finally:
-        put_back(model, before)
 
 
 def classes_fit(model: nn.Module, data: Classes) -> None:
@@ -119,14 +210,15 @@ def classes_fit(model: nn.Module, data: Classes) -> None:
             f"the data names {classes} classes, but its labels go from {int(data.labels.min())} to "
             f"{int(data.labels.max())}: they must be 0 to {classes - 1}"
         )
-    output, _ = _try(model, data.train)
-    if not isinstance(output, Tensor):
-        return  # a loss of the user's own knows what its parts mean
-    if output.dim() < 2 or output.shape[1] < classes:
-        raise ConfigError(
-            f"model {type(model).__name__} gives {_shape(output)} for a batch of {len(output)}, but "
-            f"the data has {classes} classes: it needs an output of {classes} for each example, on axis 1"
-        )
+    with _output(model, data.train) as (output, _):
+        if not isinstance(output, Tensor):
+            return  # a loss of the user's own knows what its parts mean
+        if output.dim() < 2 or output.shape[1] < classes:
+            raise ConfigError(
+                f"model {type(model).__name__} gives {_shape(output)} for a batch of {len(output)}, "
+                f"but the data has {classes} classes: it needs an output of {classes} for each "
+                "example, on axis 1"
+            )
 
 
 def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) -> dict[str, Loss]:
@@ -139,27 +231,27 @@ def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) ->
     if not length(data):
         return whole
     for few in {min(2, length(data)), min(3, length(data))}:
-        output, y = _try(model, data, few)
-        for name, metric in metrics.items():
-            try:
-                value = reduce(metric(output, y)).double()
-            except ConfigError:
-                raise
-            except Exception as e:
-                if length(data) > few and getattr(metric, "whole_set", True):
+        with _output(model, data, few) as (output, y):
+            for name, metric in metrics.items():
+                try:
+                    value = reduce(metric(output, y)).cpu().double()
+                except ConfigError:
+                    raise
+                except Exception as e:
+                    if length(data) > few and getattr(metric, "whole_set", True):
+                        whole[name] = metric
+                        continue
+                    raise ConfigError(
+                        f"metric {name} does not fit the output {_shape(output)} and the labels "
+                        f"{_shape(y)}: {_first(e)}"
+                    ) from e
+                if value.dim() and value.shape != (few,):
+                    raise ConfigError(
+                        f"metric {name} must give one number for each example or one for all of them, got "
+                        f"{_shape(value)} for {few} examples"
+                    )
+                if not value.dim():
                     whole[name] = metric
-                    continue
-                raise ConfigError(
-                    f"metric {name} does not fit the output {_shape(output)} and the labels "
-                    f"{_shape(y)}: {e}"
-                ) from e
-            if value.dim() and value.shape != (few,):
-                raise ConfigError(
-                    f"metric {name} must give one number for each example or one for all of them, got "
-                    f"{_shape(value)} for {few} examples"
-                )
-            if not value.dim():
-                whole[name] = metric
     return whole
 
 
@@ -173,6 +265,13 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
     shapes = {tuple(c.data[0][0].shape) if hasattr(c.data[0][0], "shape") else () for c in clients}
     if len(shapes) > 1:
         return f"examples of clients differ in shape ({', '.join(map(str, sorted(shapes)))})"
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        return "it is scripted, which torch.func cannot follow"
+    return _no_vmap(model, x, y, recipe)
+
+
+def _no_vmap(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> str | None:
+    """Why a step of two clients side by side fails or differs from one alone, or None."""
     state = snapshot(model)
     names = {k for k, p in model.named_parameters() if p.requires_grad}
     stack = {k: v.expand(2, *v.shape).clone() for k, v in state.items()}
@@ -190,12 +289,12 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
     drawing = Drawing((0, 1) if alike else ())
     batch = x.expand(2, *x.shape), y.expand(2, *y.shape), torch.ones(2, len(x)).bool()
     try:
-        with seeds.seeded(0):
+        with untouched(model), seeds.seeded(0):
             each = together(model.train(), recipe.loss, params, rest, batch, drawing)
         each.sum().backward()
     except Exception as e:
         where = entered[-1] if entered else "the model"
-        return f"layer {where} cannot be vectorised ({str(e).splitlines()[0]})"
+        return f"layer {where} cannot be vectorised ({_first(e)})"
     finally:
         for hook in hooks:
             hook.remove()
@@ -206,54 +305,57 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
 
 def _same_alone(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, losses: Tensor) -> bool:
     """Whether the losses of clients seeded with 0, 1, ... are those that were found side by side."""
-    before = snapshot(model)
-    try:
-        with torch.no_grad():
-            for seed, found in enumerate(losses):
-                with seeds.seeded(seed):
-                    alone = reduce(recipe.loss(forward(model.train(), x), y))
-                if not _close(alone, found):
-                    return False
-        return True
-    finally:
-        put_back(model, before)
+    with untouched(model), torch.no_grad():
+        for seed, found in enumerate(losses):
+            with seeds.seeded(seed):
+                alone = reduce(recipe.loss(forward(model.train(), x), y))
+            if not _close(alone, found):
+                return False
+    return True
 
 
 def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
     """Whether an example's result depends on its neighbours (BatchNorm, a whole-batch loss)."""
     x, y = to(two_examples(data), next(model.parameters()).device)
-    before = snapshot(model)
-    try:
-        with torch.no_grad(), seeds.seeded(0), undropped(model):
-            output = forward(model, x)
-            losses = reduce(recipe.loss(output, y))
-            if losses.dim() == 0:
+    with untouched(model), torch.no_grad(), seeds.seeded(0), undropped(model):
+        output = forward(model, x)
+        losses = reduce(recipe.loss(output, y))
+        if losses.dim() == 0:
+            return True
+        # a longer batch shows a mean over it; a neighbour gone shows a maximum over it
+        each = [True] * len(leaves(output))
+        for index in ([0, 1, 0], [0, 0], [1, 1]):
+            part = torch.tensor(index, device=losses.device)
+            other = forward(model, rows(x, part))
+            pairs = [*zip(leaves(other), leaves(output), strict=True)]
+            # what else a model gives, a mean or a constant, has other sizes than the batch
+            each = [
+                e and n.shape == (len(index), *o.shape[1:])
+                for e, (n, o) in zip(each, pairs, strict=True)
+            ]
+            pairs = [pair for e, pair in zip(each, pairs, strict=True) if e]
+            pairs.append((reduce(recipe.loss(other, rows(y, part))), losses))
+            if not all(_close(new[:2], old[part[:2]]) for new, old in pairs):
                 return True
-            # a longer batch shows a mean over it; a neighbour gone shows a maximum over it
-            for index in ([0, 1, 0], [0, 0], [1, 1]):
-                part = torch.tensor(index, device=y.device)
-                other = forward(model, rows(x, part))
-                pairs = (other, output), (reduce(recipe.loss(other, y[part])), losses)
-                if not all(_close(rows(new, slice(2)), rows(old, part[:2])) for new, old in pairs):
-                    return True
-            return False
-    finally:
-        put_back(model, before)
+        return False
 
 
 def _close(new: Tensor, old: Tensor) -> bool:
     return torch.allclose(new, old, rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
-def _try(model: nn.Module, data: Dataset, few: int = 2) -> tuple[Any, Any]:
-    x, y = fetch(data, torch.arange(min(few, length(data))))
-    before = snapshot(model)
-    was_training = model.training
-    with torch.no_grad(), seeds.seeded(0):
-        output = forward(model.eval(), x)
-    model.train(was_training)
-    put_back(model, before)
-    return output, y
+@contextmanager
+def _output(model: nn.Module, data: Dataset, few: int = 2) -> Iterator[tuple[Any, Any]]:
+    """What the model gives for a few examples in evaluation, and their labels; it is left as it was."""
+    x, y = to(fetch(data, torch.arange(min(few, length(data)))), next(model.parameters()).device)
+    with untouched(model), torch.no_grad(), seeds.seeded(0):
+        try:
+            output = forward(model.eval(), x)
+        except Exception as e:
+            raise ConfigError(
+                f"model {type(model).__name__} cannot take a batch {_shape(x)} in evaluation: {_first(e)}"
+            ) from e
+        yield output, y
 
 
 def two_examples(data: Dataset) -> tuple[Any, Any]:
@@ -262,12 +364,10 @@ def two_examples(data: Dataset) -> tuple[Any, Any]:
     return fetch(data, torch.tensor([0, length(data) - 1]))
 
 
-def put_back(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Undo what a trial did to parameters and buffers."""
-    with torch.no_grad():
-        for k, v in (*model.named_parameters(), *model.named_buffers()):
-            v.copy_(state[k])
-
-
 def _shape(value: object) -> str:
     return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _first(error: Exception) -> str:
+    """The first line of what an error says."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedtorch.aggregate import Mean, moved
@@ -19,10 +20,12 @@ from fedtorch.participation import Everyone, Participation
 from fedtorch.privacy.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent, PrivateRun
 from fedtorch.schedules import Constant, Schedule
-from fedtorch.solvers import load, snapshot
+from fedtorch.solvers import load, snapshot, to
 from fedtorch.strategies.base import Strategy, uploads
 from fedtorch.tree import double, sound
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
+
+CPU = torch.device("cpu")
 
 
 class Server:
@@ -59,8 +62,8 @@ class Server:
         self.round_number = 0
         self.session = (engine or Local()).open(model, clients, self.recipe)
         self.trainable = [k for k, p in model.named_parameters() if p.requires_grad]
-        state = snapshot(model)
-        params = {k: state[k] for k in self.trainable}
+        self._first = to(snapshot(model), CPU)
+        params = {k: self._first[k] for k in self.trainable}
         self.extras = self.recipe.strategy.init(params)
         optimizer = self.recipe.strategy.server
         self.optimizer_state = optimizer.init(params) if optimizer else {}
@@ -139,7 +142,7 @@ class Server:
         return {
             "round": self.round_number,
             "seed": self.seed,
-            "model": snapshot(self.model),
+            "model": self._state(),
             "extras": self.extras,
             "optimizer": self.optimizer_state,
             "memory": self.session.memory(),
@@ -154,7 +157,7 @@ class Server:
         missing = [k for k in self.state_dict() if k not in state]
         if missing:
             raise ConfigError(f"the checkpoint has no {missing[0]!r}: another version wrote it")
-        _same_shapes(snapshot(self.model), state["model"])
+        _same_shapes(self._state(), state["model"])
         if (state["privacy"] is None) != (self.private is None):
             raise ConfigError(
                 "the checkpoint and this run do not agree on whether training is private"
@@ -196,9 +199,17 @@ class Server:
 
     def _task(self) -> Task:
         lr = self.recipe.lr * self.schedule(self.round_number)
-        task = Task(snapshot(self.model), self.extras, self.round_number, self.seed, lr)
+        task = Task(self._state(), self.extras, self.round_number, self.seed, lr)
         numbers = self.private.numbers(self.round_number) if self.private else {}
         return replace(task, privacy=numbers)
+
+    def _state(self) -> Params:
+        """The model's parameters and buffers, on the CPU, wherever it is.
+
+        A buffer that a forward made is nobody's state; of one that it made larger, the first is.
+        """
+        now = to(snapshot(self.model), CPU)
+        return {k: now[k] if now[k].shape == v.shape else v for k, v in self._first.items()}
 
     def _train(self, ids: list[str], task: Task, failed: list[Failure]) -> tuple[Mean, Visits]:
         """Let them train; who has no usable update is added to ``failed``."""

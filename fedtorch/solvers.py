@@ -102,6 +102,7 @@ def general(
     here = Working(model, task, recipe)
     loss = here.visit(data, steps, ctx, private)
     floats = {k: b.clone() for k, b in here.floats().items()}
+    here.put_back()
     # the weights are still the module's own: whoever wants to keep them copies them
     return Trained(expand(here.weights()), expand(floats), loss[None])
 

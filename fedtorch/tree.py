@@ -130,12 +130,36 @@ def _rows(v: Tensor) -> Tensor:
 
 
 def rows(batch: Any, index: Tensor | slice) -> Any:
-    """Some examples of a batch, which may be a tensor or a tuple, list or dict of such."""
+    """Some examples of a batch: a tensor, a list of texts, or a tuple, list or dict of such."""
+    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], str):
+        return [batch[i] for i in torch.arange(len(batch))[index].tolist()]
+    if isinstance(batch, (dict, list, tuple)):
+        parts = batch.items() if isinstance(batch, dict) else enumerate(batch)
+        return rebuilt(batch, [rows(v, index) for _, v in parts])
+    return batch[index] if isinstance(batch, Tensor) else batch
+
+
+def rebuilt(batch: Any, parts: list[Any]) -> Any:
+    """A tuple, named or not, list or dict like ``batch`` of other parts."""
     if isinstance(batch, dict):
-        return {k: rows(v, index) for k, v in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(rows(v, index) for v in batch)
-    return batch[index]
+        return dict(zip(batch, parts, strict=True))
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+
+
+def leaves(batch: Any) -> list[Tensor]:
+    """Every tensor of a batch, or of a model's output, in order."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, dict):
+        batch = batch.values()
+    elif not isinstance(batch, (list, tuple)):
+        return []
+    return [t for part in batch for t in leaves(part)]
+
+
+def size(batch: Any) -> int:
+    """Examples of a batch, by the first tensor in it that has any rows."""
+    return next((len(t) for t in leaves(batch) if t.dim()), len(batch))
 
 
 def joined(batches: Sequence[Any]) -> Any:
@@ -144,6 +168,7 @@ def joined(batches: Sequence[Any]) -> Any:
     if isinstance(first, dict):
         return type(first)(**{k: joined([b[k] for b in batches]) for k in first})
     if isinstance(first, (tuple, list)):
-        parts = [joined(p) for p in zip(*batches, strict=True)]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+        return rebuilt(first, [joined(p) for p in zip(*batches, strict=True)])
+    if not isinstance(first, Tensor):  # a cache, a name: nobody knows what they are together
+        return [*batches]
     return torch.cat([b if b.dim() else b[None] for b in batches])

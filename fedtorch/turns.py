@@ -140,6 +140,7 @@ def in_turn(
             if used[k]:
                 total.add(used[k])
                 add_weighted(floats, buffers, _float64(used[k:]))
+    here.put_back()
     return Turns(torch.stack(loss), _float64(squares), _float64(used), total, floats)
 
 

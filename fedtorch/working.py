@@ -12,6 +12,7 @@ from fedtorch.batches import Order, batches
 from fedtorch.losses import Loss, backward
 from fedtorch.modules import forget, forward, to
 from fedtorch.optimizers import ClientOptimizer
+from fedtorch.outline import Outline
 from fedtorch.privacy.gradients import Gradients, PrivateSteps, private_gradients
 from fedtorch.strategies import Strategy
 from fedtorch.tree import expand
@@ -53,6 +54,7 @@ class Working:
         self._parameters: list[Tensor] = [*model.parameters()]
         self._start = [task.state[k] for k, _ in model.named_parameters()]
         self._buffers = {k: task.state[k] for k, _ in model.named_buffers()}
+        self._outline = Outline(model, own=True)
 
     def visit(
         self, data: Dataset, steps: Tensor, ctx: Context, private: PrivateSteps | None = None
@@ -62,6 +64,7 @@ class Working:
         What it learned is in the module. With ``private`` each step takes its gradient clipped by
         example and noised.
         """
+        self.put_back()
         self._load()
         if not self.model.training:  # train() walks through all submodules
             self.model.train()
@@ -93,10 +96,16 @@ class Working:
         return {k: p.detach() for k, p in self.params.items()}
 
     def floats(self) -> Params:
-        """The float buffers, the module's own."""
+        """The float buffers, the module's own; one that a forward made larger is left as it was."""
         if not self._buffers:  # the walk through all submodules is spared where there are none
             return {}
-        return {k: b for k, b in self.model.named_buffers() if b.is_floating_point()}
+        old, now = self._buffers, dict(self.model.named_buffers())
+        floats = {k: now.get(k, v) for k, v in old.items() if v.is_floating_point()}
+        return {k: b if b.shape == old[k].shape else old[k] for k, b in floats.items()}
+
+    def put_back(self) -> None:
+        """Nothing goes from client to client that the model keeps beside weights and buffers."""
+        self._outline.restore()
 
     def _load(self) -> None:
         with torch.no_grad():

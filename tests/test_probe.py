@@ -1,3 +1,6 @@
+import copy
+from collections import namedtuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +10,9 @@ from conftest import make_clients, mlp, weights
 from fedtorch import Client, ClientOptimizer, ConfigError, Local, Recipe, Server
 from fedtorch.data import from_tensors
 from fedtorch.losses import accuracy, binary_accuracy, cross_entropy, mean_squared_error
+from fedtorch.privacy import SampleLevel
 from fedtorch.probe import classes_fit, fits, metrics_fit, mixes_examples, no_stacking
+from fedtorch.strategies import FedProx
 
 
 class Raises(nn.Module):
@@ -24,7 +29,7 @@ class Raises(nn.Module):
 @pytest.mark.parametrize(
     "model, recipe, message",
     [
-        (nn.Linear(5, 4), Recipe(), r"model Linear cannot take a batch \[2, 6\]"),
+        (nn.Linear(5, 4), Recipe(), r"model Linear cannot take a batch \[5, 6\]"),
         (nn.Flatten(), Recipe(), "no trainable parameters"),
         (nn.Linear(6, 4).requires_grad_(False), Recipe(), "no trainable parameters"),
         (nn.Linear(6, 4, dtype=torch.complex64), Recipe(), "complex parameters"),
@@ -225,3 +230,118 @@ def test_batchnorm_and_whole_batch_losses_mix_examples():
             return x / x.abs().max()
 
     assert mixes_examples(nn.Sequential(Largest(), nn.Linear(6, 4)), data, Recipe())
+
+
+class Heads(nn.Module):
+    """Two outputs and a constant, as a tuple, a dict or a named tuple."""
+
+    def __init__(self, kind: object) -> None:
+        super().__init__()
+        self.a, self.b, self.kind = nn.Linear(6, 4), nn.Linear(6, 4), kind
+
+    def forward(self, x: torch.Tensor) -> object:
+        parts = {"a": self.a(x), "b": self.b(x), "scale": torch.ones(2)}
+        return parts if self.kind is dict else self.kind(parts.values())
+
+
+Pair = namedtuple("Pair", "a b scale")
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict, Pair._make])
+@pytest.mark.parametrize("solver", ["auto", "stacked", "general"])
+def test_outputs_of_several_parts_train_with_a_loss_that_knows_them(kind, solver):
+    def loss(output, target):
+        a, b, _ = output.values() if isinstance(output, dict) else output
+        return F.cross_entropy(a, target, reduction="none") + F.cross_entropy(
+            b, target, reduction="none"
+        )
+
+    torch.manual_seed(0)
+    model, clients = Heads(kind), make_clients([6, 6])
+    losses = []
+    for private in (None, SampleLevel(noise_multiplier=1.0, rounds=1, batch_size=3)):
+        recipe = Recipe(loss=loss, privacy=private)
+        figures = Server(copy.deepcopy(model), clients, recipe, engine=Local(solver=solver)).round()
+        losses.append(figures["clients"])
+    assert losses == [2, 2]
+    assert not mixes_examples(model, clients[0].data, Recipe(loss=loss))
+    assert mixes_examples(
+        model, clients[0].data, Recipe(loss=lambda o, t: loss(o, t) + 0 * t + loss(o, t).mean())
+    )
+
+
+def test_metrics_may_look_at_an_output_that_is_a_view_of_a_weight():
+    class Bias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return self.w.expand(len(x), 4)
+
+    data = named(torch.tensor([0, 1]), 4)
+    metrics_fit(Bias(), data.test, {"loss": cross_entropy})
+
+
+def test_an_evaluation_that_fails_is_refused_before_training():
+    class Forgets(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if self.training else self.table[x]
+
+    with pytest.raises(ConfigError, match=r"cannot take a batch .* in evaluation"):
+        metrics_fit(Forgets(6, 4), named(torch.tensor([0, 1]), 4).test, {"loss": cross_entropy})
+
+
+class OnlyFour(nn.Linear):
+    def forward(self, x):
+        if len(x) % 4:
+            raise KeyError("rows")
+        return super().forward(x)
+
+
+def test_the_short_last_batch_is_tried_too():
+    clients = make_clients([8, 8])
+    fits(OnlyFour(6, 4), clients, Recipe(batch_size=4))
+    with pytest.raises(ConfigError, match=r"cannot take a batch \[2, 6\]: 'rows'"):
+        Server(OnlyFour(6, 4), make_clients([8, 6]), Recipe(batch_size=4))
+
+
+class Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise AttributeError("nothing")
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_real_step_is_tried(sparse):
+    model = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 4))
+    data = Client("a", (torch.randint(0, 9, (6, 3)), torch.randint(0, 4, (6,))))
+    for recipe in (Recipe(optimizer=ClientOptimizer("Adam")), Recipe(strategy=FedProx(mu=0.1))):
+        if sparse:
+            with pytest.raises(
+                ConfigError, match=r"cannot take a step.*sparse, leave out sparse=True"
+            ):
+                Server(model, [data], recipe)
+        else:
+            assert Server(model, [data], recipe).round()["clients"] == 1
+    assert Server(model, [data]).round()["clients"] == 1
+
+
+def test_a_backward_that_fails_is_refused_before_training():
+    class Fails(nn.Linear):
+        def forward(self, x):
+            return Broken.apply(super().forward(x))
+
+    with pytest.raises(ConfigError, match="the loss of model Fails has no gradient: nothing"):
+        Server(Fails(6, 4), make_clients([5]))
+
+
+def test_a_sparse_buffer_is_refused_by_name():
+    model = nn.Linear(6, 4)
+    model.register_buffer("extra", torch.eye(4).to_sparse())
+    with pytest.raises(ConfigError, match="extra of model Linear is sparse"):
+        Server(model, make_clients([5]))

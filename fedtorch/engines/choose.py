@@ -7,12 +7,13 @@ The rules stand on the measurements in ``benchmarks/RESULTS.md``.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from fedtorch import fast, probe, probe_private, solvers
 from fedtorch.client import Client, Recipe
 from fedtorch.compiled import FASTER, available
-from fedtorch.privacy import SampleLevel
+from fedtorch.privacy import Privacy, SampleLevel
 from fedtorch.summed import averages
 from fedtorch.types import ConfigError
 
@@ -56,15 +57,22 @@ def choose(
     chunk: int | None,
     solver: str,
     dtype: str = "float32",
+    changes: str | None = None,
 ) -> Choice:
-    """The fastest way that trains this model rightly; raises ConfigError where ``solver`` cannot."""
+    """The fastest way that trains this model rightly; raises ConfigError where ``solver`` cannot.
+
+    ``changes``: what changes of the model as it runs, beside weights and buffers.
+    """
     half = check(solver, dtype, recipe)
     asked = recipe.privacy
     size = min(chunk or _automatic(model), len(clients))
+    notes = kept(model, asked, changes)
     probe_private.fits(model, clients, recipe)
-    notes = probe_private.warnings(clients, recipe.privacy)
+    notes += probe_private.warnings(clients, recipe.privacy)
     if solver in ("auto", "fast"):
-        found = fast.offer(model, [c.data for c in clients], recipe, asked, half)
+        found: fast.Fast | str = f"{changes} changes while the model runs"
+        if not changes:
+            found = fast.offer(model, [c.data for c in clients], recipe, asked, half)
         least = SMALL_PRIVATE if isinstance(asked, SampleLevel) else SMALL
         if solver == "auto" and not half and size >= least:
             found = unless_small(found, model, clients, recipe)
@@ -84,7 +92,27 @@ def choose(
     if half:
         notes.append("clients train one after another under autocast to bf16")
         return Choice(solvers.Mixed(solvers.general), 1, recipe, tuple(notes))
-    return otherwise(model, clients, recipe, chunk, solver, size, notes)
+    return otherwise(model, clients, recipe, chunk, solver, size, notes, changes)
+
+
+def kept(model: nn.Module, privacy: Privacy | None, changes: str | None) -> list[str]:
+    """What to say of a model that keeps something; by sample-level privacy it is refused."""
+    private = isinstance(privacy, SampleLevel)
+    if private and any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise ConfigError(
+            "sample-level privacy cannot see into a ScriptModule: hand over the nn.Module it was made from"
+        )
+    if not changes:
+        return []
+    if private:
+        raise ConfigError(
+            f"{changes} changes while the model runs: what an example leaves there reaches later steps "
+            "past clipping and noise; keep nothing between calls (what is made once, make before the run)"
+        )
+    return [
+        f"{changes} changes while the model runs: each client starts its round with what is there now, "
+        "and it is not sent"
+    ]
 
 
 def otherwise(
@@ -95,6 +123,7 @@ def otherwise(
     solver: str,
     size: int,
     notes: list[str],
+    changes: str | None,
 ) -> Choice:
     """Stacked, ``size`` clients at once, where that is possible, or one after another."""
     private = recipe.privacy.mode if isinstance(recipe.privacy, SampleLevel) else None
@@ -103,7 +132,8 @@ def otherwise(
     few = solver == "auto" and chunk is None and _automatic(model) < SMALL
     if size == 1 or (private is None and (solver == "general" or few)):
         return Choice(alone, 1, recipe, tuple(notes), turns)
-    if why := probe.no_stacking(model, clients, recipe):
+    why = changes and f"{changes} changes while the model runs"
+    if why := why or probe.no_stacking(model, clients, recipe):
         if solver == "stacked":
             raise ConfigError(f"engine.solver stacked cannot train this: {why}; use auto")
         notes.append(f"clients train one after another: {why}")

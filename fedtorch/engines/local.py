@@ -1,6 +1,5 @@
 """In this process, a chunk of clients at a time."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ from torch import nn
 from fedtorch import probe
 from fedtorch.client import Client, Recipe
 from fedtorch.engines.choose import Choice, choose
+from fedtorch.outline import copied, untouched
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
 from fedtorch.visit import local_update
 
@@ -38,10 +38,11 @@ class Local:
 
     def open(self, model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> "LocalSession":
         """Try one batch and choose how to train."""
-        worker = copy.deepcopy(model).to(self.device)
-        probe.fits(worker, clients, recipe)
+        worker = copied(model).to(self.device)
+        changes = probe.fits(worker, clients, recipe)
         probe.single(worker, clients, recipe)
-        choice = choose(worker, clients, recipe, self.chunk, self.solver, self.dtype)
+        with untouched(worker):
+            choice = choose(worker, clients, recipe, self.chunk, self.solver, self.dtype, changes)
         by_id = {c.id: c for c in clients}
         session = LocalSession(worker, by_id, choice.recipe, choice, choice.notes)
         session.restore({})  # memory of an earlier run would poison this one

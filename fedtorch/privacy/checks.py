@@ -1,12 +1,11 @@
 """Models that void a privacy claim: refused by layer, with the fix; and the fix itself."""
 
-import copy
-
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fedtorch.outline import copied
 from fedtorch.types import ConfigError
 
 FIX = "; --privacy.fix-model true replaces it before round 0"
@@ -69,7 +68,7 @@ def fixed(model: nn.Module) -> nn.Module:
     from opacus.validators import ModuleValidator
 
     fixers = {k: v for k, v in ModuleValidator.FIXERS.items() if k in RECURRENT}
-    model = copy.deepcopy(model)
+    model = copied(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, _BatchNorm) and name:
             parent, _, leaf = name.rpartition(".")

@@ -1,6 +1,5 @@
 """What a run looks like: pictures, histograms and points, made from the server and the test data."""
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from fedtorch import figures, seeds
 from fedtorch.batches import fetch, length
 from fedtorch.data import Data
+from fedtorch.outline import copied
 from fedtorch.server import Server
 from fedtorch.solvers import forward, to
 from fedtorch.tracking.graph import modules
@@ -67,7 +67,7 @@ class Pictures:
             some = self.data.test if length(self.data.test) else self.data.train
             x, _ = fetch(some, torch.arange(min(2, length(some))))
             device = next(self.server.model.parameters()).device
-            nodes = modules(copy.deepcopy(self.server.model), to(x, device))
+            nodes = modules(copied(self.server.model), to(x, device))
             self.record.pass_on("graph", nodes)
 
     def round(self, scores: Mapping[str, Mapping[str, float]], last: bool = False) -> None:
