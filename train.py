@@ -24,6 +24,7 @@ from fedtorch.engines import Engine, Local
 from fedtorch.evaluate import evaluate, evaluate_clients
 from fedtorch.narrate import conclude, introduce, record_privacy, write_results
 from fedtorch.optimizers import ClientOptimizer
+from fedtorch.options import COUNT, POSITIVE, SHARE, check
 from fedtorch.participation import Everyone, Participation
 from fedtorch.privacy import Privacy, SampleLevel, checks
 from fedtorch.privacy.ledger import Ledger
@@ -99,11 +100,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what no run can do."""
-        for name in ("rounds", "eval_every", "checkpoint_every", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.validation < 1:
-            raise ConfigError(f"validation must be in [0, 1), got {self.validation}")
+        counts = ("rounds", "eval_every", "checkpoint_every", "threads", "clients")
+        whole = dict.fromkeys((*counts, "epochs", "steps", "batch_size"), COUNT)
+        check(self, "", lr=POSITIVE, validation=SHARE, **whole)
         if self.resume and not self.run_dir:
             raise ConfigError("--resume needs --run-dir, the folder of the run to continue")
         plan = self.privacy

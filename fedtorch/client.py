@@ -8,7 +8,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from fedtorch.batches import length
 from fedtorch.losses import Loss, cross_entropy
-from fedtorch.optimizers import ClientOptimizer, positive
+from fedtorch.optimizers import ClientOptimizer
+from fedtorch.options import COUNT, POSITIVE, check, fit
 from fedtorch.privacy import Privacy
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.types import ConfigError, Params
@@ -28,7 +29,7 @@ class Client:
         validation: Dataset | tuple[Tensor, ...] | None = None,
     ) -> None:
         """Raises ConfigError when there is no data or its length is unknown."""
-        self.id = str(id)
+        self.id = str(fit("the id of a client, which comes before its data,", id, str | int))
         self.data = as_dataset(data, f"client {id!r}")
         self.validation = None if validation is None else as_dataset(validation, f"client {id!r}")
         self.memory: dict[str, Params] = {}
@@ -65,11 +66,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what cannot train, by name."""
-        positive("lr", self.lr)
-        for name in ("epochs", "steps", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+        check(self, "", lr=POSITIVE, epochs=COUNT, steps=COUNT, batch_size=COUNT)
         self.optimizer.check()
 
     @property
@@ -88,8 +85,9 @@ def as_dataset(data: Dataset | tuple[Tensor, ...], owner: str) -> Dataset:
     if isinstance(data, (tuple, list)):
         if not all(isinstance(t, Tensor) and t.dim() for t in data):
             kinds = ", ".join(type(t).__name__ for t in data)
+            arrays = "" if "ndarray" not in kinds else "; torch.from_numpy makes one of an array"
             raise ConfigError(
-                f"{owner}: data must be tensors (x, y) with one row each, got {kinds}"
+                f"{owner}: data must be tensors (x, y) with one row each, got {kinds}{arrays}"
             )
         sizes = [len(t) for t in data]
         if len(set(sizes)) != 1:

@@ -5,7 +5,6 @@ of it is float64, so that a run does not depend on the order of small additions.
 """
 
 import importlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtorch.options import POSITIVE, SHARE, check
 from fedtorch.tree import tmap
 from fedtorch.types import ConfigError, Params
 
@@ -28,8 +28,9 @@ class ServerOptimizer:
     """Server learning rate."""
 
     def __post_init__(self) -> None:
-        """Refuse a learning rate that cannot train."""
-        positive("strategy.server.lr", self.lr)
+        """Refuse rates and memories that cannot train."""
+        shares = {"momentum": SHARE, "beta1": SHARE, "beta2": SHARE}
+        check(self, "strategy.server", lr=POSITIVE, tau=POSITIVE, **shares)
 
     def init(self, params: Params) -> State:
         """State before the first round."""
@@ -125,6 +126,10 @@ class ClientOptimizer:
     """Class in torch.optim (any case), or ``package.module.Class``."""
     args: dict[str, Any] = field(default_factory=dict)
     """Constructor arguments other than lr, e.g. ``{"momentum": 0.9}``."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no name and no arguments."""
+        check(self, "optimizer")
 
     def build(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
         """An optimizer over ``params``."""
@@ -247,9 +252,3 @@ def by_name() -> dict[str, type[torch.optim.Optimizer]]:
 def zeros(params: Params) -> Params:
     """Float64 zeros of the same shapes."""
     return tmap(lambda p: torch.zeros_like(p, dtype=torch.float64), params)
-
-
-def positive(name: str, value: float) -> None:
-    """Refuse zero, negative, NaN and infinite values of ``name``."""
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{name} must be a positive number, got {value}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from fedtorch import seeds
+from fedtorch.options import COUNT, RATE, SHARE, check
 from fedtorch.types import ConfigError
 
 
@@ -16,9 +17,8 @@ class Participation:
     """Chance that a chosen client never reports back (a simulated failure)."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no probability."""
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"participation.dropout must be in [0, 1), got {self.dropout}")
+        """Refuse what is no probability or no number of clients."""
+        check(self, "participation", dropout=SHARE, cohort_size=COUNT, rate=RATE)
 
     def cohort(
         self, population: int, seed: int, round: int, chosen: list[int] | None = None
@@ -78,12 +78,6 @@ class Poisson(Participation):
 
     rate: float = 0.1
     """Chance of each client to be chosen in a round."""
-
-    def __post_init__(self) -> None:
-        """Refuse what is no probability."""
-        super().__post_init__()
-        if not 0 < self.rate <= 1:
-            raise ConfigError(f"participation.rate must be in (0, 1], got {self.rate}")
 
     def choose(self, population: int, generator: torch.Generator) -> list[int]:
         """One coin for each client."""

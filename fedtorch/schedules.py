@@ -1,10 +1,10 @@
 """Client learning rate over rounds: a pure function of the round, so that resuming needs no state."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedtorch.optimizers import positive
-from fedtorch.types import ConfigError
+from fedtorch.options import COUNT, RATE, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,7 @@ class Exponential:
 
     def __post_init__(self) -> None:
         """Refuse growth and zero."""
-        if not 0 < self.decay <= 1:
-            raise ConfigError(f"schedule.decay must be in (0, 1], got {self.decay}")
+        check(self, "schedule", decay=RATE)
 
     def __call__(self, round: int) -> float:
         """Decay ** round."""
@@ -44,9 +43,7 @@ class Step:
 
     def __post_init__(self) -> None:
         """Refuse what never steps or grows."""
-        positive("schedule.every", self.every)
-        if not 0 < self.decay <= 1:
-            raise ConfigError(f"schedule.decay must be in (0, 1], got {self.decay}")
+        check(self, "schedule", every=COUNT, decay=RATE)
 
     def __call__(self, round: int) -> float:
         """Decay ** (round // every)."""
@@ -63,9 +60,8 @@ class Cosine:
     """Lowest factor."""
 
     def __post_init__(self) -> None:
-        """Refuse an empty period and a negative floor."""
-        positive("schedule.period", self.period)
-        positive("schedule.floor", self.floor)
+        """Refuse an empty period, and a floor that is none."""
+        check(self, "schedule", period=COUNT, floor=RATE)
 
     def __call__(self, round: int) -> float:
         """Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5 without restarts."""
@@ -73,4 +69,5 @@ class Cosine:
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * done)) / 2
 
 
-Schedule = Constant | Exponential | Step | Cosine
+Schedule = Callable[[int], float]
+"""Round -> factor on the learning rate: one of these, or a function of yours."""

@@ -16,6 +16,7 @@ from fedtorch.console import Report
 from fedtorch.engines import Engine, Local
 from fedtorch.history import History
 from fedtorch.metrics import Metrics, Visits, length, traffic
+from fedtorch.options import fit, shown
 from fedtorch.participation import Everyone, Participation
 from fedtorch.privacy.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent, PrivateRun
@@ -47,6 +48,15 @@ class Server:
         seed: int = 0,
     ) -> None:
         """Check everything and start the engine; ``seed`` decides every draw of the run."""
+        fit("the model", model, nn.Module)
+        self.recipe: Recipe = fit("recipe", recipe or Recipe(), Recipe)
+        self.participation: Participation = fit("participation", participation, Participation)
+        self.schedule: Schedule = fit("schedule", schedule, Schedule)
+        self.seed: int = fit("seed", seed, int)
+        runs_on: Engine = fit("engine", engine or Local(), Engine)
+        odd = [c for c in fit("the clients", clients, Sequence) if not hasattr(c, "id")]
+        if odd:
+            raise ConfigError(f"each of the clients must be a Client, got {shown(odd[0])}")
         self.ids = [c.id for c in clients]
         if not clients:
             raise ConfigError("there are no clients")
@@ -55,12 +65,8 @@ class Server:
             raise ConfigError(f"client ids must differ, but {twice[0]!r} is there twice")
         participation.check(len(clients))
         self.model = model
-        self.recipe = recipe or Recipe()
-        self.participation = participation
-        self.schedule = schedule
-        self.seed = seed
         self.round_number = 0
-        self.session = (engine or Local()).open(model, clients, self.recipe)
+        self.session = runs_on.open(model, clients, self.recipe)
         self.trainable = [k for k, p in model.named_parameters() if p.requires_grad]
         self._first = to(snapshot(model), CPU)
         params = {k: self._first[k] for k in self.trainable}

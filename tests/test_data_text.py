@@ -67,7 +67,7 @@ def test_train_and_test_windows_do_not_overlap(tmp_path):
         (b"short", {}, "too short"),
         (b"\xff\xfe\x00", {}, "must be a text file"),
         (b"words " * 99, {"length": 0}, r"dataset\.length must be at least 1"),
-        (b"words " * 99, {"test_fraction": 1.0}, "test_fraction must be between"),
+        (b"words " * 99, {"test_fraction": 1.0}, "test_fraction must be in"),
     ],
 )
 def test_texts_that_cannot_be_used_are_refused(tmp_path, content, options, message):

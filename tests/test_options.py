@@ -1,11 +1,18 @@
-"""Options: by name alone."""
+"""Options: by name alone, of the right kind, within their range."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_type_hints
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from fedtorch import (
+    Client,
+    ConfigError,
     Everyone,
     FedAvg,
     FedProx,
@@ -14,11 +21,13 @@ from fedtorch import (
     Scaffold,
     Server,
     ServerAdam,
+    Strategy,
     Uniform,
 )
 from fedtorch.data import Csv, Digits, Dirichlet, HuggingFace, Idx, Npz, QuantitySkew, Shards, Text
 from fedtorch.engines import Local, Processes, Ray
 from fedtorch.optimizers import ServerAdagrad, ServerSGD, ServerYogi
+from fedtorch.options import COUNT, INSIDE, SHARE, fit, shown
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, SampleLevel
 from fedtorch.schedules import Cosine, Exponential, Step
 from fedtorch.sites.engine import Sites
@@ -56,3 +65,148 @@ def test_a_recipe_and_a_server_take_what_they_are_named_for() -> None:
         Recipe(FedAvg(), None)  # type: ignore[misc]
     with pytest.raises(TypeError, match="positional"):
         Server(None, [], Recipe(), Everyone())  # type: ignore[misc, arg-type]
+
+
+KINDS = [*BY_NAME, *FIRST_BY_PLACE, Recipe]
+NEEDED: dict[Any, dict[str, Any]] = {
+    SiteConfig: {"name": "a", "insecure": True},
+    ServeConfig: {"sites": ["a"], "input_shape": [3], "insecure": True},
+}
+FREE = {"seed", "insecure_seed"}
+"""Any whole number will do."""
+
+
+def numbers() -> list[Any]:
+    """Every option of ours that is a number."""
+    return [
+        pytest.param(cls, f.name, hint, id=f"{cls.__name__}.{f.name}")
+        for cls in KINDS
+        if cls is not Sites  # the server's own, made from its checked options
+        for f in fields(cls)
+        if (hint := get_type_hints(cls)[f.name]) in (int, float, int | None, float | None)
+    ]
+
+
+@pytest.mark.parametrize(("cls", "name", "hint"), numbers())
+def test_every_number_is_a_number_within_its_range(cls: Any, name: str, hint: Any) -> None:
+    bad = [True, "1", [1], torch.ones(1)]
+    bad += [] if name in FREE else [math.nan, math.inf, -math.inf, -1, -0.5]
+    bad += [] if hint in (float, float | None) else [1.5]
+    bad += [] if hint in (int | None, float | None) else [None]
+    for value in bad:
+        with pytest.raises(ConfigError, match=rf"\b{name} (must|is)\b|--{name}"):
+            cls(**NEEDED.get(cls, {}) | {name: value})
+
+
+@pytest.mark.parametrize("cls", [c for c in KINDS if c is not Sites])
+def test_switches_and_words_are_what_they_should_be(cls: Any) -> None:
+    for f in fields(cls):
+        kind = get_type_hints(cls)[f.name]
+        wrong: list[Any] = (
+            [0, 1, None, "true"] if kind is bool else [3, b"x"] if kind is str else []
+        )
+        wrong = ["sideways", 3] if hasattr(kind, "__args__") and "Literal" in str(kind) else wrong
+        for value in wrong:
+            with pytest.raises(ConfigError, match=f.name):
+                cls(**NEEDED.get(cls, {}) | {f.name: value})
+
+
+def test_numbers_of_numpy_become_numbers() -> None:
+    made = Recipe(lr=np.float32(0.5), epochs=np.int64(3), drop_last=np.bool_(True))
+    assert (made.lr, made.epochs, made.drop_last) == (0.5, 3, True)
+    assert [type(v) for v in (made.lr, made.epochs, made.drop_last)] == [float, int, bool]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adam"}, "optimizer must be a ClientOptimizer, got 'adam'"),
+        ({"lr": "0.1"}, "lr must be a number.*, got '0.1'"),
+        ({"privacy": True}, "privacy must be a Privacy or None, got True"),
+        ({"privacy": SampleLevel}, r"got the class SampleLevel \(write SampleLevel\(\.\.\.\)\)"),
+        ({"strategy": FedProx}, r"strategy must be a Strategy, got the class FedProx"),
+        ({"strategy": "fedavg"}, "strategy must be a Strategy, got 'fedavg'"),
+        ({"loss": "mse"}, "loss must be a function, got 'mse'"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number or None, got 1.5"),
+    ],
+)
+def test_a_recipe_of_wrong_things_is_one_sentence(options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Recipe(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"participation": 0.5}, "participation must be a Participation, got 0.5"),
+        ({"participation": Uniform}, "got the class Uniform"),
+        ({"schedule": 0.9}, "schedule must be a function, got 0.9"),
+        ({"engine": "processes"}, "engine must be an Engine, got 'processes'"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"recipe": FedAvg()}, "recipe must be a Recipe, got FedAvg"),
+    ],
+)
+def test_a_server_of_wrong_things_is_one_sentence(options: Any, message: str) -> None:
+    own = Client("a", (torch.randn(4, 3), torch.randint(2, (4,))))
+    with pytest.raises(ConfigError, match=message):
+        Server(nn.Linear(3, 2), [own], **options)
+
+
+def test_a_server_names_what_is_no_model_and_what_are_no_clients() -> None:
+    own = Client("a", (torch.randn(4, 3), torch.randint(2, (4,))))
+    with pytest.raises(ConfigError, match="the model must be a Module, got the class Linear"):
+        Server(nn.Linear, [own])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="the clients must be a list, got Client"):
+        Server(nn.Linear(3, 2), own)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="each of the clients must be a Client, got tuple"):
+        Server(nn.Linear(3, 2), [("a", own.data)])  # type: ignore[list-item]
+
+
+def test_clients_whose_id_and_data_are_swapped_and_data_of_numpy() -> None:
+    x, y = torch.randn(4, 3), torch.randint(2, (4,))
+    with pytest.raises(ConfigError, match=r"id of a client.* must be text.*, got tuple"):
+        Client((x, y), "a")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"id of a client.* must be text.*, got Tensor"):
+        Client(x, y)  # type: ignore[arg-type]
+    assert Client(7, (x, y)).id == "7"
+    with pytest.raises(ConfigError, match=r"got ndarray, ndarray.*torch\.from_numpy"):
+        Client("a", (x.numpy(), y.numpy()))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Mine(Strategy):
+    """Of a user, who may annotate as they like."""
+
+    pull: float = 0.1
+    top: float = math.inf
+    how: Literal["up", "down"] = "up"
+    call: "Unknown | None" = None  # type: ignore[name-defined]  # noqa: F821
+
+
+def test_a_strategy_of_ones_own_is_checked_where_its_annotations_can_be_read() -> None:
+    assert Mine(pull=2).top == math.inf
+
+    @dataclass(frozen=True)
+    class Plain(Strategy):
+        pull: float = 0.1
+        top: float = math.inf
+        names: list[str] | None = None
+        call: Callable[[int], int] | None = None
+
+    assert Plain(top=3, names=["a"], call=abs).top == 3
+    wrong: list[tuple[str, Any]] = [("pull", "0.2"), ("pull", math.nan), ("names", [1])]
+    for name, value in [*wrong, ("call", 3), ("pull", 10**400)]:
+        with pytest.raises(ConfigError, match=rf"strategy\.{name} must be"):
+            Plain(**{name: value})
+
+
+def test_the_ends_of_a_range() -> None:
+    assert [SHARE.holds(v) for v in (0, 0.5, 1, math.nan)] == [True, True, False, False]
+    assert [INSIDE.holds(v) for v in (0, 0.5, 1)] == [False, True, False]
+    assert [COUNT.holds(v) for v in (0, 1, 10**30, math.inf)] == [False, True, True, False]
+
+
+def test_a_message_shows_no_data() -> None:
+    assert shown(torch.ones(3)) == "Tensor" and shown("x" * 100) == "'" + "x" * 59
+    assert fit("a", None, int | None) is None and fit("a", 3, Any) == 3
+    assert fit("a", np.float64(0.5), float) == 0.5

@@ -276,7 +276,7 @@ def test_client_data_goes_under_nonprivate_in_a_private_run(tmp_path):
 
 @pytest.mark.parametrize(
     "option, message",
-    [("every=0", "tracking.every must be at least 1"), ("client-runs=-1", "must be 0 or more")],
+    [("every=0", "tracking.every must be at least 1"), ("client-runs=-1", "must be a number >= 0")],
 )
 def test_options_that_cannot_be_meant(option, message, tmp_path, capsys):
     assert run(tmp_path / "run", f"--tracking.{option}") == 2

@@ -9,6 +9,7 @@ import torch
 
 from fedtorch.data.base import Data, from_tensors
 from fedtorch.data.content import split
+from fedtorch.options import SHARE, check
 from fedtorch.types import ConfigError
 
 
@@ -29,6 +30,10 @@ class HuggingFace:
     """Column that names each row's owner; empty: none."""
     test_fraction: float = 0.2
     """Share kept for the test where the dataset has no test split."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that leave nothing."""
+        check(self, "dataset", test_fraction=SHARE)
 
     def load(self, seed: int) -> Data:
         """X [N, ...] (images [N, channels, rows, columns] in 0..1), y [N]."""

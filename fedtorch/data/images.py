@@ -14,6 +14,7 @@ from torch import Tensor
 from fedtorch import seeds
 from fedtorch.data.base import Data, from_tensors
 from fedtorch.data.content import split
+from fedtorch.options import SHARE, check
 from fedtorch.types import ConfigError
 
 
@@ -24,15 +25,15 @@ class Digits:
     test_fraction: float = 0.2
     """Share of the examples kept for the central test."""
 
+    def __post_init__(self) -> None:
+        """Refuse shares that leave nothing."""
+        check(self, "dataset", test_fraction=SHARE)
+
     def load(self, seed: int) -> Data:
         """X [N, 1, 8, 8] in 0..1, y [N] in 0..9."""
         table = _digits()
         x = torch.tensor(table[:, :-1] / 16.0, dtype=torch.float32).view(-1, 1, 8, 8)
         y = torch.tensor(table[:, -1], dtype=torch.int64)
-        if not 0 <= self.test_fraction < 1:
-            raise ConfigError(
-                f"dataset.test_fraction must be between 0 (no test) and 1, got {self.test_fraction}"
-            )
         # by a shuffle and not by content: a table that never changes has no neighbours
         order = torch.randperm(len(y), generator=seeds.generator(seed, "test split"))
         size = (
@@ -57,6 +58,10 @@ class Idx:
     _: KW_ONLY
     test_fraction: float = 0.2
     """Share kept for the test where only one pair of files is there."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that leave nothing."""
+        check(self, "dataset", test_fraction=SHARE)
 
     def load(self, seed: int) -> Data:
         """X [N, 1, rows, columns] in 0..1, y [N]."""

@@ -1,6 +1,5 @@
 """Cut the training examples into clients: seeded, and lossless (each example exactly once)."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from fedtorch import seeds
 from fedtorch.data.base import Data
+from fedtorch.options import COUNT, POSITIVE, check
 from fedtorch.types import ConfigError
 
 
@@ -19,6 +19,10 @@ class Partition:
 
     needs_labels = False
     needs_keys = False
+
+    def __post_init__(self) -> None:
+        """Refuse a concentration that no Dirichlet has, and clients without shards."""
+        check(self, "partition", alpha=POSITIVE, per_client=COUNT)
 
     def assign(
         self, labels: np.ndarray, keys: Sequence[str], clients: int, rng: np.random.Generator
@@ -46,10 +50,6 @@ class Dirichlet(Partition):
     """Concentration: small is very skewed, large is iid."""
     needs_labels = True
 
-    def __post_init__(self) -> None:
-        """Refuse a concentration that no Dirichlet has."""
-        _positive(self.alpha)
-
     def assign(
         self, labels: np.ndarray, keys: Sequence[str], clients: int, rng: np.random.Generator
     ) -> np.ndarray:
@@ -69,11 +69,6 @@ class Shards(Partition):
     per_client: int = 2
     """Shards, and so about the most classes, a client gets."""
     needs_labels = True
-
-    def __post_init__(self) -> None:
-        """Refuse clients without shards."""
-        if self.per_client < 1:
-            raise ConfigError(f"partition.per_client must be at least 1, got {self.per_client}")
 
     def assign(
         self, labels: np.ndarray, keys: Sequence[str], clients: int, rng: np.random.Generator
@@ -99,10 +94,6 @@ class QuantitySkew(Partition):
 
     alpha: float = 0.5
     """Concentration: small gives a few clients nearly everything."""
-
-    def __post_init__(self) -> None:
-        """Refuse a concentration that no Dirichlet has."""
-        _positive(self.alpha)
 
     def assign(
         self, labels: np.ndarray, keys: Sequence[str], clients: int, rng: np.random.Generator
@@ -164,11 +155,6 @@ def partition(
     if how.needs_keys and data.keys is not None and clients == len(set(data.keys)):
         ids = [str(data.keys[p[0]]) for p in parts]
     return ids, [torch.from_numpy(p) for p in parts]
-
-
-def _positive(alpha: float) -> None:
-    if not 0 < alpha < math.inf:
-        raise ConfigError(f"partition.alpha must be a number above 0, got {alpha}")
 
 
 def _whole(shares: np.ndarray, n: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedtorch.data.base import Data, from_tensors
 from fedtorch.data.content import split
+from fedtorch.options import SHARE, check
 from fedtorch.types import ConfigError
 
 MOST_CLASSES = 100
@@ -35,6 +36,10 @@ class Csv:
     """Scale features by the training rows' mean and standard deviation (seen by the server)."""
     test_fraction: float = 0.2
     """Share of rows kept for the central test."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that leave nothing."""
+        check(self, "dataset", test_fraction=SHARE)
 
     def load(self, seed: int) -> Data:
         """X [N, columns], y [N]."""
@@ -91,6 +96,10 @@ class Npz:
     """classification, binary, regression, or auto: classes when y is 0, 1, 2, ..."""
     test_fraction: float = 0.2
     """Share kept for the central test where there is no x_test."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that leave nothing."""
+        check(self, "dataset", test_fraction=SHARE)
 
     def load(self, seed: int) -> Data:
         """X [N, ...] as float32 (integers of a vocabulary stay integers), y [N]."""

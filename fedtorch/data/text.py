@@ -8,6 +8,7 @@ import torch
 
 from fedtorch.data.base import Data, from_tensors
 from fedtorch.data.content import split
+from fedtorch.options import COUNT, SHARE, check
 from fedtorch.types import ConfigError
 
 SPEAKER = re.compile(r"^([A-Z][A-Za-z' ]*[A-Za-z]):\n", re.MULTILINE)
@@ -26,10 +27,12 @@ class Text:
     test_fraction: float = 0.1
     """Share of windows kept for the central test, each by its content; 0: none."""
 
+    def __post_init__(self) -> None:
+        """Refuse windows of nothing and shares that leave nothing."""
+        check(self, "dataset", length=COUNT, test_fraction=SHARE)
+
     def load(self, seed: int) -> Data:
         """X [N, length] characters, y [N, length] the next ones; keys are speakers if there are any."""
-        if self.length < 1:
-            raise ConfigError(f"dataset.length must be at least 1, got {self.length}")
         try:
             text = Path(self.path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:

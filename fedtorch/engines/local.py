@@ -9,6 +9,7 @@ from torch import nn
 from fedtorch import probe
 from fedtorch.client import Client, Recipe
 from fedtorch.engines.choose import Choice, choose
+from fedtorch.options import COUNT, check
 from fedtorch.outline import copied, untouched
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
 from fedtorch.visit import local_update
@@ -29,8 +30,7 @@ class Local:
 
     def __post_init__(self) -> None:
         """Refuse a chunk of nobody and a device that is not here."""
-        if self.chunk is not None and self.chunk < 1:
-            raise ConfigError(f"engine.chunk must be at least 1, got {self.chunk}")
+        check(self, "engine", chunk=COUNT)
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as e:

@@ -10,13 +10,11 @@ from fedtorch.client import Client, Recipe
 from fedtorch.engines import kit
 from fedtorch.engines.board import Board
 from fedtorch.engines.local import Local, LocalSession
-from fedtorch.types import ConfigError, Params, Task
+from fedtorch.types import Params, Task
 
 
-def options(workers: int | None, chunk: int | None, device: str, solver: str, dtype: str) -> Local:
-    """How each worker trains; raises ConfigError for a pool of nobody."""
-    if workers is not None and workers < 1:
-        raise ConfigError(f"engine.workers must be at least 1, got {workers}")
+def options(chunk: int | None, device: str, solver: str, dtype: str) -> Local:
+    """How each worker trains."""
     return Local(chunk=chunk, device=device, solver=solver, dtype=dtype)
 
 

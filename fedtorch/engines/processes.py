@@ -22,6 +22,7 @@ from fedtorch.engines.board import Job
 from fedtorch.engines.local import LocalSession
 from fedtorch.engines.messages import read_outcome, task_message
 from fedtorch.engines.worker import serve
+from fedtorch.options import COUNT, check
 from fedtorch.types import ClientError, ConfigError, Failure, Update
 
 START_SECONDS = 120.0
@@ -45,7 +46,8 @@ class Processes:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be started."""
-        pool.options(self.workers, self.chunk, self.device, self.solver, self.dtype)
+        check(self, "engine", workers=COUNT, chunk=COUNT)
+        pool.options(self.chunk, self.device, self.solver, self.dtype)
 
     def devices(self) -> list[str]:
         """The device of each worker."""
@@ -60,7 +62,7 @@ class Processes:
     ) -> "ProcessesSession":
         """Check that these fit together, then start the workers."""
         devices = self.devices()
-        own = pool.options(self.workers, self.chunk, devices[0], self.solver, self.dtype)
+        own = pool.options(self.chunk, devices[0], self.solver, self.dtype)
         local, body, block = pool.prepare(own, model, clients, recipe, shared)
         return ProcessesSession(local, body, block, devices, self.chunk is None)
 

@@ -22,6 +22,7 @@ from fedtorch.engines.local import LocalSession
 from fedtorch.engines.messages import read_outcome, task_message
 from fedtorch.engines.processes import cores
 from fedtorch.engines.worker import Worker
+from fedtorch.options import COUNT, check
 from fedtorch.types import ClientError, ConfigError, Failure, Update
 
 START_SECONDS = 180.0
@@ -47,14 +48,15 @@ class Ray:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be started."""
-        pool.options(self.workers, self.chunk, "cpu", self.solver, self.dtype)
+        check(self, "engine", workers=COUNT, chunk=COUNT)
+        pool.options(self.chunk, "cpu", self.solver, self.dtype)
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"engine.device must be cpu or cuda with Ray, got {self.device!r}")
 
     def open(self, model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> "RaySession":
         """Check that these fit together, then reach the cluster and start the actors."""
         # this machine may have no GPU, so what is tried here is tried on its CPU
-        here = pool.options(self.workers, self.chunk, "cpu", self.solver, self.dtype)
+        here = pool.options(self.chunk, "cpu", self.solver, self.dtype)
         installed()
         local, body, block = pool.prepare(here, model, clients, recipe, wire.zeros, by_value)
         return RaySession(local, (body, block.numpy()), self, connect(self.address, self.workers))

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from fedtorch.optimizers import positive
+from fedtorch.options import INSIDE, POSITIVE, check
 from fedtorch.privacy.streams import Stream
 from fedtorch.types import ConfigError
 
@@ -27,12 +27,8 @@ class AdaptiveClip:
 
     def __post_init__(self) -> None:
         """Refuse quantiles and rates that lead nowhere."""
-        positive("privacy.adaptive.start", self.start)
-        positive("privacy.adaptive.lr", self.lr)
-        if not 0 < self.quantile < 1:
-            raise ConfigError(f"privacy.adaptive.quantile must be in (0, 1), got {self.quantile}")
-        if self.bit_noise is not None:
-            positive("privacy.adaptive.bit_noise", self.bit_noise)
+        rates = {"start": POSITIVE, "lr": POSITIVE, "bit_noise": POSITIVE}
+        check(self, "privacy.adaptive", quantile=INSIDE, **rates)
 
     def bit_std(self, expected: float) -> float:
         """Standard deviation of the noise on the sum of bits."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedtorch.privacy.accounting import check_steps
+from fedtorch.options import COUNT, check
 from fedtorch.types import Params
 
 
@@ -23,7 +23,7 @@ class Bands:
 
     def __post_init__(self) -> None:
         """Refuse no bands at all."""
-        check_steps(self.count, "privacy.bands.count")
+        check(self, "privacy.bands", count=COUNT)
 
     def group(self, population: int, round: int) -> range:
         """Clients whose turn it is."""

@@ -13,13 +13,12 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from fedtorch.optimizers import positive
+from fedtorch.options import COUNT, POSITIVE, RATE, check
 from fedtorch.privacy.accounting import (
     Event,
     calibrate,
     check_accountant,
     check_delta,
-    check_steps,
     epsilon,
 )
 from fedtorch.privacy.streams import Stream, stream
@@ -88,25 +87,20 @@ class Privacy(ABC):
 
     def __post_init__(self) -> None:
         """Refuse what gives no guarantee, by name."""
-        check_clip("privacy.clip", self.clip)
+        check_accountant(self.accountant)
+        numbers = ("clip", "epsilon", "noise_multiplier", "batch_size")
+        counts = ("rounds", "steps", "max_batch", "weight_cap")
+        ranges = dict.fromkeys(numbers, POSITIVE) | dict.fromkeys(counts, COUNT)
+        check(self, "privacy", sample_rate=RATE, rate=RATE, **ranges)
         if self.epsilon is not None and self.noise_multiplier is not None:
             raise ConfigError("privacy takes epsilon or noise_multiplier, not both: leave one out")
-        if self.epsilon is not None:
-            positive("privacy.epsilon", self.epsilon)
-        if self.noise_multiplier is not None:
-            positive("privacy.noise_multiplier", self.noise_multiplier)
-            if self.noise_multiplier * self.clip < LEAST_NOISE:
-                raise ConfigError(
-                    f"privacy.noise_multiplier {self.noise_multiplier:g} at clip {self.clip:g} is noise "
-                    f"that vanishes in float32: their product must be at least {LEAST_NOISE:g}"
-                )
+        check_clip("privacy.clip", self.clip)
+        if self.noise_multiplier and self.noise_multiplier * self.clip < LEAST_NOISE:
+            raise ConfigError(
+                f"privacy.noise_multiplier {self.noise_multiplier:g} at clip {self.clip:g} is noise "
+                f"that vanishes in float32: their product must be at least {LEAST_NOISE:g}"
+            )
         check_delta(self.delta)
-        check_accountant(self.accountant)
-        if self.rounds is not None:
-            check_steps(self.rounds, "privacy.rounds")
-        for name, known in (("budget", ("stop", "error")), ("rng", ("aes", "os"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"privacy.{name} must be {' or '.join(known)}")
 
     @property
     def target(self) -> float | None:

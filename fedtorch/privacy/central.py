@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedtorch.privacy.accounting import Event, check_steps
+from fedtorch.privacy.accounting import Event
 from fedtorch.privacy.adaptive import AdaptiveClip
 from fedtorch.privacy.bands import Bands
 from fedtorch.privacy.base import (
@@ -58,12 +58,8 @@ class ClientLevel(Privacy):
     """Correlated noise for when clients take part at fixed distances."""
 
     def __post_init__(self) -> None:
-        """Refuse rates and caps without meaning, and what cannot go together."""
+        """Refuse what cannot go together."""
         super().__post_init__()
-        if not 0 < self.rate <= 1:
-            raise ConfigError(f"privacy.rate must be in (0, 1], got {self.rate}")
-        if self.weight_cap is not None:
-            check_steps(self.weight_cap, "privacy.weight_cap")
         if self.adaptive:
             check_clip("privacy.adaptive.start", self.adaptive.start)
         if self.adaptive and self.bands:

@@ -11,13 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.optimizers import positive
-from fedtorch.privacy.accounting import Event, check_steps
+from fedtorch.privacy.accounting import Event
 from fedtorch.privacy.base import Order, Privacy, uniform_weights
 from fedtorch.privacy.streams import Stream
 from fedtorch.types import ConfigError
-
-MODES = ("auto", "stacked", "hooks", "ghost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +48,6 @@ class SampleLevel(Privacy):
     projected: bool = False
     """Draw a first linear layer's noise only where the client's examples see it, and the rest once a
     round: the same law with fewer draws (docs/fast-path.md). For the fast path with plain SGD."""
-
-    def __post_init__(self) -> None:
-        """Refuse rates, steps and divisors that no step has."""
-        super().__post_init__()
-        if not 0 < self.sample_rate <= 1:
-            raise ConfigError(f"privacy.sample_rate must be in (0, 1], got {self.sample_rate}")
-        for name in ("steps", "max_batch"):
-            check_steps(getattr(self, name), f"privacy.{name}")
-        positive("privacy.batch_size", self.batch_size)
-        if self.mode not in MODES:
-            raise ConfigError(f"privacy.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
 
     def event(self, noise: float) -> Event:
         """A round is ``steps`` releases over Poisson batches."""

@@ -14,6 +14,7 @@ from fedtorch.data.base import facts_of
 from fedtorch.evaluate import evaluate
 from fedtorch.losses import DEFAULTS, LOSSES, METRICS
 from fedtorch.narrate import write_results
+from fedtorch.options import COUNT, POSITIVE, check
 from fedtorch.participation import Everyone, Participation
 from fedtorch.privacy import Privacy, SampleLevel
 from fedtorch.privacy.ledger import Ledger
@@ -97,6 +98,18 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no run can do."""
+        counts = (
+            "rounds",
+            "outputs",
+            "epochs",
+            "steps",
+            "batch_size",
+            "minimum",
+            "enough",
+            "most_examples",
+        )
+        times = dict.fromkeys(("lr", "deadline", "patience"), POSITIVE)
+        check(self, "", **times, **dict.fromkeys(counts, COUNT))
         if bool(self.credentials) == self.insecure:
             raise ConfigError(
                 "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"
@@ -110,8 +123,6 @@ class ServeConfig:
             raise ConfigError(f"kind must be one of {', '.join(DEFAULTS)}, got {self.kind!r}")
         if self.loss not in ("auto", *LOSSES):
             raise ConfigError(f"loss must be one of {', '.join(LOSSES)}: sites have no other")
-        if self.rounds < 1:
-            raise ConfigError(f"rounds must be at least 1, got {self.rounds}")
 
 
 LEDGER = "ledger.jsonl"

@@ -19,6 +19,7 @@ from fedtorch.engines.messages import Outcome
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.evaluate import evaluate
 from fedtorch.losses import DEFAULTS, LOSSES, METRICS
+from fedtorch.options import COUNT, INSIDE, POSITIVE, check
 from fedtorch.sites import plan as plans
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.memory import VisitMemory
@@ -66,15 +67,16 @@ class SiteConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be safe, by name."""
+        limits = ("max_epsilon", "patience")
+        counts = ("max_parameters", "max_megabytes")
+        ranges = dict.fromkeys(limits, POSITIVE) | dict.fromkeys(counts, COUNT)
+        check(self, "", max_delta=INSIDE, **ranges)
         if bool(self.credentials) == self.insecure:
             raise ConfigError(
                 "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"
             )
         if not self.name:
             raise ConfigError("--name: which of the server's sites is this?")
-        for name in ("max_epsilon", "max_delta", "max_parameters", "max_megabytes", "patience"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 class Site:

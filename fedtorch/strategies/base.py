@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 
 from fedtorch.optimizers import ServerOptimizer
+from fedtorch.options import check
 from fedtorch.tree import expand, row, tmap
-from fedtorch.types import ConfigError, Context, Params, Stack
+from fedtorch.types import Context, Params, Stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,7 @@ class Strategy:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        if self.weighting not in ("auto", "examples", "uniform"):
-            raise ConfigError(
-                f"strategy.weighting must be auto, examples or uniform, not {self.weighting!r}"
-            )
+        check(self, "strategy")
 
     def init(self, params: Params) -> dict[str, Params]:
         """Groups the server keeps and broadcasts beside the weights."""

@@ -1,11 +1,11 @@
 """FedProx: a proximal term keeps local training near the global model."""
 
-import math
 from dataclasses import dataclass
 
+from fedtorch.options import NOT_NEGATIVE, check
 from fedtorch.strategies.base import Strategy
 from fedtorch.tree import tmap
-from fedtorch.types import ConfigError, Context, Stack
+from fedtorch.types import Context, Stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +17,7 @@ class FedProx(Strategy):
 
     def __post_init__(self) -> None:
         """Refuse a negative or NaN weight."""
-        super().__post_init__()
-        if not 0 <= self.mu < math.inf:
-            raise ConfigError(f"strategy.mu must be a number >= 0, got {self.mu}")
+        check(self, "strategy", mu=NOT_NEGATIVE)
 
     def correct(self, grads: Stack, params: Stack, ctx: Context) -> Stack:
         """The gradient of the proximal term, mu (w - w_t), on top of the loss's."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedtorch.types import ConfigError
+from fedtorch.options import COUNT, NOT_NEGATIVE, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,7 @@ class Tracking:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be counted."""
-        if self.every is not None and self.every < 1:
-            raise ConfigError(f"tracking.every must be at least 1, got {self.every}")
-        if self.client_runs < 0:
-            raise ConfigError(f"tracking.client_runs must be 0 or more, got {self.client_runs}")
+        check(self, "tracking", every=COUNT, client_runs=NOT_NEGATIVE)
 
     def open(self, folder: Path, start: int) -> "Tracker":
         """Begin to record into ``folder``, or go on after round ``start``."""

@@ -1,0 +1,146 @@
+"""Checks of options: each by its annotation, and numbers by their range.
+
+True is no number, text is no number, and NaN is in no range. NumPy's numbers become Python's.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from fedtorch.types import ConfigError
+
+
+class Range(NamedTuple):
+    """Numbers an option may be; the ends belong to it unless they are ``open``."""
+
+    words: str
+    low: float
+    high: float
+    open: str = ""
+    """``low``, ``high``, both or neither."""
+
+    def holds(self, value: Any) -> bool:
+        """Whether ``value``, a number, lies in it; NaN never does."""
+        above = value > self.low if "low" in self.open else value >= self.low
+        return bool(above and (value < self.high if "high" in self.open else value <= self.high))
+
+
+POSITIVE = Range("a positive number", 0, math.inf, "low high")
+NOT_NEGATIVE = Range("a number >= 0", 0, math.inf, "high")
+COUNT = Range("at least 1", 1, math.inf, "high")
+RATE = Range("in (0, 1]", 0, 1, "low")
+SHARE = Range("in [0, 1)", 0, 1, "high")
+INSIDE = Range("between 0 and 1", 0, 1, "low high")
+ANY = Range("a number", -math.inf, math.inf)
+
+
+def check(options: Any, where: str, **ranges: Range) -> None:
+    """Check a frozen dataclass of options; ``where`` is what its options are called by in a config.
+
+    Raises ConfigError that names the first option of a wrong type, or out of its range.
+    """
+    owner: Any = type(options)
+    hints = _hints(owner)
+    for f in fields(options):
+        name, given = f"{where}.{f.name}" if where else f.name, getattr(options, f.name)
+        value = fit(name, given, hints.get(f.name, Any))
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            within(name, value, ranges.get(f.name, ANY))
+        if value is not given:
+            object.__setattr__(options, f.name, value)
+
+
+def within(name: str, value: float, allowed: Range) -> None:
+    """Refuse a number out of range."""
+    if not allowed.holds(value):
+        raise ConfigError(f"{name} must be {allowed.words}, got {value}")
+
+
+def fit(name: str, value: Any, kind: Any) -> Any:
+    """``value``, in Python's own types, if it is of this ``kind``; raises ConfigError if not."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    for one in kinds:
+        fits, found = _as(value, one)
+        if fits:
+            return found
+    words = dict.fromkeys(_words(k) for k in kinds)
+    raise ConfigError(f"{name} must be {' or '.join(words)}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A wrong value in a message: short, and never the numbers of somebody's data."""
+    if isinstance(value, type):
+        return f"the class {value.__name__} (write {value.__name__}(...))"
+    plain = isinstance(value, (str, int, float, bool, NoneType))
+    return repr(value)[:60] if plain else type(value).__name__
+
+
+@cache
+def _hints(cls: Any) -> Mapping[str, Any]:
+    try:
+        return get_type_hints(cls)
+    except (NameError, TypeError):  # an annotation that only its author understands
+        return {}
+
+
+def _as(value: Any, kind: Any) -> tuple[bool, Any]:
+    """Whether a value is of one kind, and what it is then."""
+    if kind is Any:
+        return True, value
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    origin = get_origin(kind) or kind
+    if kind is int:
+        fits = number and isinstance(value, Integral)
+        return fits, int(value) if fits else value
+    if kind is float:
+        number = number and not (isinstance(value, int) and abs(value) > 10**300)
+        return number, value if isinstance(value, (int, float)) or not number else float(value)
+    if kind is bool:  # NumPy's is a type of its own
+        fits = isinstance(value, bool) or (
+            type(value).__name__ == "bool" and hasattr(value, "item")
+        )
+        return fits, bool(value) if fits else value
+    if origin is Literal:
+        return any(value == a and type(value) is type(a) for a in get_args(kind)), value
+    if origin is list:
+        (inner,) = get_args(kind) or (Any,)
+        return isinstance(value, list) and all(_as(v, inner)[0] for v in value), value
+    if origin is Callable:
+        return callable(value) and not isinstance(value, str), value
+    if not isinstance(origin, type):
+        return True, value
+    # an object that does all that the class does will do in its place
+    does = [k for k, v in vars(origin).items() if k[0] != "_" and callable(v)]
+    alike = bool(does) and not isinstance(value, type) and all(hasattr(value, k) for k in does)
+    return alike or (not _protocol(origin) and isinstance(value, origin)), value
+
+
+def _protocol(kind: type) -> bool:
+    return getattr(kind, "_is_protocol", False)
+
+
+def _words(kind: Any) -> str:
+    plain: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        str: "text",
+    }
+    plain |= {dict: "a dict", list: "a list", Sequence: "a list", NoneType: "None", None: "None"}
+    if kind in plain:
+        return plain[kind]
+    origin = get_origin(kind) or kind
+    if origin is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    if origin is list:
+        return f"a list, each {_words(*get_args(kind))}"
+    if origin is dict:
+        return "a dict"
+    if origin is Callable:
+        return "a function"
+    name = getattr(origin, "__name__", str(origin))
+    return f"an {name}" if name[0] in "AEIOU" else f"a {name}"
