@@ -1,13 +1,13 @@
 """Train a model over many clients: ``python train.py --help``.
 
-The whole run is in ``train`` below: data, clients, model, server, and one loop over rounds.
+The whole run is in ``run`` below: data, clients, model, server, and one loop over rounds.
 """
 
 import gc
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +15,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fedtorch import assemble, checkpoint, cli, probe, runs, seeds, sweep, zoo
+from fedtorch import assemble, cli, folders, probe, runs, seeds, sweep, zoo
 from fedtorch.choices import help_text
 from fedtorch.client import Recipe
 from fedtorch.console import Report, StopSignal, partition_table
 from fedtorch.data import Data, Digits, Partition, partition
 from fedtorch.engines import Engine, Local
 from fedtorch.evaluate import evaluate, evaluate_clients
+from fedtorch.folders import Folder
 from fedtorch.narrate import conclude, introduce, record_privacy, write_results
 from fedtorch.optimizers import ClientOptimizer
 from fedtorch.options import COUNT, POSITIVE, SHARE, check
@@ -135,7 +136,13 @@ LEDGER = "ledger.jsonl"
 
 
 def train(config: Config) -> dict[str, Any]:
-    """One run from data to trained model; returns the summary."""
+    """One run from data to trained model; returns the summary. Its folder is locked to the end."""
+    with ExitStack() as held:
+        return run(config, held)
+
+
+def run(config: Config, held: ExitStack) -> dict[str, Any]:
+    """The run; ``held`` keeps the lock on its folder."""
     began = time.perf_counter()
     torch.set_num_threads(config.threads)
     data = config.dataset.load(config.seed)
@@ -172,13 +179,14 @@ def train(config: Config) -> dict[str, Any]:
     if whole := probe.metrics_fit(model, data.test, metrics):
         evaluate(model, data.test, whole)
         evaluate_clients(model, clients, whole)
-    folder = open_folder(config, server)
+    kept = open_folder(config, server, held)
+    folder, private = kept.path, server.private is not None
 
     with (
         closing(server),
         Report(config.rounds, server.round_number) as report,
         Record(
-            config.tracking, folder, server.round_number, report.say, server.private is not None
+            config.tracking, folder, server.round_number, report.say, private, kept.seal
         ) as record,
         StopSignal(report) as stop,
     ):
@@ -204,8 +212,7 @@ def train(config: Config) -> dict[str, Any]:
             pictures.round(by_client, last)
             report.round(figures)
             if last or server.round_number % config.checkpoint_every == 0:
-                state = server.state_dict()
-                report.attempt("checkpoint", checkpoint.save, folder / "checkpoints", state)
+                report.attempt("checkpoint", save, kept, server, record)
         runs.write_model(folder, model)  # first: whatever is reported after this can fail
         if server.private:
             report.attempt("privacy report", record_privacy, record, server)
@@ -250,32 +257,35 @@ def make_model(config: Config, data: Data) -> nn.Module:
         return zoo.build(config.model, data.facts, config.model_args)
 
 
-def open_folder(config: Config, server: Server) -> Path:
-    """A new run folder, or the old one with the server brought to its last checkpoint."""
+def save(kept: Folder, server: Server, record: Record) -> None:
+    """A checkpoint, and on disk before it what the record holds."""
+    kept.save(server.state_dict(), record.seal())
+
+
+def open_folder(config: Config, server: Server, held: ExitStack) -> Folder:
+    """A new run folder, or the old one with the server brought to its last checkpoint; locked."""
+    if config.resume:
+        kept, saved = folders.resume(Path(config.run_dir or ""), held)
+        private = saved.get("privacy")
+        ledger = Ledger.resume(kept.path / LEDGER, private["ledger"]) if private else None
+        server.load_state_dict(saved, ledger)
+        return kept
     kind = type(config.dataset).__name__
     name = f"{kind}-{Path(config.model.partition(':')[0]).stem}-{type(config.strategy).__name__}"
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(config.run_dir or f"runs/{name.lower()}-{stamp}")
-    if config.resume:
-        saved = checkpoint.load(folder / "checkpoints")
-        private = saved.get("privacy")
-        ledger = Ledger.resume(folder / LEDGER, private["ledger"]) if private else None
-        server.load_state_dict(saved, ledger)
-        return folder
-    runs.create(folder)
+    folder = Path(config.run_dir) if config.run_dir else folders.fresh(name.lower())
+    table = {k: v for k, v in cli.describe(config).items() if k not in ("resume", "run_dir")}
+    kept = folders.start(folder, table, held)
     if server.private:
         server.private.ledger = Ledger(folder / LEDGER, server.private.plan.unit)
-    table = {k: v for k, v in cli.describe(config).items() if k not in ("resume", "run_dir")}
-    runs.write_config(folder, table)
-    checkpoint.save(folder / "checkpoints", server.state_dict())
-    return folder
+    kept.save(server.state_dict())
+    return kept
 
 
 def read_config(argv: Sequence[str]) -> Config:
     """Flags over the --config file; with --resume, over the run's own config."""
     flags = cli.from_flags(argv, {f.name: f.type for f in fields(Config)})
     if str(flags.get("resume", "false")).lower() == "true" and "run_dir" in flags:
-        config = Path(str(flags["run_dir"])) / "config.toml"
+        config = folders.config(Path(str(flags["run_dir"])).expanduser())
         return cast(Config, cli.resume(Config, argv, config, FREE_ON_RESUME))
     return cast(Config, cli.parse(Config, argv))
 

@@ -10,7 +10,7 @@ import torch
 from fedtorch import disk
 from fedtorch.types import ConfigError
 
-FORMAT = "fedtorch checkpoint 1"
+FORMAT = "fedtorch checkpoint 2"
 
 
 def save(folder: Path, state: dict[str, Any], keep: int = 2) -> Path:
@@ -35,11 +35,29 @@ def everything(folder: Path) -> list[Path]:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """The newest checkpoint; raises ConfigError when there is none or it cannot be trusted."""
-    found = everything(folder)
-    if not found:
+    """The newest checkpoint that is whole; raises ConfigError when there is none."""
+    return newest(folder)[0]
+
+
+def newest(folder: Path) -> tuple[dict[str, Any], list[tuple[Path, str]]]:
+    """The newest checkpoint that is whole, and each newer one that is not with a sentence about it.
+
+    Raises ConfigError when there is none.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(everything(folder)):
+        try:
+            return read(path, FORMAT), damaged
+        except ConfigError as e:
+            damaged.append((path, f"checkpoint {e}"))
+    if not damaged:
         raise ConfigError(f"nothing to resume: {folder} holds no checkpoint; leave out --resume")
-    path = found[-1]
+    more = f", nor is any of the {len(damaged) - 1} before it" if damaged[1:] else ""
+    raise ConfigError(f"{damaged[0][1]}{more}: nothing is left to go on from")
+
+
+def read(path: Path, format: str) -> dict[str, Any]:
+    """A table of tensors and plain values; raises ConfigError when the file is damaged or another's."""
     try:
         # the zip's own checksums, which torch.load does not look at
         with zipfile.ZipFile(path) as archive:
@@ -47,12 +65,10 @@ def load(folder: Path) -> dict[str, Any]:
                 raise ValueError("its checksum does not match")
         # weights_only: tensors and plain values alone; a foreign pickle cannot run code here
         state = torch.load(path, weights_only=True, map_location="cpu")
+        if not isinstance(state, dict) or state.pop("format", None) != format:
+            raise ValueError(f"it is not of the format {format!r}")
     except Exception as e:  # zip, pickle and torch each have errors of their own for damaged files
         first = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ConfigError(
-            f"checkpoint {path} is corrupt or not a checkpoint ({first}); delete it to go on from "
-            "the one before"
-        ) from e
-    if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
-        raise ConfigError(f"{path} is not a fedtorch checkpoint")
+        kind = format.removeprefix("fedtorch ").rstrip(" 0123456789")
+        raise ConfigError(f"{path} is corrupt or not a {kind} ({first})") from e
     return state

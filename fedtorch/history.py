@@ -34,7 +34,7 @@ class History(list[dict[str, Any]]):
 
     def column(self, name: str) -> list[tuple[int, float]]:
         """(round, value) of every round that has this figure."""
-        return [(int(m["round"]), m[name]) for m in self if m.get(name) is not None]
+        return [(int(m["round"]), m[name]) for m in self if isinstance(m.get(name), (int, float))]
 
     def last(self) -> dict[str, Any]:
         """Each figure as it stood last; a test figure may be of an earlier round."""

@@ -40,6 +40,7 @@ def write_results(report: Report, folder: Path, summary: dict[str, Any], server:
     report.attempt("summary.json", runs.write_json, folder / "summary.json", summary)
     if server.private:
         report.attempt("privacy.json", _write_statement, folder / "privacy.json", server)
+    report.attempt(runs.SUMS, runs.write_sums, folder)
 
 
 def _write_statement(path: Path, server: Server) -> None:

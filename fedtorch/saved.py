@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtorch import cli
+from fedtorch import cli, runs
 from fedtorch.history import History
 from fedtorch.types import ConfigError
 
@@ -21,12 +21,15 @@ class Saved:
     history: History
     summary: dict[str, Any]
     """``summary.json`` of a run that came to its end, else empty."""
+    notes: tuple[str, ...] = ()
+    """What is damaged in the folder, a sentence each."""
 
     def result(self) -> dict[str, Any]:
         """What a table of runs shows: state, last figures, epsilon and time."""
         last = self.history.last()
         rounds = int(last.get("round", 0))
-        planned = self.options.get("rounds", rounds)
+        planned = self.options.get("rounds")
+        planned = planned if isinstance(planned, int) else rounds
         tests = {k: v for k, v in last.items() if k.startswith("test_")}
         epsilon = last.get("privacy_epsilon", self.summary.get("epsilon"))
         return {
@@ -39,16 +42,31 @@ class Saved:
 
 
 def load(folder: str | Path) -> Saved:
-    """Raises ConfigError when the folder holds no run."""
+    """Raises ConfigError when the folder holds no run; what is damaged in it is noted."""
     folder = Path(folder)
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"{folder} holds no run (there is no config.toml in it)")
-    summary = folder / "summary.json"
+    notes, options, history, ended = runs.changed(folder), {}, History(), {}
     try:
-        ended = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-    except ValueError as e:
-        raise ConfigError(f"{summary} is damaged: {e}") from e
-    return Saved(folder, cli.flat(cli.read(folder / "config.toml")), History.load(folder), ended)
+        options = cli.flat(cli.read(folder / "config.toml"))
+    except ConfigError as e:
+        notes.append(str(e))
+    try:
+        history = History.load(folder)
+    except (ConfigError, OSError) as e:
+        notes.append(str(e))
+    try:
+        ended = _summary(folder / "summary.json")
+    except (ValueError, OSError) as e:
+        notes.append(f"{folder / 'summary.json'} is damaged: {e}")
+    return Saved(folder, options, history, ended, tuple(notes))
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(table, dict):
+        raise ValueError("it holds no table")
+    return table
 
 
 def find(folder: str | Path) -> list[Saved]:

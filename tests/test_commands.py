@@ -1,6 +1,7 @@
 """Commands on real run folders: tables, comparison, evaluation, prediction, completion, sweeps."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fedtorch.__main__ import main
 from fedtorch.commands.completion import script
@@ -227,6 +229,37 @@ def test_a_run_that_has_not_ended_has_no_model(tmp_path, capsys):
     (tmp_path / "run/model.safetensors").unlink()
     assert main(["eval", str(tmp_path / "run")]) == 2
     assert "holds no trained model yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "stripped"])
+def test_a_damaged_model_is_never_used(how, swept, tmp_path, capsys):
+    shutil.copytree(swept / A, tmp_path / "run")
+    path = tmp_path / "run/model.safetensors"
+    raw = path.read_bytes()
+    if how == "flip":  # one bit of one weight
+        path.write_bytes(raw[:-7] + bytes([raw[-7] ^ 1]) + raw[-6:])
+    elif how == "cut":
+        path.write_bytes(raw[:-10])
+    else:
+        save_file(load_file(path), path)
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert "model.safetensors" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.toml"])
+def test_a_file_that_is_not_what_the_run_wrote_is_said(name, swept, tmp_path, capsys):
+    shutil.copytree(swept / A, tmp_path / "runs/one")
+    shutil.copytree(swept / B, tmp_path / "runs/two")
+    path = tmp_path / "runs/one" / name
+    path.write_text(path.read_text().replace("0.", "1.", 1))
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr()
+    assert f"one/{name} is not what the run wrote: damaged or edited" in shown.err
+    assert "two" in shown.out
+    for command in (["eval"], ["compare", str(tmp_path / "runs/two")]):
+        main([*command, str(tmp_path / "runs/one")])
+        assert name in capsys.readouterr().err
 
 
 def complete(words: str) -> list[str]:

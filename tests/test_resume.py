@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from fedtorch import Server
+from fedtorch import ConfigError, Server, disk
 
 # client memory, server optimizer, dropped clients, a schedule and dropout: all there is to lose
 RUN = [
@@ -201,34 +201,171 @@ def test_what_would_make_it_another_run_is_refused(fedtorch, folder, change, mes
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "foreign", "pickle", "values"])
-def test_a_corrupt_or_foreign_checkpoint_is_one_sentence(fedtorch, folder, damage):
-    assert fedtorch(*RUN, "--rounds", 1, "--run-dir", "run")[0] == 0
-    path = Path("run/checkpoints/round-000001.pt")
+SMALL = ["train", "--model", "logistic", "--clients", "4", "--epochs", "1", "--tracking", "none"]
+PLAIN = [*SMALL, "--privacy", "none", "--strategy", "scaffold", "--lr", "0.05"]
+
+
+def damaged(path: Path, how: str) -> None:
     raw = path.read_bytes()
-    if damage == "cut":
+    if how == "cut":
         path.write_bytes(raw[: len(raw) // 2])
-    elif damage == "empty":
+    elif how == "empty":
         path.write_bytes(b"")
-    elif damage == "flipped":
+    elif how == "flipped":
         at = len(raw) // 2
         path.write_bytes(raw[:at] + bytes([raw[at] ^ 0xFF]) + raw[at + 1 :])
-    elif damage == "foreign":
+    elif how == "foreign":
         torch.save({"weights": torch.zeros(3)}, path)
-    elif damage == "pickle":
+    elif how == "pickle":
         torch.save(Payload(), path)
     else:
-        torch.save({"format": "fedtorch checkpoint 1", "round": 1, "model": {}}, path)
-    before = Path("run/metrics.jsonl").read_bytes(), steps("run")
-    code, out, err = fedtorch(
-        "train", "--resume", "--trust-code", "--run-dir", "run", "--rounds", 2
-    )
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "flipped", "foreign", "pickle"])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(fedtorch, how):
+    assert fedtorch(*PLAIN, "--rounds", 3, "--run-dir", "whole")[0] == 0
+    assert fedtorch(*PLAIN, "--rounds", 2, "--run-dir", "run")[0] == 0
+    path = Path("run/checkpoints/round-000002.pt")
+    damaged(path, how)
+    code, out, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 3)
+    assert (code, err) == (0, "")
+    assert "round-000002.pt is corrupt or not a checkpoint" in out
+    assert "going on from the one before, round 1" in out
+    assert not Path("ran").exists()
+    assert path.with_name("round-000002.pt.damaged").is_file()
+    same("whole", "run")
+
+
+@pytest.mark.parametrize("how", ["cut", "pickle"])
+def test_a_run_without_a_whole_checkpoint_is_one_sentence_and_stays_as_it_is(fedtorch, how):
+    assert fedtorch(*PLAIN, "--rounds", 1, "--run-dir", "run")[0] == 0
+    for path in Path("run/checkpoints").iterdir():
+        damaged(path, how)
+    before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
+    code, out, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 2)
     assert code == 2
-    assert err.count("\n") == 1
-    assert "checkpoint" in err
+    assert err.count("\n") == 1 and "nothing is left to go on from" in err
     assert "Traceback" not in out + err
     assert not Path("ran").exists()
-    assert (Path("run/metrics.jsonl").read_bytes(), steps("run")) == before
+    assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == before
+
+
+def test_a_private_run_that_falls_back_keeps_its_charges_and_draws_fresh_noise(fedtorch):
+    private = [
+        *SMALL,
+        "--privacy",
+        "sample",
+        "--privacy.noise-multiplier",
+        "1",
+        "--privacy.rounds",
+        "9",
+    ]
+    assert fedtorch(*private, "--rounds", 3, "--run-dir", "run")[0] == 0
+    first = load_file("run/model.safetensors")
+    spent = json.loads(Path("run/summary.json").read_text())["epsilon"]
+    damaged(Path("run/checkpoints/round-000003.pt"), "cut")
+    code, out, _ = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 3)
+    assert code == 0 and "going on from the one before, round 2" in out
+    charged = [
+        json.loads(x)["round"] for x in Path("run/ledger.jsonl").read_text().splitlines()[1:]
+    ]
+    assert charged == [0, 1, 2, 2], "the round that is done again is charged again"
+    assert json.loads(Path("run/summary.json").read_text())["epsilon"] > spent
+    second = load_file("run/model.safetensors")
+    assert not all(torch.equal(first[k], second[k]) for k in first), (
+        "the noise is not the same again"
+    )
+
+
+CHANGES = [
+    ("epsilon = 1.0", "epsilon = 8.0", "was 'epsilon = 1.0'"),
+    ("clip = 0.5", "clip = 4.5", "was 'clip = 0.5'"),
+    ("seed = 0", "seed = 1", "was 'seed = 0'"),
+    ("[privacy]", "[strategy]", "was '[privacy]'"),
+    (None, "# a line more", "lines were added"),
+]
+
+
+@pytest.mark.parametrize("was, new, message", CHANGES)
+def test_another_config_is_refused_and_the_runs_own_can_be_had_again(fedtorch, was, new, message):
+    private = ["--privacy", "sample", "--privacy.epsilon", 1.0, "--privacy.clip", 0.5]
+    assert fedtorch(*SMALL, *private, "--rounds", 1, "--run-dir", "run")[0] == 0
+    path = Path("run/config.toml")
+    text = path.read_text()
+    path.write_text(text.replace(was, new) if was else f"{text}{new}\n")
+    again = ["train", "--resume", "--run-dir", "run", "--rounds", 2]
+    code, _, err = fedtorch(*again)
+    assert code == 2 and err.count("\n") == 1
+    assert message in err and "delete it, and --resume writes it as it was" in err
+    path.unlink()
+    code, out, _ = fedtorch(*again)
+    assert code == 0 and "is written again from the checkpoint" in out
+    assert path.read_text() == text
+
+
+def test_a_config_cut_at_any_line_is_refused(fedtorch):
+    private = ["--privacy", "sample", "--privacy.epsilon", 1.0]
+    assert fedtorch(*SMALL, *private, "--rounds", 1, "--run-dir", "run")[0] == 0
+    path = Path("run/config.toml")
+    lines = path.read_text().splitlines(keepends=True)
+    for count in range(len(lines)):
+        path.write_text("".join(lines[:count]))
+        code, _, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 30)
+        assert code == 2 and "was changed after the run began" in err, count
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "flipped", "gone"])
+def test_a_damaged_record_is_said_and_put_aside(fedtorch, how):
+    assert fedtorch(*PLAIN, "--rounds", 2, "--run-dir", "run")[0] == 0
+    damaged(Path("run/metrics.jsonl"), how)
+    code, out, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 3)
+    assert (code, err) == (0, "")
+    assert ("metrics.jsonl was damaged" in out) is (how != "gone")
+    assert "metrics.jsonl lacks 2 of the 2 rounds so far" in out
+    assert [f["round"] for f in figures("run")] == [3]
+
+
+def test_a_folder_in_use_is_left_alone(fedtorch):
+    assert fedtorch(*PLAIN, "--rounds", 1, "--run-dir", "run")[0] == 0
+    before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
+    with disk.locked(Path("run")):
+        code, _, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 2)
+        assert code == 2 and err.count("\n") == 1 and "run is in use by another process" in err
+        Path("new").mkdir()
+        with disk.locked(Path("new")):
+            code, _, err = fedtorch(*PLAIN, "--rounds", 1, "--run-dir", "new")
+        assert code == 2 and "new is in use by another process" in err
+    assert {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()} == before
+    assert [p.name for p in Path("new").iterdir()] == [disk.LOCK]
+    assert fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 2)[0] == 0
+
+
+def test_a_run_holds_its_folder_while_it_trains(fedtorch, monkeypatch):
+    real, seen = Server.round, []
+
+    def look(self: Server) -> dict:
+        with pytest.raises(ConfigError, match="in use"), disk.locked(Path("run")):
+            pass
+        seen.append(self.round_number)
+        return real(self)
+
+    monkeypatch.setattr(Server, "round", look)
+    assert fedtorch(*PLAIN, "--rounds", 2, "--run-dir", "run")[0] == 0
+    assert seen == [0, 1]
+    with disk.locked(Path("run")) as note:
+        assert note is None
+
+
+def test_what_a_kill_left_half_written_goes(fedtorch):
+    assert fedtorch(*PLAIN, "--rounds", 1, "--run-dir", "run")[0] == 0
+    left = ["config.toml", "summary.json", "model.safetensors", "metrics.jsonl"]
+    left += ["checkpoints/round-000001.pt"]
+    for name in left:
+        Path(f"run/{name}.part").write_bytes(b"half")
+    Path("run/somebody.elses.part").write_bytes(b"kept")
+    assert fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 2)[0] == 0
+    assert [p.name for p in Path("run").rglob("*.part")] == ["somebody.elses.part"]
 
 
 class Payload:

@@ -15,6 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
+from fedtorch import checkpoint
 from fedtorch.commands.train import train_module
 from fedtorch.runs import EVENTS
 from fedtorch.tracking import Record, TensorBoard
@@ -191,15 +192,14 @@ def test_a_tracker_that_fails_is_warned_of_once_and_the_run_goes_on(tmp_path, mo
 
 
 def test_a_full_disk_costs_neither_lines_nor_checkpoints_the_run(tmp_path, monkeypatch, capsys):
-    module = train_module()
-    save = module.checkpoint.save
+    save = checkpoint.save
 
     def full(folder, state, keep=2):
         if state["round"] == 2:
             raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos")
         return save(folder, state, keep)
 
-    monkeypatch.setattr(module.checkpoint, "save", full)
+    monkeypatch.setattr(checkpoint, "save", full)
     monkeypatch.setattr(Lines, "write", lambda self, m: (_ for _ in ()).throw(OSError(28, "full")))
     assert run(tmp_path / "run", "--rounds", "3") == 0
     out = capsys.readouterr().out

@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -277,3 +278,33 @@ def test_a_reader_that_goes_away_does_not_end_the_run(fedtorch):
     assert (run.stderr.read(), run.wait(60)) == ("", 0)
     run.stderr.close()
     assert json.loads(Path("run/summary.json").read_text())["rounds"] == 12
+
+
+def test_runs_started_at_the_same_moment_get_folders_of_their_own(fedtorch, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")
+    monkeypatch.setattr(time, "time_ns", lambda: 5_000_000)
+    quick = [
+        "train",
+        "--privacy",
+        "none",
+        "--model",
+        "logistic",
+        "--rounds",
+        "1",
+        "--tracking",
+        "none",
+    ]
+    for seed in (1, 2):
+        assert fedtorch(*quick, "--seed", seed)[0] == 0
+    seeds = {
+        p.name: json.loads((p / "summary.json").read_text())["seed"] for p in Path("runs").iterdir()
+    }
+    name = "digits-logistic-fedavg-20260101-000000-005"
+    assert seeds == {name: 1, f"{name}-2": 2}
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "a\0b", "/dev/null/x", "/proc/x"])
+def test_folders_that_cannot_be_are_one_sentence(fedtorch, folder):
+    quick = ["train", "--privacy", "none", "--model", "logistic", "--rounds", "1"]
+    code, _, err = fedtorch(*quick, "--run-dir", folder)
+    assert code == 2 and err.count("\n") == 1 and "cannot be written" in err

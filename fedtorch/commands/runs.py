@@ -1,6 +1,7 @@
 """``fedtorch runs`` and ``fedtorch compare``: what ran, how it went, and what made the difference."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +16,9 @@ def runs(argv: Sequence[str]) -> int:
     words, given = words_and_options(argv, "runs", {"json": False})
     if len(words) > 1:
         raise ConfigError(f"fedtorch runs takes one folder, but got {len(words)}")
-    table = saved.rows(saved.find(words[0] if words else "runs"))
+    found = saved.find(words[0] if words else "runs")
+    tell(found)
+    table = saved.rows(found)
     if "json" in given:
         print(json.dumps(table, indent=2))
     else:
@@ -29,6 +32,7 @@ def compare(argv: Sequence[str]) -> int:
     if len(words) != 2:
         raise ConfigError(f"fedtorch compare takes two run folders, but got {len(words)}")
     pair = [saved.load(word) for word in words]
+    tell(pair)
     options, results = [r.options for r in pair], [r.result() for r in pair]
     names = ("A", "B")
     metrics = [
@@ -48,6 +52,12 @@ def compare(argv: Sequence[str]) -> int:
     best = next((m for m in metrics if m.startswith("test_") and m != "test_loss"), "test_loss")
     print(plot({n: r.history.column(best) for n, r in zip(names, pair, strict=True)}, best))
     return 0
+
+
+def tell(found: Sequence[saved.Saved]) -> None:
+    """What is damaged in run folders: beside the output, which may be for a program."""
+    for note in (n for run in found for n in run.notes):
+        print(f"warning: {note}", file=sys.stderr)
 
 
 def draw(runs: Mapping[str, saved.Saved], metrics: Sequence[str], path: Path) -> None:

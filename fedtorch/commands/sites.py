@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import cast
 
-from fedtorch import cli
+from fedtorch import cli, folders
 from fedtorch.choices import help_text
 from fedtorch.commands.options import words_and_options
 from fedtorch.sites import keys as certificates
@@ -24,7 +24,7 @@ def serve(argv: Sequence[str]) -> int:
     argv = ["--config", *argv] if argv and not argv[0].startswith("--") else argv
     flags = cli.from_flags(argv, {f: t for f, t in ServeConfig.__annotations__.items()})
     if str(flags.get("resume", "false")).lower() == "true" and "run_dir" in flags:
-        path = Path(str(flags["run_dir"])) / "config.toml"
+        path = folders.config(Path(str(flags["run_dir"])).expanduser())
         config = cli.resume(ServeConfig, argv, path, FREE_ON_RESUME)
     else:
         config = cli.parse(ServeConfig, argv)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedtorch import assemble, cli, runs, saved, trust
 from fedtorch.commands.options import words_and_options
+from fedtorch.commands.runs import tell
 from fedtorch.commands.train import train_module
 from fedtorch.data import Csv, Data, partition
 from fedtorch.evaluate import evaluate, evaluate_clients
@@ -39,7 +40,8 @@ def trained(folder: str, trusted: bool) -> Trained:
     ``trusted``: import what its config names.
     """
     train = train_module()
-    table = cli.read(saved.load(folder).folder / "config.toml")
+    tell([run := saved.load(folder)])
+    table = cli.read(run.folder / "config.toml")
     if not trusted:
         trust.check(table, {}, f"the run in {folder}")
         trust.inside(Path(folder), table)

@@ -5,13 +5,14 @@ visit never happened. So memory is kept by visit, and each task says which visit
 that counted: that visit's memory is the one to go on from.
 """
 
-import os
-import pickle
 from pathlib import Path
 
 import torch
 
+from fedtorch import checkpoint, disk
 from fedtorch.types import Params
+
+FORMAT = "fedtorch site memory 1"
 
 KEPT = 4
 """Visits whose memory is kept."""
@@ -21,15 +22,11 @@ class VisitMemory:
     """Memory groups by visit, newest last."""
 
     def __init__(self, folder: Path) -> None:
-        """Read what an earlier process of this site has left."""
+        """Read what an earlier process of this site has left; raises ConfigError when it is damaged."""
         self.path = folder / "memory.pt"
         self.visits: dict[str, dict[str, Params]] = {}
         if self.path.exists():
-            try:
-                # weights_only: nothing in a file can run code
-                self.visits = torch.load(self.path, weights_only=True)["visits"]
-            except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as e:
-                raise ValueError(f"{self.path} cannot be read: {e}") from e
+            self.visits = checkpoint.read(self.path, FORMAT)["visits"]
 
     def after(self, visit: str) -> dict[str, Params] | None:
         """Memory as it was after ``visit`` ("": before any); None when that is gone."""
@@ -40,9 +37,5 @@ class VisitMemory:
         self.visits[visit] = memory
         for old in [*self.visits][:-KEPT]:
             del self.visits[old]
-        part = self.path.with_suffix(".part")
-        with part.open("wb") as file:
-            torch.save({"visits": self.visits}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, self.path)
+        with disk.whole(self.path) as file:
+            torch.save({"format": FORMAT, "visits": self.visits}, file)

@@ -3,15 +3,16 @@
 import json
 import secrets
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedtorch import checkpoint, cli, disk, runs, seeds
+from fedtorch import checkpoint, cli, disk, folders, runs, seeds
 from fedtorch.console import Report, StopSignal
 from fedtorch.data.base import facts_of
 from fedtorch.evaluate import evaluate
+from fedtorch.folders import Folder
 from fedtorch.losses import DEFAULTS, LOSSES, METRICS
 from fedtorch.narrate import write_results
 from fedtorch.options import COUNT, POSITIVE, check
@@ -144,6 +145,12 @@ FREE_ON_RESUME = {
 
 def serve(config: ServeConfig) -> dict[str, Any]:
     """One run; returns the summary."""
+    with ExitStack() as held:  # the lock on the run folder, to the end
+        return run(config, held)
+
+
+def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
+    """The run; ``held`` keeps the lock on its folder."""
     began = time.perf_counter()
     if not config.run_dir:
         raise ConfigError("--run-dir: in which folder shall the run be kept?")
@@ -177,14 +184,15 @@ def serve(config: ServeConfig) -> dict[str, Any]:
         seed=config.seed,
     )
     with closing(server):
-        open_folder(config, folder, plan, server)
+        kept = open_folder(config, plan, server, held)
+        private = server.private is not None
         session = server.session
         assert isinstance(session, SitesSession)
         scores: dict[str, float] = {}
         with (
             Report(config.rounds, server.round_number) as report,
             Record(
-                TensorBoard(), folder, server.round_number, report.say, server.private is not None
+                TensorBoard(), folder, server.round_number, report.say, private, kept.seal
             ) as record,
             StopSignal(report) as stop,
         ):
@@ -200,7 +208,7 @@ def serve(config: ServeConfig) -> dict[str, Any]:
                     figures |= {f"test_{k}": v for k, v in scores.items()}
                 record.round(figures)
                 report.round(figures)
-                checkpoint.save(folder / "checkpoints", server.state_dict())
+                kept.save(server.state_dict(), record.seal())
             runs.write_model(folder, model)  # first: whatever is reported later can fail
     summary = {f"test_{k}": v for k, v in scores.items()} | {
         "rounds": server.round_number,
@@ -271,18 +279,19 @@ def calibrated(plan: Plan, folder: Path) -> Plan:
     return replace(plan, privacy=replace(plan.privacy, rounds=saved["rounds"]))
 
 
-def open_folder(config: ServeConfig, folder: Path, plan: Plan, server: Server) -> None:
-    """A new run folder, or the old one with the server brought to its last checkpoint."""
+def open_folder(config: ServeConfig, plan: Plan, server: Server, held: ExitStack) -> Folder:
+    """A new run folder, or the old one with the server brought to its last checkpoint; locked."""
+    folder = Path(config.run_dir)
     if config.resume:
-        saved = checkpoint.load(folder / "checkpoints")
+        kept, saved = folders.resume(folder, held)
         private = saved.get("privacy")
         ledger = Ledger.resume(folder / LEDGER, private["ledger"]) if private else None
         server.load_state_dict(saved, ledger)
-        return
-    runs.create(folder)
+        return kept
+    table = {k: v for k, v in cli.describe(config).items() if k not in ("resume", "run_dir")}
+    kept = folders.start(folder, table, held)
     if server.private:
         server.private.ledger = Ledger(folder / LEDGER, server.private.plan.unit)
-    table = {k: v for k, v in cli.describe(config).items() if k not in ("resume", "run_dir")}
-    runs.write_config(folder, table)
     disk.replace(folder / "sites.json", json.dumps({"run": plan.run}) + "\n")
-    checkpoint.save(folder / "checkpoints", server.state_dict())
+    kept.save(server.state_dict())
+    return kept

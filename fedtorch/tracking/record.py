@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtorch.tracking.base import Tracker, Tracking
-from fedtorch.tracking.lines import Lines
+from fedtorch.tracking.lines import Lines, Seal
 from fedtorch.tracking.tags import tag_of
 
 Metrics = Mapping[str, Any]
@@ -28,15 +28,16 @@ class Record:
         start: int,
         say: Callable[[str], None],
         private: bool = False,
+        seal: Seal | None = None,
     ) -> None:
-        """``start`` is the round the run continues after, 0 for a new run.
+        """``start`` is the round the run continues after, 0 for a new run; ``seal`` of the record then.
 
         In a ``private`` run what shows client data goes under ``nonprivate/``.
         """
         self.say, self.private = say, private
         self.tracking = tracking
         self.tracker: Tracker | None = tracking.open(folder, start) if tracking else None
-        self.lines: Lines | None = Lines(folder, start)
+        self.lines: Lines | None = Lines(folder, start, seal, say)
         self.history = [dict(m) for m in self.lines.before]
         """Figures of every round so far, those before a resume too."""
         self.seconds = 0.0
@@ -78,6 +79,10 @@ class Record:
         self._collect(wait=False)
         self._pass("flush")
         self.seconds = time.perf_counter() - start
+
+    def seal(self) -> Seal | None:
+        """What ``metrics.jsonl`` holds by now, for a checkpoint; None where it could not be written."""
+        return None if self.lines is None else self.lines.seal()
 
     def picture(self, tag: str, step: int, draw: Callable[..., bytes], *args: Any) -> None:
         """Draw beside the training; ``args`` must not change any more."""
