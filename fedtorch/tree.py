@@ -52,6 +52,11 @@ def sq_norms(tree: Stack) -> Tensor:
     return torch.stack([dots(v.double()) for v in tree.values()]).sum(0)
 
 
+def same(new: Tensor, old: Tensor) -> Tensor:
+    """Where two tensors hold the same, NaN being the same as NaN."""
+    return (new == old) | (new.isnan() & old.isnan())
+
+
 def double(tree: Params) -> Params:
     """The same numbers in float64."""
     return {k: v.double() for k, v in tree.items()}

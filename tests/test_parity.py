@@ -219,3 +219,100 @@ def test_what_would_be_filled_up_is_refused_by_the_stacked_solver(make, loss):
         local_update(make_clients([5, 9]), task, Recipe(loss=loss), model)
     update, _ = local_update(make_clients([9, 9]), task, Recipe(loss=loss), model)
     assert len(update.ids) == 2
+
+
+class Follows(nn.Module):
+    """Statistics that follow the batch, and no output that shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return self.linear(x)
+
+
+class Hidden(nn.Module):
+    """Scaled by the whole batch, behind weights that are zero at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return self.last((h - h.mean(0)).relu())
+
+
+class Attention(nn.Module):
+    """Every example looks at every other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        return self.last((h @ h.T).softmax(1) @ h)
+
+
+class BatchSecond(nn.Module):
+    """An LSTM that takes the batch for its time axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.last = nn.LSTM(3, 5), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.lstm(x.view(len(x), 2, 3))[0][:, -1])
+
+
+def of_one_class(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A loss for each example, weighed by those of its class."""
+    losses = cross_entropy(output, target)
+    share = (target[:, None] == target).float()
+    return losses * (share @ losses / share.sum(1)).detach()
+
+
+def above_the_median(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    losses = cross_entropy(output, target)
+    return losses * (losses >= losses.median()).float()
+
+
+def seeded(make) -> nn.Module:
+    torch.manual_seed(1)
+    return make()
+
+
+def group_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.GroupNorm(2, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def instance_norm() -> nn.Module:
+    norm = nn.InstanceNorm1d(2, affine=True, track_running_stats=True)
+    return nn.Sequential(nn.Unflatten(1, (2, 3)), norm, nn.Flatten(), nn.Linear(6, 4))
+
+
+@pytest.mark.parametrize(
+    "make, loss",
+    [
+        *((make, cross_entropy) for make in (Follows, Hidden, Attention, BatchSecond)),
+        *((make, cross_entropy) for make in (group_norm, instance_norm)),
+        *((make, loss) for make in (mlp, group_norm) for loss in (of_one_class, above_the_median)),
+    ],
+)
+def test_what_looks_at_neighbours_in_secret_is_found(make, loss):
+    recipe = Recipe(loss=loss, lr=0.05, batch_size=8, epochs=2)
+    everybody = make_clients([21, 13, 6, 13])
+    wanted = by_hand(seeded(make), everybody, recipe, 1)
+    for engine in (Local(), Local(chunk=4), Local(solver="general")):
+        model = seeded(make)
+        Server(model, everybody, recipe, engine=engine, seed=3).round()
+        for k, v in wanted.state_dict().items():
+            if v.is_floating_point():
+                worst = float((model.state_dict()[k] - v).abs().max())
+                assert worst <= 1e-6, (engine, k, worst)

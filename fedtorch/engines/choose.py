@@ -15,6 +15,7 @@ from fedtorch.client import Client, Recipe
 from fedtorch.compiled import FASTER, available
 from fedtorch.privacy import Privacy, SampleLevel
 from fedtorch.summed import averages
+from fedtorch.trial import filled, stacks
 from fedtorch.types import ConfigError
 
 CACHE = 1 << 20
@@ -133,18 +134,39 @@ def otherwise(
     if size == 1 or (private is None and (solver == "general" or few)):
         return Choice(alone, 1, recipe, tuple(notes), turns)
     why = changes and f"{changes} changes while the model runs"
-    if why := why or probe.no_stacking(model, clients, recipe):
+    if why := why or no_stacking(model, clients, recipe):
         if solver == "stacked":
             raise ConfigError(f"engine.solver stacked cannot train this: {why}; use auto")
         notes.append(f"clients train one after another: {why}")
         return Choice(alone, 1, recipe, tuple(notes), turns)
-    strict = probe.mixes_examples(model, clients[0].data, recipe)
+    strict = mixes(model, clients, recipe)
     if strict:
         notes.append(
             "model or loss looks at the whole batch: only clients whose batches are equally "
             "large train side by side"
         )
     return Choice(solvers.stacked, size, recipe, tuple(notes), strict=strict)
+
+
+def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | None:
+    """Why these clients cannot train side by side, or None when they can."""
+    if why := probe.no_stacking(model, clients, recipe):
+        return why
+    largest = max(clients, key=len)
+    private = isinstance(recipe.privacy, SampleLevel)  # whose mode has been tried
+    if private or stacks(solvers.stacked, model, largest.data, recipe):
+        return None
+    return "alone a client learns something else, as where a forward puts a buffer in a new place"
+
+
+def mixes(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
+    """Whether it would show that batches are filled up: examples are not looked at each alone."""
+    largest = max(clients, key=len)  # twice the only example of a small client would hide it
+    if probe.mixes_examples(model, largest.data, recipe):
+        return True
+    unequal = len(largest) > min(map(len, clients))
+    private = isinstance(recipe.privacy, SampleLevel)  # which refuses what mixes
+    return unequal and not private and filled(solvers.stacked, model, largest.data, recipe)
 
 
 def check(solver: str, dtype: str, recipe: Recipe) -> bool:

@@ -8,27 +8,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from fedtorch import seeds
-from fedtorch.batches import length, plan
+from fedtorch.batches import length
 from fedtorch.fast.examples import unknown
 from fedtorch.fast.read import Chain, read
 from fedtorch.fast.solve import Fast
-from fedtorch.losses import reduce
+from fedtorch.losses import LOSSES, reduce
 from fedtorch.privacy import SampleLevel
-from fedtorch.privacy.gradients import PrivateSteps
-from fedtorch.privacy.streams import stream
-from fedtorch.solvers import Recipe, general, load, snapshot
+from fedtorch.solvers import Recipe
 from fedtorch.strategies import FedProx, Scaffold, Strategy
-from fedtorch.tree import expand, sq_norms, tmap
-from fedtorch.types import Context, Params, Task
+from fedtorch.trial import FEW, TOLERANCE, difference, filled, some
 
 KNOWN = (Strategy.correct, FedProx.correct, Scaffold.correct)
 """Corrections of the gradient that ``layers.Rule`` can express."""
-
-SEED = 0
-"""Of the trial's masks."""
-
-TOLERANCE = 1e-3
-"""Two steps on a few examples differ by rounding, which is far less, or by a mistake, which is more."""
 
 
 def offer(
@@ -80,6 +71,9 @@ def tried(
         error = nearest(solver, model, datasets, recipe, private)
     except Exception as e:  # a label without an output, say: training will name it better
         return f"a trial failed ({type(e).__name__})"
+    own = not private and recipe.loss not in LOSSES.values()
+    if own and filled(solver, model, max(datasets, key=length), recipe):
+        return "the loss looks at the whole batch, not at each example alone"
     if not error < TOLERANCE:
         return f"a trial of two steps differs from the general path by {error:.1e}"
     return None
@@ -164,71 +158,6 @@ def nearest(
     error = math.inf
     for data in (datasets[0], datasets[len(datasets) // 2], datasets[-1]):
         if not error < TOLERANCE:
-            error = min(error, difference(solver, model, data, recipe, private))
+            few = some(data, torch.arange(min(length(data), FEW)))
+            error = min(error, difference(solver, model, [few], recipe, private))
     return error
-
-
-def difference(
-    solver: Fast, model: nn.Module, data: Dataset, recipe: Recipe, private: bool
-) -> float:
-    """How far two paths are apart, over the length of the way that both went; without noise."""
-    n = min(length(data), 9)
-    few = TensorDataset(*(t[:n] for t in data.tensors))  # type: ignore[attr-defined]
-    before = snapshot(model)
-    try:
-        return apart(solver, model, few, stirred(before), recipe, private)
-    finally:
-        load(model, before)  # the general path trains the module itself
-
-
-def stirred(state: Params) -> Params:
-    """Weights to try with: none all alike, as zeros at the end of a branch and of the model hide it."""
-    draw = torch.Generator().manual_seed(SEED)
-
-    def moved(v: Tensor) -> Tensor:
-        alike = v.numel() > 0 and v.is_floating_point() and bool((v == v.flatten()[0]).all())
-        return v + 0.1 * torch.randn(v.shape, generator=draw).to(v) if alike else v
-
-    return tmap(moved, state)
-
-
-def apart(
-    solver: Fast, model: nn.Module, few: TensorDataset, state: Params, recipe: Recipe, private: bool
-) -> float:
-    """The same on a few examples, from given weights; the model is changed."""
-    n = len(few)
-    names = [k for k, p in model.named_parameters() if p.requires_grad]
-    anchor = {k: state[k] for k in names}
-    some = tmap(lambda v: v.sign() * 1e-3, anchor)  # control variates that are not zero
-    extras = {g: some for g in recipe.strategy.init(anchor)}
-    memory = {g: tmap(torch.neg, expand(some)) for g in recipe.strategy.remember(anchor)}
-    task = Task(state, extras, 0, 0, 0.1)
-    steps = plan(n, Trial(), 0)
-    context = Context(
-        expand(anchor),
-        {g: expand(e) for g, e in extras.items()},
-        memory,
-        torch.tensor([len(steps)]),
-        task.lr,
-        (SEED,),
-    )
-    noise = None
-    if private:
-        noise = PrivateSteps(0.1, 0.0, 5.0, [stream("aes", 0, "trial")], "alone")
-    ways = []
-    for solve in (general, solver):
-        with seeds.seeded(SEED):
-            ways.append(solve(model, [few], [steps], task, recipe, context, noise).params)
-            ways[-1] = tmap(torch.clone, ways[-1])
-    change = [tmap(torch.sub, way, context.anchor) for way in ways]
-    between = sq_norms(tmap(torch.sub, *change)).sqrt()
-    return float(between / sq_norms(change[0]).sqrt().clamp(min=1e-12))
-
-
-class Trial:
-    """Two steps of unequal size."""
-
-    epochs: int = 1
-    steps: int | None = 2
-    batch_size: int | None = 5
-    drop_last: bool = False

@@ -1,0 +1,168 @@
+"""Two steps on a few examples, trained in one way and in the plainest: what shows that a way is right."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from fedtorch import seeds
+from fedtorch.batches import fetch, length, plan
+from fedtorch.modules import forward, load, snapshot, to
+from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.privacy.streams import stream
+from fedtorch.solvers import Recipe, Solver, general, normalises
+from fedtorch.tree import expand, row, same, sq_norms, tmap
+from fedtorch.types import Context, Params, Task
+
+SEED = 0
+"""Of the trial's masks."""
+
+TOLERANCE = 1e-3
+"""Two steps on a few examples differ by rounding, which is far less, or by a mistake, which is more."""
+
+FEW = 9
+"""Examples to try with: a batch of five, and a shorter one."""
+
+
+class Trial:
+    """Two steps of unequal size."""
+
+    epochs: int = 1
+    steps: int | None = 2
+    batch_size: int | None = 5
+    drop_last: bool = False
+
+
+def some(data: Dataset, index: Tensor) -> Dataset:
+    """A few of the examples."""
+    if isinstance(data, TensorDataset):
+        return TensorDataset(*(t[index] for t in data.tensors))
+    return Subset(data, index.tolist())
+
+
+def stacks(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
+    """Whether two clients of equal size learn together what each learns alone, tried on a few examples.
+
+    So that nothing has to be filled up. Statistics that a forward puts in a new place would stay behind.
+    """
+    if random(model, data):
+        return True
+    n = min(length(data), FEW)
+    n -= n == 6  # no batch of one, which some models cannot take
+    few = some(data, torch.linspace(0, length(data) - 1, n).long())
+    parts = [few, some(few, torch.arange(n).flip(0))]
+    try:
+        return difference(solver, model, parts, recipe) < TOLERANCE
+    except Exception:  # whatever a model's own code may raise: training names it better
+        return False
+
+
+def filled(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
+    """Whether it shows that ``solver`` fills up batches, tried on clients of unequal size.
+
+    ``data`` is the largest client's, and has examples of all kinds. What cannot be tried shows it.
+    """
+    n = min(length(data), FEW)
+    if n < 2 or normalises(model.train()):
+        return True
+    if random(model, data):
+        return False
+    few = some(data, torch.linspace(0, length(data) - 1, n).long())
+    # no batch of one, which some models cannot take, where there are others
+    sizes = {n, *(k for k in (n - 2, n // 2, n // 3) if k > 1 and k % 5 != 1)} | {max(1, n // 3)}
+    parts = [some(few, torch.arange(n)[-k:]) for k in sorted(sizes, reverse=True)]
+    try:
+        return not difference(solver, model, parts, recipe) < TOLERANCE
+    except Exception:  # whatever a loss of one's own may raise for so few
+        return True
+
+
+def random(model: nn.Module, data: Dataset) -> bool:
+    """Whether clients alone and together may differ by what is drawn: on an accelerator they do."""
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        return False
+    x, _ = to(fetch(data, torch.tensor([0, length(data) - 1])), device)
+    found, before = [], snapshot(model)
+    with torch.no_grad():
+        for seed in (SEED, SEED + 1):
+            with seeds.seeded(seed):
+                found.append(forward(model.train(), x))
+            load(model, before)
+    return not torch.equal(*found)
+
+
+def difference(
+    solver: Solver, model: nn.Module, few: Sequence[Dataset], recipe: Recipe, private: bool = False
+) -> float:
+    """How far clients trained together are from each alone, over the length of the way; without noise.
+
+    Of the weights or of the float buffers, which may see what the weights do not.
+    """
+    before = snapshot(model)
+    try:
+        return apart(solver, model, few, stirred(before), recipe, private)
+    finally:
+        load(model, before)  # the general path trains the module itself
+
+
+def stirred(state: Params) -> Params:
+    """Weights to try with: none all alike, as zeros at the end of a branch and of the model hide it."""
+    draw = torch.Generator().manual_seed(SEED)
+
+    def moved(v: Tensor) -> Tensor:
+        alike = v.numel() > 0 and v.is_floating_point() and bool((v == v.flatten()[0]).all())
+        return v + 0.1 * torch.randn(v.shape, generator=draw).to(v) if alike else v
+
+    return tmap(moved, state)
+
+
+def apart(
+    solver: Solver,
+    model: nn.Module,
+    few: Sequence[Dataset],
+    state: Params,
+    recipe: Recipe,
+    private: bool,
+) -> float:
+    """The same from given weights; the model is changed."""
+    names = [k for k, p in model.named_parameters() if p.requires_grad]
+    anchor = {k: state[k] for k in names}
+    control = tmap(lambda v: v.sign() * 1e-3, anchor)  # control variates that are not zero
+    extras = {g: control for g in recipe.strategy.init(anchor)}
+    memory = {g: tmap(torch.neg, control) for g in recipe.strategy.remember(anchor)}
+    task = Task(state, extras, 0, 0, 0.1)
+    plans = [plan(length(d), Trial(), 0) for d in few]
+
+    def run(solve: Solver, who: slice) -> list[Params]:
+        own = plans[who]
+        context = Context(
+            expand(anchor),
+            {g: expand(e) for g, e in extras.items()},
+            {g: tmap(lambda v: v.expand(len(own), *v.shape), m) for g, m in memory.items()},
+            torch.tensor([len(p) for p in own]),
+            task.lr,
+            (SEED,) * len(own),
+        )
+        noise: Any = None
+        if private:
+            streams = [stream("aes", 0, "trial") for _ in own]
+            noise = PrivateSteps(0.1, 0.0, 5.0, streams, "alone")
+        with seeds.seeded(SEED):
+            found = solve(model, few[who], own, task, recipe, context, noise)
+        kinds = found.params, {} if private else found.buffers
+        return [tmap(change, kind, {k: state[k] for k in kind}) for kind in kinds if kind]
+
+    together, errors = run(solver, slice(None)), [0.0]
+    for k in range(len(few)):
+        for one, all_ in zip(run(general, slice(k, k + 1)), together, strict=True):
+            between = sq_norms(tmap(torch.sub, one, expand(row(all_, k)))).sqrt()
+            errors.append(float(between / sq_norms(one).sqrt().clamp(min=1e-12)))
+    return float(torch.tensor(errors).max())  # unlike Python's, it keeps NaN
+
+
+def change(new: Tensor, old: Tensor) -> Tensor:
+    """What was added; nothing where nothing was, to infinity and NaN as well."""
+    return torch.where(same(new, old), 0, new.detach() - old)
