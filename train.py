@@ -23,7 +23,7 @@ from fedtorch.data import Data, Digits, Partition, partition
 from fedtorch.engines import Engine, Local
 from fedtorch.evaluate import evaluate, evaluate_clients
 from fedtorch.folders import Folder
-from fedtorch.narrate import conclude, introduce, record_privacy, write_results
+from fedtorch.narrate import conclude, introduce, record_privacy, strict, write_results
 from fedtorch.optimizers import ClientOptimizer
 from fedtorch.options import COUNT, POSITIVE, SHARE, check
 from fedtorch.participation import Everyone, Participation
@@ -113,6 +113,11 @@ class Config:
                 "multiplier nothing stops the run at the epsilon planned: leave privacy.rounds out, or "
                 "give privacy.epsilon"
             )
+        if plan and plan.strict and not isinstance(self.tracking, TensorBoard | None):
+            raise ConfigError(
+                f"tracking {type(self.tracking).__name__} sends times and figures of its own, which "
+                "privacy.strict keeps back: use tensorboard or none"
+            )
         if plan and getattr(self.dataset, "standardize", False):
             raise ConfigError(
                 "dataset.standardize voids the privacy claim: every example moves the mean and deviation "
@@ -138,7 +143,13 @@ LEDGER = "ledger.jsonl"
 def train(config: Config) -> dict[str, Any]:
     """One run from data to trained model; returns the summary. Its folder is locked to the end."""
     with ExitStack() as held:
-        return run(config, held)
+        try:
+            return run(config, held)
+        except ClientError as e:
+            if config.privacy and config.privacy.strict:  # its words may quote somebody's data
+                who = ": ".join(str(e).split(": ")[:2])
+                raise ClientError(f"{who} (privacy.strict keeps back the rest)") from None
+            raise
 
 
 def run(config: Config, held: ExitStack) -> dict[str, Any]:
@@ -184,7 +195,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
 
     with (
         closing(server),
-        Report(config.rounds, server.round_number) as report,
+        Report(config.rounds, server.round_number, times=not strict(server)) as report,
         Record(
             config.tracking, folder, server.round_number, report.say, private, kept.seal
         ) as record,

@@ -28,8 +28,11 @@ class _Screen(Console):
 class Report:
     """Progress over rounds."""
 
-    def __init__(self, rounds: int, start: int, lines: bool = True) -> None:
-        """A bar from ``start`` to ``rounds`` on a terminal or in a notebook, else ``lines``."""
+    def __init__(self, rounds: int, start: int, lines: bool = True, times: bool = True) -> None:
+        """A bar from ``start`` to ``rounds`` on a terminal or in a notebook, else ``lines``.
+
+        ``times``: with the time that is left, which tells how fast clients are.
+        """
         self.console = _Screen(highlight=False, soft_wrap=True)
         self.rounds = rounds
         live = self.console.is_terminal or self.console.is_jupyter
@@ -38,8 +41,7 @@ class Report:
             TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
             TextColumn("{task.description}"),
-            TextColumn("eta"),
-            TimeRemainingColumn(compact=True),
+            *([TextColumn("eta"), TimeRemainingColumn(compact=True)] if times else []),
             console=self.console,
             disable=not live,
         )

@@ -25,8 +25,13 @@ def introduce(report: Report, opening: str, server: Server, who_has_what: Any) -
         report.say(f"note: float buffers such as BatchNorm statistics are averaged{kept}")
     if server.round_number:
         report.say(f"resumed after round {server.round_number}")
-    elif not (private and private.plan.strict):  # who has what is nobody's to know, if strict
+    elif not strict(server):  # who has what is nobody's to know
         report.say(who_has_what)
+
+
+def strict(server: Server) -> bool:
+    """Whether nothing is told but what the privacy guarantee covers."""
+    return server.private is not None and server.private.plan.strict
 
 
 def record_privacy(record: Record, server: Server) -> None:
@@ -36,7 +41,12 @@ def record_privacy(record: Record, server: Server) -> None:
 
 
 def write_results(report: Report, folder: Path, summary: dict[str, Any], server: Server) -> None:
-    """``summary.json`` and ``privacy.json``; one that cannot be written is said, and costs no more."""
+    """``summary.json`` and ``privacy.json``; one that cannot be written is said, and costs no more.
+
+    Under strict privacy the summary loses how long the run took.
+    """
+    if strict(server):
+        summary.pop("seconds", None)
     report.attempt("summary.json", runs.write_json, folder / "summary.json", summary)
     if server.private:
         report.attempt("privacy.json", _write_statement, folder / "privacy.json", server)
@@ -56,7 +66,8 @@ def conclude(
     figures = "  ".join(
         f"{k.replace('_', ' ')} {v:.4f}" for k, v in summary.items() if k.startswith("test_") and v
     )
-    report.say(f"{state}: {summary['rounds']} rounds in {summary['seconds']:.1f} s  {figures}")
+    took = f" in {summary['seconds']:.1f} s" if "seconds" in summary else ""
+    report.say(f"{state}: {summary['rounds']} rounds{took}  {figures}")
     if server.private:
         report.say(f"privacy: epsilon {summary['epsilon']:.3f} spent at delta {summary['delta']:g}")
         report.say(text(server.private))

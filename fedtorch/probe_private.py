@@ -245,6 +245,11 @@ def warnings(clients: Sequence[Client], plan: Privacy | None) -> list[str]:
     """What a plan cannot do much for: very small clients, and a delta as large as one example in all."""
     if not isinstance(plan, SampleLevel):
         return []
+    if plan.strict:  # how many examples anybody has is not said, nor whether it is few or many
+        return [
+            f"delta {plan.delta:g} lets one in {1 / plan.delta:,.0f} examples be exposed: it must be well "
+            "below one over a client's examples, which strict leaves to you to compare"
+        ]
     sizes = sorted((len(c), c.id) for c in clients)
     (least, who), (most, _) = sizes[0], sizes[-1]
     notes = []

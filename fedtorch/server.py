@@ -270,8 +270,9 @@ class Server:
         mean_norm = step_norm if mean is self.last_step else length(mean) if mean else None
         return {
             "lr": task.lr,
-            "cohort": list(self.visits.ids),
-            "failed": {f.id: f.kind for f in failed},
+            # in the order of their ids: chunks are formed by size, which is nobody's to know
+            "cohort": sorted(self.visits.ids),
+            "failed": {f.id: f.kind for f in sorted(failed, key=lambda f: f.id)},
             "clients": reported,
             "dropped": kinds.count("dropped"),
             "nonfinite": kinds.count("nonfinite"),

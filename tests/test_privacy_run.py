@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -165,9 +166,37 @@ def test_under_strict_a_client_sends_nothing_but_what_is_noised(kind):
     assert not update.buffers and update.weight.tolist() == [1, 1]
 
 
-def test_strict_hides_how_long_clients_took():
-    plan = ClientLevel(noise_multiplier=1.0, rounds=1, strict=True)
-    assert not [k for k in server(model(), clients((9,) * 4), plan).round() if "seconds" in k]
+STRICT = {"round", "lr", "step_norm", "privacy_epsilon", "privacy_epsilon_planned"}
+STRICT |= {"privacy_noise_multiplier", "privacy_noise_std", "privacy_clip_norm"}
+NOISED = {"cohort", "failed", "clients", "dropped", "update_norm", "bytes_down", "bytes_up"}
+
+
+@pytest.mark.parametrize(
+    "kind, told",
+    [(SampleLevel, STRICT | NOISED), (LocalDP, STRICT | NOISED), (ClientLevel, STRICT)],
+)
+def test_strict_figures_are_those_named_and_no_other(kind, told):
+    plan = kind(noise_multiplier=1.0, rounds=1, strict=True)
+    s = server(model(), clients((9, 20, 14, 7)), plan)
+    assert set(s.round()) == told
+    assert set(
+        s.mark(dict.fromkeys(("round", "round_trips", "seconds_log", "clients_a_day"), 1))
+    ) == {"round"}
+
+
+def test_the_order_of_a_cohort_says_nothing_of_sizes():
+    for sizes in ((9, 20, 14), (20, 14, 9), (14, 9, 20)):
+        figures = server(
+            model(), clients(sizes), SampleLevel(noise_multiplier=1.0, rounds=1, strict=True)
+        ).round()
+        assert figures["cohort"] == ["c0", "c1", "c2"]
+
+
+@pytest.mark.parametrize("kind", [SampleLevel, ClientLevel, LocalDP])
+def test_strict_notes_do_not_hang_on_how_many_examples_there_are(kind):
+    plan = kind(noise_multiplier=1.0, rounds=1, strict=True, delta=1e-2)
+    few, many = (server(model(), clients(sizes), plan).notes for sizes in ((2,) * 4, (400,) * 4))
+    assert few == many
 
 
 def test_a_broken_client_reports_like_any_other():
@@ -302,12 +331,51 @@ def test_an_insecure_seed_is_shown_in_every_report(fedtorch):
 
 
 def test_strict_runs_show_nobodys_data(fedtorch):
-    code, out, _ = fedtorch(
-        *QUICK, "--rounds", 1, "--run-dir", "run", "--privacy.strict", "true", "--validation", 0.2
-    )
+    strict = ["--privacy.strict", "true", "--validation", 0.2, "--privacy.delta", "1e-2"]
+    code, out, _ = fedtorch(*QUICK, "--rounds", 1, "--run-dir", "run", *strict)
     assert code == 0
-    assert "train loss" not in out and "examples" not in out.replace("one example", "")
-    assert "nonprivate" not in Path("run/metrics.jsonl").read_text()
+    assert "train loss" not in out and "clients/s" not in out and " s  test" not in out
+    assert not re.search(r"\d examples", out.replace("one in 100 examples", ""))
+    lines = Path("run/metrics.jsonl").read_text()
+    assert not re.search("nonprivate|second|valid|example|loss_m", lines)
+    assert "seconds" not in json.loads(Path("run/summary.json").read_text())
+    code, out, _ = fedtorch("eval", "run")
+    assert code == 0 and "test accuracy" in out and "validation" not in out
+
+
+def test_eval_marks_what_a_private_runs_guarantee_does_not_cover(fedtorch):
+    assert fedtorch(*QUICK, "--rounds", 1, "--run-dir", "run", "--validation", 0.2)[0] == 0
+    _, out, _ = fedtorch("eval", "run", "--json")
+    figures = json.loads(out)
+    assert {"test_accuracy", "nonprivate_validation_accuracy"} <= set(figures)
+    assert not [k for k in figures if k.startswith("validation")]
+
+
+def test_under_strict_the_words_of_a_clients_failure_stay_back(fedtorch):
+    Path("own.py").write_text(
+        "import torch\nfrom fedtorch.data import from_tensors\n"
+        "class Rows(torch.utils.data.Dataset):\n"
+        "    calls = 0\n"
+        "    def __len__(self):\n        return 40\n"
+        "    def __getitem__(self, i):\n"
+        "        Rows.calls += 1\n"
+        "        if Rows.calls > 400:\n            raise ValueError(f'row {i}: age 93, diagnosis X')\n"
+        "        return torch.ones(3), torch.tensor(i % 2)\n"
+        "def make():\n"
+        "    import dataclasses\n"
+        "    x, y = torch.ones(40, 3), torch.arange(40) % 2\n"
+        "    made = from_tensors('own', (x, y), (x, y), 'classification', 2)\n"
+        "    return dataclasses.replace(made, train=Rows())\n"
+    )
+    own = ["train", "--dataset", "custom", "--dataset.path", "own:make", "--model", "logistic"]
+    own += ["--clients", "2", "--partition", "iid", "--tracking", "none", "--rounds", "50"]
+    try:
+        code, out, err = fedtorch(*own, "--run-dir", "run", "--privacy.strict", "true")
+    finally:
+        sys.modules.pop("own", None)
+    assert code == 1
+    assert "ValueError (privacy.strict keeps back the rest)" in err
+    assert "diagnosis" not in out + err
 
 
 def test_more_rounds_than_planned_stop_at_the_budget(fedtorch):

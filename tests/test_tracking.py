@@ -433,11 +433,20 @@ def test_a_strict_private_run_records_nothing_of_the_clients(tmp_path):
     assert train_module().main(words) == 0
     tags = accumulate(folder).Tags()
     assert {"privacy/epsilon", "test/accuracy", "train/step_norm"} <= set(tags["scalars"])
-    assert set(tags["images"]) == {"test/confusion", "test/mistakes"}
+    assert set(tags["images"]) == {"test/confusion"}, "no test example is shown"
     assert "privacy" in tags["tensors"]
+    assert not [t for t in tags["scalars"] if t.startswith("time/")]
+    assert len({e.wall_time for e in accumulate(folder).Scalars("train/step_norm")}) == 1
     for tag in (*tags["scalars"], *tags["histograms"]):
         assert not tag.startswith("nonprivate/") and "by_client" not in tag
     assert not (folder / "clients").exists() and not (folder / "projector").exists()
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_a_strict_run_refuses_trackers_that_send_times_of_their_own(name, tmp_path, capsys):
+    words = ["--privacy.strict", "true", "--tracking", name, "--run-dir", str(tmp_path / "run")]
+    assert train_module().main(words) == 2
+    assert "privacy.strict keeps back: use tensorboard or none" in capsys.readouterr().err
 
 
 def test_a_private_run_marks_what_is_not_covered(tmp_path):

@@ -17,6 +17,7 @@ from fedtorch.commands.runs import tell
 from fedtorch.commands.train import train_module
 from fedtorch.data import Csv, Data, partition
 from fedtorch.evaluate import evaluate, evaluate_clients
+from fedtorch.privacy.run import mark
 from fedtorch.solvers import forward
 from fedtorch.types import ConfigError
 
@@ -61,10 +62,14 @@ def evaluate_run(argv: Sequence[str]) -> int:
     config, data = run.config, run.data
     _, metrics = assemble.loss_and_metrics(data.kind, config.loss, config.metrics)
     figures = {f"test_{k}": v for k, v in evaluate(run.model, data.test, metrics).items()}
-    if config.validation:
+    private = config.privacy
+    if config.validation and not (
+        private and private.strict
+    ):  # the clients' own rows are not covered
         ids, parts = partition(data, config.partition, config.clients, config.seed)
         clients = assemble.clients(data, ids, parts, config.validation, config.seed)
-        figures |= assemble.validation(evaluate_clients(run.model, clients, metrics))
+        of_clients = assemble.validation(evaluate_clients(run.model, clients, metrics))
+        figures |= mark(private, of_clients) if private else of_clients
     if "json" in given:
         print(json.dumps(figures))
     else:

@@ -1,24 +1,51 @@
 """Privacy of one run at the server: the calibrated plan, its state, and the ledger it is charged to."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedtorch.privacy.base import Order, Privacy
 from fedtorch.privacy.ledger import Ledger
 from fedtorch.types import ConfigError, Params
 
-PUBLIC = ("round", "lr", "test_", "step_norm", "step_failed", "privacy_")
-"""Figures that no client's data reaches but through what the guarantee covers, by how they start."""
+PUBLIC = frozenset(
+    (
+        "round",
+        "lr",
+        "step_norm",
+        "privacy_epsilon",
+        "privacy_epsilon_planned",
+        "privacy_noise_multiplier",
+        "privacy_noise_std",
+        "privacy_clip_norm",
+    )
+)
+"""Figures that no client's data reaches but through what the guarantee covers, each by its name."""
 
 COVERED = {
-    "example": ("cohort", "failed", "clients", "update_", "bytes_"),
-    "client": (),
+    "example": frozenset(
+        ("cohort", "failed", "clients", "dropped", "update_norm", "bytes_down", "bytes_up")
+    ),
+    "client": frozenset[str](),
 }
 """More of them: under sample-level privacy who takes part is no secret and updates are noised."""
 
-
-TIMES = ("seconds",)
+TIMES = frozenset(
+    f"seconds_{what}" for what in ("sample", "train", "aggregate", "evaluate", "log", "elapsed")
+)
 """How long things took depends on who was there and with how much data: nobody's to know, if strict."""
+
+SPEED = {"example": frozenset(("clients_per_second",)), "client": frozenset[str]()}
+"""The same of how fast clients were, where how many they are is public."""
+
+
+def mark(plan: Privacy, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures by name, what the guarantee does not cover marked so; under ``strict`` it is left out."""
+    level = "example" if plan.per_client else "client"
+    public = PUBLIC | COVERED[level]
+    if plan.strict:
+        return {k: v for k, v in figures.items() if k in public}
+    public |= TIMES | SPEED[level]
+    return {k if k in public else f"nonprivate_{k}": v for k, v in figures.items()}
 
 
 class BudgetSpent(RuntimeError):
@@ -97,16 +124,7 @@ class PrivateRun:
 
     def mark(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Figures by name, what the guarantee does not cover marked so (left out when strict)."""
-        plan = self.plan
-        public = PUBLIC + COVERED["example" if plan.per_client else "client"]
-        public += () if plan.strict else TIMES
-        out: dict[str, Any] = {}
-        for name, value in figures.items():
-            if name.startswith(public):
-                out[name] = value
-            elif not plan.strict:
-                out[f"nonprivate_{name}"] = value
-        return out
+        return mark(self.plan, figures)
 
     def figures(self) -> dict[str, float]:
         """What the guarantee stands at after a round."""

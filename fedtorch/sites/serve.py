@@ -14,7 +14,7 @@ from fedtorch.data.base import facts_of
 from fedtorch.evaluate import evaluate
 from fedtorch.folders import Folder
 from fedtorch.losses import DEFAULTS, LOSSES, METRICS
-from fedtorch.narrate import write_results
+from fedtorch.narrate import strict, write_results
 from fedtorch.options import COUNT, POSITIVE, check
 from fedtorch.participation import Everyone, Participation
 from fedtorch.privacy import Privacy, SampleLevel
@@ -190,12 +190,14 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         assert isinstance(session, SitesSession)
         scores: dict[str, float] = {}
         with (
-            Report(config.rounds, server.round_number) as report,
+            Report(config.rounds, server.round_number, times=not strict(server)) as report,
             Record(
                 TensorBoard(), folder, server.round_number, report.say, private, kept.seal
             ) as record,
             StopSignal(report) as stop,
         ):
+            if strict(server):
+                record.strictly(server.mark)
             report.say(f"listening at {config.address}, waiting for {', '.join(config.sites)}")
             for line in promise(server.private) if server.private else ["no privacy: no noise"]:
                 report.say(line)

@@ -64,6 +64,9 @@ class Tracker:
     def points(self, tag: str, points: Tensor, rows: Sequence[Sequence[str]], step: int) -> None:
         """Points [N, D] with a row of words each; the first row of words is their heading."""
 
+    def timeless(self) -> None:
+        """Keep how long things take out of what is recorded from now on."""
+
     def finish(self) -> None:
         """The run came to its end."""
 

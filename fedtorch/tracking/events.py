@@ -1,7 +1,8 @@
 """TensorBoard: what is recorded becomes event files in the run folder."""
 
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class EventTracker(Tracker):
     def __init__(self, folder: Path, compare: Sequence[str]) -> None:
         """Opens the run's file at once, so that a folder that cannot be written shows now."""
         self.folder, self.compare = folder, compare
+        self.clock: Callable[[], float] = time.time
         self.files = {"": EventFile(folder, EVENTS)}
 
     def config(self, table: Mapping[str, Any], metrics: Sequence[str], private: bool) -> None:
@@ -94,9 +96,14 @@ class EventTracker(Tracker):
             encoding="utf-8",
         )
 
+    def timeless(self) -> None:
+        """Everything is stamped with the time of now."""
+        now = time.time()
+        self.clock = self.files[""].clock = lambda: now
+
     def finish(self) -> None:
         """Mark the run as done in the HParams table."""
-        self.files[""].write(protos.session_end(), 0)
+        self.files[""].write(protos.session_end(self.clock()), 0)
 
     def flush(self) -> None:
         """Hand everything to the system."""

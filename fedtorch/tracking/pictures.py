@@ -38,6 +38,8 @@ class Pictures:
         plan = server.recipe.privacy
         self.strict = plan is not None and plan.strict
         """Nothing that looks at clients' data is recorded, whatever the options say."""
+        if self.strict:
+            record.strictly(server.mark)
         self.projector = not self.strict and ((not record.private) if asked is None else asked)
         self.points: list[tuple[Tensor, int, str]] = []
         generator = seeds.generator(server.seed, "client runs")
@@ -141,6 +143,8 @@ class Pictures:
             "test/confusion", step, figures.confusion_matrix, predicted, true, classes
         )
         wrong = (predicted != true).nonzero().flatten()[:MISTAKES]
+        if self.strict:
+            return  # a picture of a test example is a row of somebody's data
         if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] in (1, 3) and len(wrong):
             titles = [f"{predicted[i]}, is {true[i]}" for i in wrong.tolist()]
             heading = f"Test images taken for another class (round {step})"

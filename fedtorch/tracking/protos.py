@@ -121,9 +121,9 @@ def session(values: Mapping[str, float | str]) -> Any:
     return _hparams(metadata.SESSION_START_INFO_TAG, session_start_info=made)
 
 
-def session_end() -> Any:
-    """The run came to its end."""
-    made = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
+def session_end(at: float) -> Any:
+    """The run came to its end, at this time."""
+    made = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=at)
     return _hparams(metadata.SESSION_END_INFO_TAG, session_end_info=made)
 
 
@@ -143,12 +143,13 @@ class EventFile:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}{suffix}"
         self.file = (folder / name).open("wb")
+        self.clock = time.time
         self.event(file_version="brain.Event:2")
         self.file.flush()
 
     def event(self, **fields: Any) -> None:
-        """Append one event, stamped with the time of now."""
-        self.file.write(packed(Event(wall_time=time.time(), **fields).SerializeToString()))
+        """Append one event, stamped with what the clock says."""
+        self.file.write(packed(Event(wall_time=self.clock(), **fields).SerializeToString()))
 
     def write(self, proto: Any, step: int) -> None:
         """Append a summary."""

@@ -44,8 +44,16 @@ class Record:
         """What recording the last round took."""
         before = self.history[-1].get("seconds_elapsed", 0.0) if self.history else 0.0
         self.began = time.perf_counter() - before
+        self.mark: Callable[[dict[str, Any]], dict[str, Any]] = dict
+        """What of the record's own figures may be told."""
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
         self.drawing: list[tuple[str, int, Future[bytes]]] = []
+
+    def strictly(self, mark: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Tell no more than ``mark`` lets through, and no times at all."""
+        self.mark = mark
+        if self.tracker is not None:
+            self.tracker.timeless()
 
     def due(self, step: int, rounds: int, sets: int) -> bool:
         """Whether this round of ``rounds`` gets its set; ``sets`` in all unless options say how often."""
@@ -65,8 +73,7 @@ class Record:
     def round(self, metrics: dict[str, Any]) -> None:
         """One round's figures, completed by the record's own."""
         start = time.perf_counter()
-        metrics["seconds_log"] = self.seconds
-        metrics["seconds_elapsed"] = start - self.began
+        metrics |= self.mark({"seconds_log": self.seconds, "seconds_elapsed": start - self.began})
         self.history.append(metrics)
         if self.lines is not None:
             self._try("metrics.jsonl", self.lines.write, metrics)
