@@ -102,7 +102,7 @@ def dots(v: Tensor) -> Tensor:
     # a dot product reads each number once and writes none: half the time of vector_norm. One call for all
     # rows is slower on long ones, and much faster on the short ones of a bias
     rows = _rows(v)
-    if rows.shape[1] < SHORT:
+    if rows.shape[1] < SHORT or not len(rows):
         return cast(Tensor, torch.linalg.vecdot(rows, rows))
     return torch.stack([r.dot(r) for r in rows])
 
@@ -115,6 +115,8 @@ def exact_sq_norms(v: Tensor) -> Tensor:
     if v.device.type != "cpu":
         return cast(Tensor, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)).square()
     # row after row the copy stays in the cache: a third of the time
+    if not len(rows):  # a Poisson batch may be empty
+        return v.new_zeros(0, dtype=torch.float64)
     return torch.stack([r.dot(r) for r in (r.double() for r in rows)])
 
 

@@ -59,3 +59,9 @@ def test_weighted_sum_is_the_sum(weight):
 
 def test_finite_holds_where_a_float32_square_does_not():
     assert tree.finite({"a": torch.tensor([[3e38], [float("inf")]])}).tolist() == [True, False]
+
+
+def test_norms_of_no_rows_are_no_norms():
+    for width in (3, tree.SHORT + 1):  # an empty Poisson batch has none
+        assert tree.exact_sq_norms(torch.zeros(0, width)).shape == (0,)
+        assert tree.dots(torch.zeros(0, width)).shape == (0,)
