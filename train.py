@@ -19,7 +19,7 @@ from fedtorch import assemble, cli, folders, probe, runs, seeds, sweep, zoo
 from fedtorch.choices import help_text
 from fedtorch.client import Recipe
 from fedtorch.console import Report, StopSignal, partition_table
-from fedtorch.data import Data, Digits, Partition, partition
+from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.engines import Engine, Local
 from fedtorch.evaluate import evaluate, evaluate_clients
 from fedtorch.folders import Folder
@@ -190,7 +190,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     if whole := probe.metrics_fit(model, data.test, metrics):
         evaluate(model, data.test, whole)
         evaluate_clients(model, clients, whole)
-    kept = open_folder(config, server, held)
+    kept = open_folder(config, server, data, held)
     folder, private = kept.path, server.private is not None
 
     with (
@@ -203,6 +203,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     ):
         pictures = Pictures(record, server, data, config.rounds)
         opening = f"{data.name}: {len(parts)} clients, {config.model}, {config.rounds} rounds"
+        report.say(prepared.said(data))
         introduce(report, opening, server, partition_table(ids, parts, data.labels))
         options = cli.flat(cli.describe(config)) | {"lr": recipe.lr}
         pictures.start(options, metrics, ids, parts)
@@ -262,7 +263,7 @@ def over(server: Server, config: Config, stop: StopSignal) -> bool:
     return stop.asked > 0 or done or not server.within_budget()
 
 
-def make_model(config: Config, data: Data) -> nn.Module:
+def make_model(config: Config, data: Data | prepared.Prepared) -> nn.Module:
     """Build the model with initial weights that depend on the seed alone."""
     with seeds.seeded(seeds.derive(config.seed, "model")):
         return zoo.build(config.model, data.facts, config.model_args)
@@ -273,10 +274,11 @@ def save(kept: Folder, server: Server, record: Record) -> None:
     kept.save(server.state_dict(), record.seal())
 
 
-def open_folder(config: Config, server: Server, held: ExitStack) -> Folder:
+def open_folder(config: Config, server: Server, data: Data, held: ExitStack) -> Folder:
     """A new run folder, or the old one with the server brought to its last checkpoint; locked."""
     if config.resume:
         kept, saved = folders.resume(Path(config.run_dir or ""), held)
+        prepared.resumed(kept.path, data)
         private = saved.get("privacy")
         ledger = Ledger.resume(kept.path / LEDGER, private["ledger"]) if private else None
         server.load_state_dict(saved, ledger)
@@ -286,6 +288,7 @@ def open_folder(config: Config, server: Server, held: ExitStack) -> Folder:
     folder = Path(config.run_dir) if config.run_dir else folders.fresh(name.lower())
     table = {k: v for k, v in cli.describe(config).items() if k not in ("resume", "run_dir")}
     kept = folders.start(folder, table, held)
+    prepared.Prepared.of(data).save(folder)
     if server.private:
         server.private.ledger = Ledger(folder / LEDGER, server.private.plan.unit)
     kept.save(server.state_dict())

@@ -202,6 +202,8 @@ def single(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
 def classes_fit(model: nn.Module, data: Classes) -> None:
     """A classifier needs an output for every label there is (a batch may miss the largest one)."""
     classes = data.outputs
+    if classes < 2:
+        raise ConfigError("every target is of one class: there is nothing to learn")
     if (
         data.labels is not None
         and not 0 <= int(data.labels.min()) <= int(data.labels.max()) < classes

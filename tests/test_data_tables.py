@@ -6,6 +6,7 @@ import torch
 
 from fedtorch import ConfigError
 from fedtorch.data import Csv, Npz, partition
+from fedtorch.data.prepared import said
 
 
 def csv(tmp_path: Path, text: str, **options: object) -> Csv:
@@ -75,6 +76,53 @@ def test_tables_that_cannot_be_used_are_refused(tmp_path, text, options, message
         csv(tmp_path, text, **options).load(0)
 
 
+def test_an_index_without_a_name_is_left_out_and_said(tmp_path):
+    rows = "\n".join(f"{i},{i * 7 % 11},{'AB'[i % 2]},{i % 2}" for i in range(60))
+    for first in ("", "Unnamed: 0"):
+        for client in ({"client": "ward"}, {"drop": ["ward"]}):
+            data = csv(tmp_path, f"{first},dose,ward,sick\n{rows}\n", **client).load(0)
+            assert data.facts["in_features"] == 1
+            line = said(data)
+            assert "features dose" in line and "target sick" in line
+            assert f"left out {first or '(a column without a name)'}" in line
+            assert ("clients by ward" if "client" in client else "no column names clients") in line
+
+
+def test_a_column_that_names_owners_is_asked_about_and_one_that_counts_rows_is_said(tmp_path):
+    rows = "\n".join(f"{100 + i},{i % 3},{i % 7 / 7},{i % 2}" for i in range(60))
+    for name in ("hospital", "Hospital_ID", "center", "site"):
+        with pytest.raises(ConfigError, match=f"does column '{name}' say who holds a row"):
+            csv(tmp_path, f"a,{name},b,y\n{rows}\n").load(0)
+        kept = csv(tmp_path, f"a,{name},b,y\n{rows}\n", features=[name, "b"]).load(0)
+        assert kept.preparation.columns == (name, "b") and kept.preparation.dropped == ("a",)
+        own = csv(tmp_path, f"a,{name},b,y\n{rows}\n", client=name).load(0)
+        assert own.facts["in_features"] == 2 and set(own.keys) == {"0", "1", "2"}
+    left = csv(tmp_path, f"patient,ward,b,y\n{rows}\n", drop=["ward"]).load(0)
+    assert "'patient' counts the rows: if it is an index, give --dataset.drop patient" in said(left)
+
+
+def test_an_empty_owner_and_columns_that_are_not_there_are_refused(tmp_path):
+    rows = "\n".join(f"{i % 7},{'' if i == 4 else 'ab'[i % 2]},{i % 2}" for i in range(20))
+    with pytest.raises(ConfigError, match="line 6: column 'who' is empty: whose row"):
+        csv(tmp_path, f"a,who,y\n{rows}\n", client="who").load(0)
+    with pytest.raises(ConfigError, match="no dropped column 'b'"):
+        csv(tmp_path, f"a,who,y\n{rows}\n", drop=["b"]).load(0)
+    with pytest.raises(ConfigError, match="no feature column 'b'"):
+        csv(tmp_path, f"a,who,y\n{rows}\n", features=["b"]).load(0)
+
+
+def test_names_as_targets_and_other_separators_are_said(tmp_path):
+    rows = "\n".join(f"{i / 8};{'MB'[i % 2]}".replace(".", ",") for i in range(40))
+    data = csv(tmp_path, f"size;diagnosis\n{rows}\n", decimal=",").load(0)
+    assert (data.kind, data.outputs, data.preparation.classes) == ("classification", 2, ("B", "M"))
+    sizes = torch.cat([data.train.tensors[0], data.test.tensors[0]]).flatten()
+    assert sorted(sizes.tolist()) == [i / 8 for i in range(40)]
+    line = said(data)
+    assert "classification into 2 classes (B, M)" in line and "separated by ';'" in line
+    truth = csv(tmp_path, "a,y\n" + "1,true\n2,False\n" * 9).load(0)
+    assert truth.preparation.classes == (False, True)
+
+
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "picture.csv").write_bytes(bytes(range(256)))
     for path in ("", "nowhere.csv", str(tmp_path), str(tmp_path / "picture.csv")):
@@ -103,6 +151,44 @@ def test_npz_with_and_without_its_own_test_set(tmp_path):
     assert len(own.keys) == 20
 
 
+IMAGES = np.random.default_rng(1).integers(0, 256, (40, 1, 6, 5))
+
+
+@pytest.mark.parametrize("kind, scale", [("uint8", 255), ("uint16", 65535)])
+def test_images_of_whole_numbers_are_scaled_and_it_is_said(tmp_path, kind, scale):
+    images = (IMAGES * (scale // 255)).astype(kind)
+    for x in (images, images[:, 0]):
+        data = npz(tmp_path, x=x, y=np.arange(40) % 4).load(0)
+        assert data.facts["input_shape"] == (1, 6, 5)
+        pixels = torch.cat([data.train.tensors[0], data.test.tensors[0]])
+        assert float(pixels.max()) <= 1 and pixels.sum() == pytest.approx(
+            IMAGES.sum() / 255, rel=1e-4
+        )
+        assert f"divided by {scale}" in said(data) and data.preparation.pixels
+    asked = npz(tmp_path, x=images.reshape(40, 30), y=np.arange(40) % 4)
+    with pytest.raises(ConfigError, match=f"give --dataset.scale {scale} where it holds pixels"):
+        asked.load(0)
+    plain = Npz(asked.path, scale=1).load(0)
+    assert float(plain.train.tensors[0].max()) > 1 and "taken as they are" in said(plain)
+
+
+def test_channels_that_came_last_are_asked_about(tmp_path):
+    x = np.random.default_rng(0).normal(size=(40, 6, 5, 3))
+    path = npz(tmp_path, x=x, y=np.arange(40) % 4).path
+    with pytest.raises(ConfigError, match="seems to hold its channels last"):
+        Npz(path).load(0)
+    turned = Npz(path, channels_last=True, test_fraction=0).load(0)
+    assert torch.equal(turned.train.tensors[0], torch.from_numpy(x).float().permute(0, 3, 1, 2))
+    assert Npz(path, channels_last=False).load(0).facts["input_shape"] == (6, 5, 3)
+    assert "--dataset.scale 255" in said(npz(tmp_path, x=IMAGES * 1.0, y=np.arange(40) % 4).load(0))
+
+
+def test_yes_or_no_for_each_of_several_has_an_output_for_each(tmp_path):
+    np.savez(tmp_path / "m.npz", x=X, y=np.arange(60).reshape(20, 3) % 2)
+    data = Npz(str(tmp_path / "m.npz"), kind="binary").load(0)
+    assert (data.outputs, data.facts["num_outputs"]) == (3, 3)
+
+
 def test_npz_regression_with_several_outputs(tmp_path):
     data = npz(tmp_path, x=X, y=X[:, :2] * 0.5).load(0)
     assert (data.kind, data.outputs) == ("regression", 2)
@@ -114,12 +200,19 @@ def test_npz_regression_with_several_outputs(tmp_path):
         ({"x": X}, "has no array 'y'; it has x"),
         ({"x": X, "y": Y[:5]}, "20 rows in x but 5 in y"),
         ({"x": X, "y": Y, "client": Y[:5]}, "20 rows in x but 5 in client"),
-        ({"x": X, "y": np.array(["a"] * 20)}, "array 'y' must hold numbers"),
+        ({"x": X, "y": X + 1j}, "array 'y' must hold numbers"),
         ({"x": np.array(["a"] * 20), "y": Y}, "array 'x' must hold numbers"),
         ({"x": np.array(1.0), "y": np.array(1.0)}, "array 'x' must have a row for each"),
         ({"x": X, "y": Y, "x_test": X[:3, :2], "y_test": Y[:3]}, "x_test .* shape"),
         ({"x": X, "y": Y, "x_test": X[:3], "y_test": Y[:2]}, "3 rows in x_test but 2 in y_test"),
         ({"x": np.array([object()] * 20), "y": Y}, "cannot be read as an NPZ"),
+        ({"x": X, "y": Y, "client": np.array([["a"]] * 20)}, "'client' must hold a name"),
+        ({"x": X, "y": Y, "client": np.array(3)}, "'client' must hold a name"),
+        ({"x": X, "y": Y, "client": X[:, 0]}, "'client' must hold a name"),
+        ({"x": X[:, :0], "y": Y}, "'x' must have a row for each"),
+        ({"x": X, "y": Y, "x_test": X.astype("i8"), "y_test": Y}, "x is float64 but x_test int64"),
+        ({"x": X, "y": Y, "x_test": X}, "has no array 'y_test'"),
+        ({"x": np.where(X > 1, np.nan, X), "y": Y}, "NaN or infinite"),
     ],
 )
 def test_archives_that_cannot_be_used_are_refused(tmp_path, arrays, message):

@@ -1,21 +1,22 @@
 """``fedtorch eval`` and ``fedtorch predict``: a trained model put to use."""
 
 import json
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedtorch import assemble, cli, runs, saved, trust
+from fedtorch.commands.given import examples
 from fedtorch.commands.options import words_and_options
 from fedtorch.commands.runs import tell
 from fedtorch.commands.train import train_module
-from fedtorch.data import Csv, Data, partition
+from fedtorch.data import Data, partition, prepared
+from fedtorch.data.prepared import Prepared
 from fedtorch.evaluate import evaluate, evaluate_clients
 from fedtorch.privacy.run import mark
 from fedtorch.solvers import forward
@@ -28,17 +29,25 @@ LENGTH = 200
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's options, its data and its model."""
+    """A run's options, what it knows of its data, and its model."""
 
     config: Any
-    data: Data
+    known: Prepared
     model: nn.Module
+    loaded: Data | None = None
+    """The data themselves, where they were asked for or the model cannot be built without them."""
+
+    @property
+    def data(self) -> Data:
+        """The data, which were asked for."""
+        assert self.loaded is not None
+        return self.loaded
 
 
-def trained(folder: str, trusted: bool) -> Trained:
+def trained(folder: str, trusted: bool = False, load: bool = True) -> Trained:
     """Raises ConfigError when the folder holds no run, one that has not come to its end, or code of others.
 
-    ``trusted``: import what its config names.
+    ``trusted``: import what its config names. ``load``: the data too, which may have gone.
     """
     train = train_module()
     tell([run := saved.load(folder)])
@@ -47,10 +56,17 @@ def trained(folder: str, trusted: bool) -> Trained:
         trust.check(table, {}, f"the run in {folder}")
         trust.inside(Path(folder), table)
     config = cli.build(train.Config, table)
-    data = config.dataset.load(config.seed)
-    model = train.make_model(config, data)
+    kept = prepared.load(Path(folder))
+    data = config.dataset.load(config.seed) if load or kept is None or kept.missing else None
+    known = kept if data is None and kept is not None else Prepared.of(cast(Data, data))
+    if load and kept is not None and not kept.same(known):
+        print(
+            "note: these are not the data of the run: some of the test may have been trained on",
+            file=sys.stderr,
+        )
+    model = train.make_model(config, known)
     runs.read_model(Path(folder), model)
-    return Trained(config, data, model.eval())
+    return Trained(config, known, model.eval(), data)
 
 
 def evaluate_run(argv: Sequence[str]) -> int:
@@ -82,80 +98,51 @@ def predict(argv: Sequence[str]) -> int:
     words, given = words_and_options(argv, "predict", {"json": False, "length": True, TRUST: False})
     if len(words) != 2:
         raise ConfigError(f"fedtorch predict takes a run folder and a file, but got {len(words)}")
-    run, path = trained(words[0], TRUST in given), Path(words[1])
-    if "vocabulary" in run.data.facts:
+    run, path = trained(words[0], TRUST in given, load=False), Path(words[1])
+    if "vocabulary" in run.known.facts:
         more = write_on(run, _text(path), _whole(given.get("length", str(LENGTH))))
         print(json.dumps({"continuation": more}) if "json" in given else more)
         return 0
-    x = examples(run, path)
+    x = examples(run.known, path)
     with torch.no_grad():
         output = torch.cat([forward(run.model, part) for part in x.split(512)])
-    for row in described(output, run.data.kind):
+    for row in described(output, run.known.kind, run.known.preparation.classes):
         print(json.dumps(row) if "json" in given else row["prediction"])
     return 0
 
 
-def described(output: Tensor, kind: str) -> list[dict[str, Any]]:
-    """The class and its probability, or the number predicted."""
+def described(output: Any, kind: str, classes: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """The class, by its name, and its probability, or the number predicted; of maps, for each position."""
+    if not isinstance(output, Tensor):
+        raise ConfigError(
+            f"the model gives a {type(output).__name__} and not a tensor: no part is the prediction"
+        )
     if kind == "classification":
         chance, label = output.softmax(1).max(1)
-        pairs = zip(label.tolist(), chance.tolist(), strict=True)
-        return [{"prediction": y, "probability": p} for y, p in pairs]
-    values = output.flatten(1).squeeze(-1)
-    if kind == "binary":
-        return [{"prediction": int(p > 0.5), "probability": p} for p in values.sigmoid().tolist()]
-    return [{"prediction": v} for v in values.tolist()]
+    elif kind == "binary":
+        sure = output.flatten(1).squeeze(-1).sigmoid()
+        chance, label = sure, (sure > 0.5).long()
+    else:
+        return [{"prediction": v} for v in output.flatten(1).squeeze(-1).tolist()]
+    pairs = zip(label.tolist(), chance.tolist(), strict=True)
+    return [{"prediction": _named(y, classes), "probability": p} for y, p in pairs]
 
 
-def examples(run: Trained, path: Path) -> Tensor:
-    """The file's examples as the model takes them, [N, ...]."""
-    shape = tuple(run.data.facts["input_shape"])
-    if isinstance(run.config.dataset, Csv):
-        return run.config.dataset.unlabelled(path, run.config.seed)
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                array = archive["x"]
-        elif path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-        elif path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp"):
-            array = picture(path, shape)
-        else:
-            raise ConfigError(
-                f"{path}: this run takes .npy, .npz (array x), or images .png, .jpg, .bmp"
-            )
-    except (OSError, ValueError, KeyError, EOFError) as e:
-        raise ConfigError(f"{path} cannot be read: {e}") from e
-    x = torch.from_numpy(np.ascontiguousarray(array))
-    x = x if x.dtype == torch.int64 else x.float()
-    if x.numel() == 0 or x.numel() % math.prod(shape) or x.shape[-1:] != shape[-1:]:
-        raise ConfigError(
-            f"{path} holds {list(x.shape)}; the model takes examples of {list(shape)}"
-        )
-    return x.reshape(-1, *shape)
-
-
-def picture(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An image scaled to what the model takes, in 0..1; light on dark, as the training data."""
-    from PIL import Image
-
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        raise ConfigError(f"{path}: the model takes {list(shape)}, which is no image")
-    with Image.open(path) as image:
-        sized = image.convert("L" if shape[0] == 1 else "RGB").resize((shape[2], shape[1]))
-    array = np.asarray(sized, np.float32) / 255
-    return array[None] if shape[0] == 1 else array.transpose(2, 0, 1)
+def _named(label: Any, classes: Sequence[Any]) -> Any:
+    if isinstance(label, list):
+        return [_named(y, classes) for y in label]
+    return classes[label] if classes else label
 
 
 def write_on(run: Trained, start: str, length: int) -> str:
     """The most likely next character, again and again."""
-    vocabulary = run.data.facts["vocabulary"]
+    vocabulary = run.known.facts["vocabulary"]
     unknown = sorted(set(start) - set(vocabulary))
     if unknown or not start:
         what = f"characters the model never saw: {unknown[:5]}" if unknown else "no text"
         raise ConfigError(f"the file to write on from has {what}")
     codes = [vocabulary.index(c) for c in start]
-    window = run.data.facts["input_shape"][0]
+    window = run.known.facts["input_shape"][0]
     with torch.no_grad():
         for _ in range(length):
             output = forward(run.model, torch.tensor([codes[-window:]]))

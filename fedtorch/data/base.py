@@ -10,6 +10,31 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 
 @dataclass(frozen=True)
+class Preparation:
+    """How files became tensors; ``predict`` does the same to other files."""
+
+    classes: tuple[Any, ...] = ()
+    """Names of the classes in the order of the outputs; none: their numbers, 0, 1, ... as in the file."""
+    scale: float = 1.0
+    """What whole-numbered pixels were divided by."""
+    pixels: bool = False
+    """Inputs are images in 0..1, as pictures are given to ``predict``."""
+    channels_last: bool = False
+    """Images came as [N, rows, columns, channels]."""
+    columns: tuple[str, ...] = ()
+    """Features of a table, in order."""
+    target: str = ""
+    client: str = ""
+    dropped: tuple[str, ...] = ()
+    decimal: str = "."
+    mean: tuple[float, ...] = ()
+    """Subtracted from each feature, where a table was standardised."""
+    deviation: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What else was done to the file, in words."""
+
+
+@dataclass(frozen=True)
 class Data:
     """Real examples, ready to be cut into clients."""
 
@@ -26,6 +51,7 @@ class Data:
     """Natural owner of each training example (a writer, a speaker, a hospital)."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What a model may ask for by name: input_shape, in_features, in_channels, vocab_size, ..."""
+    preparation: Preparation = Preparation()
 
 
 def from_tensors(
@@ -35,6 +61,7 @@ def from_tensors(
     kind: str,
     outputs: int,
     keys: Sequence[str] | None = None,
+    preparation: Preparation = Preparation(),
     **facts: Any,
 ) -> Data:
     """Data from ``(x, y)`` pairs, with the usual facts filled in."""
@@ -49,6 +76,7 @@ def from_tensors(
         None if labels is None else labels.long(),
         keys,
         usual | facts,
+        preparation,
     )
 
 

@@ -1,14 +1,16 @@
 """Data from elsewhere: Hugging Face ``datasets`` by name, or a function of the user's own."""
 
 import importlib
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedtorch.data.base import Data, from_tensors
+from fedtorch import seeds
+from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
+from fedtorch.data.images import inputs
 from fedtorch.options import SHARE, check
 from fedtorch.types import ConfigError
 
@@ -53,57 +55,96 @@ class HuggingFace:
                 raise ConfigError(
                     f"{self.path} has no column {column!r}; it has {', '.join(train.column_names)}"
                 )
-        x, y = self._tensors(train)
+        x, y, done = self._tensors(train)
         keys = [str(k) for k in train[self.client]] if self.client else None
         if "test" in found:
-            test = self._tensors(found["test"])
+            x_test, y_test, other = self._tensors(found["test"])
+            if other.scale != done.scale:
+                raise ConfigError(
+                    f"{self.path}: its test images are not of the kind of its training images"
+                )
+            test = x_test, y_test
         else:
             keep, held = split((x, y, *([keys] if keys else [])), self.test_fraction, seed)
             test = x[held], y[held]
             keys = [keys[i] for i in keep.tolist()] if keys else None
             x, y = x[keep], y[keep]
-        classes = int(max(y.max(), test[1].max())) + 1
+        low = int(min(y.min(), *test[1][:1], test[1].min() if len(test[1]) else y.min()))
+        if low < 0:
+            raise ConfigError(
+                f"{self.path}: column {self.y!r} must hold classes 0, 1, ..., but holds {low}"
+            )
+        classes = int(max(y.max(), test[1].max() if len(test[1]) else y.max())) + 1
+        names = tuple(getattr(train.features[self.y], "names", None) or ())[:classes]
+        done = replace(done, classes=names if len(names) == classes else ())
         name = self.path.rstrip("/").split("/")[-1]
-        return from_tensors(name, (x, y), test, "classification", classes, keys)
+        return from_tensors(name, (x, y), test, "classification", classes, keys, done)
 
-    def _tensors(self, rows: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tensors(self, rows: Any) -> tuple[torch.Tensor, torch.Tensor, Preparation]:
         try:
-            x = torch.tensor(np.stack([np.asarray(v) for v in rows[self.x]]))
+            values = [_array(v) for v in rows[self.x]]
+            x = np.stack(values)
         except (TypeError, ValueError) as e:
             raise ConfigError(
                 f"{self.path}: column {self.x!r} must hold images or lists of numbers, all of one "
                 f"size ({e})"
             ) from e
+        labels = rows[self.y]
         try:
-            y = torch.tensor([int(v) for v in rows[self.y]])
+            y = torch.tensor([int(v) for v in labels])
+            if any(int(v) != v for v in labels):
+                raise ValueError("there are fractions")
         except (TypeError, ValueError) as e:
             raise ConfigError(
                 f"{self.path}: column {self.y!r} must hold class numbers ({e})"
             ) from e
-        if x.dtype == torch.uint8:
-            x = x.float() / 255
-            x = x.unsqueeze(1) if x.dim() == 3 else x.movedim(-1, 1)
-        return x.float(), y
+        if x.dtype.kind not in "biuf" or not x.size:
+            raise ConfigError(
+                f"{self.path}: column {self.x!r} must hold images or lists of numbers, not {x.dtype}"
+            )
+        images = x.ndim > 2 and x.dtype.name in ("uint8", "uint16")
+        given, done = inputs(self.path, x, None if images else 1.0, x.ndim == 4 if images else None)
+        return given.float(), y, done
+
+
+def _array(value: Any) -> np.ndarray:
+    """One input; an image by its colours: a palette's numbers are no brightness."""
+    mode = getattr(value, "mode", None)
+    if isinstance(mode, str) and hasattr(value, "convert"):
+        if mode.startswith("I"):  # 16-bit grey, which Pillow may hold in 32
+            deep = np.asarray(value)
+            if deep.min() < 0 or deep.max() > 65535:
+                raise ValueError(f"an image of kind {mode!r} goes beyond 16 bits")
+            return deep.astype(np.uint16)
+        if mode not in ("L", "RGB"):
+            value = value.convert("L" if mode == "1" else "RGB")
+    return np.asarray(value)
 
 
 @dataclass(frozen=True)
 class Custom:
-    """A function of yours, ``package.module:function``, that returns a ``fedtorch.data.Data``."""
+    """A function of yours, ``package.module:function``, that returns a ``fedtorch.data.Data``.
+
+    It is called with the global generators of torch, NumPy and Python seeded: a run that goes on, and
+    ``fedtorch eval``, see the same data.
+    """
 
     path: str = ""
     """Where it is."""
 
     def load(self, seed: int) -> Data:
         """Call it; raises ConfigError when it is not there or returns something else."""
-        make = resolve(self.path)
-        if isinstance(make, type) or not callable(make):
-            raise ConfigError(
-                f"dataset.path {self.path!r} must name a function that returns the data"
-            )
-        try:
-            data = make()
-        except Exception as e:
-            raise ConfigError(f"{self.path} failed: {type(e).__name__}: {e}") from e
+        # what the function draws, and its module while it is imported, is the run's seed's to decide
+        with seeds.seeded(seeds.derive(seed, "data")):
+            make = resolve(self.path)
+            if isinstance(make, type) or not callable(make):
+                raise ConfigError(
+                    f"dataset.path {self.path!r} must name a function that returns the data"
+                )
+            try:
+                data = make()
+            except Exception as e:
+                raise ConfigError(f"{self.path} failed: {type(e).__name__}: {e}") from e
         if not isinstance(data, Data):
             raise ConfigError(
                 f"{self.path} must return fedtorch.data.Data, not {type(data).__name__}"

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+import re
 import zlib
 from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedtorch import seeds
-from fedtorch.data.base import Data, from_tensors
+from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
 from fedtorch.options import SHARE, check
 from fedtorch.types import ConfigError
@@ -41,7 +42,12 @@ class Digits:
         )
         train, test = order[size:].sort().values, order[:size].sort().values
         return from_tensors(
-            "digits", (x[train], y[train]), (x[test], y[test]), "classification", 10
+            "digits",
+            (x[train], y[train]),
+            (x[test], y[test]),
+            "classification",
+            10,
+            preparation=Preparation(scale=16, pixels=True),
         )
 
 
@@ -64,13 +70,15 @@ class Idx:
         check(self, "dataset", test_fraction=SHARE)
 
     def load(self, seed: int) -> Data:
-        """X [N, 1, rows, columns] in 0..1, y [N]."""
+        """X [N, 1, rows, columns] in 0..1, y [N] as numbered in the files."""
         folder = Path(self.path)
         if not self.path or not folder.is_dir():
             raise ConfigError(f"dataset.path must be a folder with IDX files, got {self.path!r}")
-        pairs = {p: found for p in ("train", "t10k") if (found := _pair(folder, p))}
-        if len(pairs) == 2:
-            train, test = pairs["train"], pairs["t10k"]
+        pairs = {p: found for p in ("train", "t10k", "test") if (found := _pair(folder, p))}
+        if len(pairs) == 3:
+            raise ConfigError(f"{folder} has both t10k and test files: which are the test set?")
+        if len(pairs) == 2 and "train" in pairs:
+            train, test = pairs.pop("train"), next(iter(pairs.values()))
         elif pairs:
             (x, y) = next(iter(pairs.values()))
             keep, held = split((x, y), self.test_fraction, seed)
@@ -80,8 +88,10 @@ class Idx:
                 f"no IDX files in {self.path!r}: expected e.g. train-images-idx3-ubyte.gz and "
                 "train-labels-idx1-ubyte.gz"
             )
-        classes = int(max(train[1].max(), test[1].max())) + 1
-        return from_tensors(folder.name or "idx", train, test, "classification", classes)
+        classes = int(torch.cat([train[1], test[1]]).max()) + 1
+        done = Preparation(scale=255, pixels=True)
+        name = folder.name or "idx"
+        return from_tensors(name, train, test, "classification", classes, preparation=done)
 
 
 def _digits() -> np.ndarray:
@@ -98,17 +108,81 @@ def _digits() -> np.ndarray:
 
 def _pair(folder: Path, prefix: str) -> tuple[Tensor, Tensor] | None:
     images, labels = (
-        sorted(p for p in folder.glob(f"{prefix}-{what}*") if p.suffix in (".gz", "", f".{end}"))
+        sorted(
+            p
+            for p in folder.glob(f"*{prefix}-{what}*")
+            if p.suffix in (".gz", "", f".{end}") and re.search(rf"(^|[-_.]){prefix}-", p.name)
+        )
         for what, end in (("images", "idx3-ubyte"), ("labels", "idx1-ubyte"))
     )
     if not images and not labels:
         return None
     if not images or not labels:
         raise ConfigError(f"{folder}: {prefix} needs both an images and a labels file")
+    sets = {p.name.partition(prefix)[0] for p in (*images, *labels)}
+    if len(sets) > 1:
+        names = ", ".join(sorted(p.name for p in images))
+        raise ConfigError(
+            f"{folder} holds several data sets ({names}): give each a folder of its own"
+        )
     x, y = read_idx(images[0]), read_idx(labels[0])
+    if x.dim() != 3 or y.dim() != 1 or not x.numel():
+        raise ConfigError(
+            f"{images[0]} must hold images [N, rows, columns] and {labels[0].name} a label for each, "
+            f"[N], not {list(x.shape)} and {list(y.shape)}"
+        )
     if len(x) != len(y):
         raise ConfigError(f"{images[0]} has {len(x)} images but {labels[0]} {len(y)} labels")
     return x.float().div_(255).unsqueeze(1), y.long()
+
+
+def inputs(
+    where: str, array: np.ndarray, scale: float | None, channels_last: bool | None
+) -> tuple[Tensor, Preparation]:
+    """Examples [N, ...] as float32, int64 as it is, and what was done to them.
+
+    Bytes and 16-bit numbers of images are divided by their largest value. Raises ConfigError where it
+    cannot be told whether numbers are pixels, or which axis holds the channels.
+    """
+    notes: list[str] = []
+    largest = {"uint8": 255.0, "uint16": 65535.0}.get(array.dtype.name)
+    if scale is None and largest and array.ndim < 3:
+        raise ConfigError(
+            f"{where}: x is {array.dtype} {list(array.shape)}: give --dataset.scale {largest:g} where "
+            "it holds pixels, --dataset.scale 1 where its numbers are to be taken as they are"
+        )
+    looks_last = array.ndim == 4 and array.shape[3] in (1, 3, 4) and array.shape[1] not in (1, 3, 4)
+    if looks_last and channels_last is None:
+        raise ConfigError(
+            f"{where}: x {list(array.shape)} seems to hold its channels last, and models take [N, "
+            "channels, rows, columns]: give --dataset.channels-last true to turn it round, or false"
+        )
+    if channels_last and array.ndim != 4:
+        raise ConfigError(
+            f"{where}: dataset.channels_last needs x of four axes, not {list(array.shape)}"
+        )
+    if channels_last:
+        array = np.moveaxis(array, 3, 1)
+        notes.append("channels, which came last, are moved to the front")
+    if largest and array.ndim == 3:
+        array = array[:, None]
+        notes.append("images [N, rows, columns] get an axis for one channel")
+    by = scale or (largest if largest and array.ndim > 2 else None) or 1.0
+    kind = np.int64 if array.dtype == np.int64 else np.float32
+    x = torch.from_numpy(np.ascontiguousarray(array.astype(kind)))
+    x = x / by if by != 1 else x
+    if not bool(torch.isfinite(x).all()):
+        raise ConfigError(f"{where} has NaN or infinite values; fill or drop those rows first")
+    image = x.dim() > 2 and x.is_floating_point()
+    low, high = (float(x.min()), float(x.max())) if image else (0.0, 0.0)
+    if image and by == 1 and high > 2:
+        notes.append("inputs go beyond 2: pixels are best divided, as by --dataset.scale 255")
+    return x, Preparation(
+        scale=by,
+        pixels=image and low >= 0 and high <= 1,
+        channels_last=bool(channels_last),
+        notes=tuple(notes),
+    )
 
 
 def read_idx(path: Path) -> Tensor:

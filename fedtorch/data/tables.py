@@ -1,41 +1,64 @@
 """Tables: CSV and NPZ files, with an optional column that names each row's client."""
 
-import csv
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.data.base import Data, from_tensors
+from fedtorch.data import sheet
+from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
-from fedtorch.options import SHARE, check
+from fedtorch.data.images import inputs
+from fedtorch.data.sheet import Sheet
+from fedtorch.data.targets import Targets, understood
+from fedtorch.options import POSITIVE, SHARE, check
 from fedtorch.types import ConfigError
 
-MOST_CLASSES = 100
-"""Whole-numbered targets with at most this many values, 0 to n - 1, are classes."""
+OWNERS = {
+    "client",
+    "owner",
+    "hospital",
+    "center",
+    "centre",
+    "clinic",
+    "site",
+    "institution",
+    "organisation",
+}
+"""Columns that are asked about: they name who holds a row, as their name or as ``..._id``."""
+
+INDEX = "Unnamed: 0"
+"""What pandas calls an index without a name."""
 
 
 @dataclass(frozen=True)
 class Csv:
-    """A CSV file with a header; every column but the client's must be a number in every row."""
+    """A CSV file with a header; features must be numbers in every row, the target may hold names."""
 
     path: str = ""
-    """The file."""
+    """The file, UTF-8; columns are separated by , ; or tab."""
     _: KW_ONLY
     target: str = ""
     """Column to predict; empty: the last one."""
     client: str = ""
     """Column that names each row's owner; empty: none."""
     kind: str = "auto"
-    """classification, binary, regression, or auto: classes when the target is 0, 1, 2, ..."""
+    """classification, binary, regression, or auto: asked for where whole numbers could be either."""
     standardize: bool = False
     """Scale features by the training rows' mean and standard deviation (seen by the server)."""
     test_fraction: float = 0.2
-    """Share of rows kept for the central test."""
+    """Share of rows kept for the central test, each by its content; 0: none."""
+    features: list[str] = field(default_factory=list)
+    """Columns to learn from; none given: all but the target's, the client's and those dropped."""
+    drop: list[str] = field(default_factory=list)
+    """Columns to leave out."""
+    classes: list[str] = field(default_factory=list)
+    """Names of the classes in order, where files of several sites must agree; none: sorted."""
+    decimal: str = "."
+    """What separates decimals: . or ,"""
 
     def __post_init__(self) -> None:
         """Refuse shares that leave nothing."""
@@ -43,46 +66,101 @@ class Csv:
 
     def load(self, seed: int) -> Data:
         """X [N, columns], y [N]."""
-        x, y, keys = self._table()
-        train, test = split(_columns(x, y, keys), self.test_fraction, seed)
-        if self.standardize:
-            mean, std = x[train].mean(0), x[train].std(0)
-            x = (x - mean) / torch.where(std > 0, std, 1)
-        return _data(Path(self.path).stem, self.kind, x, y, keys, train, test)
+        table = sheet.read(Path(self.path), self.decimal)
+        target = self.target or table.header[-1]
+        names, dropped, notes = self._columns(table, target)
+        x = torch.tensor(table.numbers(names), dtype=torch.float32)
+        y = understood(self.path, self._target(table, target), self.kind, self.classes)
+        keys = self._owners(table) if self.client else None
+        train, test = _split(x, y.y, keys, self.test_fraction, seed)
+        mean, deviation = x[train].mean(0), x[train].std(0)
+        mean, deviation = (
+            mean[: 0 if not self.standardize else None],
+            torch.where(deviation > 0, deviation, 1),
+        )
+        done = Preparation(
+            classes=y.classes,
+            columns=tuple(names),
+            target=target,
+            client=self.client,
+            dropped=tuple(dropped),
+            decimal=self.decimal,
+            mean=tuple(mean.tolist()),
+            deviation=tuple(deviation.tolist()) if self.standardize else (),
+            notes=(*notes, *y.notes),
+        )
+        return _data(Path(self.path).stem, standardised(x, done), y, keys, train, test, done)
 
-    def _table(self) -> tuple[Tensor, Tensor, list[str] | None]:
-        header, rows = _read(Path(self.path))
-        target = self.target or header[-1]
-        for role, column in (("target", target), ("client", self.client)):
-            if column and column not in header:
-                raise ConfigError(
-                    f"{self.path} has no {role} column {column!r}; it has {', '.join(header)}"
-                )
-        names = self.features(header)
-        if not names:
+    def _columns(self, table: Sheet, target: str) -> tuple[list[str], list[str], list[str]]:
+        """Features, columns that are left out, and what is to be said about them."""
+        header, notes = table.header, []
+        if table.separator != ",":
+            notes.append(f"columns are separated by {table.separator!r}")
+        for role, columns in (
+            ("target", [target]),
+            ("client", [self.client] if self.client else []),
+            ("feature", self.features),
+            ("dropped", self.drop),
+        ):
+            for column in columns:
+                if column not in header or not column:
+                    raise ConfigError(
+                        f"{self.path} has no {role} column {column!r}; it has {', '.join(header)}"
+                    )
+        index = [h for h in header[:1] if h in ("", INDEX) and h not in self.features]
+        left = [h for h in header if h != target and not (self.client and h == self.client)]
+        names = self.features or [h for h in left if h not in (*self.drop, *index)]
+        if not names or target in names or (self.client and self.client in names):
             raise ConfigError(f"{self.path} has no feature columns beside {target!r}")
-        x = torch.tensor(_numbers(self.path, header, rows, names), dtype=torch.float32)
-        y = torch.tensor(_numbers(self.path, header, rows, [target]), dtype=torch.float64)[:, 0]
-        return x, y, [row[header.index(self.client)] for _, row in rows] if self.client else None
+        for name in () if self.features else names:
+            if name.lower().removesuffix("_id").removesuffix(" id") in OWNERS and not self.client:
+                table.numbers([name])  # where they are none, that is the first thing to say
+                raise ConfigError(
+                    f"{self.path}: does column {name!r} say who holds a row? Then give --dataset.client "
+                    f"{name}; else leave it out with --dataset.drop {name}, or name every column to learn "
+                    "from with --dataset.features"
+                )
+            if _counts(table.column(name)):
+                notes.append(
+                    f"{name!r} counts the rows: if it is an index, give --dataset.drop {name}"
+                )
+        return names, [h for h in left if h not in names], notes
 
-    def features(self, header: Sequence[str]) -> list[str]:
-        """The columns that are neither target nor client."""
-        return [h for h in header if h not in (self.target or header[-1], self.client)]
+    def _target(self, table: Sheet, target: str) -> np.ndarray:
+        """Numbers, truth values, or names."""
+        written = table.column(target)
+        numbers = [table.number(v) for v in written]
+        if {v.lower() for v in written} <= {"true", "false"}:
+            return np.array([v.lower() == "true" for v in written])
+        names = [n for n, v in zip(numbers, written, strict=True) if n is None and v.isprintable()]
+        missing = any(v.lower() in sheet.MISSING for v in written)
+        if len(names) < len(written) or missing or self.kind == "regression":
+            return np.array(table.numbers([target]))[:, 0]
+        return np.array(written)
 
-    def unlabelled(self, path: Path, seed: int) -> Tensor:
-        """Features of another file with these columns, scaled as ``load`` scales: [N, columns]."""
-        header, _ = _read(Path(self.path))
-        names, (other, more) = self.features(header), _read(path)
-        if missing := [n for n in names if n not in other]:
+    def _owners(self, table: Sheet) -> list[str]:
+        owners = table.column(self.client)
+        if "" in owners:
+            line = table.lines[owners.index("")]
             raise ConfigError(
-                f"{path} has no column {missing[0]!r}, which the model was trained on"
+                f"{self.path}, line {line}: column {self.client!r} is empty: whose row is it?"
             )
-        x = torch.tensor(_numbers(str(path), other, more, names), dtype=torch.float32)
-        if self.standardize:
-            seen, y, keys = self._table()
-            seen = seen[split(_columns(seen, y, keys), self.test_fraction, seed)[0]]
-            x = (x - seen.mean(0)) / torch.where(seen.std(0) > 0, seen.std(0), 1)
+        return owners
+
+
+def standardised(x: Tensor, done: Preparation) -> Tensor:
+    """Features [N, columns] scaled as the training rows were, or as they are."""
+    if not done.mean:
         return x
+    return (x - torch.tensor(done.mean)) / torch.tensor(done.deviation)
+
+
+def unlabelled(path: Path, done: Preparation) -> Tensor:
+    """Features of another file with these columns, prepared in the same way: [N, columns]."""
+    table = sheet.read(path, done.decimal)
+    if missing := [n for n in done.columns if n not in table.header]:
+        raise ConfigError(f"{path} has no column {missing[0]!r}, which the model was trained on")
+    return standardised(torch.tensor(table.numbers(done.columns), dtype=torch.float32), done)
 
 
 @dataclass(frozen=True)
@@ -93,119 +171,81 @@ class Npz:
     """The file."""
     _: KW_ONLY
     kind: str = "auto"
-    """classification, binary, regression, or auto: classes when y is 0, 1, 2, ..."""
+    """classification, binary, regression, or auto: asked for where whole numbers could be either."""
     test_fraction: float = 0.2
-    """Share kept for the central test where there is no x_test."""
+    """Share kept for the central test where there is no x_test; 0: none."""
+    scale: float | None = None
+    """What x is divided by; none: 255 for images of uint8, 65535 of uint16, else 1."""
+    channels_last: bool | None = None
+    """Whether images are [N, rows, columns, channels]; none: asked for where they seem to be."""
+    classes: list[str] = field(default_factory=list)
+    """Names of the classes in order, where files of several sites must agree; none: sorted."""
 
     def __post_init__(self) -> None:
-        """Refuse shares that leave nothing."""
-        check(self, "dataset", test_fraction=SHARE)
+        """Refuse shares that leave nothing, and scales that are none."""
+        check(self, "dataset", test_fraction=SHARE, scale=POSITIVE)
 
     def load(self, seed: int) -> Data:
-        """X [N, ...] as float32 (integers of a vocabulary stay integers), y [N]."""
+        """X [N, ...] as float32 (int64 stays: numbers of a vocabulary), y [N]."""
         arrays = _arrays(self.path)
-        x, y = _inputs(self.path, arrays, "x"), _targets(self.path, arrays, "y")
-        keys = [str(k) for k in arrays["client"]] if "client" in arrays else None
-        _same_rows(self.path, x=len(x), y=len(y), client=len(keys) if keys else len(x))
-        if "x_test" in arrays:
-            x_test = _inputs(self.path, arrays, "x_test")
-            y_test = _targets(self.path, arrays, "y_test")
+        x, y = _rows(self.path, arrays, "x"), _rows(self.path, arrays, "y", "biufUS")
+        keys = _owners(self.path, arrays["client"]) if "client" in arrays else None
+        _same_rows(self.path, x=len(x), y=len(y), client=len(keys) if keys is not None else len(x))
+        own = "x_test" in arrays or "y_test" in arrays
+        n = len(x)
+        if own:
+            x_test, y_test = (
+                _rows(self.path, arrays, "x_test"),
+                _rows(self.path, arrays, "y_test", "biufUS"),
+            )
             _same_rows(self.path, x_test=len(x_test), y_test=len(y_test))
             if x_test.shape[1:] != x.shape[1:] or y_test.shape[1:] != y.shape[1:]:
                 raise ConfigError(f"{self.path}: x_test and y_test must have the shape of x and y")
-            train, test = torch.arange(len(x)), torch.arange(len(x), len(x) + len(x_test))
-            x, y = torch.cat([x, x_test]), torch.cat([y, y_test])
+            if x_test.dtype != x.dtype:
+                raise ConfigError(f"{self.path}: x is {x.dtype} but x_test {x_test.dtype}")
+            x, y = np.concatenate([x, x_test]), np.concatenate([y, y_test])
+        y = np.char.decode(y, "utf-8") if y.dtype.kind == "S" else y
+        given, done = inputs(self.path, x, self.scale, self.channels_last)
+        found = understood(self.path, y, self.kind, self.classes)
+        if own:
+            train, test = torch.arange(n), torch.arange(n, len(x))
         else:
-            train, test = split(_columns(x, y, keys), self.test_fraction, seed)
-        return _data(Path(self.path).stem, self.kind, x, y, keys, train, test)
+            train, test = _split(given, found.y, keys, self.test_fraction, seed)
+        done = replace(done, classes=found.classes, notes=(*done.notes, *found.notes))
+        return _data(Path(self.path).stem, given, found, keys, train, test, done)
+
+
+def _split(
+    x: Tensor, y: Tensor, keys: list[str] | None, fraction: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    columns: list[Tensor | Sequence[str]] = [x, y, keys] if keys else [x, y]
+    return split(columns, fraction, seed)
 
 
 def _data(
     name: str,
-    kind: str,
     x: Tensor,
-    y: Tensor,
+    y: Targets,
     keys: list[str] | None,
     train: Tensor,
     test: Tensor,
+    done: Preparation,
 ) -> Data:
-    if not (bool(torch.isfinite(x.double()).all()) and bool(torch.isfinite(y).all())):
+    if not bool(torch.isfinite(x.double()).all()):
         raise ConfigError(f"{name} has NaN or infinite values; fill or drop those rows first")
-    values = y.unique()
-    classes = len(values)
-    counting = y.dim() == 1 and bool((values == torch.arange(classes)).all())
-    if kind == "auto":
-        kind = "classification" if counting and classes <= MOST_CLASSES else "regression"
-    if kind not in ("classification", "binary", "regression"):
-        raise ConfigError(
-            f"dataset.kind must be auto, classification, binary or regression, not {kind!r}"
-        )
-    if kind == "classification" and not counting:
-        raise ConfigError(
-            f"{name}: class labels must be 0, 1, ..., but the target has {values[:5].tolist()} ..."
-        )
-    if kind == "binary" and not set(values.tolist()) <= {0.0, 1.0}:
-        raise ConfigError(f"{name}: a binary target must be 0 or 1, not {values[:5].tolist()} ...")
-    y = y.long() if kind == "classification" else y.float()
-    outputs = classes if kind == "classification" else y[0].numel()
     owners = [keys[i] for i in train.tolist()] if keys else None
-    return from_tensors(name, (x[train], y[train]), (x[test], y[test]), kind, outputs, owners)
+    facts = {"num_outputs": y.outputs, "out_features": y.outputs} if y.kind == "binary" else {}
+    return from_tensors(
+        name, (x[train], y.y[train]), (x[test], y.y[test]), y.kind, y.outputs, owners, done, **facts
+    )
 
 
-def _columns(x: Tensor, y: Tensor, keys: list[str] | None) -> list[Tensor | Sequence[str]]:
-    return [x, y, keys] if keys else [x, y]
-
-
-Rows = list[tuple[int, list[str]]]
-"""Line of the file, and its values."""
-
-
-def _read(path: Path) -> tuple[list[str], Rows]:
-    try:
-        # utf-8-sig: spreadsheets write a byte order mark that would be part of the first name
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            table = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise ConfigError(f"dataset.path must be a CSV file: {e}") from e
-    if not table:
-        raise ConfigError(f"{path} is empty")
-    (_, header), *rows = table
-    twice = [h for h, n in Counter(header).items() if n > 1]
-    if twice:
-        raise ConfigError(f"{path} names column {twice[0]!r} twice")
-    if not rows:
-        raise ConfigError(f"{path} has a header but no rows")
-    for line, row in rows:
-        if len(row) != len(header):
-            raise ConfigError(
-                f"{path}, line {line}: {len(row)} values, but the header names {len(header)}; "
-                "the file may be cut short"
-            )
-    return header, rows
-
-
-def _numbers(path: str, header: list[str], rows: Rows, columns: list[str]) -> list[list[float]]:
-    at = [header.index(c) for c in columns]
-    table = []
-    for line, row in rows:
-        try:
-            table.append([float(row[j]) for j in at])
-        except ValueError:
-            bad = next(c for c, j in zip(columns, at, strict=True) if not _is_number(row[j]))
-            raise ConfigError(
-                f"{path}, line {line}: column {bad!r} holds {row[header.index(bad)]!r}, not a "
-                "number; encode or drop it, or name it as dataset.client"
-            ) from None
-    return table
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
+def _counts(column: list[str]) -> bool:
+    """Whether whole numbers go up by one from row to row."""
+    if len(column) < 3 or not all(v.isascii() and v.isdigit() and len(v) < 16 for v in column):
         return False
-    return True
+    first = int(column[0])
+    return all(int(v) == first + i for i, v in enumerate(column))
 
 
 def _arrays(path: str) -> dict[str, np.ndarray]:
@@ -223,23 +263,27 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
         raise ConfigError(f"{path!r} cannot be read as an NPZ file: {e}") from e
 
 
-def _inputs(path: str, arrays: dict[str, np.ndarray], name: str) -> Tensor:
-    array = _rows(path, arrays, name)
-    return torch.from_numpy(array if array.dtype == np.int64 else array.astype(np.float32))
+def _owners(path: str, owners: np.ndarray) -> list[str]:
+    if owners.ndim != 1 or owners.dtype.kind not in "biuUS":
+        raise ConfigError(
+            f"{path}: array 'client' must hold a name or whole number for each example, [N], not "
+            f"{owners.dtype} {list(owners.shape)}"
+        )
+    return [
+        v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in owners.tolist()
+    ]
 
 
-def _targets(path: str, arrays: dict[str, np.ndarray], name: str) -> Tensor:
-    return torch.from_numpy(_rows(path, arrays, name).astype(np.float64))
-
-
-def _rows(path: str, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+def _rows(path: str, arrays: dict[str, np.ndarray], name: str, kinds: str = "biuf") -> np.ndarray:
     if name not in arrays:
         raise ConfigError(f"{path} has no array {name!r}; it has {', '.join(arrays) or 'none'}")
     array = arrays[name]
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in kinds:
         raise ConfigError(f"{path}: array {name!r} must hold numbers, not {array.dtype}")
-    if array.ndim == 0 or len(array) == 0:
-        raise ConfigError(f"{path}: array {name!r} must have a row for each example")
+    if array.ndim == 0 or len(array) == 0 or array[0].size == 0:
+        raise ConfigError(
+            f"{path}: array {name!r} must have a row for each example, not {list(array.shape)}"
+        )
     return array
 
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from fedtorch import checkpoint, cli, disk, folders, runs, seeds
 from fedtorch.console import Report, StopSignal
+from fedtorch.data import Data, prepared
 from fedtorch.data.base import facts_of
 from fedtorch.evaluate import evaluate
 from fedtorch.folders import Folder
@@ -171,7 +174,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         most_examples=config.most_examples,
     )
     clients = remotes(config.sites)
-    test = config.dataset.load(config.seed).test if config.dataset is not None else None
+    test = own_test(config)
     metric = DEFAULTS[config.kind][1]
     metrics = {"loss": LOSSES[plan.loss], metric: METRICS[metric]}
     server = Server(
@@ -220,6 +223,15 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
     }
     write_results(report, folder, summary, server)
     return summary
+
+
+def own_test(config: ServeConfig) -> Dataset | None:
+    """The server's own test data, where it has some: its classes are those of all sites."""
+    if config.dataset is None:
+        return None
+    data: Data = config.dataset.load(config.seed)
+    prepared.agreed(data, config.dataset)
+    return data.test
 
 
 def over(server: Server, config: ServeConfig, stop: StopSignal) -> bool:

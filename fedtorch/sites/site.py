@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fedtorch import zoo
 from fedtorch.client import Client
-from fedtorch.data import Csv
+from fedtorch.data import Csv, prepared
 from fedtorch.data.base import Data
 from fedtorch.engines import Local, messages, wire
 from fedtorch.engines.messages import Outcome
@@ -86,6 +86,8 @@ class Site:
         """Read the data and what an earlier process of this site has left."""
         self.config = config
         self.data: Data = config.dataset.load(0)
+        prepared.agreed(self.data, config.dataset)
+        log.info("%s", prepared.said(self.data))
         self.client = Client(config.name, self.data.train)
         self.folder = Path(config.state)
         try:

@@ -1,0 +1,151 @@
+"""What was made of the data before training: said in one line, kept with the run, done again to predict.
+
+``data.json`` in the run folder holds it, with a fingerprint of the data. It is for the owner alone (0600):
+a digest of private data says whether a guess of them is right.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtorch import disk
+from fedtorch.data.base import Data, Preparation
+from fedtorch.data.content import fingerprint
+from fedtorch.types import ConfigError
+
+FILE = "data.json"
+FORMAT = "fedtorch data 1"
+MOST_NAMES = 12
+"""Names that a line shows of many."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that a trained model needs of its data, and how to know the data again."""
+
+    name: str
+    kind: str
+    outputs: int
+    facts: dict[str, Any]
+    """What the model was built from; plain values alone, see ``missing``."""
+    preparation: Preparation
+    missing: tuple[str, ...] = ()
+    """Facts of a custom dataset that are no plain values: only loading the data gives them again."""
+    train: str = ""
+    """Fingerprint of the training examples."""
+    test: str = ""
+    """Fingerprint of the central test."""
+    sizes: tuple[int, ...] = field(default=(0, 0))
+    """Training and test examples."""
+
+    @classmethod
+    def of(cls, data: Data) -> "Prepared":
+        """What there is to keep of loaded data."""
+        plain = {k: v for k, v in data.facts.items() if _plain(v)}
+        return cls(
+            data.name,
+            data.kind,
+            data.outputs,
+            plain,
+            data.preparation,
+            tuple(k for k in data.facts if k not in plain),
+            fingerprint(data.train),
+            fingerprint(data.test),
+            (len(data.train), len(data.test)),  # type: ignore[arg-type]
+        )
+
+    def same(self, other: "Prepared") -> bool:
+        """Whether the data are the same, example by example, and prepared alike."""
+        return (self.train, self.test, self.preparation) == (
+            other.train,
+            other.test,
+            other.preparation,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write ``data.json`` whole or not at all, for the owner's eyes."""
+        try:
+            with disk.whole(folder / FILE, private=True) as file:
+                file.write(json.dumps({"format": FORMAT, **asdict(self)}, indent=2).encode())
+        except OSError as e:
+            raise ConfigError(f"{folder / FILE} cannot be written: {e.strerror}") from e
+
+
+def load(folder: Path) -> Prepared | None:
+    """What a run kept of its data; None: it was made before that. ConfigError where it is damaged."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table.pop("format") != FORMAT:
+            raise ValueError("another version wrote it")
+        table = {k: _tuples(v) for k, v in table.items()}
+        table["facts"] = {str(k): _tuples(v) for k, v in table["facts"].items()}
+        steps = {k: _tuples(v) for k, v in table.pop("preparation").items()}
+        return Prepared(preparation=Preparation(**steps), **table)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise ConfigError(f"{path} is damaged: {e}") from e
+
+
+def resumed(folder: Path, data: Data) -> None:
+    """Raises ConfigError unless ``data`` are those the run in ``folder`` was trained on so far."""
+    kept = load(folder)
+    if kept is not None and not kept.same(now := Prepared.of(data)):
+        raise ConfigError(
+            f"the run in {folder} was trained on other data ({kept.sizes[0]} training and "
+            f"{kept.sizes[1]} test examples then, {now.sizes[0]} and {now.sizes[1]} now, or other "
+            "contents): a resumed run needs the same; a custom dataset must draw its random numbers from "
+            "torch's, NumPy's or Python's global generators, which the seed decides, or from its own seeds"
+        )
+
+
+def agreed(data: Data, dataset: Any) -> None:
+    """Raises ConfigError where classes were numbered by this file alone, which others do not have."""
+    if data.preparation.classes and not getattr(dataset, "classes", None):
+        names = ",".join(str(c) for c in data.preparation.classes)
+        raise ConfigError(
+            f"{data.name}: its classes ({names}) would be numbered by what is in this file alone, and "
+            f"sites must agree: give every site the same --dataset.classes, such as {names}"
+        )
+
+
+def said(data: Data) -> str:
+    """The one line that says what the data were taken for."""
+    p = data.preparation
+    classes = f" ({_some([*p.classes] or [f'0 to {data.outputs - 1}'])})"
+    task = {
+        "classification": f"classification into {data.outputs} classes{classes}",
+        "binary": "yes or no (one logit each)" + (classes if p.classes else ""),
+        "regression": f"regression of {data.outputs} numbers" if data.outputs > 1 else "regression",
+    }[data.kind]
+    shape = "x".join(map(str, data.facts.get("input_shape", ()))) or "of their own kind"
+    scaled = f"divided by {p.scale:g}" if p.scale != 1 else "taken as they are"
+    scaled = "scaled to mean 0 and deviation 1" if p.mean else scaled
+    parts = [f"data: {task}", f"inputs {shape} {scaled}"]
+    if p.columns:
+        parts.append(f"features {_some(p.columns)}")
+        parts.append(f"target {p.target}")
+        parts.append(f"clients by {p.client}" if p.client else "no column names clients")
+    else:
+        parts.append("the data name clients" if data.keys else "the data name no clients")
+    if p.dropped:
+        parts.append(f"left out {_some([d or '(a column without a name)' for d in p.dropped])}")
+    return "; ".join([*parts, *p.notes])
+
+
+def _some(names: Sequence[Any]) -> str:
+    shown = ", ".join(str(n)[:30] for n in names[:MOST_NAMES])
+    return f"{shown}, ... {len(names)} in all" if len(names) > MOST_NAMES else shown
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_plain(v) for v in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
