@@ -102,7 +102,7 @@ def dots(v: Tensor) -> Tensor:
     # a dot product reads each number once and writes none: half the time of vector_norm. One call for all
     # rows is slower on long ones, and much faster on the short ones of a bias
     rows = _rows(v)
-    if rows.shape[1] < SHORT or not len(rows):
+    if rows.shape[1] < SHORT:
         return cast(Tensor, torch.linalg.vecdot(rows, rows))
     return torch.stack([r.dot(r) for r in rows])
 
