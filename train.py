@@ -133,8 +133,9 @@ FREE_ON_RESUME = {
     "eval_every",
     "threads",
     "tracking",
+    "engine",
 }
-"""Options a resumed run may change; any other would make it a different run."""
+"""Options a resumed run may change; any other would make it a different run. Engines draw the same."""
 
 LEDGER = "ledger.jsonl"
 """What the privacy budget was spent on, in the run folder: written before anything is released."""
@@ -185,6 +186,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         engine=config.engine,
         seed=config.seed,
     )
+    runs.savable(model)
     if data.kind == "classification":
         probe.classes_fit(model, data)
     if whole := probe.metrics_fit(model, data.test, metrics):

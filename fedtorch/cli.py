@@ -8,6 +8,7 @@ options are that class's constructor arguments. jsonargparse checks and converts
 import dataclasses
 import importlib
 import inspect
+import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -131,8 +132,8 @@ def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
     args: Table = {}
     plain: Table = {}
     takes = inspect.signature(cls).parameters
-    for key, value in table.items():
-        full = f"{where}.{key}" if where else key
+    for key, given in table.items():
+        full, value = f"{where}.{key}" if where else key, home(given)
         if key not in takes:
             known = ", ".join(takes) or "none"
             label = f"{where} {getattr(cls, '__name__', cls)}" if where else "the config"
@@ -143,13 +144,19 @@ def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
             name, options = _named(value)
             if name is not None:
                 args[key] = str(name)
-            plain[f"{key}_args"] = {k: _literal(v) for k, v in options.items()}
+            plain[f"{key}_args"] = {k: _literal(home(v)) for k, v in options.items()}
         elif takes[key].annotation == list[str] and isinstance(value, str):
             plain[key] = value.split(",")
         else:
             plain[key] = value
     skip = {k for k in takes if (f"{where}.{k}" if where else k) in CHOICES or k in FREE}
     return cls(**_checked(cls, plain, skip, where), **args)
+
+
+def home(value: Any) -> Any:
+    """A path with the home folder in place of ``~``, which no shell expands in a file or after ``=``."""
+    at_home = isinstance(value, str) and (value == "~" or value.startswith(("~/", "~\\")))
+    return os.path.expanduser(value) if at_home else value
 
 
 def choose(choice: str, value: Any) -> Any:

@@ -93,6 +93,13 @@ def as_dataset(data: Dataset | tuple[Tensor, ...], owner: str) -> Dataset:
         if len(set(sizes)) != 1:
             raise ConfigError(f"{owner}: tensors of different lengths {sizes}")
         data = TensorDataset(*data)
+    if type(data) is TensorDataset and any(t.requires_grad for t in data.tensors):
+        if not all(t.is_leaf for t in data.tensors):
+            raise ConfigError(
+                f"{owner}: its data requires grad, and what it was computed from is not trained here: give "
+                "x.detach()"
+            )
+        data = TensorDataset(*(t.detach() for t in data.tensors))  # nothing asks for its gradient
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
         raise ConfigError(
             f"{owner}: {type(data).__name__} is not map-style (it needs __len__ and __getitem__)"

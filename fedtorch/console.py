@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -111,7 +112,9 @@ class StopSignal:
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        """Take over both signals."""
+        """Take over both signals; in a thread that is not the main one Python lets nobody do so."""
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in (signal.SIGINT, signal.SIGTERM):
             self.before[number] = signal.signal(number, self.on_signal)
         return self

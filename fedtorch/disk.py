@@ -46,11 +46,10 @@ def replace(path: Path, text: str) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make new names in a folder last: a file's name is on disk only once its folder is."""
-    if (
-        os.name == "nt"
-    ):  # no folder can be opened there; its file system keeps a log of names itself
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folder; its file system keeps a log of names itself
         return
-    number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
     finally:

@@ -111,8 +111,13 @@ def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -
         x, y = to(fetch(client.data, index), device)
     except Exception as e:
         raise ConfigError(
-            f"client {client.id}: a dataset must give (x, y) pairs, but taking a batch failed: {e}"
+            f"client {client.id}: a dataset must give (x, y) pairs, but taking a batch failed: {_first(e)}"
         ) from e
+    if any(t.requires_grad for t in leaves((x, y))):
+        raise ConfigError(
+            f"client {client.id}: its dataset gives tensors that require grad, and what made them is not "
+            "trained here: give them detached, x.detach()"
+        )
     try:
         output = forward(model, x)
     except Exception as e:

@@ -31,6 +31,9 @@ SUMMED = ("config.toml", "metrics.jsonl", MODEL, "summary.json", "privacy.json",
 EVENTS = ".fedtorch"
 """Ends the name of every event file of ours; files of others are never touched."""
 
+EXTRA = "extra_state"
+"""In the model file's metadata: what ``get_extra_state`` of its modules gave, as JSON."""
+
 
 def create(folder: Path) -> None:
     """Make the folder; raises ConfigError when another run is in it or it cannot be made."""
@@ -97,15 +100,40 @@ def write_model(folder: Path, model: nn.Module) -> None:
 
     Raises ConfigError when it cannot be written: the run is not lost while it has a checkpoint.
     """
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    whole = model.state_dict()
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in tensors(whole).items()}
+    extra = {k: v for k, v in whole.items() if k not in state}
     try:
         with disk.whole(folder / MODEL) as file:
-            file.write(save(state, {"sha256": digest(state)}))
+            told = {EXTRA: json.dumps(extra)} if extra else {}
+            file.write(save(state, {"sha256": digest(state), **told}))
     except (OSError, SafetensorError) as e:
         raise ConfigError(
             f"the trained model cannot be written to {folder} ({getattr(e, 'strerror', None) or e}): "
             f"make room, then fedtorch train --run-dir {folder} --resume"
         ) from e
+
+
+def savable(model: nn.Module) -> None:
+    """Raises ConfigError naming what ``write_model`` could not save, before anything is trained."""
+    for name, value in model.state_dict().items():
+        where = f"{name} of model {type(model).__name__}"
+        try:
+            if isinstance(value, Tensor):
+                save({name: torch.empty(0, dtype=value.dtype)})
+            elif json.loads(json.dumps(value)) != value:
+                raise ValueError("it does not come back as it was")
+        except Exception as e:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(
+                f"{where} is {kind}, which a model file cannot hold ({e}): a state_dict may hold tensors "
+                "and, as extra state, what JSON can"
+            ) from e
+
+
+def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of a ``state_dict``; the rest is a module's extra state."""
+    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
 
 
 def write_json(path: Path, table: dict[str, Any]) -> None:
@@ -126,12 +154,18 @@ def read_model(folder: Path, model: nn.Module) -> None:
     try:
         state = load_file(path)
         with safe_open(path, "pt") as file:
-            known = (file.metadata() or {}).get("sha256")
-        if known != digest(state):
-            why = "its numbers do not match its digest" if known else "it carries no digest"
+            told = file.metadata() or {}
+        if told.get("sha256") != digest(state):
+            why = (
+                "its numbers do not match its digest"
+                if "sha256" in told
+                else "it carries no digest"
+            )
             raise ConfigError(f"{path} is damaged or of another version: {why}")
-        model.load_state_dict(state)
-    except (SafetensorError, RuntimeError, OSError) as e:
+        model.load_state_dict(state | json.loads(told.get(EXTRA, "{}")))
+    except ConfigError:
+        raise
+    except (SafetensorError, RuntimeError, OSError, ValueError) as e:
         raise ConfigError(f"{path} cannot be used: {str(e).splitlines()[0]}") from e
 
 

@@ -37,8 +37,8 @@ class Task:
 
     @cached_property
     def exact(self) -> Params:
-        """The state in float64, converted once for all clients of the round."""
-        return {k: v.double() for k, v in self.state.items()}
+        """The state in float64, converted once for all clients of the round; not what is complex."""
+        return {k: v if v.is_complex() else v.double() for k, v in self.state.items()}
 
 
 @dataclass(frozen=True)

@@ -264,3 +264,15 @@ def test_free_options_keep_their_type(text, value):
 def test_a_config_may_name_a_partition_with_options(tmp_path):
     Path(tmp_path / "c.toml").write_text('partition = { name = "dirichlet", alpha = 0.2 }')
     assert parse("--config", str(tmp_path / "c.toml")).partition == Dirichlet(alpha=0.2)
+
+
+def test_a_tilde_is_the_home_folder_also_where_no_shell_sees_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    file = tmp_path / "run.toml"
+    file.write_text('run_dir = "~/runs/a"\n[dataset]\nname = "csv"\npath = "~/t.csv"\n')
+    config = cli.parse(train_module().Config, ["--config", str(file), "--model=~/m.py:Net"])
+    assert config.run_dir == "/home/somebody/runs/a"
+    assert config.dataset.path == "/home/somebody/t.csv"
+    assert config.model == "/home/somebody/m.py:Net"
+    assert cli.home("~") == "/home/somebody"
+    assert cli.home("a~/b") == "a~/b"

@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from conftest import make_clients, mlp
-from fedtorch import Client, ClientOptimizer, ConfigError, Recipe, local_update
+from fedtorch import Client, ClientOptimizer, ConfigError, Recipe, Server, local_update
 from fedtorch.client import as_dataset
 from fedtorch.solvers import snapshot
 from fedtorch.types import ClientError, Task
@@ -101,3 +101,16 @@ def test_repr_shows_no_data():
 def test_recipes_that_cannot_train_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         Recipe(**options)
+
+
+def test_data_that_requires_grad_is_taken_as_numbers_or_refused():
+    x, y = torch.randn(6, 3), torch.randint(0, 2, (6,))
+    leaf = x.clone().requires_grad_()
+    data = as_dataset((leaf, y), "client a")
+    assert not data[0][0].requires_grad
+    for tensors in ((nn.Linear(3, 3)(x), y), torch.utils.data.TensorDataset(leaf * 2, y)):
+        with pytest.raises(ConfigError, match="client a: its data requires grad"):
+            as_dataset(tensors, "client a")
+    single = torch.utils.data.StackDataset(leaf * 2, y)
+    with pytest.raises(ConfigError, match=r"client a: its dataset gives tensors that require grad"):
+        Server(nn.Linear(3, 2), [Client("a", single)])

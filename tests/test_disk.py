@@ -39,7 +39,6 @@ def test_where_folders_cannot_be_opened_nothing_is_tried(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "open", refused)
-    monkeypatch.setattr(os, "name", "nt")
     disk.sync_folder(tmp_path)
 
 

@@ -300,3 +300,61 @@ def test_closing_leaves_no_process():
     server.close()
     server.close()
     assert not any(alive(p) for p in pids)
+
+
+class Phases(nn.Linear):
+    """Buffers of many kinds."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 4)
+        self.register_buffer("phase", torch.ones(6, dtype=torch.complex64))
+        self.register_buffer("wide", torch.ones(3, dtype=torch.complex128))
+        self.register_buffer("mask", torch.ones(6, dtype=torch.bool))
+        self.register_buffer("none", torch.zeros(0))
+        self.register_buffer("brain", torch.ones(6, dtype=torch.bfloat16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward((x * self.phase).real * self.mask)
+
+
+def test_buffers_of_many_kinds_cross_over_and_others_are_refused_by_name():
+    model = Phases()
+    server = Server(model, clients()[:2], engine=Processes(workers=1))
+    try:
+        assert server.round()["clients"] == 2
+    finally:
+        server.close()
+    assert bool((model.phase == 1).all())
+    model.register_buffer("odd", torch.ones(2).to(torch.float8_e5m2))
+    with pytest.raises(ConfigError, match=r"odd .* is torch\.float8_e5m2, which cannot be sent"):
+        Server(model, clients()[:2], engine=Processes(workers=1))
+
+
+def test_a_script_from_standard_input_may_use_workers():
+    script = """
+        import torch
+        from torch import nn
+        from fedtorch import Client, Server
+        from fedtorch.engines import Processes
+        x = torch.randn(8, 4)
+        client = Client("a", (x, (x.sum(1) > 0).long()))
+        server = Server(nn.Linear(4, 2), [client], engine=Processes(workers=1))
+        print(server.round()["clients"])
+        server.close()
+        class Own(nn.Linear): pass
+        try:
+            Server(Own(4, 2), [client], engine=Processes(workers=1))
+        except ValueError as e:
+            print(e)
+    """
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=textwrap.dedent(script),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = done.stdout.splitlines()
+    assert first == "1"
+    assert "'Own'" in second
+    assert "of standard input they cannot" in second

@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -308,3 +309,27 @@ def test_folders_that_cannot_be_are_one_sentence(fedtorch, folder):
     quick = ["train", "--privacy", "none", "--model", "logistic", "--rounds", "1"]
     code, _, err = fedtorch(*quick, "--run-dir", folder)
     assert code == 2 and err.count("\n") == 1 and "cannot be written" in err
+
+
+def test_a_thread_that_is_not_the_main_one_may_train(fedtorch):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(fedtorch(*SMALL, "--tracking", "none")))
+    thread.start()
+    thread.join()
+    assert [(code, err) for code, _, err in codes] == [(0, "")]
+
+
+def test_what_an_accelerator_trained_is_used_and_continued_without_one(fedtorch):
+    assert fedtorch(*SMALL, "--tracking", "none")[0] == 0
+    config = Path("run/config.toml")
+    config.write_text(config.read_text().replace('device = "cpu"', 'device = "cuda:77"'))
+    np.save("x.npy", np.zeros((2, 1, 8, 8), np.float32))
+    assert fedtorch("eval", "run")[0] == 0
+    assert fedtorch("predict", "run", "x.npy")[0] == 0
+    resume = ("train", "--run-dir", "run", "--resume", "--rounds", "3")
+    code, _, err = fedtorch(*resume)
+    assert code == 2
+    assert "engine.device 'cuda:77' cannot be used here" in err
+    assert "engine.device cpu trains anywhere" in err
+    code, _, err = fedtorch(*resume, "--engine.device", "cpu")
+    assert (code, err) == (0, "")

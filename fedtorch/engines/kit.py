@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from fedtorch.client import Client, Recipe
 from fedtorch.engines import wire
 from fedtorch.engines.messages import Memory, Outcome
-from fedtorch.solvers import Solver
+from fedtorch.solvers import Solver, snapshot
 from fedtorch.types import ConfigError, Params, Task
 from fedtorch.visit import local_update
 
@@ -59,6 +59,20 @@ def pack(
         for k, c in enumerate(clients)
         if isinstance(c.data, TensorDataset)
     }
+    odd = [
+        (n, t.dtype)
+        for n, t in (
+            *snapshot(model).items(),
+            *(row for table in tables.values() for row in table.items()),
+        )
+        if t.dtype not in wire.DTYPES.values()
+    ]
+    if odd:
+        name, dtype = odd[0]
+        raise ConfigError(
+            f"{name} (of the model, or of a client's data) is {dtype}, which cannot be sent to a worker "
+            "process: convert it, or use engine local"
+        )
     parts = {
         f"model {type(model).__name__}": model,
         "the recipe (strategy, loss, optimizer)": recipe,
@@ -68,9 +82,10 @@ def pack(
         try:
             dumps(part)
         except Exception as e:
+            why = str(e).partition("\n")[0]
             raise ConfigError(
-                f"{what} cannot be sent to a worker process: {e}; define its classes and functions "
-                "at the top level of a module, or use engine local"
+                f"{what} cannot be sent to a worker process: {why}; define its classes and functions at "
+                "the top level of a module, or use engine local"
             ) from e
     body = pickle.dumps((_loose_modules(model, recipe), dumps((model, recipe, bare, solver))))
     return body, wire.pack(wire.Message("data", groups=tables))

@@ -29,15 +29,12 @@ class Local:
     """float32, or bf16 for large products and convolutions; weights and steps stay float32."""
 
     def __post_init__(self) -> None:
-        """Refuse a chunk of nobody and a device that is not here."""
+        """Refuse a chunk of nobody."""
         check(self, "engine", chunk=COUNT)
-        try:
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as e:
-            raise ConfigError(f"engine.device {self.device!r} cannot be used here: {e}") from e
 
     def open(self, model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> "LocalSession":
         """Try one batch and choose how to train."""
+        usable(self.device)
         worker = copied(model).to(self.device)
         changes = probe.fits(worker, clients, recipe)
         probe.single(worker, clients, recipe)
@@ -47,6 +44,17 @@ class Local:
         session = LocalSession(worker, by_id, choice.recipe, choice, choice.notes)
         session.restore({})  # memory of an earlier run would poison this one
         return session
+
+
+def usable(device: str) -> None:
+    """Raises ConfigError where there is no such device; a run's options can be read all the same."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(
+            f"engine.device {device!r} cannot be used here: {str(e).splitlines()[0]}; engine.device cpu "
+            "trains anywhere"
+        ) from e
 
 
 @dataclass

@@ -6,10 +6,12 @@ dies takes nothing with it.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from fedtorch.client import Client, Recipe
 from fedtorch.engines import kit, pool, wire
 from fedtorch.engines.board import Job
-from fedtorch.engines.local import LocalSession
+from fedtorch.engines.local import LocalSession, usable
 from fedtorch.engines.messages import read_outcome, task_message
 from fedtorch.engines.worker import serve
 from fedtorch.options import COUNT, check
@@ -61,6 +63,7 @@ class Processes:
         self, model: nn.Module, clients: Sequence[Client], recipe: Recipe
     ) -> "ProcessesSession":
         """Check that these fit together, then start the workers."""
+        usable(self.device)
         devices = self.devices()
         own = pool.options(self.chunk, devices[0], self.solver, self.dtype)
         local, body, block = pool.prepare(own, model, clients, recipe, shared)
@@ -166,7 +169,8 @@ class Worker:
         self.process = context.Process(
             target=serve, args=(theirs, body, block, device), daemon=True, name="fedtorch worker"
         )
-        self.process.start()
+        with nameless_main():
+            self.process.start()
         theirs.close()  # so that the pipe ends when the worker does
 
     def wait_ready(self) -> None:
@@ -181,7 +185,8 @@ class Worker:
         why = word[1] if word[0] == "broken" else f"exit code {code}"
         raise ConfigError(
             f"a worker process could not start ({why}); a script that uses engine processes needs "
-            "its work under `if __name__ == '__main__':`, and its classes in a module workers can import"
+            "its work under `if __name__ == '__main__':`, and its classes in a module workers can import "
+            "(those of a notebook, of a prompt or of standard input they cannot), or engine local"
         )
 
     def give(self, job: Job, inbox: Tensor, task_size: int) -> None:
@@ -226,6 +231,21 @@ def fresh_interpreters() -> Any:
     # the first optimizer step imports torch._dynamo; where that name is gone, Python skips it
     context.set_forkserver_preload(["fedtorch.engines.worker", "torch._dynamo"])
     return context
+
+
+@contextmanager
+def nameless_main() -> Iterator[None]:
+    """A script that came over standard input has no file that a new process could read: there is none."""
+    main = sys.modules["__main__"]
+    path = getattr(main, "__file__", None)
+    if path is None or Path(path).exists():
+        yield
+        return
+    del main.__file__
+    try:
+        yield
+    finally:
+        main.__file__ = path
 
 
 def shared(size: int) -> Tensor:

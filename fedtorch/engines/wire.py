@@ -26,6 +26,7 @@ DTYPES = {
     for d in (
         torch.float64, torch.float32, torch.float16, torch.bfloat16,
         torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+        torch.complex128, torch.complex64,
     )
 }  # fmt: skip
 AXES = 16
@@ -206,6 +207,8 @@ def _tensor(raw: Tensor, dtype: torch.dtype, shape: list[int]) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     if dtype is torch.bool and int(raw.max()) > 1:
         raise MessageError("a truth value is neither 0 nor 1")
+    if dtype.is_complex:  # a complex128 would have to start at a multiple of 16
+        return torch.view_as_complex(raw.view(dtype.to_real()).view(*shape, 2))
     return raw.view(dtype).view(shape)
 
 
