@@ -57,23 +57,23 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[str | None]:
+def locked(folder: Path, option: str = "--run-dir") -> Iterator[str | None]:
     """Hold a folder for this process until the end of the block; the lock dies with the process.
 
-    Gives None, or a sentence where the file system has no locks. Raises ConfigError when another process
-    holds the folder, or when nothing can be written there.
+    ``option`` is what names it. Gives None, or a sentence where the file system has no locks. Raises
+    ConfigError when another process holds the folder, or when nothing can be written there.
     """
     try:
         file = (folder / LOCK).open("ab")
     except OSError as e:
-        raise ConfigError(f"run folder {folder} cannot be written: {e.strerror}") from e
+        raise ConfigError(f"folder {folder} cannot be written: {e.strerror}") from e
     with file:
         try:
             _take(file.fileno())
         except (BlockingIOError, PermissionError) as e:
             raise ConfigError(
                 f"{folder} is in use by another process: wait until that one ends, or choose another "
-                "--run-dir"
+                f"{option}"
             ) from e
         except OSError as e:
             yield f"{folder} cannot be locked ({e.strerror}): see to it that no second process writes it"

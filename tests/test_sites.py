@@ -19,10 +19,12 @@ from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.sites import keys, plan
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.engine import Sites, remotes
+from fedtorch.sites.limits import accept
+from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.reports import expected
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.sites.serve import calibrated
-from fedtorch.sites.site import Site, SiteConfig
+from fedtorch.sites.site import Site
 from fedtorch.sites.visits import Visit, judge
 from fedtorch.solvers import snapshot
 from fedtorch.types import ConfigError, Task
@@ -190,13 +192,14 @@ def test_a_site_with_a_budget_joins_only_runs_whose_noise_it_adds(tmp_path):
     budget = Budget(tmp_path, "north", 1.0, 1e-5)
     for privacy, why in (
         (None, "no noise"),
-        (ClientLevel(), "only the server adds"),
-        (SampleLevel(delta=1e-3), "delta"),
-        (SampleLevel(insecure_seed=1), "known seed"),
+        (ClientLevel(rounds=1), "only the server adds"),
+        (SampleLevel(delta=1e-3, rounds=1), "delta"),
+        (SampleLevel(insecure_seed=1, rounds=1), "known seed"),
+        (SampleLevel(), "how many rounds"),
     ):
         with pytest.raises(ConfigError, match=why):
-            budget.admit(privacy, insecure=False)
-    budget.admit(LocalDP(), insecure=False)
+            budget.admit(Recipe(privacy=privacy), insecure=False, standardized=False)
+    budget.admit(Recipe(privacy=LocalDP(rounds=1)), insecure=False, standardized=False)
 
 
 def test_a_server_that_falls_back_to_a_checkpoint_repeats_the_rounds_bit_for_bit(folder, tmp_path):
@@ -571,10 +574,11 @@ def test_adaptive_clipping_works_over_sites(folder, tmp_path):
     ],
 )
 def test_a_site_trains_only_what_it_has(table, why):
+    config = SiteConfig(name="north", insecure=True, models=["mlp"], max_parameters=10**6)
     full = plan.describe(offer())
-    assert plan.read(full, ["mlp"], 10**6) == offer()
+    assert accept(full, config) == offer()
     with pytest.raises(ConfigError, match=why):
-        plan.read(full | table, ["mlp"], 10**6)
+        accept(full | table, config)
 
 
 def test_keys_are_private_and_sites_can_be_added(tmp_path):

@@ -10,9 +10,10 @@ from fedtorch import cli, folders
 from fedtorch.choices import help_text
 from fedtorch.commands.options import words_and_options
 from fedtorch.sites import keys as certificates
+from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.serve import FREE_ON_RESUME, ServeConfig
 from fedtorch.sites.serve import serve as run_server
-from fedtorch.sites.site import Site, SiteConfig
+from fedtorch.sites.site import Site
 from fedtorch.types import ConfigError
 
 

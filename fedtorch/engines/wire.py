@@ -143,6 +143,12 @@ def short(text: str, most: int = 60) -> str:
     return ascii(text[:most]) + ("..." if len(text) > most else "")
 
 
+def printable(text: str, most: int = 300) -> str:
+    """A sentence that may hold what somebody else wrote: nothing that moves a cursor, and not for ever."""
+    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:most])
+    return plain + ("..." if len(text) > most else "")
+
+
 def _head_length(data: Tensor, limit: int | None, header_limit: int) -> int:
     if limit is not None and len(data) > limit:
         raise MessageError(f"{len(data)} bytes, but at most {limit} are taken")

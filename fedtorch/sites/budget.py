@@ -6,10 +6,14 @@ budget has no room. A visit that is done again, because the server lost it, is c
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from fedtorch import disk
-from fedtorch.privacy import LocalDP, Privacy, SampleLevel
+from fedtorch.client import Recipe
+from fedtorch.participation import Everyone
+from fedtorch.privacy import ClientLevel, LocalDP, Privacy, SampleLevel
+from fedtorch.privacy.base import uniform_weights
 from fedtorch.privacy.ledger import UNITS, Ledger
 from fedtorch.types import ConfigError
 
@@ -24,12 +28,20 @@ class Budget:
     def __init__(self, folder: Path, site: str, most: float | None, delta: float) -> None:
         """Read what earlier runs have spent; raises ConfigError when a ledger was tampered with."""
         self.folder, self.site, self.most, self.delta = folder, site, most, delta
-        self.ledgers = {u: self._open(u) for u in UNITS if self._path(u).exists()}
+        kept = [
+            u for u in UNITS for s in (".jsonl", ".json") if self._path(u).with_suffix(s).exists()
+        ]
+        self.ledgers = {u: self._open(u) for u in dict.fromkeys(kept)}
 
-    def admit(self, privacy: Privacy | None, insecure: bool) -> None:
-        """Refuse a run whose noise this site could not vouch for; raises ConfigError."""
-        if privacy is not None and privacy.insecure_seed is not None and not insecure:
-            raise ConfigError("the run's noise comes from a known seed: this site will not join it")
+    def admit(self, recipe: Recipe, insecure: bool, standardized: bool) -> None:
+        """Refuse a run whose privacy this site could not vouch for; raises ConfigError.
+
+        The checks are those of a server: what it would refuse, a site refuses too. ``standardized`` says
+        whether this site's examples were scaled by their own mean and deviation.
+        """
+        privacy = recipe.privacy
+        if privacy is not None:
+            _check(recipe, privacy, insecure, standardized)
         if self.most is None:
             return
         if not isinstance(privacy, (SampleLevel, LocalDP)):
@@ -41,6 +53,12 @@ class Budget:
             raise ConfigError(
                 f"the run's delta {privacy.delta:g} is above this site's {self.delta:g}"
             )
+
+    def told(self, recipe: Recipe) -> Recipe:
+        """The recipe by which this site trains: with a budget, nothing leaves that no noise covers."""
+        if self.most is None or recipe.privacy is None:
+            return recipe
+        return replace(recipe, privacy=replace(recipe.privacy, strict=True))
 
     def charge(self, privacy: Privacy | None, round: int, noise: float) -> None:
         """Enter a visit before any of its work is done; raises OverBudget, with nothing entered."""
@@ -58,7 +76,11 @@ class Budget:
                 led.spent(self.delta) for led in self.ledgers.values() if led is not ledger
             )
             if not ledger.fits(event, [self.site], self.most - others, self.delta):
-                raise OverBudget(f"it would cost this site more than epsilon {self.most:g} in all")
+                cost = others + ledger.would_spend(event, [self.site], self.delta)
+                raise OverBudget(
+                    f"this site's data would have cost epsilon {cost:.4f} in all, more than its "
+                    f"max_epsilon {self.most:g}; so far it is {self.spent():.4f}"
+                )
         ledger.charge(round, event, [self.site])
         self._note(privacy.unit, ledger)
 
@@ -70,20 +92,54 @@ class Budget:
 
     def _open(self, unit: str) -> Ledger:
         path = self._path(unit)
-        if not path.exists():
+        note = path.with_suffix(".json")
+        if not note.exists() and (not path.exists() or path.read_bytes().count(b"\n") <= 1):
+            # new, or killed before anything was charged
             ledger = Ledger(path, unit)
             self._note(unit, ledger)
             return ledger
         try:
-            saved = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"{path} is there, but not the note beside it: {e}") from e
-        return Ledger.resume(path, saved)
+            saved = json.loads(note.read_text(encoding="utf-8"))
+            ledger = Ledger.resume(path, saved)
+        except (OSError, ValueError, TypeError, KeyError) as e:
+            if isinstance(e, ConfigError):
+                raise ConfigError(
+                    f"{e}; what this site's data has cost is not known without"
+                ) from e
+            raise ConfigError(
+                f"{note}, which says how far {path.name} had come, cannot be used ({e}): what this site's "
+                "data has cost is not known without; put the state folder back as it was"
+            ) from e
+        if saved.get("site", self.site) != self.site or ledger.unit != unit:
+            raise ConfigError(
+                f"{path} is the ledger of {saved.get('site')!r} for the unit {ledger.unit}, not of "
+                f"{self.site!r} for the unit {unit}: give each site a state folder of its own"
+            )
+        return ledger
 
     def _note(self, unit: str, ledger: Ledger) -> None:
         # how far the journal had come: a journal cut short later does not go unnoticed
         note = self._path(unit).with_suffix(".json")
-        disk.replace(note, json.dumps(ledger.state_dict()) + "\n")
+        state = ledger.state_dict() | {"site": self.site}
+        try:
+            disk.replace(note, json.dumps(state) + "\n")
+        except OSError as e:
+            raise ConfigError(f"{note} cannot be written: {e.strerror}") from e
 
     def _path(self, unit: str) -> Path:
         return self.folder / f"ledger-{unit}.jsonl"
+
+
+def _check(recipe: Recipe, privacy: Privacy, insecure: bool, standardized: bool) -> None:
+    if privacy.insecure_seed is not None and not insecure:
+        raise ConfigError("the run's noise comes from a known seed: this site will not join it")
+    if privacy.rounds is None:
+        raise ConfigError("the run's plan does not say for how many rounds its noise is")
+    uniform_weights(recipe)
+    if not isinstance(privacy, ClientLevel):  # its other checks are about the cohort
+        privacy.check(recipe, Everyone(), 1, privacy.calibrated(privacy.rounds))
+    if standardized and privacy.unit == "example":
+        raise ConfigError(
+            "dataset.standardize voids the privacy claim: every example moves the mean and deviation all "
+            "are scaled by, and nobody noises them; scale by public numbers beforehand"
+        )

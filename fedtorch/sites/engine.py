@@ -99,7 +99,9 @@ class SitesSession:
         size = sum(v.numel() for v in state.values()) * 8 * (groups + 1)
         self.header_limit = self.reader.header_limit()
         self.limit = limit = size + self.header_limit + SMALL
-        self.listener = Listener(options.address, options.keys, names, limit, self.handle)
+        self.listener = Listener(
+            options.address, options.keys, len(names), limit, self.handle, names
+        )
         self.port = self.listener.port
 
     # the server's thread

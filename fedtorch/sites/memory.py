@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from fedtorch import checkpoint, disk
-from fedtorch.types import Params
+from fedtorch.types import ConfigError, Params
 
 FORMAT = "fedtorch site memory 1"
 
 KEPT = 4
-"""Visits whose memory is kept."""
+"""Newest visits whose memory is kept, beside the one that the server went on from."""
 
 
 class VisitMemory:
@@ -32,10 +32,22 @@ class VisitMemory:
         """Memory as it was after ``visit`` ("": before any); None when that is gone."""
         return {} if not visit else self.visits.get(visit)
 
-    def keep(self, visit: str, memory: dict[str, Params]) -> None:
-        """Remember what a visit left, before the server hears of it."""
+    def keep(self, visit: str, memory: dict[str, Params], after: str = "") -> None:
+        """Remember what a visit left, before the server hears of it; raises ConfigError if that fails.
+
+        ``after``, the visit it went on from, stays: many late visits may follow it and none of them count.
+        """
+        self.visits.pop(visit, None)
         self.visits[visit] = memory
         for old in [*self.visits][:-KEPT]:
-            del self.visits[old]
-        with disk.whole(self.path) as file:
-            torch.save({"format": FORMAT, "visits": self.visits}, file)
+            if old != after:
+                del self.visits[old]
+        try:
+            with disk.whole(self.path) as file:
+                torch.save({"format": FORMAT, "visits": self.visits}, file)
+        except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+            reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+            raise ConfigError(
+                f"{self.path} cannot be written ({reason}): make room and start this site again; it is "
+                "given the same visit, which is charged again"
+            ) from e

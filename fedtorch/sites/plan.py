@@ -8,19 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from fedtorch import cli, zoo
 from fedtorch.choices import CHOICES
 from fedtorch.client import Recipe
-from fedtorch.losses import LOSSES
+from fedtorch.data.base import facts_of
+from fedtorch.losses import DEFAULTS, LOSSES
 from fedtorch.optimizers import ClientOptimizer, by_name
 from fedtorch.privacy import Privacy, checks
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.types import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
+RUN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+MOST_OUTPUTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,13 @@ def describe(plan: Plan) -> dict[str, Any]:
     return table | missing
 
 
-def read(table: dict[str, Any], models: Sequence[str], most: int) -> Plan:
+def read(table: dict[str, Any], models: Sequence[str]) -> Plan:
     """The plan in a table that arrived; raises ConfigError for anything this site does not have.
 
-    ``models`` may be trained, and none with more than ``most`` parameters. Names that would make Python
-    import something are refused before anything looks them up.
+    ``models`` may be trained. Names that would make Python import something are refused before anything
+    looks them up; nothing is built yet.
     """
-    model = table.get("model")
-    model = model.get("name") if isinstance(model, dict) else model
-    optimizer = table.get("optimizer", "sgd")
-    optimizer = optimizer.get("name") if isinstance(optimizer, dict) else optimizer
+    model, optimizer = _name(table, "model"), _name(table, "optimizer", "sgd")
     if not isinstance(model, str) or not NAME.fullmatch(model) or model not in models:
         raise ConfigError(
             f"this site does not train model {model!r}; it trains {', '.join(models)}"
@@ -90,18 +89,19 @@ def read(table: dict[str, Any], models: Sequence[str], most: int) -> Plan:
         raise ConfigError(f"this site knows no optimizer {optimizer!r}")
     for choice in ("strategy", "strategy.server", "privacy", "privacy.adaptive", "privacy.bands"):
         _known(table, choice)
-    try:
-        plan: Plan = cli.build(Plan, table)
-        with torch.device("meta"):
-            shape, _ = plan.build()
-    except ConfigError:
-        raise
-    except Exception as e:
-        raise ConfigError(f"the plan cannot be built: {type(e).__name__}") from e
-    size = sum(p.numel() for p in shape.parameters())
-    if size > most:
-        raise ConfigError(f"the model has {size:,} parameters; this site trains at most {most:,}")
+    # what is null was not given; the first of the choices would be taken for it
+    plan: Plan = cli.build(
+        Plan, {k: v for k, v in table.items() if v is not None or k not in CHOICES}
+    )
+    if not RUN.fullmatch(plan.run):
+        raise ConfigError(f"a run cannot be called {plan.run!r}")
+    _consistent(plan)
     return plan
+
+
+def _name(table: dict[str, Any], choice: str, default: Any = None) -> Any:
+    value = table.get(choice, default)
+    return value.get("name") if isinstance(value, dict) else value
 
 
 def _known(table: Any, choice: str) -> None:
@@ -110,3 +110,25 @@ def _known(table: Any, choice: str) -> None:
     name = table.get("name") if isinstance(table, dict) else table
     if name is not None and name not in [*CHOICES[choice]]:
         raise ConfigError(f"this site knows no {choice} {name!r}")
+
+
+def _consistent(plan: Plan) -> None:
+    """Facts must be those of some data: a model is built from them before any is seen."""
+    if plan.kind not in DEFAULTS:
+        raise ConfigError(f"a plan's kind is one of {', '.join(DEFAULTS)}, not {plan.kind!r}")
+    if not plan.facts:
+        return
+    shape, outputs = plan.facts.get("input_shape"), plan.facts.get("num_classes", 0)
+    if not isinstance(shape, (list, tuple)) or len(shape) > 8:
+        shape = [0]
+    if not all(type(n) is int and n > 0 for n in (*shape, outputs)) or outputs > MOST_OUTPUTS:
+        raise ConfigError("a plan's facts need input_shape and num_classes, in whole numbers")
+    facts = facts_of(tuple(shape), outputs, plan.kind)
+    given = plan.facts | {"input_shape": tuple(shape)}
+    for name, value in given.items():
+        if name not in facts:
+            raise ConfigError(f"a plan has the facts {', '.join(facts)}, and no {name!r}")
+        if value != facts[name]:
+            raise ConfigError(
+                f"the plan's facts do not belong together: {name} is {value!r}, not {facts[name]!r}"
+            )

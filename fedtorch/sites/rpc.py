@@ -7,6 +7,7 @@ of ``fedtorch.engines.wire``: gRPC's own way of packing objects is not used. The
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -64,12 +65,16 @@ class Listener:
         self,
         address: str,
         keys: Path | None,
-        sites: Sequence[str],
+        sites: int,
         limit: int,
         handle: Handler,
+        names: Sequence[str] | None = None,
     ) -> None:
-        """Listen at HOST:PORT; without keys anybody can claim any name, so only on loopback."""
-        threads = CALLS * len(sites) + SPARE
+        """Listen at HOST:PORT; without keys anybody can claim any name, so only on loopback.
+
+        ``names`` are those of the ``sites`` that may call; none: all that the authority has signed.
+        """
+        threads = CALLS * sites + SPARE
         pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="fedtorch-site")
         self.server = grpc.server(
             pool,
@@ -83,7 +88,7 @@ class Listener:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        self.desk = Desk(sites, handle, secure=keys is not None)
+        self.desk = Desk(handle, names, secure=keys is not None)
         handlers = {m: grpc.stream_unary_rpc_method_handler(self.desk.answer(m)) for m in METHODS}
         self.server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers),)
@@ -130,9 +135,9 @@ class Line:
         try:
             return bytes(ask(data, timeout=seconds, metadata=self.metadata))
         except grpc.RpcError as e:
-            said = f"{e.code().name}: {e.details()}"
+            said = wire.printable(f"{e.code().name}: {e.details()}")
             if e.code() in FINAL:
-                raise Refused(e.details() or said) from e
+                raise Refused(said.partition(": ")[2] or said) from e
             raise Unreachable(said) from e
 
     def close(self) -> None:
@@ -143,10 +148,10 @@ class Line:
 class Desk:
     """Where calls arrive: who it is, whether there is room, one message, its answer."""
 
-    def __init__(self, sites: Sequence[str], handle: Handler, secure: bool) -> None:
+    def __init__(self, handle: Handler, names: Sequence[str] | None, secure: bool) -> None:
         """Nobody is there yet."""
-        self.handle, self.secure = handle, secure
-        self.open = dict.fromkeys(sites, 0)
+        self.handle, self.names, self.secure = handle, names, secure
+        self.open: Counter[str] = Counter()
         self.lock = threading.Lock()
         self.quiet = Quiet()
 
@@ -173,7 +178,7 @@ class Desk:
 
     @contextmanager
     def _place(self, site: str, context: grpc.ServicerContext) -> Iterator[None]:
-        if site not in self.open:
+        if not site or (self.names is not None and site not in self.names):
             raise PermissionError(f"{wire.short(site)} is not one of this run's sites")
         left = context.time_remaining()
         if left is None or left > LONGEST_CALL:
@@ -186,7 +191,7 @@ class Desk:
             yield
         finally:
             with self.lock:
-                self.open[site] -= 1
+                self.open -= Counter([site])
 
 
 class Busy(Exception):

@@ -2,81 +2,39 @@
 
 import logging
 import random
+import re
 import time
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
-from fedtorch import zoo
+from fedtorch import disk
 from fedtorch.client import Client
-from fedtorch.data import Csv, prepared
+from fedtorch.data import prepared
 from fedtorch.data.base import Data
 from fedtorch.engines import Local, messages, wire
 from fedtorch.engines.messages import Outcome
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.evaluate import evaluate
 from fedtorch.losses import DEFAULTS, LOSSES, METRICS
-from fedtorch.options import COUNT, INSIDE, POSITIVE, check
 from fedtorch.sites import plan as plans
 from fedtorch.sites.budget import Budget, OverBudget
+from fedtorch.sites.curves import Curves
+from fedtorch.sites.limits import accept
 from fedtorch.sites.memory import VisitMemory
+from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.solvers import load, snapshot
-from fedtorch.types import ClientError, ConfigError, Failure, Task, Update
+from fedtorch.types import ClientError, ConfigError, Failure, Params, Task, Update
 
+MOST_PLAN = 1 << 16
+"""Bytes of a plan's header."""
+VISIT = re.compile(r"[0-9a-f]{32}")
 NOBODY = Update((), {}, {}, torch.zeros(0))
 """The update of a site that sends none."""
 
 log = logging.getLogger("fedtorch.site")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteConfig:
-    """Every option of a site. ``--config site.toml`` sets them, flags override."""
-
-    server: str = "127.0.0.1:8443"
-    """The server, HOST:PORT; its certificate must be for this HOST."""
-    name: str = ""
-    """This site's name; with keys it must be the name in its certificate."""
-    dataset: Any = Csv()
-    """This site's own data: csv, npz, idx, ...; e.g. --dataset csv --dataset.path FILE."""
-    credentials: str = ""
-    """Folder with key.pem, cert.pem and ca.pem."""
-    insecure: bool = False
-    """No TLS and no keys: only for a server on this very machine."""
-    state: str = "site"
-    """Folder for memory, privacy ledger and this site's TensorBoard."""
-    models: list[str] = field(default_factory=list)
-    """Models it will train; none given: every model it has."""
-    max_epsilon: float | None = None
-    """Most that this site's data may cost, over all runs; given, it takes part only where the noise is
-    added here (privacy sample or local)."""
-    max_delta: float = 1e-5
-    """The delta of that epsilon, and the largest a run may have."""
-    max_parameters: int = 100_000_000
-    """Largest model it will train."""
-    max_megabytes: int = 2000
-    """Largest message it will take."""
-    patience: float = 3600.0
-    """Seconds to go on trying when the server cannot be reached."""
-    device: str = "cpu"
-    """Where to train: cpu, cuda, ..."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be safe, by name."""
-        limits = ("max_epsilon", "patience")
-        counts = ("max_parameters", "max_megabytes")
-        ranges = dict.fromkeys(limits, POSITIVE) | dict.fromkeys(counts, COUNT)
-        check(self, "", max_delta=INSIDE, **ranges)
-        if bool(self.credentials) == self.insecure:
-            raise ConfigError(
-                "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"
-            )
-        if not self.name:
-            raise ConfigError("--name: which of the server's sites is this?")
 
 
 class Site:
@@ -90,8 +48,11 @@ class Site:
         log.info("%s", prepared.said(self.data))
         self.client = Client(config.name, self.data.train)
         self.folder = Path(config.state)
+        self.held = ExitStack()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if warning := self.held.enter_context(disk.locked(self.folder, "--state")):
+                log.warning("%s", warning)
             self.memory = VisitMemory(self.folder)
         except (OSError, ValueError) as e:
             raise ConfigError(f"state folder {config.state!r}: {e}") from e
@@ -99,28 +60,35 @@ class Site:
         keys = Path(config.credentials) if config.credentials else None
         self.limit = config.max_megabytes << 20
         self.line = Line(config.server, keys, config.name, self.limit)
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self.curves = Curves(self.folder / "tensorboard")
         self.plan: plans.Plan | None = None
+        self.visits = 0
+        """Made in this run, by this process."""
 
     def run(self) -> int:
         """Work until the run is over; 0 then, 1 when the server stayed away or turned us down."""
-        away_since, wait = None, 0.5
+        away_since, idle = None, 0
         while True:
             try:
                 if self.plan is None:
                     self._join()
-                if self._work():
+                began = time.monotonic()
+                kind = self._work()
+                if kind == "end":
                     log.info("the run is over")
                     return 0
-                away_since, wait = None, 0.5
+                # an honest server lets a call for work wait itself
+                idle = 0 if kind == "task" or time.monotonic() - began > 1 else idle + 1
+                away_since = None
+                if idle:
+                    _pause(idle)
             except Unreachable as e:
-                away_since = away_since or time.monotonic()
+                away_since, idle = away_since or time.monotonic(), idle + 1
                 if time.monotonic() - away_since > self.config.patience:
                     log.error("the server has been away too long: %s", e)
                     return 1
                 log.warning("cannot reach %s, trying again: %s", self.config.server, e)
-                time.sleep(wait * random.uniform(0.5, 1))
-                wait = min(wait * 2, 30.0)
+                _pause(idle)
             except MessageError as e:
                 log.error("what the server sent is not to be trusted: %s", e)
                 return 1
@@ -129,22 +97,22 @@ class Site:
                 return 1
 
     def close(self) -> None:
-        """Hang up and close files."""
+        """Hang up, close files and let the state folder go."""
         self.line.close()
-        self.writer.close()
+        self.curves.close()
+        self.held.close()
 
     def _join(self) -> None:
         answer = self._ask("join", Message("join"), 30)
         table = answer.facts.get("plan")
         if answer.kind != "plan" or not isinstance(table, dict):
             raise ConfigError("the server's answer is no plan")
-        plan = plans.read(table, self.config.models or zoo.names(), self.config.max_parameters)
-        self.budget.admit(plan.privacy, self.config.insecure)
-        shape = self.data.facts["input_shape"]
-        if list(plan.facts.get("input_shape", shape)) != list(shape):
+        plan = accept(table, self.config)
+        shape = list(self.data.facts["input_shape"])
+        if list(plan.facts.get("input_shape", shape)) != shape:
             raise ConfigError(
                 f"the run is about examples of shape {list(plan.facts['input_shape'])}, "
-                f"but this site's data has {list(shape)}"
+                f"but this site's data has {shape}"
             )
         if plan.kind != self.data.kind:
             raise ConfigError(
@@ -152,15 +120,19 @@ class Site:
                 f"{self.data.kind}; see --dataset.kind"
             )
         self.model, recipe = plan.build()
-        self.session = Local(chunk=1, device=self.config.device).open(
-            self.model, [self.client], recipe
-        )
-        self.schema = messages.schema(snapshot(self.model))
-        self.plan = plan
+        standardized = bool(getattr(self.config.dataset, "standardize", False))
+        self.budget.admit(recipe, self.config.insecure, standardized)
+        engine = Local(chunk=1, device=self.config.device)
+        self.session = engine.open(self.model, [self.client], self.budget.told(recipe))
+        params = {k: p.detach() for k, p in self.model.named_parameters() if p.requires_grad}
+        self.schema = {"state": messages.schema(snapshot(self.model))}
+        for group, tree in plan.strategy.init(params).items():
+            self.schema[f"extras/{group}"] = messages.schema(tree)
+        self.plan, self.visits = plan, 0
         log.info("joined run %s: %s, %s", plan.run, plan.model, plan.strategy)
 
-    def _work(self) -> bool:
-        """One call for work, and the work; True when the run is over."""
+    def _work(self) -> str:
+        """One call for work, and the work; the kind of the server's answer."""
         assert self.plan is not None
         answer = self._ask("fetch", Message("fetch", {"run": self.plan.run}), 60)
         if answer.kind == "rejoin":
@@ -168,33 +140,65 @@ class Site:
         elif answer.kind == "task":
             self._visit(answer)
         elif answer.kind not in ("wait", "end"):
-            raise MessageError(f"the server sent {answer.kind[:40]!r}")
-        return answer.kind == "end"
+            raise MessageError(f"the server sent {wire.short(answer.kind)}")
+        return answer.kind
 
     def _visit(self, message: Message) -> None:
         assert self.plan is not None
+        task = self._read(message)
+        visit, after = message.facts.get("visit"), message.facts.get("after")
+        if not (isinstance(visit, str) and VISIT.fullmatch(visit)):
+            raise MessageError("the task names no visit")
+        if not (isinstance(after, str) and (not after or VISIT.fullmatch(after))):
+            raise MessageError("the task does not say which visit was the last")
+        self.client.memory = self._memory(task, after)
+        self.visits += 1
+        outcome = self._charged(task) or self._train(task)
+        self.memory.keep(visit, self.client.memory, after)
+        facts = {"run": self.plan.run, "visit": visit, "round": task.round}
+        reply = messages.outcome_message(outcome, [self.client.id], **facts)
+        self._send(Message("report", reply.facts, reply.groups), task)
+        self._show(task, outcome)
+
+    def _read(self, message: Message) -> Task:
+        """The task in a message; raises MessageError unless it is one of the plan that was joined."""
+        assert self.plan is not None
         task = messages.read_task(message)
-        messages.same_schema(task.state, self.schema)
+        groups = {g: t for g, t in message.groups.items() if t}
+        if odd := sorted(groups.keys() ^ self.schema.keys()):
+            raise MessageError(f"the group {wire.short(odd[0])} of the task is on one side only")
+        for group, names in self.schema.items():
+            messages.same_schema(groups[group], names)
+        if task.lr <= 0:
+            raise MessageError(f"the learning rate is {task.lr:g}")
         if self.plan.privacy:
             try:
                 self.plan.privacy.hold(task.privacy)
             except ConfigError as e:
                 raise MessageError(f"round {task.round + 1}: {e}") from e
-        visit, after = message.facts.get("visit"), message.facts.get("after")
-        if not (isinstance(visit, str) and isinstance(after, str) and len(visit) == 32):
-            raise MessageError("the task names no visit")
-        kept = self.memory.after(after)
-        if kept is None:
-            log.warning(
-                "round %d: memory of visit %s is gone, starting afresh", task.round + 1, after
+        most = self.config.max_rounds
+        if task.round >= most or self.visits >= most:
+            raise MessageError(
+                f"round {task.round + 1} is beyond this site's max_rounds of {most:,}"
             )
-        self.client.memory = kept or {}
-        outcome = self._charged(task) or self._train(task)
-        self.memory.keep(visit, self.client.memory)
-        facts = {"run": self.plan.run, "visit": visit, "round": task.round}
-        reply = messages.outcome_message(outcome, [self.client.id], **facts)
-        self._send(Message("report", reply.facts, reply.groups), task)
-        self._show(task, outcome)
+        return task
+
+    def _memory(self, task: Task, after: str) -> dict[str, Params]:
+        """What this site remembers; raises ConfigError where its state folder is another than it was."""
+        kept = self.memory.after(after)
+        if kept is not None:
+            return kept
+        told = (
+            f"the server goes on from a visit that this site's state folder {self.config.state!r} does not "
+            "know: the folder is new, or older than it was"
+        )
+        if self.budget.most is not None and not self.config.lost_state:
+            raise ConfigError(
+                f"{told}, and the ledger in it may lack charges; put the right folder back, or give "
+                "--lost-state true if it is gone for good"
+            )
+        log.warning("round %d: %s; this site starts afresh", task.round + 1, told)
+        return {}
 
     def _charged(self, task: Task) -> Outcome | None:
         """Charge this site's own ledger; None when it has room, else the refusal to send."""
@@ -211,9 +215,9 @@ class Site:
         self.session.submit([self.client.id], task)
         try:
             (outcome,) = [*self.session.collect()]
-        except ClientError as e:
+        except (ClientError, MemoryError) as e:
             # the text may quote a row of data: it stays in this site's own log
-            log.error("round %d: %s", task.round + 1, e)
+            log.error("round %d: %s", task.round + 1, str(e) or type(e).__name__)
             outcome = Failure(self.client.id, "error", "its model or data raised an error")
         if isinstance(outcome, Failure):
             return Outcome(NOBODY, [outcome], {})
@@ -221,7 +225,7 @@ class Site:
 
     def _send(self, message: Message, task: Task) -> None:
         """Report, again and again while the line is down; a late report is let go."""
-        data, wait = wire.encode(message), 0.5
+        data, times = wire.encode(message), 0
         end = time.monotonic() + self.config.patience
         while True:
             try:
@@ -234,8 +238,8 @@ class Site:
                 if time.monotonic() > end:
                     raise
                 log.warning("round %d: cannot report, trying again: %s", task.round + 1, e)
-                time.sleep(wait * random.uniform(0.5, 1))
-                wait = min(wait * 2, 30.0)
+                times += 1
+                _pause(times)
 
     def _show(self, task: Task, outcome: Outcome) -> None:
         """This site's own figures, for its own eyes: how the global model does on its test rows."""
@@ -246,17 +250,21 @@ class Site:
         scores = evaluate(self.model, self.data.test, wanted)
         figures = {f"site/test_{k}": v for k, v in scores.items()}
         if self.plan.privacy is not None:
-            # RDP's bound: a little above what the budget is held to, and much quicker to find
-            figures["site/epsilon_at_most"] = self.budget.spent("rdp")
+            figures["site/epsilon"] = self.budget.spent()  # the very figure that max_epsilon holds
         for name in ("train_loss", "update_norm"):
             # a visit that failed has none, and under strict privacy the loss is not told
             if outcome.update.ids and name in outcome.update.metrics:
                 figures[f"site/{name}"] = float(outcome.update.metrics[name])
-        for tag, value in figures.items():
-            self.writer.add_scalar(tag, value, task.round + 1)
-        self.writer.flush()
+        self.curves.draw(figures, task.round + 1)
         told = "  ".join(f"{k.removeprefix('site/')} {v:.4f}" for k, v in figures.items())
         log.info("round %d: %s", task.round + 1, told)
 
     def _ask(self, method: str, message: Message, seconds: float) -> Message:
-        return wire.decode(self.line.call(method, wire.encode(message), seconds), self.limit)
+        data = self.line.call(method, wire.encode(message), seconds)
+        room = MOST_PLAN if method == "join" else wire.header_room(self.schema)
+        return wire.decode(data, self.limit, room)
+
+
+def _pause(times: int) -> None:
+    """Wait before the next try, longer each time, and not in step with other sites."""
+    time.sleep(min(0.5 * 2 ** min(times - 1, 10), 30.0) * random.uniform(0.5, 1))

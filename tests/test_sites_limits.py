@@ -1,0 +1,119 @@
+"""What a site is asked for: what is named and within its limits; one sentence for the rest."""
+
+import time
+
+import pytest
+
+from fedtorch import ServerAdam
+from fedtorch.data.base import facts_of
+from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
+from fedtorch.sites import plan as plans
+from fedtorch.sites.limits import MOST_LAYERS, accept
+from fedtorch.sites.options import LIMITS, SiteConfig
+from fedtorch.strategies import FedAvg, FedProx, Scaffold
+from fedtorch.types import ConfigError
+
+FACTS = facts_of((6,), 3, "classification")
+IMAGES = facts_of((1, 8, 8), 2, "classification")
+HUGE = 10**400
+
+
+def site(**changes) -> SiteConfig:
+    return SiteConfig(name="north", insecure=True, **changes)
+
+
+def offer(**changes) -> plans.Plan:
+    return plans.Plan(**{"run": "r", "model": "mlp", "facts": FACTS} | changes)
+
+
+def sample(**changes) -> dict:
+    return {"privacy": {"name": "sample", "noise_multiplier": 1.0, "rounds": 3} | changes}
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        offer(),
+        offer(strategy=FedProx(mu=0.1), optimizer_args={"momentum": 0.9}, steps=5, batch_size=None),
+        offer(strategy=FedAvg(server=ServerAdam()), model="cnn", facts=IMAGES),
+        offer(strategy=Scaffold(), privacy=LocalDP(rounds=3)),
+        offer(privacy=SampleLevel(rounds=3)),
+        offer(privacy=ClientLevel(rounds=3, adaptive=AdaptiveClip())),
+    ],
+    ids=lambda p: f"{p.model} {type(p.strategy).__name__} {type(p.privacy).__name__}",
+)
+def test_an_honest_plan_comes_back(plan):
+    assert plans.describe(accept(plans.describe(plan), site())) == plans.describe(plan)
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"epochs": 101}, "epochs above this site's max_epochs of 100"),
+        ({"epochs": HUGE}, "max_epochs"),
+        ({"steps": 10_001}, "max_steps"),
+        ({"batch_size": 10_001}, "max_batch"),
+        (sample(rounds=2**70), "privacy.rounds above this site's max_rounds"),
+        (sample(steps=10**9), "privacy.steps above this site's max_steps"),
+        (sample(max_batch=10**9), "privacy.max_batch above this site's max_batch"),
+        (sample(batch_size=1e-300), "privacy.batch_size"),
+        (sample(batch_size=1e300), "privacy.batch_size"),
+        (sample(batch_size="nan"), "batch_size"),
+        (sample(clip="nan"), "clip"),
+        (sample(noise_multiplier=HUGE), "cannot be built|noise_multiplier"),
+        (sample(noise_multiplier=-1.0), "noise_multiplier"),
+        (sample(delta=0.0), "delta"),
+        (sample(sample_rate=1.5), "sample_rate"),
+        ({"epochs": -1}, "epochs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"lr": HUGE}, "cannot be built|lr"),
+        ({"lr": "nan"}, "lr"),
+        ({"lr": -0.1}, "lr"),
+        ({"model": {"name": "mlp", "hidden": 10**12}}, "more than this site's 100,000,000 param"),
+        ({"model": {"name": "mlp", "hidden": HUGE}}, "cannot be built"),
+        ({"model": {"name": "mlp", "hidden": -1}}, "cannot be built"),
+        ({"model": {"name": "resnet", "depth": 10**6}, "facts": IMAGES}, f"{MOST_LAYERS:,} layers"),
+        ({"facts": {"input_shape": 6}}, "input_shape"),
+        ({"facts": FACTS | {"input_shape": [10**9]}}, "do not belong together: in_features"),
+        ({"facts": FACTS | {"in_features": 7}}, "do not belong together: in_features is 7, not 6"),
+        ({"facts": FACTS | {"num_classes": HUGE}}, "facts"),
+        ({"facts": FACTS | {"num_outputs": 10**9}}, "num_outputs"),
+        ({"facts": FACTS | {"vocab_size": 10**9}}, "vocab_size"),
+        ({"kind": "ranking"}, "kind"),
+        ({"run": "../../etc/x\n\x1b[31m"}, "cannot be called"),
+        ({"run": ["r"]}, "run"),
+        ({"model": ["mlp"]}, "does not train"),
+        ({"loss": {"name": "mse"}}, "no loss"),
+        ({"optimizer": None}, "no optimizer"),
+        ({"strategy": {"name": {"name": "fedavg"}}}, "no strategy"),
+        ({"strategy": {"name": "fedavg", "server": ["x"]}}, "no strategy.server"),
+        ({"privacy": [[[[[]]]]]}, "no privacy"),
+        ({"x" * 10**5: 1}, "no option"),
+    ],
+    ids=lambda v: str(v)[:60],
+)
+def test_an_absurd_plan_is_one_sentence(changes, why):
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=why) as e:
+        accept(plans.describe(offer()) | changes, site())
+    assert str(e.value).isprintable() and len(str(e.value)) < 320
+    assert time.monotonic() - began < 10
+
+
+def test_the_owner_sets_the_limits():
+    plan = plans.describe(
+        offer(epochs=101, privacy=SampleLevel(rounds=20_000, noise_multiplier=9.0))
+    )
+    wide = accept(plan, site(max_epochs=200, max_rounds=20_000))
+    assert wide.epochs == 101 and wide.privacy.rounds == 20_000
+    with pytest.raises(ConfigError, match="parameters"):
+        accept(plans.describe(offer()), site(max_parameters=100))
+    for name in (*LIMITS, "max_epsilon", "max_delta", "patience"):
+        for bad in (0, -1, float("nan"), float("inf")):
+            with pytest.raises(ConfigError, match=f"{name} must be"):
+                site(**{name: bad})
+
+
+def test_a_plan_without_privacy_is_not_taken_for_the_default_one():
+    table = plans.describe(offer()) | {"privacy": None, "strategy": None}
+    assert accept(table, site()) == offer()

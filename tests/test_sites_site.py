@@ -1,0 +1,274 @@
+"""A site by itself: what it does whatever a server asks, and what it leaves behind when it is stopped."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from fedtorch import FedAvg, Scaffold, seeds
+from fedtorch.data import Csv, Npz
+from fedtorch.data.base import facts_of
+from fedtorch.engines import messages, wire
+from fedtorch.engines.wire import Message
+from fedtorch.privacy import SampleLevel
+from fedtorch.sites import plan as plans
+from fedtorch.sites import site as module
+from fedtorch.sites.memory import KEPT, VisitMemory
+from fedtorch.sites.options import SiteConfig
+from fedtorch.sites.site import Site
+from fedtorch.solvers import snapshot
+from fedtorch.types import ClientError, ConfigError, Task
+
+PRIVATE = SampleLevel(noise_multiplier=9.0, rounds=20, steps=2, batch_size=8.0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(24, 6)).astype("f4"), np.arange(24) % 3
+    np.savez(folder / "rows.npz", x=x, y=y)
+    rows = [
+        ",".join("abcdef") + ",t",
+        *(",".join(map(str, [*r, k])) for r, k in zip(x, y, strict=True)),
+    ]
+    (folder / "rows.csv").write_text("\n".join(rows))
+    return folder
+
+
+def offer(**changes) -> plans.Plan:
+    facts = facts_of((6,), 3, "classification")
+    return plans.Plan(**{"run": "r", "model": "logistic", "facts": facts} | changes)
+
+
+class Played:
+    """A server that a test plays: tasks to hand out, one after another, and the reports that came."""
+
+    def __init__(self, plan: plans.Plan, tasks=()):
+        self.plan, self.tasks, self.reports, self.calls = plan, list(tasks), [], []
+
+    def task(self, round=0, visit=None, after="", **changes) -> Message:
+        with seeds.seeded(1):
+            model, recipe = self.plan.build()
+        state = snapshot(model)
+        params = {k: state[k] for k, _ in model.named_parameters()}
+        numbers = {"clip": 1.0, "noise": 9.0} if recipe.privacy else {}
+        task = Task(state, recipe.strategy.init(params), round, 0, 0.1, numbers)
+        message = messages.task_message(task, visit=visit or f"{round:032x}", after=after)
+        return Message("task", message.facts | changes, message.groups)
+
+    def call(self, method, data, seconds):
+        self.calls.append(method)
+        if method == "report":
+            self.reports.append(wire.decode(data))
+            return b""
+        if method == "join":
+            return wire.encode(Message("plan", {"plan": plans.describe(self.plan)}))
+        return wire.encode(self.tasks.pop(0) if self.tasks else Message("end"))
+
+    def close(self):
+        pass
+
+
+def play(server, data, state, **options):
+    """A site's whole life with this server; its exit code."""
+    given = {"name": "north", "insecure": True, "dataset": Npz(str(data / "rows.npz"))}
+    made = Site(SiteConfig(**given | {"state": str(state)} | options))
+    made.line.close()
+    made.line = server
+    try:
+        return made.run(), made
+    finally:
+        made.close()
+
+
+def test_with_a_budget_no_loss_and_no_count_leave(data, tmp_path):
+    for most, figures in ((None, 5), (50.0, 1)):
+        server = Played(offer(privacy=PRIVATE))
+        server.tasks = [server.task()]
+        code, _ = play(server, data, tmp_path / str(most), max_epsilon=most)
+        (report,) = server.reports
+        assert code == 0 and report.facts["ids"] == ["north"]
+        assert len(report.groups["metrics"]) == figures
+        assert report.groups[""]["weight"].tolist() == [1.0]
+
+
+def test_a_site_refuses_what_voids_the_claim_before_its_data_is_touched(data, tmp_path):
+    csv = Csv(str(data / "rows.csv"), kind="classification", standardize=True)
+    for plan, options, why in (
+        (offer(privacy=PRIVATE, strategy=FedAvg(weighting="examples")), {}, "weighting"),
+        (offer(privacy=PRIVATE), {"dataset": csv}, "standardize"),
+        (offer(), {"max_epsilon": 9.0}, "no noise"),
+        (offer(epochs=7), {"max_epochs": 6}, "max_epochs"),
+    ):
+        server = Played(plan)
+        with pytest.raises(ConfigError, match=why):
+            play(server, data, tmp_path, **options)
+        assert server.calls == ["join"]
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"privacy": {"clip": 1.0, "noise": 8.0}}, "noise"),
+        ({"privacy": {"clip": 1.0, "noise": 1e-9}}, "noise"),
+        ({"privacy": {"clip": 1e-30, "noise": 9.0}}, "clip"),
+        ({"privacy": {"clip": 1e6, "noise": 9.0}}, "clip"),
+        ({"privacy": {"noise": 9.0}}, "clip"),
+        ({"privacy": {}}, "clip"),
+        ({"privacy": {"clip": 10**400, "noise": 9.0}}, "finite"),
+        ({"lr": 10**400}, "finite"),
+        ({"lr": 0.0}, "learning rate is 0"),
+        ({"round": 2**70}, "round"),
+        ({"round": -5}, "round"),
+        ({"round": 10_000}, "max_rounds"),
+        ({"seed": 2**200}, "seed"),
+        ({"visit": "x" * 32}, "names no visit"),
+        ({"after": "../x"}, "visit was the last"),
+    ],
+    ids=str,
+)
+def test_a_task_that_is_not_the_plans_ends_in_one_sentence(data, tmp_path, caplog, changes, why):
+    server = Played(offer(privacy=PRIVATE))
+    server.tasks = [server.task(**changes)]
+    with caplog.at_level(logging.ERROR):
+        code, made = play(server, data, tmp_path)  # with a budget or without
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert code == 1 and "not to be trusted" in line and why in line and len(line) < 400
+    assert server.reports == [] and made.budget.spent() == 0
+
+
+def test_a_task_with_groups_of_its_own_is_refused(data, tmp_path, caplog):
+    server = Played(offer(strategy=Scaffold()))
+    honest = server.task()
+    for change in (
+        {"extras/x": {"y": torch.zeros(3)}},
+        {"extras/c": {"y": torch.zeros(3)}},
+        {"extras/c": {}},
+        {"state": {"x": torch.zeros(3)}},
+    ):
+        server.tasks = [Message("task", honest.facts, honest.groups | change)]
+        code, _ = play(server, data, tmp_path)
+        assert code == 1 and server.reports == []
+    assert caplog.text.count("not to be trusted") == 4
+
+
+def test_rounds_without_end_reach_the_owners_limit(data, tmp_path, caplog):
+    server = Played(offer())
+    server.tasks = [server.task(round=0, visit=f"{k:032x}") for k in range(9)]
+    code, _ = play(server, data, tmp_path, max_rounds=3)
+    assert code == 1 and len(server.reports) == 3 and "max_rounds of 3" in caplog.text
+
+
+def test_a_server_that_never_waits_does_not_keep_a_site_busy(data, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(module.time, "sleep", waits.append)
+    server = Played(offer())
+    server.tasks = [Message("wait")] * 5 + [Message("rejoin")] * 5
+    assert play(server, data, tmp_path)[0] == 0
+    assert len(waits) == 10 and waits[0] < 1 and 10 < waits[-1] <= 30
+
+
+def test_an_error_of_the_visit_is_reported_without_its_text_and_the_site_goes_on(
+    data, tmp_path, monkeypatch, caplog
+):
+    server = Played(offer())
+    server.tasks = [server.task(0), server.task(1), server.task(2)]
+    errors = iter([ClientError("row 3 is secret"), MemoryError()])
+    real = module.Local.open
+
+    def opened(self, *args):
+        session = real(self, *args)
+        collect = session.collect
+
+        def failing():
+            error = next(errors, None)
+            if error:
+                session._asked.clear()
+                raise error
+            return collect()
+
+        session.collect = failing
+        return session
+
+    monkeypatch.setattr(module.Local, "open", opened)
+    code, _ = play(server, data, tmp_path)
+    assert code == 0
+    failures = [r.facts["failures"] for r in server.reports]
+    assert failures == [[["north", "error", "its model or data raised an error"]]] * 2 + [[]]
+    assert "row 3 is secret" in caplog.text and "MemoryError" in caplog.text
+
+
+def test_a_state_folder_that_lost_visits_is_said_and_with_a_budget_refused(data, tmp_path, caplog):
+    first = Played(offer(privacy=PRIVATE))
+    first.tasks = [first.task(0), first.task(1, after=f"{0:032x}")]
+    assert play(first, data, tmp_path / "old", max_epsilon=50.0)[0] == 0
+    then = Played(offer(privacy=PRIVATE))
+    then.tasks = [then.task(2, after=f"{1:032x}")]
+    with pytest.raises(ConfigError, match=r"does not know.*lost-state"):
+        play(then, data, tmp_path / "new", max_epsilon=50.0)
+    assert then.reports == []
+    for options in ({}, {"max_epsilon": 50.0, "lost_state": True}):
+        then.tasks = [then.task(2, after=f"{1:032x}")]
+        assert play(then, data, tmp_path / "new", **options)[0] == 0
+    assert caplog.text.count("this site starts afresh") == 2
+    then.tasks = [then.task(2, after=f"{1:032x}")]
+    assert play(then, data, tmp_path / "old", max_epsilon=50.0)[0] == 0
+
+
+def test_the_visit_that_counts_is_kept_however_many_late_ones_follow(tmp_path):
+    memory = VisitMemory(tmp_path)
+    memory.keep("a", {"c": {"w": torch.ones(1)}})
+    for k in range(3 * KEPT):
+        memory.keep(f"late {k}", {}, after="a")
+    for again in (memory, VisitMemory(tmp_path)):
+        assert torch.equal(again.after("a")["c"]["w"], torch.ones(1))
+        assert len(again.visits) <= KEPT + 1
+    memory.keep("b", {}, after="a")
+    for k in range(KEPT):
+        memory.keep(f"later {k}", {}, after="b")
+    assert memory.after("a") is None and memory.after("b") == {} == memory.after("")
+
+
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_ends_a_site_in_one_sentence_before_it_reports(data, tmp_path, monkeypatch):
+    server = Played(offer(privacy=PRIVATE))
+    server.tasks = [server.task()]
+    monkeypatch.setattr("fedtorch.sites.memory.torch.save", full)
+    with pytest.raises(
+        ConfigError, match=r"memory.pt cannot be written \(No space left on device\)"
+    ):
+        play(server, data, tmp_path, max_epsilon=50.0)
+    assert server.reports == []  # the server gives the visit again
+    monkeypatch.undo()
+    server.tasks = [server.task()]
+    code, made = play(server, data, tmp_path, max_epsilon=50.0)
+    assert code == 0 and len(made.budget.ledgers["example"]) == 2  # charged again, as promised
+
+
+def test_curves_that_cannot_be_written_are_said_once_and_the_work_goes_on(
+    data, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr("fedtorch.sites.curves.SummaryWriter", full)
+    server = Played(offer())
+    server.tasks = [server.task(k) for k in range(3)]
+    assert play(server, data, tmp_path)[0] == 0
+    assert len(server.reports) == 3 and caplog.text.count("curves cannot be written") == 1
+
+
+def test_two_processes_do_not_share_a_state_folder(data, tmp_path):
+    config = SiteConfig(
+        name="north", insecure=True, dataset=Npz(str(data / "rows.npz")), state=str(tmp_path)
+    )
+    first = Site(config)
+    with pytest.raises(ConfigError, match=r"in use by another process.*--state"):
+        Site(config)
+    first.close()
+    Site(config).close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="state folder"):
+        Site(SiteConfig(**{**vars(config), "state": str(tmp_path / "file")}))
