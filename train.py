@@ -27,6 +27,7 @@ from fedtorch.narrate import conclude, introduce, record_privacy, strict, write_
 from fedtorch.optimizers import ClientOptimizer
 from fedtorch.options import COUNT, POSITIVE, SHARE, check
 from fedtorch.participation import Everyone, Participation
+from fedtorch.prices import LEDGER
 from fedtorch.privacy import Privacy, SampleLevel, checks
 from fedtorch.privacy.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent
@@ -136,9 +137,6 @@ FREE_ON_RESUME = {
     "engine",
 }
 """Options a resumed run may change; any other would make it a different run. Engines draw the same."""
-
-LEDGER = "ledger.jsonl"
-"""What the privacy budget was spent on, in the run folder: written before anything is released."""
 
 
 def train(config: Config) -> dict[str, Any]:

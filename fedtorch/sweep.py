@@ -1,19 +1,22 @@
 """``--sweep lr=0.01,0.1 strategy=fedavg,fedprox``: every combination, a run each."""
 
+import hashlib
 import itertools
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtorch import saved
+from fedtorch import folders, prices, saved
 from fedtorch.console import show_table
 from fedtorch.types import ConfigError
 
 HELP = """  --sweep option=value,value ...
         Every combination of these values, a run each in one folder (--run-dir, else runs/sweep-<time>);
         the same command again goes on where it was stopped."""
+
+LONGEST = 200
+"""Bytes in the name of a run's folder."""
 
 Setting = dict[str, str]
 """Option by dotted name -> its value in one run."""
@@ -49,7 +52,10 @@ def settings(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
 
 def arguments(rest: Sequence[str], setting: Setting, folder: Path) -> list[str]:
     """The command line of one run of a sweep; it goes on where it was stopped."""
-    where = folder / ",".join(f"{k}={v.replace('/', '_')}" for k, v in setting.items())
+    name = ",".join(f"{k}={v.replace('/', '_')}" for k, v in setting.items())
+    if len(name.encode()) > LONGEST:  # no file system takes longer names
+        name = f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    where = folder / name
     words = [w for k, v in setting.items() for w in (f"--{k}", v)]
     going = ["--resume"] if any((where / "checkpoints").glob("round-*.pt")) else []
     compare = ",".join(setting)
@@ -63,16 +69,27 @@ def run(
     train: Callable[[Any], Any],
 ) -> None:
     """One run after another, all checked before the first starts, and a table at the end."""
-    rest, folder = list(rest), Path(f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
+    rest, given = list(rest), None
     for at, word in enumerate(rest):
         name, eq, value = word.partition("=")
         if name.replace("_", "-") == "--run-dir":
-            folder = Path(value if eq else (rest[at + 1 : at + 2] or [""])[0])
+            given = Path(value if eq else (rest[at + 1 : at + 2] or [""])[0]).expanduser()
             del rest[at : at + (1 if eq else 2)]
             break
-    configs = [read_config(arguments(rest, point, folder)) for point in points]
+    folder = given or folders.fresh("sweep")
+    try:
+        configs = [read_config(arguments(rest, point, folder)) for point in points]
+    except ConfigError:
+        if given is None:
+            folder.rmdir()
+        raise
+    for line in prices.planned(configs):
+        print(line)
     for number, (point, config) in enumerate(zip(points, configs, strict=True), 1):
         print(f"run {number} of {len(points)}: {' '.join(f'{k}={v}' for k, v in point.items())}")
         train(config)
-    show_table(saved.rows([saved.load(c.run_dir) for c in configs]))
+    runs = [saved.load(c.run_dir) for c in configs]
+    show_table(saved.rows(runs))
+    for line in prices.spent(runs):
+        print(line)
     print(f"compare: tensorboard --logdir {folder}   (HParams)")

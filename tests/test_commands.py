@@ -291,3 +291,9 @@ def test_pandas_is_asked_for_when_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ConfigError, match="pip install pandas"):
         History([{"round": 1}]).to_pandas()
+
+
+def test_long_swept_names_still_are_folders_of_their_own():
+    (one,), (two,) = (settings(["--sweep", f"dataset.path={'d' * 300}{k}"])[1] for k in (1, 2))
+    names = [Path(arguments([], setting, Path("x"))[-1]).name for setting in (one, two)]
+    assert names[0] != names[1] and all(len(n) < 256 for n in names)

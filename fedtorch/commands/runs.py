@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedtorch import saved
+from fedtorch import prices, saved
 from fedtorch.commands.options import words_and_options
 from fedtorch.console import plot, show_table
 from fedtorch.types import ConfigError
@@ -23,6 +23,7 @@ def runs(argv: Sequence[str]) -> int:
         print(json.dumps(table, indent=2))
     else:
         show_table(table)
+    tell_prices(found, "json" in given)
     return 0
 
 
@@ -46,9 +47,11 @@ def compare(argv: Sequence[str]) -> int:
     ended = {k: [r.get(k) for r in results] for k in dict.fromkeys(k for r in results for k in r)}
     if "json" in given:
         print(json.dumps({"options": differ, "results": ended}, indent=2))
+        tell_prices(pair, True)
         return 0
     for title, table in (("options that differ", differ), ("results", ended)):
         show_table([{title: k, "A": a, "B": b} for k, (a, b) in table.items()])
+    tell_prices(pair, False)
     best = next((m for m in metrics if m.startswith("test_") and m != "test_loss"), "test_loss")
     print(plot({n: r.history.column(best) for n, r in zip(names, pair, strict=True)}, best))
     return 0
@@ -58,6 +61,14 @@ def tell(found: Sequence[saved.Saved]) -> None:
     """What is damaged in run folders: beside the output, which may be for a program."""
     for note in (n for run in found for n in run.notes):
         print(f"warning: {note}", file=sys.stderr)
+
+
+def tell_prices(found: Sequence[saved.Saved], aside: bool) -> None:
+    """What private runs over the same data cost together; ``aside``: where no program reads it."""
+    # two names for one folder are one run
+    own = {run.folder.resolve(): run for run in found}
+    for line in prices.spent([*own.values()]):
+        print(line, file=sys.stderr if aside else sys.stdout)
 
 
 def draw(runs: Mapping[str, saved.Saved], metrics: Sequence[str], path: Path) -> None:

@@ -45,7 +45,7 @@ class Journal:
             data = path.read_bytes()
             *lines, last = data.split(b"\n")
             if last:
-                whole = _parsed(last) is not None
+                whole = parsed(last) is not None
                 data = data + b"\n" if whole else data[: -len(last)]
                 lines += [last] if whole else []
                 with path.open("r+b") as file:
@@ -59,7 +59,7 @@ class Journal:
                 f"privacy journal {path} cannot be read ({e.strerror}); without it what was spent is not "
                 "known: put it back, or start a new run"
             ) from e
-        return cls(path, len(data)), [_parsed(line) for line in lines]
+        return cls(path, len(data)), [parsed(line) for line in lines]
 
     def append(self, line: Any) -> None:
         """Add a line; it is on disk when this returns, or ConfigError says why not."""
@@ -79,7 +79,8 @@ class Journal:
         self.size += len(data)
 
 
-def _parsed(line: bytes) -> Any:
+def parsed(line: bytes) -> Any:
+    """What a line holds, or None."""
     try:
         return json.loads(line)
     except ValueError:

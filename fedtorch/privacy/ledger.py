@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtorch.privacy.accounting import Event, epsilon
-from fedtorch.privacy.journal import Journal
+from fedtorch.privacy.journal import Journal, parsed
 from fedtorch.types import ConfigError
 
 UNITS = ("example", "client")
@@ -143,6 +143,24 @@ class Ledger:
         ledger = cls.__new__(cls)
         ledger._reset(header, journal)
         ledger._replay(lines, saved, where)
+        return ledger
+
+    @classmethod
+    def look(cls, path: Path) -> "Ledger":
+        """The charges in a journal as it stands, which is left alone; raises ConfigError if damaged.
+
+        A last line that is not complete is a charge that somebody is writing, or was killed while writing.
+        """
+        try:
+            lines = [parsed(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        except OSError as e:
+            raise ConfigError(f"privacy journal {path} cannot be read: {e.strerror}") from e
+        header = lines.pop(0) if lines else None
+        if not isinstance(header, dict) or header.get("unit") not in UNITS:
+            raise ConfigError(f"privacy journal {path} does not begin with its header")
+        ledger = cls.__new__(cls)
+        ledger._reset(header, None)
+        ledger._replay(lines, {"count": 0, "digest": ledger.digest}, f"privacy journal {path}")
         return ledger
 
     def __len__(self) -> int:
