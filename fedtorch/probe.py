@@ -108,7 +108,7 @@ def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -
     """Leave the gradient of a batch in the model, or say what does not fit."""
     name, device = type(model).__name__, next(model.parameters()).device
     try:
-        x, y = to(fetch(client.data, index), device)
+        x, y = to(fetch(client.data, index % length(client.data)), device)
     except Exception as e:
         raise ConfigError(
             f"client {client.id}: a dataset must give (x, y) pairs, but taking a batch failed: {_first(e)}"

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fedtorch import seeds
+from fedtorch.batches import fetch, length
 from fedtorch.client import Client, Recipe
 from fedtorch.losses import reduce
+from fedtorch.mixing import mixes
 from fedtorch.modules import undropped
 from fedtorch.privacy import Privacy, SampleLevel, checks
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
 from fedtorch.privacy.streams import stream
-from fedtorch.probe import mixes_examples, put_back, two_examples
+from fedtorch.probe import put_back, two_examples
 from fedtorch.solvers import forward, snapshot, to
 from fedtorch.tree import expand, rows
 from fedtorch.types import ConfigError
@@ -23,6 +25,9 @@ from fedtorch.types import ConfigError
 SIDE_BY_SIDE = 8
 """Clients from which on stacking them beats Opacus (small models); measured in benchmarks/privacy.py."""
 
+
+SOME = 16
+"""Examples by which it is found out if they are mixed."""
 
 TOLERANCE = 5e-3
 """How far a mode may be from the truth, in clipping norms; a wrong one is far beyond."""
@@ -205,10 +210,12 @@ def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) ->
             f"parameter {unused[0]} is not used by the model's forward: call requires_grad_(False) "
             "on it, or it would be trained on noise alone"
         )
-    if mixes_examples(model, data, recipe):
+    some = torch.arange(min(length(data), SOME)) if length(data) > 1 else torch.tensor([0, 0])
+    x, y = to(fetch(data, some), next(model.parameters()).device)
+    if why := mixes(model, x, y, recipe):
         raise ConfigError(
-            f"model {type(model).__name__} or its loss mixes the examples of a batch (one example's "
-            "result depends on its neighbours), so that clipping by example protects nobody"
+            f"model {type(model).__name__} or its loss mixes the examples of a batch ({why}), so that "
+            "clipping by example protects nobody"
         )
 
 

@@ -11,6 +11,9 @@ from fedtorch.strategies import Strategy
 from fedtorch.tree import expand
 from fedtorch.types import Failure, Task, Update
 
+LARGEST_LOSS = 1e6
+"""Under a privacy plan losses beyond it, or that are no numbers, are told as this."""
+
 
 def averages(recipe: Recipe) -> bool:
     """Whether strategy and privacy only average deltas, each scaled by a number of its own at most."""
@@ -70,9 +73,9 @@ def told(
     if privacy and privacy.strict and privacy.per_client:
         # nobody else is trusted: what is not noised does not leave
         return {"update_norm": norms}
-    if privacy and privacy.unit == "client":
-        # a server takes a figure that is not finite for a broken message, and would leave the client out
-        loss = torch.where(loss.isfinite(), loss, 0)
+    if privacy:
+        # a server takes a figure that is not finite for a broken message: one row would leave a client out
+        loss = loss.nan_to_num(LARGEST_LOSS).clamp(-LARGEST_LOSS, LARGEST_LOSS)
     return {
         "train_loss": loss,
         "examples": examples,

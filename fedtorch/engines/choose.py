@@ -14,6 +14,7 @@ from fedtorch import fast, probe, probe_private, solvers
 from fedtorch.client import Client, Recipe
 from fedtorch.compiled import FASTER, available
 from fedtorch.privacy import Privacy, SampleLevel
+from fedtorch.standins import shown
 from fedtorch.summed import averages
 from fedtorch.trial import filled, stacks
 from fedtorch.types import ConfigError
@@ -68,15 +69,16 @@ def choose(
     asked = recipe.privacy
     size = min(chunk or _automatic(model), len(clients))
     notes = kept(model, asked, changes)
-    probe_private.fits(model, clients, recipe)
+    tried = shown(model, clients, recipe)
+    probe_private.fits(model, tried, recipe)
     notes += probe_private.warnings(clients, recipe.privacy)
     if solver in ("auto", "fast"):
         found: fast.Fast | str = f"{changes} changes while the model runs"
         if not changes:
-            found = fast.offer(model, [c.data for c in clients], recipe, asked, half)
+            found = fast.offer(model, [c.data for c in tried], recipe, asked, half)
         least = SMALL_PRIVATE if isinstance(asked, SampleLevel) else SMALL
         if solver == "auto" and not half and size >= least:
-            found = unless_small(found, model, clients, recipe)
+            found = unless_small(found, model, tried, recipe)
         if not isinstance(found, str):
             size = chunk or found.chunk(max(len(c) for c in clients), recipe)
             how = f"fast path, {min(size, len(clients))} clients at once"
@@ -91,11 +93,11 @@ def choose(
         notes.append(f"the fast path is not used: {found}")
     if isinstance(asked, SampleLevel) and not available():
         notes.append(f"noise in every step is drawn by NumPy: {FASTER}")
-    recipe, size = probe_private.with_mode(model, clients, recipe, size)
+    recipe, size = probe_private.with_mode(model, tried, recipe, size)
     if half:
         notes.append("clients train one after another under autocast to bf16")
         return Choice(solvers.Mixed(solvers.general), 1, recipe, tuple(notes))
-    return otherwise(model, clients, recipe, chunk, solver, size, notes, changes)
+    return otherwise(model, tried, recipe, chunk, solver, size, notes, changes)
 
 
 def kept(model: nn.Module, privacy: Privacy | None, changes: str | None) -> list[str]:

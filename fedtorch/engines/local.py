@@ -11,6 +11,7 @@ from fedtorch.client import Client, Recipe
 from fedtorch.engines.choose import Choice, choose
 from fedtorch.options import COUNT, check
 from fedtorch.outline import copied, untouched
+from fedtorch.standins import shown
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
 from fedtorch.visit import local_update
 
@@ -36,8 +37,9 @@ class Local:
         """Try one batch and choose how to train."""
         usable(self.device)
         worker = copied(model).to(self.device)
-        changes = probe.fits(worker, clients, recipe)
-        probe.single(worker, clients, recipe)
+        tried = shown(worker, clients, recipe)
+        changes = probe.fits(worker, tried, recipe)
+        probe.single(worker, tried, recipe)
         with untouched(worker):
             choice = choose(worker, clients, recipe, self.chunk, self.solver, self.dtype, changes)
         by_id = {c.id: c for c in clients}

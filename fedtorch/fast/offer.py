@@ -95,8 +95,7 @@ def noise(
         return None
     if privacy.projected:
         return "projected noise needs a linear layer that takes the examples themselves"
-    batch = math.ceil(privacy.sample_rate * max(length(d) for d in datasets))
-    return unknown(model, chain.front, batch)
+    return unknown(model, chain.front, math.ceil(privacy.batch_size))
 
 
 def draws(chain: Chain, model: nn.Module, datasets: Sequence[Dataset]) -> str | None:

@@ -103,7 +103,8 @@ class Fast:
             others = [m for m in layers if not isinstance(m, (Act, Drop, Given))]
             held = cast(list[Weights], others) if private is None else flat.held(others)
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
-        return Visit(held, head.total().cpu() / ctx.steps, recipe.privacy is not None, first[:0])
+        mean, exact = head.total().cpu() / ctx.steps, recipe.privacy is not None
+        return Visit(held, mean, exact, first[:0], [*task.state])
 
     def draws(self, recipe: Recipe) -> bool:
         """Whether anything may draw at random: the front, dropout, or a loss of one's own."""
@@ -254,11 +255,13 @@ class Visit:
     """Never sum in bfloat16."""
     like: Tensor
     """Of the weights' type and device."""
+    names: Sequence[str]
+    """Of weights and buffers, in the model's order: how layers were trained must not show in theirs."""
 
     @property
     def params(self) -> Stack:
         """Trainable weights, [K, ...]."""
-        return {k: v for layer in self.layers for k, v in layer.stack().items()}
+        return self._ordered({k: v for layer in self.layers for k, v in layer.stack().items()})
 
     @property
     def buffers(self) -> Stack:
@@ -272,7 +275,11 @@ class Visit:
     def weighted_sum(self, weight: Tensor) -> Params:
         """Sum over clients of weight times change; a client of weight 0 may hold anything."""
         w = weight.to(self.like)
-        return {k: v for m in self.layers for k, v in m.weighted_sum(w, self.exact).items()}
+        parts = (m.weighted_sum(w, self.exact) for m in self.layers)
+        return self._ordered({k: v for part in parts for k, v in part.items()})
+
+    def _ordered(self, tree: Params) -> Params:
+        return {k: tree[k] for k in self.names if k in tree}
 
 
 def of(recipe: Recipe, ctx: Context, lr: float) -> tuple[Rule, Params]:

@@ -1,0 +1,190 @@
+"""Losses and models in which examples reach others: each kind is refused before anything trains."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedtorch import Client, ConfigError, Local, Recipe
+from fedtorch.losses import cross_entropy
+from fedtorch.mixing import mixes
+from fedtorch.privacy import SampleLevel
+
+X, Y = torch.rand(16, 6, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 2
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def found(loss=cross_entropy, model: nn.Module | None = None, **plan) -> str | None:
+    recipe = Recipe(loss=loss, privacy=SampleLevel(rounds=1, **plan))
+    return mixes(model or net(), X, Y, recipe)
+
+
+def same_class(z, y, weight=1.0):
+    near = (y[:, None] == y[None]).to(z) - torch.eye(len(y)).to(z)
+    return cross_entropy(z, y) + weight * (near * torch.cdist(z, z).square()).sum(1)
+
+
+def little(z, y):
+    return same_class(z, y, 1e-5)
+
+
+def when_large(z, y):
+    return cross_entropy(z, y) + (z.detach().abs().amax(1) > 50) * z.mean()
+
+
+def when_many(z, y):
+    return cross_entropy(z, y) + (z.mean() if len(y) > 40 else 0.0)
+
+
+def balanced(z, y):
+    return cross_entropy(z, y) / (y[:, None] == y[None]).sum(1)
+
+
+def others_labels(z, y):
+    return cross_entropy(z, y) * (1 + 0.1 * y.to(z).mean())
+
+
+def by_rank(z, y):
+    each = cross_entropy(z, y)
+    return each * (each >= each.median())
+
+
+def gradient_alone(z, y):
+    # the values are those of each example, the gradient is not
+    return cross_entropy(z, y) + z.sum() - z.sum().detach()
+
+
+class Queue(nn.Module):
+    """Keeps what it has seen, as contrastive learning with a memory does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[torch.Tensor] = []
+
+    def forward(self, z, y):
+        far = (
+            torch.stack([torch.cdist(z, k).amin(1) for k in self.kept]).amin(0) if self.kept else 0
+        )
+        self.kept = [*self.kept[-2:], z.detach()]
+        return cross_entropy(z, y) + far
+
+
+class Average:
+    """An exponential average that weighs losses to come."""
+
+    mean = 1.0
+
+    def __call__(self, z, y):
+        each = cross_entropy(z, y) / self.mean
+        self.mean = 0.9 * self.mean + 0.1 * float(each.mean())
+        return each
+
+
+MIXED = [
+    same_class, little, when_large, when_many, balanced, others_labels, by_rank, gradient_alone, Queue(),
+    Average(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", MIXED, ids=lambda m: getattr(m, "__name__", type(m).__name__))
+def test_losses_that_mix_examples_are_found(loss):
+    assert found(loss)
+
+
+class Normed(nn.Module):
+    """By hand what BatchNorm does: without buffers, so that none gives it away."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.inner, self.head = how, nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = self.inner(x)
+        if self.how == "function":
+            h = F.batch_norm(h, None, None, training=True) if len(h) > 1 else h
+        elif self.how == "by hand":
+            h = h - h.mean(0)
+        elif self.how == "large":
+            h = torch.where(h.abs().amax() > 100, h - h.mean(0), h)
+        elif self.how == "attention":
+            h = h + 0.1 * torch.softmax(h @ h.T, 1) @ h
+        return self.head(torch.tanh(h))
+
+
+@pytest.mark.parametrize("how", ["function", "by hand", "large", "attention"])
+def test_models_that_mix_examples_are_found(how):
+    assert found(model=Normed(how))
+
+
+def annealed():
+    calls = []
+
+    def loss(z, y):
+        calls.append(None)
+        return cross_entropy(z, y) / len(calls)
+
+    return loss
+
+
+class Weighted(nn.Module):
+    """A buffer in float32, which keeps the trial in that type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.tensor([1.0, 2.0, 3.0]))
+
+    def forward(self, z, y):
+        return F.cross_entropy(z, y, self.weight, reduction="none")
+
+
+def probabilities(z, y):
+    return F.binary_cross_entropy(z.softmax(1)[:, 0], y.to(z), reduction="none")
+
+
+def strict_probabilities(p, y):
+    return F.binary_cross_entropy(p[:, 0], y.to(p), reduction="none")
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, Weighted(), probabilities])
+def test_losses_of_single_examples_pass(loss):
+    assert found(loss) is None
+    assert found(loss, Normed("none"), batch_size=200.0) is None
+
+
+def test_outputs_that_are_not_any_numbers_are_not_made_up():
+    assert found(strict_probabilities, nn.Sequential(net(), nn.Softmax(1))) is None
+
+
+def test_a_loss_may_keep_what_is_nobodys():
+    # a class, whose copies start anew; a function that counts keeps on counting, and is refused
+    class Warmup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.ones(())
+
+        def forward(self, z, y):
+            return self.scale * cross_entropy(z, y)
+
+    assert found(Warmup()) is None
+    assert found(annealed())
+
+
+def test_trying_leaves_loss_and_model_as_they_were():
+    loss, model = Queue(), net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found(cross_entropy, model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not loss.kept
+
+
+@pytest.mark.parametrize("mode", ["auto", "hooks", "ghost", "stacked"])
+def test_they_are_refused_in_every_mode_before_training(mode):
+    recipe = Recipe(loss=same_class, privacy=SampleLevel(rounds=1, mode=mode))
+    with pytest.raises(ConfigError, match="mixes the examples"):
+        Local().open(net(), [Client("c", (X, Y))], recipe)
