@@ -36,7 +36,7 @@ from fedtorch.server import Server
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.tracking import Record, TensorBoard, Tracking
 from fedtorch.tracking.pictures import Pictures
-from fedtorch.types import ClientError, ConfigError
+from fedtorch.types import ClientError, ConfigError, NothingLearned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,13 +242,23 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     }
     write_results(report, folder, summary, server)
     report.attempt("the report", conclude, report, folder, summary, stop.asked > 0, server)
+    ended(config, server, stop)
+    return summary
+
+
+def ended(config: Config, server: Server, stop: StopSignal) -> None:
+    """Raise what the run's exit code tells: it was stopped, learned nothing, or the budget was spent."""
     if stop.asked:
         raise SystemExit(128 + stop.asked)
+    if server.round_number and not server.moved():
+        raise NothingLearned(
+            f"no weight has moved in {server.round_number} rounds: the model is as it was at the start; "
+            "see above why clients were left out, lower lr or scale the inputs"
+        )
     if config.privacy and config.privacy.budget == "error" and not server.within_budget():
         raise BudgetSpent(
             f"the privacy budget is spent after {server.round_number} of {config.rounds} rounds"
         )
-    return summary
 
 
 def learning_rate(config: Config) -> float:
@@ -305,7 +315,7 @@ def read_config(argv: Sequence[str]) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 trained, 1 a client's code failed or the budget is spent, 2 it cannot be done."""
+    """Exit status: 0 trained, 1 it failed, learned nothing or the budget is spent, 2 it cannot be done."""
     argv = sys.argv[1:] if argv is None else argv
     if "" not in sys.path:  # a user's own modules are found from the working folder, as with -m
         sys.path.append("")
@@ -322,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as e:
         print(f"fedtorch: {e}", file=sys.stderr)
         return 2
-    except (ClientError, BudgetSpent) as e:
+    except (ClientError, BudgetSpent, NothingLearned) as e:
         print(f"fedtorch: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before the first round, when there is nothing to save yet

@@ -16,6 +16,8 @@ class Mean:
         self.weight = 0.0
         self.sent: dict[str, Params] = {}
         self.buffers: Params = {}
+        self._came: dict[str, float] = {}
+        """Weight of the clients that sent each buffer."""
         self._first: Update | None = None
 
     def add(self, update: Update) -> None:
@@ -37,21 +39,32 @@ class Mean:
         for group, stack in update.sent.items():
             add_weighted(self.sent.setdefault(group, {}), stack, weight)
         add_weighted(self.buffers, update.buffers, weight)
+        for name in update.buffers:
+            self._came[name] = self._came.get(name, 0.0) + float(update.weight.sum())
 
     def sums(self) -> dict[str, Params]:
         """Weighted sum of each sent group, on the CPU."""
         self._fold()
         return {g: {k: v.cpu() for k, v in s.items()} for g, s in self.sent.items()}
 
-    def result(self) -> tuple[dict[str, Params], Params]:
-        """Mean of each sent group and of the float buffers, on the CPU; in float64 if there were many."""
+    def result(self, start: Params | None = None) -> tuple[dict[str, Params], Params]:
+        """Mean of each sent group and of the float buffers, on the CPU; in float64 if there were many.
+
+        A client sends the buffers that its chunk moved: it has the others as they were in ``start``.
+        """
         if self._first is not None:
             one = self._first
             return {g: _only(s) for g, s in one.sent.items()}, _only(one.buffers)
         return (
             {g: {k: (v / self.weight).cpu() for k, v in s.items()} for g, s in self.sent.items()},
-            {k: (v / self.weight).cpu() for k, v in self.buffers.items()},
+            {k: self._buffer(k, v.cpu(), start or {}) for k, v in self.buffers.items()},
         )
+
+    def _buffer(self, name: str, total: Tensor, start: Params) -> Tensor:
+        others = self.weight - self._came[name]
+        if others:
+            total = total + others * start[name].double().cpu()
+        return total / self.weight
 
 
 def _only(stack: Stack) -> Params:

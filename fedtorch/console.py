@@ -69,6 +69,8 @@ class Report:
                 self.say(
                     f"round {metrics['round']}: client {who} left out, its update is not finite"
                 )
+        if metrics.get("nobody") or metrics.get("nonprivate_nobody"):
+            self.say(f"round {metrics['round']}: no client counted, the model stays as it was")
         if metrics.get("step_failed"):
             self.say(
                 f"round {metrics['round']}: failed, the server's step is not finite; the model of the "

@@ -62,7 +62,7 @@ def conclude(
     report: Report, folder: Path, summary: dict[str, Any], stopped: bool, server: Server
 ) -> None:
     """The last lines: how good, how long, where."""
-    state = "stopped, saved" if stopped else "done"
+    state = "stopped, saved" if stopped else "done" if server.moved() else "nothing learned"
     figures = "  ".join(
         f"{k.replace('_', ' ')} {v:.4f}" for k, v in summary.items() if k.startswith("test_") and v
     )

@@ -19,7 +19,7 @@ from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_
 from fedtorch.privacy.streams import stream
 from fedtorch.probe import put_back, two_examples
 from fedtorch.solvers import forward, snapshot, to
-from fedtorch.tree import expand, rows
+from fedtorch.tree import expand, rows, same
 from fedtorch.types import ConfigError
 
 SIDE_BY_SIDE = 8
@@ -233,7 +233,7 @@ def _frozen_buffers(model: nn.Module, clients: Sequence[Client], recipe: Recipe)
     after = snapshot(model)
     put_back(model, before)
     for k, _ in model.named_buffers():
-        if not torch.equal(before[k], after[k]):
+        if not bool(same(before[k], after[k]).all()):
             raise ConfigError(
                 f"buffer {k} changes while training and nobody noises it: use a layer without "
                 "statistics of the data"

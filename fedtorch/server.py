@@ -1,6 +1,7 @@
 """The server: the global model, and one round in the order of the papers' pseudo-code."""
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -27,6 +28,9 @@ from fedtorch.tree import double, sound
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
 
 CPU = torch.device("cpu")
+
+
+NOBODY = "a round in which no client counted, and the model stays as it was"
 
 
 class Server:
@@ -79,6 +83,8 @@ class Server:
         """What the last round added to the trainable weights."""
         self.failed_step = False
         """Whether the last round's step was not finite, and the round before stands."""
+        self.nobody = False
+        """Whether no client counted in the last round, and nothing was released."""
         self.watch: Callable[[Update], None] | None = None
         """Shown every update as it arrives; for looking, not for changing."""
         self.private: PrivateRun | None = None
@@ -130,7 +136,15 @@ class Server:
             plan = self.recipe.privacy
             if plan and plan.budget == "stop" and not self.within_budget():
                 return
-            yield self.round()
+            figures = self.round()
+            if self.nobody:
+                warnings.warn(f"{NOBODY}: {_why(figures)}", stacklevel=2)
+            yield figures
+
+    def moved(self) -> bool:
+        """Whether any round has changed a weight that is trained."""
+        now = self._state()
+        return any(not torch.equal(now[k], self._first[k]) for k in self.trainable)
 
     def fit(self, rounds: int, progress: bool = True) -> History:
         """Train ``rounds`` more rounds, with a bar on a terminal or in a notebook; all their figures."""
@@ -240,7 +254,8 @@ class Server:
         self.failed_step = False
         # noise comes first: all that the strategy and the server optimizer do is post-processing
         released = self.private.release(mean.sums()) if self.private else None
-        means, buffers = mean.result() if reported else ({}, {})
+        means, buffers = mean.result(state) if reported else ({}, {})
+        self.nobody = not (reported or released)
         delta: Params = {}
         if reported or released:
             sent, buffers = (released, {}) if released else (means, buffers)
@@ -279,8 +294,15 @@ class Server:
             **self.visits.figures(mean_norm),
             "step_norm": step_norm,
             **({"step_failed": 1} if self.failed_step else {}),
+            **({"nobody": 1} if self.nobody else {}),
             **traffic(task, means, asked=reported + len(failed), reported=reported),
         }
+
+
+def _why(figures: Metrics) -> str:
+    failed = figures.get("failed") or figures.get("nonprivate_failed") or {}
+    kinds = Counter(failed.values())
+    return ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "nobody was there"
 
 
 def _same_shapes(own: Params, other: Params) -> None:

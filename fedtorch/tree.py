@@ -57,6 +57,23 @@ def same(new: Tensor, old: Tensor) -> Tensor:
     return (new == old) | (new.isnan() & old.isnan())
 
 
+def moving(stack: Stack, start: Params) -> Stack:
+    """Those of the tensors [K, ...] that are not as they were at the start for every client."""
+    return {
+        k: v
+        for k, v in stack.items()
+        if not (torch.equal(v, start[k].expand_as(v)) or bool(same(v, start[k]).all()))
+    }
+
+
+def settled(stack: Stack, start: Params) -> Tensor:
+    """Whether every number of client k is finite or as it was: a constant may be infinite, as masks are."""
+    good = finite(stack)
+    if good.all():
+        return good
+    return finite({k: torch.where(same(v, start[k]), 0, v) for k, v in stack.items()})
+
+
 def double(tree: Params) -> Params:
     """The same numbers in float64."""
     return {k: v.double() for k, v in tree.items()}

@@ -103,7 +103,8 @@ def difference(
     """
     before = snapshot(model)
     try:
-        return apart(solver, model, few, stirred(before), recipe, private)
+        weights = stirred({k: before[k] for k, _ in model.named_parameters()})
+        return apart(solver, model, few, before | weights, recipe, private)
     finally:
         load(model, before)  # the general path trains the module itself
 
@@ -153,13 +154,14 @@ def apart(
         with seeds.seeded(SEED):
             found = solve(model, few[who], own, task, recipe, context, noise)
         kinds = found.params, {} if private else found.buffers
-        return [tmap(change, kind, {k: state[k] for k in kind}) for kind in kinds if kind]
+        return [tmap(Tensor.clone, kind) for kind in kinds if kind]
 
     together, errors = run(solver, slice(None)), [0.0]
     for k in range(len(few)):
         for one, all_ in zip(run(general, slice(k, k + 1)), together, strict=True):
-            between = sq_norms(tmap(torch.sub, one, expand(row(all_, k)))).sqrt()
-            errors.append(float(between / sq_norms(one).sqrt().clamp(min=1e-12)))
+            between = sq_norms(tmap(change, one, expand(row(all_, k)))).sqrt()
+            way = sq_norms(tmap(change, one, {n: state[n] for n in one}))
+            errors.append(float(between / way.nan_to_num(0, 0, 0).sqrt().clamp(min=1e-12)))
     return float(torch.tensor(errors).max())  # unlike Python's, it keeps NaN
 
 

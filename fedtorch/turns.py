@@ -17,7 +17,7 @@ from fedtorch.modules import to
 from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.summed import averages, shrunk
-from fedtorch.tree import add_weighted, expand, finite, split
+from fedtorch.tree import add_weighted, expand, moving, settled, split
 from fedtorch.types import ClientError, Context, Params, Stack, Task
 from fedtorch.working import Working
 
@@ -78,7 +78,7 @@ class Turns:
     """What each change was multiplied by, [K]; 0: it is not in the sum."""
     total: Total
     floats: Params
-    """The same sum of the float buffers."""
+    """The same sum of the float buffers that any client moved."""
 
     @property
     def buffers(self) -> Stack:
@@ -117,7 +117,7 @@ def in_turn(
     examples = torch.tensor([float(len(c)) for c in clients])
     weight = recipe.weights(examples)
     share = (weight.double() / weight.sum()).tolist()
-    loss, squares, used = [], [], []
+    loss, squares, used, moved = [], [], [], set[str]()
     with seeds.kept():
         for k, client in enumerate(clients):
             seed = visit_seed(client, task, recipe)
@@ -130,7 +130,7 @@ def in_turn(
                 loss.append(here.visit(client.data, plans[k], ctx, noise))
             squares.append(total.see(here.weights()))
             buffers = {} if recipe.privacy else expand(here.floats())
-            if buffers and not finite(buffers):
+            if buffers and not settled(buffers, task.state):
                 squares[k] = math.nan
             part = 1.0
             if recipe.privacy:
@@ -140,7 +140,9 @@ def in_turn(
             if used[k]:
                 total.add(used[k])
                 add_weighted(floats, buffers, _float64(used[k:]))
+                moved |= moving(buffers, task.state).keys()
     here.put_back()
+    floats = {k: v for k, v in floats.items() if k in moved}
     return Turns(torch.stack(loss), _float64(squares), _float64(used), total, floats)
 
 

@@ -20,6 +20,10 @@ class ClientError(RuntimeError):
     """A client's own code (its dataset, the model, the loss) raised; the message says whose."""
 
 
+class NothingLearned(RuntimeError):
+    """A run is over and its model is the one that it started from."""
+
+
 @dataclass(frozen=True)
 class Task:
     """Everything the server sends to a client for one round."""

@@ -22,7 +22,7 @@ from fedtorch.privacy.base import check_clip
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.strategies import Strategy
 from fedtorch.summed import averages, failures, summed, told
-from fedtorch.tree import double, expand, finite, row, sq_norms, stack
+from fedtorch.tree import double, expand, moving, row, settled, sq_norms, stack
 from fedtorch.turns import blamed, in_turn, visit_seed
 from fedtorch.types import Context, Failure, Task, Update
 
@@ -127,7 +127,8 @@ def _apart(
         sent, remembered = recipe.strategy.upload(params, exact)
     buffers = {} if recipe.privacy else trained.buffers  # statistics of the data are never noised
     norms = {g: sq_norms(s) for g, s in sent.items()}
-    good = [n.isfinite() for n in norms.values()] + ([finite(buffers)] if buffers else [])
+    good = [n.isfinite() for n in norms.values()]
+    good += [settled(buffers, task.state)] if buffers else []
     keep = torch.stack(good).all(0).cpu()
     for k, client in enumerate(clients):
         if keep[k]:
@@ -147,7 +148,7 @@ def _apart(
     update = Update(
         ids=tuple(c.id for k, c in enumerate(clients) if keep[k]),
         sent={g: {n: v[kept] for n, v in s.items()} for g, s in sent.items()},
-        buffers={n: v[kept] for n, v in buffers.items()},
+        buffers=moving({n: v[kept] for n, v in buffers.items()}, task.state),
         weight=recipe.weights(examples)[kept],
         metrics={name: v[kept] for name, v in figures.items()},
     )

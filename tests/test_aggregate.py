@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 
 from fedtorch.aggregate import Mean
@@ -41,5 +43,16 @@ def test_a_summed_update_alone_and_among_others():
     mean.add(one)
     mean.add(update("c", [12.0], [8.0]))
     assert mean.weight == 16
-    assert mean.result()[0]["delta"]["w"].item() == (16 + 16 + 96) / 16
+    sent, buffers = mean.result({"s": torch.tensor([2.0])})
+    assert (
+        sent["delta"]["w"].item() == (16 + 16 + 96) / 16 and buffers["s"].item() == (16 + 96) / 16
+    )
     assert row.item() == 4
+
+
+def test_a_buffer_that_some_did_not_send_is_with_them_as_it_was():
+    mean = Mean()
+    mean.add(update("a", [3.0], [1.0]))
+    mean.add(replace(update("bc", [1.0, 1.0], [2.0, 5.0]), buffers={}))
+    _, buffers = mean.result({"s": torch.tensor([11.0]), "other": torch.zeros(1)})
+    assert buffers["s"].item() == (1 * 3 + 7 * 11) / 8 and set(buffers) == {"s"}

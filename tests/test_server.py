@@ -1,4 +1,5 @@
 import copy
+import math
 import subprocess
 import sys
 
@@ -210,3 +211,20 @@ print([m for m in slow if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_round_that_nobody_counts_in_is_said():
+    clients = [
+        Client(c.id, (c.data.tensors[0] * math.nan, c.data.tensors[1]))
+        for c in make_clients([5, 6])
+    ]
+    model = mlp()
+    before = weights(model)
+    server = Server(model, clients)
+    with pytest.warns(UserWarning, match="no client counted.* stays as it was: 2 nonfinite"):
+        figures = next(server.rounds(1))
+    assert (figures["nobody"], figures["clients"], figures["nonfinite"]) == (1, 0, 2)
+    assert not server.moved()
+    assert all(torch.equal(before[k], v) for k, v in weights(model).items())
+    usual = Server(mlp(), make_clients([5, 6]))
+    assert "nobody" not in next(usual.rounds(1)) and usual.moved()

@@ -333,3 +333,15 @@ def test_what_an_accelerator_trained_is_used_and_continued_without_one(fedtorch)
     assert "engine.device cpu trains anywhere" in err
     code, _, err = fedtorch(*resume, "--engine.device", "cpu")
     assert (code, err) == (0, "")
+
+
+def test_a_run_that_learned_nothing_says_so_and_keeps_its_model(fedtorch):
+    x = np.random.default_rng(0).normal(size=(60, 3)) * 1e4  # never scaled: no step is finite
+    np.savez("wide.npz", x=x, y=x.sum(1))
+    data = ["--dataset", "npz", "--dataset.path", "wide.npz", "--clients", 3]
+    code, out, err = fedtorch(*SMALL, *data)
+    assert code == 1 and "no weight has moved in 2 rounds" in err
+    assert "nothing learned: 2 rounds" in out and "round 2: no client counted" in out
+    assert load_file("run/model.safetensors") and json.loads(Path("run/summary.json").read_text())
+    code, _, err = fedtorch("train", "--run-dir", "run", "--resume", "true", "--rounds", 3)
+    assert code == 1 and "no weight has moved in 3 rounds" in err

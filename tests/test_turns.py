@@ -226,3 +226,56 @@ def test_one_change_is_exact_and_its_bound_holds():
     )
     bound = float(total.bound(square))
     assert exact * 2.0**-120 <= bound <= exact * 2.0**-120 * (1 + 1e-9)
+
+
+class Constants(nn.Module):
+    """A causal mask, numbers nobody has filled in, one that no mean of itself gives back, and a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.linear = nn.Linear(6, 4)
+        self.register_buffer("mask", torch.full((4, 4), -math.inf).triu(1))
+        self.register_buffer("unknown", torch.full((2,), math.nan))
+        self.register_buffer("third", torch.tensor(1 / 3, dtype=torch.float64))
+        self.register_buffer("least", torch.full((7,), math.inf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.least[:6].copy_(x.detach().amin(0))
+        return self.linear(x) + self.mask.softmax(1).sum(0) + self.third.float()
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe(batch_size=8), Recipe(Scaffold(), batch_size=8)], ids=str
+)
+def test_constants_are_no_news_and_no_reason_to_leave_a_client_out(recipe):
+    ends = []
+    for engine in (Local(solver="general"), Local(chunk=1), Local(solver="stacked")):
+        model = Constants()
+        before = snapshot(model)
+        server = Server(model, make_clients([16, 8, 8, 24]), recipe, engine=engine)
+        sent = []
+        server.watch = sent.append
+        figures = [*server.rounds(2)]
+        assert [f["clients"] for f in figures] == [4, 4] and server.moved()
+        assert all(set(u.buffers) == {"least"} for u in sent)
+        after = snapshot(model)
+        for name in ("mask", "unknown", "third"):
+            assert torch.equal(before[name].nan_to_num(7.0), after[name].nan_to_num(7.0)), name
+        assert bool(after["least"][:6].isfinite().all()) and after["least"][6] == math.inf
+        ends.append(after)
+    for other in ends[1:]:
+        for k in ("linear.weight", "least"):
+            assert torch.allclose(ends[0][k], other[k], atol=1e-6), k
+
+
+def test_a_mask_may_be_infinite_under_client_level_privacy_too():
+    class Masked(Constants):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) + self.mask.softmax(1).sum(0)
+
+    plan = ClientLevel(noise_multiplier=0.01, rounds=2)
+    server = Server(Masked(), make_clients([9, 8, 7]), Recipe(privacy=plan))
+    server.round()
+    assert server.moved()
