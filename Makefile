@@ -3,12 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help train test check format lint types layers wheel clean demo-sites
-
-help:  ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
-
-.PHONY: help train test check format lint types layers wheel wheel-check clean
+.PHONY: help train test check format wheel wheel-check screenshots clean demo-sites
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,8 +39,6 @@ wheel: $(VENV)/.dev  ## build the wheel into dist/
 
 screenshots: $(VENV)/.dev  ## photograph TensorBoard on real runs (needs chromium, chromium-driver)
 	$(PY) tools/screenshots.py
-
-.PHONY: screenshots
 
 wheel-check: wheel  ## install the wheel in an empty environment and train from another folder
 	rm -rf dist/check && $(PYTHON) -m venv dist/check

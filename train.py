@@ -28,7 +28,7 @@ from fedtorch.optimizers import ClientOptimizer
 from fedtorch.options import COUNT, POSITIVE, SHARE, check
 from fedtorch.participation import Everyone, Participation
 from fedtorch.prices import LEDGER
-from fedtorch.privacy import Privacy, SampleLevel, checks
+from fedtorch.privacy import Privacy, SampleLevel
 from fedtorch.privacy.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent
 from fedtorch.schedules import Constant, Schedule
@@ -75,11 +75,11 @@ class Config:
     """Client learning rate; none: 0.1, and 1 under sample-level privacy, where gradients are clipped."""
     schedule: Schedule = Constant()
     """Learning rate over rounds: constant, exponential, step, cosine."""
-    epochs: int = 2
+    epochs: int = Recipe.epochs
     """Passes over a client's data in a round."""
     steps: int | None = None
     """Local steps in a round, in place of epochs."""
-    batch_size: int | None = 16
+    batch_size: int | None = Recipe.batch_size
     """Examples in a local step; null: all of a client's."""
     drop_last: bool = False
     """Leave out the last, smaller batch of each pass."""
@@ -160,14 +160,12 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     private = config.privacy is not None
     clients = assemble.clients(data, ids, parts, config.validation, config.seed, private)
     model = make_model(config, data)
-    if config.privacy and config.privacy.fix_model:
-        model = checks.fixed(model)
     loss, metrics = assemble.loss_and_metrics(data.kind, config.loss, config.metrics)
     recipe = Recipe(
         config.strategy,
         loss=loss,
         optimizer=ClientOptimizer(config.optimizer, config.optimizer_args),
-        lr=learning_rate(config),
+        lr=config.lr,
         epochs=config.epochs,
         steps=config.steps,
         batch_size=config.batch_size,
@@ -184,6 +182,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         engine=config.engine,
         seed=config.seed,
     )
+    model = server.model  # with privacy.fix_model a copy of it
     runs.savable(model)
     if data.kind == "classification":
         probe.classes_fit(model, data)
@@ -205,7 +204,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         opening = f"{data.name}: {len(parts)} clients, {config.model}, {config.rounds} rounds"
         report.say(prepared.said(data))
         introduce(report, opening, server, partition_table(ids, parts, data.labels))
-        options = cli.flat(cli.describe(config)) | {"lr": recipe.lr}
+        options = cli.flat(cli.describe(config)) | {"lr": recipe.learning_rate}
         pictures.start(options, metrics, ids, parts)
         scores, by_client = evaluate(model, data.test, metrics), {}
         last = over(server, config, stop)
@@ -259,12 +258,6 @@ def ended(config: Config, server: Server, stop: StopSignal) -> None:
         raise BudgetSpent(
             f"the privacy budget is spent after {server.round_number} of {config.rounds} rounds"
         )
-
-
-def learning_rate(config: Config) -> float:
-    """The client learning rate, or the default that fits the kind of step."""
-    default = 1.0 if isinstance(config.privacy, SampleLevel) else 0.1
-    return default if config.lr is None else config.lr
 
 
 def over(server: Server, config: Config, stop: StopSignal) -> bool:

@@ -165,6 +165,9 @@ def choose(choice: str, value: Any) -> Any:
     if name is None:
         name = next(iter(CHOICES[choice]))
     if str(name).lower() in ("none", "null"):
+        if options:
+            given = ", ".join(f"{choice}.{k}" for k in options)
+            raise ConfigError(f"{choice} is none, which has no {given}: leave out one or the other")
         return None
     return build(_class(choice, str(name)), options, choice)
 

@@ -10,7 +10,7 @@ from fedtorch.batches import length
 from fedtorch.losses import Loss, cross_entropy
 from fedtorch.optimizers import ClientOptimizer
 from fedtorch.options import COUNT, POSITIVE, check, fit
-from fedtorch.privacy import Privacy
+from fedtorch.privacy import Privacy, SampleLevel
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.types import ConfigError, Params
 
@@ -51,13 +51,14 @@ class Recipe:
     _: KW_ONLY
     loss: Loss = cross_entropy
     optimizer: ClientOptimizer = field(default_factory=ClientOptimizer)
-    lr: float = 0.1
-    """Client learning rate before the schedule."""
-    epochs: int = 1
+    lr: float | None = None
+    """Client learning rate before the schedule; none: 0.1, and 1 under sample-level privacy, where
+    gradients are clipped."""
+    epochs: int = 2
     """Passes over the client's data in one visit."""
     steps: int | None = None
     """Optimizer steps in one visit; given, it takes the place of epochs."""
-    batch_size: int | None = 32
+    batch_size: int | None = 16
     """Examples in a local step; None: all of the client's at once."""
     drop_last: bool = False
     """Leave out the last, smaller batch of each pass (clients smaller than a batch keep theirs)."""
@@ -70,6 +71,11 @@ class Recipe:
         self.optimizer.check()
 
     @property
+    def learning_rate(self) -> float:
+        """The learning rate, or the default that fits the kind of step."""
+        return default_lr(self.privacy) if self.lr is None else self.lr
+
+    @property
     def weighting(self) -> str:
         """How clients are weighed: auto is by examples, and alike where privacy asks for it."""
         chosen = self.strategy.weighting
@@ -78,6 +84,11 @@ class Recipe:
     def weights(self, examples: Tensor) -> Tensor:
         """Aggregation weights of clients with so many examples, [K]."""
         return examples if self.weighting == "examples" else torch.ones_like(examples)
+
+
+def default_lr(privacy: Privacy | None) -> float:
+    """A learning rate where none is given: a step of clipped gradients is short."""
+    return 1.0 if isinstance(privacy, SampleLevel) else 0.1
 
 
 def as_dataset(data: Dataset | tuple[Tensor, ...], owner: str) -> Dataset:

@@ -101,14 +101,12 @@ def _precise(v: Tensor) -> Tensor:
 def traffic(task: Task, sent: Mapping[str, Params], asked: int, reported: int) -> Metrics:
     """Bytes a deployment would move: tensors in the model's own types, no framing, no compression.
 
-    Each client asked is sent the state and the strategy's groups; each that reports sends its groups
-    and the float buffers back.
+    Each client asked is sent all weights and buffers, frozen ones too, and the strategy's groups. Each
+    that reports sends back what ``sent`` has, by group: no frozen weight, and under privacy no buffer.
     """
     state = task.state
-    buffers = set(state) - set(sent.get("delta", {}))
     down = [*state.values(), *(v for g in task.extras.values() for v in g.values())]
     up = [state[k] for g in sent.values() for k in g if k in state]
-    up += [state[k] for k in buffers if state[k].is_floating_point()]
     return {"bytes_down": asked * _bytes(down), "bytes_up": reported * _bytes(up)}
 
 

@@ -152,10 +152,10 @@ def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
     start = {k: p.detach().clone() for k, p in params.items()}
     extras = {g: expand(e) for g, e in strategy.init(start).items()}
     memory = {g: expand(m) for g, m in strategy.remember(start).items()}
-    context = Context(expand(start), extras, memory, torch.ones(1), recipe.lr, (0,))
+    context = Context(expand(start), extras, memory, torch.ones(1), recipe.learning_rate, (0,))
     views = expand({k: p.detach() for k, p in params.items()})
     try:
-        step = optimizer.stepper([*params.values()], recipe.lr)
+        step = optimizer.stepper([*params.values()], recipe.learning_rate)
     except Exception as e:
         raise ConfigError(
             f"client optimizer {optimizer.name} cannot train model {name}: {_first(e)}"

@@ -19,6 +19,7 @@ from fedtorch.history import History
 from fedtorch.metrics import Metrics, Visits, length, traffic
 from fedtorch.options import fit, shown
 from fedtorch.participation import Everyone, Participation
+from fedtorch.privacy import checks
 from fedtorch.privacy.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent, PrivateRun
 from fedtorch.schedules import Constant, Schedule
@@ -68,6 +69,8 @@ class Server:
         if twice:
             raise ConfigError(f"client ids must differ, but {twice[0]!r} is there twice")
         participation.check(len(clients))
+        if self.recipe.privacy and self.recipe.privacy.fix_model:
+            model = checks.fixed(model)
         self.model = model
         self.round_number = 0
         self.session = runs_on.open(model, clients, self.recipe)
@@ -90,6 +93,10 @@ class Server:
         self.private: PrivateRun | None = None
         self.notes = list(self.session.notes)
         if self.recipe.privacy is not None:
+            if self.recipe.privacy.fix_model:
+                self.notes.append(
+                    "privacy.fix_model: server.model is a copy, without the layers that void the guarantee"
+                )
             groups = uploads(self.recipe.strategy, params, self.extras)
             self.private = PrivateRun(self.recipe.privacy, self.ids, groups)
             self.notes += self.private.check(self.recipe, participation)
@@ -107,11 +114,11 @@ class Server:
         failed = [Failure(self.ids[i], "dropped", "it dropped out") for i in lost]
         mean, self.visits = self._train([self.ids[i] for i in reporting], task, failed)
         trained = time.perf_counter()
-        means = self._move(task.state, mean)
+        means, buffers = self._move(task.state, mean)
         self.round_number += 1
         figures = {
             "round": self.round_number,
-            **self._figures(task, failed, means),
+            **self._figures(task, failed, means, buffers),
             "seconds_sample": sampled - start,
             "seconds_train": trained - sampled,
             "seconds_aggregate": time.perf_counter() - trained,
@@ -218,7 +225,7 @@ class Server:
         self.private.charge(asked, self.round_number)
 
     def _task(self) -> Task:
-        lr = self.recipe.lr * self.schedule(self.round_number)
+        lr = self.recipe.learning_rate * self.schedule(self.round_number)
         task = Task(self._state(), self.extras, self.round_number, self.seed, lr)
         numbers = self.private.numbers(self.round_number) if self.private else {}
         return replace(task, privacy=numbers)
@@ -245,8 +252,8 @@ class Server:
                 self.watch(outcome)
         return mean, Visits.of(chunks)
 
-    def _move(self, state: Params, mean: Mean) -> dict[str, Params]:
-        """Step from ``state``; returns the clients' means before any noise, for the figures.
+    def _move(self, state: Params, mean: Mean) -> tuple[dict[str, Params], Params]:
+        """Step from ``state``; returns the means of what was sent, before any noise, and of buffers.
 
         A step that is not finite is not taken: the round has failed, and what the server keeps stays.
         """
@@ -254,7 +261,7 @@ class Server:
         self.failed_step = False
         # noise comes first: all that the strategy and the server optimizer do is post-processing
         released = self.private.release(mean.sums()) if self.private else None
-        means, buffers = mean.result(state) if reported else ({}, {})
+        means, buffers = came = mean.result(state) if reported else ({}, {})
         self.nobody = not (reported or released)
         delta: Params = {}
         if reported or released:
@@ -275,9 +282,11 @@ class Server:
                 self.extras, self.optimizer_state = extras, kept
                 load(self.model, new)
         self.last_step = delta
-        return means
+        return came
 
-    def _figures(self, task: Task, failed: list[Failure], means: dict[str, Params]) -> Metrics:
+    def _figures(
+        self, task: Task, failed: list[Failure], means: dict[str, Params], buffers: Params
+    ) -> Metrics:
         kinds = [f.kind for f in failed]
         reported, mean = len(self.visits.ids), means.get("delta")
         step_norm = length(self.last_step)
@@ -295,7 +304,9 @@ class Server:
             "step_norm": step_norm,
             **({"step_failed": 1} if self.failed_step else {}),
             **({"nobody": 1} if self.nobody else {}),
-            **traffic(task, means, asked=reported + len(failed), reported=reported),
+            **traffic(
+                task, means | {"buffers": buffers}, asked=reported + len(failed), reported=reported
+            ),
         }
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from fedtorch import Client, FedAvg, Local, Recipe, Scaffold, Server
 from fedtorch.metrics import length, spread, traffic
 from fedtorch.participation import Everyone
+from fedtorch.privacy import SampleLevel
 from fedtorch.types import Task
 
 
@@ -77,8 +78,24 @@ def test_bytes_of_buffers():
         "count": torch.zeros((), dtype=torch.int64),
     }
     task = Task(state, {}, 0, 0, 0.1)
-    found = traffic(task, {"delta": {"w": torch.zeros(3).double()}}, asked=2, reported=1)
+    sent = {"delta": {"w": torch.zeros(3).double()}, "buffers": {"mean": torch.zeros(2)}}
+    found = traffic(task, sent, asked=2, reported=1)
     assert found == {"bytes_down": 2 * (12 + 8 + 8), "bytes_up": 12 + 8}
+
+
+def test_bytes_of_frozen_weights_go_to_clients_and_never_come_back():
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
+    net[0].requires_grad_(False)
+    whole, frozen, head, norm = 4 * (6 * 5 + 5 + 10 + 10 + 24) + 8, 4 * 35, 4 * (10 + 24), 4 * 10
+    figures = Server(net, clients([8, 8]), Recipe(batch_size=8)).round()
+    assert (figures["bytes_down"], figures["bytes_up"]) == (2 * whole, 2 * (head + norm))
+    assert whole == frozen + head + norm + 8
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    net[0].requires_grad_(False)
+    net.register_buffer("scale", torch.ones(3))
+    plan = SampleLevel(noise_multiplier=1.0, rounds=1)
+    figures = Server(net, clients([8, 8]), Recipe(privacy=plan)).round()
+    assert figures["bytes_up"] == 2 * 4 * 24
 
 
 def test_a_round_without_clients_has_no_client_figures():

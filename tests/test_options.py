@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import numpy as np
@@ -23,6 +24,7 @@ from fedtorch import (
     ServerAdam,
     Strategy,
     Uniform,
+    cli,
 )
 from fedtorch.data import Csv, Digits, Dirichlet, HuggingFace, Idx, Npz, QuantitySkew, Shards, Text
 from fedtorch.engines import Local, Processes, Ray
@@ -210,3 +212,47 @@ def test_a_message_shows_no_data() -> None:
     assert shown(torch.ones(3)) == "Tensor" and shown("x" * 100) == "'" + "x" * 59
     assert fit("a", None, int | None) is None and fit("a", 3, Any) == 3
     assert fit("a", np.float64(0.5), float) == 0.5
+
+
+def test_the_command_and_python_have_one_set_of_defaults() -> None:
+    made = Recipe()
+    for config in (Config(), ServeConfig(**NEEDED[ServeConfig])):
+        for name in ("strategy", "lr", "epochs", "steps", "batch_size", "drop_last"):
+            assert getattr(config, name) == getattr(made, name), name
+        # but for privacy, which is the command's default alone, as README says
+        assert config.privacy == SampleLevel() and made.privacy is None
+    assert made.learning_rate == 0.1 and Recipe(privacy=SampleLevel()).learning_rate == 1.0
+    assert Recipe(lr=0.3, privacy=SampleLevel()).learning_rate == 0.3
+    assert Recipe(privacy=ClientLevel()).learning_rate == 0.1
+
+
+@pytest.mark.parametrize("choice", ["privacy", "strategy.server", "tracking", "privacy.adaptive"])
+def test_an_option_of_a_choice_that_is_none_is_refused(choice: str) -> None:
+    option = {"privacy": "epsilon", "tracking": "every"}.get(choice, "lr")
+    outer = ["--privacy", "client"] if choice == "privacy.adaptive" else []
+    words = [f"--{choice}", "none", f"--{choice}.{option}", "3"]
+    for flags in (words, words[2:] + words[:2]):
+        with pytest.raises(ConfigError, match=rf"{choice} is none, which has no {choice}.{option}"):
+            cli.parse(Config, [*outer, *flags])
+    cli.parse(Config, [*outer, *words[:2]])
+
+
+def test_a_config_file_with_options_is_overruled_by_none(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[privacy]\nepsilon = 3\n")
+    found = cli.parse(Config, ["--config", str(tmp_path / "run.toml"), "--privacy", "none"])
+    assert found.privacy is None
+
+
+def test_fix_model_from_python_trains_a_copy_without_the_layers() -> None:
+    net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    own = [Client("a", (torch.randn(20, 3), torch.randint(2, (20,))))]
+    plan = SampleLevel(noise_multiplier=1.0, rounds=1)
+    with pytest.raises(ConfigError, match="BatchNorm"):
+        Server(net, own, Recipe(privacy=plan))
+    server = Server(net, own, Recipe(privacy=replace(plan, fix_model=True)))
+    assert any("server.model is a copy" in n for n in server.notes)
+    before = server.model[2].weight.clone()  # type: ignore[index]
+    server.round()
+    assert isinstance(server.model[1], nn.GroupNorm)  # type: ignore[index]
+    assert not torch.equal(before, server.model[2].weight)  # type: ignore[index]
+    assert isinstance(net[1], nn.BatchNorm1d)

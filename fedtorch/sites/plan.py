@@ -43,9 +43,9 @@ class Plan:
     optimizer: str = "sgd"
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     lr: float = 0.1
-    epochs: int = 1
+    epochs: int = Recipe.epochs
     steps: int | None = None
-    batch_size: int | None = 32
+    batch_size: int | None = Recipe.batch_size
     drop_last: bool = False
 
     def build(self) -> tuple[nn.Module, Recipe]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from fedtorch import checkpoint, cli, disk, folders, runs, seeds
+from fedtorch.client import Recipe, default_lr
 from fedtorch.console import Report, StopSignal
 from fedtorch.data import Data, prepared
 from fedtorch.data.base import facts_of
@@ -74,11 +75,11 @@ class ServeConfig:
     """The sites' learning rate; none: 0.1, and 1 under sample-level privacy, which clips gradients."""
     schedule: Schedule = Constant()
     """Learning rate over rounds: constant, exponential, step, cosine."""
-    epochs: int = 1
+    epochs: int = Recipe.epochs
     """Passes over a site's data in a round."""
     steps: int | None = None
     """Local steps in a round, in place of epochs."""
-    batch_size: int | None = 32
+    batch_size: int | None = Recipe.batch_size
     """Examples in a local step; null: all of a site's."""
     drop_last: bool = False
     """Leave out the last, smaller batch of each pass."""
@@ -186,6 +187,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         engine=engine,
         seed=config.seed,
     )
+    model = server.model
     with closing(server):
         kept = open_folder(config, plan, server, held)
         private = server.private is not None
@@ -267,7 +269,7 @@ def make_plan(config: ServeConfig, run: str) -> Plan:
         optimizer_args=config.optimizer_args,
         privacy=config.privacy
         and replace(config.privacy, rounds=config.privacy.rounds or config.rounds),
-        lr=config.lr or (1.0 if isinstance(config.privacy, SampleLevel) else 0.1),
+        lr=config.lr or default_lr(config.privacy),
         epochs=config.epochs,
         steps=config.steps,
         batch_size=config.batch_size,

@@ -1,0 +1,326 @@
+"""Do the tests bite? One small change at a time in the package, and the tests that run the changed line.
+
+    python tools/mutate.py map --tests tests/test_privacy_*.py     which test runs which line, and how long it takes
+    python tools/mutate.py run --seed 1 --count 300 privacy core   try so many changes, a process each
+    python tools/mutate.py show                                    what came of them
+
+All happens in a copy of the working tree under build/mutants, so that processes which tests start see the
+change too. A run goes on where it was stopped. Changes that change nothing are named, with the reason, in
+tools/equivalent.toml.
+"""
+
+import argparse
+import ast
+import copy
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PLACE = ROOT / "build" / "mutants"
+COPY, MAP, RESULTS = PLACE / "copy", PLACE / "map.json", PLACE / "results.json"
+GROUPS = {
+    "privacy": ["fedtorch/privacy/*.py"],
+    "core": ["fedtorch/*.py", "fedtorch/strategies/*.py"],
+    "sites": ["fedtorch/sites/*.py", "fedtorch/engines/messages.py", "fedtorch/engines/wire.py"],
+    "data": ["fedtorch/data/*.py"],
+}
+LOOKS = {
+    "cli",
+    "choices",
+    "console",
+    "figures",
+    "history",
+    "narrate",
+    "saved",
+    "sweep",
+    "lanes",
+    "tile",
+}
+"""Modules of the core that only show something, or write machine code: not changed."""
+
+OTHER: dict[type, type] = {
+    **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq},
+    **{
+        ast.NotEq: ast.Eq,
+        ast.In: ast.NotIn,
+        ast.NotIn: ast.In,
+        ast.Is: ast.IsNot,
+        ast.IsNot: ast.Is,
+    },
+    **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult},
+    **{ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.LShift: ast.RShift, ast.BitAnd: ast.BitOr},
+    **{ast.BitOr: ast.BitAnd, ast.And: ast.Or, ast.Or: ast.And},
+}
+FLIPPED: dict[type, type] = {ast.Lt: ast.Gt, ast.LtE: ast.GtE, ast.Gt: ast.Lt, ast.GtE: ast.LtE}
+NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
+
+
+def code(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but annotations, docstrings, messages and what is said of a class from outside."""
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            said = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
+            if (
+                not isinstance(child, ast.AST)
+                or said
+                or isinstance(child, (ast.Raise, ast.JoinedStr))
+            ):
+                continue
+            yield child
+            yield from code(child)
+
+
+def changes(node: ast.AST) -> list[tuple[str, Any]]:
+    """What can be done to one node: a word for it, and a function that does it to a copy of the node."""
+    found: list[tuple[str, Any]] = []
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        for table in (OTHER, FLIPPED):
+            if new := table.get(type(node.ops[0])):
+                found.append(("compare", lambda n, new=new: setattr(n, "ops", [new()])))
+    if isinstance(node, (ast.BinOp, ast.BoolOp, ast.AugAssign)) and (
+        new := OTHER.get(type(node.op))
+    ):
+        found.append(("operator", lambda n, new=new: setattr(n, "op", new())))
+    if isinstance(node, (ast.If, ast.IfExp, ast.While)):
+        found.append(("not", lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        found.append(("sign", lambda n: setattr(n, "op", ast.UAdd())))
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        found.append(("constant", lambda n: setattr(n, "value", not n.value)))
+    elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        for by in (1, -1):
+            found.append(("constant", lambda n, by=by: setattr(n, "value", n.value + by)))
+    if isinstance(node, ast.Name) and node.id in NAMES:
+        found.append(("name", lambda n: setattr(n, "id", NAMES[n.id])))
+    if isinstance(node, ast.Call):
+        for k, word in enumerate(node.keywords):
+            if word.arg:
+                found.append(("keyword", lambda n, k=k: n.keywords.pop(k)))
+    if isinstance(node, ast.Return) and not (node.value is None or _none(node.value)):
+        found.append(("return", lambda n: setattr(n, "value", ast.Constant(None))))
+    return found
+
+
+def _none(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
+
+
+def mutants(groups: list[str]) -> list[tuple[str, int, int, int]]:
+    """File, line, place of the node in the tree, and which of its changes."""
+    found = []
+    paths = sorted({p for g in groups for pattern in GROUPS[g] for p in ROOT.glob(pattern)})
+    for path in (p for p in paths if p.stem not in LOOKS and p.stem != "__init__"):
+        for place, node in enumerate(code(ast.parse(path.read_text()))):
+            line = getattr(node, "lineno", 0)
+            name = str(path.relative_to(ROOT))
+            found += [(name, line, place, k) for k in range(len(changes(node)))]
+    return found
+
+
+def mutate(source: str, place: int, k: int) -> tuple[str, str, str]:
+    """The changed source, and the statement before and after."""
+    tree = ast.parse(source)
+    node = [*code(tree)][place]
+    old = copy.deepcopy(node)
+    changes(node)[k][1](node)
+    short = [" ".join(ast.unparse(n).split())[:160] for n in (old, node)]
+    return ast.unparse(ast.fix_missing_locations(tree)) + "\n", short[0], short[1]
+
+
+class Tracer:
+    """A pytest plugin: lines of the package that each test runs in this process, and its seconds."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, set[str]] = defaultdict(set)
+        self.seconds: dict[str, float] = {}
+        self.now: set[str] = set()
+        self.within = str(COPY / "fedtorch") + os.sep
+
+    def trace(self, frame: Any, event: str, arg: Any) -> Any:
+        """Follow what is in the package."""
+        name = frame.f_code.co_filename
+        if not name.startswith(self.within):
+            return None
+        name = name[len(str(COPY)) + 1 :]
+        self.now.add(f"{name}:{frame.f_lineno}")
+
+        def lines(frame: Any, event: str, arg: Any) -> Any:
+            self.now.add(f"{name}:{frame.f_lineno}")
+            return lines
+
+        return lines
+
+    def pytest_runtest_protocol(self, item: Any) -> None:
+        """A test begins."""
+        self.now = set()
+        threading.settrace(self.trace)
+        sys.settrace(self.trace)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """A part of it has ended: setting up, the test itself, or tidying up."""
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
+        if report.when == "teardown":
+            sys.settrace(None)
+            for line in self.now:
+                self.lines[line].add(report.nodeid)
+
+
+def fresh() -> None:
+    """A copy of the working tree, without what git ignores."""
+    shutil.rmtree(COPY, ignore_errors=True)
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(
+        listed, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split():
+        if (ROOT / name).is_file():
+            (COPY / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, COPY / name)
+
+
+def enter() -> None:
+    """Work in the copy, and let every process that is started from here do so."""
+    os.chdir(COPY)
+    sys.path[:] = [
+        str(COPY),
+        *(p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "tools")),
+    ]
+    os.environ |= {"PYTHONPATH": str(COPY), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+
+
+def draw_map(tests: list[str]) -> None:
+    """Run the tests once and note what each runs; files mapped before are kept."""
+    fresh()
+    enter()
+    import pytest
+
+    saved = json.loads(MAP.read_text()) if MAP.exists() else {"lines": {}, "seconds": {}}
+    for file in tests:
+        tracer = Tracer()
+        pytest.main(["-q", "-p", "no:cacheprovider", file], plugins=[tracer])
+        saved["seconds"] |= tracer.seconds
+        for line, names in tracer.lines.items():
+            saved["lines"][line] = sorted({*saved["lines"].get(line, []), *names})
+        MAP.write_text(json.dumps(saved))
+
+
+def attempt(tests: list[str], limit: float) -> str:
+    """In a process of its own: do these tests, quickest first, notice?"""
+    child = os.fork()
+    if not child:
+        os.setsid()
+        quiet = os.open(PLACE / "last.log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        import pytest
+
+        os._exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])) != 0)
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        if (done := os.waitpid(child, os.WNOHANG))[0]:
+            return "killed" if os.waitstatus_to_exitcode(done[1]) else "survived"
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "timeout"
+
+
+def run(seed: int, count: int, groups: list[str], minutes: float) -> None:
+    """Try ``count`` changes drawn by ``seed``; results are kept after each."""
+    known = json.loads(MAP.read_text())
+    drawn = random.Random(seed).sample(all_ := mutants(groups), min(count, len(all_)))
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    equal = equivalents()
+    fresh()
+    enter()
+    for name in (
+        "torch",
+        "pytest",
+        "numpy",
+        "scipy.special",
+        "hypothesis",
+        "opacus",
+        "numba",
+        "sklearn",
+    ):
+        __import__(name)
+    end = time.monotonic() + 60 * minutes
+    for number, (file, line, place, k) in enumerate(drawn, 1):
+        source = (ROOT / file).read_text()
+        changed, old, new = mutate(source, place, k)
+        key = f"{seed} {file}:{line} {old} -> {new}"
+        if key in results or time.monotonic() > end:
+            continue
+        tests = sorted(known["lines"].get(f"{file}:{line}", []), key=lambda t: known["seconds"][t])
+        kept = tests[:MOST]
+        (COPY / file).write_text(changed)
+        began = time.monotonic()
+        outcome = (
+            attempt(kept, 60 + 5 * sum(known["seconds"][t] for t in kept)) if kept else "untested"
+        )
+        (COPY / file).write_text(source)
+        if outcome in ("survived", "untested") and f"{file}: {old} -> {new}" in equal:
+            outcome = "equivalent"
+        results[key] = {"outcome": outcome, "tests": len(kept), "seconds": time.monotonic() - began}
+        RESULTS.write_text(json.dumps(results, indent=1))
+        print(f"{number:4d} {outcome:10s} {key}", flush=True)
+    show(seed)
+
+
+MOST = 150
+"""Tests that one change is tried against, the quickest of those that run its line."""
+
+
+def equivalents() -> dict[str, str]:
+    """``file: before -> after`` of changes that change nothing, and why."""
+    path = ROOT / "tools" / "equivalent.toml"
+    return tomllib.loads(path.read_text()) if path.exists() else {}
+
+
+def show(seed: int | None = None) -> None:
+    """Counts, and every change that no test noticed."""
+    results = json.loads(RESULTS.read_text())
+    results = {k: v for k, v in results.items() if seed is None or k.startswith(f"{seed} ")}
+    counts = Counter(v["outcome"] for v in results.values())
+    noticed, missed = counts["killed"] + counts["timeout"], counts["survived"] + counts["untested"]
+    print(dict(counts), f"{noticed / max(1, noticed + missed):.1%} of {noticed + missed} noticed")
+    for key, found in sorted(results.items()):
+        if found["outcome"] in ("survived", "untested"):
+            print(f"  {found['outcome']} after {found['tests']} tests: {key}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", choices=["map", "run", "show"])
+    parser.add_argument("groups", nargs="*", default=[*GROUPS], help=", ".join(GROUPS))
+    parser.add_argument("--tests", nargs="*", default=["tests"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--minutes", type=float, default=60)
+    given = parser.parse_args()
+    PLACE.mkdir(parents=True, exist_ok=True)
+    if given.what == "map":
+        draw_map(given.tests)
+    elif given.what == "run":
+        run(given.seed, given.count, given.groups or [*GROUPS], given.minutes)
+    else:
+        show()
+
+
+if __name__ == "__main__":
+    main()
