@@ -19,6 +19,15 @@ ROWS = "\n".join(f"{i},{i * 0.5},{'abc'[i % 3]},{i % 2}" for i in range(30))
 TABLE = f"age,dose,site,sick\n{ROWS}\n"
 
 
+@pytest.mark.parametrize("array", ["x_test", "y_test"])
+def test_a_test_set_without_rows_is_refused(tmp_path, array):
+    arrays = {"x": np.ones((4, 2)), "y": np.arange(4) % 2, "x_test": np.ones((2, 2))}
+    arrays |= {"y_test": np.arange(2)}
+    np.savez(tmp_path / "t.npz", **arrays | {array: arrays[array][:0]})
+    with pytest.raises(ConfigError, match=f"array '{array}' must have a row for each example"):
+        Npz(str(tmp_path / "t.npz")).load(0)
+
+
 def test_target_client_and_features(tmp_path):
     data = csv(tmp_path, TABLE, client="site").load(0)
     assert data.kind == "classification"

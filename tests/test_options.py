@@ -76,6 +76,27 @@ NEEDED: dict[Any, dict[str, Any]] = {
 }
 FREE = {"seed", "insecure_seed"}
 """Any whole number will do."""
+FROM_ZERO = {
+    "mu",
+    "momentum",
+    "beta1",
+    "beta2",
+    "dropout",
+    "validation",
+    "test_fraction",
+    "client_runs",
+}
+UP_TO_ONE = {
+    "momentum",
+    "beta1",
+    "beta2",
+    "dropout",
+    "validation",
+    "test_fraction",
+    "quantile",
+    "decay",
+}
+UP_TO_ONE |= {"rate", "sample_rate", "floor", "delta", "max_delta"}
 
 
 def numbers() -> list[Any]:
@@ -93,7 +114,8 @@ def numbers() -> list[Any]:
 def test_every_number_is_a_number_within_its_range(cls: Any, name: str, hint: Any) -> None:
     bad = [True, "1", [1], torch.ones(1)]
     bad += [] if name in FREE else [math.nan, math.inf, -math.inf, -1, -0.5]
-    bad += [] if hint in (float, float | None) else [1.5]
+    bad += [] if hint in (float, float | None) and name not in UP_TO_ONE else [1.5]
+    bad += [] if name in FREE | FROM_ZERO else [0]
     bad += [] if hint in (int | None, float | None) else [None]
     for value in bad:
         with pytest.raises(ConfigError, match=rf"\b{name} (must|is)\b|--{name}"):

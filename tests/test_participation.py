@@ -5,6 +5,15 @@ from conftest import make_clients, mlp, weights
 from fedtorch import ConfigError, Everyone, FedAvg, Poisson, Recipe, Server, Uniform
 
 
+@pytest.mark.parametrize("population", [1, 5])
+def test_a_cohort_may_be_one_client_and_may_be_all(population):
+    Uniform(cohort_size=1).check(population)
+    Uniform(cohort_size=population).check(population)
+    assert {len(Uniform(cohort_size=1).cohort(population, 0, r)[0]) for r in range(9)} == {1}
+    with pytest.raises(ConfigError, match=f"between 1 and the {population} clients"):
+        Uniform(cohort_size=population + 1).check(population)
+
+
 def test_everyone_is_everyone():
     assert Everyone().cohort(5, 0, 0) == ([0, 1, 2, 3, 4], [])
 

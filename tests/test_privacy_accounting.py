@@ -321,6 +321,23 @@ def test_a_broken_prv_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert epsilon(run, 1e-5) == epsilon(run, 1e-5, "rdp")
 
 
+def test_one_release_without_noise_is_no_privacy_whatever_the_others_have() -> None:
+    for accountant in ("prv", "rdp"):
+        assert epsilon([gaussian(0, 0.5), gaussian(5, 0.5)], 1e-5, accountant) == math.inf
+        assert epsilon([gaussian(0), gaussian(5)], 1e-5, accountant) == math.inf
+
+
+def test_a_prv_below_what_the_dearest_of_its_parts_costs_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, delta = ((0.7, 0.1, 2), (5.0, 0.1, 2)), 1e-5
+    dear, cheap = (bounds._one_step(s, q, delta) for s, q, _ in run)
+    assert cheap < 0.5 < 2 < dear
+    for broken, believed in ((1.0, False), (dear + 0.1, True)):
+        monkeypatch.setattr(bounds, "epsilon_of", lambda *_, found=broken: found)
+        assert math.isfinite(bounds.prv.__wrapped__(run, delta)) == believed
+
+
 def test_no_warning_escapes() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from fedtorch import Local, Recipe, Server, Uniform, local_update
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, SampleLevel
-from fedtorch.privacy.accounting import Event
+from fedtorch.privacy.accounting import Event, epsilon
 from fedtorch.privacy.ledger import Ledger
+from fedtorch.privacy.report import statement
 from fedtorch.privacy.run import BudgetSpent
 from fedtorch.solvers import snapshot
 from fedtorch.types import ConfigError, Task
@@ -250,11 +251,54 @@ def test_noise_taken_back_twice_would_cost_more_than_is_charged():
 
 
 def test_more_rounds_at_a_given_noise_are_planned_for_on_resume():
-    saved = server(model(), clients(), SampleLevel(noise_multiplier=1.0, rounds=2)).state_dict()
-    more = server(model(), clients(), SampleLevel(noise_multiplier=1.0, rounds=4))
-    more.load_state_dict(saved)
-    figures = [*more.rounds(4)][-1]
-    assert figures["privacy_epsilon_planned"] == pytest.approx(figures["privacy_epsilon"])
+    first = server(model(), clients(), SampleLevel(noise_multiplier=1.0, rounds=2))
+    assert len([*first.rounds(9)]) == 2
+    more = server(model(), clients(), plan := SampleLevel(noise_multiplier=1.0, rounds=4))
+    more.load_state_dict(first.state_dict())
+    last = [*more.rounds(9)][-1]
+    assert last["round"] == 4
+    assert last["privacy_epsilon"] == pytest.approx(plan.planned(1.0, 4))
+    assert last["privacy_epsilon_planned"] == pytest.approx(plan.planned(1.0, 4))
+    assert plan.planned(1.0, 4) > plan.planned(1.0, 2) + 0.1
+    # and a budget is that of the plan the noise was made for
+    first = server(model(), clients(), SampleLevel(epsilon=2.0, rounds=2))
+    more = server(model(), clients(), SampleLevel(epsilon=2.0, rounds=4))
+    more.load_state_dict(first.state_dict())
+    assert len([*more.rounds(9)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("plan", "event"),
+    [
+        (ClientLevel(noise_multiplier=1.5, rounds=5), Event("gaussian", 1.5, 1.0, 1)),
+        (ClientLevel(noise_multiplier=1.5, rate=0.75, rounds=5), Event("gaussian", 1.5, 0.75, 1)),
+        (LocalDP(noise_multiplier=1.5, rounds=5), Event("gaussian", 1.5, 1.0, 1)),
+        (LocalDP(noise_multiplier=9.0, mechanism="laplace", rounds=5), Event("laplace", 9.0)),
+        (
+            SampleLevel(noise_multiplier=1.5, sample_rate=0.3, steps=7, rounds=5),
+            Event("gaussian", 1.5, 0.3, 7),
+        ),
+    ],
+    ids=["client", "client by coins", "local", "laplace", "sample"],
+)
+def test_a_round_is_charged_exactly_what_it_releases(plan, event):
+    run = server(model(), clients((9, 20, 14, 5, 6, 7)), plan)
+    for rounds in (1, 2):
+        run.round()
+        assert [e.event for e in run.private.ledger.entries] == [event] * rounds
+        assert run.private.spent() == epsilon([event] * rounds, run.private.delta)
+    assert plan.planned(plan.noise_multiplier, 5) == epsilon([event] * 5, run.private.delta)
+
+
+def test_the_report_names_the_client_that_paid_most():
+    run = server(model(), clients((9,) * 5), SampleLevel(noise_multiplier=1.0, rounds=9))
+    one, delta = run.private.plan.event(1.0), run.private.delta
+    for round, who in enumerate((["c0", "c1"], ["c0", "c1"], ["c0", "c2"], ["c0"])):
+        run.private.ledger.charge(round, one, who)
+    told = statement(run.private)["epsilon_spent_per_client"]
+    price = [epsilon([one] * n, delta) for n in (1, 2, 4)]
+    assert (told["min"], told["median"], told["max"]) == pytest.approx(tuple(price))
+    assert price[2] > price[1] + 0.5
 
 
 def test_one_run_has_one_plan():

@@ -339,6 +339,17 @@ def test_the_fix_keeps_groups_that_say_something():
 
 
 @pytest.mark.parametrize(
+    ("channels", "groups"), [(1, 1), (2, 1), (6, 3), (12, 6), (64, 32), (66, 22), (96, 32), (7, 1)]
+)
+def test_the_fix_takes_as_many_groups_as_leave_two_channels_each(channels, groups):
+    for old in (nn.BatchNorm2d(channels, eps=0.01), nn.BatchNorm3d(channels, affine=False)):
+        new = checks.fixed(nn.Sequential(old))[0]
+        assert (new.num_groups, new.num_channels) == (groups, channels)
+        assert (new.eps, new.affine) == (old.eps, old.affine)
+    assert checks.fixed(nn.BatchNorm1d(channels)).num_groups == 1
+
+
+@pytest.mark.parametrize(
     "options, message",
     [
         ({"clip": 0.0}, "clip"),

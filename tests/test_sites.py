@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -637,3 +638,45 @@ def test_a_run_that_goes_on_for_longer_tells_sites_the_noise_it_was_planned_with
     given = offer(privacy=SampleLevel(rounds=9, noise_multiplier=1.0))
     assert calibrated(given, tmp_path) == given
     assert calibrated(offer(), tmp_path).privacy is None
+
+
+def test_a_call_that_nobody_answers_ends_after_a_while_and_is_made_again(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fedtorch.sites.engine.HOLD_SECONDS", 0.2)
+    offered = offer()
+    ask = Message("fetch", {"run": offered.run})
+    with server(folder, offered) as there, sites(folder, there.session.port, tmp_path):
+        began = time.monotonic()
+        answer = there.session.handle("fetch", "north", wire.encode(ask))
+        assert wire.decode(answer, 1000).kind == "wait"
+        assert 0.15 < time.monotonic() - began < 10
+        time.sleep(0.5)  # both sites have been told to wait, and have asked again
+        assert [f["cohort"] for f in there.rounds(1)] == [NAMES]
+        there.close()
+
+
+def test_a_site_that_knows_another_run_joins_this_one(folder, tmp_path, caplog, monkeypatch):
+    # a server that was started anew while the site was up
+    caplog.set_level(logging.INFO, "fedtorch.site")
+    monkeypatch.setattr("fedtorch.sites.engine.HOLD_SECONDS", 0.2)
+    offered, alone = offer(), ["north"]
+    with (
+        server(folder, offered, names=alone) as there,
+        sites(folder, there.session.port, tmp_path, names=alone) as (site,),
+    ):
+        site.plan = replace(site.plan, run="one that is over")
+        end = time.monotonic() + 30
+        while caplog.text.count("joined run test") < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert [f["cohort"] for f in there.rounds(1)] == [alone]
+        there.close()
+    assert site.plan.run == offered.run
+    assert caplog.text.count("joined run test") == 2
+
+
+@pytest.mark.parametrize("wrong", ["max_epsilon", "patience", "max_megabytes", "max_parameters"])
+def test_a_site_with_a_limit_of_nothing_is_refused(wrong):
+    for value in (0, -1):
+        with pytest.raises(ConfigError, match=f"{wrong} must be"):
+            SiteConfig(name="a", insecure=True, **{wrong: value})
