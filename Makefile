@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help train test check format wheel wheel-check screenshots clean demo-sites
+.PHONY: help train test check format wheel wheel-check screenshots mutants clean demo-sites
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -45,6 +45,10 @@ wheel-check: wheel  ## install the wheel in an empty environment and train from 
 	dist/check/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt dist/fedtorch-*.whl
 	mkdir -p dist/check/elsewhere
 	cd dist/check/elsewhere && ../bin/fedtorch models && ../bin/fedtorch train --rounds 2
+
+mutants: $(VENV)/.dev  ## change the package in 300 places, one at a time: do the tests notice? ARGS="--seed 2"
+	test -f build/mutants/map.json || $(PY) tools/mutate.py map
+	$(PY) tools/mutate.py run $(ARGS)
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) dist build

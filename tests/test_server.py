@@ -153,7 +153,7 @@ def batchnorm() -> nn.Module:
 def test_buffer_policy_float_statistics_averaged_integer_counters_kept():
     """One full-batch step a client: running statistics can be computed by hand."""
     model, start, clients = batchnorm(), batchnorm(), make_clients([8, 24])
-    recipe = Recipe(batch_size=None, lr=0.1)
+    recipe = Recipe(batch_size=None, epochs=1, lr=0.1)
     Server(model, clients, recipe).round()
     with torch.no_grad():
         seen = [start[0](c.data.tensors[0]) for c in clients]

@@ -1,8 +1,8 @@
 """Do the tests bite? One small change at a time in the package, and the tests that run the changed line.
 
-    python tools/mutate.py map --tests tests/test_privacy_*.py     which test runs which line, and how long it takes
-    python tools/mutate.py run --seed 1 --count 300 privacy core   try so many changes, a process each
-    python tools/mutate.py show                                    what came of them
+    python tools/mutate.py map --tests tests/test_privacy_*.py      which test runs which line, and how long
+    python tools/mutate.py run --seed 1 --count 300 privacy core    try so many changes, a process each
+    python tools/mutate.py show                                     what came of them
 
 All happens in a copy of the working tree under build/mutants, so that processes which tests start see the
 change too. A run goes on where it was stopped. Changes that change nothing are named, with the reason, in
@@ -23,7 +23,7 @@ import threading
 import time
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,35 +84,47 @@ def code(node: ast.AST) -> Iterator[ast.AST]:
             yield from code(child)
 
 
-def changes(node: ast.AST) -> list[tuple[str, Any]]:
-    """What can be done to one node: a word for it, and a function that does it to a copy of the node."""
-    found: list[tuple[str, Any]] = []
+Change = tuple[str, Callable[[Any], Any]]
+"""A word for it, and what does it to a node."""
+
+
+def changes(node: ast.AST) -> list[Change]:
+    """What can be done to one node."""
+    return [*_operators(node), *_conditions(node), *_values(node)]
+
+
+def _operators(node: ast.AST) -> Iterator[Change]:
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
         for table in (OTHER, FLIPPED):
             if new := table.get(type(node.ops[0])):
-                found.append(("compare", lambda n, new=new: setattr(n, "ops", [new()])))
+                yield "compare", lambda n, new=new: setattr(n, "ops", [new()])
     if isinstance(node, (ast.BinOp, ast.BoolOp, ast.AugAssign)) and (
         new := OTHER.get(type(node.op))
     ):
-        found.append(("operator", lambda n, new=new: setattr(n, "op", new())))
-    if isinstance(node, (ast.If, ast.IfExp, ast.While)):
-        found.append(("not", lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))))
+        yield "operator", lambda n, new=new: setattr(n, "op", new())
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        found.append(("sign", lambda n: setattr(n, "op", ast.UAdd())))
-    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
-        found.append(("constant", lambda n: setattr(n, "value", not n.value)))
-    elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        for by in (1, -1):
-            found.append(("constant", lambda n, by=by: setattr(n, "value", n.value + by)))
+        yield "sign", lambda n: setattr(n, "op", ast.UAdd())
+
+
+def _conditions(node: ast.AST) -> Iterator[Change]:
+    if isinstance(node, (ast.If, ast.IfExp, ast.While)):
+        yield "not", lambda n: setattr(n, "test", ast.UnaryOp(ast.Not(), n.test))
     if isinstance(node, ast.Name) and node.id in NAMES:
-        found.append(("name", lambda n: setattr(n, "id", NAMES[n.id])))
+        yield "name", lambda n: setattr(n, "id", NAMES[n.id])
+    if isinstance(node, ast.Return) and not (node.value is None or _none(node.value)):
+        yield "return", lambda n: setattr(n, "value", ast.Constant(None))
+
+
+def _values(node: ast.AST) -> Iterator[Change]:
+    if isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield "constant", lambda n: setattr(n, "value", not n.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        yield "constant", lambda n: setattr(n, "value", n.value + 1)
+        yield "constant", lambda n: setattr(n, "value", n.value - 1)
     if isinstance(node, ast.Call):
         for k, word in enumerate(node.keywords):
             if word.arg:
-                found.append(("keyword", lambda n, k=k: n.keywords.pop(k)))
-    if isinstance(node, ast.Return) and not (node.value is None or _none(node.value)):
-        found.append(("return", lambda n: setattr(n, "value", ast.Constant(None))))
-    return found
+                yield "keyword", lambda n, k=k: n.keywords.pop(k)
 
 
 def _none(node: ast.expr) -> bool:
