@@ -14,7 +14,7 @@ from fedtorch.client import Client
 from fedtorch.losses import Loss, counted, reduce
 from fedtorch.modules import channels_last
 from fedtorch.solvers import forward, to
-from fedtorch.tree import joined
+from fedtorch.tree import joined, size
 from fedtorch.types import ConfigError
 
 
@@ -64,7 +64,7 @@ class Mean:
     def add(self, name: str, metric: Loss, output: Any, target: Any, size: int) -> bool:
         """Add a batch; False where the metric gives no number for each example, but one for all."""
         try:
-            values = reduce(metric(output, target)).double()
+            values = reduce(metric(output, target)).cpu().double()
         except ConfigError:
             raise
         except Exception:  # a score of classes, of a batch that has one alone: the whole set says
@@ -78,7 +78,7 @@ class Mean:
             )
         weight = counted(metric, target)
         self.total += (
-            float(values.mean()) * size if weight is None else float(values @ weight.double())
+            float(values.mean()) * size if weight is None else float(values @ weight.cpu().double())
         )
         self.count += size if weight is None else float(weight.sum())
         return True
@@ -97,12 +97,12 @@ def _of_all(metrics: Mapping[str, Loss], kept: list[tuple[Any, Any]]) -> dict[st
     found = {}
     for name, metric in metrics.items():
         try:
-            found[name] = float(reduce(metric(output, target)).double().mean())
+            found[name] = float(reduce(metric(output, target)).cpu().double().mean())
         except ConfigError:
             raise
         except Exception as e:
             raise ConfigError(
-                f"metric {name} fails on a set of {len(target)} examples: {type(e).__name__}: {e}"
+                f"metric {name} fails on a set of {size(target)} examples: {type(e).__name__}: {e}"
             ) from e
     return found
 

@@ -25,7 +25,7 @@ from fedtorch.modules import snapshot as snapshot
 from fedtorch.modules import to as to
 from fedtorch.privacy.gradients import PrivateSteps, stacked_gradients
 from fedtorch.strategies import Strategy
-from fedtorch.tree import expand, per_client
+from fedtorch.tree import expand, near, per_client
 from fedtorch.types import Context, Params, Stack, Task
 from fedtorch.working import Recipe as Recipe
 from fedtorch.working import Working, correct
@@ -104,7 +104,7 @@ def general(
     floats = {k: b.clone() for k, b in here.floats().items()}
     here.put_back()
     # the weights are still the module's own: whoever wants to keep them copies them
-    return Trained(expand(here.weights()), expand(floats), loss[None])
+    return Trained(expand(near(here.weights())), expand(near(floats)), loss[None])
 
 
 @dataclass(frozen=True)
@@ -229,10 +229,10 @@ def stacked(
             correct(recipe.strategy, params, views, ctx, stacked=True)
         optimizer.step()
         with torch.no_grad():
-            total += torch.where(live, each.detach().double().cpu(), 0)
+            total += torch.where(live, each.detach().cpu().double(), 0)
             if before is not None:
                 on = live.to(device)
                 for k, v in state.items():
                     v.copy_(torch.where(per_client(on, v), v, before[k]))
     floats = {k: v for k, v in rest.items() if v.is_floating_point() and k in buffers(model)}
-    return Trained(views, floats, total / ctx.steps)
+    return Trained(near(views), near(floats), total / ctx.steps)

@@ -59,6 +59,7 @@ def same(new: Tensor, old: Tensor) -> Tensor:
 
 def moving(stack: Stack, start: Params) -> Stack:
     """Those of the tensors [K, ...] that are not as they were at the start for every client."""
+    start = _beside(start, stack)
     return {
         k: v
         for k, v in stack.items()
@@ -68,10 +69,33 @@ def moving(stack: Stack, start: Params) -> Stack:
 
 def settled(stack: Stack, start: Params) -> Tensor:
     """Whether every number of client k is finite or as it was: a constant may be infinite, as masks are."""
-    good = finite(stack)
+    good, start = finite(stack), _beside(start, stack)
     if good.all():
         return good
     return finite({k: torch.where(same(v, start[k]), 0, v) for k, v in stack.items()})
+
+
+def _beside(start: Params, stack: Stack) -> Params:
+    return {k: start[k].to(v.device) for k, v in stack.items()}
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether the device knows float64; Apple's MPS does not."""
+    if device.type in ("cpu", "cuda"):
+        return True
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def near(tree: Params) -> Params:
+    """The same tensors where float64 can be had: on the CPU, if their device has none."""
+    first = next(iter(tree.values()), None)
+    if first is None or has_float64(first.device):
+        return tree
+    return {k: v.cpu() for k, v in tree.items()}
 
 
 def double(tree: Params) -> Params:

@@ -13,7 +13,7 @@ from fedtorch.modules import forward, load, snapshot, to
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.streams import stream
 from fedtorch.solvers import Recipe, Solver, general, normalises
-from fedtorch.tree import expand, row, same, sq_norms, tmap
+from fedtorch.tree import expand, near, row, same, sq_norms, tmap
 from fedtorch.types import Context, Params, Task
 
 SEED = 0
@@ -160,7 +160,7 @@ def apart(
     for k in range(len(few)):
         for one, all_ in zip(run(general, slice(k, k + 1)), together, strict=True):
             between = sq_norms(tmap(change, one, expand(row(all_, k)))).sqrt()
-            way = sq_norms(tmap(change, one, {n: state[n] for n in one}))
+            way = sq_norms(tmap(change, one, near({n: state[n] for n in one})))
             errors.append(float(between / way.nan_to_num(0, 0, 0).sqrt().clamp(min=1e-12)))
     return float(torch.tensor(errors).max())  # unlike Python's, it keeps NaN
 

@@ -17,7 +17,7 @@ from fedtorch.modules import to
 from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.summed import averages, shrunk
-from fedtorch.tree import add_weighted, expand, moving, settled, split
+from fedtorch.tree import add_weighted, expand, moving, near, settled, split
 from fedtorch.types import ClientError, Context, Params, Stack, Task
 from fedtorch.working import Working
 
@@ -111,7 +111,7 @@ def in_turn(
         raise ValueError("clients whose updates are needed one by one train one at a time")
     here = Working(model, task, recipe)
     start = {k: task.state[k] for k in here.params}
-    total, floats = Total(start), Params()
+    total, floats = Total(near(start)), Params()
     anchor, extras = expand(start), {g: expand(e) for g, e in task.extras.items()}
     steps = torch.tensor([len(p) for p in plans])
     examples = torch.tensor([float(len(c)) for c in clients])
@@ -128,8 +128,8 @@ def in_turn(
             noise = private and replace(private, streams=private.streams[k : k + 1])
             with blamed([client], task):
                 loss.append(here.visit(client.data, plans[k], ctx, noise))
-            squares.append(total.see(here.weights()))
-            buffers = {} if recipe.privacy else expand(here.floats())
+            squares.append(total.see(near(here.weights())))
+            buffers = {} if recipe.privacy else expand(near(here.floats()))
             if buffers and not settled(buffers, task.state):
                 squares[k] = math.nan
             part = 1.0

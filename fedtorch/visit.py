@@ -22,9 +22,9 @@ from fedtorch.privacy.base import check_clip
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.strategies import Strategy
 from fedtorch.summed import averages, failures, summed, told
-from fedtorch.tree import double, expand, moving, row, settled, sq_norms, stack
+from fedtorch.tree import double, expand, has_float64, moving, near, row, settled, sq_norms, stack
 from fedtorch.turns import blamed, in_turn, visit_seed
-from fedtorch.types import Context, Failure, Task, Update
+from fedtorch.types import Context, Failure, Params, Task, Update
 
 
 def local_update(
@@ -106,6 +106,13 @@ def _context(
     )
 
 
+def exact_weights(task: Task, names: Sequence[str]) -> Params:
+    """The task's weights in float64, where that can be had."""
+    if has_float64(task.state[names[0]].device):
+        return {k: task.exact[k] for k in names}
+    return double(near({k: task.state[k] for k in names}))
+
+
 def _apart(
     clients: Sequence[Client],
     plans: Sequence[Tensor],
@@ -118,9 +125,9 @@ def _apart(
     # in float64 the delta is exact, so anchor + delta gives back the very weights of the client
     exact = replace(
         ctx,
-        anchor=expand({k: task.exact[k] for k in ctx.anchor}),
-        extras={g: double(e) for g, e in ctx.extras.items()},
-        memory={g: double(m) for g, m in ctx.memory.items()},
+        anchor=expand(exact_weights(task, [*ctx.anchor])),
+        extras={g: double(near(e)) for g, e in ctx.extras.items()},
+        memory={g: double(near(m)) for g, m in ctx.memory.items()},
     )
     with torch.no_grad():
         params = {k: v.to(torch.float64, copy=True) for k, v in trained.params.items()}

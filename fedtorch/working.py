@@ -89,7 +89,7 @@ class Working:
                 step()
                 losses.append(loss)
         forget(self.params)  # a gradient left behind would be seen by the next client
-        return torch.stack(losses).double().mean().cpu()
+        return torch.stack(losses).cpu().double().mean()
 
     def weights(self) -> Params:
         """The trainable weights, the module's own: whoever wants to keep them copies them."""

@@ -1,13 +1,27 @@
 """The fast path on an accelerator, as far as a machine without one can tell (``pretend``)."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 import pretend
-from fedtorch import Client, ClientOptimizer, FedProx, Local, Recipe, Scaffold, Server
+from fedtorch import (
+    Client,
+    ClientOptimizer,
+    ConfigError,
+    FedAvg,
+    FedProx,
+    Local,
+    Recipe,
+    Scaffold,
+    Server,
+    ServerAdam,
+    evaluate,
+    losses,
+)
 from fedtorch.fast.offer import offer
 from fedtorch.modules import snapshot
 from fedtorch.privacy import ClientLevel, SampleLevel
@@ -132,3 +146,59 @@ def test_the_device_is_told_from_the_cpu():
             x.bernoulli_(0.5, generator=torch.Generator())
         with pytest.raises((RuntimeError, TypeError)):
             x.numpy()
+
+
+@pytest.mark.parametrize("solver", ["auto", "stacked", "general"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"strategy": Scaffold()},
+        {"strategy": FedProx(mu=0.1), **sgd(momentum=0.9)},
+        {"privacy": ClientLevel(noise_multiplier=1e-9, rounds=2)},
+        {"loss": nn.CrossEntropyLoss()},
+    ],
+    ids=["plain", "scaffold", "prox", "client", "whole"],
+)
+def test_a_device_without_float64_trains_the_same(solver, more):
+    models = []
+    for narrow in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(30, 8), nn.BatchNorm1d(8) if not more else nn.ReLU(), nn.Linear(8, 4)
+        )
+        models.append(model)
+        with pretend.device(narrow) if narrow else nullcontext() as device:
+            engine = Local(solver=solver, device=str(device) if device else "cpu")
+            server = Server(model, clients(), Recipe(batch_size=16, **more), engine=engine)
+            server.round(), server.round()
+            assert len(server.visits.ids) == 3
+    for (k, a), b in zip(snapshot(models[0]).items(), snapshot(models[1]).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=k)
+
+
+def test_sample_level_privacy_is_refused_without_float64():
+    with pretend.device(narrow=True) as device, pytest.raises(ConfigError, match="needs float64"):
+        Server(mlp(), clients(), Recipe(**sample()), engine=Local(device=str(device)))
+
+
+@pytest.mark.parametrize("solver", ["auto", "stacked", "general"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_model_that_is_on_a_device_already_trains(solver, there):
+    with pretend.device() as device:
+        model = mlp().to(device)
+        engine = Local(solver=solver, device=str(device) if there else "cpu")
+        adam = Recipe(strategy=FedAvg(server=ServerAdam()))
+        server = Server(model, clients(), adam, engine=engine)
+        server.round()
+        state = server.state_dict()
+        assert server.round()["clients"] == 3
+        assert {v.device.type for v in state["model"].values()} == {"cpu"}
+        assert {p.device.type for p in model.parameters()} == {"pretend"}
+        scores = evaluate(model, clients()[0].data, {"loss": losses.cross_entropy})
+        assert scores["loss"] > 0
+        again = Server(mlp().to(device), clients(), adam, engine=engine)
+        again.load_state_dict(state)
+        again.round()
+        for a, b in zip(model.parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(pretend.near(a.data), pretend.near(b.data))

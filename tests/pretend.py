@@ -54,9 +54,9 @@ def register() -> torch.device:
 
 
 @contextmanager
-def device() -> Iterator[torch.device]:
-    """The device, as long as it is there."""
-    with _Made(), _Given():
+def device(narrow: bool = False) -> Iterator[torch.device]:
+    """The device, as long as it is there; ``narrow``: without float64, as Apple's."""
+    with _Made(narrow), _Given():
         yield register()
 
 
@@ -67,6 +67,13 @@ def near(value: Any) -> Any:
 
 class _Made(TorchDispatchMode):
     """Tensors that are made there, or moved."""
+
+    narrow = False
+
+    def __init__(self, narrow: bool) -> None:
+        """Of which, by ``narrow``, none may be float64."""
+        super().__init__()
+        _Made.narrow = narrow
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -85,6 +92,15 @@ class _Given(TorchFunctionMode):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    out = _result(func, args, kwargs)
+    if _Made.narrow and any(
+        isinstance(t, Far) and t.dtype == torch.float64 for t in tree_leaves(out)
+    ):
+        raise TypeError("the device has no float64")
+    return out
+
+
+def _result(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     far = any(isinstance(t, Far) for t in given)
     if far and func not in MIXED and any(t.dim() for t in given if not isinstance(t, Far)):

@@ -16,6 +16,7 @@ from fedtorch.compiled import FASTER, available
 from fedtorch.privacy import Privacy, SampleLevel
 from fedtorch.standins import shown
 from fedtorch.summed import averages
+from fedtorch.tree import has_float64
 from fedtorch.trial import filled, stacks
 from fedtorch.types import ConfigError
 
@@ -73,9 +74,7 @@ def choose(
     probe_private.fits(model, tried, recipe)
     notes += probe_private.warnings(clients, recipe.privacy)
     if solver in ("auto", "fast"):
-        found: fast.Fast | str = f"{changes} changes while the model runs"
-        if not changes:
-            found = fast.offer(model, [c.data for c in tried], recipe, asked, half)
+        found = offered(model, tried, recipe, half, changes)
         least = SMALL_PRIVATE if isinstance(asked, SampleLevel) else SMALL
         if solver == "auto" and not half and size >= least:
             found = unless_small(found, model, tried, recipe)
@@ -100,9 +99,25 @@ def choose(
     return otherwise(model, tried, recipe, chunk, solver, size, notes, changes)
 
 
+def offered(
+    model: nn.Module, clients: Sequence[Client], recipe: Recipe, half: bool, changes: str | None
+) -> fast.Fast | str:
+    """The fast path, or why it is none."""
+    device = next(model.parameters()).device
+    if not has_float64(device):
+        return f"device {device.type} has no float64"
+    if changes:
+        return f"{changes} changes while the model runs"
+    return fast.offer(model, [c.data for c in clients], recipe, recipe.privacy, half)
+
+
 def kept(model: nn.Module, privacy: Privacy | None, changes: str | None) -> list[str]:
     """What to say of a model that keeps something; by sample-level privacy it is refused."""
-    private = isinstance(privacy, SampleLevel)
+    private, device = isinstance(privacy, SampleLevel), next(model.parameters()).device.type
+    if private and not has_float64(next(model.parameters()).device):
+        raise ConfigError(
+            f"sample-level privacy needs float64, which device {device} has not: take engine.device cpu"
+        )
     if private and any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise ConfigError(
             "sample-level privacy cannot see into a ScriptModule: hand over the nn.Module it was made from"
