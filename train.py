@@ -160,6 +160,8 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     private = config.privacy is not None
     clients = assemble.clients(data, ids, parts, config.validation, config.seed, private)
     model = make_model(config, data)
+    if data.kind == "classification":
+        probe.classes_fit(model, data)
     loss, metrics = assemble.loss_and_metrics(data.kind, config.loss, config.metrics)
     recipe = Recipe(
         config.strategy,
@@ -184,8 +186,6 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     )
     model = server.model  # with privacy.fix_model a copy of it
     runs.savable(model)
-    if data.kind == "classification":
-        probe.classes_fit(model, data)
     if whole := probe.metrics_fit(model, data.test, metrics):
         evaluate(model, data.test, whole)
         evaluate_clients(model, clients, whole)

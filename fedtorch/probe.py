@@ -217,15 +217,18 @@ def classes_fit(model: nn.Module, data: Classes) -> None:
             f"the data names {classes} classes, but its labels go from {int(data.labels.min())} to "
             f"{int(data.labels.max())}: they must be 0 to {classes - 1}"
         )
-    with _output(model, data.train) as (output, _):
-        if not isinstance(output, Tensor):
-            return  # a loss of the user's own knows what its parts mean
-        if output.dim() < 2 or output.shape[1] < classes:
-            raise ConfigError(
-                f"model {type(model).__name__} gives {_shape(output)} for a batch of {len(output)}, "
-                f"but the data has {classes} classes: it needs an output of {classes} for each "
-                "example, on axis 1"
-            )
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        return
+    try:
+        with _output(model, data.train) as (output, _):
+            found = output
+    except Exception:  # the trial of training says what is wrong with a model that does not run
+        return
+    if isinstance(found, Tensor) and (found.dim() < 2 or found.shape[1] < classes):
+        raise ConfigError(
+            f"model {type(model).__name__} gives {_shape(found)} for a batch of {len(found)}, but the data "
+            f"has {classes} classes: it needs an output of {classes} for each example, on axis 1"
+        )
 
 
 def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) -> dict[str, Loss]:
