@@ -162,7 +162,7 @@ def partition_table(
     for client, part in list(zip(ids, parts, strict=True))[:most]:
         own = [] if labels is None else labels[part].tolist()
         counts = [str(own.count(c) or "") for c in classes] if per_class else []
-        table.add_row(client[:24], str(len(part)), *counts)
+        table.add_row(Text(client[:24]), str(len(part)), *counts)
     if len(ids) > most:
         table.add_row(f"... {len(ids) - most} more", "")
     return table

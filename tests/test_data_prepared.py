@@ -251,3 +251,16 @@ def test_bundled_data_say_their_scale(tmp_path):
     assert "divided by 16" in said(digits) and digits.preparation.pixels
     np.savez(tmp_path / "t.npz", x=np.arange(60).reshape(30, 2), y=np.arange(30) % 3)
     assert "inputs 2 taken as they are" in said(Npz(str(tmp_path / "t.npz")).load(0))
+
+
+def test_a_client_whose_name_looks_like_markup_is_shown_as_it_is(fedtorch):
+    rows = [f"{i / 60},{['[ICU]', '[/red]', 'w'][i % 3]},{i % 2}" for i in range(60)]
+    Path("t.csv").write_text("\n".join(["a,h,y", *rows]) + "\n")
+    data = "--dataset csv --dataset.path t.csv --dataset.client h --clients null --model logistic"
+    code, out, err = fedtorch(
+        "train", "--privacy", "none", "--tracking", "none", "--rounds", 1, *data.split()
+    )
+    assert (code, err) == (0, "")
+    assert "[ICU]" in out and "[/red]" in out
+    line = "inputs 1 taken as they are; features a; target y; clients by h"
+    assert f"data: classification into 2 classes (0 to 1); {line}" in out

@@ -1,3 +1,5 @@
+import unicodedata
+
 import pytest
 import torch
 
@@ -19,6 +21,35 @@ def test_speakers_own_their_lines_in_order():
     assert list(said) == ["ROMEO", "JULIET"]
     assert said["ROMEO"].endswith("ay me\n")
     assert by_speaker("just words") == {"text": "just words"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["HAMLET", "\u00c9LISE", "JOS\u00c9", "First Lord", "3RD WITCH", "O'Neill", "D\u2019Artagnan",
+     "Mr. Hyde", "Jean-Paul", "\u0418\u0412\u0410\u041d", "\u592a\u90ce", "E\u0301LISE", "R2 & D2"],
+)  # fmt: skip
+def test_speakers_of_any_language_own_their_lines(name):
+    said = by_speaker(f"{name}:\nto be\n\nANNA: \nor not\n{name}:\nat all\n")
+    first, second = said
+    assert second == "ANNA" and said["ANNA"] == "or not\n"
+    assert said[first] == "to be\n\nat all\n"
+    assert unicodedata.normalize("NFC", name) == first
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["he said:", "A:", "12:", "http://x:", "Note (1):", "x" * 70 + ":", "-- AND:", "What? No:"],
+)
+def test_other_lines_with_a_colon_start_nobodys_lines(line):
+    assert by_speaker(f"ANNA:\nfirst\n{line}\nmore\n") == {"ANNA": f"first\n{line}\nmore\n"}
+
+
+def test_a_mark_of_byte_order_is_no_character_and_hides_no_speaker(tmp_path):
+    path = tmp_path / "play.txt"
+    path.write_text(PLAY.replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
+    data = Text(str(path), length=10).load(0)
+    assert set(data.keys) == {"ROMEO", "JULIET"}
+    assert data.facts["vocabulary"] == "".join(sorted(set(PLAY)))
 
 
 def test_each_position_predicts_the_next_character(tmp_path):

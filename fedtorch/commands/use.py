@@ -152,7 +152,7 @@ def write_on(run: Trained, start: str, length: int) -> str:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} cannot be read as text: {e}") from e
 

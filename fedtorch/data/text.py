@@ -1,6 +1,7 @@
 """Plain text for next-character prediction; in a play, speakers are the natural clients."""
 
 import re
+import unicodedata
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
@@ -11,8 +12,11 @@ from fedtorch.data.content import split
 from fedtorch.options import COUNT, SHARE, check
 from fedtorch.types import ConfigError
 
-SPEAKER = re.compile(r"^([A-Z][A-Za-z' ]*[A-Za-z]):\n", re.MULTILINE)
-"""``NAME:`` on a line of its own starts that speaker's lines."""
+NAME = re.compile(r"^([^\n:]{1,60}):[ \t]*\n", re.MULTILINE)
+"""``NAME:`` on a line of its own may start that speaker's lines; see ``is_speaker``."""
+
+BETWEEN = set(" '\u2019.-&")
+"""What a speaker's name may hold beside letters, their accents and digits."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,7 @@ class Text:
 
     def load(self, seed: int) -> Data:
         """X [N, length] characters, y [N, length] the next ones; keys are speakers if there are any."""
-        try:
-            text = Path(self.path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"dataset.path must be a text file: {e}") from e
+        text = read(Path(self.path))
         vocabulary = sorted(set(text))
         number = {c: i for i, c in enumerate(vocabulary)}
         parts = by_speaker(text)
@@ -66,12 +67,38 @@ class Text:
         )
 
 
+def read(path: Path) -> str:
+    """A UTF-8 file without the mark of byte order that Windows writes first, which is no character."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise ConfigError(f"dataset.path must be a text file: {e}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(
+            f"dataset.path must be a text file in UTF-8: {path} is not (byte {e.start}): save it as UTF-8"
+        ) from e
+
+
+def is_speaker(name: str) -> bool:
+    """A name of two characters or more, in any script, that starts with a digit or no small letter."""
+    first, last = name[0], name[-1]
+    fits = all(c in BETWEEN or unicodedata.category(c)[0] in "LMN" for c in name)
+    starts = unicodedata.category(first)[0] in "LN" and not first.islower()
+    return (
+        fits and starts and len(name) > 1 and last not in " -&" and any(c.isalpha() for c in name)
+    )
+
+
 def by_speaker(text: str) -> dict[str, str]:
     """Speaker -> everything they say, in order; one entry for a text without speakers."""
-    pieces = SPEAKER.split(text)
+    found = [m for m in NAME.finditer(text) if is_speaker(m[1])]
     said: dict[str, str] = {}
-    if pieces[0].strip() or len(pieces) == 1:
-        said["text"] = pieces[0]
-    for name, lines in zip(pieces[1::2], pieces[2::2], strict=True):
-        said[name] = said.get(name, "") + lines
+    before = text[: found[0].start()] if found else text
+    if before.strip() or not found:
+        said["text"] = before
+    starts = [m.start() for m in found] + [len(text)]
+    for match, end in zip(found, starts[1:], strict=True):
+        # one way to write an accent, so that nobody is two
+        name = unicodedata.normalize("NFC", match[1])
+        said[name] = said.get(name, "") + text[match.end() : end]
     return said
