@@ -68,13 +68,15 @@ def fit(name: str, value: Any, kind: Any) -> Any:
         if fits:
             return found
     words = dict.fromkeys(_words(k) for k in kinds)
-    raise ConfigError(f"{name} must be {' or '.join(words)}, got {shown(value)}")
+    # a class where one of its objects, or a function, is asked for
+    fix = f" (write {value.__name__}(...))" if isinstance(value, type) and str not in kinds else ""
+    raise ConfigError(f"{name} must be {' or '.join(words)}, got {shown(value)}{fix}")
 
 
 def shown(value: Any) -> str:
     """A wrong value in a message: short, and never the numbers of somebody's data."""
     if isinstance(value, type):
-        return f"the class {value.__name__} (write {value.__name__}(...))"
+        return f"the class {value.__name__}"
     plain = isinstance(value, (str, int, float, bool, NoneType))
     return repr(value)[:60] if plain else type(value).__name__
 
@@ -110,7 +112,7 @@ def _as(value: Any, kind: Any) -> tuple[bool, Any]:
         (inner,) = get_args(kind) or (Any,)
         return isinstance(value, list) and all(_as(v, inner)[0] for v in value), value
     if origin is Callable:
-        return callable(value) and not isinstance(value, str), value
+        return callable(value) and not isinstance(value, type), value
     if not isinstance(origin, type):
         return True, value
     # an object that does all that the class does will do in its place

@@ -17,7 +17,7 @@ from fedtorch.console import Report
 from fedtorch.engines import Engine, Local
 from fedtorch.history import History
 from fedtorch.metrics import Metrics, Visits, length, traffic
-from fedtorch.options import fit, shown
+from fedtorch.options import NOT_NEGATIVE, fit, shown, within
 from fedtorch.participation import Everyone, Participation
 from fedtorch.privacy import checks
 from fedtorch.privacy.ledger import Ledger
@@ -139,6 +139,7 @@ class Server:
 
     def rounds(self, n: int) -> Iterator[Metrics]:
         """Train ``n`` more rounds, one at a time, or until the privacy budget is spent."""
+        within("rounds", fit("rounds", n, int), NOT_NEGATIVE)
         for _ in range(n):
             plan = self.recipe.privacy
             if plan and plan.budget == "stop" and not self.within_budget():

@@ -3,9 +3,11 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 import numpy as np
 import pytest
-from numba.core.caching import IndexDataCacheFile
 
 from fedtorch.compiled import available, compiled, loops
+
+pytest.importorskip("numba", reason="what is tested here is machine code by numba")
+from numba.core.caching import IndexDataCacheFile
 
 
 def total(x):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedtorch.compiled import loops
+from fedtorch.compiled import available, loops
 from fedtorch.fast import copies, small
 from fedtorch.fast.layers import Leaf, Rule
 from fedtorch.fast.schedule import Schedule
@@ -148,6 +148,7 @@ def test_many_rows_and_few_outputs_are_left_to_the_library(counts, out, loop, wa
     assert own.products.fast is (way if loop else None)
 
 
+@pytest.mark.skipif(not available(), reason="without numba there are no loops")
 @pytest.mark.parametrize("fits", [True, False])
 def test_loops_are_for_processors_with_enough_registers_and_for_known_types(fits, monkeypatch):
     monkeypatch.undo()

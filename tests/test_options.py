@@ -13,6 +13,7 @@ from torch import nn
 
 from fedtorch import (
     Client,
+    ClientOptimizer,
     ConfigError,
     Everyone,
     FedAvg,
@@ -151,6 +152,7 @@ def test_numbers_of_numpy_become_numbers() -> None:
         ({"strategy": FedProx}, r"strategy must be a Strategy, got the class FedProx"),
         ({"strategy": "fedavg"}, "strategy must be a Strategy, got 'fedavg'"),
         ({"loss": "mse"}, "loss must be a function, got 'mse'"),
+        ({"loss": nn.MSELoss}, r"loss must be a function, got the class MSELoss \(write MSELoss"),
         ({"batch_size": 1.5}, "batch_size must be a whole number or None, got 1.5"),
     ],
 )
@@ -165,6 +167,7 @@ def test_a_recipe_of_wrong_things_is_one_sentence(options: Any, message: str) ->
         ({"participation": 0.5}, "participation must be a Participation, got 0.5"),
         ({"participation": Uniform}, "got the class Uniform"),
         ({"schedule": 0.9}, "schedule must be a function, got 0.9"),
+        ({"schedule": Cosine}, "schedule must be a function, got the class Cosine"),
         ({"engine": "processes"}, "engine must be an Engine, got 'processes'"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"recipe": FedAvg()}, "recipe must be a Recipe, got FedAvg"),
@@ -174,6 +177,18 @@ def test_a_server_of_wrong_things_is_one_sentence(options: Any, message: str) ->
     own = Client("a", (torch.randn(4, 3), torch.randint(2, (4,))))
     with pytest.raises(ConfigError, match=message):
         Server(nn.Linear(3, 2), [own], **options)
+
+
+def test_an_optimizer_is_named_in_words_and_rounds_are_counted() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.name must be text, got the class SGD$"):
+        ClientOptimizer(torch.optim.SGD)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"optimizer\.args must be a dict, got 0\.9"):
+        ClientOptimizer("sgd", 0.9)  # type: ignore[arg-type]
+    server = Server(nn.Linear(3, 2), [Client("a", (torch.randn(4, 3), torch.arange(4) % 2))])
+    for n in (1.5, "3", -1, True):
+        with pytest.raises(ConfigError, match="rounds must be"):
+            next(server.rounds(n))  # type: ignore[arg-type]
+    assert [*server.rounds(0)] == []
 
 
 def test_a_server_names_what_is_no_model_and_what_are_no_clients() -> None:
