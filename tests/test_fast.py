@@ -97,7 +97,6 @@ def test_other_losses(form, loss):
 
 
 LABELS = {
-    "a column of them": lambda y: y[:, None],
     "none where there are -100": lambda y: torch.where(torch.arange(len(y)) > 9, -100, y),
     "bytes": lambda y: y.byte(),
 }
@@ -114,6 +113,15 @@ def test_labels_that_cross_entropy_takes_and_a_loop_over_classes_would_not(kind)
     (fast, told), (slow, figures) = ends
     assert apart(fast, slow) < 1e-5
     assert told[1]["train_loss"] == pytest.approx(figures[1]["train_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["fast", "general"])
+def test_a_column_of_labels_is_refused_as_torch_does(solver):
+    who = clients()
+    for c in who:
+        c.data.tensors = c.data.tensors[0], c.data.tensors[1][:, None]
+    with pytest.raises(ConfigError, match="classes lie on axis 1"):
+        trained(Recipe(lr=0.1, batch_size=8), solver, mlp(), who)
 
 
 @pytest.mark.parametrize("args", [{}, {"weight_decay": 0.1}], ids=str)
