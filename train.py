@@ -12,10 +12,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+import fedtorch  # noqa: F401  (first: Ctrl-C while torch is read is one line there)
+
+# isort: split
 import torch
 from torch import nn
 
-from fedtorch import assemble, cli, folders, probe, runs, seeds, sweep, zoo
+from fedtorch import assemble, cli, disk, folders, probe, runs, seeds, sweep, zoo
 from fedtorch.choices import help_text
 from fedtorch.client import Recipe
 from fedtorch.console import Report, StopSignal, partition_table
@@ -294,7 +297,7 @@ def open_folder(config: Config, server: Server, data: Data, held: ExitStack) -> 
     prepared.Prepared.of(data).save(folder)
     if server.private:
         server.private.ledger = Ledger(folder / LEDGER, server.private.plan.unit)
-    kept.save(server.state_dict())
+    kept.begin(server.state_dict())
     return kept
 
 
@@ -328,6 +331,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ClientError, BudgetSpent, NothingLearned) as e:
         print(f"fedtorch: {e}", file=sys.stderr)
         return 1
+    except OSError as e:
+        print(f"fedtorch: {disk.reason(e)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:  # before the first round, when there is nothing to save yet
         print("fedtorch: stopped", file=sys.stderr)
         return 130

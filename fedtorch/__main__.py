@@ -5,6 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fedtorch import disk
 from fedtorch.types import ClientError, ConfigError
 
 COMMANDS = {
@@ -60,8 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fedtorch: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
     except BrokenPipeError:  # the reader (head, less) has seen enough
+        if command in ("train", "serve", "site"):
+            print("fedtorch: stopped, nobody reads what it says any more", file=sys.stderr)
+            return 1
         sys.stderr.close()
         return 0
+    except OSError as e:
+        print(f"fedtorch: {disk.reason(e)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedtorch: stopped", file=sys.stderr)
+        return 130
 
 
 def run() -> int:

@@ -44,6 +44,12 @@ def replace(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def reason(error: OSError) -> str:
+    """What the system says, and of which file: for one sentence."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return where + (error.strerror or str(error) or type(error).__name__)
+
+
 def sync_folder(folder: Path) -> None:
     """Make new names in a folder last: a file's name is on disk only once its folder is."""
     try:

@@ -32,6 +32,13 @@ class Folder:
         whole = {**state, "config": self.config, "record": seal}
         checkpoint.save(self.path / "checkpoints", whole)
 
+    def begin(self, state: Mapping[str, Any]) -> None:
+        """The first checkpoint; raises ConfigError when it cannot be written."""
+        try:
+            self.save(state)
+        except (OSError, RuntimeError) as e:  # torch turns a full disk into a RuntimeError
+            raise runs.unwritable(self.path, e) from e
+
 
 def fresh(name: str) -> Path:
     """A new folder ``runs/<name>-<time>``, nobody else's whoever starts at the same moment."""
@@ -55,7 +62,10 @@ def start(folder: Path, table: dict[str, Any], held: ExitStack) -> Folder:
     runs.check_free(folder)  # once more: another process may have begun in between
     runs.try_out(folder)
     tidy(folder)
-    return Folder(folder, runs.write_config(folder, table))
+    try:
+        return Folder(folder, runs.write_config(folder, table))
+    except OSError as e:
+        raise runs.unwritable(folder, e) from e
 
 
 def resume(folder: Path, held: ExitStack) -> tuple[Folder, dict[str, Any]]:

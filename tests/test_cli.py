@@ -245,6 +245,18 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
         parse("--config", str(tmp_path / "b.toml"))
 
 
+def test_home_is_home_in_a_file_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = (
+        'run_dir = "~/runs/a"\nmodel = "~/net.py:Net"\ndataset = { name = "csv", path = "~/t.csv" }'
+    )
+    (tmp_path / "c.toml").write_text(text)
+    config = parse("--config", str(tmp_path / "c.toml"), "--trust-code")
+    assert (config.run_dir, config.dataset.path) == (f"{tmp_path}/runs/a", f"{tmp_path}/t.csv")
+    assert config.model == f"{tmp_path}/net.py:Net"
+    assert parse("--run-dir=~").run_dir == str(tmp_path)
+
+
 @dataclass(frozen=True)
 class Tiny:
     """Free options are read as TOML values would be."""

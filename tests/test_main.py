@@ -3,11 +3,16 @@
 import gc
 import importlib
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fedtorch.__main__ import COMMANDS, main, run
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -60,3 +65,50 @@ def test_a_process_of_its_own_does_not_search_what_it_imported_for_garbage(monke
     monkeypatch.setattr(sys, "argv", ["fedtorch", "version"])
     assert run() == 0 and order == [""]  # once, and before the command
     assert capsys.readouterr().out.strip()[0].isdigit()
+
+
+@pytest.mark.parametrize("how", [["-m", "fedtorch", "version"], [str(ROOT / "train.py")]])
+def test_ctrl_c_while_torch_is_read_is_one_line(how, tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")  # pressed just then
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, *how], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "fedtorch: stopped\n")
+
+
+def test_ctrl_c_while_a_program_imports_fedtorch_is_its_own(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    ask = "try:\n    import fedtorch\nexcept KeyboardInterrupt:\n    print('heard')"
+    done = subprocess.run([sys.executable, "-c", ask], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "heard\n")
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (
+            OSError(28, "No space left on device", "a.txt"),
+            2,
+            "fedtorch: a.txt: No space left on device",
+        ),
+        (KeyboardInterrupt(), 130, "fedtorch: stopped"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_sentence(error, code, said, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedtorch.commands.listing.version", fail)
+    assert main(["version"]) == code
+    monkeypatch.setattr("fedtorch.folders.start", fail)
+    assert main(["train", "--privacy", "none", "--rounds", "1"]) == code
+    assert capsys.readouterr().err.splitlines() == [said, said]
+
+
+def test_a_reader_that_is_gone_does_not_pass_for_a_trained_run(monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("fedtorch.commands.train.main", fail)
+    assert main(["train"]) == 1
+    assert "nobody reads" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import threading
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedtorch import zoo
+from fedtorch import disk, zoo
 from fedtorch.data import Digits
 
 SMALL = ["train", "--privacy", "none", "--model", "mlp", "--rounds", "2", "--run-dir", "run"]
@@ -345,3 +346,38 @@ def test_a_run_that_learned_nothing_says_so_and_keeps_its_model(fedtorch):
     assert load_file("run/model.safetensors") and json.loads(Path("run/summary.json").read_text())
     code, _, err = fedtorch("train", "--run-dir", "run", "--resume", "true", "--rounds", 3)
     assert code == 1 and "no weight has moved in 3 rounds" in err
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")]
+)
+def test_a_disk_too_full_to_begin_on_is_one_sentence(fedtorch, monkeypatch, error):
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedtorch.checkpoint.torch.save", full)
+    code, _, err = fedtorch(*SMALL, "--model", "logistic")
+    assert code == 2 and err.count("\n") == 1
+    assert "run folder run cannot be written: " in err
+
+
+def test_a_disk_too_full_for_the_model_is_an_error_that_says_how_to_go_on(fedtorch, monkeypatch):
+    real = disk.whole
+
+    def full(path: Path, private: bool = False) -> Any:
+        if path.name == "model.safetensors":
+            raise OSError(28, "No space left on device")
+        return real(path, private)
+
+    quick = [*SMALL, "--model", "logistic", "--tracking", "none"]
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "whole", full)
+        code, _, err = fedtorch(*quick)
+    assert code == 2 and err.count("\n") == 1
+    assert "make room, then fedtorch train --run-dir run --resume" in err
+    assert fedtorch("train", "--run-dir", "run", "--resume")[0] == 0
+    assert fedtorch(*quick, "--run-dir", "whole")[0] == 0
+    assert load_file("run/model.safetensors").keys() == load_file("whole/model.safetensors").keys()
+    assert (
+        Path("run/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    )

@@ -309,5 +309,5 @@ def open_folder(config: ServeConfig, plan: Plan, server: Server, held: ExitStack
     if server.private:
         server.private.ledger = Ledger(folder / LEDGER, server.private.plan.unit)
     disk.replace(folder / "sites.json", json.dumps({"run": plan.run}) + "\n")
-    kept.save(server.state_dict())
+    kept.begin(server.state_dict())
     return kept
