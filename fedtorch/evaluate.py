@@ -12,7 +12,7 @@ from fedtorch import seeds
 from fedtorch.batches import fetch, length
 from fedtorch.client import Client
 from fedtorch.losses import Loss, counted, reduce
-from fedtorch.modules import channels_last
+from fedtorch.modules import channels_last, evaluating
 from fedtorch.solvers import forward, to
 from fedtorch.tree import joined, size
 from fedtorch.types import ConfigError
@@ -35,9 +35,7 @@ def evaluate(
     laid: bool | None = None
     means = {name: Mean() for name, m in metrics.items() if not getattr(m, "whole_set", False)}
     kept: list[tuple[Any, Any]] = []
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), seeds.seeded(0):
+    with evaluating(model), torch.no_grad(), seeds.seeded(0):
         for index in torch.arange(n).split(batch_size or max(n, 1)) if n else ():
             x, y = to(fetch(data, index), device)  # a copy: a model may write on what it is given
             if laid is None:
@@ -50,7 +48,6 @@ def evaluate(
                 kept.append((output, y))
         whole = {k: m for k, m in metrics.items() if k not in means}
         found = _of_all(whole, kept) if n else {}
-    model.train(was_training)
     return {k: means[k].value() if k in means else found[k] for k in metrics} if n else {}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedtorch import seeds
 from fedtorch.client import Recipe
 from fedtorch.losses import Loss, reduce
-from fedtorch.modules import forward, undropped
+from fedtorch.modules import forward, training, undropped
 from fedtorch.outline import copied, untouched
 from fedtorch.privacy import SampleLevel
 from fedtorch.tree import leaves, rebuilt, rows, size
@@ -61,7 +61,7 @@ def _wide(model: nn.Module, x: Any, y: Any, loss: Loss) -> Any:
         wide = copied(model).double()
         x, y = _doubled(x), _doubled(y)
         with torch.no_grad(), untouched(wide):
-            if reduce(copy.deepcopy(loss)(forward(wide.train(), x), y)).dtype != torch.float64:
+            if reduce(copy.deepcopy(loss)(forward(training(wide), x), y)).dtype != torch.float64:
                 return None
     except Exception:
         return None

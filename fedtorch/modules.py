@@ -65,6 +65,32 @@ def to(value: Any, device: torch.device) -> Any:
     return value
 
 
+def training(model: nn.Module) -> nn.Module:
+    """The model in training mode, and in it what its owner has put in evaluation mode left so.
+
+    A frozen part keeps its statistics and drops nothing. A model that is in evaluation mode as a whole, as
+    after loading or evaluating it, trains as a whole.
+    """
+    off = [m for m in model.modules() if not m.training]
+    whole = len(off) == sum(1 for _ in model.modules())
+    model.train()  # which a model may have its own idea of
+    for m in () if whole else off:
+        m.training = False
+    return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in evaluation mode; each of its parts is put back in its own."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for m, was in modes:
+            m.training = was
+
+
 def channels_last(x: Tensor) -> Tensor:
     """Images [B, C, H, W] in channels-last memory, also where one channel leaves open what that would be.
 
@@ -98,7 +124,7 @@ class _Undropped(TorchFunctionMode):
 @contextmanager
 def undropped(model: nn.Module) -> Iterator[None]:
     """The model in training mode, but for what it drops at random: that differs from call to call."""
-    model.train()
+    modes = [(m, m.training) for m in training(model).modules()]
     for m in model.modules():
         # those that have dropout inside of a single call are told by their type
         if "Dropout" in m._get_name() or isinstance(m, (nn.RNNBase, nn.MultiheadAttention)):
@@ -107,4 +133,5 @@ def undropped(model: nn.Module) -> Iterator[None]:
         with _Undropped():
             yield
     finally:
-        model.train()
+        for m, was in modes:
+            m.training = was

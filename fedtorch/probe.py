@@ -16,7 +16,7 @@ from fedtorch.batches import fetch, least, length
 from fedtorch.client import Client, Recipe
 from fedtorch.losses import Loss, reduce
 from fedtorch.masks import Drawing
-from fedtorch.modules import undropped
+from fedtorch.modules import training, undropped
 from fedtorch.outline import put_back as put_back
 from fedtorch.outline import untouched
 from fedtorch.privacy import SampleLevel
@@ -51,7 +51,7 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | N
     """
     _trainable(model)
     with untouched(model) as outline, seeds.seeded(0):
-        take = _stepper(model.train(), recipe)
+        take = _stepper(training(model), recipe)
         for client, index in _full_and_short(clients, recipe):
             _backward(model, client, index, recipe)
             take()
@@ -178,6 +178,17 @@ def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
     return take
 
 
+def modes(model: nn.Module) -> list[str]:
+    """What is to be said of parts that the model's owner has put in evaluation mode."""
+    off = [name for name, m in model.named_modules() if not m.training]
+    if not off:
+        return []
+    if len(off) == sum(1 for _ in model.modules()):
+        return ["the model is in evaluation mode as a whole: clients train it in training mode"]
+    more = f" and {len(off) - 1} more" if len(off) > 1 else ""
+    return [f"in evaluation mode, and left so while clients train: {off[0] or 'the model'}{more}"]
+
+
 def single(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     """A batch of one example, where a client has such a batch; raises ConfigError naming the client."""
     few = [c for c in clients if least(len(c), recipe) == 1]
@@ -187,7 +198,7 @@ def single(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     x, y = to(fetch(client.data, torch.tensor([0])), next(model.parameters()).device)
     try:
         with untouched(model), torch.no_grad(), seeds.seeded(0):
-            loss = reduce(recipe.loss(forward(model.train(), x), y))
+            loss = reduce(recipe.loss(forward(training(model), x), y))
             if loss.dim() and len(loss) != 1:
                 raise ValueError(f"the loss gives {_shape(loss)} for one example")
     except Exception as e:
@@ -300,7 +311,7 @@ def _no_vmap(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> str | No
     batch = x.expand(2, *x.shape), y.expand(2, *y.shape), torch.ones(2, len(x)).bool()
     try:
         with untouched(model), seeds.seeded(0):
-            each = together(model.train(), recipe.loss, params, rest, batch, drawing)
+            each = together(training(model), recipe.loss, params, rest, batch, drawing)
         each.sum().backward()
     except Exception as e:
         where = entered[-1] if entered else "the model"
@@ -318,7 +329,7 @@ def _same_alone(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, losses: 
     with untouched(model), torch.no_grad():
         for seed, found in enumerate(losses):
             with seeds.seeded(seed):
-                alone = reduce(recipe.loss(forward(model.train(), x), y))
+                alone = reduce(recipe.loss(forward(training(model), x), y))
             if not _close(alone, found):
                 return False
     return True

@@ -13,7 +13,7 @@ from fedtorch.batches import fetch, length
 from fedtorch.client import Client, Recipe
 from fedtorch.losses import reduce
 from fedtorch.mixing import mixes
-from fedtorch.modules import undropped
+from fedtorch.modules import training, undropped
 from fedtorch.privacy import Privacy, SampleLevel, checks
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
 from fedtorch.privacy.streams import stream
@@ -97,7 +97,7 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
     if mode == "stacked" and not (isinstance(x, Tensor) and isinstance(y, Tensor)):
         return "the data is not a plain pair of tensors (x, y)"
     before = snapshot(model)
-    model.train()
+    training(model)
     if mode == "ghost" and (name := _over_sequences(model, x)):
         put_back(model, before)
         return (
@@ -115,7 +115,7 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
     except Exception as e:
         return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
     finally:
-        model.train()
+        training(model)
         model.zero_grad()
         put_back(model, before)
     if not (got - want).norm() <= TOLERANCE * clip:
@@ -195,7 +195,7 @@ def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) ->
     x, y = to(two_examples(data), next(model.parameters()).device)
     before = snapshot(model)
     with seeds.seeded(0):
-        loss = reduce(recipe.loss(forward(model.train(), x), y))
+        loss = reduce(recipe.loss(forward(training(model), x), y))
         if loss.dim() == 0:
             raise ConfigError(
                 "sample-level privacy needs a loss with one number for each example "
@@ -229,7 +229,7 @@ def _frozen_buffers(model: nn.Module, clients: Sequence[Client], recipe: Recipe)
     x, _ = to(two_examples(_largest(clients)), next(model.parameters()).device)
     before = snapshot(model)
     with torch.no_grad(), seeds.seeded(0):
-        forward(model.train(), x)
+        forward(training(model), x)
     after = snapshot(model)
     put_back(model, before)
     for k, _ in model.named_buffers():

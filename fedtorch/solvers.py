@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from fedtorch.batches import alike, side_by_side
 from fedtorch.losses import Loss, reduce
 from fedtorch.masks import Drawing
-from fedtorch.modules import buffers
+from fedtorch.modules import buffers, training
 from fedtorch.modules import forward as forward
 from fedtorch.modules import load as load
 from fedtorch.modules import snapshot as snapshot
@@ -131,8 +131,9 @@ class Mixed:
 
 
 def normalises(model: nn.Module) -> bool:
-    """Whether a layer that is in training takes its statistics from the batch, of any examples."""
-    return any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
+    """Whether a layer takes its statistics from the batch, as BatchNorm does in training."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    return any(m.training or m.running_mean is None for m in norms)
 
 
 def evenly(model: nn.Module, plans: Sequence[Tensor]) -> bool:
@@ -194,7 +195,7 @@ def stacked(
     Raises ValueError where they would.
     """
     K = len(datasets)
-    model.train()
+    training(model)
     even = private is None and evenly(model, plans)
     names = {k for k, p in model.named_parameters() if p.requires_grad}
     state = {k: v.expand(K, *v.shape).clone() for k, v in task.state.items()}

@@ -16,7 +16,7 @@ from fedtorch import seeds
 from fedtorch.batches import length
 from fedtorch.client import Client, Recipe
 from fedtorch.losses import reduce
-from fedtorch.modules import forward, to
+from fedtorch.modules import forward, to, training
 from fedtorch.outline import untouched
 
 COUNT = 16
@@ -100,7 +100,7 @@ def _fits(model: nn.Module, client: Client, recipe: Recipe) -> bool:
         with untouched(model), torch.no_grad(), seeds.seeded(0):
             batch = default_collate([client.data[k] for k in (0, 1)])
             x, y = to(batch, next(model.parameters()).device)
-            reduce(recipe.loss(forward(model.train(), x), y))
+            reduce(recipe.loss(forward(training(model), x), y))
     except Exception:
         return False
     return True

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from fedtorch import seeds
 from fedtorch.batches import fetch, length, plan
-from fedtorch.modules import forward, load, snapshot, to
+from fedtorch.modules import forward, load, snapshot, to, training
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.streams import stream
 from fedtorch.solvers import Recipe, Solver, general, normalises
@@ -65,7 +65,7 @@ def filled(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> b
     ``data`` is the largest client's, and has examples of all kinds. What cannot be tried shows it.
     """
     n = min(length(data), FEW)
-    if n < 2 or normalises(model.train()):
+    if n < 2 or normalises(training(model)):
         return True
     if random(model, data):
         return False
@@ -89,7 +89,7 @@ def random(model: nn.Module, data: Dataset) -> bool:
     with torch.no_grad():
         for seed in (SEED, SEED + 1):
             with seeds.seeded(seed):
-                found.append(forward(model.train(), x))
+                found.append(forward(training(model), x))
             load(model, before)
     return not torch.equal(*found)
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from fedtorch.batches import Order, batches
 from fedtorch.losses import Loss, backward
-from fedtorch.modules import forget, forward, to
+from fedtorch.modules import forget, forward, to, training
 from fedtorch.optimizers import ClientOptimizer
 from fedtorch.outline import Outline
 from fedtorch.privacy.gradients import Gradients, PrivateSteps, private_gradients
@@ -46,7 +46,7 @@ class Working:
     """
 
     def __init__(self, model: nn.Module, task: Task, recipe: Recipe) -> None:
-        model.train()
+        training(model)
         self.model, self.recipe, self.lr = model, recipe, task.lr
         self.params = {k: p for k, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.params.values())).device
@@ -67,7 +67,7 @@ class Working:
         self.put_back()
         self._load()
         if not self.model.training:  # train() walks through all submodules
-            self.model.train()
+            training(self.model)
         views = expand(self.weights()) if self.correcting else {}
         step = self.recipe.optimizer.stepper([*self.params.values()], self.lr)
         losses = []

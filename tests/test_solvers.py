@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -5,6 +7,9 @@ from torch.utils.data import Dataset
 
 from conftest import make_clients, mlp, weights
 from fedtorch import Client, ClientOptimizer, FedProx, Local, Recipe, Server
+from fedtorch.engines import Processes
+from fedtorch.evaluate import evaluate
+from fedtorch.losses import cross_entropy
 from fedtorch.solvers import forward, load, snapshot, to
 
 
@@ -94,3 +99,70 @@ def test_a_scalar_parameter_trains(chunk):
     model = Scaled()
     Server(model, make_clients([8, 9]), Recipe(), engine=Local(chunk=chunk)).round()
     assert model.scale.item() != 1.0
+
+
+def with_a_frozen_part() -> nn.Module:
+    torch.manual_seed(3)
+    backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+    backbone.requires_grad_(False)
+    return nn.Sequential(backbone.eval(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        Local(),
+        Local(chunk=1),
+        Local(solver="general"),
+        Local(solver="stacked", chunk=3),
+        Processes(workers=1),
+    ],
+    ids=str,
+)
+def test_what_is_in_evaluation_mode_stays_in_it(engine):
+    model, clients = with_a_frozen_part(), make_clients([9, 5, 17])
+    by_hand, before = copy.deepcopy(model), weights(model)
+    server = Server(model, clients, Recipe(batch_size=None, lr=0.2), engine=engine)
+    next(server.rounds(1))
+    server.close()
+    assert "in evaluation mode, and left so while clients train: 0 and 4 more" in server.notes
+    mean = torch.zeros_like(by_hand[1].weight)
+    for c in clients:
+        x, y = c.data.tensors
+        loss = nn.functional.cross_entropy(by_hand(x), y)  # nothing is dropped, statistics are used
+        (grad,) = torch.autograd.grad(loss, by_hand[1].weight)
+        mean += len(c) / 31 * grad
+    assert torch.allclose(model[1].weight, by_hand[1].weight - 0.2 * mean, atol=1e-6)
+    after = weights(model)
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("0."))
+    evaluate(model, clients[0].data, {"loss": cross_entropy})
+    assert [m.training for m in model.modules()] == [True] + 5 * [False] + [True]
+
+
+@pytest.mark.parametrize("engine", [Local(), Local(solver="general"), Local(chunk=3)], ids=str)
+def test_a_model_in_evaluation_mode_as_a_whole_trains_as_a_whole(engine):
+    ends = []
+    for ready in (nn.Module.train, nn.Module.eval):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
+        server = Server(ready(model), make_clients([9, 5, 17]), engine=engine)
+        next(server.rounds(1))
+        ends.append(weights(model))
+        said = [n for n in server.notes if "in evaluation mode as a whole" in n]
+        assert len(said) == (ready is nn.Module.eval) and model.training == (
+            ready is nn.Module.train
+        )
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+def test_a_model_may_have_its_own_idea_of_training():
+    class Keeps(nn.Sequential):
+        def train(self, mode: bool = True) -> nn.Module:
+            super().train(mode)
+            self[0].eval()
+            return self
+
+    model = Keeps(nn.BatchNorm1d(6), nn.Linear(6, 4))
+    before = weights(model)
+    next(Server(model, make_clients([9, 5])).rounds(1))
+    assert torch.equal(model[0].running_mean, before["0.running_mean"])

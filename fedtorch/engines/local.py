@@ -43,7 +43,8 @@ class Local:
         with untouched(worker):
             choice = choose(worker, clients, recipe, self.chunk, self.solver, self.dtype, changes)
         by_id = {c.id: c for c in clients}
-        session = LocalSession(worker, by_id, choice.recipe, choice, choice.notes)
+        notes = (*probe.modes(model), *choice.notes)
+        session = LocalSession(worker, by_id, choice.recipe, choice, notes)
         session.restore({})  # memory of an earlier run would poison this one
         return session
 

@@ -20,6 +20,7 @@ from fedtorch.fast.dropout import Coins, Masked, dropout
 from fedtorch.fast.known import CALLS, MODULES
 from fedtorch.fast.layers import Leaf, Leaves
 from fedtorch.masks import Dropout
+from fedtorch.modules import training
 from fedtorch.types import Params, Stack
 
 
@@ -140,7 +141,7 @@ def keep_apart(part: fx.Graph, root: nn.Module) -> None:
 def traced(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
     """What ``forward`` does in training mode, and the module its nodes refer to."""
     root = nn.Sequential(model)  # so that a model of one layer is read like any other
-    root.train()  # here and not in the trace: a model may have its own idea of it
+    training(model)  # here and not in the trace: a model may have its own idea of it
     return root, fx.Tracer().trace(root)
 
 

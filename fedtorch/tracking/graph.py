@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
+from fedtorch.modules import evaluating
 from fedtorch.solvers import forward
 
 Node = tuple[str, str, list[str], str]
@@ -41,8 +42,8 @@ def modules(model: nn.Module, x: Any) -> list[Node]:
         for n, m in leaves.items()
     ]
     try:
-        with torch.no_grad(), seeds.seeded(0):
-            output = forward(model.eval(), x)
+        with evaluating(model), torch.no_grad(), seeds.seeded(0):
+            output = forward(model, x)
     finally:
         for hook in hooks:
             hook.remove()

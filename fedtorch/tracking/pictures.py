@@ -9,6 +9,7 @@ from torch import Tensor
 from fedtorch import figures, seeds
 from fedtorch.batches import fetch, length
 from fedtorch.data import Data
+from fedtorch.modules import evaluating
 from fedtorch.outline import copied
 from fedtorch.server import Server
 from fedtorch.solvers import forward, to
@@ -170,17 +171,14 @@ def predictions(
     model: torch.nn.Module, data: Data, most: int = 10_000
 ) -> tuple[Any, Tensor, Tensor]:
     """Inputs, true and predicted classes of the test set, its first ``most`` examples."""
-    was_training = model.training
     device = next(model.parameters()).device
-    model.eval()
     xs, ys, guesses = [], [], []
-    with torch.no_grad(), seeds.seeded(0):
+    with evaluating(model), torch.no_grad(), seeds.seeded(0):
         for index in torch.arange(min(length(data.test), most)).split(512):
             x, y = fetch(data.test, index)
             guesses.append(forward(model, to(x, device)).argmax(1).cpu())
             xs.append(x)
             ys.append(y.cpu())
-    model.train(was_training)
     inputs = torch.cat(xs) if all(isinstance(x, Tensor) for x in xs) else xs
     return inputs, torch.cat(ys), torch.cat(guesses)
 
