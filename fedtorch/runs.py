@@ -95,8 +95,10 @@ def write_config(folder: Path, table: dict[str, Any]) -> str:
     return text
 
 
-def write_model(folder: Path, model: nn.Module) -> None:
+def write_model(folder: Path, model: nn.Module, command: str = "train") -> None:
     """The trained model as a plain state_dict, to be written before anything is reported.
+
+    ``command`` is the one that goes on with the run.
 
     Raises ConfigError when it cannot be written: the run is not lost while it has a checkpoint.
     """
@@ -110,7 +112,7 @@ def write_model(folder: Path, model: nn.Module) -> None:
     except (OSError, SafetensorError) as e:
         raise ConfigError(
             f"the trained model cannot be written to {folder} ({getattr(e, 'strerror', None) or e}): "
-            f"make room, then fedtorch train --run-dir {folder} --resume"
+            f"make room, then fedtorch {command} --run-dir {folder} --resume"
         ) from e
 
 

@@ -1,8 +1,10 @@
 """``fedtorch serve|site|keys``: training among organisations; see docs/sites.md."""
 
 import logging
-from collections.abc import Sequence
-from contextlib import closing
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -10,15 +12,20 @@ from fedtorch import cli, folders
 from fedtorch.choices import help_text
 from fedtorch.commands.options import words_and_options
 from fedtorch.sites import keys as certificates
-from fedtorch.sites.options import SiteConfig
-from fedtorch.sites.serve import FREE_ON_RESUME, ServeConfig
+from fedtorch.sites.ends import EndedEarly
+from fedtorch.sites.options import ServeConfig, SiteConfig
+from fedtorch.sites.serve import FREE_ON_RESUME
 from fedtorch.sites.serve import serve as run_server
 from fedtorch.sites.site import Site
 from fedtorch.types import ConfigError
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Run the server of a federation; a first word is taken as the config file."""
+    """Run the server of a federation; a first word is taken as the config file.
+
+    0: all rounds are trained. 1: sites stayed away, or no report was ever used. 3: the privacy budget is
+    spent. 128 + signal: stopped.
+    """
     if wants_help(argv, ServeConfig, "fedtorch serve"):
         return 0
     log_to_screen()
@@ -29,7 +36,11 @@ def serve(argv: Sequence[str]) -> int:
         config = cli.resume(ServeConfig, argv, path, FREE_ON_RESUME)
     else:
         config = cli.parse(ServeConfig, argv)
-    run_server(cast(ServeConfig, config))
+    try:
+        run_server(cast(ServeConfig, config))
+    except EndedEarly as e:
+        print(f"fedtorch: {e}", file=sys.stderr)
+        return e.code
     return 0
 
 
@@ -38,8 +49,42 @@ def site(argv: Sequence[str]) -> int:
     if wants_help(argv, SiteConfig, "fedtorch site"):
         return 0
     log_to_screen()
-    with closing(Site(cli.parse(SiteConfig, argv))) as here:
-        return here.run()
+    try:
+        with stoppable(), closing(Site(cast(SiteConfig, cli.parse(SiteConfig, argv)))) as here:
+            return here.run()
+    except Stopped as e:
+        print(
+            f"fedtorch: stopped by {signal.Signals(e.number).name}; a visit that was not reported is given "
+            "again, and charged again, when this site is back",
+            file=sys.stderr,
+        )
+        return 128 + e.number
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM, wherever this site was; no file is left half written by it."""
+
+    def __init__(self, number: int) -> None:
+        """The signal."""
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """In here both signals raise Stopped; the first of them: to close what is open takes a moment."""
+
+    def stop(number: int, frame: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
+
+    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def keys(argv: Sequence[str]) -> int:

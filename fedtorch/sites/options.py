@@ -1,10 +1,17 @@
-"""Every option of a site, and the limits its owner sets to what a server may ask for."""
+"""Every option of a site, with the limits its owner sets to what a server may ask for, and of a server."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedtorch.client import Recipe
 from fedtorch.data import Csv
+from fedtorch.losses import DEFAULTS, LOSSES
 from fedtorch.options import COUNT, INSIDE, POSITIVE, check
+from fedtorch.participation import Everyone, Participation
+from fedtorch.privacy import Privacy, SampleLevel
+from fedtorch.schedules import Constant, Schedule
+from fedtorch.sites.keys import SITE_NAME
+from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.types import ConfigError
 
 LIMITS = (
@@ -70,3 +77,99 @@ class SiteConfig:
             )
         if not self.name:
             raise ConfigError("--name: which of the server's sites is this?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Every option of a server of sites. ``--config serve.toml`` sets them, flags override."""
+
+    sites: list[str] = field(default_factory=list)
+    """Names of the sites, as in their certificates."""
+    address: str = "127.0.0.1:8443"
+    """Where to listen, HOST:PORT; 0.0.0.0:8443 for every network of this machine."""
+    credentials: str = ""
+    """Folder with key.pem, cert.pem and ca.pem."""
+    insecure: bool = False
+    """No TLS and no keys: only for sites on this very machine."""
+    input_shape: list[int] = field(default_factory=list)
+    """Shape of one example, agreed with the sites."""
+    outputs: int = 2
+    """Classes, or numbers to predict."""
+    kind: str = "classification"
+    """classification, binary or regression: the default loss and metric."""
+    dataset: Any = None
+    """Data of the server's own to test the model on; none: sites test for themselves."""
+    model: str = "mlp"
+    """A model that every site has too."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    loss: str = "auto"
+    """cross_entropy, bce or mse."""
+    strategy: Strategy = FedAvg()
+    """fedavg, fedprox, scaffold; --strategy.server sgd, adam, yogi, adagrad."""
+    participation: Participation = Everyone()
+    """Who takes part in a round: everyone, uniform, poisson."""
+    privacy: Privacy | None = SampleLevel()
+    """sample (noise at each site), client (noise at the server), local (noise at each site, nobody is
+    trusted), or none; --privacy.epsilon 8 for the whole run."""
+    rounds: int = 30
+    """Rounds to train in all."""
+    optimizer: str = "sgd"
+    """The sites' optimizer, any of torch.optim."""
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    lr: float | None = None
+    """The sites' learning rate; none: 0.1, and 1 under sample-level privacy, which clips gradients."""
+    schedule: Schedule = Constant()
+    """Learning rate over rounds: constant, exponential, step, cosine."""
+    epochs: int = Recipe.epochs
+    """Passes over a site's data in a round."""
+    steps: int | None = None
+    """Local steps in a round, in place of epochs."""
+    batch_size: int | None = Recipe.batch_size
+    """Examples in a local step; null: all of a site's."""
+    drop_last: bool = False
+    """Leave out the last, smaller batch of each pass."""
+    deadline: float = 600.0
+    """Seconds a round waits for its sites."""
+    minimum: int = 1
+    """Sites that must be there for a round to start, and report for it to count."""
+    enough: int | None = None
+    """Over-selection: a round ends when so many sites have reported, the others are late; none: it waits
+    for all that participation has chosen."""
+    most_examples: int = 10_000_000
+    """Largest number of examples a site may say it has; without privacy that is its weight."""
+    patience: float = 3600.0
+    """Seconds to wait for enough sites before giving up."""
+    seed: int = 0
+    """Decides every draw of the run."""
+    run_dir: str = ""
+    """Folder of the run."""
+    resume: bool = False
+    """Continue the run in run_dir from its last checkpoint; sites may have stayed up."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can do."""
+        counts = (
+            "rounds",
+            "outputs",
+            "epochs",
+            "steps",
+            "batch_size",
+            "minimum",
+            "enough",
+            "most_examples",
+        )
+        times = dict.fromkeys(("lr", "deadline", "patience"), POSITIVE)
+        check(self, "", **times, **dict.fromkeys(counts, COUNT))
+        if bool(self.credentials) == self.insecure:
+            raise ConfigError(
+                "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"
+            )
+        if not self.sites or not self.input_shape:
+            raise ConfigError("sites and input_shape are needed; see docs/sites.md")
+        for name in self.sites:
+            if not SITE_NAME.fullmatch(name):
+                raise ConfigError(f"{name!r} cannot be a site's name: letters, digits, . _ - only")
+        if self.kind not in DEFAULTS:
+            raise ConfigError(f"kind must be one of {', '.join(DEFAULTS)}, got {self.kind!r}")
+        if self.loss not in ("auto", *LOSSES):
+            raise ConfigError(f"loss must be one of {', '.join(LOSSES)}: sites have no other")

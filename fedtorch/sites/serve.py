@@ -4,14 +4,14 @@ import json
 import secrets
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from fedtorch import checkpoint, cli, disk, folders, runs, seeds
-from fedtorch.client import Recipe, default_lr
+from fedtorch.client import default_lr
 from fedtorch.console import Report, StopSignal
 from fedtorch.data import Data, prepared
 from fedtorch.data.base import facts_of
@@ -19,116 +19,15 @@ from fedtorch.evaluate import evaluate
 from fedtorch.folders import Folder
 from fedtorch.losses import DEFAULTS, LOSSES, METRICS
 from fedtorch.narrate import strict, write_results
-from fedtorch.options import COUNT, POSITIVE, check
-from fedtorch.participation import Everyone, Participation
-from fedtorch.privacy import Privacy, SampleLevel
 from fedtorch.privacy.ledger import Ledger
 from fedtorch.privacy.report import promise
-from fedtorch.schedules import Constant, Schedule
 from fedtorch.server import Server
+from fedtorch.sites.ends import EndedEarly, early, enough, over
 from fedtorch.sites.engine import Sites, SitesSession, remotes
-from fedtorch.sites.keys import SITE_NAME
+from fedtorch.sites.options import ServeConfig
 from fedtorch.sites.plan import Plan
-from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.tracking import Record, TensorBoard
 from fedtorch.types import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeConfig:
-    """Every option of a server of sites. ``--config serve.toml`` sets them, flags override."""
-
-    sites: list[str] = field(default_factory=list)
-    """Names of the sites, as in their certificates."""
-    address: str = "127.0.0.1:8443"
-    """Where to listen, HOST:PORT; 0.0.0.0:8443 for every network of this machine."""
-    credentials: str = ""
-    """Folder with key.pem, cert.pem and ca.pem."""
-    insecure: bool = False
-    """No TLS and no keys: only for sites on this very machine."""
-    input_shape: list[int] = field(default_factory=list)
-    """Shape of one example, agreed with the sites."""
-    outputs: int = 2
-    """Classes, or numbers to predict."""
-    kind: str = "classification"
-    """classification, binary or regression: the default loss and metric."""
-    dataset: Any = None
-    """Data of the server's own to test the model on; none: sites test for themselves."""
-    model: str = "mlp"
-    """A model that every site has too."""
-    model_args: dict[str, Any] = field(default_factory=dict)
-    loss: str = "auto"
-    """cross_entropy, bce or mse."""
-    strategy: Strategy = FedAvg()
-    """fedavg, fedprox, scaffold; --strategy.server sgd, adam, yogi, adagrad."""
-    participation: Participation = Everyone()
-    """Who takes part in a round: everyone, uniform, poisson."""
-    privacy: Privacy | None = SampleLevel()
-    """sample (noise at each site), client (noise at the server), local (noise at each site, nobody is
-    trusted), or none; --privacy.epsilon 8 for the whole run."""
-    rounds: int = 30
-    """Rounds to train in all."""
-    optimizer: str = "sgd"
-    """The sites' optimizer, any of torch.optim."""
-    optimizer_args: dict[str, Any] = field(default_factory=dict)
-    lr: float | None = None
-    """The sites' learning rate; none: 0.1, and 1 under sample-level privacy, which clips gradients."""
-    schedule: Schedule = Constant()
-    """Learning rate over rounds: constant, exponential, step, cosine."""
-    epochs: int = Recipe.epochs
-    """Passes over a site's data in a round."""
-    steps: int | None = None
-    """Local steps in a round, in place of epochs."""
-    batch_size: int | None = Recipe.batch_size
-    """Examples in a local step; null: all of a site's."""
-    drop_last: bool = False
-    """Leave out the last, smaller batch of each pass."""
-    deadline: float = 600.0
-    """Seconds a round waits for its sites."""
-    minimum: int = 1
-    """Sites that must be there for a round to start, and report for it to count."""
-    enough: int | None = None
-    """Over-selection: a round ends when so many sites have reported, the others are late; none: it waits
-    for all that participation has chosen."""
-    most_examples: int = 10_000_000
-    """Largest number of examples a site may say it has; without privacy that is its weight."""
-    patience: float = 3600.0
-    """Seconds to wait for enough sites before giving up."""
-    seed: int = 0
-    """Decides every draw of the run."""
-    run_dir: str = ""
-    """Folder of the run."""
-    resume: bool = False
-    """Continue the run in run_dir from its last checkpoint; sites may have stayed up."""
-
-    def __post_init__(self) -> None:
-        """Refuse what no run can do."""
-        counts = (
-            "rounds",
-            "outputs",
-            "epochs",
-            "steps",
-            "batch_size",
-            "minimum",
-            "enough",
-            "most_examples",
-        )
-        times = dict.fromkeys(("lr", "deadline", "patience"), POSITIVE)
-        check(self, "", **times, **dict.fromkeys(counts, COUNT))
-        if bool(self.credentials) == self.insecure:
-            raise ConfigError(
-                "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"
-            )
-        if not self.sites or not self.input_shape:
-            raise ConfigError("sites and input_shape are needed; see docs/sites.md")
-        for name in self.sites:
-            if not SITE_NAME.fullmatch(name):
-                raise ConfigError(f"{name!r} cannot be a site's name: letters, digits, . _ - only")
-        if self.kind not in DEFAULTS:
-            raise ConfigError(f"kind must be one of {', '.join(DEFAULTS)}, got {self.kind!r}")
-        if self.loss not in ("auto", *LOSSES):
-            raise ConfigError(f"loss must be one of {', '.join(LOSSES)}: sites have no other")
-
 
 LEDGER = "ledger.jsonl"
 """What the run has spent by the server's book, in its folder; each site keeps its own."""
@@ -148,7 +47,7 @@ FREE_ON_RESUME = {
 
 
 def serve(config: ServeConfig) -> dict[str, Any]:
-    """One run; returns the summary."""
+    """One run; returns the summary. Raises EndedEarly where not all rounds were trained."""
     with ExitStack() as held:  # the lock on the run folder, to the end
         return run(config, held)
 
@@ -206,17 +105,17 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
             report.say(f"listening at {config.address}, waiting for {', '.join(config.sites)}")
             for line in promise(server.private) if server.private else ["no privacy: no noise"]:
                 report.say(line)
-            while not over(server, config, stop):
-                if not enough(session, config, stop):
-                    continue
+            while not over(server, config, stop) and enough(session, config, stop):
                 figures = server.round() | server.mark(session.figures())
                 if test is not None:
                     scores = evaluate(model, test, metrics)
                     figures |= {f"test_{k}": v for k, v in scores.items()}
                 record.round(figures)
                 report.round(figures)
-                kept.save(server.state_dict(), record.seal())
-            runs.write_model(folder, model)  # first: whatever is reported later can fail
+                state = server.state_dict()
+                report.attempt("checkpoint", kept.save, state, record.seal())
+            why = early(server, session, config, stop.asked)
+            runs.write_model(folder, model, "serve")  # first: whatever is reported later can fail
     summary = {f"test_{k}": v for k, v in scores.items()} | {
         "rounds": server.round_number,
         "seconds": round(time.perf_counter() - began, 3),
@@ -224,6 +123,10 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         "delta": server.private.delta if server.private else None,
     }
     write_results(report, folder, summary, server)
+    if why is not None:
+        number, rounds = server.round_number, config.rounds
+        text = f"ended after {number} of {rounds} rounds: {why}; the model so far is saved"
+        raise EndedEarly(why.code, f"{text} (go on: fedtorch serve --run-dir {folder} --resume)")
     return summary
 
 
@@ -234,25 +137,6 @@ def own_test(config: ServeConfig) -> Dataset | None:
     data: Data = config.dataset.load(config.seed)
     prepared.agreed(data, config.dataset)
     return data.test
-
-
-def over(server: Server, config: ServeConfig, stop: StopSignal) -> bool:
-    """All rounds are trained, somebody asked to stop, or the privacy budget has no room for more."""
-    done = server.round_number >= config.rounds
-    return stop.asked > 0 or done or not server.within_budget()
-
-
-def enough(session: SitesSession, config: ServeConfig, stop: StopSignal) -> bool:
-    """Wait for enough sites to start a round; raises ConfigError when they stay away."""
-    end = time.monotonic() + config.patience
-    while not stop.asked:
-        here = session.wait_for_sites(1.0)
-        if len(here) >= config.minimum:
-            return True
-        if time.monotonic() > end:
-            away = ", ".join(s for s in config.sites if s not in here)
-            raise ConfigError(f"waited {config.patience:g} s; away are {away}")
-    return False
 
 
 def make_plan(config: ServeConfig, run: str) -> Plan:

@@ -48,10 +48,20 @@ class Site:
         log.info("%s", prepared.said(self.data))
         self.client = Client(config.name, self.data.train)
         self.folder = Path(config.state)
-        self.held = ExitStack()
+        with ExitStack() as held:
+            self._open(held)
+            self.held = held.pop_all()
+        self.curves = Curves(self.folder / "tensorboard")
+        self.plan: plans.Plan | None = None
+        self.visits = 0
+        """Made in this run, by this process."""
+
+    def _open(self, held: ExitStack) -> None:
+        """The state folder, as ``held`` will let it go again, and the line to the server."""
+        config = self.config
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if warning := self.held.enter_context(disk.locked(self.folder, "--state")):
+            if warning := held.enter_context(disk.locked(self.folder, "--state")):
                 log.warning("%s", warning)
             self.memory = VisitMemory(self.folder)
         except (OSError, ValueError) as e:
@@ -60,10 +70,6 @@ class Site:
         keys = Path(config.credentials) if config.credentials else None
         self.limit = config.max_megabytes << 20
         self.line = Line(config.server, keys, config.name, self.limit)
-        self.curves = Curves(self.folder / "tensorboard")
-        self.plan: plans.Plan | None = None
-        self.visits = 0
-        """Made in this run, by this process."""
 
     def run(self) -> int:
         """Work until the run is over; 0 then, 1 when the server stayed away or turned us down."""

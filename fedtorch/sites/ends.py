@@ -1,0 +1,50 @@
+"""When a server of sites has done its rounds, and why not if it ends before."""
+
+import signal
+import time
+
+from fedtorch.console import StopSignal
+from fedtorch.server import Server
+from fedtorch.sites.engine import SitesSession
+from fedtorch.sites.options import ServeConfig
+
+
+class EndedEarly(Exception):
+    """Fewer rounds than were asked for, and all that was trained is saved; ``code`` is the exit code."""
+
+    def __init__(self, code: int, why: str) -> None:
+        """Why, in a sentence."""
+        super().__init__(why)
+        self.code = code
+
+
+def over(server: Server, config: ServeConfig, stop: StopSignal) -> bool:
+    """All rounds are trained, somebody asked to stop, or the privacy budget has no room for more."""
+    done = server.round_number >= config.rounds
+    return stop.asked > 0 or done or not server.within_budget()
+
+
+def enough(session: SitesSession, config: ServeConfig, stop: StopSignal) -> bool:
+    """Wait for enough sites to start a round."""
+    end = time.monotonic() + config.patience
+    while not stop.asked and time.monotonic() < end:
+        if len(session.wait_for_sites(1.0)) >= config.minimum:
+            return True
+    return False
+
+
+def early(
+    server: Server, session: SitesSession, config: ServeConfig, stopped: int
+) -> EndedEarly | None:
+    """Why there are no more rounds, if there should be, or why there might as well have been none."""
+    if server.round_number >= config.rounds:
+        still = EndedEarly(1, "the model never moved, no report was ever used")
+        return None if server.moved() else still
+    if stopped:
+        return EndedEarly(128 + stopped, f"stopped by {signal.Signals(stopped).name}")
+    if not server.within_budget():
+        return EndedEarly(3, "the privacy budget has no room for another")
+    here = session.wait_for_sites(0)
+    names = ", ".join(s for s in config.sites if s not in here)
+    why = f"waited {config.patience:g} s for {config.minimum} sites; away are {names}"
+    return EndedEarly(1, why)

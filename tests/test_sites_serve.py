@@ -1,0 +1,130 @@
+"""How a server and a site end: the right exit code, one sentence, and nothing lost."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from fedtorch import __main__ as program
+from fedtorch import checkpoint
+from fedtorch.commands import sites as commands
+from fedtorch.sites.engine import SitesSession
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def serve(tmp_path, capsys, monkeypatch):
+    """``fedtorch serve`` in this process, with sites that are said to be there but never report."""
+    monkeypatch.setattr(SitesSession, "wait_for_sites", lambda self, seconds: self.names)
+
+    def run(*words):
+        given = [
+            "--sites",
+            "north,south",
+            "--insecure",
+            "--input-shape",
+            "[3]",
+            "--model",
+            "logistic",
+        ]
+        given += ["--address", "127.0.0.1:0", "--run-dir", str(tmp_path / "run"), "--rounds", "2"]
+        code = program.main(["serve", *given, "--deadline", "0.1", *words])
+        return code, capsys.readouterr().err.strip().splitlines()[-1]
+
+    return run
+
+
+def soon(number, ready):
+    """Send this process a signal as soon as it is ready for it."""
+
+    def send():
+        end = time.monotonic() + 60
+        while not ready() and time.monotonic() < end:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+
+
+def test_sites_that_stay_away_are_exit_1(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(SitesSession, "wait_for_sites", lambda self, seconds: self.names[:1])
+    code, said = serve("--minimum", "2", "--patience", "0.2", "--privacy", "none")
+    assert code == 1 and "ended after 0 of 2 rounds: waited 0.2 s" in said
+    assert "away are south" in said and "--resume" in said
+    assert (tmp_path / "run/model.safetensors").exists()
+
+
+def test_a_spent_budget_is_exit_3_and_says_how_to_go_on(serve, tmp_path):
+    plan = ["--privacy", "sample", "--privacy.noise-multiplier", "1.0", "--privacy.rounds", "1"]
+    code, said = serve(*plan)
+    assert code == 3 and "ended after 1 of 2 rounds: the privacy budget has no room" in said
+    assert (tmp_path / "run/summary.json").exists()
+
+
+def test_a_model_that_never_moved_is_exit_1(serve):
+    code, said = serve("--privacy", "none")
+    assert code == 1 and "the model never moved" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_stopped_exits_with_the_signal_after_its_round(serve, tmp_path, number):
+    soon(number, (tmp_path / "run/checkpoints/round-000003.pt").exists)
+    code, said = serve("--privacy", "none", "--rounds", "100000")
+    assert code == 128 + number and f"stopped by {signal.Signals(number).name}" in said
+    done = checkpoint.load(tmp_path / "run/checkpoints")["round"]
+    assert done >= 3 and f"ended after {done} of" in said
+
+
+def test_a_full_disk_is_said_and_the_rounds_go_on(serve, tmp_path, monkeypatch, capsys):
+    real, left = checkpoint.save, [1]  # room for the first checkpoint alone
+
+    def save(*args, **kwargs):
+        if not left:
+            raise OSError(28, "No space left on device")
+        left.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    code, said = serve("--privacy", "none")
+    assert code == 1 and "the model never moved" in said  # and no traceback
+    left.clear()
+    code, said = serve("--privacy", "none", "--run-dir", str(tmp_path / "other"))
+    assert code == 2 and "No space left on device" in said
+
+
+@pytest.fixture
+def site(tmp_path, capsys):
+    """``fedtorch site`` in this process, whose server is not there."""
+    np.savez(tmp_path / "rows.npz", x=np.zeros((6, 3), "f4"), y=np.arange(6) % 2)
+
+    def run(*words):
+        given = ["--server", "127.0.0.1:1", "--name", "north", "--insecure", "--dataset", "npz"]
+        given += ["--dataset.path", str(tmp_path / "rows.npz"), "--state", str(tmp_path / "state")]
+        code = program.main(["site", *given, *words])
+        return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
+
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_site_that_is_stopped_says_so_and_lets_its_folder_go(site, caplog, number):
+    before = signal.getsignal(number)
+    soon(number, lambda: "cannot reach" in caplog.text)
+    code, said = site()
+    assert code == 128 + number and f"stopped by {signal.Signals(number).name}" in said
+    assert signal.getsignal(number) is before
+    code, _ = site("--patience", "0.1")  # the lock is free
+    assert code == 1
+
+
+def test_a_site_whose_disk_is_full_is_one_sentence(site, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "state/x")
+
+    monkeypatch.setattr(commands, "Site", full)
+    code, said = site()
+    assert code == 2 and said == "fedtorch: state/x: No space left on device"
