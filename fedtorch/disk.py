@@ -90,6 +90,25 @@ def locked(folder: Path, option: str = "--run-dir") -> Iterator[str | None]:
             _let_go(file.fileno())
 
 
+@contextmanager
+def held(file: BinaryIO) -> Iterator[None]:
+    """Hold an open file for a moment; raises BlockingIOError or PermissionError where another does.
+
+    Where the file system has no locks it goes on without.
+    """
+    try:
+        _take(file.fileno())
+    except (BlockingIOError, PermissionError):
+        raise
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        _let_go(file.fileno())
+
+
 if os.name == "nt":
     import msvcrt
 

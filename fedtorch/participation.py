@@ -1,5 +1,6 @@
 """Who takes part in a round."""
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,29 +22,38 @@ class Participation:
         check(self, "participation", dropout=SHARE, cohort_size=COUNT, rate=RATE)
 
     def cohort(
-        self, population: int, seed: int, round: int, chosen: list[int] | None = None
+        self,
+        population: int,
+        seed: int,
+        round: int,
+        chosen: list[int] | None = None,
+        ids: Sequence[str] | None = None,
     ) -> tuple[list[int], list[int]]:
         """Indices of the clients that report, and of those that were chosen but dropped out.
 
-        ``chosen`` are clients that somebody else has drawn already (client-level privacy does).
+        ``chosen`` are clients that somebody else has drawn already (client-level privacy does). A coin
+        belongs to a client, by its id (none: by its index), and not to a place in the cohort: one client
+        more changes nobody else's.
         """
+        who: Sequence[Hashable] = range(population) if ids is None else ids
         if chosen is None:
-            chosen = self.choose(population, seeds.generator(seed, "cohort", round))
+            chosen = self.choose(who, seed, round)
         if not self.dropout:
             return chosen, []
-        lost = torch.rand(len(chosen), generator=seeds.generator(seed, "dropout", round))
-        late = (lost < self.dropout).tolist()
-        return (
-            [i for i, gone in zip(chosen, late, strict=True) if not gone],
-            [i for i, gone in zip(chosen, late, strict=True) if gone],
-        )
+        gone = {i for i in chosen if coin(seed, "dropout", round, who[i]) < self.dropout}
+        return [i for i in chosen if i not in gone], [i for i in chosen if i in gone]
 
-    def choose(self, population: int, generator: torch.Generator) -> list[int]:
+    def choose(self, who: Sequence[Hashable], seed: int, round: int) -> list[int]:
         """Indices of this round's clients, ascending."""
-        return list(range(population))
+        return list(range(len(who)))
 
     def check(self, population: int) -> None:
         """Refuse a choice that this population cannot meet."""
+
+
+def coin(seed: int, purpose: str, round: int, client: Hashable) -> float:
+    """A uniform in [0, 1) of one client in one round."""
+    return seeds.derive(seed, purpose, round, str(client)) * 2.0**-63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +68,10 @@ class Uniform(Participation):
     cohort_size: int = 10
     """Clients in each round."""
 
-    def choose(self, population: int, generator: torch.Generator) -> list[int]:
+    def choose(self, who: Sequence[Hashable], seed: int, round: int) -> list[int]:
         """A uniformly random subset."""
-        picked = torch.randperm(population, generator=generator)[: self.cohort_size]
-        return sorted(picked.tolist())
+        generator = seeds.generator(seed, "cohort", round)
+        return sorted(torch.randperm(len(who), generator=generator)[: self.cohort_size].tolist())
 
     def check(self, population: int) -> None:
         """The cohort must fit into the population."""
@@ -79,7 +89,6 @@ class Poisson(Participation):
     rate: float = 0.1
     """Chance of each client to be chosen in a round."""
 
-    def choose(self, population: int, generator: torch.Generator) -> list[int]:
+    def choose(self, who: Sequence[Hashable], seed: int, round: int) -> list[int]:
         """One coin for each client."""
-        coins = torch.rand(population, generator=generator) < self.rate
-        return coins.nonzero().flatten().tolist()
+        return [i for i, c in enumerate(who) if coin(seed, "cohort", round, c) < self.rate]

@@ -12,7 +12,7 @@ from fedtorch import seeds
 from fedtorch.batches import fetch, length
 from fedtorch.client import Client, Recipe
 from fedtorch.losses import reduce
-from fedtorch.mixing import mixes
+from fedtorch.mixing import mixes as mixes_examples
 from fedtorch.modules import training, undropped
 from fedtorch.privacy import Privacy, SampleLevel, checks
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
@@ -212,7 +212,7 @@ def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) ->
         )
     some = torch.arange(min(length(data), SOME)) if length(data) > 1 else torch.tensor([0, 0])
     x, y = to(fetch(data, some), next(model.parameters()).device)
-    if why := mixes(model, x, y, recipe):
+    if why := mixes_examples(model, x, y, recipe):
         raise ConfigError(
             f"model {type(model).__name__} or its loss mixes the examples of a batch ({why}), so that "
             "clipping by example protects nobody"

@@ -73,6 +73,7 @@ class Server:
             model = checks.fixed(model)
         self.model = model
         self.round_number = 0
+        self._drawn: tuple[list[int], list[int]] | None = None
         self.session = runs_on.open(model, clients, self.recipe)
         self.trainable = [k for k, p in model.named_parameters() if p.requires_grad]
         self._first = to(snapshot(model), CPU)
@@ -108,6 +109,7 @@ class Server:
         """
         start = time.perf_counter()
         reporting, lost = self._cohort()
+        self._drawn = None  # coins serve one round: one that fails and is tried again draws anew
         self._charge([*reporting, *lost])
         task = self._task()
         sampled = time.perf_counter()
@@ -193,7 +195,7 @@ class Server:
         if self.private:
             self.private.load_state_dict(state["privacy"], ledger)
         load(self.model, state["model"])
-        self.round_number, self.seed = state["round"], state["seed"]
+        self.round_number, self.seed, self._drawn = state["round"], state["seed"], None
         self.extras, self.optimizer_state = state["extras"], state["optimizer"]
         self.session.restore(state["memory"])
 
@@ -209,10 +211,13 @@ class Server:
         )
 
     def _cohort(self) -> tuple[list[int], list[int]]:
-        # client-level privacy draws by coins nobody can foresee; other draws come from the seed
-        plan = self.recipe.privacy
-        drawn = plan.cohort(len(self.ids), self.round_number) if plan else None
-        return self.participation.cohort(len(self.ids), self.seed, self.round_number, drawn)
+        # client-level privacy draws by coins nobody can foresee, once a round; others come from the seed
+        if self._drawn is None:
+            plan, n = self.recipe.privacy, len(self.ids)
+            chosen = plan.cohort(n, self.round_number) if plan else None
+            draw = self.participation.cohort
+            self._drawn = draw(n, self.seed, self.round_number, chosen, self.ids)
+        return self._drawn
 
     def _charge(self, asked: list[int]) -> None:
         # before anything is sent: what is asked for is paid for, whatever comes back

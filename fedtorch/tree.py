@@ -149,7 +149,11 @@ def dots(v: Tensor) -> Tensor:
 
 
 def exact_sq_norms(v: Tensor) -> Tensor:
-    """Squared L2 norm of each row of [n, ...], [n], in float64: of float32 none vanishes or overflows."""
+    """Squared L2 norm of each row of [n, ...], [n], in float64: of float32 none vanishes or overflows.
+
+    On the CPU where the device has no float64.
+    """
+    v = v if has_float64(v.device) else v.cpu()
     rows = v.reshape(len(v), math.prod(v.shape[1:]))  # there may be none
     if v.dtype == torch.float64 or rows.shape[1] < SHORT:
         return cast(Tensor, torch.linalg.vecdot(rows.double(), rows.double()))

@@ -124,7 +124,8 @@ def in_turn(
             seeds.set_global(seed)
             memory = client.memory or recipe.strategy.remember(start)
             memory = {g: expand(to(m, here.device)) for g, m in memory.items()}
-            ctx = Context(anchor, extras, memory, steps[k : k + 1], task.lr, (seed,))
+            own = strategy_seeds([client], task, recipe)
+            ctx = Context(anchor, extras, memory, steps[k : k + 1], task.lr, (seed,), own)
             noise = private and replace(private, streams=private.streams[k : k + 1])
             with blamed([client], task):
                 loss.append(here.visit(client.data, plans[k], ctx, noise))
@@ -156,6 +157,13 @@ def visit_seed(client: Client, task: Task, recipe: Recipe) -> int:
         secret = recipe.privacy.stream("masks", task.round, client.id).uniform(1)
         return int(float(secret) * 2**53)
     return seeds.derive(task.seed, "visit", task.round, client.id)
+
+
+def strategy_seeds(clients: Sequence[Client], task: Task, recipe: Recipe) -> tuple[int, ...] | None:
+    """What strategies draw from where ``visit_seed`` is a secret: whatever they send could show it."""
+    if not isinstance(recipe.privacy, SampleLevel):
+        return None
+    return tuple(seeds.derive(task.seed, "strategy", task.round, c.id) for c in clients)
 
 
 def _float64(values: Sequence[float]) -> Tensor:

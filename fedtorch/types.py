@@ -1,6 +1,6 @@
 """What crosses each boundary: server -> client, client -> server, and nothing else."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -60,6 +60,12 @@ class Context:
     lr: float
     seeds: tuple[int, ...] = ()
     """Of each client's own draws in this visit, such as dropout's, [K]; empty where nothing can draw."""
+    own: tuple[int, ...] | None = None
+    """What a strategy is shown for ``seeds`` where those are a secret of the clients."""
+
+    def shown(self) -> "Context":
+        """What a strategy may look at: never a client's secret."""
+        return self if self.own is None else replace(self, seeds=self.own, own=None)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.strategies import Strategy
 from fedtorch.summed import averages, failures, summed, told
 from fedtorch.tree import double, expand, has_float64, moving, near, row, settled, sq_norms, stack
-from fedtorch.turns import blamed, in_turn, visit_seed
+from fedtorch.turns import blamed, in_turn, strategy_seeds, visit_seed
 from fedtorch.types import Context, Failure, Params, Task, Update
 
 
@@ -103,6 +103,7 @@ def _context(
         steps=torch.tensor([len(p) for p in plans]),
         lr=task.lr,
         seeds=tuple(visit_seed(c, task, recipe) for c in clients) if seeded else (),
+        own=strategy_seeds(clients, task, recipe),
     )
 
 
@@ -124,7 +125,7 @@ def _apart(
     """Every client's own upload, a row for each."""
     # in float64 the delta is exact, so anchor + delta gives back the very weights of the client
     exact = replace(
-        ctx,
+        ctx.shown(),
         anchor=expand(exact_weights(task, [*ctx.anchor])),
         extras={g: double(near(e)) for g, e in ctx.extras.items()},
         memory={g: double(near(m)) for g, m in ctx.memory.items()},

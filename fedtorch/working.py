@@ -130,7 +130,7 @@ def correct(
             k: torch.zeros_like(views[k]) if p.grad is None else p.grad if stacked else p.grad[None]
             for k, p in params.items()
         }
-        grads = strategy.correct(shown, views, ctx)
+        grads = strategy.correct(shown, views, ctx.shown())
         for k, p in params.items():
             if p.grad is not None:
                 p.grad = grads[k] if stacked else grads[k][0]

@@ -72,3 +72,23 @@ def test_a_round_nobody_joins_leaves_the_model_as_it_was():
     assert figures["clients"] == 0
     assert server.round_number == 1
     assert all(torch.equal(before[k], v) for k, v in weights(model).items())
+
+
+@pytest.mark.parametrize("kind", [Everyone(dropout=0.5), Poisson(rate=0.5, dropout=0.3)])
+def test_one_client_more_changes_no_others_coins(kind):
+    ids = [f"c{k}" for k in range(20)]
+    for r in range(5):
+        for gone in (0, 7, 19):
+            fewer = [i for i in ids if i != ids[gone]]
+            many, few = (
+                [[who[i] for i in part] for part in kind.cohort(len(who), 3, r, None, who)]
+                for who in (ids, fewer)
+            )
+            assert [[i for i in part if i != ids[gone]] for part in many] == few
+
+
+def test_coins_of_clients_drawn_by_others_are_their_own():
+    kind = Everyone(dropout=0.5)
+    for r in range(5):
+        all_, fewer = kind.cohort(20, 3, r, [*range(20)]), kind.cohort(20, 3, r, [*range(1, 20)])
+        assert [[i for i in part if i] for part in all_] == [*fewer]

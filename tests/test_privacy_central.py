@@ -257,3 +257,19 @@ def test_options_of_no_meaning_are_refused(options):
         ClientLevel(**options)
     with pytest.raises(ConfigError, match="count"):
         Bands(count=2.5)
+
+
+def test_secret_coins_are_tossed_once_a_round(monkeypatch):
+    run = server(model(), clients((5,) * 12), ClientLevel(rate=0.5, noise_multiplier=1.0, rounds=3))
+    tossed = []
+    cohort = ClientLevel.cohort
+
+    def watched(self, population, round):
+        tossed.append((round, cohort(self, population, round)))
+        return tossed[-1][1]
+
+    monkeypatch.setattr(ClientLevel, "cohort", watched)
+    figures = [*run.rounds(3)]
+    assert [r for r, _ in tossed] == [0, 1, 2]
+    ids = [[run.ids[i] for i in who] for _, who in tossed]
+    assert [sorted(f["nonprivate_cohort"]) for f in figures] == [*map(sorted, ids)]

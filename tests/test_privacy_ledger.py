@@ -1,7 +1,9 @@
 """The ledger: what it charges, and that no charge can be lost, changed or taken back."""
 
+import errno
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtorch import disk
 from fedtorch.privacy.accounting import Event, epsilon
 from fedtorch.privacy.journal import Journal
 from fedtorch.privacy.ledger import Ledger
@@ -397,3 +400,50 @@ def test_epsilon_never_falls_and_entries_never_change(
     resumed = Ledger.resume(path, state or ledger.state_dict())
     assert resumed.entries == ledger.entries
     assert resumed.spent(DELTA) == epsilons[-1]
+
+
+def _charges(path, saved, barrier, out):
+    ledger = Ledger.resume(path, saved)
+    barrier.wait()
+    try:
+        ledger.charge(1, Event("gaussian", 1.0, 0.1, 5), ["a"])
+        out.put("charged")
+    except ConfigError as e:
+        out.put(str(e))
+
+
+def test_of_two_processes_that_charge_one_journal_one_is_told(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for k in range(6):
+        path = tmp_path / f"{k}.jsonl"
+        ledger = Ledger(path)
+        ledger.charge(0, Event("gaussian", 1.0, 0.1, 5), ["a"])
+        saved, out, barrier = ledger.state_dict(), context.Queue(), context.Barrier(2)
+        both = [context.Process(target=_charges, args=(path, saved, barrier, out)) for _ in "ab"]
+        [p.start() for p in both]
+        said = sorted(out.get(timeout=30) for _ in both)
+        [p.join() for p in both]
+        assert said[0] == "charged" and "only one" in said[1], said
+        assert len(Ledger.resume(path, saved)) == 2
+
+
+def test_a_journal_that_another_holds_is_not_written(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    with path.open("r+b") as file, disk.held(file):
+        with pytest.raises(ConfigError, match="is being written by another process; only one may"):
+            ledger.charge(0, Event("gaussian", 1.0))
+        with pytest.raises(ConfigError, match="is being written by another process"):
+            Ledger(path)
+    ledger.charge(0, Event("gaussian", 1.0))
+    assert len(Ledger.resume(path, ledger.state_dict())) == 1
+
+
+def test_a_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
+    def refuse(number: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(disk, "_take", refuse)
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.charge(0, Event("gaussian", 1.0))
+    assert len(Ledger.resume(tmp_path / "ledger.jsonl", ledger.state_dict())) == 1

@@ -143,3 +143,19 @@ def test_a_full_disk_is_one_sentence_and_the_charge_stays(used, monkeypatch):
         made.charge(PLAN, 3, 2.0)
     monkeypatch.undo()
     assert len(budget(journal.parent).ledgers["example"]) == 4
+
+
+def test_what_presence_costs_is_not_added_to_what_rows_cost(tmp_path):
+    budget = Budget(tmp_path, "north", None, 1e-5)
+    local = LocalDP(rounds=1, noise_multiplier=2.0)
+    central = ClientLevel(rounds=1, noise_multiplier=2.0)
+    for plan in (SampleLevel(rounds=1), local, central):
+        budget.charge(plan, 0, 2.0)
+    rows, data, here = (budget.ledgers[b].spent(1e-5) for b in ("example", "client", "presence"))
+    assert budget.spent() == rows + data > here > 0
+    for _ in range(30):
+        budget.charge(central, 1, 2.0)
+    assert budget.spent() == budget.ledgers["presence"].spent(1e-5) > rows + data
+    again = Budget(tmp_path, "north", None, 1e-5)
+    assert again.spent() == budget.spent()
+    assert [len(again.ledgers[b]) for b in ("example", "client", "presence")] == [1, 1, 31]

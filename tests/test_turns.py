@@ -8,9 +8,23 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from conftest import make_clients, mlp
-from fedtorch import Client, ClientOptimizer, FedProx, Local, Recipe, Scaffold, Server, local_update
+from fedtorch import (
+    Client,
+    ClientOptimizer,
+    FedAvg,
+    FedProx,
+    Local,
+    Recipe,
+    Scaffold,
+    Server,
+    local_update,
+    solvers,
+    turns,
+    visit,
+)
 from fedtorch.aggregate import Mean
 from fedtorch.engines import choose
+from fedtorch.fast import offer
 from fedtorch.modules import snapshot
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.solvers import general
@@ -279,3 +293,40 @@ def test_a_mask_may_be_infinite_under_client_level_privacy_too():
     server = Server(Masked(), make_clients([9, 8, 7]), Recipe(privacy=plan))
     server.round()
     assert server.moved()
+
+
+@pytest.mark.parametrize("solver", ["general", "stacked", "fast"])
+def test_no_strategy_is_shown_the_secret_that_masks_are_drawn_from(solver, monkeypatch):
+    shown, secret = [], []
+
+    class Looks(FedAvg):
+        def correct(self, grads, params, ctx):
+            shown.append((ctx.seeds, ctx.own))
+            return super().correct(grads, params, ctx)
+
+        def upload(self, params, ctx):
+            shown.append((ctx.seeds, ctx.own))
+            return FedAvg.upload(self, params, ctx)
+
+    def watched(client, task, recipe, found=turns.visit_seed):
+        secret.append(found(client, task, recipe))
+        return secret[-1]
+
+    monkeypatch.setattr(turns, "visit_seed", watched)
+    monkeypatch.setattr(visit, "visit_seed", watched)
+    kind = Looks if solver != "fast" else type("Sends", (FedAvg,), {"upload": Looks.upload})
+    plan = SampleLevel(rounds=1, noise_multiplier=1.0)
+    recipe, net = Recipe(kind(), lr=0.1, privacy=plan), dropout()
+    who = make_clients(SIZES[:2])
+    task = Task(snapshot(net), {}, 0, 3, 0.1, {"clip": 1.0, "noise": 1.0})
+    way = {"general": solvers.general, "stacked": solvers.stacked}.get(solver)
+    if solver == "fast":
+        way = offer(net, [c.data for c in who], recipe, plan)
+        assert not isinstance(way, str), way
+    for some in [who] if solver != "general" else [[c] for c in who]:
+        local_update(some, task, recipe, net, way)
+    assert secret and shown
+    assert all(own is None and len(seeds) for seeds, own in shown)
+    assert not {s for seeds, _ in shown for s in seeds} & {*secret}
+    fresh = {s for seeds, _ in shown for s in seeds}
+    assert len(fresh) == 2  # of each client the same, for whoever knows the run's seed

@@ -20,7 +20,7 @@ from fedtorch.fast.layers import Act, Given, Layer, Leaf, Rule, Weights, passed_
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.projected import Projected
 from fedtorch.fast.spec import Linear, Part
-from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.privacy.gradients import PrivateSteps, rounded
 from fedtorch.tree import exact_sq_norms, scaled_rows, split
 from fedtorch.types import Params, Stack
 
@@ -138,7 +138,7 @@ def scales(
     for row, own in zip(squares, written, strict=True):
         for g in own.values():
             row[: len(g)] += exact_sq_norms(g)
-    return private.factors(squares, known[0][1].dtype)
+    return rounded(private.factors(squares), known[0][1])
 
 
 def clipped(gradients: Tensor, factors: Tensor) -> Tensor:

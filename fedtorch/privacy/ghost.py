@@ -84,12 +84,13 @@ class Product:
     def sq_norms(self) -> Tensor:
         """|d|^2 (|a|^2 + 1), the 1 for the bias."""
         weight, bias = self.layer.weight, self.layer.bias
-        lengths = torch.zeros(len(self.d), dtype=torch.float64, device=self.d.device)
+        squares = exact_sq_norms(self.d)
+        lengths = torch.zeros_like(squares)
         if weight.requires_grad:
             lengths += exact_sq_norms(self.a)
         if bias is not None and bias.requires_grad:
             lengths += 1
-        return exact_sq_norms(self.d) * lengths
+        return squares * lengths
 
     def add(self, factors: Tensor, into: Callable[[Tensor], Tensor | None]) -> None:
         """One product for all examples."""
@@ -120,7 +121,7 @@ class Looked:
     def sq_norms(self) -> Tensor:
         """Of an example's rows together."""
         squares = exact_sq_norms(self.rows)
-        return squares.new_zeros(self.n).index_add_(0, self.example, squares)
+        return squares.new_zeros(self.n).index_add_(0, self.example.to(squares.device), squares)
 
     def add(self, factors: Tensor, into: Callable[[Tensor], Tensor | None]) -> None:
         """Each row to its own."""

@@ -48,15 +48,13 @@ class PrivateSteps:
     drawing: Drawing = field(default_factory=lambda: Drawing(()))
     """Masks of dropout, where the clients train together."""
 
-    def factors(self, sq_norms: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Squared norms -> min(1, clip / norm) in ``dtype``; what is not finite counts as nothing.
+    def factors(self, sq_norms: Tensor) -> Tensor:
+        """Squared norms -> min(1, clip / norm); an example that is not finite counts as nothing.
 
-        The norms must be float64's: where squares vanish in float32 a gradient would pass unclipped. An
-        example whose factor has lost digits counts as nothing too: it would get no norm in particular.
+        The norms must be float64's: where squares vanish in float32 a gradient would pass unclipped.
         """
-        scale = (self.clip * sq_norms.double().rsqrt()).clamp(max=1).to(dtype)
-        good = sq_norms.isfinite() & (scale >= torch.finfo(dtype).tiny)
-        return torch.where(good, scale, 0)
+        scale = (self.clip * sq_norms.double().rsqrt()).clamp(max=1)
+        return torch.where(sq_norms.isfinite(), scale, 0).to(sq_norms.dtype)
 
     def noisy(self, row: Tensor, k: int, times: float = 1.0) -> None:
         """Add client k's noise, ``times`` as large, to its sum of gradients, [numbers], in place."""
@@ -72,6 +70,12 @@ class PrivateSteps:
             self.noisy(row, k)
         flat.div_(self.divisor)
         return split(flat, {k: v.shape[1:] for k, v in sums.items()})
+
+
+def rounded(factors: Tensor, like: Tensor) -> Tensor:
+    """Factors in a gradient's type; one that loses digits there would scale to no norm at all: 0."""
+    there = factors.to(like)
+    return torch.where(there < torch.finfo(like.dtype).tiny, 0, there)
 
 
 def stacked_gradients(
@@ -101,7 +105,7 @@ def stacked_gradients(
             fixed, rest, x, y, *(torch.arange(n, device=x.device) for n in mask.shape)
         )
         sq = _joint_sq_norms(g.flatten(0, 1) for g in grads.values()).view(mask.shape)
-        weight = torch.where(mask, steps.factors(sq, values.dtype), 0)
+        weight = torch.where(mask, rounded(steps.factors(sq), values), 0)
         for k, g in grads.items():
             total[k] += torch.einsum("kb,kb...->k...", weight, _only(weight > 0, g, sq))
         losses.append(values)
@@ -176,7 +180,7 @@ class Alone:
             # a weight an example does not reach (an expert not chosen) has no gradient
             grads = {k: p.grad for k, p in params.items() if p.grad is not None}
             sq = _joint_sq_norms(g[None] for g in grads.values())
-            if factor := float(self.steps.factors(sq, value.dtype)):  # 0 x NaN is NaN
+            if factor := float(rounded(self.steps.factors(sq), value)):  # 0 x NaN is NaN
                 for k, g in grads.items():
                     total[k] += factor * g
             losses.append(value.detach())
@@ -222,7 +226,7 @@ class OpacusGradients:
         values.sum().backward()
         grads: Params = {k: getattr(p, "grad_sample") for k, p in written.items()}  # noqa: B009
         sq = torch.stack([*map(exact_sq_norms, grads.values()), *self.ghosts.sq_norms()]).sum(0)
-        weight = self.steps.factors(sq, values.dtype)
+        weight = rounded(self.steps.factors(sq), values)
         for k, g in grads.items():
             total[k] += torch.tensordot(weight, _only(weight > 0, g, sq), 1)
         names = {id(p): k for k, p in params.items()}

@@ -2,8 +2,10 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fedtorch import disk
 from fedtorch.types import ConfigError
@@ -22,11 +24,13 @@ class Journal:
         """A new file with one line; raises ConfigError where there is one with more already."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and path.read_bytes().count(b"\n") > 1:
-                raise ConfigError(
-                    f"privacy journal {path} is another run's; resume that run or use a new folder"
-                )
-            path.write_bytes(b"")
+            with path.open("a+b") as file, _held(path, file):
+                file.seek(0)
+                if file.read().count(b"\n") > 1:
+                    raise ConfigError(
+                        f"privacy journal {path} is another run's; resume that run or use a new folder"
+                    )
+                file.truncate(0)
             journal = cls(path, 0)
             journal.append(header)
             disk.sync_folder(path.parent)
@@ -43,17 +47,9 @@ class Journal:
         """
         try:
             data = path.read_bytes()
-            *lines, last = data.split(b"\n")
-            if last:
-                whole = parsed(last) is not None
-                data = data + b"\n" if whole else data[: -len(last)]
-                lines += [last] if whole else []
-                with path.open("r+b") as file:
-                    file.truncate(len(data) - whole)
-                    file.seek(0, os.SEEK_END)
-                    file.write(b"\n" * whole)
-                    file.flush()
-                    os.fsync(file.fileno())
+            if not data.endswith(b"\n"):
+                data = _completed(path)
+            lines = data.split(b"\n")[:-1]
         except OSError as e:
             raise ConfigError(
                 f"privacy journal {path} cannot be read ({e.strerror}); without it what was spent is not "
@@ -65,7 +61,7 @@ class Journal:
         """Add a line; it is on disk when this returns, or ConfigError says why not."""
         data = json.dumps(line).encode() + b"\n"
         try:
-            with self.path.open("r+b") as file:
+            with self.path.open("r+b") as file, _held(self.path, file):
                 if file.seek(0, os.SEEK_END) != self.size:
                     raise ConfigError(
                         f"privacy journal {self.path} was changed while the run was going; only one "
@@ -77,6 +73,35 @@ class Journal:
         except OSError as e:
             raise ConfigError(f"privacy journal {self.path} cannot be written: {e.strerror}") from e
         self.size += len(data)
+
+
+@contextmanager
+def _held(path: Path, file: BinaryIO) -> Iterator[None]:
+    # else two processes could both find the file as they know it, and one write over the other's line
+    try:
+        with disk.held(file):
+            yield
+    except (BlockingIOError, PermissionError) as e:
+        raise ConfigError(
+            f"privacy journal {path} is being written by another process; only one may"
+        ) from e
+
+
+def _completed(path: Path) -> bytes:
+    """End the last line, or drop it where it is no line yet; returns what there is then."""
+    with path.open("r+b") as file, _held(path, file):
+        data = file.read()
+        last = data.rpartition(b"\n")[2]
+        if not last:
+            return data
+        end = b"\n" if parsed(last) is not None else b""
+        data = data + end if end else data[: -len(last)]
+        file.truncate(len(data) - len(end))
+        file.seek(0, os.SEEK_END)
+        file.write(end)
+        file.flush()
+        os.fsync(file.fileno())
+    return data
 
 
 def parsed(line: bytes) -> Any:

@@ -14,7 +14,7 @@ from fedtorch.client import Recipe
 from fedtorch.participation import Everyone
 from fedtorch.privacy import ClientLevel, LocalDP, Privacy, SampleLevel
 from fedtorch.privacy.base import uniform_weights
-from fedtorch.privacy.ledger import UNITS, Ledger
+from fedtorch.privacy.ledger import Ledger
 from fedtorch.types import ConfigError
 
 
@@ -22,14 +22,25 @@ class OverBudget(Exception):
     """This site will not do what it was asked: its data would cost more than it allows."""
 
 
+BOOKS = {"example": "example", "client": "client", "presence": "client"}
+"""Ledgers and their units. What one row costs is in the first two: a row more or less, and any data in
+place of any other. In the third is what it costs that this site is there at all, of which no row's cost
+follows: epsilons over different neighbours do not add up."""
+
+
+def book(privacy: Privacy) -> str:
+    """Which ledger a plan is charged to."""
+    return "presence" if isinstance(privacy, ClientLevel) else privacy.unit
+
+
 class Budget:
-    """Ledgers of one site, one for each unit of privacy, and its limits."""
+    """Ledgers of one site, one for each unit of privacy and neighbouring relation, and its limits."""
 
     def __init__(self, folder: Path, site: str, most: float | None, delta: float) -> None:
         """Read what earlier runs have spent; raises ConfigError when a ledger was tampered with."""
         self.folder, self.site, self.most, self.delta = folder, site, most, delta
         kept = [
-            u for u in UNITS for s in (".jsonl", ".json") if self._path(u).with_suffix(s).exists()
+            u for u in BOOKS for s in (".jsonl", ".json") if self._path(u).with_suffix(s).exists()
         ]
         self.ledgers = {u: self._open(u) for u in dict.fromkeys(kept)}
 
@@ -68,12 +79,14 @@ class Budget:
             raise OverBudget(
                 f"it was asked to train with noise multiplier {noise:g}, which hides nothing"
             )
-        ledger = self.ledgers.get(privacy.unit) or self._open(privacy.unit)
-        self.ledgers[privacy.unit] = ledger
+        name = book(privacy)
+        ledger = self.ledgers[name] = self.ledgers.get(name) or self._open(name)
         event = privacy.event(noise)
         if self.most is not None:
             others = sum(
-                led.spent(self.delta) for led in self.ledgers.values() if led is not ledger
+                self.ledgers[b].spent(self.delta)
+                for b in ("example", "client")
+                if b in self.ledgers and b != name
             )
             if not ledger.fits(event, [self.site], self.most - others, self.delta):
                 cost = others + ledger.would_spend(event, [self.site], self.delta)
@@ -82,20 +95,21 @@ class Budget:
                     f"max_epsilon {self.most:g}; so far it is {self.spent():.4f}"
                 )
         ledger.charge(round, event, [self.site])
-        self._note(privacy.unit, ledger)
+        self._note(name, ledger)
 
     def spent(self, accountant: str = "prv") -> float:
-        """Epsilon of this site's data over all runs; each unit's ledger at this site's delta, so that runs
-        of both units together hold at twice that delta.
+        """Epsilon of this site's rows over all runs; each unit's ledger at this site's delta, so that runs
+        of both units together hold at twice that delta. Where it is larger, that of the site's presence.
         """
-        return sum(ledger.spent(self.delta, accountant) for ledger in self.ledgers.values())
+        by = {b: led.spent(self.delta, accountant) for b, led in self.ledgers.items()}
+        return max(by.get("example", 0.0) + by.get("client", 0.0), by.get("presence", 0.0))
 
     def _open(self, unit: str) -> Ledger:
         path = self._path(unit)
         note = path.with_suffix(".json")
         if not note.exists() and (not path.exists() or path.read_bytes().count(b"\n") <= 1):
             # new, or killed before anything was charged
-            ledger = Ledger(path, unit)
+            ledger = Ledger(path, BOOKS[unit])
             self._note(unit, ledger)
             return ledger
         try:
@@ -110,10 +124,10 @@ class Budget:
                 f"{note}, which says how far {path.name} had come, cannot be used ({e}): what this site's "
                 "data has cost is not known without; put the state folder back as it was"
             ) from e
-        if saved.get("site", self.site) != self.site or ledger.unit != unit:
+        if saved.get("site", self.site) != self.site or ledger.unit != BOOKS[unit]:
             raise ConfigError(
                 f"{path} is the ledger of {saved.get('site')!r} for the unit {ledger.unit}, not of "
-                f"{self.site!r} for the unit {unit}: give each site a state folder of its own"
+                f"{self.site!r} for the unit {BOOKS[unit]}: give each site a state folder of its own"
             )
         return ledger
 
