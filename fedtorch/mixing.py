@@ -194,8 +194,10 @@ def _loss(loss: Loss, output: Any, y: Any, index: Tensor) -> Tensor:
 def _gradient(model: nn.Module, loss: Loss, x: Any, y: Any, index: Tensor) -> Tensor:
     model.zero_grad()
     _losses(model, loss, x, y, index).sum().backward()
-    found = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
-    return torch.cat([g.to_dense().flatten().double() for g in found])
+    # a weight that the examples do not reach, as an expert not chosen, has no gradient
+    every = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    found = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in every]
+    return torch.cat([g.detach().flatten().double() for g in found])
 
 
 def _differ(alone: list[Tensor], found: Tensor, index: Tensor, near: Any) -> bool:

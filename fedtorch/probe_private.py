@@ -14,12 +14,13 @@ from fedtorch.client import Client, Recipe
 from fedtorch.losses import reduce
 from fedtorch.mixing import mixes as mixes_examples
 from fedtorch.modules import training, undropped
+from fedtorch.outline import untouched
 from fedtorch.privacy import Privacy, SampleLevel, checks
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
 from fedtorch.privacy.streams import stream
 from fedtorch.probe import put_back, two_examples
 from fedtorch.solvers import forward, snapshot, to
-from fedtorch.tree import expand, rows, same
+from fedtorch.tree import expand, rows, same, size
 from fedtorch.types import ConfigError
 
 SIDE_BY_SIDE = 8
@@ -28,6 +29,9 @@ SIDE_BY_SIDE = 8
 
 SOME = 16
 """Examples by which it is found out if they are mixed."""
+
+VARIED = 6
+"""Batches by which it is found out which parameters are used at all."""
 
 TOLERANCE = 5e-3
 """How far a mode may be from the truth, in clipping norms; a wrong one is far beyond."""
@@ -59,7 +63,11 @@ def with_mode(
     mode: str = plan.mode
     if mode == "auto":
         small = chunk >= SIDE_BY_SIDE and stacks(model, clients, recipe)
-        mode = "stacked" if small else _first(model, clients, recipe, ("ghost", "hooks", "stacked"))
+        mode = (
+            "stacked"
+            if small
+            else _first(model, clients, recipe, ("ghost", "hooks", "stacked", "alone"))
+        )
     elif why := _works(model, clients, recipe, mode):
         raise ConfigError(
             f"privacy.mode {mode} cannot train model {type(model).__name__}: {why}; try another mode"
@@ -107,7 +115,7 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
     try:
         _one_step(model, x, y, recipe, mode, 1.0)
         with undropped(model):
-            alone = [_alone(model, x, y, k, recipe) for k in range(len(y))]
+            alone = [_alone(model, x, y, k, recipe) for k in range(size(y))]
             alone = [a for a in alone if bool(a.isfinite().all())]
             clip = min((float(a.norm()) for a in alone if bool(a.any())), default=2.0) / 2
             want = sum(a * (clip / a.norm().clamp(min=clip)) for a in alone)
@@ -148,18 +156,16 @@ def _over_sequences(model: nn.Module, x: Any) -> str | None:
     return found[0] if found else None
 
 
-def _alone(model: nn.Module, x: Any, y: Tensor, k: int, recipe: Recipe) -> Tensor:
+def _alone(model: nn.Module, x: Any, y: Any, k: int, recipe: Recipe) -> Tensor:
     """One example's gradient without any machinery, flat: what every mode is held to."""
     model.zero_grad()
     with seeds.seeded(0):
-        part = torch.arange(k, k + 1, device=y.device)
-        reduce(recipe.loss(forward(model, rows(x, part)), y[part])).sum().backward()
+        part = slice(k, k + 1)
+        reduce(recipe.loss(forward(model, rows(x, part)), rows(y, part))).sum().backward()
     return _gradients(model)
 
 
-def _one_step(
-    model: nn.Module, x: Any, y: Tensor, recipe: Recipe, mode: str, clip: float
-) -> Tensor:
+def _one_step(model: nn.Module, x: Any, y: Any, recipe: Recipe, mode: str, clip: float) -> Tensor:
     """The sum of clipped gradients in ``mode``, flat, without noise."""
     steps = PrivateSteps(clip, 0.0, 1.0, [stream("aes", 0, "probe")], mode)
     model.zero_grad()
@@ -191,10 +197,10 @@ def _gradients(model: nn.Module) -> Tensor:
 
 def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     """Each example must have a loss of its own, and each parameter a gradient."""
-    data = _largest(clients)
-    x, y = to(two_examples(data), next(model.parameters()).device)
-    before = snapshot(model)
-    with seeds.seeded(0):
+    data, name = _largest(clients), type(model).__name__
+    some = torch.arange(min(length(data), SOME)) if length(data) > 1 else torch.tensor([0, 0])
+    x, y = to(fetch(data, some), next(model.parameters()).device)
+    with untouched(model), seeds.seeded(0):
         loss = reduce(recipe.loss(forward(training(model), x), y))
         if loss.dim() == 0:
             raise ConfigError(
@@ -202,21 +208,60 @@ def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) ->
                 "(reduction='none'); this loss gives one for the whole batch"
             )
         loss.sum().backward()
-    unused = [k for k, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    model.zero_grad()
-    put_back(model, before)
-    if unused:
+        grads = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
+    sparse = [k for k, g in grads.items() if g is not None and g.is_sparse]
+    if sparse:
         raise ConfigError(
-            f"parameter {unused[0]} is not used by the model's forward: call requires_grad_(False) "
-            "on it, or it would be trained on noise alone"
+            f"the gradient of parameter {sparse[0]} is sparse, and noise falls on every number: leave out "
+            "sparse=True"
         )
-    some = torch.arange(min(length(data), SOME)) if length(data) > 1 else torch.tensor([0, 0])
-    x, y = to(fetch(data, some), next(model.parameters()).device)
+    unused = [k for k, g in grads.items() if g is None]
+    if unused and (unused := [k for k in unused if k not in _reached(model, x, y, recipe)]):
+        raise ConfigError(
+            f"parameter {unused[0]} has no part in the loss of any example tried: call "
+            "requires_grad_(False) on it, or it would be trained on noise alone"
+        )
+    if _draws(model, x, y, recipe):
+        raise ConfigError(
+            f"model {name} or its loss draws random numbers other than by dropout, so that nothing shows "
+            "that an example's result is its own: draw them in the dataset, or protect clients (privacy "
+            "client)"
+        )
     if why := mixes_examples(model, x, y, recipe):
         raise ConfigError(
-            f"model {type(model).__name__} or its loss mixes the examples of a batch ({why}), so that "
+            f"model {name} or its loss mixes the examples of a batch ({why}), so that "
             "clipping by example protects nobody"
         )
+
+
+def _draws(model: nn.Module, x: Any, y: Any, recipe: Recipe) -> bool:
+    """Whether losses differ from call to call when nothing is dropped."""
+    losses = []
+    with untouched(model), torch.no_grad(), undropped(model):
+        for seed in (0, 1):
+            with seeds.seeded(seed):
+                losses.append(reduce(recipe.loss(forward(model, x), y)))
+    return not torch.allclose(losses[0], losses[1], rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def _reached(model: nn.Module, x: Any, y: Any, recipe: Recipe) -> set[str]:
+    """Names of parameters that get a gradient from these examples, or from others where x is numbers.
+
+    Which expert of a mixture an example goes to hangs on its numbers.
+    """
+    found: set[str] = set()
+    draw = seeds.generator(0, "experts")
+    for k in range(VARIED):
+        if k and not (isinstance(x, Tensor) and x.is_floating_point()):
+            break
+        given = torch.randn(x.shape, generator=draw).to(x) * k if k else x
+        with untouched(model), seeds.seeded(0):
+            try:
+                reduce(recipe.loss(forward(training(model), given), y)).sum().backward()
+            except Exception:  # numbers that mean nothing to the model
+                break
+            found |= {n for n, p in model.named_parameters() if p.grad is not None}
+    return found
 
 
 def _largest(clients: Sequence[Client]) -> Dataset:

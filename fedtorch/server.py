@@ -92,7 +92,7 @@ class Server:
         self.watch: Callable[[Update], None] | None = None
         """Shown every update as it arrives; for looking, not for changing."""
         self.private: PrivateRun | None = None
-        self.notes = list(self.session.notes)
+        self.notes = [*ignored(model), *self.session.notes]
         if self.recipe.privacy is not None:
             if self.recipe.privacy.fix_model:
                 self.notes.append(
@@ -326,3 +326,13 @@ def _same_shapes(own: Params, other: Params) -> None:
     for k in {**own, **other}:
         if k not in own or k not in other or own[k].shape != other[k].shape:
             raise ConfigError(f"the checkpoint is of another model: {k!r} does not match")
+
+
+def ignored(model: nn.Module) -> list[str]:
+    """A sentence for a model that brings a training loop of its own, as Lightning's do."""
+    if not (hasattr(model, "training_step") and hasattr(model, "configure_optimizers")):
+        return []
+    return [
+        f"training_step and configure_optimizers of model {type(model).__name__} are not used: clients "
+        "train its forward by the recipe's loss and optimizer"
+    ]

@@ -105,7 +105,13 @@ def predict(argv: Sequence[str]) -> int:
         return 0
     x = examples(run.known, path)
     with torch.no_grad():
-        output = torch.cat([forward(run.model, part) for part in x.split(512)])
+        parts = [forward(run.model, part) for part in x.split(512)]
+    if not all(isinstance(p, Tensor) for p in parts):
+        raise ConfigError(
+            f"the model gives a {type(parts[0]).__name__}, and predict tells of one tensor alone: load the "
+            "model file in Python, or let the model return what is to be predicted in evaluation"
+        )
+    output = torch.cat(parts)
     for row in described(output, run.known.kind, run.known.preparation.classes):
         print(json.dumps(row) if "json" in given else row["prediction"])
     return 0

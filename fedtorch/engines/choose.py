@@ -93,6 +93,10 @@ def choose(
     if isinstance(asked, SampleLevel) and not available():
         notes.append(f"noise in every step is drawn by NumPy: {FASTER}")
     recipe, size = probe_private.with_mode(model, tried, recipe, size)
+    if isinstance(recipe.privacy, SampleLevel) and recipe.privacy.mode == "alone":
+        notes.append(
+            "private gradients are taken example after example, which is slow but suits any model"
+        )
     if half:
         notes.append("clients train one after another under autocast to bf16")
         return Choice(solvers.Mixed(solvers.general), 1, recipe, tuple(notes))

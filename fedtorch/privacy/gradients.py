@@ -19,7 +19,7 @@ from fedtorch.masks import Drawing, Replaying
 from fedtorch.privacy.ghost import Ghosts
 from fedtorch.privacy.keystream import Scratch
 from fedtorch.privacy.streams import Stream
-from fedtorch.tree import exact_sq_norms, rows, split, tmap
+from fedtorch.tree import exact_sq_norms, rows, size, split, tmap
 from fedtorch.types import Params, Stack
 
 ROOM = 1 << 28
@@ -170,12 +170,12 @@ class Alone:
         """The gradient in ``p.grad``, and the mean loss."""
         params = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         total, losses = {k: torch.zeros_like(p) for k, p in params.items()}, []
-        masks = Replaying(len(y))
-        for part in torch.arange(len(y)).view(-1, 1):
+        masks = Replaying(size(y))
+        for part in torch.arange(size(y)).view(-1, 1):
             self.model.zero_grad()
             with masks.of(int(part)):
                 output = self.forward(self.model, rows(x, part))
-            value = reduce(self.loss(output, y[part]))
+            value = reduce(self.loss(output, rows(y, part)))
             value.sum().backward()
             # a weight an example does not reach (an expert not chosen) has no gradient
             grads = {k: p.grad for k, p in params.items() if p.grad is not None}
@@ -208,11 +208,11 @@ class OpacusGradients:
         apart = {id(p) for m in self.ghosts.layers for p in m.parameters(recurse=False)}
         written = {k: p for k, p in params.items() if id(p) not in apart}
         most = self.steps.max_batch
-        if apart and (size := sum(p.numel() for p in written.values())):
-            most = max(1, min(most, ROOM // size))
+        if apart and (numbers := sum(p.numel() for p in written.values())):
+            most = max(1, min(most, ROOM // numbers))
         losses = [
-            self._part(rows(x, part), y[part], params, written, total)
-            for part in torch.arange(len(y)).split(most)
+            self._part(rows(x, part), rows(y, part), params, written, total)
+            for part in torch.arange(size(y)).split(most)
             if len(part)
         ]
         done = self.steps.finish({k: v[None] for k, v in total.items()})
@@ -222,6 +222,10 @@ class OpacusGradients:
 
     def _part(self, x: Any, y: Any, params: Params, written: Params, total: Params) -> Tensor:
         self.ghosts.forget()
+        for module in (
+            self.model.modules()
+        ):  # Opacus keeps the size of the first batch of a layer called twice
+            vars(module).pop("max_batch_len", None)
         values = reduce(self.loss(self.forward(self.model, x), y))
         values.sum().backward()
         grads: Params = {k: getattr(p, "grad_sample") for k, p in written.items()}  # noqa: B009
