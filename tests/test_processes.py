@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch.utils.data import Dataset
 
 from fedtorch import Client, FedAvg, FedProx, Local, Recipe, Scaffold, Server, checkpoint
 from fedtorch.engines import Processes
+from fedtorch.engines.board import DEATHS, Board, Job
+from fedtorch.engines.processes import ProcessesSession
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.types import ClientError, ConfigError
 
@@ -183,6 +186,59 @@ def slow_clients(last: Dataset) -> list[Client]:
     return [Client(f"s{k}", Slow()) for k in range(3)] + [Client("last", last)]
 
 
+class Stillborn:
+    """A worker that dies as it starts, the first ``deaths`` times."""
+
+    deaths, made = 0, 0
+
+    def __init__(self, device, body, block):
+        Stillborn.made += 1
+        self.process = SimpleNamespace(exitcode=-9)
+
+    def wait_ready(self):
+        if Stillborn.made <= Stillborn.deaths:
+            raise ConfigError("a worker process could not start")
+
+
+def short_of_a_worker(pipe=None) -> ProcessesSession:
+    """A session at work on one job, whose worker is gone."""
+    session = ProcessesSession.__new__(ProcessesSession)
+    session.kit, session.board = (b"", torch.empty(0)), Board(1)
+    job = session.board.running[0] = Job(0, [], None)
+    gone = SimpleNamespace(device="cpu", job=job, end=lambda: -9, pipe=pipe, grow=len, box=None)
+    session.workers = [gone]
+    return session
+
+
+@pytest.mark.parametrize("deaths", [0, 2, DEATHS])
+def test_workers_that_die_as_they_start_are_started_again_a_few_times(monkeypatch, deaths):
+    monkeypatch.setattr("fedtorch.engines.processes.Worker", Stillborn)
+    monkeypatch.setattr(Stillborn, "deaths", deaths)
+    monkeypatch.setattr(Stillborn, "made", 0)
+    session = short_of_a_worker()
+    (gone,) = session.workers
+    if deaths == DEATHS:
+        with pytest.raises(
+            ClientError, match=r"die as they start, 3 in a row, .* exit code -9: out of"
+        ):
+            session._replace(gone)
+        return
+    session._replace(gone)
+    assert Stillborn.made == deaths + 1 and session.workers != [gone]
+    assert [job.deaths for job in session.board.waiting] == [1], "its work is done again"
+
+
+def test_a_worker_that_dies_between_asking_for_room_and_hearing_is_replaced(monkeypatch):
+    def send(_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("fedtorch.engines.processes.Worker", Stillborn)
+    session = short_of_a_worker(SimpleNamespace(recv=lambda: ("need", b"10"), send=send))
+    (gone,) = session.workers
+    session._hear(gone)
+    assert session.workers != [gone] and session.board.waiting[0].deaths == 1
+
+
 def test_kill_9_in_the_middle_of_a_round_changes_nothing(tmp_path):
     here, _ = trained(Local(chunk=1), Scaffold(), 2, slow_clients(Slow()))
     struck = slow_clients(Struck(str(tmp_path / "struck")))
@@ -251,6 +307,8 @@ ORPHANS = """
     import torch
     from fedtorch import Client, Server
     from fedtorch.engines import Processes
+from fedtorch.engines.board import DEATHS, Board, Job
+from fedtorch.engines.processes import ProcessesSession
     if __name__ == "__main__":
         data = torch.randn(8, 6), torch.arange(8) % 4
         server = Server(torch.nn.Linear(6, 4), [Client("a", data)], engine=Processes(workers=2))
@@ -336,6 +394,8 @@ def test_a_script_from_standard_input_may_use_workers():
         from torch import nn
         from fedtorch import Client, Server
         from fedtorch.engines import Processes
+from fedtorch.engines.board import DEATHS, Board, Job
+from fedtorch.engines.processes import ProcessesSession
         x = torch.randn(8, 4)
         client = Client("a", (x, (x.sum(1) > 0).long()))
         server = Server(nn.Linear(4, 2), [client], engine=Processes(workers=1))

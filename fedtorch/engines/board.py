@@ -83,7 +83,7 @@ class Board:
             who = ", ".join(job.ids[:3]) + (" ..." if len(job.ids) > 3 else "")
             raise ClientError(
                 f"client {who}, round {job.task.round}: {job.deaths} workers died at it, {why}; out "
-                "of memory, or its model or dataset crashes Python"
+                "of memory, its model or dataset crashes Python, or something kills them"
             )
         self.waiting.appendleft(job)
 

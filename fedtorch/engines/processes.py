@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedtorch.client import Client, Recipe
 from fedtorch.engines import kit, pool, wire
-from fedtorch.engines.board import Job
+from fedtorch.engines.board import DEATHS, Job
 from fedtorch.engines.local import LocalSession, usable
 from fedtorch.engines.messages import read_outcome, task_message
 from fedtorch.engines.worker import serve
@@ -133,7 +133,10 @@ class ProcessesSession(pool.PoolSession):
         assert job is not None
         if word == "need":
             worker.grow(rest[0])
-            worker.pipe.send(("box", worker.box))
+            try:
+                worker.pipe.send(("box", worker.box))
+            except OSError:  # it died between asking and hearing
+                self._replace(worker)
             return None
         worker.job = None
         if word == "error":
@@ -148,11 +151,23 @@ class ProcessesSession(pool.PoolSession):
 
     def _replace(self, worker: "Worker") -> None:
         job, code = worker.job, worker.end()
-        fresh = Worker(worker.device, *self.kit)
-        self.workers[self.workers.index(worker)] = fresh
-        fresh.wait_ready()
+        self._start_again(worker)
         if job is not None:
             self.board.lost(job.number, f"the last with exit code {code}")
+
+    def _start_again(self, worker: "Worker") -> None:
+        """A new worker in the place of one that died; what kills a worker may kill the next one too."""
+        place = self.workers.index(worker)
+        for _ in range(DEATHS):
+            fresh = self.workers[place] = Worker(worker.device, *self.kit)
+            try:
+                return fresh.wait_ready()
+            except ConfigError:
+                code = fresh.process.exitcode
+        raise ClientError(
+            f"worker processes die as they start, {DEATHS} in a row, the last with exit code {code}: out "
+            "of memory, or something kills them; --resume goes on from the last checkpoint"
+        )
 
 
 class Worker:
