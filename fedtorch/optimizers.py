@@ -172,7 +172,7 @@ class ClientOptimizer:
         if self.cls() is torch.optim.SGD and not self.args:
             return  # torch's first optimizer imports torch._dynamo: a second that this one never needs
         try:
-            self.build([torch.zeros(1, requires_grad=True)], lr=0.1)
+            self.build([torch.zeros(1, 1, requires_grad=True)], lr=0.1)  # Muon takes matrices alone
         except (TypeError, ValueError) as e:
             raise ConfigError(f"client optimizer {self.name}: {e}") from e
 

@@ -49,7 +49,7 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | N
     Returns what changes of the model as it runs, apart from its weights and the numbers in its buffers.
     The model is left as it was.
     """
-    _trainable(model)
+    trainable(model)
     with untouched(model) as outline, seeds.seeded(0):
         take = _stepper(training(model), recipe)
         for client, index in _full_and_short(clients, recipe):
@@ -65,7 +65,8 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | N
     return change and change.what
 
 
-def _trainable(model: nn.Module) -> None:
+def trainable(model: nn.Module) -> None:
+    """Raises ConfigError naming weights or buffers that nothing here can train or average."""
     name = type(model).__name__
     lazy = UninitializedParameter, UninitializedBuffer
     if any(isinstance(t, lazy) for t in (*model.parameters(), *model.buffers())):
@@ -86,6 +87,29 @@ def _trainable(model: nn.Module) -> None:
                 f"{k} of model {name} is {kind}, and weights and buffers must be plain numbers: make it "
                 "dense, or keep it as a plain attribute"
             )
+
+
+@contextmanager
+def aside(model: nn.Module) -> Iterator[None]:
+    """While a copy is tried, no gradient may reach the model itself; raises ConfigError where one does.
+
+    A lambda that it keeps, or a loss, may hold the model that was handed over: training would not move it.
+    """
+    before = [
+        (k, p, p.grad, p.grad.clone() if p.grad is not None else None)
+        for k, p in model.named_parameters()
+    ]
+    yield
+    for name, p, grad, numbers in before:
+        if p.grad is grad and (numbers is None or grad is None or torch.equal(grad, numbers)):
+            continue
+        for _, q, old, was in before:
+            q.grad = old if old is None or was is None else old.copy_(was)
+        raise ConfigError(
+            f"the loss, or a function that model {type(model).__name__} keeps, uses parameter {name} of "
+            "the very model handed over, and clients train copies of it: make it a method, or part of "
+            "the output"
+        )
 
 
 def _full_and_short(clients: Sequence[Client], recipe: Recipe) -> Iterator[tuple[Client, Tensor]]:

@@ -437,3 +437,55 @@ def test_a_training_step_of_the_models_own_is_said_to_be_ignored():
         "training_step and configure_optimizers of model Lit are not used"
     )
     assert not any("training_step" in n for n in Server(mlp(), make_clients([8])).notes)
+
+
+def test_what_holds_the_model_handed_over_is_refused():
+    class Keeps(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 4)
+            self.call = lambda x: F.linear(x, self.weight, self.bias)
+
+        def forward(self, x):
+            return self.call(x)
+
+    model = Keeps()
+    with pytest.raises(ConfigError, match=r"uses parameter weight of the very model handed over"):
+        Server(model, make_clients([5]))
+    assert model.weight.grad is None
+    plain = mlp()
+
+    def loss(output, target):
+        return cross_entropy(output, target) + plain[0].weight.square().sum()
+
+    with pytest.raises(
+        ConfigError, match=r"the loss, .* uses parameter 0\.weight of the very model"
+    ):
+        Server(plain, make_clients([5]), Recipe(loss=loss))
+
+
+def test_a_buffer_that_forward_replaces_is_read_without_a_trace():
+    class Follows(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(6, 4)
+            self.register_buffer("mean", torch.zeros(6))
+
+        def forward(self, x):
+            if self.training:
+                self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+            return super().forward(x - self.mean)
+
+    model = Follows()
+    assert Server(model, make_clients([5, 5, 5])).round()["clients"] == 3
+    assert bool(model.mean.any())
+
+
+def test_a_model_without_numbers_is_refused():
+    with pytest.raises(ConfigError, match="weight of model Linear is on device meta"):
+        Server(nn.Linear(6, 4, device="meta"), make_clients([5]))
+
+
+def test_an_optimizer_of_matrices_trains_a_model_of_matrices_and_is_refused_elsewhere():
+    muon = Recipe(optimizer=ClientOptimizer("muon"))
+    assert Server(nn.Linear(6, 4, bias=False), make_clients([5]), muon).round()["clients"] == 1
+    with pytest.raises(ConfigError, match="client optimizer muon cannot train model Linear"):
+        Server(nn.Linear(6, 4), make_clients([5]), muon)

@@ -13,6 +13,7 @@ from torch import nn
 from fedtorch import fast, probe, probe_private, solvers
 from fedtorch.client import Client, Recipe
 from fedtorch.compiled import FASTER, available
+from fedtorch.outline import untouched
 from fedtorch.privacy import Privacy, SampleLevel
 from fedtorch.standins import shown
 from fedtorch.summed import averages
@@ -112,7 +113,8 @@ def offered(
         return f"device {device.type} has no float64"
     if changes:
         return f"{changes} changes while the model runs"
-    return fast.offer(model, [c.data for c in clients], recipe, recipe.privacy, half)
+    with untouched(model):  # to read a model is to run it with something other than tensors
+        return fast.offer(model, [c.data for c in clients], recipe, recipe.privacy, half)
 
 
 def kept(model: nn.Module, privacy: Privacy | None, changes: str | None) -> list[str]:

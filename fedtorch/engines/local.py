@@ -36,9 +36,11 @@ class Local:
     def open(self, model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> "LocalSession":
         """Try one batch and choose how to train."""
         usable(self.device)
+        probe.trainable(model)
         worker = copied(model).to(self.device)
         tried = shown(worker, clients, recipe)
-        changes = probe.fits(worker, tried, recipe)
+        with probe.aside(model):
+            changes = probe.fits(worker, tried, recipe)
         probe.single(worker, tried, recipe)
         with untouched(worker):
             choice = choose(worker, clients, recipe, self.chunk, self.solver, self.dtype, changes)
