@@ -34,6 +34,7 @@ NOT_NEGATIVE = Range("a number >= 0", 0, math.inf, "high")
 COUNT = Range("at least 1", 1, math.inf, "high")
 RATE = Range("in (0, 1]", 0, 1, "low")
 SHARE = Range("in [0, 1)", 0, 1, "high")
+PART = Range("in [0, 1]", 0, 1)
 INSIDE = Range("between 0 and 1", 0, 1, "low high")
 ANY = Range("a number", -math.inf, math.inf)
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedtorch.options import COUNT, RATE, check
+from fedtorch.options import COUNT, PART, RATE, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,11 @@ class Cosine:
     period: int = 100
     """Rounds until the floor is reached."""
     floor: float = 0.01
-    """Lowest factor."""
+    """Lowest factor; with 0 nothing is learnt after ``period`` rounds."""
 
     def __post_init__(self) -> None:
         """Refuse an empty period, and a floor that is none."""
-        check(self, "schedule", period=COUNT, floor=RATE)
+        check(self, "schedule", period=COUNT, floor=PART)
 
     def __call__(self, round: int) -> float:
         """Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5 without restarts."""

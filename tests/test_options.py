@@ -79,6 +79,7 @@ FREE = {"seed", "insecure_seed"}
 """Any whole number will do."""
 FROM_ZERO = {
     "mu",
+    "floor",
     "momentum",
     "beta1",
     "beta2",

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedtorch import Client, ConfigError, Recipe, Server
+from conftest import make_clients, mlp
+from fedtorch import Client, ConfigError, FedAvg, Recipe, Scaffold, Server
 from fedtorch.schedules import Constant, Cosine, Exponential, Step
 
 
@@ -40,3 +41,15 @@ def test_clients_train_with_the_scheduled_learning_rate():
     lrs = [figures["lr"] for figures in server.rounds(3)]
     assert lrs == [1.0, 0.5, 0.25]
     assert model.weight.item() == -1.75
+
+
+def test_a_cosine_may_end_at_nothing_and_nothing_is_learnt_then():
+    assert [Cosine(period=2, floor=0.0)(r) for r in (0, 1, 2, 9)] == pytest.approx([1, 0.5, 0, 0])
+    for strategy in (FedAvg(), Scaffold()):
+        model, clients = mlp(), make_clients([20, 30])
+        server = Server(model, clients, Recipe(strategy), schedule=Cosine(period=1, floor=0.0))
+        server.round()
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        figures = server.round()
+        assert figures["nonfinite"] == 0 and figures["lr"] == 0
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

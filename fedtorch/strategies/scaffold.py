@@ -40,6 +40,8 @@ class Scaffold(Strategy):
             ctx.steps.double() * ctx.lr
         )  # one pass of a product, where a quotient takes three
         change = tmap(lambda d, c: (d * per_client(rate, d)).sub_(c), delta, ctx.extras["c"])
+        if ctx.lr == 0:  # a schedule's end: no step was taken, so none says anything of the drift
+            change = tmap(torch.zeros_like, delta)
         return {"delta": delta, "c": change}, {"c": tmap(torch.add, ctx.memory["c"], change)}
 
     def step(
