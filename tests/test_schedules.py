@@ -36,7 +36,7 @@ def test_clients_train_with_the_scheduled_learning_rate():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     client = Client("a", (torch.ones(1, 1), torch.zeros(1)))
-    recipe = Recipe(loss=lambda out, _: out[:, 0], lr=1.0, batch_size=None)
+    recipe = Recipe(epochs=1, loss=lambda out, _: out[:, 0], lr=1.0, batch_size=None)
     server = Server(model, [client], recipe, schedule=Exponential(decay=0.5))
     lrs = [figures["lr"] for figures in server.rounds(3)]
     assert lrs == [1.0, 0.5, 0.25]
