@@ -77,6 +77,7 @@ class Server:
         self.session = runs_on.open(model, clients, self.recipe)
         self.trainable = [k for k, p in model.named_parameters() if p.requires_grad]
         self._first = to(snapshot(model), CPU)
+        self._parameters = parameters(model)
         params = {k: self._first[k] for k in self.trainable}
         self.extras = self.recipe.strategy.init(params)
         optimizer = self.recipe.strategy.server
@@ -108,6 +109,7 @@ class Server:
         Raises BudgetSpent, before anybody trains, when the privacy budget has no room for it.
         """
         start = time.perf_counter()
+        self._same_model()
         reporting, lost = self._cohort()
         self._drawn = None  # coins serve one round: one that fails and is tried again draws anew
         self._charge([*reporting, *lost])
@@ -219,6 +221,22 @@ class Server:
             self._drawn = draw(n, self.seed, self.round_number, chosen, self.ids)
         return self._drawn
 
+    def _same_model(self) -> None:
+        """Refuse a model whose parameters are no longer those that the engine was given a copy of."""
+        now = parameters(self.model)
+        if now == self._parameters:
+            return
+        changed = {**self._parameters, **now}
+        name = next(k for k in changed if now.get(k) != self._parameters.get(k))
+        was, what = self._parameters.get(name), now.get(name)
+        how = "is new" if was is None else "is gone" if what is None else "has another shape"
+        if was and what and was[0] == what[0]:
+            how = "was unfrozen" if what[1] else "was frozen"
+        raise ConfigError(
+            f"parameter {name} of server.model {how} after Server() was made, and clients still train "
+            "the model as it was then: make a new Server with the changed model"
+        )
+
     def _charge(self, asked: list[int]) -> None:
         # before anything is sent: what is asked for is paid for, whatever comes back
         if self.private is None:
@@ -314,6 +332,11 @@ class Server:
                 task, means | {"buffers": buffers}, asked=reported + len(failed), reported=reported
             ),
         }
+
+
+def parameters(model: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
+    """Shape of each parameter, and whether it is trained."""
+    return {k: (p.shape, p.requires_grad) for k, p in model.named_parameters()}
 
 
 def _why(figures: Metrics) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fedtorch import probe
+from fedtorch import probe, reached
 from fedtorch.client import Client, Recipe
 from fedtorch.engines.choose import Choice, choose
 from fedtorch.options import COUNT, check
@@ -42,6 +42,7 @@ class Local:
         with probe.aside(model):
             changes = probe.fits(worker, tried, recipe)
         probe.single(worker, tried, recipe)
+        reached.others(model, worker, tried, recipe)
         with untouched(worker):
             choice = choose(worker, clients, recipe, self.chunk, self.solver, self.dtype, changes)
         by_id = {c.id: c for c in clients}

@@ -1,0 +1,69 @@
+"""What a loss reaches beside the weights that clients train: it would stay as it is without a word."""
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from fedtorch import seeds
+from fedtorch.client import Client, Recipe
+from fedtorch.losses import reduce
+from fedtorch.modules import forward, to, training
+from fedtorch.outline import untouched
+from fedtorch.probe import two_examples
+from fedtorch.types import ConfigError
+
+
+def others(given: nn.Module, worker: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
+    """Refuse what the gradient reaches outside of ``worker``, the copy of ``given`` that clients train.
+
+    Parameters of the loss, a penalty on the model that was handed over, a tensor that is no parameter.
+    Raises ConfigError naming it.
+    """
+    if isinstance(recipe.loss, nn.Module):
+        for name, p in recipe.loss.named_parameters():
+            if p.requires_grad and not any(p is own for own in given.parameters()):
+                _refuse_loss(f"{name} {list(p.shape)}")
+    x, y = to(two_examples(clients[0].data), next(worker.parameters()).device)
+    with untouched(worker), seeds.seeded(0):
+        loss = reduce(recipe.loss(forward(training(worker), x), y))
+        own = {id(p) for p in worker.parameters()}
+        found = [t for t in leaves(loss) if id(t) not in own]
+    names = {id(p): name for name, p in given.named_parameters()}
+    for t in found:
+        t.grad = None  # what the trial before left there
+        if id(t) in names:
+            raise ConfigError(
+                f"the loss reaches {names[id(t)]} of the model that was handed over, but clients train "
+                "copies of it: a penalty there does nothing. Compute it in the model's forward and return "
+                "it beside the output, or use the optimizer's weight_decay"
+            )
+        if isinstance(t, nn.Parameter):
+            _refuse_loss(f"of shape {list(t.shape)}")
+        if t is not x and t is not y:
+            raise ConfigError(
+                f"the loss reaches a tensor of shape {list(t.shape)} that requires a gradient and is no "
+                "parameter of the model, so that nobody trains it: make it an nn.Parameter of the model, "
+                "or detach it"
+            )
+
+
+def leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The tensors that a backward pass would leave a gradient in."""
+    seen: set[object] = set()
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(t := getattr(node, "variable", None), Tensor):
+            yield t
+        nodes += [before for before, _ in node.next_functions]
+
+
+def _refuse_loss(which: str) -> None:
+    raise ConfigError(
+        f"the loss has a trainable parameter ({which}), and clients train the model's alone: make it a "
+        "parameter of the model, which may return it beside its output, or freeze it with "
+        "requires_grad_(False)"
+    )

@@ -1,0 +1,133 @@
+"""What a loss reaches beside the weights that clients train is refused before anybody trains."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import make_clients, mlp
+from fedtorch import ConfigError, Local, Recipe, Server
+from fedtorch.losses import cross_entropy
+
+
+class Centres(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.zeros(4, 4))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - self.centres[target]).square().sum(1)
+
+    def later(self, output: Tensor, target: Tensor) -> Tensor:
+        return self(output, target)
+
+
+class Holder:
+    def __init__(self) -> None:
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(output / self.temperature, target)
+
+
+def tempered(t: Tensor, output: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(output / t, target)
+
+
+WARMTH = nn.Parameter(torch.ones(()))
+
+
+def worldly(output: Tensor, target: Tensor) -> Tensor:
+    return cross_entropy(output * WARMTH, target)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        Centres(),
+        Centres().later,
+        Holder(),
+        partial(tempered, nn.Parameter(torch.ones(()))),
+        worldly,
+        lambda o, t: cross_entropy(o, t) * WARMTH,
+        nn.ModuleList([Centres()])[0],
+    ],
+)
+@pytest.mark.parametrize("solver", ["auto", "general"])
+def test_parameters_of_the_loss_are_refused_wherever_it_has_them(loss, solver):
+    with pytest.raises(
+        ConfigError, match=r"the loss has a trainable parameter .*make it a parameter of"
+    ):
+        Server(mlp(), make_clients([5, 6]), Recipe(loss=loss), engine=Local(solver=solver))
+
+
+def test_a_penalty_on_the_model_that_was_handed_over_is_refused():
+    model = mlp()
+
+    def penalised(output, target):
+        return cross_entropy(output, target) + 0.1 * model[2].weight.square().sum()
+
+    with pytest.raises(ConfigError, match=r"reaches 2.weight of the model that was handed over"):
+        Server(model, make_clients([5, 6]), Recipe(loss=penalised))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_tensor_that_is_no_parameter_is_refused():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(6, 4), torch.ones(1, requires_grad=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * self.scale
+
+    with pytest.raises(
+        ConfigError, match=r"shape \[1\] that requires a gradient and is no parameter"
+    ):
+        Server(Scaled(), make_clients([5, 6]))
+
+
+def test_what_is_only_looked_at_is_no_mistake():
+    teacher, model = mlp(), mlp()
+    frozen = Centres().requires_grad_(False)
+
+    def distilled(output, target):
+        with torch.no_grad():
+            wanted = teacher(torch.ones(1, 6))
+        return frozen(output, target) + (output - wanted - model[2].bias.detach()).square().sum(1)
+
+    assert Server(model, make_clients([5, 6]), Recipe(loss=distilled)).round()["clients"] == 2
+
+
+@pytest.mark.parametrize(
+    "change, how",
+    [
+        (lambda m: m[0].weight.requires_grad_(False), "0.weight of server.model was frozen"),
+        (lambda m: m[2].bias.requires_grad_(True), "2.bias of server.model was unfrozen"),
+        (lambda m: m.append(nn.Linear(4, 4)), "3.weight of server.model is new"),
+        (lambda m: setattr(m[0], "bias", None), "0.bias of server.model is gone"),
+        (lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(3, 6))), "has another shape"),
+    ],
+)
+def test_a_model_changed_after_the_server_was_made_is_refused(change, how):
+    model = mlp()
+    model[2].bias.requires_grad_(False)
+    server = Server(model, make_clients([5, 6]))
+    server.round()
+    change(server.model)
+    with pytest.raises(ConfigError, match=how):
+        server.round()
+    assert server.round_number == 1
+
+
+def test_weights_put_in_place_of_others_are_trained_on():
+    ends = []
+    for replace in (False, True):
+        model = mlp()
+        server = Server(model, make_clients([5, 6]))
+        if replace:
+            model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+        server.round()
+        ends.append(model[0].weight)
+    assert torch.equal(*ends)
