@@ -155,6 +155,15 @@ def test_a_fingerprint_changes_with_any_row_and_with_their_number():
     )
 
 
+def test_a_fingerprint_of_no_examples_is_one_too():
+    none = TensorDataset(torch.zeros(0, 3), torch.zeros(0).long())
+    assert (
+        fingerprint(none)
+        == fingerprint(none)
+        != fingerprint(TensorDataset(torch.zeros(2, 0), torch.zeros(2)))
+    )
+
+
 def test_a_fingerprint_of_large_data_reads_a_bounded_part(monkeypatch):
     monkeypatch.setattr("fedtorch.data.content.MOST_BYTES", 800)
     x = torch.randn(10_000, 2)

@@ -246,6 +246,20 @@ def test_arrays_with_the_channels_last_are_turned_as_in_training(tmp_path):
         given.examples(known(()), tmp_path / "x.npy")
 
 
+def test_a_run_without_a_central_test_trains_is_used_and_goes_on(folder, capsys):
+    np.savez("t.npz", x=np.random.default_rng(0).normal(size=(40, 3)), y=np.arange(40) % 2)
+    data = "--dataset npz --dataset.path t.npz --dataset.test-fraction 0 --model logistic --validation 0.3"
+    fit = ["--privacy", "none", "--clients", "2", "--rounds", "1", "--run-dir", "run"]
+    assert main(["train", *fit, *data.split()]) == 0
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["test_loss"] is None and load(Path("run")).sizes == (40, 0)
+    last = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
+    assert "test_loss" not in last and last["validation_loss"] > 0
+    assert main(["train", "--run-dir", "run", "--resume", "--rounds", "2"]) == 0
+    assert main(["eval", "run"]) == 0
+    assert "validation loss" in capsys.readouterr().out
+
+
 def test_bundled_data_say_their_scale(tmp_path):
     digits = Digits().load(0)
     assert "divided by 16" in said(digits) and digits.preparation.pixels

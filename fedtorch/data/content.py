@@ -101,8 +101,10 @@ def _encoded(rows: Rows, index: Sequence[int] | None = None) -> Iterator[bytes]:
 def _column(column: Tensor | Sequence[str]) -> Callable[[int], bytes]:
     if not isinstance(column, Tensor):
         return lambda i: column[i].encode() + b"\0"
+    if not column.numel():
+        return lambda i: b""
     flat = column.detach().cpu().reshape(len(column), -1).contiguous()
-    raw = flat.view(torch.uint8).numpy() if flat.numel() else np.zeros((len(column), 0), np.uint8)
+    raw = flat.view(torch.uint8).numpy()
     return lambda i: raw[i].tobytes()
 
 
