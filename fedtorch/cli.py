@@ -239,7 +239,7 @@ def find(dotted: str) -> Callable[..., Any]:
     module, _, attr = dotted.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attr)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError, ValueError) as e:
+    except (ImportError, AttributeError, TypeError, ValueError) as e:  # "../x": a relative import
         raise ConfigError(f"cannot import {dotted!r}: {e}") from e
 
 

@@ -237,6 +237,12 @@ def test_files_with_mistakes_are_one_sentence(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("path", ["../../etc/passwd", "..a.b", ".x", "a..b"])
+def test_a_path_of_files_is_no_class(path):
+    with pytest.raises(ConfigError, match="cannot import"):
+        cli.find(path)
+
+
 def test_files_that_are_not_there_or_not_text(tmp_path):
     (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):
