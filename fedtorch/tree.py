@@ -155,14 +155,16 @@ def exact_sq_norms(v: Tensor) -> Tensor:
     """
     v = v if has_float64(v.device) else v.cpu()
     rows = v.reshape(len(v), math.prod(v.shape[1:]))  # there may be none
-    if v.dtype == torch.float64 or rows.shape[1] < SHORT:
-        return cast(Tensor, torch.linalg.vecdot(rows.double(), rows.double()))
+    if v.dtype == torch.float64 or rows.shape[1] < SHORT // 16:
+        rows = rows.double()
+        return cast(Tensor, torch.linalg.vecdot(rows, rows))
     if v.device.type != "cpu":
         return cast(Tensor, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)).square()
     # row after row the copy stays in the cache: a third of the time
     if not len(rows):  # a Poisson batch may be empty
         return v.new_zeros(0, dtype=torch.float64)
-    return torch.stack([r.dot(r) for r in (r.double() for r in rows)])
+    found = [r.dot(r) for r in (r.double() for r in rows)]
+    return torch.stack(found) if found else rows.new_zeros(0, dtype=torch.float64)
 
 
 def scaled_rows(v: Tensor, factors: Tensor) -> Tensor:
