@@ -1,5 +1,6 @@
 import copy
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -489,3 +490,24 @@ def test_an_optimizer_of_matrices_trains_a_model_of_matrices_and_is_refused_else
     assert Server(nn.Linear(6, 4, bias=False), make_clients([5]), muon).round()["clients"] == 1
     with pytest.raises(ConfigError, match="client optimizer muon cannot train model Linear"):
         Server(nn.Linear(6, 4), make_clients([5]), muon)
+
+
+def test_a_command_trains_and_pictures_a_model_of_several_outputs(fedtorch):
+    Path("models").mkdir()
+    Path("models/two.py").write_text(
+        "from torch import nn\n"
+        "class Two(nn.Module):\n"
+        "    def __init__(self, in_features: int):\n"
+        "        super().__init__(); self.a = nn.Linear(in_features, 10)\n"
+        "    def forward(self, x):\n"
+        "        x = self.a(x.flatten(1)); return x, 2 * x\n"
+    )
+    Path("own_loss.py").write_text(
+        "import torch.nn.functional as F\n"
+        "def both(o, y): return F.cross_entropy(o[0] + o[1], y, reduction='none')\n"
+    )
+    code, _, err = fedtorch(
+        "train", "--model", "two", "--loss", "own_loss:both", "--metrics", "own_loss:both",
+        "--privacy", "none", "--rounds", 1, "--clients", 3, "--run-dir", "run",
+    )  # fmt: skip
+    assert (code, err) == (0, "")

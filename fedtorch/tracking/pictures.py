@@ -94,8 +94,15 @@ class Pictures:
             return
         if not self.strict:
             self._participation(step)
-        if self.data.kind == "classification" and length(self.data.test):
+        if self.data.kind == "classification" and length(self.data.test) and self._classes():
             self._test(step)
+
+    def _classes(self) -> bool:
+        """Whether the model gives one tensor; of several parts, nobody but its own loss knows the classes."""
+        model = self.server.model
+        x, _ = fetch(self.data.test, torch.arange(min(2, length(self.data.test))))
+        with evaluating(model), torch.no_grad(), seeds.seeded(0):
+            return isinstance(forward(model, to(x, next(model.parameters()).device)), Tensor)
 
     def _points(self, step: int) -> None:
         if self.points:
