@@ -98,7 +98,7 @@ class Pictures:
             self._test(step)
 
     def _classes(self) -> bool:
-        """Whether the model gives one tensor; of several parts, nobody but its own loss knows the classes."""
+        """Whether the model gives one tensor; of several parts only its own loss knows the classes."""
         model = self.server.model
         x, _ = fetch(self.data.test, torch.arange(min(2, length(self.data.test))))
         with evaluating(model), torch.no_grad(), seeds.seeded(0):
