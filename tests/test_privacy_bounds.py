@@ -77,3 +77,15 @@ def test_epsilon_does_not_fall_where_a_finer_grid_begins() -> None:
         for last in (64, 256, 1024, 4096):
             at, after = (prv(((noise, rate, t),), delta) for t in (last, last + 1))
             assert after >= at * (1 - 1e-5)
+
+
+def test_a_grid_is_as_large_as_it_may_be_before_its_error_is_widened() -> None:
+    def grid(run: bounds.Run, delta: float) -> tuple[float, float]:
+        quick = min(unsampled(run, delta), rdp(run, delta))
+        error, reach, mesh, _ = bounds._grid(run, delta, quick)
+        return error / bounds._error(quick), 2 * reach / mesh / bounds.PRV_POINTS
+
+    wider, used = grid(((1.5, 0.005, 50_000),), 1e-12)
+    assert wider == 1 and 0.99 < used <= 1
+    wider, used = grid(((0.333, 2.83e-6, 6_509_211),), 2e-7)
+    assert wider > 10 and used == pytest.approx(1)

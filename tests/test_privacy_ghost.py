@@ -8,7 +8,7 @@ from torch import nn
 
 from fedtorch.losses import cross_entropy
 from fedtorch.privacy import gradients
-from fedtorch.privacy.ghost import Ghosts
+from fedtorch.privacy.ghost import Ghosts, apart
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients
 from fedtorch.privacy.streams import stream
 
@@ -88,3 +88,12 @@ def test_norm_and_sum_come_from_the_same_numbers_where_they_cancel():
     )
     assert worst <= 0.3 * (1 + 1e-5)
     assert math.isfinite(worst)
+
+
+def test_a_layer_of_which_a_part_is_frozen_is_still_one_whose_gradients_stay_apart():
+    layer = nn.Linear(3, 2)
+    layer.bias.requires_grad_(False)
+    assert apart(layer)
+    layer.weight.requires_grad_(False)
+    assert not apart(layer)
+    assert not apart(nn.Embedding(3, 2, scale_grad_by_freq=True))
