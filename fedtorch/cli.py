@@ -8,10 +8,12 @@ options are that class's constructor arguments. jsonargparse checks and converts
 import dataclasses
 import importlib
 import inspect
+import json
 import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +146,14 @@ def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
             name, options = _named(value)
             if name is not None:
                 args[key] = str(name)
-            plain[f"{key}_args"] = {k: _literal(home(v)) for k, v in options.items()}
+            args[f"{key}_args"] = {k: _literal(home(v)) for k, v in options.items()}
+        elif takes[key].annotation == dict[str, Any]:  # the parser would import a class named in it
+            args[key] = _table(full, _literal(value))
         elif takes[key].annotation == list[str] and isinstance(value, str):
             plain[key] = value.split(",")
         else:
             plain[key] = value
-    skip = {k for k in takes if (f"{where}.{k}" if where else k) in CHOICES or k in FREE}
+    skip = {k for k in takes if (f"{where}.{k}" if where else k) in CHOICES or k in FREE} | {*args}
     return cls(**_checked(cls, plain, skip, where), **args)
 
 
@@ -280,10 +284,19 @@ def _plain(message: str, where: str) -> str:
 
 
 def _literal(text: Any) -> Any:
-    # free options are for a function found later; read numbers, booleans and lists as TOML would
+    # free options are for a function found later; read numbers, booleans and lists as TOML or JSON would
     if not isinstance(text, str):
         return text
-    try:
-        return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        return text
+    words = {"null": None, "True": True, "False": False}
+    if text in words:
+        return words[text]
+    for read_as in (lambda: tomllib.loads(f"v = {text}")["v"], lambda: json.loads(text)):
+        with suppress(ValueError, RecursionError):
+            return read_as()
+    return float(text) if re.fullmatch(r"[+-]?(\d+\.|\.\d+)", text) else text
+
+
+def _table(name: str, value: Any) -> Table:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must be a table of options, got {str(value)[:60]!r}")
+    return value

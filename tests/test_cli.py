@@ -1,3 +1,5 @@
+import json
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -273,7 +275,17 @@ class Tiny:
 
 @pytest.mark.parametrize(
     "text, value",
-    [("3", 3), ("0.5", 0.5), ("true", True), ("[1, 2]", [1, 2]), ("relu", "relu")],
+    [
+        ("3", 3),
+        ("0.5", 0.5),
+        (".5", 0.5),
+        ("true", True),
+        ("True", True),
+        ("[1, 2]", [1, 2]),
+        ("relu", "relu"),
+        ("null", None),
+        ('{"a": 1}', {"a": 1}),
+    ],
 )
 def test_free_options_keep_their_type(text, value):
     assert cli.build(Tiny, {"model": {"name": "m", "a": text}}).model_args == {"a": value}
@@ -294,3 +306,23 @@ def test_a_tilde_is_the_home_folder_also_where_no_shell_sees_it(tmp_path, monkey
     assert config.model == "/home/somebody/m.py:Net"
     assert cli.home("~") == "/home/somebody"
     assert cli.home("a~/b") == "a~/b"
+
+
+@pytest.mark.parametrize("inside", ["a table", "its text"])
+@pytest.mark.parametrize("option", ["model", "model_args", "optimizer_args"])
+def test_a_class_named_among_free_options_is_not_imported(tmp_path, monkeypatch, option, inside):
+    (tmp_path / "of_others.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    named = {"class_path": "of_others.Thing", "init_args": {}}
+    given = {"x": named if inside == "a table" else json.dumps(named)}
+    config = cli.build(train_module().Config, {option: given})
+    free = config.optimizer_args if option == "optimizer_args" else config.model_args
+    assert free["x"] in (named, given["x"])
+    assert "of_others" not in sys.modules
+
+
+def test_a_table_of_free_options_may_be_text_and_must_be_a_table():
+    config = train_module().Config
+    assert cli.build(config, {"model_args": '{"hidden": 8}'}).model_args == {"hidden": 8}
+    with pytest.raises(ConfigError, match="model_args must be a table of options"):
+        cli.build(config, {"model_args": "8"})

@@ -1,5 +1,6 @@
 """What a site is asked for: what is named and within its limits; one sentence for the rest."""
 
+import sys
 import time
 
 import pytest
@@ -24,6 +25,17 @@ def site(**changes) -> SiteConfig:
 
 def offer(**changes) -> plans.Plan:
     return plans.Plan(**{"run": "r", "model": "mlp", "facts": FACTS} | changes)
+
+
+def test_a_class_named_in_a_plan_is_not_imported_here(tmp_path, monkeypatch):
+    (tmp_path / "of_a_server.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    table = plans.describe(offer()) | {
+        "model_args": {"hidden": {"class_path": "of_a_server.Thing"}}
+    }
+    with pytest.raises(ConfigError, match="mlp"):
+        accept(table, site())
+    assert "of_a_server" not in sys.modules
 
 
 def sample(**changes) -> dict:
