@@ -7,6 +7,7 @@ among runs is made from all. The charges of one unit (an example, a client) over
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fedtorch.privacy import Privacy
@@ -26,13 +27,38 @@ HOLDERS = ("dataset", "partition", "clients", "validation", "seed")
 
 
 def planned(configs: Sequence[Any]) -> list[str]:
-    """Of runs to come: a sentence for the private ones over each dataset; none where they are one."""
+    """Of runs to come: sentences for the private ones over each dataset; none where they are one."""
     groups: dict[Hashable, list[Privacy]] = defaultdict(list)
+    kinds: dict[Hashable, Counter[str]] = defaultdict(Counter)
     for c in configs:
+        over = source(type(c.dataset).__name__, getattr(c.dataset, "path", ""))
+        kinds[over]["" if c.privacy is None else type(c.privacy).__name__] += 1
         if c.privacy is not None:
             plan = replace(c.privacy, rounds=c.privacy.rounds or c.rounds)
-            groups[repr(c.dataset), type(plan)].append(plan)
-    return [_promised(plans) for plans in groups.values() if len(plans) > 1]
+            groups[over, type(plan)].append(plan)
+    alike = [_promised(plans) for plans in groups.values() if len(plans) > 1]
+    return alike + [line for found in kinds.values() for line in _apart(found)]
+
+
+def source(name: str, path: str) -> str:
+    """Where examples come from, however they are read, split and scaled then."""
+    return str(Path(path).expanduser().resolve()) if path else name.lower()
+
+
+def _apart(kinds: Counter[str]) -> list[str]:
+    """What no sum of epsilons says of runs over the same data: of other plans, and of none."""
+    names, lines = sorted(k for k in kinds if k), []
+    if len(names) > 1:
+        lines.append(
+            f"privacy: {' and '.join(names)} protect different things: over the same data no one epsilon "
+            "says what they cost together, and each one's holds only where the others are not seen"
+        )
+    if names and kinds[""]:
+        lines.append(
+            f"privacy: {kinds['']} of {kinds.total()} runs over the same data have none: the epsilon of the "
+            "others holds only where nothing of these is seen"
+        )
+    return lines
 
 
 def spent(runs: Sequence[Saved]) -> list[str]:
@@ -41,7 +67,9 @@ def spent(runs: Sequence[Saved]) -> list[str]:
     for run in runs:
         if (run.folder / LEDGER).is_file():
             plan = run.options.get("privacy", "sample")
-            groups[_chosen(run.options, ("dataset",)), plan].append(run)
+            o = run.options
+            over = source(str(o.get("dataset", "digits")), str(o.get("dataset.path") or ""))
+            groups[over, plan].append(run)
     return [_charged(group) for group in groups.values() if len(group) > 1]
 
 

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,14 @@ def arguments(rest: Sequence[str], setting: Setting, folder: Path) -> list[str]:
     where = folder / name
     words = [w for k, v in setting.items() for w in (f"--{k}", v)]
     going = ["--resume"] if any((where / "checkpoints").glob("round-*.pt")) else []
-    compare = ",".join(setting)
-    return [*rest, *words, "--tracking.compare", compare, "--run-dir", str(where), *going]
+    return [*rest, *words, "--run-dir", str(where), *going]
+
+
+def compared(config: Any, setting: Setting) -> Any:
+    """The run's config with what is swept as the columns of its HParams page, if it tracks anything."""
+    if config.tracking is None:
+        return config
+    return replace(config, tracking=replace(config.tracking, compare=[*setting]))
 
 
 def run(
@@ -78,7 +85,9 @@ def run(
             break
     folder = given or folders.fresh("sweep")
     try:
-        configs = [read_config(arguments(rest, point, folder)) for point in points]
+        configs = [
+            compared(read_config(arguments(rest, point, folder)), point) for point in points
+        ]
     except ConfigError:
         if given is None:
             folder.rmdir()

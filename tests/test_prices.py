@@ -101,3 +101,30 @@ def test_an_unnamed_sweep_that_cannot_be_leaves_no_folder(tmp_path, monkeypatch,
     assert main([*QUICK, "--sweep", "strategy=fedavg,fedavgg"]) == 2
     assert "unknown strategy" in capsys.readouterr().err
     assert not list((tmp_path / "runs").iterdir())
+
+
+def test_the_same_examples_read_in_another_way_are_the_same_data(tmp_path, capsys):
+    csv = "a,b,label\n" + "".join(f"{i % 9}.5,{i % 5}.5,{i % 2}\n" for i in range(80))
+    (tmp_path / "t.csv").write_text(csv)
+    quick = [*QUICK, "--dataset", "csv"]
+    for swept in (
+        ["--dataset.path", str(tmp_path / "t.csv"), "dataset.test_fraction=0.1,0.3"],
+        [f"dataset.path={tmp_path / 't.csv'},{tmp_path / '.' / '..' / tmp_path.name / 't.csv'}"],
+    ):
+        folder = tmp_path / f"sweep{len(swept)}"
+        words = [*quick, *swept[:-1], "--run-dir", str(folder), "--sweep", swept[-1]]
+        assert main(words) == 0
+        out = capsys.readouterr().out
+        want = charged(*folder.iterdir()) if len(swept) == 1 else 0.0
+        for when in ("will cost", "cost"):
+            found = re.search(rf"2 runs over the same data.* {when} epsilon ([\d.]+) together", out)
+            assert found and float(found[1]) > want - 1e-3 > -1 and float(found[1]) > 3.5
+
+
+def test_a_sweep_says_what_no_sum_of_epsilons_does(tmp_path, capsys):
+    few = ["train", "--model", "logistic", "--clients", "4", "--rounds", "1", "--tracking", "none"]
+    swept = ["--sweep", "privacy=none,sample,local", "--run-dir", str(tmp_path / "s")]
+    assert main([*few, *swept]) == 0
+    out = capsys.readouterr().out
+    assert "privacy: LocalDP and SampleLevel protect different things" in out
+    assert "privacy: 1 of 3 runs over the same data have none" in out
