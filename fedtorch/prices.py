@@ -55,7 +55,7 @@ def _apart(kinds: Counter[str]) -> list[str]:
         )
     if names and kinds[""]:
         lines.append(
-            f"privacy: {kinds['']} of {kinds.total()} runs over the same data have none: the epsilon of the "
+            f"privacy: {kinds['']} of {kinds.total()} runs over the same data have none: that of the "
             "others holds only where nothing of these is seen"
         )
     return lines

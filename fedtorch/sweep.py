@@ -85,9 +85,7 @@ def run(
             break
     folder = given or folders.fresh("sweep")
     try:
-        configs = [
-            compared(read_config(arguments(rest, point, folder)), point) for point in points
-        ]
+        configs = [compared(read_config(arguments(rest, point, folder)), point) for point in points]
     except ConfigError:
         if given is None:
             folder.rmdir()
