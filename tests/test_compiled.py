@@ -6,7 +6,9 @@ import pytest
 
 from fedtorch.compiled import available, compiled, loops
 
-pytest.importorskip("numba", reason="what is tested here is machine code by numba")
+pytest.importorskip(
+    "numba", exc_type=ImportError, reason="what is tested here is machine code by numba"
+)
 from numba.core.caching import IndexDataCacheFile
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedtorch.compiled import available
 from fedtorch.fast import small
 from loop_case import close, drawn
 
@@ -120,6 +121,7 @@ def test_what_is_not_finite_stays_so_and_with_its_client(way, bad, end):
     assert found[1, :, :32].isfinite().all() == G[1, :2].isfinite().all()
 
 
+@pytest.mark.skipif(not available(), reason="without numba there are no loops")
 def test_half_precision_and_whoever_has_no_loops_go_by_torch():
     assert small.compiled(torch.zeros(1)) is not None
     assert small.compiled(torch.zeros(1, dtype=torch.bfloat16)) is None

@@ -313,6 +313,10 @@ def show(seed: int | None = None) -> None:
     """Counts, and every change that no test noticed."""
     results = json.loads(RESULTS.read_text())
     results = {k: v for k, v in results.items() if seed is None or k.startswith(f"{seed} ")}
+    equal = equivalents()
+    for key, found in results.items():
+        if found["outcome"] == "survived" and key.split(" ", 3)[3] in equal:
+            found["outcome"] = "equivalent"
     counts = Counter(v["outcome"] for v in results.values())
     noticed, missed = counts["killed"] + counts["timeout"], counts["survived"] + counts["untested"]
     print(dict(counts), f"{noticed / max(1, noticed + missed):.1%} of {noticed + missed} noticed")
