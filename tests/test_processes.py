@@ -307,8 +307,6 @@ ORPHANS = """
     import torch
     from fedtorch import Client, Server
     from fedtorch.engines import Processes
-from fedtorch.engines.board import DEATHS, Board, Job
-from fedtorch.engines.processes import ProcessesSession
     if __name__ == "__main__":
         data = torch.randn(8, 6), torch.arange(8) % 4
         server = Server(torch.nn.Linear(6, 4), [Client("a", data)], engine=Processes(workers=2))
@@ -394,8 +392,6 @@ def test_a_script_from_standard_input_may_use_workers():
         from torch import nn
         from fedtorch import Client, Server
         from fedtorch.engines import Processes
-from fedtorch.engines.board import DEATHS, Board, Job
-from fedtorch.engines.processes import ProcessesSession
         x = torch.randn(8, 4)
         client = Client("a", (x, (x.sum(1) > 0).long()))
         server = Server(nn.Linear(4, 2), [client], engine=Processes(workers=1))
