@@ -26,15 +26,17 @@ from fedtorch.types import ConfigError
 Table = dict[str, Any]
 
 
-def parse(cls: type, argv: Sequence[str], base: Table | None = None) -> Any:
+def parse(cls: type, argv: Sequence[str], base: Table | None = None, own: bool = False) -> Any:
     """An instance of the config dataclass ``cls``; raises ConfigError naming what is wrong.
 
-    Code that only a file names is imported where ``--trust-code`` is among the arguments, else refused.
+    Code that only a file names is imported where ``--trust-code`` is among the arguments, else refused;
+    what ``base`` names too where it is the user's ``own``.
     """
     flags = from_flags(argv, {f.name: f.type for f in dataclasses.fields(cls)})
     path, trusted = flags.pop("config", None), trusts(flags)
     table = merge(merge(base or {}, read(path) if path else {}), flags)
-    trust.check(table, flags, "the run's config" if path is None else str(path), trusted)
+    typed = merge(base or {}, flags) if own else flags
+    trust.check(table, typed, "the run's config" if path is None else str(path), trusted)
     return build(cls, table)
 
 
@@ -53,7 +55,10 @@ def resume(cls: type, argv: Sequence[str], config: Path, free: set[str]) -> Any:
     saved = read(config)
     if not trusts(from_flags(argv, {f.name: f.type for f in dataclasses.fields(cls)})):
         trust.inside(config.parent, saved)
-    new = parse(cls, argv, base=saved)  # first: it refuses to import what only the file names
+    own = trust.remembered(config)
+    new = parse(
+        cls, argv, base=saved, own=own
+    )  # first: it refuses to import what only the file names
     old = build(cls, saved)
     for f in dataclasses.fields(cls):
         before, after = getattr(old, f.name), getattr(new, f.name)

@@ -74,6 +74,8 @@ def conclude(
         report.say("without privacy: --privacy none")
     report.say(f"run folder: {folder}   model: {folder}/model.safetensors")
     if stopped:
-        own = f" {trust.FLAG}" if trust.foreign(cli.read(folder / "config.toml")) else ""
-        report.say(f"continue: fedtorch train --run-dir {folder} --resume{own}")
+        config = folder / "config.toml"
+        asked = trust.foreign(cli.read(config)) and not trust.remembered(config)
+        flag = f" {trust.FLAG}" if asked else ""
+        report.say(f"continue: fedtorch train --run-dir {folder} --resume{flag}")
     report.say(f"watch: tensorboard --logdir {folder.parent}")

@@ -2,11 +2,14 @@
 
 A config or a run folder may come from anybody. Its short names are ours; a dotted name, a path or a
 cluster's address would run somebody's code, so it needs ``--trust-code``. What is typed on the command
-line is trusted as it is.
+line is trusted as it is, and so is the config of a run that this user began with it, in the same folder.
 """
 
+import hashlib
+import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,32 @@ def foreign(table: Mapping[str, Any]) -> dict[str, str]:
     plain = {"model", "optimizer", "loss"}
     named = {k: n for k, n in found.items() if k not in plain or not SHORT.fullmatch(n)}
     return named | _classes(table)
+
+
+def remember(config: str) -> None:
+    """Keep that this user began a run with this very config, from this working folder.
+
+    Where nothing can be kept, the next command asks for the flag.
+    """
+    with suppress(OSError):
+        place = _place(config)
+        place.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        place.touch()
+
+
+def remembered(config: Path) -> bool:
+    """Whether this user began a run with this very config, from this working folder."""
+    try:
+        return _place(config.read_bytes().decode(errors="replace")).is_file()
+    except OSError:
+        return False
+
+
+def _place(config: str) -> Path:
+    # names are found from the working folder: in another one they may be another's code
+    digest = hashlib.sha256(f"{Path.cwd()}\n{config}".encode()).hexdigest()
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "fedtorch" / "trusted" / digest
 
 
 def check(

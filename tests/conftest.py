@@ -44,6 +44,14 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
+@pytest.fixture(autouse=True)
+def state(tmp_path_factory, monkeypatch) -> Path:
+    """Where it is kept which runs are this user's own: a new place for each test."""
+    folder = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder))
+    return folder
+
+
 @pytest.fixture
 def fedtorch(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """``fedtorch("train", ...)`` in a new folder -> exit code, stdout, stderr."""

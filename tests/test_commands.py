@@ -164,7 +164,7 @@ def test_predict_writes_on(tmp_path, capsys, monkeypatch):
     assert "never saw" in capsys.readouterr().err
 
 
-def test_a_run_of_somebody_elses_runs_nothing(tmp_path, capsys, monkeypatch):
+def test_a_run_of_somebody_elses_runs_nothing(tmp_path, state, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = "from torch import nn\ndef build(in_features, num_outputs):\n"
     own += "    return nn.Sequential(nn.Flatten(), nn.Linear(in_features, num_outputs))\n"
@@ -172,6 +172,7 @@ def test_a_run_of_somebody_elses_runs_nothing(tmp_path, capsys, monkeypatch):
     fast = ["--epochs", "1", "--clients", "3", "--tracking", "none", "--rounds", "1"]
     words = ["train", "--privacy", "none", *fast, "--model", "mine.py", "--run-dir", "run"]
     assert main(words) == 0
+    shutil.rmtree(state)  # as on a machine where somebody else's run arrives
     Path("mine.py").write_text(own + "from pathlib import Path\nPath('traces').touch()\n")
     np.save("x.npy", np.zeros((2, 1, 8, 8)))
     table = ["--run-dir", "run", "--rounds", "2"]
@@ -185,6 +186,30 @@ def test_a_run_of_somebody_elses_runs_nothing(tmp_path, capsys, monkeypatch):
     for use in uses:
         assert main([*use, "--trust-code"]) == 0
     assert Path("traces").exists()
+
+
+def test_a_run_of_ones_own_needs_no_flag_in_its_folder_and_unchanged(tmp_path, capsys, monkeypatch):
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(home)
+    own = "from torch import nn\ndef build(in_features, num_outputs):\n"
+    own += "    return nn.Sequential(nn.Flatten(), nn.Linear(in_features, num_outputs))\n"
+    Path("mine.py").write_text(own)
+    fast = ["--epochs", "1", "--clients", "3", "--tracking", "none", "--rounds", "1"]
+    words = ["train", "--privacy", "none", *fast, "--model", "mine.py", "--run-dir", "run"]
+    assert main(words) == 0
+    resume = ["train", "--run-dir", "run", "--resume", "--rounds", "2"]
+    assert main(["eval", "run"]) == main(resume) == 0
+    shutil.copytree(home, elsewhere, dirs_exist_ok=True)
+    monkeypatch.chdir(elsewhere)  # where mine.py may be another's
+    assert main(["eval", "run"]) == main(resume) == 2
+    monkeypatch.chdir(home)
+    config = Path("run/config.toml")
+    config.write_text(config.read_text().replace('"mine.py"', '"other.py"'))
+    Path("mine.py").rename("other.py")
+    assert main(["eval", "run"]) == 2
+    assert "other.py'; add --trust-code" in capsys.readouterr().err
 
 
 def test_a_run_folder_that_brings_models_along_runs_none_of_them(tmp_path, capsys, monkeypatch):

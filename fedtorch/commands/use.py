@@ -53,7 +53,8 @@ def trained(folder: str, trusted: bool = False, load: bool = True) -> Trained:
     tell([run := saved.load(folder)])
     table = cli.read(run.folder / "config.toml")
     if not trusted:
-        trust.check(table, {}, f"the run in {folder}")
+        own = trust.remembered(run.folder / "config.toml")
+        trust.check(table, {}, f"the run in {folder}", own)
         trust.inside(Path(folder), table)
     config = cli.build(train.Config, table)
     kept = prepared.load(Path(folder))
