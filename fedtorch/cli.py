@@ -114,7 +114,7 @@ def read(path: str | Path) -> Table:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {e.strerror}") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise ConfigError(f"config file {str(path)!r} is not TOML: {e}") from e
 
 
@@ -146,7 +146,7 @@ def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
             label = f"{where} {getattr(cls, '__name__', cls)}" if where else "the config"
             raise ConfigError(f"{label} has no option {key!r}; it has {known}")
         if full in CHOICES:
-            args[key] = choose(full, value)
+            args[key] = choose(full, value, takes[key].default)
         elif full in FREE:
             name, options = _named(value)
             if name is not None:
@@ -154,8 +154,8 @@ def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
             args[f"{key}_args"] = {k: _literal(home(v)) for k, v in options.items()}
         elif takes[key].annotation == dict[str, Any]:  # the parser would import a class named in it
             args[key] = _table(full, _literal(value))
-        elif takes[key].annotation == list[str] and isinstance(value, str):
-            plain[key] = value.split(",")
+        elif takes[key].annotation in (list[str], list[int]) and isinstance(value, str):
+            plain[key] = value.strip("[] ").split(",")
         else:
             plain[key] = value
     skip = {k for k in takes if (f"{where}.{k}" if where else k) in CHOICES or k in FREE} | {*args}
@@ -168,9 +168,14 @@ def home(value: Any) -> Any:
     return os.path.expanduser(value) if at_home else value
 
 
-def choose(choice: str, value: Any) -> Any:
-    """``"fedprox"`` or ``{"name": "fedprox", "mu": 0.1}`` -> the object."""
+def choose(choice: str, value: Any, default: Any = None) -> Any:
+    """``"fedprox"`` or ``{"name": "fedprox", "mu": 0.1}`` -> the object.
+
+    Options without a name are those of the ``default``; where there is none, of the first choice.
+    """
     name, options = _named(value)
+    if name is None and dataclasses.is_dataclass(default) and not isinstance(default, type):
+        return build(type(default), options, choice)
     if name is None:
         name = next(iter(CHOICES[choice]))
     if str(name).lower() in ("none", "null"):

@@ -57,7 +57,7 @@ def load(folder: str | Path) -> Saved:
         notes.append(str(e))
     try:
         ended = _summary(folder / "summary.json")
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RecursionError) as e:
         notes.append(f"{folder / 'summary.json'} is damaged: {e}")
     return Saved(folder, options, history, ended, tuple(notes))
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from fedtorch import ConfigError, FedProx, Scaffold, ServerAdam, Strategy, Uniform, cli
 from fedtorch.choices import CHOICES
 from fedtorch.commands.train import train_module
-from fedtorch.data import Csv, Dirichlet, Natural
+from fedtorch.data import Csv, Digits, Dirichlet, Natural
+from fedtorch.sites.options import ServeConfig, SiteConfig
 
 Config = train_module().Config
 
@@ -326,3 +327,23 @@ def test_a_table_of_free_options_may_be_text_and_must_be_a_table():
     assert cli.build(config, {"model_args": '{"hidden": 8}'}).model_args == {"hidden": 8}
     with pytest.raises(ConfigError, match="model_args must be a table of options"):
         cli.build(config, {"model_args": "8"})
+
+
+def test_options_without_a_name_are_those_of_the_default():
+    given = ["--name", "a", "--insecure", "--dataset.path", "a.csv"]
+    assert cli.parse(SiteConfig, given).dataset == Csv(path="a.csv")
+    assert parse("--dataset.test-fraction", "0.3").dataset == Digits(test_fraction=0.3)
+
+
+@pytest.mark.parametrize("shape", ["6", "[6]", "1,28,28", "[1, 28, 28]"])
+def test_whole_numbers_are_listed_with_or_without_brackets(shape):
+    given = ["--sites", "a", "--insecure", "--input-shape", shape]
+    assert cli.parse(ServeConfig, given).input_shape == json.loads(f"[{shape.strip('[]')}]")
+    with pytest.raises(ConfigError, match="input_shape"):
+        cli.parse(ServeConfig, [*given[:-1], "6,b"])
+
+
+def test_a_config_nested_without_end_is_not_toml(tmp_path):
+    (tmp_path / "c.toml").write_text("a = " + "[" * 100_000)
+    with pytest.raises(ConfigError, match="is not TOML"):
+        cli.read(tmp_path / "c.toml")

@@ -61,7 +61,9 @@ def test_what_is_kept_comes_back_for_the_owner_alone(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[]", '{"format": "other"}', '{"format": "fedtorch data 1"}']
+    "text",
+    ["", "{}", "[]", '{"format": "other"}', '{"format": "fedtorch data 1"}', "[" * 100_000],
+    ids=range(6),
 )
 def test_a_damaged_record_is_named(tmp_path, text):
     assert load(tmp_path) is None
@@ -70,8 +72,17 @@ def test_a_damaged_record_is_named(tmp_path, text):
         load(tmp_path)
 
 
-def test_only_the_same_data_go_on(tmp_path):
-    resumed(tmp_path, made())  # a run from before there were records
+def test_a_record_that_was_edited_is_not_believed(tmp_path):
+    Prepared.of(made(preparation=Preparation(scale=255))).save(tmp_path)
+    text = (tmp_path / FILE).read_text()
+    (tmp_path / FILE).write_text(text.replace("255", "25"))
+    with pytest.raises(ConfigError, match="its digest does not match"):
+        load(tmp_path)
+
+
+def test_only_the_same_data_go_on(tmp_path, capsys):
+    resumed(tmp_path, made())
+    assert "data.json is gone: whether the data are those of the run" in capsys.readouterr().out
     Prepared.of(made()).save(tmp_path)
     resumed(tmp_path, made())
     for other in (made(13), made(preparation=Preparation(scale=2))):

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedtorch import ConfigError, runs
+from fedtorch import ConfigError, runs, saved
+from fedtorch.privacy.journal import parsed
+from fedtorch.sites.serve import run_id
 
 
 class Versioned(nn.Linear):
@@ -72,3 +74,14 @@ def test_a_command_trains_saves_and_reads_a_model_with_extra_state(fedtorch):
         json.loads(out)["test_loss"]
         == json.loads(Path("run/summary.json").read_text())["test_loss"]
     )
+
+
+def test_files_nested_without_end_are_damaged_and_nothing_worse(tmp_path):
+    deep = "[" * 100_000
+    for name in ("config.toml", "summary.json", "metrics.jsonl"):
+        (tmp_path / name).write_text(deep + "\n")
+    assert len(saved.load(tmp_path).notes) == 3
+    (tmp_path / "sites.json").write_text(deep)
+    with pytest.raises(ConfigError, match="holds no run of sites"):
+        run_id(tmp_path, resume=True)
+    assert parsed(deep.encode()) is None

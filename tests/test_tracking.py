@@ -18,7 +18,8 @@ from tensorboard.plugins.hparams import metadata
 from fedtorch import checkpoint
 from fedtorch.commands.train import train_module
 from fedtorch.runs import EVENTS
-from fedtorch.tracking import Record, TensorBoard
+from fedtorch.tracking import Record, TensorBoard, protos
+from fedtorch.tracking.events import trim
 from fedtorch.tracking.lines import Lines, read
 from fedtorch.tracking.protos import EventFile, events
 from fedtorch.tracking.tags import FAMILIES, TAGS, layout
@@ -483,3 +484,19 @@ def test_pictures_of_a_model_that_branches():
         "a_Linear_2": ["input"],
         "output": ["a_Linear_2"],
     }
+
+
+@pytest.mark.parametrize("how", ["empty", "flipped", "half"])
+def test_a_damaged_event_file_is_said_on_resume(how, tmp_path, capsys):
+    file = EventFile(tmp_path, EVENTS)
+    for step in range(1, 4):
+        file.write(protos.scalars({"a": 1.0}), step)
+    file.close()
+    (path,) = tmp_path.iterdir()
+    trim(path, 3)
+    assert capsys.readouterr().out == ""
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes({"empty": b"", "flipped": raw, "half": raw[: len(raw) // 2]}[how])
+    trim(path, 3)
+    assert "is cut short or damaged at byte" in capsys.readouterr().out

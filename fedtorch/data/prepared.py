@@ -4,6 +4,7 @@
 a digest of private data says whether a guess of them is right.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -68,7 +69,8 @@ class Prepared:
         """Write ``data.json`` whole or not at all, for the owner's eyes."""
         try:
             with disk.whole(folder / FILE, private=True) as file:
-                file.write(json.dumps({"format": FORMAT, **asdict(self)}, indent=2).encode())
+                table = {"format": FORMAT, **asdict(self)}
+                file.write(json.dumps(table | {"sha256": _sum(table)}, indent=2).encode())
         except OSError as e:
             raise ConfigError(f"{folder / FILE} cannot be written: {e.strerror}") from e
 
@@ -80,20 +82,26 @@ def load(folder: Path) -> Prepared | None:
         return None
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
+        if table.pop("sha256") != _sum(table):
+            raise ValueError("its digest does not match")
         if table.pop("format") != FORMAT:
             raise ValueError("another version wrote it")
         table = {k: _tuples(v) for k, v in table.items()}
         table["facts"] = {str(k): _tuples(v) for k, v in table["facts"].items()}
         steps = {k: _tuples(v) for k, v in table.pop("preparation").items()}
         return Prepared(preparation=Preparation(**steps), **table)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise ConfigError(f"{path} is damaged: {e}") from e
 
 
 def resumed(folder: Path, data: Data) -> None:
     """Raises ConfigError unless ``data`` are those the run in ``folder`` was trained on so far."""
     kept = load(folder)
-    if kept is not None and not kept.same(now := Prepared.of(data)):
+    if kept is None:
+        print(
+            f"warning: {folder / FILE} is gone: whether the data are those of the run is not known"
+        )
+    elif not kept.same(now := Prepared.of(data)):
         raise ConfigError(
             f"the run in {folder} was trained on other data ({kept.sizes[0]} training and "
             f"{kept.sizes[1]} test examples then, {now.sizes[0]} and {now.sizes[1]} now, or other "
@@ -134,6 +142,10 @@ def said(data: Data) -> str:
     if p.dropped:
         parts.append(f"left out {_some([d or '(a column without a name)' for d in p.dropped])}")
     return "; ".join([*parts, *p.notes])
+
+
+def _sum(table: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
 def _some(names: Sequence[Any]) -> str:

@@ -108,5 +108,5 @@ def parsed(line: bytes) -> Any:
     """What a line holds, or None."""
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

@@ -115,7 +115,7 @@ class Budget:
         try:
             saved = json.loads(note.read_text(encoding="utf-8"))
             ledger = Ledger.resume(path, saved)
-        except (OSError, ValueError, TypeError, KeyError) as e:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
             if isinstance(e, ConfigError):
                 raise ConfigError(
                     f"{e}; what this site's data has cost is not known without"

@@ -224,7 +224,10 @@ class SitesSession:
         with self.change:
             visit = self._open(site)
         number = message.facts.get("round")
-        over = f"its visit of round {number + 1 if type(number) is int else '?'} is over, or was "
+        known = (
+            type(number) is int and 0 <= number < 1 << 31
+        )  # longer ones Python does not even print
+        over = f"its visit of round {number + 1 if known else '?'} is over, or was "
         over += "reported before: discarded"
         if visit is None or message.facts.get("visit") != visit.nonce:
             raise MessageError(over)

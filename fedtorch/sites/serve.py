@@ -167,7 +167,7 @@ def run_id(folder: Path, resume: bool) -> str:
         return secrets.token_hex(8)
     try:
         return str(json.loads((folder / "sites.json").read_text())["run"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise ConfigError(f"nothing to resume: {folder} holds no run of sites") from e
 
 

@@ -125,15 +125,18 @@ def trim(path: Path, start: int) -> None:
     if not start:
         path.unlink()
         return
-    part = path.with_name(path.name + ".part")
+    part, read = path.with_name(path.name + ".part"), 0
     with part.open("wb") as file:
         for record, event in protos.events(path):
+            read += len(record)
             again = event.WhichOneof("what") == "graph_def" or any(
                 v.tag.startswith("_hparams_") or v.tag == "custom_scalars__config__"
                 for v in event.summary.value
             )
             if event.step <= start and not again:
                 file.write(record)
+    if read < max(path.stat().st_size, 1):
+        print(f"warning: {path} is cut short or damaged at byte {read}; the rest of it is left out")
     os.replace(part, path)
 
 
