@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ SCALES = (1.0, 30.0, 1e3, 1e6)
 MANY = 512
 """Examples of the largest batch that a loss is tried with."""
 
+ROOM = 1 << 21
+"""Numbers that the examples of the largest batch for a model may have."""
+
 STATEFUL = 4
 """Batches after which a loss must not remember what they were."""
 
@@ -41,12 +45,14 @@ def mixes(model: nn.Module, x: Any, y: Any, recipe: Recipe) -> str | None:
     The labels must be of two classes at least, each there more than once. Model and loss are left as they
     were, but for a loss that is a function and keeps something.
     """
+    recipe = replace(recipe, loss=_another(recipe.loss))  # it may count or keep
     with seeds.seeded(0):
         wide = _wide(model, x, y, recipe.loss)
         tried, x, y, near = wide or (model, x, y, {"rtol": 1e-3, "atol": 1e-5})
         with untouched(tried), undropped(tried):
             found = (
                 _neighbours(tried, x, y, recipe, near)
+                or _unlike(tried, x, y, recipe, near)
                 or _company(tried, x, y, recipe, near)
                 or _gradients(tried, x, y, recipe, near)
                 or _remembers(tried, x, y, recipe.loss, near)
@@ -74,9 +80,23 @@ def _neighbours(model: nn.Module, x: Any, y: Any, recipe: Recipe, near: Any) -> 
         given = _scaled(x, scale)
         with torch.no_grad(), _at(scale):
             alone = [_losses(model, recipe.loss, given, y, _index([k])) for k in _watched(y)]
-            for index in _batches(size(y), recipe):
+            for index in _batches(size(y), recipe, _room(x) if scale == 1 else 1):
                 if _differ(alone, _losses(model, recipe.loss, given, y, index), index, near):
                     return "one example's result depends on its neighbours"
+    return None
+
+
+def _unlike(model: nn.Module, x: Any, y: Any, recipe: Recipe, near: Any) -> str | None:
+    """Losses of examples as they are among others of another size or sign, as one extreme row is."""
+    index = _index([*range(size(y))])
+    with torch.no_grad():
+        alone = [_losses(model, recipe.loss, x, y, _index([k])) for k in _watched(y)]
+        for scale in (10.0, *SCALES[1:]):
+            for factor in (scale, -scale):
+                with _at(scale):
+                    found = _losses(model, recipe.loss, _among(x, size(y), factor), y, index)
+                    if _differ(alone, found, index[: len(alone)], near):
+                        return "one example's result depends on its neighbours"
     return None
 
 
@@ -100,16 +120,18 @@ def _company(model: nn.Module, x: Any, y: Any, recipe: Recipe, near: Any) -> str
 
 
 def _gradients(model: nn.Module, x: Any, y: Any, recipe: Recipe, near: Any) -> str | None:
-    """The gradient of a batch must be the sum of those of its examples."""
+    """The gradient of a batch must be the sum of those of its examples; of a large one, too."""
     for scale in SCALES[:2]:
         given = _scaled(x, scale)
         with _at(scale):
             alone = [_gradient(model, recipe.loss, given, y, _index([k])) for k in _watched(y)]
-            found = _gradient(model, recipe.loss, given, y, _index([*_watched(y)]))
             whole = float(torch.stack([a.norm() for a in alone]).sum())
-            least = near["rtol"] * whole + near["atol"]
-            if math.isfinite(whole) and not float((found - sum(alone)).norm()) <= least:
-                return "an example's gradient depends on its neighbours"
+            for times in (1, math.ceil(_most(recipe) / len(alone))):
+                found = _gradient(model, recipe.loss, given, y, _index([*_watched(y)] * times))
+                least = times * (near["rtol"] * whole + near["atol"])
+                far = float((found - times * sum(alone)).norm())
+                if math.isfinite(whole) and not far <= least:
+                    return "an example's gradient depends on its neighbours"
     return None
 
 
@@ -130,14 +152,26 @@ def _remembers(model: nn.Module, x: Any, y: Any, loss: Loss, near: Any) -> str |
     return "a loss depends on batches before"
 
 
-def _batches(count: int, recipe: Recipe) -> Iterator[Tensor]:
-    """Pairs, few and many, of one class and of both, some twice; and twice as many as a step takes."""
+def _most(recipe: Recipe) -> int:
+    """Twice as many examples as a step is expected to take."""
     plan = recipe.privacy
-    most = (
+    return (
         min(2 * math.ceil(plan.batch_size) + 1, plan.max_batch)
         if isinstance(plan, SampleLevel)
         else 1
     )
+
+
+def _room(x: Any) -> int:
+    """Examples of which there is memory for what a model makes of them."""
+    return ROOM // max(1, sum(t[:1].numel() for t in leaves(x)))
+
+
+def _batches(count: int, recipe: Recipe, room: int) -> Iterator[Tensor]:
+    """Pairs, few and many, of both classes, some twice; as many as a step may take, if there is room."""
+    plan, most = recipe.privacy, _most(recipe)
+    if isinstance(plan, SampleLevel):  # of more than max_batch no forward is ever taken
+        most = max(most, min(plan.max_batch, room))
     for places in (
         [0, 1],
         [1, 0],
@@ -214,6 +248,17 @@ def _differ(alone: list[Tensor], found: Tensor, index: Tensor, near: Any) -> boo
 
 def _scaled(x: Any, scale: float) -> Any:
     return x if scale == 1 else _mapped(x, lambda t: t * scale if t.is_floating_point() else t)
+
+
+def _among(x: Any, n: int, factor: float) -> Any:
+    """The examples behind the watched ones so many times as large."""
+    scale = torch.where(torch.arange(n) < WATCHED, 1.0, factor)
+
+    def scaled(t: Tensor) -> Tensor:
+        own = t.is_floating_point() and t.dim() and len(t) == n
+        return t * scale.to(t).view(-1, *[1] * (t.dim() - 1)) if own else t
+
+    return _mapped(x, scaled)
 
 
 def _doubled(value: Any) -> Any:

@@ -188,3 +188,52 @@ def test_they_are_refused_in_every_mode_before_training(mode):
     recipe = Recipe(loss=same_class, privacy=SampleLevel(rounds=1, mode=mode))
     with pytest.raises(ConfigError, match="mixes the examples"):
         Local().open(net(), [Client("c", (X, Y))], recipe)
+
+
+class Odd(nn.Module):
+    """Does ``fn`` to what its first layer puts out."""
+
+    def __init__(self, fn) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.fn = nn.Linear(6, 5), nn.Linear(5, 3), fn
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.fn(self.first(x))))
+
+
+class Centred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, d):
+        return d - d.mean(0) if len(d) > 30 else d
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda h: h - h.mean(0) if len(h) > 400 else h,
+        lambda h: torch.where((h < -9).any(), 2 * h, h),
+        lambda h: torch.where((h > 300).any() & (h.abs() < 3), 0 * h, h),
+        Centred.apply,
+    ],
+    ids=["in the largest batches", "beside a negative one", "beside a large one", "gradients"],
+)
+def test_a_model_that_mixes_beside_others_of_another_kind_only_is_found(fn):
+    assert found(model=Odd(fn)) is not None
+    assert found(model=Odd(lambda h: h)) is None
+
+
+def test_a_loss_is_tried_on_a_copy():
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, z, y):
+            self.calls += 1
+            return cross_entropy(z, y)
+
+    loss = Counted()
+    assert found(loss) is None and loss.calls == 0

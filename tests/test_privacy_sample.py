@@ -300,7 +300,7 @@ def test_tied_weights_are_refused_by_ghost_and_right_elsewhere():
     assert server(Tied(), clients(), SampleLevel(rounds=1)).session.recipe.privacy.mode != "ghost"
 
 
-def test_a_recurrent_model_is_refused_with_the_fix_and_the_fix_works():
+def test_a_recurrent_model_trains_example_by_example_or_with_the_fix():
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -311,7 +311,9 @@ def test_a_recurrent_model_is_refused_with_the_fix_and_the_fix_works():
 
     net = Recurrent()
     with pytest.raises(ConfigError, match="fix-model"):
-        server(net, clients(), SampleLevel(rounds=1))
+        server(net, clients(), SampleLevel(rounds=1, mode="hooks"))
+    slow = server(net, clients(), SampleLevel(rounds=1))
+    assert "taken example after example" in " ".join(slow.notes)
     server(checks.fixed(net), clients(), SampleLevel(rounds=1)).round()
 
 
