@@ -145,7 +145,9 @@ def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -
     try:
         output = forward(model, x)
     except Exception as e:
-        raise ConfigError(f"model {name} cannot take a batch {_shape(x)}: {_first(e)}") from e
+        whole = isinstance(x, Tensor) and x.dtype == torch.int64
+        fix = "; x is int64, as of a vocabulary: amounts must be float32" if whole else ""
+        raise ConfigError(f"model {name} cannot take a batch {_shape(x)}: {_first(e)}{fix}") from e
     try:
         loss = reduce(recipe.loss(output, y))
     except ConfigError:

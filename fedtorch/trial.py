@@ -1,11 +1,12 @@
 """Two steps on a few examples, trained in one way and in the plainest: what shows that a way is right."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from fedtorch import seeds
 from fedtorch.batches import fetch, length, plan
@@ -25,6 +26,9 @@ TOLERANCE = 1e-3
 FEW = 9
 """Examples to try with: a batch of five, and a shorter one."""
 
+LOOKED_AT = 36
+"""Examples among which they are chosen."""
+
 
 class Trial:
     """Two steps of unequal size."""
@@ -42,6 +46,41 @@ def some(data: Dataset, index: Tensor) -> Dataset:
     return Subset(data, index.tolist())
 
 
+def pooled(datasets: Sequence[Dataset]) -> Dataset:
+    """A few examples of several clients, of as many classes as are found: one client may have one alone.
+
+    What a loss does with the others of a class is seen by that class alone.
+    """
+    who = torch.linspace(0, len(datasets) - 1, min(len(datasets), FEW)).long().tolist()
+    each = -(-LOOKED_AT // len(who))
+    parts = [some(d, spread(length(d), each)) for d in (datasets[k] for k in who)]
+    tables = [p.tensors for p in parts if isinstance(p, TensorDataset)]
+    if len(tables) == len(parts):
+        pool: Dataset = TensorDataset(*map(torch.cat, zip(*tables, strict=True)))
+    else:
+        pool = ConcatDataset(parts)
+    first: dict[object, int] = {}
+    for k in range(length(pool)):
+        first.setdefault(_class(pool[k][1]), k)
+    found = [*first.values()]
+    chosen = [found[k] for k in spread(len(found), FEW).tolist()]
+    others = [k for k in range(length(pool)) if k not in chosen]
+    more = spread(len(others), FEW - len(chosen)).tolist()
+    return some(pool, torch.tensor(chosen + [others[k] for k in more]))
+
+
+def spread(n: int, most: int) -> Tensor:
+    """At most so many of the numbers below ``n``, evenly spread."""
+    return torch.linspace(0, n - 1, min(n, most)).long()
+
+
+def _class(target: Any) -> object:
+    """What tells the class of an example from another's; None where it has no number."""
+    if isinstance(target, Tensor):
+        return None if target.is_floating_point() or target.dim() else int(target)
+    return target if isinstance(target, (int, str)) else None
+
+
 def stacks(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
     """Whether two clients of equal size learn together what each learns alone, tried on a few examples.
 
@@ -51,7 +90,7 @@ def stacks(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> b
         return True
     n = min(length(data), FEW)
     n -= n == 6  # no batch of one, which some models cannot take
-    few = some(data, torch.linspace(0, length(data) - 1, n).long())
+    few = some(data, spread(length(data), n))
     parts = [few, some(few, torch.arange(n).flip(0))]
     try:
         return difference(solver, model, parts, recipe) < TOLERANCE
@@ -62,17 +101,19 @@ def stacks(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> b
 def filled(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
     """Whether it shows that ``solver`` fills up batches, tried on clients of unequal size.
 
-    ``data`` is the largest client's, and has examples of all kinds. What cannot be tried shows it.
+    ``data`` has examples of all kinds (``pooled``). What cannot be tried shows it.
     """
     n = min(length(data), FEW)
     if n < 2 or normalises(training(model)):
         return True
     if random(model, data):
         return False
-    few = some(data, torch.linspace(0, length(data) - 1, n).long())
+    few = some(data, spread(length(data), n))
     # no batch of one, which some models cannot take, where there are others
-    sizes = {n, *(k for k in (n - 2, n // 2, n // 3) if k > 1 and k % 5 != 1)} | {max(1, n // 3)}
-    parts = [some(few, torch.arange(n)[-k:]) for k in sorted(sizes, reverse=True)]
+    sizes = {*(k for k in (n - 2, n // 2, n // 3) if k > 1 and k % 5 != 1)} | {max(1, n // 3)}
+    short = itertools.cycle(sorted(sizes, reverse=True))
+    # the first example of a client is what fills its batches up: each is one's first
+    parts = [few, *(some(few, torch.arange(n).roll(-k)[: next(short)]) for k in range(n))]
     try:
         return not difference(solver, model, parts, recipe) < TOLERANCE
     except Exception:  # whatever a loss of one's own may raise for so few

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fedtorch import ConfigError
 from fedtorch.__main__ import main
-from fedtorch.commands import given
+from fedtorch.commands import given, use
 from fedtorch.data import Csv, Digits, Npz, from_tensors
 from fedtorch.data.base import Preparation
 from fedtorch.data.prepared import FILE, Prepared, agreed, load, resumed, said
@@ -243,6 +243,47 @@ def test_pictures_of_other_kinds_are_read_by_their_colours_or_refused(tmp_path):
         name = "deep" if shape[0] == 3 else "plain"
         with pytest.raises(ConfigError, match=message):
             given.examples(known(shape, **options), tmp_path / f"{name}.png")
+
+
+@pytest.mark.parametrize(
+    "shape, x, message",
+    [
+        ((1, 4, 4), np.full((2, 1, 4, 4), 200, np.uint8), "up to 200, but .* images in 0 to 1"),
+        ((1, 4, 4), np.full((2, 1, 4, 4), 200.0), "up to 200, but .* images in 0 to 1"),
+        ((1, 4, 4), np.full((2, 1, 4, 4), np.nan), "NaN or infinite"),
+        ((3,), np.array([[1, np.inf, 2.0]]), "NaN or infinite"),
+        ((3, 4, 4), np.ones((6, 4, 4)), r"\[6, 4, 4\]; the model takes examples of \[3, 4, 4\]"),
+        ((3, 4, 4), np.ones((6, 1, 4, 4)), "takes examples of"),
+    ],
+)
+def test_arrays_that_are_not_what_the_model_was_trained_on_are_refused(shape, x, message, tmp_path):
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(ConfigError, match=message):
+        given.examples(known(shape, pixels=len(shape) == 3), tmp_path / "x.npy")
+
+
+def test_grey_images_may_lack_the_axis_of_their_channel(tmp_path):
+    x = np.random.default_rng(0).random((2, 4, 4))
+    for name, array in (("many", x), ("one", x[0]), ("full", x[:, None])):
+        np.save(tmp_path / f"{name}.npy", array)
+        found = given.examples(known((1, 4, 4), pixels=True), tmp_path / f"{name}.npy")
+        assert torch.equal(found[0, 0], torch.from_numpy(x[0]).float()), name
+
+
+def test_a_table_with_numbers_that_are_none_is_not_predicted(tmp_path):
+    (tmp_path / "x.csv").write_text("a,b\n1,2\nnan,3\n")
+    with pytest.raises(ConfigError, match="NaN or infinite"):
+        given.examples(known((2,), columns=("a", "b")), tmp_path / "x.csv")
+
+
+def test_whole_numbers_are_amounts_where_the_model_has_no_vocabulary():
+    path, x = Path("x.npy"), torch.tensor([[1, 2]])
+    linear = torch.nn.Linear(2, 3)
+    assert torch.equal(use.outputs(linear, x, path)[0], linear(x.float()))
+    table = torch.nn.Embedding(4, 3)
+    assert torch.equal(use.outputs(table, x, path)[0], table(x))
+    with pytest.raises(ConfigError, match=r"x\.npy: the model cannot take its examples \[1, 2\]"):
+        use.outputs(torch.nn.Linear(5, 3), x, path)
 
 
 def test_arrays_with_the_channels_last_are_turned_as_in_training(tmp_path):

@@ -316,3 +316,21 @@ def test_what_looks_at_neighbours_in_secret_is_found(make, loss):
             if v.is_floating_point():
                 worst = float((model.state_dict()[k] - v).abs().max())
                 assert worst <= 1e-6, (engine, k, worst)
+
+
+def of_the_third_class(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A loss for each example, larger where the batch has more of one class."""
+    return cross_entropy(output, target) * (1 + (target == 2).sum())
+
+
+@pytest.mark.parametrize("solver", ["stacked", "auto"])
+def test_a_loss_that_mixes_is_found_where_the_largest_client_has_one_class(solver):
+    recipe = Recipe(loss=of_the_third_class, lr=0.05, batch_size=8, epochs=2)
+    everybody = make_clients([21, 13, 6, 13])
+    everybody[0].data.tensors[1].zero_()
+    wanted, model = by_hand(mlp(), everybody, recipe, 1), mlp()
+    server = Server(model, everybody, recipe, engine=Local(solver=solver, chunk=4), seed=3)
+    assert server.session.choice.strict
+    server.round()
+    for k, v in wanted.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[k], v, rtol=0, atol=1e-6)

@@ -1,6 +1,6 @@
 """Files that a trained model is given: prepared as its training data were."""
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,26 @@ def arranged(path: Path, array: np.ndarray, shape: tuple[int, ...], known: Prepa
     x = torch.from_numpy(
         np.ascontiguousarray(array.astype(np.int64 if array.dtype == np.int64 else np.float32))
     )
-    if done.scale != 1:
-        x = _scaled(path, x.float(), array.dtype.kind in "iu", done.scale, done.pixels)
-    if x.numel() == 0 or x.numel() % math.prod(shape) or x.shape[-1:] != shape[-1:]:
+    if x.numel() == 0 or not _ends(x.shape, shape):
         raise ConfigError(
             f"{path} holds {list(x.shape)}; the model takes examples of {list(shape)}"
         )
+    if not bool(torch.isfinite(x).all()):
+        raise ConfigError(f"{path} has NaN or infinite values; fill or drop those examples first")
+    if done.scale != 1:
+        x = _scaled(path, x.float(), array.dtype.kind in "iu", done.scale, done.pixels)
+    elif done.pixels and float(x.max()) > (1 if array.dtype.kind in "iu" else 2):
+        raise ConfigError(
+            f"{path} holds numbers up to {float(x.max()):g}, but the model was trained on images in 0 to "
+            "1: divide them as the training images were"
+        )
     return x.reshape(-1, *shape)
+
+
+def _ends(found: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether the last axes are an example's; the one channel of grey images may be left out."""
+    plain = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+    return any(tuple(found[-len(s) :]) == tuple(s) for s in (shape, plain))
 
 
 def _scaled(path: Path, x: Tensor, whole: bool, scale: float, pixels: bool) -> Tensor:

@@ -105,8 +105,7 @@ def predict(argv: Sequence[str]) -> int:
         print(json.dumps({"continuation": more}) if "json" in given else more)
         return 0
     x = examples(run.known, path)
-    with torch.no_grad():
-        parts = [forward(run.model, part) for part in x.split(512)]
+    parts = outputs(run.model, x, path)
     if not all(isinstance(p, Tensor) for p in parts):
         raise ConfigError(
             f"the model gives a {type(parts[0]).__name__}, and predict tells of one tensor alone: load the "
@@ -116,6 +115,19 @@ def predict(argv: Sequence[str]) -> int:
     for row in described(output, run.known.kind, run.known.preparation.classes):
         print(json.dumps(row) if "json" in given else row["prediction"])
     return 0
+
+
+def outputs(model: nn.Module, x: Tensor, path: Path) -> list[Any]:
+    """What the model gives, a part at a time; whole numbers are amounts where it takes no such."""
+    try:
+        with torch.no_grad():
+            return [forward(model, part) for part in x.split(512)]
+    except Exception as e:
+        if x.dtype == torch.int64:
+            return outputs(model, x.float(), path)
+        raise ConfigError(
+            f"{path}: the model cannot take its examples {list(x.shape)}: {str(e).partition(chr(10))[0]}"
+        ) from e
 
 
 def described(output: Any, kind: str, classes: Sequence[Any] = ()) -> list[dict[str, Any]]:

@@ -160,7 +160,10 @@ def unlabelled(path: Path, done: Preparation) -> Tensor:
     table = sheet.read(path, done.decimal)
     if missing := [n for n in done.columns if n not in table.header]:
         raise ConfigError(f"{path} has no column {missing[0]!r}, which the model was trained on")
-    return standardised(torch.tensor(table.numbers(done.columns), dtype=torch.float32), done)
+    x = torch.tensor(table.numbers(done.columns), dtype=torch.float32)
+    if not bool(torch.isfinite(x).all()):
+        raise ConfigError(f"{path} has NaN or infinite values; fill or drop those rows first")
+    return standardised(x, done)
 
 
 @dataclass(frozen=True)

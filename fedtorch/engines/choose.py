@@ -18,7 +18,7 @@ from fedtorch.privacy import Privacy, SampleLevel
 from fedtorch.standins import shown
 from fedtorch.summed import averages
 from fedtorch.tree import has_float64
-from fedtorch.trial import filled, stacks
+from fedtorch.trial import filled, pooled, stacks
 from fedtorch.types import ConfigError
 
 CACHE = 1 << 20
@@ -186,12 +186,13 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
 
 def mixes(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
     """Whether it would show that batches are filled up: examples are not looked at each alone."""
+    data = pooled([c.data for c in clients])
     largest = max(clients, key=len)  # twice the only example of a small client would hide it
-    if probe.mixes_examples(model, largest.data, recipe):
+    if any(probe.mixes_examples(model, d, recipe) for d in (data, largest.data)):
         return True
     unequal = len(largest) > min(map(len, clients))
     private = isinstance(recipe.privacy, SampleLevel)  # which refuses what mixes
-    return unequal and not private and filled(solvers.stacked, model, largest.data, recipe)
+    return unequal and not private and filled(solvers.stacked, model, data, recipe)
 
 
 def check(solver: str, dtype: str, recipe: Recipe) -> bool:

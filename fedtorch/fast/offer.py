@@ -16,7 +16,7 @@ from fedtorch.losses import LOSSES, reduce
 from fedtorch.privacy import SampleLevel
 from fedtorch.solvers import Recipe
 from fedtorch.strategies import FedProx, Scaffold, Strategy
-from fedtorch.trial import FEW, TOLERANCE, difference, filled, some
+from fedtorch.trial import FEW, TOLERANCE, difference, filled, pooled, some
 
 KNOWN = (Strategy.correct, FedProx.correct, Scaffold.correct)
 """Corrections of the gradient that ``layers.Rule`` can express."""
@@ -72,7 +72,7 @@ def tried(
     except Exception as e:  # a label without an output, say: training will name it better
         return f"a trial failed ({type(e).__name__})"
     own = not private and recipe.loss not in LOSSES.values()
-    if own and filled(solver, model, max(datasets, key=length), recipe):
+    if own and filled(solver, model, pooled(datasets), recipe):
         return "the loss looks at the whole batch, not at each example alone"
     if not error < TOLERANCE:
         return f"a trial of two steps differs from the general path by {error:.1e}"
