@@ -107,8 +107,8 @@ def aside(model: nn.Module) -> Iterator[None]:
             q.grad = old if old is None or was is None else old.copy_(was)
         raise ConfigError(
             f"the loss, or a function that model {type(model).__name__} keeps, uses parameter {name} of "
-            "the very model handed over, and clients train copies of it: make it a method, or part of "
-            "the output"
+            "the very model handed over, but clients train copies of it, which it would not touch: make it "
+            "a method, or part of the output, or use the optimizer's weight_decay for a penalty"
         )
 
 

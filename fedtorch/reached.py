@@ -16,8 +16,8 @@ from fedtorch.types import ConfigError
 def others(given: nn.Module, worker: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     """Refuse what the gradient reaches outside of ``worker``, the copy of ``given`` that clients train.
 
-    Parameters of the loss, a penalty on the model that was handed over, a tensor that is no parameter.
-    Raises ConfigError naming it.
+    Parameters of the loss, a tensor that is no parameter. Raises ConfigError naming it. ``probe.aside``
+    refuses what reaches the model that was handed over.
     """
     if isinstance(recipe.loss, nn.Module):
         for name, p in recipe.loss.named_parameters():
@@ -28,15 +28,8 @@ def others(given: nn.Module, worker: nn.Module, clients: Sequence[Client], recip
         loss = reduce(recipe.loss(forward(training(worker), x), y))
         own = {id(p) for p in worker.parameters()}
         found = [t for t in leaves(loss) if id(t) not in own]
-    names = {id(p): name for name, p in given.named_parameters()}
     for t in found:
         t.grad = None  # what the trial before left there
-        if id(t) in names:
-            raise ConfigError(
-                f"the loss reaches {names[id(t)]} of the model that was handed over, but clients train "
-                "copies of it: a penalty there does nothing. Compute it in the model's forward and return "
-                "it beside the output, or use the optimizer's weight_decay"
-            )
         if isinstance(t, nn.Parameter):
             _refuse_loss(f"of shape {list(t.shape)}")
         if t is not x and t is not y:

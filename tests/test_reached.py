@@ -68,7 +68,7 @@ def test_a_penalty_on_the_model_that_was_handed_over_is_refused():
     def penalised(output, target):
         return cross_entropy(output, target) + 0.1 * model[2].weight.square().sum()
 
-    with pytest.raises(ConfigError, match=r"reaches 2.weight of the model that was handed over"):
+    with pytest.raises(ConfigError, match=r"uses parameter 2.weight of the very model handed over"):
         Server(model, make_clients([5, 6]), Recipe(loss=penalised))
     assert all(p.grad is None for p in model.parameters())
 

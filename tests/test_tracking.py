@@ -15,7 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
-from fedtorch import checkpoint
+from fedtorch import checkpoint, disk
 from fedtorch.commands.train import train_module
 from fedtorch.runs import EVENTS
 from fedtorch.tracking import Record, TensorBoard, protos
@@ -417,10 +417,14 @@ def test_wandb_goes_on_in_the_run_it_began(tmp_path, monkeypatch):
 def test_a_model_that_cannot_be_written_is_said_and_the_checkpoint_is_kept(
     tmp_path, monkeypatch, capsys
 ):
-    def full(*args):
-        raise OSError(28, "No space left on device")
+    whole = disk.whole
 
-    monkeypatch.setattr("fedtorch.runs.save_file", full)
+    def full(path, **more):
+        if path.name == "model.safetensors":
+            raise OSError(28, "No space left on device")
+        return whole(path, **more)
+
+    monkeypatch.setattr(disk, "whole", full)
     assert run(tmp_path / "run", "--rounds", "1") == 2
     assert "the trained model cannot be written" in capsys.readouterr().err
     assert (tmp_path / "run/checkpoints/round-000001.pt").is_file()

@@ -49,6 +49,15 @@ plain = st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.text(max_s
 facts = st.dictionaries(st.text(max_size=9), plain | st.lists(plain, max_size=3), max_size=4)
 
 
+def test_a_complex_number_may_start_anywhere():
+    numbers = {
+        "a": torch.zeros(1, dtype=torch.bfloat16),
+        "b": torch.tensor([1 + 2j, 3 - 4j]).to(torch.complex128),
+    }
+    message = Message("m", {}, {"g": numbers})
+    assert same(message, wire.decode(wire.encode(message)))
+
+
 @given(st.builds(Message, st.text(max_size=9), facts, groups))
 def test_any_message_comes_back(message):
     assert same(message, wire.decode(wire.encode(message)))

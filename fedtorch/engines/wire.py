@@ -213,8 +213,8 @@ def _tensor(raw: Tensor, dtype: torch.dtype, shape: list[int]) -> Tensor:
         return torch.empty(shape, dtype=dtype)
     if dtype is torch.bool and int(raw.max()) > 1:
         raise MessageError("a truth value is neither 0 nor 1")
-    if dtype.is_complex:  # a complex128 would have to start at a multiple of 16
-        return torch.view_as_complex(raw.view(dtype.to_real()).view(*shape, 2))
+    if dtype.is_complex:  # a copy: a view would have to start at a multiple of two real numbers
+        return torch.complex(*raw.view(dtype.to_real()).view(*shape, 2).unbind(-1))
     return raw.view(dtype).view(shape)
 
 

@@ -83,7 +83,7 @@ class Privacy(ABC):
     insecure_seed: int | None = None
     """Makes noise repeatable, for tests: whoever knows it can take the noise off."""
     fix_model: bool = False
-    """Replace layers that void the guarantee (BatchNorm, LSTM, ...) before round 0."""
+    """Replace, before round 0, layers that void the guarantee (BatchNorm) or are slow under it (LSTM)."""
 
     def __post_init__(self) -> None:
         """Refuse what gives no guarantee, by name."""
