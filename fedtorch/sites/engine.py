@@ -224,10 +224,9 @@ class SitesSession:
         with self.change:
             visit = self._open(site)
         number = message.facts.get("round")
-        known = (
-            type(number) is int and 0 <= number < 1 << 31
-        )  # longer ones Python does not even print
-        over = f"its visit of round {number + 1 if known else '?'} is over, or was "
+        # longer ones Python does not even print
+        known = isinstance(number, int) and 0 <= number < 1 << 31
+        over = f"its visit of round {int(number or 0) + 1 if known else '?'} is over, or was "
         over += "reported before: discarded"
         if visit is None or message.facts.get("visit") != visit.nonce:
             raise MessageError(over)
