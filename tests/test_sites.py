@@ -359,6 +359,9 @@ def test_replayed_late_and_oversized_messages_are_refused(folder):
         telephone = at["line"]("south")
         with pytest.raises(Refused, match="reported before"):
             telephone.call("report", sent[0], 5)
+        late = {"run": made.session.options.plan.run, "round": 10**4300 - 1}
+        with pytest.raises(Refused, match=r"visit of round \? is over"):
+            telephone.call("report", wire.encode(Message("report", late)), 5)
         with pytest.raises(Refused, match="larger than max"):
             telephone.call("report", bytes(made.session.limit + 1), 30)
         with pytest.raises(Refused, match="no fedtorch message"):
