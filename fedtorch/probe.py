@@ -50,12 +50,18 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | N
     The model is left as it was.
     """
     trainable(model)
+    trained = {k for k, p in model.named_parameters() if p.requires_grad}
     with untouched(model) as outline, seeds.seeded(0):
         take = _stepper(training(model), recipe)
         for client, index in _full_and_short(clients, recipe):
             _backward(model, client, index, recipe)
             take()
         change = outline.changed()
+    if other := trained ^ {k for k, p in model.named_parameters() if p.requires_grad}:
+        raise ConfigError(
+            f"parameter {min(other)} of model {type(model).__name__} is frozen or unfrozen as the model "
+            "runs: set requires_grad before training, or detach its output"
+        )
     if change and change.saved:
         raise ConfigError(
             f"{change.what} is made, or takes another shape, as the model runs, and the server's model "
@@ -80,6 +86,11 @@ def trainable(model: nn.Module) -> None:
         raise ConfigError(
             f"parameter {loose[0]} of model {name} is computed from others: detach it"
         )
+    if hooked := [k for k, p in model.named_parameters() if hooks(p)]:
+        raise ConfigError(
+            f"parameter {hooked[0]} of model {name} has a hook on its gradient, which a copy loses, and "
+            "clients train copies: do the same in the model's forward or by a strategy's correct()"
+        )
     for k, v in (*model.named_parameters(), *model.named_buffers()):
         if v.layout is not torch.strided or v.is_quantized or v.is_meta:
             kind = "quantized" if v.is_quantized else "on device meta" if v.is_meta else "sparse"
@@ -87,6 +98,11 @@ def trainable(model: nn.Module) -> None:
                 f"{k} of model {name} is {kind}, and weights and buffers must be plain numbers: make it "
                 "dense, or keep it as a plain attribute"
             )
+
+
+def hooks(p: Tensor) -> bool:
+    """Whether something else happens as its gradient comes."""
+    return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
 
 
 @contextmanager

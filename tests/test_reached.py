@@ -131,3 +131,69 @@ def test_weights_put_in_place_of_others_are_trained_on():
         server.round()
         ends.append(model[0].weight)
     assert torch.equal(*ends)
+
+
+class Scaled(nn.Module):
+    """A loss over its own running mean, in a buffer or in an attribute."""
+
+    def __init__(self, attribute: bool) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(()))
+        self.attribute, self.count, self.table = attribute, 0, None
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        losses = cross_entropy(output, target)
+        self.table = torch.ones(4) if self.table is None else self.table  # made once
+        if self.attribute:
+            self.count += 1
+        else:
+            self.mean.mul_(0.5).add_(losses.detach().mean(), alpha=0.5)
+        return losses / self.mean
+
+
+@pytest.mark.parametrize("attribute, what", [(False, "mean"), (True, "attribute count")])
+def test_a_loss_that_keeps_something_from_call_to_call_is_refused(attribute, what):
+    loss = Scaled(attribute)
+    for given in (loss, loss.forward):
+        with pytest.raises(ConfigError, match=rf"keeps something from call to call \({what}"):
+            Server(mlp(), make_clients([5, 6]), Recipe(loss=given))
+
+
+def test_a_loss_may_make_something_once():
+    class Smoothed(nn.CrossEntropyLoss):
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            if not hasattr(self, "table"):
+                self.table = torch.ones(4)
+            return super().forward(output * self.table, target)
+
+    assert Server(mlp(), make_clients([5, 6]), Recipe(loss=Smoothed())).round()["clients"] == 2
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_a_gradient_that_copies_would_lose_is_refused(hook):
+    model = mlp()
+    getattr(model[0].weight, hook)(lambda g: None)
+    with pytest.raises(ConfigError, match=r"parameter 0.weight .* has a hook on its gradient"):
+        Server(model, make_clients([5, 6]))
+
+
+def test_a_model_that_freezes_itself_is_refused():
+    class Freezes(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            self[0].requires_grad_(False)
+            return super().forward(x)
+
+    with pytest.raises(ConfigError, match=r"0.bias .* is frozen or unfrozen as the model runs"):
+        Server(Freezes(*mlp()), make_clients([5, 6]))
+
+
+@pytest.mark.parametrize("solver", ["auto", "general"])
+def test_a_model_that_writes_on_its_input_leaves_the_clients_data_alone(solver):
+    class Halves(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mul_(0.5))
+
+    clients = make_clients([5, 6])
+    before = [c.data.tensors[0].clone() for c in clients]
+    Server(Halves(*mlp()), clients, Recipe(), engine=Local(solver=solver)).round()
+    assert all(torch.equal(c.data.tensors[0], x) for c, x in zip(clients, before, strict=True))

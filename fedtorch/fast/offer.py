@@ -42,7 +42,8 @@ def offer(
     if why:
         return why
     x, y = datasets[0].tensors  # type: ignore[attr-defined]
-    x, y = (t[:2].to(next(model.parameters()).device) for t in (x, y))
+    # copies: a model may write on what it is given
+    x, y = (t[:2].clone().to(next(model.parameters()).device) for t in (x, y))
     with seeds.kept():  # reading and trying a model may draw
         chain = read(model, x)
     if isinstance(chain, str):
