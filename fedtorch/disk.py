@@ -31,7 +31,11 @@ def whole(path: Path, private: bool = False) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as e:
+        if (
+            isinstance(e, OSError) and e.filename is None
+        ):  # a full disk does not say which file it was
+            e.filename = str(path)
         with suppress(OSError):
             part.unlink(missing_ok=True)
         raise

@@ -1,3 +1,4 @@
+import errno
 import os
 import subprocess
 import sys
@@ -76,3 +77,9 @@ def test_a_folder_that_cannot_be_locked_is_said(tmp_path, monkeypatch):
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match="cannot be written"), disk.locked(Path(tmp_path / "no")):
         pass
+
+
+def test_a_full_disk_says_which_file_it_could_not_take(tmp_path):
+    with pytest.raises(OSError) as e, disk.whole(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "no room")
+    assert disk.reason(e.value) == f"{tmp_path / 'a'}: no room"
