@@ -272,3 +272,15 @@ def test_two_processes_do_not_share_a_state_folder(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="state folder"):
         Site(SiteConfig(**{**vars(config), "state": str(tmp_path / "file")}))
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_epsilon": 5.0}], ids=["no budget", "budget"])
+def test_a_run_of_fewer_classes_than_the_data_is_refused_before_a_row_can_show_it(
+    data, tmp_path, limit
+):
+    two = facts_of((6,), 2, "classification")
+    for changes in ({"facts": two}, {"model_args": {"num_outputs": 2}}):
+        server = Played(offer(privacy=PRIVATE, **changes))
+        with pytest.raises(ConfigError, match="but the data has 3 classes"):
+            play(server, data, tmp_path, **limit)
+        assert server.calls == ["join"]

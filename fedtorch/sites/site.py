@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fedtorch import disk
+from fedtorch import disk, probe
 from fedtorch.client import Client
 from fedtorch.data import prepared
 from fedtorch.data.base import Data
@@ -126,6 +126,9 @@ class Site:
                 f"{self.data.kind}; see --dataset.kind"
             )
         self.model, recipe = plan.build()
+        if plan.kind == "classification" and self.data.outputs > 1:
+            # else a step would fail where a row of another class is in it, and tell that there is one
+            probe.classes_fit(self.model, self.data)
         standardized = bool(getattr(self.config.dataset, "standardize", False))
         self.budget.admit(recipe, self.config.insecure, standardized)
         engine = Local(chunk=1, device=self.config.device)
