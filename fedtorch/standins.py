@@ -18,6 +18,7 @@ from fedtorch.client import Client, Recipe
 from fedtorch.losses import reduce
 from fedtorch.modules import forward, to, training
 from fedtorch.outline import untouched
+from fedtorch.types import ConfigError
 
 COUNT = 16
 """Made-up examples of a dataset."""
@@ -40,15 +41,25 @@ class Shown(Client):
 
 
 def shown(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Sequence[Client]:
-    """The clients, or under a privacy plan stand-ins for them."""
+    """The clients, or stand-ins for them under a plan; raises ConfigError where data give no pairs."""
     if recipe.privacy is None:
         return clients
+    standins = _all(clients, made)
+    return standins if _fits(model, standins[0], recipe) else _all(clients, limited)
+
+
+def _all(clients: Sequence[Client], make: Any) -> list[Shown]:
     known: dict[object, Dataset] = {}
-    standins = [Shown(c, _once(known, c.data, made)) for c in clients]
-    if _fits(model, standins[0], recipe):
-        return standins
-    known = {}
-    return [Shown(c, _once(known, c.data, limited)) for c in clients]
+    found = []
+    for c in clients:
+        try:
+            found.append(Shown(c, _once(known, c.data, make)))
+        except Exception as e:  # the owner's own code gives examples, whatever they are
+            raise ConfigError(
+                f"client {c.id}: a dataset must give (x, y) pairs, but taking its first examples failed "
+                f"({type(e).__name__}: {e})"
+            ) from e
+    return found
 
 
 def made(data: Dataset) -> Dataset:
@@ -58,7 +69,7 @@ def made(data: Dataset) -> Dataset:
             _drawn(t[:1].expand(COUNT, *t.shape[1:]), k == 0) for k, t in enumerate(data.tensors)
         ]
         return TensorDataset(*(_laid(new, t) for new, t in zip(tables, data.tensors, strict=True)))
-    return Items([_like(_first(data), k) for k in range(COUNT)])
+    return Items([_like(data[0], k) for k in range(COUNT)])
 
 
 def limited(data: Dataset) -> Dataset:
@@ -123,10 +134,6 @@ def _laid(new: Tensor, like: Tensor) -> Tensor:
     if like.is_contiguous() or like.dim() < 2:
         return new
     return new.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def _first(data: Dataset) -> Any:
-    return data[0]
 
 
 def _like(item: Any, k: int) -> Any:

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from fedtorch import Client, Local, Recipe, standins
+from conftest import mlp
+from fedtorch import Client, Local, Recipe, Server, standins
 from fedtorch.batches import fetch, length
 from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
 from fedtorch.solvers import snapshot
 from fedtorch.standins import BOUND, limited, made, shown
-from fedtorch.types import Task
+from fedtorch.types import ConfigError, Task
 
 PLANS = [
     SampleLevel(rounds=3, noise_multiplier=1.0),
@@ -117,3 +118,22 @@ def test_one_row_changes_no_choice_and_leaves_nobody_out(make, plan):
 
 def test_it_is_known_how_many_examples_are_made_up():
     assert length(made(TensorDataset(torch.rand(2, 3), torch.zeros(2)))) == standins.COUNT
+
+
+class Unread(Dataset):
+    def __len__(self) -> int:
+        return 5
+
+
+class Single(Unread):
+    def __getitem__(self, k: int) -> int:
+        return k
+
+
+@pytest.mark.parametrize("data", [Unread(), Single()])
+@pytest.mark.parametrize(
+    "plan", [SampleLevel(rounds=1), ClientLevel(rounds=1)], ids=["sample", "client"]
+)
+def test_data_without_pairs_are_refused_by_the_clients_name(data, plan):
+    with pytest.raises(ConfigError, match=r"client odd: a dataset must give \(x, y\) pairs"):
+        Server(mlp(), [Client("odd", data)], Recipe(privacy=plan))
