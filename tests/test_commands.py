@@ -212,6 +212,20 @@ def test_a_run_of_ones_own_needs_no_flag_in_its_folder_and_unchanged(tmp_path, c
     assert "other.py'; add --trust-code" in capsys.readouterr().err
 
 
+def test_only_what_a_command_imports_needs_the_flag(tmp_path, state, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("own_score.py").write_text("def hits(o, y):\n    return (o.argmax(1) == y).float()\n")
+    fast = ["--epochs", "1", "--clients", "3", "--tracking", "none", "--rounds", "1"]
+    words = ["train", "--privacy", "none", *fast, "--metrics", "own_score:hits", "--run-dir", "run"]
+    assert main(words) == 0
+    shutil.rmtree(state)
+    np.save("x.npy", np.zeros((2, 1, 8, 8)))
+    assert main(["predict", "run", "x.npy"]) == 0, "a prediction asks no metric"
+    assert main(["eval", "run"]) == 2
+    assert "metrics = 'own_score:hits'; add --trust-code" in capsys.readouterr().err
+
+
 def test_a_run_folder_that_brings_models_along_runs_none_of_them(tmp_path, capsys, monkeypatch):
     assert main(["train", *SMALL, "--rounds", "1", "--run-dir", str(tmp_path / "run")]) == 0
     monkeypatch.chdir(tmp_path / "run")

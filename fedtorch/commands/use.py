@@ -44,17 +44,20 @@ class Trained:
         return self.loaded
 
 
-def trained(folder: str, trusted: bool = False, load: bool = True) -> Trained:
+def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool = False) -> Trained:
     """Raises ConfigError when the folder holds no run, one that has not come to its end, or code of others.
 
-    ``trusted``: import what its config names. ``load``: the data too, which may have gone.
+    ``trusted``: import what its config names. ``load``: the data too, which may have gone. ``judged``: its
+    loss and metrics will be imported as well.
     """
     train = train_module()
     tell([run := saved.load(folder)])
     table = cli.read(run.folder / "config.toml")
     if not trusted:
         own = trust.remembered(run.folder / "config.toml")
-        trust.check(table, {}, f"the run in {folder}", own)
+        later = {"optimizer"} if judged else {"optimizer", "loss", "metrics"}
+        imported = {k: v for k, v in table.items() if k not in later}
+        trust.check(imported, {}, f"the run in {folder}", own)
         trust.inside(Path(folder), table)
     config = cli.build(train.Config, table)
     kept = prepared.load(Path(folder))
@@ -75,7 +78,7 @@ def evaluate_run(argv: Sequence[str]) -> int:
     words, given = words_and_options(argv, "eval", {"json": False, TRUST: False})
     if len(words) != 1:
         raise ConfigError(f"fedtorch eval takes one run folder, but got {len(words)}")
-    run = trained(words[0], TRUST in given)
+    run = trained(words[0], TRUST in given, judged=True)
     config, data = run.config, run.data
     _, metrics = assemble.loss_and_metrics(data.kind, config.loss, config.metrics)
     figures = {f"test_{k}": v for k, v in evaluate(run.model, data.test, metrics).items()}
