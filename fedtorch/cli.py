@@ -253,7 +253,7 @@ def find(dotted: str) -> Callable[..., Any]:
     module, _, attr = dotted.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attr)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError, TypeError, ValueError) as e:  # "../x": a relative import
+    except Exception as e:  # a user's module can fail in any way while it is imported
         raise ConfigError(f"cannot import {dotted!r}: {e}") from e
 
 

@@ -156,7 +156,7 @@ class ClientOptimizer:
         module, _, attr = self.name.rpartition(".")
         try:
             cls = getattr(importlib.import_module(module), attr)
-        except (ImportError, AttributeError, ValueError) as e:
+        except Exception as e:  # a user's module can fail in any way while it is imported
             raise ConfigError(
                 f"unknown client optimizer {self.name!r}; there are {', '.join(sorted(found))}, "
                 "or give package.module.Class"

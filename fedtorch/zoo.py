@@ -76,8 +76,8 @@ def find(spec: str) -> Callable[..., Any]:
     elif ":" in spec:
         try:
             module = importlib.import_module(where)
-        except ImportError as e:
-            raise ConfigError(f"model {spec!r}: {e}") from e
+        except Exception as e:  # a user's module can fail in any way while it is imported
+            raise ConfigError(f"model {spec!r}: {type(e).__name__}: {e}") from e
     else:
         if not spec.replace("-", "_").isidentifier():  # a path in it would leave the model folders
             raise ConfigError(f"model {spec!r} is neither a name nor path/file.py:Name")

@@ -85,6 +85,8 @@ def test_paths_and_modules(tmp_path):
         ("mlp", {"activation": "swish"}, "activation must be one of relu"),
         ("transformer", {}, "needs vocab_size"),
         ("collections:Counter", {}, "is a class, but no subclass of nn.Module"),
+        (":", {}, "Empty module name"),
+        ("..:x", {}, "model '..:x': "),
         ("os:getcwd", {}, "gave a str, not an nn.Module"),
         ("builtins:dict", {}, "is a class, but no subclass of nn.Module"),
         ("torch:__version__", {}, "cannot be called"),
