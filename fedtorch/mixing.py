@@ -22,6 +22,7 @@ from fedtorch.modules import forward, training, undropped
 from fedtorch.outline import copied, untouched
 from fedtorch.privacy import SampleLevel
 from fedtorch.tree import leaves, rebuilt, rows, size
+from fedtorch.types import ConfigError
 
 WATCHED = 4
 """Examples that are looked at, alone and in company."""
@@ -43,22 +44,36 @@ def mixes(model: nn.Module, x: Any, y: Any, recipe: Recipe) -> str | None:
     """What of model and loss depends on other examples, or None; ``x`` and ``y`` are a batch of a few.
 
     The labels must be of two classes at least, each there more than once. Model and loss are left as they
-    were, but for a loss that is a function and keeps something.
+    were, but for a loss that is a function and keeps something. Raises ConfigError where a trial fails.
     """
     recipe = replace(recipe, loss=_another(recipe.loss))  # it may count or keep
     with seeds.seeded(0):
         wide = _wide(model, x, y, recipe.loss)
         tried, x, y, near = wide or (model, x, y, {"rtol": 1e-3, "atol": 1e-5})
         with untouched(tried), undropped(tried):
-            found = (
-                _neighbours(tried, x, y, recipe, near)
-                or _unlike(tried, x, y, recipe, near)
-                or _company(tried, x, y, recipe, near)
-                or _gradients(tried, x, y, recipe, near)
-                or _remembers(tried, x, y, recipe.loss, near)
-            )
-            tried.zero_grad()
-    return found
+            try:
+                return _found(tried, x, y, recipe, near)
+            except ConfigError:
+                raise
+            except Exception as e:
+                raise ConfigError(
+                    f"sample-level privacy tries model {type(model).__name__} and its loss on examples "
+                    "alone and in company, without recording gradients, where they fail "
+                    f"({type(e).__name__}: {e}): "
+                    "one that takes gradients in its own forward cannot train so; client-level privacy can"
+                ) from e
+            finally:
+                tried.zero_grad()
+
+
+def _found(model: nn.Module, x: Any, y: Any, recipe: Recipe, near: Any) -> str | None:
+    return (
+        _neighbours(model, x, y, recipe, near)
+        or _unlike(model, x, y, recipe, near)
+        or _company(model, x, y, recipe, near)
+        or _gradients(model, x, y, recipe, near)
+        or _remembers(model, x, y, recipe.loss, near)
+    )
 
 
 def _wide(model: nn.Module, x: Any, y: Any, loss: Loss) -> Any:

@@ -237,3 +237,20 @@ def test_a_loss_is_tried_on_a_copy():
 
     loss = Counted()
     assert found(loss) is None and loss.calls == 0
+
+
+def test_a_model_that_takes_gradients_in_its_forward_is_refused_in_one_sentence():
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+            return self.net(x) + slope[:, :3]
+
+    with pytest.raises(
+        ConfigError, match=r"model Slope and its loss .* gradients in its own forward"
+    ):
+        found(model=Slope())
