@@ -18,7 +18,7 @@ import fedtorch  # noqa: F401  (first: Ctrl-C while torch is read is one line th
 import torch
 from torch import nn
 
-from fedtorch import assemble, cli, disk, folders, probe, runs, seeds, sweep, trust, zoo
+from fedtorch import assemble, cli, disk, folders, probe, runs, seeds, sweep, zoo
 from fedtorch.choices import help_text
 from fedtorch.client import Recipe
 from fedtorch.console import Report, StopSignal, partition_table
@@ -294,8 +294,6 @@ def open_folder(config: Config, server: Server, data: Data, held: ExitStack) -> 
     folder = Path(config.run_dir) if config.run_dir else folders.fresh(name.lower())
     table = {k: v for k, v in cli.describe(config).items() if k not in ("resume", "run_dir")}
     kept = folders.start(folder, table, held)
-    if trust.foreign(table):
-        trust.remember(kept.config)
     prepared.Prepared.of(data).save(folder)
     if server.private:
         server.private.ledger = Ledger(folder / LEDGER, server.private.plan.unit)
@@ -315,8 +313,6 @@ def read_config(argv: Sequence[str]) -> Config:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 trained, 1 it failed, learned nothing or the budget is spent, 2 it cannot be done."""
     argv = sys.argv[1:] if argv is None else argv
-    if "" not in sys.path:  # a user's own modules are found from the working folder, as with -m
-        sys.path.append("")
     if "--help" in argv or "-h" in argv:
         print(help_text(Config, "fedtorch train"))
         print(sweep.HELP)

@@ -9,8 +9,8 @@ from fedtorch import losses
 from fedtorch.client import Client
 from fedtorch.data.base import Data, subset
 from fedtorch.data.content import coins
-from fedtorch.data.hub import resolve
 from fedtorch.losses import Loss
+from fedtorch.named import find
 from fedtorch.types import ConfigError
 
 
@@ -63,7 +63,7 @@ def named(role: str, name: str, known: Mapping[str, Loss]) -> Loss:
         raise ConfigError(
             f"unknown {role} {name!r}; there are {', '.join(known)}, or give package.module:function"
         )
-    found = resolve(name)
+    found = find(name)
     fits = issubclass(found, nn.Module) if isinstance(found, type) else callable(found)
     if not fits:
         raise ConfigError(

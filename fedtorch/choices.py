@@ -1,11 +1,12 @@
 """The short names a config may use, and the help text that lists them."""
 
 import dataclasses
-import importlib
 import textwrap
 from typing import Any
 
 from docstring_parser import parse_from_object
+
+from fedtorch import named
 
 CHOICES: dict[str, dict[str, str]] = {
     "dataset": {
@@ -121,8 +122,7 @@ def _option(flag: str, default: str, text: str) -> list[str]:
 
 
 def _choice(choice: str, name: str, path: str) -> list[str]:
-    module, _, attr = path.rpartition(".")
-    cls = getattr(importlib.import_module(module), attr)
+    cls = named.find(path)
     options = "".join(
         f" --{choice}.{f.name} {_shown(_default(f))}"
         for f in dataclasses.fields(cls)

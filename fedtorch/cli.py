@@ -6,7 +6,6 @@ options are that class's constructor arguments. jsonargparse checks and converts
 """
 
 import dataclasses
-import importlib
 import inspect
 import json
 import os
@@ -19,7 +18,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from fedtorch import trust
+from fedtorch import named, trust
 from fedtorch.choices import CHOICES, FREE, WANTED
 from fedtorch.types import ConfigError
 
@@ -36,7 +35,14 @@ def parse(cls: type, argv: Sequence[str], base: Table | None = None, own: bool =
     path, trusted = flags.pop("config", None), trusts(flags)
     table = merge(merge(base or {}, read(path) if path else {}), flags)
     typed = merge(base or {}, flags) if own else flags
-    trust.check(table, typed, "the run's config" if path is None else str(path), trusted)
+    if base or path:
+        # a file that names no model gets the one of the same name as everybody: it may lie here
+        trust.check(
+            {"model": getattr(cls, "model", None)} | table,
+            typed,
+            "the run's config" if path is None else str(path),
+            trusted,
+        )
     return build(cls, table)
 
 
@@ -53,8 +59,6 @@ def resume(cls: type, argv: Sequence[str], config: Path, free: set[str]) -> Any:
     if not config.is_file():
         raise ConfigError(f"nothing to resume: {config.parent} holds no run; leave out --resume")
     saved = read(config)
-    if not trusts(from_flags(argv, {f.name: f.type for f in dataclasses.fields(cls)})):
-        trust.inside(config.parent, saved)
     own = trust.remembered(config)
     new = parse(
         cls, argv, base=saved, own=own
@@ -220,7 +224,7 @@ def _entry(value: Any) -> Any:
     path = f"{type(value).__module__}.{type(value).__name__}"
     for names in CHOICES.values():
         for name, dotted in names.items():
-            if find(dotted) is type(value):
+            if named.find(dotted) is type(value):
                 return {"name": name, **describe(value)}
     return {"name": path, **describe(value)}
 
@@ -228,13 +232,13 @@ def _entry(value: Any) -> Any:
 def _class(choice: str, name: str) -> Callable[..., Any]:
     names = CHOICES[choice]
     if name.lower() in names:
-        return find(names[name.lower()])
+        return named.find(names[name.lower()])  # type: ignore[no-any-return]
     if "." not in name and ":" not in name:
         raise ConfigError(
             f"unknown {choice} {name!r}; there are {', '.join(names)}, "
             "or give the dotted path of a class of your own"
         )
-    found = find(name.replace(":", "."))
+    found = named.find(name)
     if not (isinstance(found, type) and _fits(choice, found)):
         raise ConfigError(f"{name!r} is no {choice}: {WANTED[choice][1]}")
     return found
@@ -243,18 +247,9 @@ def _class(choice: str, name: str) -> Callable[..., Any]:
 def _fits(choice: str, cls: type) -> bool:
     base = WANTED[choice][0]
     if "." in base:
-        found = find(base)
+        found = named.find(base)
         return isinstance(found, type) and issubclass(cls, found)
     return dataclasses.is_dataclass(cls) and callable(getattr(cls, base, None))
-
-
-def find(dotted: str) -> Callable[..., Any]:
-    """The object a dotted path names; raises ConfigError when it is not there."""
-    module, _, attr = dotted.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), attr)  # type: ignore[no-any-return]
-    except Exception as e:  # a user's module can fail in any way while it is imported
-        raise ConfigError(f"cannot import {dotted!r}: {e}") from e
 
 
 def _named(value: Any) -> tuple[Any, Table]:

@@ -8,7 +8,7 @@ from itertools import count, zip_longest
 from pathlib import Path
 from typing import Any
 
-from fedtorch import checkpoint, disk, runs
+from fedtorch import checkpoint, disk, runs, trust
 from fedtorch.types import ConfigError
 
 CONFIG = "config.toml"
@@ -63,9 +63,12 @@ def start(folder: Path, table: dict[str, Any], held: ExitStack) -> Folder:
     runs.try_out(folder)
     tidy(folder)
     try:
-        return Folder(folder, runs.write_config(folder, table))
+        config = runs.write_config(folder, table)
     except OSError as e:
         raise runs.unwritable(folder, e) from e
+    if trust.foreign(table):
+        trust.remember(config)
+    return Folder(folder, config)
 
 
 def resume(folder: Path, held: ExitStack) -> tuple[Folder, dict[str, Any]]:

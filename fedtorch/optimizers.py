@@ -4,7 +4,6 @@ A server optimizer treats the clients' mean delta as a step direction. State goe
 of it is float64, so that a run does not depend on the order of small additions.
 """
 
-import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtorch import named
 from fedtorch.options import POSITIVE, SHARE, check
 from fedtorch.tree import tmap
 from fedtorch.types import ConfigError, Params
@@ -153,14 +153,12 @@ class ClientOptimizer:
         key = self.name.lower()
         if key in found:
             return found[key]
-        module, _, attr = self.name.rpartition(".")
-        try:
-            cls = getattr(importlib.import_module(module), attr)
-        except Exception as e:  # a user's module can fail in any way while it is imported
+        if "." not in key and ":" not in key:
             raise ConfigError(
                 f"unknown client optimizer {self.name!r}; there are {', '.join(sorted(found))}, "
                 "or give package.module.Class"
-            ) from e
+            )
+        cls = named.find(self.name)
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
             raise ConfigError(
                 f"{self.name!r} is no optimizer: it must subclass torch.optim.Optimizer"

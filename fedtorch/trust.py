@@ -1,8 +1,10 @@
 """What a file may name: nothing that Python would import, unless whoever starts the run says so.
 
-A config or a run folder may come from anybody. Its short names are ours; a dotted name, a path or a
-cluster's address would run somebody's code, so it needs ``--trust-code``. What is typed on the command
-line is trusted as it is, and so is the config of a run that this user began with it, in the same folder.
+A config or a run folder may come from anybody, and so may what lies beside it: the user may have gone to
+a folder of somebody else. Hence one rule for ``train --config``, ``--resume``, ``eval``, ``predict`` and
+``serve``. Short names are fedtorch's own. A dotted name, a path, a short name that a file in ``./models``
+answers to, or another machine's address needs ``--trust-code``. What is typed on the command line is
+trusted as it is, and so is the config of a run that this user began with it, in the same working folder.
 """
 
 import hashlib
@@ -13,10 +15,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedtorch import zoo
 from fedtorch.choices import CHOICES
 from fedtorch.types import ConfigError
 
 FLAG = "--trust-code"
+
+REACHED = (
+    ("dataset", "custom", "path"),
+    ("engine", "ray", "address"),
+    ("tracking", "mlflow", "uri"),
+)
+"""Options of a choice that name code, or a machine to send things to."""
 
 SHORT = re.compile(r"[\w-]*")
 """Names of models, losses, metrics and optimizers that are found without an import by path."""
@@ -27,11 +37,13 @@ def foreign(table: Mapping[str, Any]) -> dict[str, str]:
     found = _choices(table)
     for option in ("model", "optimizer", "loss"):
         found[option] = _name(table.get(option))
+    if SHORT.fullmatch(found["model"]):
+        found["model"] = zoo.elsewhere(found["model"]) or found["model"]
     metrics = table.get("metrics", [])
     for name in metrics.split(",") if isinstance(metrics, str) else _list(metrics):
         if not SHORT.fullmatch(str(name)):
             found["metrics"] = str(name)
-    for choice, kind, option in (("dataset", "custom", "path"), ("engine", "ray", "address")):
+    for choice, kind, option in REACHED:
         chosen = table.get(choice)
         if isinstance(chosen, Mapping) and _name(chosen).lower() == kind and chosen.get(option):
             found[f"{choice}.{option}"] = str(chosen[option])
@@ -73,21 +85,11 @@ def check(
     if trusted:
         return
     known = foreign(typed)
-    for option, name in foreign(table).items():
-        if known.get(option) != name:
-            raise ConfigError(
-                f"{source} names code to import and run: {option} = {name!r}; add {FLAG} if it is yours "
-                "or you trust whoever wrote it"
-            )
-
-
-def inside(folder: Path, table: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a run folder brings the model's code along: ./models lies within it."""
-    own = Path("models") / f"{_name(table.get('model'))}.py"
-    if own.is_file() and own.resolve().is_relative_to(folder.resolve()):
+    named = [f"{k} = {n!r}" for k, n in foreign(table).items() if known.get(k) != n]
+    if named:
         raise ConfigError(
-            f"the run folder {folder} brings a model file of its own, {own}, which would be run; start "
-            f"from another folder, or add {FLAG} if it is yours"
+            f"{source} names code to import and run: {', '.join(named)}; add {FLAG} if it is yours "
+            "or you trust whoever wrote it"
         )
 
 

@@ -6,7 +6,6 @@ data's facts (input_shape, in_features, in_channels, num_classes, vocab_size, ..
 its signature asks for by name; the user's own arguments come on top.
 """
 
-import importlib
 import importlib.util
 import inspect
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from fedtorch import named
 from fedtorch.types import ConfigError
 
 PACKAGE = Path(__file__).parent
@@ -31,6 +31,21 @@ def folders() -> list[Path]:
 def names() -> list[str]:
     """Every model that can be named without a path."""
     return sorted({p.stem for f in folders() for p in f.glob("*.py") if not p.stem.startswith("_")})
+
+
+def file(name: str) -> Path | None:
+    """Where the model of this name is."""
+    return next((f / f"{name}.py" for f in folders() if (f / f"{name}.py").is_file()), None)
+
+
+def elsewhere(name: str) -> str | None:
+    """The file of the working folder that a name stands for; None: it is fedtorch's own, or nobody's."""
+    found = file(name)
+    return None if found is None or _ours(found) else str(found)
+
+
+def _ours(path: Path) -> bool:
+    return path.resolve().parent in [(f / "models").resolve() for f in (PACKAGE, PACKAGE.parent)]
 
 
 def build(spec: str, facts: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Module:
@@ -74,14 +89,11 @@ def find(spec: str) -> Callable[..., Any]:
     if where.endswith(".py"):
         module = _from_file(Path(where))
     elif ":" in spec:
-        try:
-            module = importlib.import_module(where)
-        except Exception as e:  # a user's module can fail in any way while it is imported
-            raise ConfigError(f"model {spec!r}: {type(e).__name__}: {e}") from e
+        module = named.module(where, spec)
     else:
         if not spec.replace("-", "_").isidentifier():  # a path in it would leave the model folders
             raise ConfigError(f"model {spec!r} is neither a name nor path/file.py:Name")
-        path = next((f / f"{spec}.py" for f in folders() if (f / f"{spec}.py").is_file()), None)
+        path = file(spec)
         if path is None:
             raise ConfigError(
                 f"unknown model {spec!r}; there are {', '.join(names())}, or give path/file.py:Name"
@@ -110,6 +122,8 @@ def _maker(module: ModuleType, where: str) -> Callable[..., Any]:
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ConfigError(f"there is no model file {str(path)!r}")
+    if not _ours(path):
+        named.from_here()
     name = f"fedtorch_model_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -118,6 +132,6 @@ def _from_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickling look modules up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ConfigError(f"model file {path} fails to import: {type(e).__name__}: {e}") from e
     return module

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtorch import ConfigError, FedProx, Scaffold, ServerAdam, Strategy, Uniform, cli
+from fedtorch import ConfigError, FedProx, Scaffold, ServerAdam, Strategy, Uniform, cli, named
 from fedtorch.choices import CHOICES
 from fedtorch.commands.train import train_module
 from fedtorch.data import Csv, Digits, Dirichlet, Natural
@@ -243,7 +243,7 @@ def test_files_with_mistakes_are_one_sentence(tmp_path, text, message):
 @pytest.mark.parametrize("path", ["../../etc/passwd", "..a.b", ".x", "a..b"])
 def test_a_path_of_files_is_no_class(path):
     with pytest.raises(ConfigError, match="cannot import"):
-        cli.find(path)
+        named.find(path)
 
 
 def test_files_that_are_not_there_or_not_text(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,25 @@ from fedtorch.types import ConfigError
 
 SMALL = ["--privacy", "none", "--model", "logistic", "--epochs", "1", "--clients", "3"]
 SMALL += ["--tracking.pictures", "false"]  # drawn in test_tracking
+
+QUICK = [
+    "--privacy",
+    "none",
+    "--epochs",
+    "1",
+    "--clients",
+    "3",
+    "--tracking",
+    "none",
+    "--rounds",
+    "1",
+]
+
+OWN = """from torch import nn
+def build(in_features, num_outputs):
+    return nn.Sequential(nn.Flatten(), nn.Linear(in_features, num_outputs))
+"""
+"""A model file of the user's own."""
 
 
 @pytest.fixture(scope="module")
@@ -166,14 +186,11 @@ def test_predict_writes_on(tmp_path, capsys, monkeypatch):
 
 def test_a_run_of_somebody_elses_runs_nothing(tmp_path, state, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    own = "from torch import nn\ndef build(in_features, num_outputs):\n"
-    own += "    return nn.Sequential(nn.Flatten(), nn.Linear(in_features, num_outputs))\n"
-    Path("mine.py").write_text(own)
-    fast = ["--epochs", "1", "--clients", "3", "--tracking", "none", "--rounds", "1"]
-    words = ["train", "--privacy", "none", *fast, "--model", "mine.py", "--run-dir", "run"]
+    Path("mine.py").write_text(OWN)
+    words = ["train", *QUICK, "--model", "mine.py", "--run-dir", "run"]
     assert main(words) == 0
     shutil.rmtree(state)  # as on a machine where somebody else's run arrives
-    Path("mine.py").write_text(own + "from pathlib import Path\nPath('traces').touch()\n")
+    Path("mine.py").write_text(OWN + "from pathlib import Path\nPath('traces').touch()\n")
     np.save("x.npy", np.zeros((2, 1, 8, 8)))
     table = ["--run-dir", "run", "--rounds", "2"]
     uses = [["eval", "run"], ["predict", "run", "x.npy"], ["train", *table, "--resume"]]
@@ -193,11 +210,8 @@ def test_a_run_of_ones_own_needs_no_flag_in_its_folder_and_unchanged(tmp_path, c
     home.mkdir()
     elsewhere.mkdir()
     monkeypatch.chdir(home)
-    own = "from torch import nn\ndef build(in_features, num_outputs):\n"
-    own += "    return nn.Sequential(nn.Flatten(), nn.Linear(in_features, num_outputs))\n"
-    Path("mine.py").write_text(own)
-    fast = ["--epochs", "1", "--clients", "3", "--tracking", "none", "--rounds", "1"]
-    words = ["train", "--privacy", "none", *fast, "--model", "mine.py", "--run-dir", "run"]
+    Path("mine.py").write_text(OWN)
+    words = ["train", *QUICK, "--model", "mine.py", "--run-dir", "run"]
     assert main(words) == 0
     resume = ["train", "--run-dir", "run", "--resume", "--rounds", "2"]
     assert main(["eval", "run"]) == main(resume) == 0
@@ -216,8 +230,7 @@ def test_only_what_a_command_imports_needs_the_flag(tmp_path, state, capsys, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("own_score.py").write_text("def hits(o, y):\n    return (o.argmax(1) == y).float()\n")
-    fast = ["--epochs", "1", "--clients", "3", "--tracking", "none", "--rounds", "1"]
-    words = ["train", "--privacy", "none", *fast, "--metrics", "own_score:hits", "--run-dir", "run"]
+    words = ["train", *QUICK, "--metrics", "own_score:hits", "--run-dir", "run"]
     assert main(words) == 0
     shutil.rmtree(state)
     np.save("x.npy", np.zeros((2, 1, 8, 8)))
@@ -226,14 +239,68 @@ def test_only_what_a_command_imports_needs_the_flag(tmp_path, state, capsys, mon
     assert "metrics = 'own_score:hits'; add --trust-code" in capsys.readouterr().err
 
 
-def test_a_run_folder_that_brings_models_along_runs_none_of_them(tmp_path, capsys, monkeypatch):
-    assert main(["train", *SMALL, "--rounds", "1", "--run-dir", str(tmp_path / "run")]) == 0
-    monkeypatch.chdir(tmp_path / "run")
-    Path("models").mkdir()
-    Path("models/logistic.py").write_text("from pathlib import Path\nPath('traces').touch()\n")
-    for use in (["eval", "."], ["train", "--run-dir", ".", "--resume", "--rounds", "2"]):
+@pytest.fixture(scope="module")
+def brought(tmp_path_factory):
+    """A folder of somebody else: a run of a model of fedtorch's, and a file of its name beside it."""
+    place = tmp_path_factory.mktemp("brought")
+    assert main(["train", *QUICK, "--model", "small", "--run-dir", str(place / "run")]) == 0
+    (place / "models").mkdir()
+    (place / "models" / "small.py").write_text("from pathlib import Path\nPath('traces').touch()\n")
+    return place
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("where", ["inside", "beside", "linked", "sibling"])
+def test_models_that_came_with_a_run_are_not_run(
+    brought, where, named, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(brought, tmp_path, dirs_exist_ok=True)
+    run, cwd = tmp_path / "run", {"beside": tmp_path, "sibling": tmp_path / "work"}.get(where)
+    if where == "linked":
+        (run / "models").symlink_to("../models")
+    elif where != "beside":
+        shutil.move(tmp_path / "models", (cwd or run) / "models")
+    if not named:  # what a config leaves out is looked up by the same name
+        config = (run / "config.toml").read_text()
+        (run / "config.toml").write_text(config.replace('model = "small"\n', ""))
+    monkeypatch.chdir(cwd or run)
+    np.save(tmp_path / "x.npy", np.zeros((2, 1, 8, 8)))
+    uses = [["eval", str(run)], ["predict", str(run), "../x.npy"]]
+    uses += [["train", "--config", str(run / "config.toml"), "--run-dir", str(tmp_path / "other")]]
+    uses += [["train", "--run-dir", str(run), "--resume", "--rounds", "2"]] if named else []
+    for use in uses:
         assert main(use) == 2
-        assert "brings a model file of its own" in capsys.readouterr().err
+        assert "model = 'models/small.py'; add --trust-code" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("traces"))
+
+
+def test_models_of_ones_own_need_no_flag_for_runs_begun_here(tmp_path, state, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    Path("models/mine.py").write_text(OWN)
+    assert main(["train", *QUICK, "--model", "mine", "--run-dir", "run"]) == 0
+    assert main(["eval", "run"]) == 0
+    assert main(["train", "--run-dir", "run", "--resume", "--rounds", "2"]) == 0
+    again = ["train", "--config", "run/config.toml", "--run-dir"]
+    assert main([*again, "again"]) == 2
+    assert main([*again, "again", "--model", "mine"]) == 0, "what is typed is trusted"
+    shutil.rmtree(state)
+    assert main(["eval", "run"]) == 2
+    assert "model = 'models/mine.py'" in capsys.readouterr().err
+    assert main(["eval", "run", "--trust-code"]) == 0
+
+
+def test_a_file_here_is_never_taken_for_a_package(brought, tmp_path, capsys, monkeypatch):
+    shutil.copytree(brought / "run", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p and Path(p).is_absolute()])
+    Path("wandb.py").write_text("from pathlib import Path\nPath('traces').touch()\n")
+    resume = ["train", "--run-dir", "run", "--resume", "--rounds", "2", "--tracking"]
+    assert main([*resume, "wandb"]) == 2
+    assert "needs the package wandb" in capsys.readouterr().err
+    Path("own_tracking.py").write_text("")
+    assert main([*resume, "own_tracking.Mine"]) == 2
+    assert "module 'own_tracking' has no attribute 'Mine'" in capsys.readouterr().err
     assert not Path("traces").exists()
 
 

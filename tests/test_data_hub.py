@@ -5,7 +5,7 @@ import pytest
 
 from fedtorch import ConfigError
 from fedtorch.data import Custom, HuggingFace, partition
-from fedtorch.data.hub import resolve
+from fedtorch.named import find
 
 
 @pytest.fixture
@@ -100,12 +100,12 @@ def test_custom_data_comes_from_a_function(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["", "nothing", "no.such.module", "json:nothing", "a b:c", ":x"])
 def test_paths_to_nowhere_are_refused(path):
-    with pytest.raises(ConfigError, match="cannot find"):
-        resolve(path)
+    with pytest.raises(ConfigError, match="cannot import"):
+        find(path)
 
 
 def test_a_module_that_fails_to_import_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "half_written.py").write_text("def f(:\n")
-    with pytest.raises(ConfigError, match=r"cannot find 'half_written:f': SyntaxError"):
-        resolve("half_written:f")
+    with pytest.raises(ConfigError, match=r"cannot import 'half_written:f': SyntaxError"):
+        find("half_written:f")

@@ -86,7 +86,7 @@ def test_paths_and_modules(tmp_path):
         ("transformer", {}, "needs vocab_size"),
         ("collections:Counter", {}, "is a class, but no subclass of nn.Module"),
         (":", {}, "Empty module name"),
-        ("..:x", {}, "model '..:x': "),
+        ("..:x", {}, "cannot import '..:x': "),
         ("os:getcwd", {}, "gave a str, not an nn.Module"),
         ("builtins:dict", {}, "is a class, but no subclass of nn.Module"),
         ("torch:__version__", {}, "cannot be called"),

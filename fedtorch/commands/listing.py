@@ -9,17 +9,14 @@ from pathlib import Path
 import fedtorch
 from fedtorch import zoo
 from fedtorch.choices import CHOICES
-from fedtorch.cli import find
 from fedtorch.commands.options import only
+from fedtorch.named import find
 
 
 def models(argv: Sequence[str]) -> int:
     """Every file of the model folders and its first line."""
-    found = {
-        name: next(f / f"{name}.py" for f in zoo.folders() if (f / f"{name}.py").is_file())
-        for name in zoo.names()
-    }
-    return show({name: first_line(path) for name, path in found.items()}, argv, "models")
+    found = {name: zoo.file(name) for name in zoo.names()}
+    return show({name: first_line(path) for name, path in found.items() if path}, argv, "models")
 
 
 def datasets(argv: Sequence[str]) -> int:

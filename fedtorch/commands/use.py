@@ -57,8 +57,8 @@ def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool 
         own = trust.remembered(run.folder / "config.toml")
         later = {"optimizer"} if judged else {"optimizer", "loss", "metrics"}
         imported = {k: v for k, v in table.items() if k not in later}
-        trust.check(imported, {}, f"the run in {folder}", own)
-        trust.inside(Path(folder), table)
+        named = {"model": train.Config.model} | imported
+        trust.check(named, {}, f"the run in {folder}", own)
     config = cli.build(train.Config, table)
     kept = prepared.load(Path(folder))
     data = config.dataset.load(config.seed) if load or kept is None or kept.missing else None

@@ -1,13 +1,12 @@
 """Data from elsewhere: Hugging Face ``datasets`` by name, or a function of the user's own."""
 
-import importlib
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedtorch import seeds
+from fedtorch import named, seeds
 from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
 from fedtorch.data.images import inputs
@@ -136,7 +135,7 @@ class Custom:
         """Call it; raises ConfigError when it is not there or returns something else."""
         # what the function draws, and its module while it is imported, is the run's seed's to decide
         with seeds.seeded(seeds.derive(seed, "data")):
-            make = resolve(self.path)
+            make = named.find(self.path)
             if isinstance(make, type) or not callable(make):
                 raise ConfigError(
                     f"dataset.path {self.path!r} must name a function that returns the data"
@@ -150,12 +149,3 @@ class Custom:
                 f"{self.path} must return fedtorch.data.Data, not {type(data).__name__}"
             )
         return data
-
-
-def resolve(path: str) -> Any:
-    """``package.module:name`` or ``package.module.name`` -> the object."""
-    module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as e:  # a user's module can fail in any way while it is imported
-        raise ConfigError(f"cannot find {path!r}: {type(e).__name__}: {e}") from e
