@@ -4,14 +4,19 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
+from torch import nn
 
+from fedtorch import Recipe, Server, checkpoint
 from fedtorch import __main__ as program
-from fedtorch import checkpoint
 from fedtorch.commands import sites as commands
+from fedtorch.engines import wire
 from fedtorch.sites.engine import SitesSession
+from fedtorch.sites.plan import Plan
+from fedtorch.sites.rpc import Listener
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -33,7 +38,7 @@ def serve(tmp_path, capsys, monkeypatch):
         ]
         given += ["--address", "127.0.0.1:0", "--run-dir", str(tmp_path / "run"), "--rounds", "2"]
         code = program.main(["serve", *given, "--deadline", "0.1", *words])
-        return code, capsys.readouterr().err.strip().splitlines()[-1]
+        return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
 
     return run
 
@@ -50,24 +55,72 @@ def soon(number, ready):
     threading.Thread(target=send, daemon=True).start()
 
 
-def test_sites_that_stay_away_are_exit_1(serve, tmp_path, monkeypatch):
+@pytest.fixture
+def told(monkeypatch):
+    """What sites that are there at the end of a run would be told."""
+    ends = []
+    real = SitesSession.close
+
+    def close(self):
+        self.closing = True
+        self.seen[self.names[0]] = time.monotonic()
+        ends.append(wire.decode(self._fetch(self.names[0])).facts.get("why"))
+        real(self)
+
+    monkeypatch.setattr(SitesSession, "close", close)
+    return ends
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), ValueError("row 3"), KeyboardInterrupt]
+)
+def test_sites_are_told_that_the_server_met_an_error_and_not_which(serve, monkeypatch, told, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(Server, "round", fail)
+    with suppress(ValueError, KeyboardInterrupt):
+        assert serve("--privacy", "none")[0] != 0
+    assert told == ["error"]
+
+
+def test_a_model_that_no_file_can_hold_is_refused_before_a_site_is_waited_for(serve, monkeypatch):
+    class Versioned(nn.Linear):
+        def get_extra_state(self):
+            return {1, 2}
+
+    monkeypatch.setattr(Plan, "build", lambda self: (Versioned(3, 2), Recipe()))
+    monkeypatch.setattr(Listener, "__init__", lambda *args: pytest.fail("it listens"))
+    code, said = serve("--privacy", "none")
+    assert code == 2 and "a model file cannot hold" in said
+
+
+def test_sites_that_stay_away_are_exit_1(serve, tmp_path, monkeypatch, told):
     monkeypatch.setattr(SitesSession, "wait_for_sites", lambda self, seconds: self.names[:1])
     code, said = serve("--minimum", "2", "--patience", "0.2", "--privacy", "none")
     assert code == 1 and "ended after 0 of 2 rounds: waited 0.2 s" in said
     assert "away are south" in said and "--resume" in said
     assert (tmp_path / "run/model.safetensors").exists()
+    assert told == ["away"]
 
 
-def test_a_spent_budget_is_exit_3_and_says_how_to_go_on(serve, tmp_path):
+def test_a_spent_budget_is_exit_3_and_says_how_to_go_on(serve, tmp_path, told):
     plan = ["--privacy", "sample", "--privacy.noise-multiplier", "1.0", "--privacy.rounds", "1"]
     code, said = serve(*plan)
     assert code == 3 and "ended after 1 of 2 rounds: the privacy budget has no room" in said
     assert (tmp_path / "run/summary.json").exists()
+    assert told == ["budget"]
 
 
-def test_a_model_that_never_moved_is_exit_1(serve):
+def test_a_model_that_never_moved_is_exit_1(serve, told):
     code, said = serve("--privacy", "none")
     assert code == 1 and "the model never moved" in said
+    assert told == ["still"]
+
+
+def test_a_run_that_is_done_is_told_as_that(serve, monkeypatch, told):
+    monkeypatch.setattr(Server, "moved", lambda self: True)
+    assert serve("--privacy", "none")[0] == 0 and told == [None]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

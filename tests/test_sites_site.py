@@ -170,6 +170,25 @@ def test_a_server_that_never_waits_does_not_keep_a_site_busy(data, tmp_path, mon
     assert len(waits) == 10 and waits[0] < 1 and 10 < waits[-1] <= 30
 
 
+@pytest.mark.parametrize(
+    "why, said",
+    [
+        ("error", "met an error"),
+        ("stopped", "somebody stopped it"),
+        ("made\nup" * 99, r"'made\nup"),
+        (["x"] * 99, "'x'"),
+        (7, "7"),
+    ],
+)
+def test_a_run_that_ended_early_is_said_and_no_success(data, tmp_path, caplog, why, said):
+    server = Played(offer())
+    server.tasks = [server.task(), Message("end", {"why": why})]
+    code, _ = play(server, data, tmp_path)
+    assert code == 1 and len(server.reports) == 1
+    (line,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+    assert "ended the run early" in line and said in line and len(line) < 200
+
+
 def test_an_error_of_the_visit_is_reported_without_its_text_and_the_site_goes_on(
     data, tmp_path, monkeypatch, caplog
 ):

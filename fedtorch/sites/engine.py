@@ -93,6 +93,8 @@ class SitesSession:
         self.visits: dict[str, Visit] = {}
         self.last: list[Visit] = []
         self.closing = False
+        self.ended = ""
+        """Why the run is over, one of ``ends.ENDS``, for the sites; nothing: it is done."""
         self.change = threading.Condition()
         # float64, every group of the strategy, and room for the header
         groups = max(len(self.reader.expected.sent), 1)
@@ -209,7 +211,7 @@ class SitesSession:
             self.seen[site] = time.monotonic()
             if self.closing:
                 del self.seen[site]
-                return wire.encode(Message("end"))
+                return wire.encode(Message("end", {"why": self.ended} if self.ended else {}))
             visit = self._open(site)
             if visit is None:
                 return wire.encode(Message("wait"))

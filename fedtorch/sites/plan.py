@@ -23,6 +23,7 @@ from fedtorch.types import ConfigError
 NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
 RUN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MOST_OUTPUTS = 1_000_000
+MOST_ROUNDS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Plan:
     steps: int | None = None
     batch_size: int | None = Recipe.batch_size
     drop_last: bool = False
+    rounds: int | None = None
+    """Rounds of the run; how many of them privacy pays for, and done again, is ``privacy.rounds``."""
 
     def build(self) -> tuple[nn.Module, Recipe]:
         """Model and recipe, from code that is installed here."""
@@ -116,6 +119,8 @@ def _consistent(plan: Plan) -> None:
     """Facts must be those of some data: a model is built from them before any is seen."""
     if plan.kind not in DEFAULTS:
         raise ConfigError(f"a plan's kind is one of {', '.join(DEFAULTS)}, not {plan.kind!r}")
+    if plan.rounds is not None and not 1 <= plan.rounds < MOST_ROUNDS:
+        raise ConfigError("a plan's rounds must be a whole number, 1 or more")
     if not plan.facts:
         return
     shape, outputs = plan.facts.get("input_shape"), plan.facts.get("num_classes", 0)

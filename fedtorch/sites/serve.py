@@ -63,6 +63,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         plan = calibrated(plan, folder)
     with seeds.seeded(seeds.derive(config.seed, "model")):
         model, recipe = plan.build()
+    runs.savable(model)
     keys = Path(config.credentials) if config.credentials else None
     engine = Sites(
         plan=plan,
@@ -88,10 +89,11 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
     )
     model = server.model
     with closing(server):
-        kept = open_folder(config, plan, server, held)
-        private = server.private is not None
         session = server.session
         assert isinstance(session, SitesSession)
+        session.ended = "error"  # unless it turns out otherwise
+        kept = open_folder(config, plan, server, held)
+        private = server.private is not None
         scores: dict[str, float] = {}
         with (
             Report(config.rounds, server.round_number, times=not strict(server)) as report,
@@ -116,6 +118,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
                 report.attempt("checkpoint", kept.save, state, record.seal())
             why = early(server, session, config, stop.asked)
             runs.write_model(folder, model, "serve")  # first: whatever is reported later can fail
+            session.ended = why.reason if why else ""
     summary = {f"test_{k}": v for k, v in scores.items()} | {
         "rounds": server.round_number,
         "seconds": round(time.perf_counter() - began, 3),
@@ -126,7 +129,8 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
     if why is not None:
         number, rounds = server.round_number, config.rounds
         text = f"ended after {number} of {rounds} rounds: {why}; the model so far is saved"
-        raise EndedEarly(why.code, f"{text} (go on: fedtorch serve --run-dir {folder} --resume)")
+        text += f" (go on: fedtorch serve --run-dir {folder} --resume)"
+        raise EndedEarly(why.code, text, why.reason)
     return summary
 
 
@@ -158,6 +162,7 @@ def make_plan(config: ServeConfig, run: str) -> Plan:
         steps=config.steps,
         batch_size=config.batch_size,
         drop_last=config.drop_last,
+        rounds=config.rounds,
     )
 
 

@@ -19,8 +19,10 @@ from fedtorch.engines.wire import Message, MessageError
 from fedtorch.evaluate import evaluate
 from fedtorch.losses import DEFAULTS, LOSSES, METRICS
 from fedtorch.sites import plan as plans
+from fedtorch.sites.answered import Answered
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.curves import Curves
+from fedtorch.sites.ends import ENDS
 from fedtorch.sites.limits import accept
 from fedtorch.sites.memory import VisitMemory
 from fedtorch.sites.options import SiteConfig
@@ -54,7 +56,9 @@ class Site:
         self.curves = Curves(self.folder / "tensorboard")
         self.plan: plans.Plan | None = None
         self.visits = 0
-        """Made in this run, by this process."""
+        """Asked for in this run: those that were answered, by earlier processes too, and those refused."""
+        self.offered_again = False
+        """Whether the plan was looked at again since the last visit within it."""
 
     def _open(self, held: ExitStack) -> None:
         """The state folder, as ``held`` will let it go again, and the line to the server."""
@@ -64,6 +68,7 @@ class Site:
             if warning := held.enter_context(disk.locked(self.folder, "--state")):
                 log.warning("%s", warning)
             self.memory = VisitMemory(self.folder)
+            self.answered = Answered(self.folder)
         except (OSError, ValueError) as e:
             raise ConfigError(f"state folder {config.state!r}: {e}") from e
         self.budget = Budget(self.folder, config.name, config.max_epsilon, config.max_delta)
@@ -72,17 +77,17 @@ class Site:
         self.line = Line(config.server, keys, config.name, self.limit)
 
     def run(self) -> int:
-        """Work until the run is over; 0 then, 1 when the server stayed away or turned us down."""
+        """Work until the run is over; 0 when it is done, 1 when it ended early or the server is away."""
         away_since, idle = None, 0
         while True:
             try:
                 if self.plan is None:
                     self._join()
                 began = time.monotonic()
-                kind = self._work()
+                answer = self._work()
+                kind = answer.kind
                 if kind == "end":
-                    log.info("the run is over")
-                    return 0
+                    return _ended(answer.facts.get("why"))
                 # an honest server lets a call for work wait itself
                 idle = 0 if kind == "task" or time.monotonic() - began > 1 else idle + 1
                 away_since = None
@@ -131,17 +136,24 @@ class Site:
             probe.classes_fit(self.model, self.data)
         standardized = bool(getattr(self.config.dataset, "standardize", False))
         self.budget.admit(recipe, self.config.insecure, standardized)
+        self.answered.agree(plan, self.budget.most is not None)
         engine = Local(chunk=1, device=self.config.device)
         self.session = engine.open(self.model, [self.client], self.budget.told(recipe))
         params = {k: p.detach() for k, p in self.model.named_parameters() if p.requires_grad}
         self.schema = {"state": messages.schema(snapshot(self.model))}
         for group, tree in plan.strategy.init(params).items():
             self.schema[f"extras/{group}"] = messages.schema(tree)
-        self.plan, self.visits = plan, 0
-        log.info("joined run %s: %s, %s", plan.run, plan.model, plan.strategy)
+        memory = plan.strategy.remember(params)
+        self.remembered = {g: messages.schema(tree) for g, tree in memory.items()}
+        self.plan, self.visits = plan, self.answered.visits(plan.run)
+        most = min(self.answered.most(plan) or self.config.max_rounds, self.config.max_rounds)
+        log.info(
+            "joined run %s: %s, %s; %s of at most %s visits are done",
+            *(plan.run, plan.model, plan.strategy, f"{self.visits:,}", f"{most:,}"),
+        )
 
-    def _work(self) -> str:
-        """One call for work, and the work; the kind of the server's answer."""
+    def _work(self) -> Message:
+        """One call for work, and the work; the server's answer."""
         assert self.plan is not None
         answer = self._ask("fetch", Message("fetch", {"run": self.plan.run}), 60)
         if answer.kind == "rejoin":
@@ -150,7 +162,7 @@ class Site:
             self._visit(answer)
         elif answer.kind not in ("wait", "end"):
             raise MessageError(f"the server sent {wire.short(answer.kind)}")
-        return answer.kind
+        return answer
 
     def _visit(self, message: Message) -> None:
         assert self.plan is not None
@@ -160,9 +172,20 @@ class Site:
             raise MessageError("the task names no visit")
         if not (isinstance(after, str) and (not after or VISIT.fullmatch(after))):
             raise MessageError("the task does not say which visit was the last")
+        beyond = self.answered.beyond(self.plan, task.round)
+        if beyond and not self.offered_again:
+            # a run that was made longer offers a longer plan, and gives this visit again
+            self.plan, self.offered_again = None, True
+            return
+        if beyond and self.plan.privacy is None:
+            raise MessageError(beyond)
+        self.offered_again = bool(beyond)
         self.client.memory = self._memory(task, after)
         self.visits += 1
-        outcome = self._charged(task) or self._train(task)
+        outcome = self._declined(task, beyond)
+        if outcome is None:
+            self.answered.enter(self.plan)
+            outcome = self._train(task)
         self.memory.keep(visit, self.client.memory, after)
         facts = {"run": self.plan.run, "visit": visit, "round": task.round}
         reply = messages.outcome_message(outcome, [self.client.id], **facts)
@@ -196,6 +219,8 @@ class Site:
         """What this site remembers; raises ConfigError where its state folder is another than it was."""
         kept = self.memory.after(after)
         if kept is not None:
+            if kept and {g: messages.schema(t) for g, t in kept.items()} != self.remembered:
+                raise MessageError(f"round {task.round + 1} goes on from a visit of another run")
             return kept
         told = (
             f"the server goes on from a visit that this site's state folder {self.config.state!r} does not "
@@ -209,10 +234,12 @@ class Site:
         log.warning("round %d: %s; this site starts afresh", task.round + 1, told)
         return {}
 
-    def _charged(self, task: Task) -> Outcome | None:
-        """Charge this site's own ledger; None when it has room, else the refusal to send."""
+    def _declined(self, task: Task, beyond: str) -> Outcome | None:
+        """Charge this site's own ledger; None when it has room, and the plan too, else what to send."""
         assert self.plan is not None
         try:
+            if beyond:
+                raise OverBudget(beyond)
             self.budget.charge(self.plan.privacy, task.round, task.privacy.get("noise", 0.0))
         except OverBudget as e:
             log.warning("round %d: not done, %s", task.round + 1, e)
@@ -272,6 +299,16 @@ class Site:
         data = self.line.call(method, wire.encode(message), seconds)
         room = MOST_PLAN if method == "join" else wire.header_room(self.schema)
         return wire.decode(data, self.limit, room)
+
+
+def _ended(why: object) -> int:
+    """Say how the run ended; the exit code."""
+    if why is None:
+        log.info("the run is over")
+        return 0
+    said = ENDS.get(why) if isinstance(why, str) else None
+    log.error("the server ended the run early: %s", said or wire.short(str(why)))
+    return 1
 
 
 def _pause(times: int) -> None:

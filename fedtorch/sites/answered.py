@@ -1,0 +1,103 @@
+"""How many visits of each run this site has answered, on its own disk, and how many it will.
+
+A private plan says what ``privacy.rounds`` visits cost; one more would cost more than was said, so that
+number is the most, rounds done again included. A plan without privacy is held to its rounds, and each may
+be done again after a crash. The count outlives the process: to come back, or to join anew, starts nothing
+afresh.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedtorch import cli, disk
+from fedtorch.sites.plan import Plan
+from fedtorch.types import ConfigError
+
+AGAIN = 10
+"""Visits that a plan without privacy may ask for beyond two for each of its rounds."""
+
+
+class Answered:
+    """Counts of one site; entered before a visit's work begins."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what earlier processes of this site have counted; raises ConfigError when damaged."""
+        self.path = folder / "runs.json"
+        self.runs: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            try:
+                self.runs = json.loads(self.path.read_text(encoding="utf-8"))
+                sound = all(type(e["visits"]) is int and e["visits"] >= 0 for e in self._entries())
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+                raise self._damaged(str(e)) from e
+            if not sound:
+                raise self._damaged("a count is none")
+
+    def visits(self, run: str) -> int:
+        """Of a run, so far."""
+        return int(self.runs.get(run, {"visits": 0})["visits"])
+
+    def agree(self, plan: Plan, budgeted: bool) -> None:
+        """Refuse a run whose privacy became another than was joined; raises ConfigError.
+
+        More rounds than were joined are for a site to agree to that has a budget of its own.
+        """
+        known = self.runs.get(plan.run)
+        if known is None:
+            return
+        privacy, rounds = _promised(plan)
+        if known["privacy"] != privacy:
+            raise ConfigError(
+                f"run {plan.run} was joined with another privacy plan than it has now: a new plan is for a "
+                "new run"
+            )
+        if privacy is not None and rounds > known["rounds"] and not budgeted:
+            raise ConfigError(
+                f"run {plan.run} was joined for {known['rounds']:,} private rounds and now asks for "
+                f"{rounds:,}, which cost more: agree by giving this site a max_epsilon"
+            )
+
+    def most(self, plan: Plan) -> int | None:
+        """Visits of a run that this site will answer; None where the plan does not say how many rounds."""
+        if plan.privacy is not None:
+            return plan.privacy.rounds
+        return None if plan.rounds is None else 2 * plan.rounds + AGAIN
+
+    def beyond(self, plan: Plan, round: int) -> str:
+        """Why a visit would be more than the plan said, in a sentence; nothing if it is not."""
+        most = self.most(plan)
+        if plan.privacy is None and plan.rounds is not None and round >= plan.rounds:
+            return f"round {round + 1} is beyond the plan's {plan.rounds:,}"
+        if most is None or self.visits(plan.run) < most:
+            return ""
+        what = "its privacy is for" if plan.privacy else "its rounds, done again twice over, take"
+        return f"the run asks for more than the {most:,} visits that {what}"
+
+    def enter(self, plan: Plan) -> None:
+        """Count one visit more; it is on disk when this returns, or ConfigError says why not."""
+        privacy, rounds = _promised(plan)
+        entry = {"visits": self.visits(plan.run) + 1, "rounds": rounds, "privacy": privacy}
+        self.runs[plan.run] = entry
+        try:
+            disk.replace(self.path, json.dumps(self.runs) + "\n")
+        except OSError as e:
+            raise ConfigError(f"{self.path} cannot be written: {e.strerror}") from e
+
+    def _entries(self) -> list[dict[str, Any]]:
+        return [{"rounds": e["rounds"], "privacy": e["privacy"], **e} for e in self.runs.values()]
+
+    def _damaged(self, why: str) -> ConfigError:
+        return ConfigError(
+            f"{self.path}, which counts the visits of each run, cannot be used ({why}): put the state "
+            "folder back as it was"
+        )
+
+
+def _promised(plan: Plan) -> tuple[Any, int]:
+    """What a plan says of privacy, as plain values, and for how many rounds."""
+    if plan.privacy is None:
+        return None, plan.rounds or 0
+    table = cli.describe(plan)["privacy"]
+    rounds = table.pop("rounds") if isinstance(table, dict) else None
+    return json.loads(json.dumps(table)), int(rounds or 0)

@@ -1,0 +1,127 @@
+"""Visits of a run that a site answers: as many as its plan said, whoever joins again or starts again."""
+
+import json
+import logging
+
+import pytest
+
+from fedtorch import Scaffold
+from fedtorch.engines.wire import Message
+from fedtorch.privacy import SampleLevel
+from fedtorch.sites.answered import AGAIN, Answered
+from fedtorch.sites.plan import Plan
+from fedtorch.types import ConfigError
+from test_sites_site import PRIVATE, Played, data, offer, play  # noqa: F401
+
+FEW = SampleLevel(noise_multiplier=9.0, rounds=3, steps=2, batch_size=8.0)
+MORE = SampleLevel(noise_multiplier=9.0, rounds=5, steps=2, batch_size=8.0)
+
+
+def ask(visits, first=0, **plan):
+    """A server with tasks for so many visits, each of the round before."""
+    server = Played(offer(**plan))
+    server.tasks = [server.task(0, visit=f"{first + k:032x}") for k in range(visits)]
+    return server
+
+
+def answers(server):
+    """Of each report, whether it brought an update."""
+    return [bool(r.facts["ids"]) for r in server.reports]
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_epsilon": 50.0}], ids=["no budget", "budget"])
+def test_no_visit_beyond_a_private_plan_is_answered_after_restarts_and_rejoins(
+    data,  # noqa: F811
+    tmp_path,
+    caplog,
+    limit,
+):
+    first = ask(2, privacy=FEW)
+    first.tasks.insert(1, Message("rejoin"))
+    assert play(first, data, tmp_path, **limit)[0] == 0 and answers(first) == [True, True]
+    then = ask(3, 2, privacy=FEW)  # another process
+    then.tasks[2:2] = [
+        then.tasks[1],
+        Message("rejoin"),
+    ]  # the visit that it looks for a new plan at
+    code, made = play(then, data, tmp_path, **limit)
+    assert code == 0 and answers(then) == [True, False, False]
+    assert len(made.budget.ledgers["example"]) == 3
+    assert "more than the 3 visits that its privacy is for" in caplog.text
+
+
+def test_a_run_that_is_resumed_for_longer_finds_its_sites_where_they_agree(data, tmp_path):  # noqa: F811
+    for limit, done in (({}, 3), ({"max_epsilon": 50.0}, 5)):
+        state = tmp_path / str(done)
+        server = ask(7, privacy=FEW)
+        tasks, server.tasks = server.tasks, server.tasks[:4]
+        real = server.call
+
+        def call(method, *args, real=real, server=server, tasks=tasks):
+            if method == "join" and len(server.reports) == 3 and len(server.tasks) == 0:
+                server.plan, server.tasks = offer(privacy=MORE), tasks[3:]
+            return real(method, *args)
+
+        server.call = call
+        if limit:
+            assert play(server, data, state, **limit)[0] == 0
+        else:
+            with pytest.raises(ConfigError, match=r"joined for 3 .* asks for 5.*max_epsilon"):
+                play(server, data, state)
+        assert sum(answers(server)) == done
+
+
+def test_another_privacy_plan_under_the_name_of_a_run_is_refused(data, tmp_path):  # noqa: F811
+    assert play(ask(1, privacy=PRIVATE), data, tmp_path)[0] == 0
+    for other in (SampleLevel(noise_multiplier=1.0, rounds=20, steps=2, batch_size=8.0), None):
+        with pytest.raises(ConfigError, match="another privacy plan"):
+            play(ask(1, privacy=other), data, tmp_path)
+
+
+def test_a_plan_without_privacy_is_held_to_its_rounds_and_what_crashes_repeat(
+    data,  # noqa: F811
+    tmp_path,
+    caplog,
+):
+    server = Played(offer(rounds=2))
+    server.tasks = [server.task(k) for k in (0, 1, 2, 2)]
+    with caplog.at_level(logging.ERROR):
+        assert play(server, data, tmp_path / "a")[0] == 1
+    assert answers(server) == [True, True] and "beyond the plan's 2" in caplog.text
+    server = ask(9, rounds=1)
+    kept = tmp_path / "b"
+    kept.mkdir()
+    (kept / "runs.json").write_text(
+        json.dumps({"r": {"visits": 2 + AGAIN - 1, "rounds": 1, "privacy": None}})
+    )
+    assert play(server, data, kept)[0] == 1 and answers(server) == [True]
+
+
+def test_the_owners_limit_counts_over_restarts(data, tmp_path):  # noqa: F811
+    for first, done in ((0, 2), (2, 1), (4, 0)):
+        server = ask(2, first)
+        assert play(server, data, tmp_path, max_rounds=3)[0] == (0 if done == 2 else 1)
+        assert len(server.reports) == done
+
+
+def test_memory_of_another_run_is_never_trained_from(data, tmp_path, caplog):  # noqa: F811
+    assert play(ask(1, strategy=Scaffold()), data, tmp_path)[0] == 0
+    other = Played(offer(run="other", model="mlp", strategy=Scaffold()))
+    other.tasks = [other.task(1, after=f"{0:032x}")]
+    assert play(other, data, tmp_path)[0] == 1
+    assert other.reports == [] and "a visit of another run" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"r": 3}', '{"r": {"visits": -1}}', '{"r": {}}', "{" * 9]
+)
+def test_a_damaged_count_is_one_sentence(tmp_path, text):
+    (tmp_path / "runs.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"runs.json, which counts the visits"):
+        Answered(tmp_path)
+
+
+def test_a_count_that_cannot_be_written_ends_the_visit(tmp_path):
+    made = Answered(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        made.enter(Plan("r"))
