@@ -13,7 +13,7 @@ from PIL import Image
 from fedtorch import ConfigError
 from fedtorch.__main__ import main
 from fedtorch.commands import given, use
-from fedtorch.data import Csv, Digits, Npz, from_tensors
+from fedtorch.data import Csv, Digits, Npz, from_tensors, images
 from fedtorch.data.base import Preparation
 from fedtorch.data.prepared import FILE, Prepared, agreed, load, resumed, said
 
@@ -62,7 +62,7 @@ def test_what_is_kept_comes_back_for_the_owner_alone(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[]", '{"format": "other"}', '{"format": "fedtorch data 1"}', "[" * 100_000],
+    ["", "{}", "[]", '{"format": "other"}', '{"format": "fedtorch data 2"}', "[" * 100_000],
     ids=range(6),
 )
 def test_a_damaged_record_is_named(tmp_path, text):
@@ -260,6 +260,87 @@ def test_arrays_that_are_not_what_the_model_was_trained_on_are_refused(shape, x,
     np.save(tmp_path / "x.npy", x)
     with pytest.raises(ConfigError, match=message):
         given.examples(known(shape, pixels=len(shape) == 3), tmp_path / "x.npy")
+
+
+TABLE = {
+    "shares": np.linspace(0, 1, 12, dtype=np.float32).reshape(4, 3),
+    "bytes": np.arange(12, dtype=np.uint8).reshape(4, 3) * 20,
+    "deep": np.arange(12, dtype=np.uint16).reshape(4, 3) * 5000,
+    "measured": np.linspace(-2, 3, 12).reshape(4, 3),
+    "bits": np.eye(4, 3, dtype=np.uint8),
+}
+
+
+@pytest.mark.parametrize(
+    "was, scale, now, said",
+    [
+        (
+            "shares",
+            1,
+            TABLE["bytes"],
+            "holds whole numbers .up to 220.*trained on fractions of 0 to 1",
+        ),
+        ("shares", 1, TABLE["bytes"].astype(np.float64), "trained on fractions of 0 to 1"),
+        ("measured", 1, TABLE["bytes"], "trained on fractions: give"),
+        ("bytes", 1, TABLE["shares"], "holds fractions of 0 to 1.*trained on whole numbers"),
+        ("bytes", 1, TABLE["measured"], "trained on whole numbers"),
+        ("bits", 1, TABLE["shares"], "trained on whole numbers"),
+        (
+            "bytes",
+            255,
+            TABLE["bytes"] * 1.5,
+            "beyond 0 to 1: the model trained on uint8 divided by 255",
+        ),
+        ("bytes", 255, TABLE["deep"].astype(np.int64), "beyond 0 to 255"),
+        ("bytes", 255, TABLE["deep"], "holds uint16, but the model was trained on uint8 divided"),
+        ("deep", 65535, TABLE["bytes"], "holds uint8, but the model was trained on uint16 divided"),
+        ("shares", 1, TABLE["bits"], ""),
+        ("measured", 1, TABLE["bytes"] - 0.5, ""),
+        ("measured", 1, TABLE["shares"], ""),
+        ("bytes", 1, TABLE["deep"], ""),
+        ("bytes", 255, TABLE["bytes"].astype(np.int64), ""),
+        ("bytes", 255, TABLE["shares"], ""),
+    ],
+)
+def test_a_table_of_numbers_in_other_units_is_refused(was, scale, now, said, tmp_path, capsys):
+    x, done = images.inputs("t.npz", TABLE[was], scale, None)
+    np.save(tmp_path / "x.npy", now)
+    kept = Prepared("k", "classification", 2, {"input_shape": (3,)}, done)
+    if said:
+        with pytest.raises(ConfigError, match=said):
+            given.examples(kept, tmp_path / "x.npy")
+        return
+    found = given.examples(kept, tmp_path / "x.npy")
+    divided = scale != 1 and now.dtype.kind == "f"
+    want = torch.from_numpy(now.astype(np.float32) / (1 if divided else scale))
+    assert found.dtype == x.dtype and torch.allclose(found, want)
+    assert ("divided by 255 already" in capsys.readouterr().err) == divided
+
+
+def test_codes_stay_codes_however_they_are_saved(tmp_path):
+    _, done = images.inputs("t.npz", np.array([[1, 2], [3, 0]]), None, None)
+    kept = Prepared("k", "classification", 2, {"input_shape": (2,)}, done)
+    for name, x in (("u", np.array([[3, 1]], np.uint8)), ("f", np.array([[3.0, 1.0]]))):
+        np.save(tmp_path / f"{name}.npy", x)
+        assert given.examples(kept, tmp_path / f"{name}.npy").tolist() == [[3, 1]]
+
+
+def test_a_csv_table_in_other_units_is_refused(tmp_path):
+    for trained, asked, why in (
+        ("0.5,0.1\n0.25,1", "128,20", "fractions of 0 to 1"),
+        ("128,20\n9,3", "0.5,0.1", "trained on whole numbers"),
+        ("128,20\n9,3", "128.5,20", None),
+        ("0.5,2.1\n0.25,1", "3,4", None),
+    ):
+        rows = [f"{row},{i % 2}" for i, row in enumerate(trained.split("\n") * 20)]
+        (tmp_path / "t.csv").write_text("\n".join(["a,b,y", *rows]) + "\n")
+        (tmp_path / "new.csv").write_text(f"a,b\n{asked}\n")
+        kept = Prepared.of(Csv(str(tmp_path / "t.csv")).load(0))
+        if why is None:
+            assert given.examples(kept, tmp_path / "new.csv").shape == (1, 2)
+            continue
+        with pytest.raises(ConfigError, match=why):
+            given.examples(kept, tmp_path / "new.csv")
 
 
 def test_grey_images_may_lack_the_axis_of_their_channel(tmp_path):

@@ -1,5 +1,6 @@
 """Files that a trained model is given: prepared as its training data were."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch.data import units
 from fedtorch.data.prepared import Prepared
 from fedtorch.data.tables import unlabelled
 from fedtorch.types import ConfigError
@@ -46,15 +48,16 @@ def arranged(path: Path, array: np.ndarray, shape: tuple[int, ...], known: Prepa
     done = known.preparation
     if done.channels_last and array.ndim in (3, 4) and array.shape[-3:] != shape:
         array = np.moveaxis(array, -1, -3)
-    x = torch.from_numpy(
-        np.ascontiguousarray(array.astype(np.int64 if array.dtype == np.int64 else np.float32))
-    )
+    codes = (done.dtype or array.dtype.name) == "int64"  # such as a vocabulary's
+    x = torch.from_numpy(np.ascontiguousarray(array.astype(np.float32)))
     if x.numel() == 0 or not _ends(x.shape, shape):
         raise ConfigError(
             f"{path} holds {list(x.shape)}; the model takes examples of {list(shape)}"
         )
     if not bool(torch.isfinite(x).all()):
         raise ConfigError(f"{path} has NaN or infinite values; fill or drop those examples first")
+    units.same(path, array, done)
+    x = torch.from_numpy(np.ascontiguousarray(array.astype(np.int64))) if codes else x
     if done.scale != 1:
         x = _scaled(path, x.float(), array.dtype.kind in "iu", done.scale, done.pixels)
     elif done.pixels and float(x.max()) > (1 if array.dtype.kind in "iu" else 2):
@@ -74,6 +77,10 @@ def _ends(found: Sequence[int], shape: Sequence[int]) -> bool:
 def _scaled(path: Path, x: Tensor, whole: bool, scale: float, pixels: bool) -> Tensor:
     """Whole numbers divided as in training; fractions are taken to be divided already."""
     x = x / scale if whole else x
+    if not whole:
+        print(
+            f"note: {path} holds fractions, taken as divided by {scale:g} already", file=sys.stderr
+        )
     if pixels and x.numel() and not (float(x.min()) >= 0 and float(x.max()) <= 1):
         raise ConfigError(
             f"{path} holds numbers beyond {f'0 to {scale:g}' if whole else '0 to 1'}: the model trained "

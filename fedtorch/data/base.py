@@ -30,6 +30,10 @@ class Preparation:
     mean: tuple[float, ...] = ()
     """Subtracted from each feature, where a table was standardised."""
     deviation: tuple[float, ...] = ()
+    dtype: str = ""
+    """NumPy's name of the type that inputs were stored in; empty: a table of text, or not known."""
+    numbers: str = ""
+    """What kind of numbers inputs were before anything was done to them; see ``fedtorch.data.units``."""
     notes: tuple[str, ...] = ()
     """What else was done to the file, in words."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedtorch import seeds
+from fedtorch.data import units
 from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
 from fedtorch.options import SHARE, check
@@ -89,7 +90,7 @@ class Idx:
                 "train-labels-idx1-ubyte.gz"
             )
         classes = int(torch.cat([train[1], test[1]]).max()) + 1
-        done = Preparation(scale=255, pixels=True)
+        done = Preparation(scale=255, pixels=True, dtype="uint8")
         name = folder.name or "idx"
         return from_tensors(name, train, test, "classification", classes, preparation=done)
 
@@ -181,6 +182,8 @@ def inputs(
         scale=by,
         pixels=image and low >= 0 and high <= 1,
         channels_last=bool(channels_last),
+        dtype=array.dtype.name,
+        numbers=units.look(array),
         notes=tuple(notes),
     )
 

@@ -17,7 +17,7 @@ from fedtorch.data.content import fingerprint
 from fedtorch.types import ConfigError
 
 FILE = "data.json"
-FORMAT = "fedtorch data 1"
+FORMAT = "fedtorch data 2"
 MOST_NAMES = 12
 """Names that a line shows of many."""
 

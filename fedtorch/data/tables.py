@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.data import sheet
+from fedtorch.data import sheet, units
 from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
 from fedtorch.data.images import inputs
@@ -69,7 +69,8 @@ class Csv:
         table = sheet.read(Path(self.path), self.decimal)
         target = self.target or table.header[-1]
         names, dropped, notes = self._columns(table, target)
-        x = torch.tensor(table.numbers(names), dtype=torch.float32)
+        numbers = np.array(table.numbers(names))
+        x = torch.tensor(numbers, dtype=torch.float32)
         y = understood(self.path, self._target(table, target), self.kind, self.classes)
         keys = self._owners(table) if self.client else None
         train, test = _split(x, y.y, keys, self.test_fraction, seed)
@@ -87,6 +88,7 @@ class Csv:
             decimal=self.decimal,
             mean=tuple(mean.tolist()),
             deviation=tuple(deviation.tolist()) if self.standardize else (),
+            numbers=units.look(numbers),
             notes=(*notes, *y.notes),
         )
         return _data(Path(self.path).stem, standardised(x, done), y, keys, train, test, done)
@@ -160,9 +162,11 @@ def unlabelled(path: Path, done: Preparation) -> Tensor:
     table = sheet.read(path, done.decimal)
     if missing := [n for n in done.columns if n not in table.header]:
         raise ConfigError(f"{path} has no column {missing[0]!r}, which the model was trained on")
-    x = torch.tensor(table.numbers(done.columns), dtype=torch.float32)
+    numbers = np.array(table.numbers(done.columns))
+    x = torch.tensor(numbers, dtype=torch.float32)
     if not bool(torch.isfinite(x).all()):
         raise ConfigError(f"{path} has NaN or infinite values; fill or drop those rows first")
+    units.same(path, numbers, done)
     return standardised(x, done)
 
 
