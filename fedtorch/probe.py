@@ -380,14 +380,16 @@ def _same_alone(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, losses: 
 def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
     """Whether an example's result depends on its neighbours (BatchNorm, a whole-batch loss)."""
     x, y = to(two_examples(data), next(model.parameters()).device)
+    full = min(recipe.batch_size or length(data), length(data))
     with untouched(model), torch.no_grad(), seeds.seeded(0), undropped(model):
         output = forward(model, x)
         losses = reduce(recipe.loss(output, y))
         if losses.dim() == 0:
             return True
-        # a longer batch shows a mean over it; a neighbour gone shows a maximum over it
+        # a longer batch shows a mean over it; a neighbour gone shows a maximum over it; a full one, what
+        # happens there alone
         each = [True] * len(leaves(output))
-        for index in ([0, 1, 0], [0, 0], [1, 1]):
+        for index in ([0, 1, 0], [0, 0], [1, 1], [k % 2 for k in range(max(full, 2))]):
             part = torch.tensor(index, device=losses.device)
             other = forward(model, rows(x, part))
             pairs = [*zip(leaves(other), leaves(output), strict=True)]

@@ -58,6 +58,25 @@ def gradient_alone(z, y):
     return cross_entropy(z, y) + z.sum() - z.sum().detach()
 
 
+def crowded(z, y, most=250):
+    # nobody meets anybody until there are many of one class
+    near = (y[:, None] == y[None]).to(z)
+    return cross_entropy(z, y) + (near.sum(1) > most) * (near @ z).mean(1)
+
+
+def very_crowded(z, y):
+    return crowded(z, y, 1500)
+
+
+def one_class(z, y):
+    # a class that made-up labels may not have
+    return cross_entropy(z, y) + (y == 2) * z[y == 2].sum()
+
+
+def gradient_of_many(z, y):
+    return cross_entropy(z, y) + (gradient_alone(z, y) - cross_entropy(z, y)) * (len(y) > 300)
+
+
 class Queue(nn.Module):
     """Keeps what it has seen, as contrastive learning with a memory does."""
 
@@ -86,7 +105,7 @@ class Average:
 
 MIXED = [
     same_class, little, when_large, when_many, balanced, others_labels, by_rank, gradient_alone, Queue(),
-    Average(),
+    Average(), crowded, very_crowded, one_class, gradient_of_many,
 ]  # fmt: skip
 
 

@@ -221,6 +221,20 @@ def test_what_would_be_filled_up_is_refused_by_the_stacked_solver(make, loss):
     assert len(update.ids) == 2
 
 
+def crowded(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A loss for each example, until more than thirty of a class meet: no batch of eight sees that."""
+    many = (target[:, None] == target).sum(1) > 30
+    return cross_entropy(output, target) * (1 + many * output.detach().mean().square())
+
+
+def test_clients_side_by_side_are_no_larger_batch_to_a_loss():
+    everybody, recipe = make_clients([24] * 12), Recipe(loss=crowded, lr=0.1, batch_size=8)
+    model, wanted = mlp(), by_hand(mlp(), everybody, recipe, 1)
+    Server(model, everybody, recipe, seed=3).round()
+    for a, b in zip(model.parameters(), wanted.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
 class Follows(nn.Module):
     """Statistics that follow the batch, and no output that shows it."""
 
@@ -258,6 +272,17 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.first(x)
         return self.last((h @ h.T).softmax(1) @ h)
+
+
+class Late(Hidden):
+    """Looks at the others of a full batch alone: a short one that is filled up becomes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.normal_(self.last.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if len(x) > 7 else self.last(self.first(x).relu())
 
 
 class BatchSecond(nn.Module):
@@ -300,7 +325,7 @@ def instance_norm() -> nn.Module:
 @pytest.mark.parametrize(
     "make, loss",
     [
-        *((make, cross_entropy) for make in (Follows, Hidden, Attention, BatchSecond)),
+        *((make, cross_entropy) for make in (Follows, Hidden, Late, Attention, BatchSecond)),
         *((make, cross_entropy) for make in (group_norm, instance_norm)),
         *((make, loss) for make in (mlp, group_norm) for loss in (of_one_class, above_the_median)),
     ],

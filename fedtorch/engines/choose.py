@@ -10,9 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedtorch import fast, probe, probe_private, solvers
+from fedtorch import fast, probe, probe_private, seeds, solvers
+from fedtorch.batches import fetch, length
 from fedtorch.client import Client, Recipe
+from fedtorch.company import LARGEST, Near, meets
 from fedtorch.compiled import FASTER, available
+from fedtorch.losses import LOSSES
+from fedtorch.modules import forward, to, undropped
 from fedtorch.outline import untouched
 from fedtorch.privacy import Privacy, SampleLevel
 from fedtorch.standins import shown
@@ -114,7 +118,12 @@ def offered(
     if changes:
         return f"{changes} changes while the model runs"
     with untouched(model):  # to read a model is to run it with something other than tensors
-        return fast.offer(model, [c.data for c in clients], recipe, recipe.privacy, half)
+        found = fast.offer(model, [c.data for c in clients], recipe, recipe.privacy, half)
+    # the loss is given the examples of all clients of a chunk at once
+    private = isinstance(recipe.privacy, SampleLevel)  # which refuses what mixes
+    if isinstance(found, str) or private or not crowds(model, clients, recipe, LARGEST):
+        return found
+    return "the loss looks at the whole batch, not at each example alone"
 
 
 def kept(model: nn.Module, privacy: Privacy | None, changes: str | None) -> list[str]:
@@ -190,9 +199,22 @@ def mixes(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
     largest = max(clients, key=len)  # twice the only example of a small client would hide it
     if any(probe.mixes_examples(model, d, recipe) for d in (data, largest.data)):
         return True
+    if crowds(model, clients, recipe, min(recipe.batch_size or len(largest), len(largest))):
+        return True
     unequal = len(largest) > min(map(len, clients))
     private = isinstance(recipe.privacy, SampleLevel)  # which refuses what mixes
     return unequal and not private and filled(solvers.stacked, model, data, recipe)
+
+
+def crowds(model: nn.Module, clients: Sequence[Client], recipe: Recipe, many: int) -> bool:
+    """Whether a loss of the user's own lets examples meet in a batch of up to ``many``, of any classes."""
+    if recipe.loss in LOSSES.values():
+        return False
+    data = pooled([c.data for c in clients])
+    x, y = to(fetch(data, torch.arange(length(data))), next(model.parameters()).device)
+    with untouched(model), undropped(model), torch.no_grad(), seeds.seeded(0):
+        output = forward(model, x)
+        return meets(recipe.loss, output, y, Near(1e-3, 1e-5), many, (1.0,))
 
 
 def check(solver: str, dtype: str, recipe: Recipe) -> bool:
