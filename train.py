@@ -18,27 +18,30 @@ import fedtorch  # noqa: F401  (first: Ctrl-C while torch is read is one line th
 import torch
 from torch import nn
 
-from fedtorch import assemble, cli, disk, folders, probe, runs, seeds, sweep, zoo
-from fedtorch.choices import help_text
+from fedtorch import disk, seeds
+from fedtorch.checks import probe
 from fedtorch.client import Recipe
-from fedtorch.console import Report, StopSignal, partition_table
 from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.engines import Engine, Local
-from fedtorch.evaluate import evaluate, evaluate_clients
-from fedtorch.folders import Folder
-from fedtorch.narrate import conclude, introduce, record_privacy, strict, write_results
-from fedtorch.optimizers import ClientOptimizer
 from fedtorch.options import COUNT, POSITIVE, SHARE, check
-from fedtorch.participation import Everyone, Participation
-from fedtorch.prices import LEDGER
 from fedtorch.privacy import Privacy, SampleLevel
-from fedtorch.privacy.ledger import Ledger
+from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent
-from fedtorch.schedules import Constant, Schedule
+from fedtorch.rounds.participation import Everyone, Participation
+from fedtorch.rounds.schedules import Constant, Schedule
+from fedtorch.run import cli, files, setup, sweep, zoo
+from fedtorch.run import folder as folders
+from fedtorch.run.console import Report, StopSignal, partition_table
+from fedtorch.run.evaluate import evaluate, evaluate_clients
+from fedtorch.run.folder import Folder
+from fedtorch.run.messages import conclude, introduce, record_privacy, strict, write_results
+from fedtorch.run.names import help_text
+from fedtorch.run.prices import LEDGER
 from fedtorch.server import Server
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.tracking import Record, TensorBoard, Tracking
-from fedtorch.tracking.pictures import Pictures
+from fedtorch.tracking.tensorboard.pictures import Pictures
+from fedtorch.training.optimizer import ClientOptimizer
 from fedtorch.types import ClientError, ConfigError, NothingLearned
 
 
@@ -161,11 +164,11 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     data = config.dataset.load(config.seed)
     ids, parts = partition(data, config.partition, config.clients, config.seed)
     private = config.privacy is not None
-    clients = assemble.clients(data, ids, parts, config.validation, config.seed, private)
+    clients = setup.clients(data, ids, parts, config.validation, config.seed, private)
     model = make_model(config, data)
     if data.kind == "classification":
         probe.classes_fit(model, data)
-    loss, metrics = assemble.loss_and_metrics(data.kind, config.loss, config.metrics)
+    loss, metrics = setup.loss_and_metrics(data.kind, config.loss, config.metrics)
     recipe = Recipe(
         config.strategy,
         loss=loss,
@@ -188,7 +191,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         seed=config.seed,
     )
     model = server.model  # with privacy.fix_model a copy of it
-    runs.savable(model)
+    files.savable(model)
     if whole := probe.metrics_fit(model, data.test, metrics):
         evaluate(model, data.test, whole)
         evaluate_clients(model, clients, whole)
@@ -220,14 +223,14 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
                 scores = evaluate(model, data.test, metrics)
                 figures |= {f"test_{k}": v for k, v in scores.items()}
                 by_client = evaluate_clients(model, clients, metrics)
-                figures |= server.mark(assemble.validation(by_client))
+                figures |= server.mark(setup.validation(by_client))
                 figures |= server.mark({"seconds_evaluate": time.perf_counter() - start})
             record.round(figures)
             pictures.round(by_client, last)
             report.round(figures)
             if last or server.round_number % config.checkpoint_every == 0:
                 report.attempt("checkpoint", save, kept, server, record)
-        runs.write_model(folder, model)  # first: whatever is reported after this can fail
+        files.write_model(folder, model)  # first: whatever is reported after this can fail
         if server.private:
             report.attempt("privacy report", record_privacy, record, server)
 

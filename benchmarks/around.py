@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.rounds import ONE_THREAD
 from fedtorch.data import Dirichlet, Iid, Natural, QuantitySkew, Shards, from_tensors, partition
-from fedtorch.privacy.accounting import Event
-from fedtorch.privacy.ledger import Ledger
+from fedtorch.privacy.accounting.events import Event
+from fedtorch.privacy.accounting.ledger import Ledger
 
 CNN = ["--model", "cnn"]
 

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtorch import Client, Local, Recipe, Server, zoo
+from fedtorch import Client, Local, Recipe, Server
 from fedtorch.data.base import facts_of
 from fedtorch.engines import Processes, Ray
-from fedtorch.sites import keys, plan
+from fedtorch.run import zoo
+from fedtorch.sites import keys, offer
 from fedtorch.sites.engine import Sites, remotes
 
 NAMES = ["north", "south"]
@@ -91,7 +92,7 @@ def sites(width: int) -> tuple[list[float], float]:
         folder = Path(name)
         keys.make(folder, ["127.0.0.1"], NAMES, 2)
         facts = facts_of((784,), 10, "classification")
-        offered = plan.Plan("bench", "mlp", {"hidden": width}, facts, batch_size=None)
+        offered = offer.Plan("bench", "mlp", {"hidden": width}, facts, batch_size=None)
         network, recipe = offered.build()
         made = Sites(plan=offered, address="127.0.0.1:0", keys=folder / "server", minimum=2)
         server = Server(network, remotes(NAMES), recipe, engine=made)

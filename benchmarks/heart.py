@@ -30,7 +30,7 @@ from fedtorch import (
     ServerYogi,
     evaluate,
 )
-from fedtorch.losses import binary_accuracy, binary_cross_entropy
+from fedtorch.training.losses import binary_accuracy, binary_cross_entropy
 
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 Split = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]

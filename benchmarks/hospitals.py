@@ -29,8 +29,8 @@ import numpy as np
 
 from benchmarks import hospitals_checks as checks
 from benchmarks.heart import HOSPITALS, hospitals
-from fedtorch import checkpoint
 from fedtorch.engines import wire
+from fedtorch.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 PRIVATE = (

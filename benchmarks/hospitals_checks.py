@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from benchmarks.heart import accuracies, hospitals
-from fedtorch import Client, Local, Server, checkpoint, cli, seeds
+from fedtorch import Client, Local, Server, seeds
 from fedtorch.data import Npz
 from fedtorch.engines import wire
-from fedtorch.privacy.accounting import epsilon
-from fedtorch.privacy.ledger import Ledger
+from fedtorch.privacy.accounting.events import epsilon
+from fedtorch.privacy.accounting.ledger import Ledger
+from fedtorch.run import checkpoint, cli
 from fedtorch.sites.budget import Budget
 from fedtorch.sites.serve import ServeConfig, make_plan
 

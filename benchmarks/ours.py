@@ -6,8 +6,8 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.workloads import EXAMPLES, Problem
 from fedtorch import Client, Local, Server, evaluate
-from fedtorch.losses import accuracy, cross_entropy
 from fedtorch.privacy import ClientLevel, Privacy, SampleLevel
+from fedtorch.training.losses import accuracy, cross_entropy
 
 
 class Ours:

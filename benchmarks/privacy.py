@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from fedtorch import Client, FedAvg, Local, Recipe, Server, ServerSGD, evaluate, local_update
 from fedtorch.data import Data, Digits, Idx, Iid, partition
 from fedtorch.data.base import subset
-from fedtorch.engines.choose import choose
-from fedtorch.losses import accuracy
+from fedtorch.engines.solver_choice import choose
 from fedtorch.privacy import ClientLevel, SampleLevel
-from fedtorch.privacy.accounting import Event, epsilon
-from fedtorch.solvers import snapshot
+from fedtorch.privacy.accounting.events import Event, epsilon
+from fedtorch.run.zoo import build
+from fedtorch.training.losses import accuracy
+from fedtorch.training.stacked import snapshot
 from fedtorch.types import Task
-from fedtorch.zoo import build
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtorch.commands.train import train_module
-from fedtorch.runs import git_commit
-from fedtorch.tracking.pictures import Pictures
+from fedtorch.run.files import git_commit
 from fedtorch.tracking.record import Record
+from fedtorch.tracking.tensorboard.pictures import Pictures
 
 MANY = ["--model", "logistic", "--partition", "iid", "--epochs", "1", "--checkpoint-every", "10"]
 

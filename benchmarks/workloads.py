@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.batches import plan
 from fedtorch.client import Recipe
 from fedtorch.data.base import Data
 from fedtorch.data.images import Digits, Idx
-from fedtorch.zoo import find
+from fedtorch.run.zoo import find
+from fedtorch.training.batches import plan
 
 MNIST = Path("../shared/data/mnist")
 EXAMPLES = 60

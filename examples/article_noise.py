@@ -15,8 +15,8 @@ epsilon that the mechanism provably exceeds, at 95 % confidence.
 import torch
 from torch import Tensor
 
-from fedtorch.audit import clopper_pearson_epsilon
 from fedtorch.privacy import LocalDP
+from fedtorch.privacy.audit import clopper_pearson_epsilon
 from fedtorch.types import Task
 
 EPSILON = 1.0

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from fedtorch import Client, Recipe, Server, Strategy, evaluate
 from fedtorch.data import Digits, Iid, partition
-from fedtorch.losses import accuracy
+from fedtorch.training.losses import accuracy
 from fedtorch.tree import tmap
 from fedtorch.types import Params
 

@@ -6,19 +6,21 @@ from pathlib import Path
 try:
     from fedtorch.client import Client, Recipe
     from fedtorch.engines import Local
-    from fedtorch.evaluate import evaluate
-    from fedtorch.optimizers import (
+    from fedtorch.rounds import history
+    from fedtorch.rounds.participation import Everyone, Poisson, Uniform
+    from fedtorch.run.evaluate import evaluate
+    from fedtorch.server import Server
+    from fedtorch.strategies import FedAvg, FedProx, Scaffold, Strategy
+    from fedtorch.training import losses
+    from fedtorch.training.local_update import local_update
+    from fedtorch.training.optimizer import (
         ClientOptimizer,
         ServerAdagrad,
         ServerAdam,
         ServerSGD,
         ServerYogi,
     )
-    from fedtorch.participation import Everyone, Poisson, Uniform
-    from fedtorch.server import Server
-    from fedtorch.strategies import FedAvg, FedProx, Scaffold, Strategy
     from fedtorch.types import ConfigError
-    from fedtorch.visit import local_update
 except (
     KeyboardInterrupt
 ):  # reading torch takes seconds; of a command, stopping it is no error to trace
@@ -26,6 +28,9 @@ except (
         raise
     sys.stderr.write("fedtorch: stopped\n")
     raise SystemExit(130) from None
+
+# where they stood before there were rooms
+sys.modules |= {"fedtorch.losses": losses, "fedtorch.history": history}
 
 __version__ = "0.1.0"
 

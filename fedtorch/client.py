@@ -1,4 +1,4 @@
-"""Clients, and the recipe by which they train. What they do in a round is in ``visit.py``."""
+"""Clients, and the recipe by which they train. ``training/local_update.py`` is what they do."""
 
 from dataclasses import KW_ONLY, dataclass, field
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from fedtorch.batches import length
-from fedtorch.losses import Loss, cross_entropy
-from fedtorch.optimizers import ClientOptimizer
 from fedtorch.options import COUNT, POSITIVE, check, fit
 from fedtorch.privacy import Privacy, SampleLevel
 from fedtorch.strategies import FedAvg, Strategy
+from fedtorch.training.batches import length
+from fedtorch.training.losses import Loss, cross_entropy
+from fedtorch.training.optimizer import ClientOptimizer
 from fedtorch.types import ConfigError, Params
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtorch import seeds
-from fedtorch.losses import Loss, reduce
+from fedtorch.training.losses import Loss, reduce
 from fedtorch.tree import leaves, rebuilt, rows, size
 
 WATCHED = 4

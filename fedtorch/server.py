@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedtorch.aggregate import Mean, moved
+from fedtorch.aggregation.mean import Mean, moved
 from fedtorch.client import Client, Recipe
-from fedtorch.console import Report
 from fedtorch.engines import Engine, Local
-from fedtorch.history import History
-from fedtorch.metrics import Metrics, Visits, length, traffic
 from fedtorch.options import NOT_NEGATIVE, fit, shown, within
-from fedtorch.participation import Everyone, Participation
-from fedtorch.privacy import checks
-from fedtorch.privacy.ledger import Ledger
+from fedtorch.privacy import models
+from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent, PrivateRun
-from fedtorch.schedules import Constant, Schedule
-from fedtorch.solvers import load, snapshot, to
+from fedtorch.rounds.figures import Metrics, Visits, length, traffic
+from fedtorch.rounds.history import History
+from fedtorch.rounds.participation import Everyone, Participation
+from fedtorch.rounds.schedules import Constant, Schedule
+from fedtorch.run.console import Report
 from fedtorch.strategies.base import Strategy, uploads
+from fedtorch.training.stacked import load, snapshot, to
 from fedtorch.tree import double, sound
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
 
@@ -70,7 +70,7 @@ class Server:
             raise ConfigError(f"client ids must differ, but {twice[0]!r} is there twice")
         participation.check(len(clients))
         if self.recipe.privacy and self.recipe.privacy.fix_model:
-            model = checks.fixed(model)
+            model = models.fixed(model)
         self.model = model
         self.round_number = 0
         self._drawn: tuple[list[int], list[int]] | None = None

@@ -20,13 +20,13 @@ from fedtorch import (
     Server,
     ServerAdam,
     evaluate,
-    losses,
 )
-from fedtorch.fast.offer import offer
-from fedtorch.modules import snapshot
+from fedtorch.fast.trial import offer
 from fedtorch.privacy import ClientLevel, SampleLevel
+from fedtorch.training import losses
+from fedtorch.training.local_update import local_update
+from fedtorch.training.module import snapshot
 from fedtorch.types import Task
-from fedtorch.visit import local_update
 
 SIZES = [37, 18, 5]
 

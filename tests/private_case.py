@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from fedtorch import Client, FedAvg, Local, Recipe, Server
 from fedtorch.fast import offer
 from fedtorch.privacy import Privacy
-from fedtorch.solvers import snapshot
+from fedtorch.training.local_update import local_update
+from fedtorch.training.stacked import snapshot
 from fedtorch.types import Task
-from fedtorch.visit import local_update
 
 
 def model(inputs: int = 6, hidden: int = 5, classes: int = 4) -> nn.Module:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from fedtorch.__main__ import main
 from fedtorch.commands.completion import script
 from fedtorch.data import Csv, Digits
-from fedtorch.history import History
-from fedtorch.sweep import arguments, settings
+from fedtorch.rounds.history import History
+from fedtorch.run.sweep import arguments, settings
 from fedtorch.types import ConfigError
 
 SMALL = ["--privacy", "none", "--model", "logistic", "--epochs", "1", "--clients", "3"]

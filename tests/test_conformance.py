@@ -14,21 +14,14 @@ import pytest
 import torch
 
 from fedtorch import client as client_module
-from fedtorch import participation
 from fedtorch import server as server_module
 from fedtorch.fast import copies
-from fedtorch.privacy import (
-    AdaptiveClip,
-    ClientLevel,
-    LocalDP,
-    SampleLevel,
-    gradients,
-    sample,
-    streams,
-)
+from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel, gradients, sample
 from fedtorch.privacy import run as run_module
-from fedtorch.privacy.accounting import epsilon
-from fedtorch.privacy.gaussian import gaussian_epsilon
+from fedtorch.privacy.accounting.events import epsilon
+from fedtorch.privacy.accounting.gaussian import gaussian_epsilon
+from fedtorch.privacy.noise import streams
+from fedtorch.rounds import participation
 from fedtorch.types import ConfigError
 from private_case import clients, flat, model, server, silent, visit
 
@@ -268,7 +261,7 @@ def clip_by_layer_with_flat_noise(patch: pytest.MonkeyPatch) -> None:
             total[k] = torch.einsum("kb,kb...->k...", factors * batch[2], g)
         return steps.finish(total), losses
 
-    patch.setattr("fedtorch.solvers.stacked_gradients", by_layer)
+    patch.setattr("fedtorch.training.stacked.stacked_gradients", by_layer)
 
 
 def per_example(net, loss, params, rest, batch):
@@ -289,7 +282,7 @@ def divide_by_the_batch_there_was(patch: pytest.MonkeyPatch) -> None:
         n = float(batch[2].sum(1).max())
         return real(net, loss, params, rest, batch, dataclasses.replace(steps, divisor=n))
 
-    patch.setattr("fedtorch.solvers.stacked_gradients", by_actual)
+    patch.setattr("fedtorch.training.stacked.stacked_gradients", by_actual)
 
 
 def broken_examples_are_clipped_like_others(patch: pytest.MonkeyPatch) -> None:
@@ -368,10 +361,10 @@ def noise_of_fewer_bits_than_the_sum(patch: pytest.MonkeyPatch) -> None:
 
 
 def only_trainable_layers_are_looked_at(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("fedtorch.probe_private.checks.refuse", lambda net: None)
-    patch.setattr("fedtorch.probe_private._frozen_buffers", lambda *a: None)
-    patch.setattr("fedtorch.probe_private.mixes_examples", lambda *a: False)
-    patch.setattr("fedtorch.probe_private._works", lambda *a: None)
+    patch.setattr("fedtorch.checks.private.models.refuse", lambda net: None)
+    patch.setattr("fedtorch.checks.private._frozen_buffers", lambda *a: None)
+    patch.setattr("fedtorch.checks.private.mixes_examples", lambda *a: False)
+    patch.setattr("fedtorch.checks.private._works", lambda *a: None)
 
 
 PLANTED: dict[Callable[[pytest.MonkeyPatch], None], Callable[[], None]] = {

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from fedtorch import ConfigError, assemble
+from fedtorch import ConfigError
 from fedtorch.data import Csv, Data, Idx, Npz, Text
 from fedtorch.data.base import from_tensors
 from fedtorch.data.content import coins, fingerprint, split
+from fedtorch.run import setup
 
 G = np.random.default_rng(3)
 X, Y = G.integers(0, 200, (161, 5, 4)), np.arange(161) % 2
@@ -68,7 +69,7 @@ def test_validation_data_of_a_client_moves_by_one_example_too(place):
 
     def client(index: torch.Tensor) -> set[bytes]:
         data = from_tensors("d", (x[index], y[index]), (x[:2], y[:2]), "classification", 2)
-        (one,) = assemble.clients(data, ["a"], [torch.arange(len(index))], 0.25, seed=5)
+        (one,) = setup.clients(data, ["a"], [torch.arange(len(index))], 0.25, seed=5)
         assert len(one.data) + len(one.validation) == len(index)
         return rows(one.data)
 
@@ -82,12 +83,12 @@ def test_a_client_that_would_keep_nothing_trains_on_all_of_it_or_is_refused():
     )
     seed = next(s for s in range(999) if bool((coins(data.train, s, "validation") < 0.8).all()))
     asked = data, ["a"], [torch.arange(4)], 0.8, seed
-    (kept,) = assemble.clients(*asked)
+    (kept,) = setup.clients(*asked)
     assert (len(kept), kept.validation) == (4, None)
     with pytest.raises(
         ConfigError, match="client a: all of its 4 examples fall into its validation"
     ):
-        assemble.clients(*asked, private=True)
+        setup.clients(*asked, private=True)
 
 
 class Drawn(Dataset):

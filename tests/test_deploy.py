@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtorch import cli
 from fedtorch.privacy import SampleLevel
+from fedtorch.run import cli
 from fedtorch.sites.serve import ServeConfig, make_plan
 from fedtorch.sites.site import SiteConfig
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtorch import cli
 from fedtorch.__main__ import COMMANDS
-from fedtorch.choices import CHOICES
 from fedtorch.commands.train import train_module
+from fedtorch.run import cli
+from fedtorch.run.names import CHOICES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])

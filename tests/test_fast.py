@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
-from fedtorch.fast import dual, layers, offer, read, rows, solve, spec
-from fedtorch.losses import binary_cross_entropy, mean_squared_error
+from fedtorch.fast import chunk_data, dual, layers, offer, reader, spec
+from fedtorch.fast import solver as solve
 from fedtorch.privacy import ClientLevel, SampleLevel
+from fedtorch.training.losses import binary_cross_entropy, mean_squared_error
 from fedtorch.types import ConfigError
 
 SIZES = [37, 5, 18, 64, 1, 23]  # unequal, one below a batch, one single example
@@ -136,7 +137,7 @@ def test_inputs_that_are_zero_in_all_examples_are_left_out_and_their_weights_are
             c.data.tensors[0][:, 20 + k] = 0  # zero for one client only
         return who
 
-    used = rows.Kept().rows([c.data for c in blank()], torch.device("cpu")).used
+    used = chunk_data.Kept().rows([c.data for c in blank()], torch.device("cpu")).used
     assert used.tolist() == [*range(4), *range(12, 30)]
     optimizer = ClientOptimizer("SGD", args)
     recipe = Recipe(strategy, optimizer=optimizer, lr=0.1, batch_size=8)
@@ -263,7 +264,7 @@ def test_what_cannot_be_read_trains_on_the_general_path_and_says_why(why):
 
 @pytest.mark.parametrize("numba, how", [(True, ", compiled loops"), (False, "; pip install 'fed")])
 def test_the_note_says_if_loops_are_compiled_or_how_they_could_be(numba, how, monkeypatch):
-    monkeypatch.setattr("fedtorch.engines.choose.available", lambda: numba)
+    monkeypatch.setattr("fedtorch.engines.solver_choice.available", lambda: numba)
     (note,) = Server(mlp(), clients(), Recipe(lr=0.01)).notes
     assert note.startswith(f"fast path, {len(SIZES)} clients at once{how}")
     slow = Recipe(lr=0.01, optimizer=ClientOptimizer("Adam"))
@@ -402,9 +403,9 @@ def test_the_bound_on_a_norm_holds_where_everything_cancels():
     x = torch.cat([torch.randn(20, 300) * 100] * 2)
     D = torch.randn(1, 40, 20)
     D[:, 20:] = -D[:, :20]  # each row comes back with the other sign: the change is zero
-    own = rows.Rows(x, torch.zeros(40), (40,))
+    own = chunk_data.Rows(x, torch.zeros(40), (40,))
     taken = (torch.arange(40)[None],) * 2
-    grams = rows.Kept().gram(TensorDataset(x, own.y), False, x.device)[None]
+    grams = chunk_data.Kept().gram(TensorDataset(x, own.y), False, x.device)[None]
     first = dual.First(
         spec.Linear("w", None, (20, 300)), torch.zeros(20, 300), None, layers.Rule(0.1),
         own, grams, taken, False,
@@ -497,7 +498,7 @@ def test_a_sum_that_privacy_noises_is_float32_in_every_layer():
     shape, rule, weight = (200, 300), layers.Rule(0.1), torch.ones(2)
     named, w0 = spec.Linear("w", None, shape), torch.zeros(shape)
     x, D = torch.randn(160, 300), torch.randn(2, 80, 200)  # enough for bfloat16 to be worth it
-    own = rows.Rows(x, torch.zeros(160), (80, 80))
+    own = chunk_data.Rows(x, torch.zeros(160), (80, 80))
     places = torch.arange(160).view(2, 80), torch.arange(80).expand(2, 80)
     first = dual.First(named, w0, None, rule, own, torch.zeros(2, 80, 80), places, True)
     hidden = dual.Hidden(named, w0, None, rule, (2, 80), True)
@@ -522,7 +523,7 @@ def test_products_that_may_round_further_are_not_used_under_privacy():
 
 
 def test_a_trial_that_differs_by_chance_is_repeated_on_others(monkeypatch):
-    offering = sys.modules["fedtorch.fast.offer"]
+    offering = sys.modules["fedtorch.fast.trial"]
     tried = []
 
     def unlucky(solver, model, few, recipe, private):
@@ -574,4 +575,6 @@ def test_one_number_for_each_example(squeeze):
 
 @pytest.mark.parametrize("squeeze", [lambda z: z.squeeze(), lambda z: z.squeeze(0), lambda z: z[0]])
 def test_what_may_take_the_examples_axis_away_is_not_read(squeeze):
-    assert read.read(OneNumber(squeeze), torch.zeros(2, 30)) == "it does not end in a linear layer"
+    assert (
+        reader.read(OneNumber(squeeze), torch.zeros(2, 30)) == "it does not end in a linear layer"
+    )

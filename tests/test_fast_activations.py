@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedtorch import Client, Local, Recipe, Server
-from fedtorch.fast import read
-from fedtorch.losses import cross_entropy
+from fedtorch.fast import reader
+from fedtorch.training.losses import cross_entropy
 
 
 def trained(model: nn.Module, recipe: Recipe, solver: str) -> dict[str, torch.Tensor]:
@@ -63,7 +63,7 @@ def test_softmax_along_the_features(loss):
 @pytest.mark.parametrize("last", [nn.LogSoftmax(0), nn.Softmax(2)])
 def test_softmax_along_other_axes_is_not_read(last):
     model = nn.Sequential(nn.Linear(30, 4), last)
-    assert read.read(model, torch.zeros(2, 30)) == "it does not end in a linear layer"
+    assert reader.read(model, torch.zeros(2, 30)) == "it does not end in a linear layer"
 
 
 class Called(nn.Module):
@@ -103,7 +103,7 @@ def test_all_activations_are_those_of_torch(make):
         for p in model.parameters():
             p.data.mul_(2)  # away from where all of them are straight lines
         ends.append(trained(model, Recipe(lr=0.05, batch_size=8), solver))
-    assert read.read(make(), torch.zeros(2, 30)).front is None
+    assert reader.read(make(), torch.zeros(2, 30)).front is None
     assert apart(*ends) < 1e-6
 
 
@@ -116,4 +116,4 @@ def test_an_activation_that_is_told_more_than_is_known_is_not_read():
         def forward(self, relu: torch.Tensor) -> torch.Tensor:
             return F.log_softmax(self.out(relu), 1, dtype=torch.float64)
 
-    assert read.read(Typed(), torch.zeros(2, 30)) == "it does not end in a linear layer"
+    assert reader.read(Typed(), torch.zeros(2, 30)) == "it does not end in a linear layer"

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedtorch.compiled import available, loops
-from fedtorch.fast import copies, small
+from fedtorch.fast import copies, ops
 from fedtorch.fast.layers import Leaf, Rule
 from fedtorch.fast.schedule import Schedule
 from fedtorch.fast.spec import Linear
+from fedtorch.kernels.compile import available, loops
 
 COUNTS = np.array([5, 0, 4, 1])
 WIDTHS = (1, 7, 15, 16, 17, 40, 64)
@@ -15,7 +15,7 @@ WIDTHS = (1, 7, 15, 16, 17, 40, 64)
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
 def way(request, monkeypatch):
     """The loops are held to torch on processors too for which torch is as fast."""
-    fast = loops(small.TILES) if request.param == "compiled" else None
+    fast = loops(ops.TILES) if request.param == "compiled" else None
     monkeypatch.setattr(copies, "tiles", lambda like: fast)
     return fast
 
@@ -152,9 +152,9 @@ def test_many_rows_and_few_outputs_are_left_to_the_library(counts, out, loop, wa
 @pytest.mark.parametrize("fits", [True, False])
 def test_loops_are_for_processors_with_enough_registers_and_for_known_types(fits, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(loops(small.TILES), "FITS", fits)
-    assert (small.tiles(torch.zeros(1)) is not None) == fits
-    assert small.tiles(torch.zeros(1, dtype=torch.bfloat16)) is None
-    assert small.tiles(torch.zeros(1, device="meta")) is None
-    monkeypatch.setattr(small, "loops", lambda module: None)
-    assert small.tiles(torch.zeros(1)) is None
+    monkeypatch.setattr(loops(ops.TILES), "FITS", fits)
+    assert (ops.tiles(torch.zeros(1)) is not None) == fits
+    assert ops.tiles(torch.zeros(1, dtype=torch.bfloat16)) is None
+    assert ops.tiles(torch.zeros(1, device="meta")) is None
+    monkeypatch.setattr(ops, "loops", lambda module: None)
+    assert ops.tiles(torch.zeros(1)) is None

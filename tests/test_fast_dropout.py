@@ -7,21 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedtorch import (
-    Client,
-    ClientOptimizer,
-    FedAvg,
-    FedProx,
-    Local,
-    Recipe,
-    Scaffold,
-    Server,
-    masks,
-)
+from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
 from fedtorch.engines import Processes
-from fedtorch.fast import Fast, front, offer, read, solve
-from fedtorch.masks import Dropout
+from fedtorch.fast import Fast, front, offer, reader
+from fedtorch.fast import solver as solve
 from fedtorch.privacy import ClientLevel, SampleLevel
+from fedtorch.training import dropout
+from fedtorch.training.dropout import Dropout
 
 SIZES = [21, 5, 13, 1, 8]  # unequal, one below a batch, one single example
 
@@ -152,9 +144,9 @@ def test_same_weights_as_the_general_path(form, name, strategy, args):
 
 @pytest.mark.parametrize("uniform", [True, False])
 def test_both_ways_to_draw_are_one(monkeypatch, uniform):
-    if uniform and not masks.uniform():
+    if uniform and not dropout.uniform():
         pytest.skip("this processor's bernoulli_ is MKL's")
-    monkeypatch.setattr(masks, "uniform", lambda: uniform)
+    monkeypatch.setattr(dropout, "uniform", lambda: uniform)
     for make, shape in MODELS.values():
         recipe = Recipe(lr=0.05, batch_size=4)
         ends = [trained(make, recipe, s, clients(*shape))[0] for s in ("general", "fast")]
@@ -199,7 +191,7 @@ class Frozen(nn.Module):
 
 def test_a_layer_that_is_off_drops_nothing():
     torch.manual_seed(0)
-    chain = read.read(Frozen().eval(), torch.zeros(2, 30))
+    chain = reader.read(Frozen().eval(), torch.zeros(2, 30))
     assert [p.p for p in chain.layers if isinstance(p, Dropout)] == [0.5]
     recipe = Recipe(lr=0.1, batch_size=4)
     slow, fast = (trained(Frozen, recipe, s, clients(30))[0] for s in ("general", "fast"))
@@ -298,7 +290,7 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 @pytest.mark.filterwarnings("ignore:dropout2d. Received a 2-D input")
 def test_what_is_refused_and_why(why):
-    got = read.read(REFUSED[why], torch.randn(2, 30))
+    got = reader.read(REFUSED[why], torch.randn(2, 30))
     assert isinstance(got, str) and why in got.lower()
 
 

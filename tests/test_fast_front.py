@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
-from fedtorch.fast import Fast, front, offer, read, rows
-from fedtorch.modules import channels_last
+from fedtorch.fast import Fast, chunk_data, front, offer, reader
 from fedtorch.privacy import ClientLevel
+from fedtorch.training.module import channels_last
 
 SIZES = [21, 5, 13, 1]
 
@@ -139,14 +139,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_is_refused_and_why(why):
-    got = read.read(REFUSED[why], images()[0].data.tensors[0][:1])
+    got = reader.read(REFUSED[why], images()[0].data.tensors[0][:1])
     assert isinstance(got, str) and why in got
 
 
 def test_pooling_before_the_activation_is_the_same_function():
     torch.manual_seed(0)
     model, x = paper(), torch.randn(3, 1, 8, 8)
-    spec = read.read(model, x[:1]).front
+    spec = reader.read(model, x[:1]).front
     module = front.build(model, spec)
     order = [
         type(module.get_submodule(n.target)) for n in module.graph.nodes if n.op == "call_module"
@@ -176,7 +176,7 @@ def test_a_solver_travels_without_data_or_weights():
 
 
 def test_what_is_kept_is_made_anew_when_data_changes():
-    kept = rows.Kept()
+    kept = chunk_data.Kept()
     data = images()[0].data
     before = kept.rows([data], CPU), kept.gram(data, True, CPU)
     assert kept.rows([data], CPU) is before[0] and kept.gram(data, True, CPU) is before[1]
@@ -187,8 +187,8 @@ def test_what_is_kept_is_made_anew_when_data_changes():
 
 
 def test_what_is_kept_has_a_bound(monkeypatch):
-    monkeypatch.setattr(rows, "ROOM", 10_000)
-    kept = rows.Kept()
+    monkeypatch.setattr(chunk_data, "ROOM", 10_000)
+    kept = chunk_data.Kept()
     for client in images([20] * 30):
         kept.gram(client.data, True, CPU)
     assert kept.used <= 10_000 and 1 <= len(kept.grams) <= 6

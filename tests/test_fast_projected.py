@@ -8,13 +8,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedtorch import Client, ClientOptimizer, FedProx, Local, Recipe, Server
+from fedtorch.fast.chunk_data import Kept
 from fedtorch.fast.layers import Rule
 from fedtorch.fast.projected import Known, Projected
-from fedtorch.fast.rows import Kept
 from fedtorch.fast.spec import Linear
 from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
-from fedtorch.privacy.streams import stream
+from fedtorch.privacy.noise.streams import stream
 from fedtorch.types import ConfigError
 
 INPUTS, EXAMPLES, STEPS, OUT = 7, 4, 3, 4000

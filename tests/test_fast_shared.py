@@ -1,16 +1,16 @@
 import pytest
 import torch
 
-from fedtorch.compiled import available, loops
-from fedtorch.fast import shared, small
+from fedtorch.fast import ops, shared
+from fedtorch.kernels.compile import available, loops
 from loop_case import close, drawn
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
 def way(request, monkeypatch):
     """The loops are held to torch on processors too for which torch is as fast."""
-    fast = loops(small.TILES) if request.param == "compiled" else None
-    for module in (shared, small):
+    fast = loops(ops.TILES) if request.param == "compiled" else None
+    for module in (shared, ops):
         monkeypatch.setattr(module, "tiles", lambda like: fast)
     return request.param
 

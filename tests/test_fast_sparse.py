@@ -4,9 +4,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedtorch import Client, Local, Recipe, Server
-from fedtorch.compiled import available, loops
-from fedtorch.fast.rows import Rows
+from fedtorch.fast.chunk_data import Rows
 from fedtorch.fast.sparse import pays, sparse
+from fedtorch.kernels.compile import available, loops
 
 pytestmark = pytest.mark.skipif(not available(), reason="without numba no product leaves zeros out")
 
@@ -89,14 +89,14 @@ def test_bits_do_not_depend_on_what_finds_room(zeros, numba, monkeypatch):
     # a run that is resumed, or another worker, has other chunks in its memory
     ends = []
     for room in (1 << 30, 0):
-        monkeypatch.setattr("fedtorch.fast.rows.ROOM", room)
+        monkeypatch.setattr("fedtorch.fast.chunk_data.ROOM", room)
         ends.append(trained(monkeypatch, loops if numba else lambda module: None, zeros))
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
 def trained(monkeypatch, loops, zeros=0):
     asked = []
-    for where in ("sparse", "small"):
+    for where in ("sparse", "ops"):
         name = f"fedtorch.fast.{where}.loops"
         monkeypatch.setattr(name, lambda module, where=where: asked.append(where) or loops(module))
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def trained(monkeypatch, loops, zeros=0):
     recipe = Recipe(lr=0.1, batch_size=5, epochs=2)
     server = Server(model, clients, recipe, engine=Local(solver="fast"), seed=1)
     server.fit(3, progress=False)
-    assert {"sparse", "small"} <= set(asked)
+    assert {"sparse", "ops"} <= set(asked)
     return server.model.state_dict()
 
 

@@ -100,7 +100,7 @@ def test_what_the_machine_refuses_is_one_sentence(error, code, said, monkeypatch
 
     monkeypatch.setattr("fedtorch.commands.listing.version", fail)
     assert main(["version"]) == code
-    monkeypatch.setattr("fedtorch.folders.start", fail)
+    monkeypatch.setattr("fedtorch.run.folder.start", fail)
     assert main(["train", "--privacy", "none", "--rounds", "1"]) == code
     assert capsys.readouterr().err.splitlines() == [said, said]
 

@@ -25,18 +25,18 @@ from fedtorch import (
     ServerAdam,
     Strategy,
     Uniform,
-    cli,
 )
 from fedtorch.data import Csv, Digits, Dirichlet, HuggingFace, Idx, Npz, QuantitySkew, Shards, Text
 from fedtorch.engines import Local, Processes, Ray
-from fedtorch.optimizers import ServerAdagrad, ServerSGD, ServerYogi
 from fedtorch.options import COUNT, INSIDE, SHARE, fit, shown
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, SampleLevel
-from fedtorch.schedules import Cosine, Exponential, Step
+from fedtorch.rounds.schedules import Cosine, Exponential, Step
+from fedtorch.run import cli
 from fedtorch.sites.engine import Sites
 from fedtorch.sites.serve import ServeConfig
 from fedtorch.sites.site import SiteConfig
 from fedtorch.tracking import TensorBoard
+from fedtorch.training.optimizer import ServerAdagrad, ServerSGD, ServerYogi
 from train import Config
 
 BY_NAME = [

@@ -22,9 +22,9 @@ from fedtorch import (
     local_update,
     seeds,
 )
-from fedtorch.batches import plan
-from fedtorch.losses import cross_entropy
-from fedtorch.modules import snapshot
+from fedtorch.training.batches import plan
+from fedtorch.training.losses import cross_entropy
+from fedtorch.training.module import snapshot
 from fedtorch.types import ClientError, Task
 
 SIZES = [37, 5, 18, 64, 1, 23]  # unequal, one below a batch, one single example

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedtorch.__main__ import main
-from fedtorch.privacy.accounting import Event, calibrate, epsilon, over_rounds
+from fedtorch.privacy.accounting.events import Event, calibrate, epsilon, over_rounds
 from fedtorch.types import ConfigError
 
 
@@ -173,5 +173,5 @@ def test_as_a_module_and_without_opacus_where_it_is_not_needed() -> None:
     ]
     done = subprocess.run(run, capture_output=True, text=True, check=True)
     assert "noise 3.7307 x clip norm" in done.stdout
-    assert "fedtorch.privacy.accounting" in done.stderr  # what was imported
+    assert "fedtorch.privacy.accounting.events" in done.stderr  # what was imported
     assert "opacus" not in done.stderr

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedtorch.losses import cross_entropy
 from fedtorch.privacy import gradients
 from fedtorch.privacy.ghost import Ghosts, apart
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients
-from fedtorch.privacy.streams import stream
+from fedtorch.privacy.noise.streams import stream
+from fedtorch.training.losses import cross_entropy
 
 
 class Words(nn.Module):

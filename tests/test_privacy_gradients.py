@@ -11,11 +11,11 @@ from torch import nn
 
 from fedtorch import Client, Recipe, local_update
 from fedtorch.fast import offer
-from fedtorch.losses import cross_entropy
 from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
-from fedtorch.privacy.streams import stream
-from fedtorch.solvers import snapshot
+from fedtorch.privacy.noise.streams import stream
+from fedtorch.training.losses import cross_entropy
+from fedtorch.training.stacked import snapshot
 from fedtorch.tree import exact_sq_norms
 from fedtorch.types import Task
 from private_case import clients, flat, model, visit

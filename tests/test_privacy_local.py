@@ -10,7 +10,7 @@ from fedtorch import FedAvg
 from fedtorch.privacy import LocalDP
 from fedtorch.privacy.base import joint_norms
 from fedtorch.privacy.local import laplace
-from fedtorch.privacy.streams import stream
+from fedtorch.privacy.noise.streams import stream
 from fedtorch.types import ConfigError
 from private_case import clients, flat, model, server, silent, visit
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from fedtorch import Local, Recipe, Server, Uniform, local_update
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, SampleLevel
-from fedtorch.privacy.accounting import Event, epsilon
-from fedtorch.privacy.ledger import Ledger
+from fedtorch.privacy.accounting.events import Event, epsilon
+from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.report import statement
 from fedtorch.privacy.run import BudgetSpent
-from fedtorch.solvers import snapshot
+from fedtorch.training.stacked import snapshot
 from fedtorch.types import ConfigError, Task
 from private_case import clients, model, server
 
@@ -103,7 +103,7 @@ def test_a_round_the_budget_has_no_room_for_is_refused():
 
 def test_a_part_of_the_plan_costs_no_more_than_the_plan_whatever_its_own_bound_is(monkeypatch):
     # at a tiny delta PRV may have no answer for some rounds, where RDP's is above the target
-    from fedtorch.privacy import ledger
+    from fedtorch.privacy.accounting import ledger
 
     price = ledger.epsilon
     monkeypatch.setattr(ledger, "epsilon", lambda events, *a: 1.0 + price(events, *a))
@@ -567,8 +567,9 @@ def test_worker_processes_draw_the_noise_of_one_process(plan):
 def test_versions_that_are_not_known_cost_no_report(monkeypatch):
     import importlib.metadata
 
-    from fedtorch import __version__, versions
+    from fedtorch import __version__
     from fedtorch.privacy.report import statement
+    from fedtorch.run import versions
 
     def unknown(package: str) -> str:
         raise importlib.metadata.PackageNotFoundError(package)

@@ -8,8 +8,8 @@ from scipy import stats
 from torch import nn
 
 from fedtorch import Client, FedAvg, FedProx, Scaffold, Uniform
-from fedtorch.privacy import SampleLevel, checks
-from fedtorch.privacy.streams import stream
+from fedtorch.privacy import SampleLevel, models
+from fedtorch.privacy.noise.streams import stream
 from fedtorch.types import ConfigError
 from private_case import clients, flat, model, server, silent, visit
 
@@ -153,7 +153,7 @@ def test_layers_with_statistics_are_refused_frozen_or_not(layer, fix):
     with pytest.raises(ConfigError, match=fix) as e:
         server(net, clients(), SampleLevel(rounds=1))
     assert "--privacy.fix-model" in str(e.value)
-    visit(checks.fixed(net), clients((5,)), SampleLevel(rounds=1, mode="hooks"), noise=1.0)
+    visit(models.fixed(net), clients((5,)), SampleLevel(rounds=1, mode="hooks"), noise=1.0)
 
 
 class Counter(nn.Module):
@@ -243,7 +243,7 @@ def test_modes_that_get_the_gradients_of_a_model_wrong_are_refused(kind, mode):
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
 def test_models_of_16_bits_are_refused(kind):
-    from fedtorch.privacy.checks import narrow
+    from fedtorch.privacy.models import narrow
 
     with pytest.raises(ConfigError, match=r"call model\.float\(\)"):
         narrow(nn.Linear(6, 4).to(kind))
@@ -314,7 +314,7 @@ def test_a_recurrent_model_trains_example_by_example_or_with_the_fix():
         server(net, clients(), SampleLevel(rounds=1, mode="hooks"))
     slow = server(net, clients(), SampleLevel(rounds=1))
     assert "taken example after example" in " ".join(slow.notes)
-    server(checks.fixed(net), clients(), SampleLevel(rounds=1)).round()
+    server(models.fixed(net), clients(), SampleLevel(rounds=1)).round()
 
 
 def test_a_loss_for_the_whole_batch_is_refused():
@@ -333,7 +333,7 @@ def test_the_fix_keeps_groups_that_say_something():
         nn.Flatten(),
         nn.BatchNorm1d(7),
     )
-    fixed = checks.fixed(net)
+    fixed = models.fixed(net)
     assert isinstance(fixed[1], nn.GroupNorm) and fixed[1].num_groups == 1
     assert fixed[4].num_groups == 1
     assert not fixed[2].inplace
@@ -345,10 +345,10 @@ def test_the_fix_keeps_groups_that_say_something():
 )
 def test_the_fix_takes_as_many_groups_as_leave_two_channels_each(channels, groups):
     for old in (nn.BatchNorm2d(channels, eps=0.01), nn.BatchNorm3d(channels, affine=False)):
-        new = checks.fixed(nn.Sequential(old))[0]
+        new = models.fixed(nn.Sequential(old))[0]
         assert (new.num_groups, new.num_channels) == (groups, channels)
         assert (new.eps, new.affine) == (old.eps, old.affine)
-    assert checks.fixed(nn.BatchNorm1d(channels)).num_groups == 1
+    assert models.fixed(nn.BatchNorm1d(channels)).num_groups == 1
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from fedtorch import (
     ServerAdam,
     ServerSGD,
 )
-from fedtorch.console import Report
+from fedtorch.run.console import Report
 
 
 def test_the_model_is_trained_in_place_and_stays_a_plain_module():

@@ -11,13 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedtorch import Client, FedAvg, FedProx, Local, Recipe, Scaffold, Server, checkpoint, seeds
+from fedtorch import Client, FedAvg, FedProx, Local, Recipe, Scaffold, Server, seeds
 from fedtorch.data import Npz
 from fedtorch.data.base import facts_of
 from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
-from fedtorch.sites import keys, plan
+from fedtorch.run import checkpoint
+from fedtorch.sites import keys, offer
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.engine import Sites, remotes
 from fedtorch.sites.limits import accept
@@ -27,7 +28,7 @@ from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.sites.serve import calibrated
 from fedtorch.sites.site import Site
 from fedtorch.sites.visits import Visit, judge
-from fedtorch.solvers import snapshot
+from fedtorch.training.stacked import snapshot
 from fedtorch.types import ConfigError, Task
 
 pytestmark = pytest.mark.timeout(300)
@@ -48,10 +49,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def offer(strategy=FedAvg(), **changes) -> plan.Plan:
+def offer(strategy=FedAvg(), **changes) -> offer.Plan:
     facts = facts_of((6,), 3, "classification")
     options = {"model_args": {"hidden": 8}, "batch_size": 8, "epochs": 2} | changes
-    return plan.Plan(run="test", model="mlp", facts=facts, strategy=strategy, **options)
+    return offer.Plan(run="test", model="mlp", facts=facts, strategy=strategy, **options)
 
 
 @contextmanager
@@ -579,7 +580,7 @@ def test_adaptive_clipping_works_over_sites(folder, tmp_path):
 )
 def test_a_site_trains_only_what_it_has(table, why):
     config = SiteConfig(name="north", insecure=True, models=["mlp"], max_parameters=10**6)
-    full = plan.describe(offer())
+    full = offer.describe(offer())
     assert accept(full, config) == offer()
     with pytest.raises(ConfigError, match=why):
         accept(full | table, config)
@@ -623,7 +624,7 @@ def test_a_task_that_is_not_of_the_plan_is_refused_before_it_is_charged(
     net, _ = offered.build()
     task = Task(snapshot(net), {}, 0, 0, 1.0, told)
     asked = messages.task_message(task, visit="0" * 32, after="", seconds=9.0)
-    answers = {"join": Message("plan", {"plan": plan.describe(offered)}), "fetch": asked}
+    answers = {"join": Message("plan", {"plan": offer.describe(offered)}), "fetch": asked}
     options = {"insecure": True, "dataset": Npz(str(folder / "north.npz")), "state": str(tmp_path)}
     site = Site(SiteConfig(name="north", **options))
     site._ask = lambda method, message, seconds: wire.decode(wire.encode(answers[method]), 1 << 30)

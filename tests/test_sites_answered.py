@@ -9,7 +9,7 @@ from fedtorch import Scaffold
 from fedtorch.engines.wire import Message
 from fedtorch.privacy import SampleLevel
 from fedtorch.sites.answered import AGAIN, Answered
-from fedtorch.sites.plan import Plan
+from fedtorch.sites.offer import Plan
 from fedtorch.types import ConfigError
 from test_sites_site import PRIVATE, Played, data, offer, play  # noqa: F401
 

@@ -6,7 +6,7 @@ import pytest
 
 from fedtorch import FedAvg, Recipe
 from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
-from fedtorch.privacy.ledger import Ledger
+from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.types import ConfigError
 

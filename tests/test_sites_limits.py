@@ -8,7 +8,7 @@ import pytest
 from fedtorch import ServerAdam
 from fedtorch.data.base import facts_of
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
-from fedtorch.sites import plan as plans
+from fedtorch.sites import offer as plans
 from fedtorch.sites.limits import MOST_LAYERS, accept
 from fedtorch.sites.options import LIMITS, SiteConfig
 from fedtorch.strategies import FedAvg, FedProx, Scaffold

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from torch import nn
 
-from fedtorch import Recipe, Server, checkpoint
+from fedtorch import Recipe, Server
 from fedtorch import __main__ as program
 from fedtorch.commands import sites as commands
 from fedtorch.engines import wire
+from fedtorch.run import checkpoint
 from fedtorch.sites.engine import SitesSession
-from fedtorch.sites.plan import Plan
+from fedtorch.sites.offer import Plan
 from fedtorch.sites.rpc import Listener
 
 pytestmark = pytest.mark.timeout(120)

@@ -12,12 +12,12 @@ from fedtorch.data.base import facts_of
 from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message
 from fedtorch.privacy import SampleLevel
-from fedtorch.sites import plan as plans
+from fedtorch.sites import offer as plans
 from fedtorch.sites import site as module
 from fedtorch.sites.memory import KEPT, VisitMemory
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.site import Site
-from fedtorch.solvers import snapshot
+from fedtorch.training.stacked import snapshot
 from fedtorch.types import ClientError, ConfigError, Task
 
 PRIVATE = SampleLevel(noise_multiplier=9.0, rounds=20, steps=2, batch_size=8.0)

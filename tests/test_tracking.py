@@ -15,14 +15,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
-from fedtorch import checkpoint, disk
+from fedtorch import disk
 from fedtorch.commands.train import train_module
-from fedtorch.runs import EVENTS
-from fedtorch.tracking import Record, TensorBoard, protos
-from fedtorch.tracking.events import trim
+from fedtorch.run import checkpoint
+from fedtorch.run.files import EVENTS
+from fedtorch.tracking import Record, TensorBoard
 from fedtorch.tracking.lines import Lines, read
-from fedtorch.tracking.protos import EventFile, events
 from fedtorch.tracking.tags import FAMILIES, TAGS, layout
+from fedtorch.tracking.tensorboard import protos
+from fedtorch.tracking.tensorboard.events import trim
+from fedtorch.tracking.tensorboard.protos import EventFile, events
 from fedtorch.types import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -470,7 +472,7 @@ def test_a_private_run_marks_what_is_not_covered(tmp_path):
 
 
 def test_pictures_of_a_model_that_branches():
-    from fedtorch.tracking.graph import modules
+    from fedtorch.tracking.tensorboard.graph import modules
 
     class Two(torch.nn.Module):
         def __init__(self):

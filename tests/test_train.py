@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedtorch import disk, zoo
+from fedtorch import disk
 from fedtorch.data import Digits
+from fedtorch.run import zoo
 
 SMALL = ["train", "--privacy", "none", "--model", "mlp", "--rounds", "2", "--run-dir", "run"]
 FACTS = Digits().load(0).facts
@@ -250,7 +251,7 @@ def test_nothing_that_is_reported_after_training_can_lose_the_model(fedtorch, mo
         "statement",
         "text",
     ):  # what privacy.json, the trackers and the last lines are made of
-        monkeypatch.setattr(f"fedtorch.narrate.{name}", fail)
+        monkeypatch.setattr(f"fedtorch.run.messages.{name}", fail)
     private = [w if w != "none" else "sample" for w in SMALL]
     code, out, err = fedtorch(*private, "--tracking.pictures", "false")
     assert (code, err) == (0, "")
@@ -263,7 +264,7 @@ def test_nothing_that_is_reported_after_training_can_lose_the_model(fedtorch, mo
 def test_a_model_is_written_before_anything_is_reported(fedtorch, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "fedtorch.narrate.runs.write_json",
+        "fedtorch.run.messages.files.write_json",
         lambda path, table: seen.append((path.name, Path("run/model.safetensors").is_file())),
     )
     assert fedtorch(*SMALL, "--tracking", "none")[0] == 0
@@ -355,7 +356,7 @@ def test_a_disk_too_full_to_begin_on_is_one_sentence(fedtorch, monkeypatch, erro
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("fedtorch.checkpoint.torch.save", full)
+    monkeypatch.setattr("fedtorch.run.checkpoint.torch.save", full)
     code, _, err = fedtorch(*SMALL, "--model", "logistic")
     assert code == 2 and err.count("\n") == 1
     assert "run folder run cannot be written: " in err

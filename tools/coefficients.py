@@ -1,4 +1,4 @@
-"""The coefficients of fedtorch/privacy/normals.py: python tools/coefficients.py.
+"""The coefficients of fedtorch/privacy/noise/normals.py: python tools/coefficients.py.
 
 Weighted least squares at Chebyshev nodes, in 60 digits. Each coefficient is rounded to a float64 before
 the next ones are fitted again, so that they make up for its rounding.

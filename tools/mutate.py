@@ -31,8 +31,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACE = ROOT / "build" / "mutants"
 COPY, MAP, RESULTS = PLACE / "copy", PLACE / "map.json", PLACE / "results.json"
 GROUPS = {
-    "privacy": ["fedtorch/privacy/*.py"],
-    "core": ["fedtorch/*.py", "fedtorch/strategies/*.py"],
+    "privacy": ["fedtorch/privacy/*.py", "fedtorch/privacy/*/*.py"],
+    "core": [
+        f"fedtorch/{room}*.py"
+        for room in ("", "strategies/", "training/", "aggregation/", "rounds/", "checks/", "run/")
+    ],
     "sites": ["fedtorch/sites/*.py", "fedtorch/engines/messages.py", "fedtorch/engines/wire.py"],
     "data": ["fedtorch/data/*.py"],
 }

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib import import_module
 
-from fedtorch.choices import CHOICES
 from fedtorch.commands.options import words_and_options
 from fedtorch.commands.train import train_module
+from fedtorch.run.names import CHOICES
 from fedtorch.types import ConfigError
 
 SCRIPT = """_fedtorch() {

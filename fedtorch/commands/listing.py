@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import fedtorch
-from fedtorch import zoo
-from fedtorch.choices import CHOICES
 from fedtorch.commands.options import only
 from fedtorch.named import find
+from fedtorch.run import zoo
+from fedtorch.run.names import CHOICES
 
 
 def models(argv: Sequence[str]) -> int:

@@ -44,18 +44,16 @@ def epsilon(argv: Sequence[str]) -> int:
     given = read(argv, "epsilon", options)
     if given is None:
         return 0
-    from fedtorch.privacy import accounting
+    from fedtorch.privacy.accounting import events
 
     run = [
-        accounting.Event(
-            "gaussian", given["noise-multiplier"], given["sample-rate"], given["steps"]
-        )
+        events.Event("gaussian", given["noise-multiplier"], given["sample-rate"], given["steps"])
     ]
     show(
         given,
         {
-            "epsilon": accounting.epsilon(run, given["delta"], given["accountant"]),
-            "epsilon_rdp": accounting.epsilon(run, given["delta"], "rdp"),
+            "epsilon": events.epsilon(run, given["delta"], given["accountant"]),
+            "epsilon_rdp": events.epsilon(run, given["delta"], "rdp"),
             "noise_multiplier": given["noise-multiplier"],
         },
     )
@@ -75,20 +73,20 @@ def noise(argv: Sequence[str]) -> int:
     given = read(argv, "noise", options)
     if given is None:
         return 0
-    from fedtorch.privacy import accounting
+    from fedtorch.privacy.accounting import events
 
     rate, steps, delta, accountant = (
         given[k] for k in ("sample-rate", "steps", "delta", "accountant")
     )
-    found = accounting.calibrate(given["epsilon"], delta, rate, steps, accountant)
-    run = [accounting.Event("gaussian", found, rate, steps)]
+    found = events.calibrate(given["epsilon"], delta, rate, steps, accountant)
+    run = [events.Event("gaussian", found, rate, steps)]
     show(
         given,
         {
             "noise_multiplier": found,
             "target_epsilon": given["epsilon"],
-            "epsilon": accounting.epsilon(run, delta, accountant),
-            "epsilon_rdp": accounting.epsilon(run, delta, "rdp"),
+            "epsilon": events.epsilon(run, delta, accountant),
+            "epsilon_rdp": events.epsilon(run, delta, "rdp"),
         },
     )
     return 0
@@ -109,10 +107,10 @@ def plan(argv: Sequence[str]) -> int:
     given = read(argv, "plan", options)
     if given is None:
         return 0
-    from fedtorch.privacy import accounting
+    from fedtorch.privacy.accounting import events
 
     rounds = spread(given["rounds"])
-    curves = accounting.over_rounds(
+    curves = events.over_rounds(
         given["noise-multipliers"],
         rounds,
         given["steps-per-round"],
@@ -203,7 +201,7 @@ def draw(
     path: str, rounds: list[int], curves: dict[float, list[float]], given: dict[str, Any]
 ) -> None:
     """The table as a picture."""
-    from fedtorch.figures import epsilon_figure
+    from fedtorch.tracking.drawings import epsilon_figure
 
     title = (
         f"delta {given['delta']:g}, rate {given['sample-rate']:g}, {given['accountant']} accountant"

@@ -5,9 +5,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedtorch import prices, saved
 from fedtorch.commands.options import words_and_options
-from fedtorch.console import plot, show_table
+from fedtorch.run import prices
+from fedtorch.run import results as saved
+from fedtorch.run.console import plot, show_table
 from fedtorch.types import ConfigError
 
 
@@ -73,7 +74,7 @@ def tell_prices(found: Sequence[saved.Saved], aside: bool) -> None:
 
 def draw(runs: Mapping[str, saved.Saved], metrics: Sequence[str], path: Path) -> None:
     """The runs' curves into a PNG file."""
-    from fedtorch.figures import curves
+    from fedtorch.tracking.drawings import curves
 
     lines = {m: {n: r.history.column(m) for n, r in runs.items()} for m in metrics}
     if not any(line for own in lines.values() for line in own.values()):

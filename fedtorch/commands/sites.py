@@ -8,9 +8,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import cast
 
-from fedtorch import cli, folders
-from fedtorch.choices import help_text
 from fedtorch.commands.options import words_and_options
+from fedtorch.run import cli
+from fedtorch.run import folder as folders
+from fedtorch.run.names import help_text
 from fedtorch.sites import keys as certificates
 from fedtorch.sites.ends import EndedEarly
 from fedtorch.sites.options import ServeConfig, SiteConfig

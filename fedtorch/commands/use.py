@@ -10,16 +10,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedtorch import assemble, cli, runs, saved, trust
 from fedtorch.commands.given import examples
 from fedtorch.commands.options import words_and_options
 from fedtorch.commands.runs import tell
 from fedtorch.commands.train import train_module
 from fedtorch.data import Data, partition, prepared
 from fedtorch.data.prepared import Prepared
-from fedtorch.evaluate import evaluate, evaluate_clients
 from fedtorch.privacy.run import mark
-from fedtorch.solvers import forward
+from fedtorch.run import cli, files, results, setup, trust
+from fedtorch.run.evaluate import evaluate, evaluate_clients
+from fedtorch.training.stacked import forward
 from fedtorch.types import ConfigError
 
 TRUST = trust.FLAG.removeprefix("--")
@@ -51,7 +51,7 @@ def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool 
     loss and metrics will be imported as well.
     """
     train = train_module()
-    tell([run := saved.load(folder)])
+    tell([run := results.load(folder)])
     table = cli.read(run.folder / "config.toml")
     if not trusted:
         own = trust.remembered(run.folder / "config.toml")
@@ -69,7 +69,7 @@ def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool 
             file=sys.stderr,
         )
     model = train.make_model(config, known)
-    runs.read_model(Path(folder), model)
+    files.read_model(Path(folder), model)
     return Trained(config, known, model.eval(), data)
 
 
@@ -80,15 +80,15 @@ def evaluate_run(argv: Sequence[str]) -> int:
         raise ConfigError(f"fedtorch eval takes one run folder, but got {len(words)}")
     run = trained(words[0], TRUST in given, judged=True)
     config, data = run.config, run.data
-    _, metrics = assemble.loss_and_metrics(data.kind, config.loss, config.metrics)
+    _, metrics = setup.loss_and_metrics(data.kind, config.loss, config.metrics)
     figures = {f"test_{k}": v for k, v in evaluate(run.model, data.test, metrics).items()}
     private = config.privacy
     if config.validation and not (
         private and private.strict
     ):  # the clients' own rows are not covered
         ids, parts = partition(data, config.partition, config.clients, config.seed)
-        clients = assemble.clients(data, ids, parts, config.validation, config.seed)
-        of_clients = assemble.validation(evaluate_clients(run.model, clients, metrics))
+        clients = setup.clients(data, ids, parts, config.validation, config.seed)
+        of_clients = setup.validation(evaluate_clients(run.model, clients, metrics))
         figures |= mark(private, of_clients) if private else of_clients
     if "json" in given:
         print(json.dumps(figures))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.losses import IGNORED
+from fedtorch.training.losses import IGNORED
 from fedtorch.types import ConfigError
 
 MOST_CLASSES = 100

@@ -2,7 +2,7 @@
 
 from fedtorch.engines.base import Engine, Session
 from fedtorch.engines.local import Local
-from fedtorch.engines.processes import Processes
-from fedtorch.engines.ray import Ray
+from fedtorch.engines.workers.processes import Processes
+from fedtorch.engines.workers.ray import Ray
 
 __all__ = ["Engine", "Local", "Processes", "Ray", "Session"]

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fedtorch import probe, reached
+from fedtorch.checks import probe, reached
+from fedtorch.checks.standins import shown
 from fedtorch.client import Client, Recipe
-from fedtorch.engines.choose import Choice, choose
+from fedtorch.engines.solver_choice import Choice, choose
 from fedtorch.options import COUNT, check
-from fedtorch.outline import copied, untouched
-from fedtorch.standins import shown
+from fedtorch.training.local_update import local_update
+from fedtorch.training.outline import copied, untouched
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
-from fedtorch.visit import local_update
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch.fast.chunk_data import taken
 from fedtorch.fast.layers import Leaf, squares
-from fedtorch.fast.rows import taken
+from fedtorch.fast.ops import masked, tiles
 from fedtorch.fast.schedule import Schedule
-from fedtorch.fast.small import masked, tiles
 from fedtorch.fast.spec import Linear
 from fedtorch.tree import exact_sq_norms
 from fedtorch.types import Params, Stack

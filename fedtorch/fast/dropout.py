@@ -1,4 +1,4 @@
-"""Dropout with the very masks that each client would draw if it trained alone (``fedtorch.masks``)."""
+"""Dropout with the masks of ``fedtorch.training.dropout``: those that each client would draw alone."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedtorch.fast.schedule import Schedule
-from fedtorch.masks import CALLS, USUAL, Dropout, asked, noise
+from fedtorch.training.dropout import CALLS, USUAL, Dropout, asked, noise
 
 MODULES: dict[object, int] = {nn.Dropout: 0, nn.Dropout1d: 3, nn.Dropout2d: 4, nn.Dropout3d: 5}
 """Layers, and the axes of their input where they drop whole channels of it."""

@@ -13,10 +13,10 @@ pays while a client takes fewer rows than the layer is wide. ``docs/fast-path.md
 import torch
 from torch import Tensor
 
+from fedtorch.fast.chunk_data import Rows
 from fedtorch.fast.layers import Rule, squares
-from fedtorch.fast.rows import Rows
+from fedtorch.fast.ops import Coefficients, Written, spans, turned, weighed
 from fedtorch.fast.shared import Shared, large
-from fedtorch.fast.small import Coefficients, Written, spans, turned, weighed
 from fedtorch.fast.spec import Linear
 from fedtorch.types import Params, Stack
 

@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from fedtorch.fast.dropout import Coins, Masked, dropout
-from fedtorch.fast.known import CALLS, MODULES
+from fedtorch.fast.layer_table import CALLS, MODULES
 from fedtorch.fast.layers import Leaf, Leaves
-from fedtorch.masks import Dropout
-from fedtorch.modules import training
+from fedtorch.training.dropout import Dropout
+from fedtorch.training.module import training
 from fedtorch.types import Params, Stack
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.fast.activations import Activation
-from fedtorch.fast.rows import taken
+from fedtorch.fast.chunk_data import taken
 from fedtorch.tree import dots
 from fedtorch.types import Params, Stack
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedtorch.fast.activations import Activation
 from fedtorch.fast.copies import Own, sums
 from fedtorch.fast.dropout import Coins, Drop
-from fedtorch.fast.examples import Examples
+from fedtorch.fast.example_gradients import Examples
 from fedtorch.fast.layers import Act, Given, Layer, Leaf, Rule, Weights, passed_down, squares
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.projected import Projected

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedtorch.fast.chunk_data import Rows
 from fedtorch.fast.dual import Dual
 from fedtorch.fast.layers import Rule, squares
-from fedtorch.fast.rows import Rows
-from fedtorch.fast.small import Coefficients
+from fedtorch.fast.ops import Coefficients
 from fedtorch.fast.spec import Linear
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.tree import exact_sq_norms

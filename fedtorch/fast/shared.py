@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.fast.small import tiles, turned
+from fedtorch.fast.ops import tiles, turned
 
 LARGE = 1 << 23
 """Multiplications from which on a product is worth the way to bfloat16 and back, or several threads."""

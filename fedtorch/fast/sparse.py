@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from fedtorch.compiled import loops
-from fedtorch.fast.small import known
+from fedtorch.fast.ops import known
+from fedtorch.kernels.compile import loops
 
-LOOPS = "fedtorch.fast.nonzeros"
+LOOPS = "fedtorch.kernels.sparse"
 
 RATE = 2.5
 """How much faster a product with zeros and all is, for each number in it."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedtorch.fast.activations import Activation
-from fedtorch.masks import Dropout
+from fedtorch.training.dropout import Dropout
 from fedtorch.types import Params
 
 

@@ -3,7 +3,7 @@
 from fedtorch.privacy.adaptive import AdaptiveClip
 from fedtorch.privacy.bands import Bands
 from fedtorch.privacy.base import Privacy
-from fedtorch.privacy.central import ClientLevel
+from fedtorch.privacy.client import ClientLevel
 from fedtorch.privacy.local import LocalDP
 from fedtorch.privacy.sample import SampleLevel
 

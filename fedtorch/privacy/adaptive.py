@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from fedtorch.options import INSIDE, POSITIVE, check
-from fedtorch.privacy.streams import Stream
+from fedtorch.privacy.noise.streams import Stream
 from fedtorch.types import ConfigError
 
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from fedtorch.options import COUNT, POSITIVE, RATE, check
-from fedtorch.privacy.accounting import (
+from fedtorch.privacy.accounting.events import (
     Event,
     calibrate,
     check_accountant,
     check_delta,
     epsilon,
 )
-from fedtorch.privacy.streams import Stream, stream
+from fedtorch.privacy.noise.streams import Stream, stream
 from fedtorch.tree import finite, per_client, tmap
 from fedtorch.types import ConfigError, Params, Stack, Task
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from fedtorch.losses import Loss, reduce
-from fedtorch.masks import Drawing, Replaying
 from fedtorch.privacy.ghost import Ghosts
-from fedtorch.privacy.keystream import Scratch
-from fedtorch.privacy.streams import Stream
+from fedtorch.privacy.noise.keystream import Scratch
+from fedtorch.privacy.noise.streams import Stream
+from fedtorch.training.dropout import Drawing, Replaying
+from fedtorch.training.losses import Loss, reduce
 from fedtorch.tree import exact_sq_norms, rows, size, split, tmap
 from fedtorch.types import Params, Stack
 

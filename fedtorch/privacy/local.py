@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedtorch.privacy.accounting import Event
+from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.base import Order, Privacy, State, clipped, joint_norms, uniform_weights
-from fedtorch.privacy.streams import Stream, noised
+from fedtorch.privacy.noise.streams import Stream, noised
 from fedtorch.types import Stack, Task
 
 

@@ -3,9 +3,9 @@
 import statistics
 from typing import Any
 
-from fedtorch.privacy.normals import way
+from fedtorch.privacy.noise.normals import way
 from fedtorch.privacy.run import PrivateRun
-from fedtorch.versions import installed
+from fedtorch.run.versions import installed
 
 
 def promise(run: PrivateRun) -> list[str]:

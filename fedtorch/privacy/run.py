@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.base import Order, Privacy
-from fedtorch.privacy.ledger import Ledger
 from fedtorch.types import ConfigError, Params
 
 PUBLIC = frozenset(

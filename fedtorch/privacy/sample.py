@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.privacy.accounting import Event
+from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.base import Order, Privacy, uniform_weights
-from fedtorch.privacy.streams import Stream
+from fedtorch.privacy.noise.streams import Stream
 from fedtorch.types import ConfigError
 
 

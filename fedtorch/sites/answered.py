@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedtorch import cli, disk
-from fedtorch.sites.plan import Plan
+from fedtorch import disk
+from fedtorch.run import cli
+from fedtorch.sites.offer import Plan
 from fedtorch.types import ConfigError
 
 AGAIN = 10

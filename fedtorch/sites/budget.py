@@ -11,10 +11,10 @@ from pathlib import Path
 
 from fedtorch import disk
 from fedtorch.client import Recipe
-from fedtorch.participation import Everyone
 from fedtorch.privacy import ClientLevel, LocalDP, Privacy, SampleLevel
+from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.base import uniform_weights
-from fedtorch.privacy.ledger import Ledger
+from fedtorch.rounds.participation import Everyone
 from fedtorch.types import ConfigError
 
 

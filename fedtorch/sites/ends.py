@@ -3,7 +3,7 @@
 import signal
 import time
 
-from fedtorch.console import StopSignal
+from fedtorch.run.console import StopSignal
 from fedtorch.server import Server
 from fedtorch.sites.engine import SitesSession
 from fedtorch.sites.options import ServeConfig

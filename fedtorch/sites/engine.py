@@ -17,11 +17,11 @@ from torch import nn
 from fedtorch.client import Client, Recipe
 from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message, MessageError
-from fedtorch.sites import plan as plans
+from fedtorch.sites import offer as plans
 from fedtorch.sites.reports import Reader
 from fedtorch.sites.rpc import Listener, log
 from fedtorch.sites.visits import Visit, check_enough, judge
-from fedtorch.solvers import snapshot
+from fedtorch.training.stacked import snapshot
 from fedtorch.types import ConfigError, Failure, Params, Task, Update
 
 HOLD_SECONDS = 20.0

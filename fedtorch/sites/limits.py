@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn.modules import module as registration
 
-from fedtorch import zoo
 from fedtorch.engines.wire import printable
 from fedtorch.privacy import SampleLevel
-from fedtorch.sites import plan as plans
+from fedtorch.run import zoo
+from fedtorch.sites import offer as plans
 from fedtorch.sites.options import SiteConfig
 from fedtorch.types import ConfigError
 

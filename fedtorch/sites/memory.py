@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fedtorch import checkpoint, disk
+from fedtorch import disk
+from fedtorch.run import checkpoint
 from fedtorch.types import ConfigError, Params
 
 FORMAT = "fedtorch site memory 1"

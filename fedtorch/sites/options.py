@@ -5,13 +5,13 @@ from typing import Any
 
 from fedtorch.client import Recipe
 from fedtorch.data import Csv
-from fedtorch.losses import DEFAULTS, LOSSES
 from fedtorch.options import COUNT, INSIDE, POSITIVE, check
-from fedtorch.participation import Everyone, Participation
 from fedtorch.privacy import Privacy, SampleLevel
-from fedtorch.schedules import Constant, Schedule
+from fedtorch.rounds.participation import Everyone, Participation
+from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.sites.keys import SITE_NAME
 from fedtorch.strategies import FedAvg, Strategy
+from fedtorch.training.losses import DEFAULTS, LOSSES
 from fedtorch.types import ConfigError
 
 LIMITS = (

@@ -12,9 +12,9 @@ from fedtorch.engines.messages import Expected
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.privacy import ClientLevel
 from fedtorch.privacy.base import joint_norms
-from fedtorch.privacy.central import CLIP_BIT
+from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.strategies import Strategy
-from fedtorch.summed import told
+from fedtorch.training.reduced import told
 from fedtorch.tree import expand, row
 from fedtorch.types import Context, Failure, Params, Task, Update
 

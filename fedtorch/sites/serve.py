@@ -10,23 +10,25 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from fedtorch import checkpoint, cli, disk, folders, runs, seeds
+from fedtorch import disk, seeds
 from fedtorch.client import default_lr
-from fedtorch.console import Report, StopSignal
 from fedtorch.data import Data, prepared
 from fedtorch.data.base import facts_of
-from fedtorch.evaluate import evaluate
-from fedtorch.folders import Folder
-from fedtorch.losses import DEFAULTS, LOSSES, METRICS
-from fedtorch.narrate import strict, write_results
-from fedtorch.privacy.ledger import Ledger
+from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.report import promise
+from fedtorch.run import checkpoint, cli, files
+from fedtorch.run import folder as folders
+from fedtorch.run.console import Report, StopSignal
+from fedtorch.run.evaluate import evaluate
+from fedtorch.run.folder import Folder
+from fedtorch.run.messages import strict, write_results
 from fedtorch.server import Server
 from fedtorch.sites.ends import EndedEarly, early, enough, over
 from fedtorch.sites.engine import Sites, SitesSession, remotes
+from fedtorch.sites.offer import Plan
 from fedtorch.sites.options import ServeConfig
-from fedtorch.sites.plan import Plan
 from fedtorch.tracking import Record, TensorBoard
+from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS
 from fedtorch.types import ConfigError
 
 LEDGER = "ledger.jsonl"
@@ -63,7 +65,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         plan = calibrated(plan, folder)
     with seeds.seeded(seeds.derive(config.seed, "model")):
         model, recipe = plan.build()
-    runs.savable(model)
+    files.savable(model)
     keys = Path(config.credentials) if config.credentials else None
     engine = Sites(
         plan=plan,
@@ -117,7 +119,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
                 state = server.state_dict()
                 report.attempt("checkpoint", kept.save, state, record.seal())
             why = early(server, session, config, stop.asked)
-            runs.write_model(folder, model, "serve")  # first: whatever is reported later can fail
+            files.write_model(folder, model, "serve")  # first: whatever is reported later can fail
             session.ended = why.reason if why else ""
     summary = {f"test_{k}": v for k, v in scores.items()} | {
         "rounds": server.round_number,

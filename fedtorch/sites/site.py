@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from fedtorch import disk, probe
+from fedtorch import disk
+from fedtorch.checks import probe
 from fedtorch.client import Client
 from fedtorch.data import prepared
 from fedtorch.data.base import Data
 from fedtorch.engines import Local, messages, wire
 from fedtorch.engines.messages import Outcome
 from fedtorch.engines.wire import Message, MessageError
-from fedtorch.evaluate import evaluate
-from fedtorch.losses import DEFAULTS, LOSSES, METRICS
-from fedtorch.sites import plan as plans
+from fedtorch.run.evaluate import evaluate
+from fedtorch.sites import offer as plans
 from fedtorch.sites.answered import Answered
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.curves import Curves
@@ -27,7 +27,8 @@ from fedtorch.sites.limits import accept
 from fedtorch.sites.memory import VisitMemory
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.rpc import Line, Refused, Unreachable
-from fedtorch.solvers import load, snapshot
+from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS
+from fedtorch.training.stacked import load, snapshot
 from fedtorch.types import ClientError, ConfigError, Failure, Params, Task, Update
 
 MOST_PLAN = 1 << 16

@@ -5,8 +5,8 @@ from typing import Literal
 
 import torch
 
-from fedtorch.optimizers import ServerOptimizer
 from fedtorch.options import check
+from fedtorch.training.optimizer import ServerOptimizer
 from fedtorch.tree import expand, row, tmap
 from fedtorch.types import Context, Params, Stack
 

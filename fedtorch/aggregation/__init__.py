@@ -1,0 +1,1 @@
+"""How what clients send becomes one change of the model."""

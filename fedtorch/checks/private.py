@@ -1,0 +1,318 @@
+"""Try one private step before training starts: what would void the claim is refused by name."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fedtorch import seeds
+from fedtorch.checks.mixing import mixes as mixes_examples
+from fedtorch.checks.probe import put_back, two_examples
+from fedtorch.client import Client, Recipe
+from fedtorch.privacy import Privacy, SampleLevel, models
+from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
+from fedtorch.privacy.noise.streams import stream
+from fedtorch.training.batches import fetch, length
+from fedtorch.training.losses import reduce
+from fedtorch.training.module import training, undropped
+from fedtorch.training.outline import untouched
+from fedtorch.training.stacked import forward, snapshot, to
+from fedtorch.tree import expand, rows, same, size
+from fedtorch.types import ConfigError
+
+SIDE_BY_SIDE = 8
+"""Clients from which on stacking them beats Opacus (small models); measured in benchmarks/privacy.py."""
+
+
+SOME = 16
+"""Examples by which it is found out if they are mixed."""
+
+VARIED = 6
+"""Batches by which it is found out which parameters are used at all."""
+
+TOLERANCE = 5e-3
+"""How far a mode may be from the truth, in clipping norms; a wrong one is far beyond."""
+
+
+def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
+    """Raises ConfigError when model or loss would void the plan's claim, however it is trained."""
+    if recipe.privacy is None:
+        return
+    models.refuse(model)
+    models.narrow(model)
+    if isinstance(recipe.privacy, SampleLevel):
+        models.renorming(model)
+    _frozen_buffers(model, clients, recipe)
+    if isinstance(recipe.privacy, SampleLevel):
+        _per_example(model, clients, recipe)
+
+
+def with_mode(
+    model: nn.Module, clients: Sequence[Client], recipe: Recipe, chunk: int
+) -> tuple[Recipe, int]:
+    """The recipe with the way to per-example gradients chosen, and clients side by side.
+
+    For training without the fast path, which is tried for itself. Raises ConfigError where there is none.
+    """
+    plan = recipe.privacy
+    if not isinstance(plan, SampleLevel):
+        return recipe, chunk
+    mode: str = plan.mode
+    if mode == "auto":
+        small = chunk >= SIDE_BY_SIDE and stacks(model, clients, recipe)
+        mode = (
+            "stacked"
+            if small
+            else _first(model, clients, recipe, ("ghost", "hooks", "stacked", "alone"))
+        )
+    elif why := _works(model, clients, recipe, mode):
+        raise ConfigError(
+            f"privacy.mode {mode} cannot train model {type(model).__name__}: {why}; try another mode"
+            f"{models.FIX}"
+        )
+    chunk = chunk if mode == "stacked" else 1
+    return replace(recipe, privacy=replace(plan, mode=cast(Any, mode))), chunk
+
+
+def stacks(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
+    """Whether private steps may be taken with clients side by side."""
+    private = isinstance(recipe.privacy, SampleLevel)
+    return not private or _works(model, clients, recipe, "stacked") is None
+
+
+def _first(
+    model: nn.Module, clients: Sequence[Client], recipe: Recipe, modes: Sequence[str]
+) -> str:
+    whys = []
+    for mode in modes:
+        why = _works(model, clients, recipe, mode)
+        if why is None:
+            return mode
+        whys.append(f"{mode}: {why}")
+    raise ConfigError(
+        f"model {type(model).__name__} gives no per-example gradients ({'; '.join(whys)}){models.FIX}"
+    )
+
+
+def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: str) -> str | None:
+    """Why one step in this mode fails, or None."""
+    if mode == "ghost" and (name := models.tied(model)):
+        return f"parameter {name} is shared by two layers, which ghost clipping cannot see"
+    x, y = to(two_examples(_largest(clients)), next(model.parameters()).device)
+    if mode == "stacked" and not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        return "the data is not a plain pair of tensors (x, y)"
+    before = snapshot(model)
+    training(model)
+    if mode == "ghost" and (name := _over_sequences(model, x)):
+        put_back(model, before)
+        return (
+            f"layer {name} sees several rows of an example, whose gradient has to be written out for its "
+            "norm: that is mode hooks"
+        )
+    try:
+        _one_step(model, x, y, recipe, mode, 1.0)
+        with undropped(model):
+            alone = [_alone(model, x, y, k, recipe) for k in range(size(y))]
+            alone = [a for a in alone if bool(a.isfinite().all())]
+            clip = min((float(a.norm()) for a in alone if bool(a.any())), default=2.0) / 2
+            want = sum(a * (clip / a.norm().clamp(min=clip)) for a in alone)
+            got = _one_step(model, x, y, recipe, mode, clip)
+    except Exception as e:
+        return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+    finally:
+        training(model)
+        model.zero_grad()
+        put_back(model, before)
+    if not (got - want).norm() <= TOLERANCE * clip:
+        return (
+            "its clipped gradients differ from those of the examples one by one (a weight used outside "
+            "its layer, or an option of a layer that Opacus does not know)"
+        )
+    return None
+
+
+def _over_sequences(model: nn.Module, x: Any) -> str | None:
+    """Name of a linear layer that sees more than one row of each example, if there is one."""
+    found: list[str] = []
+
+    def look(name: str, inputs: tuple[Any, ...]) -> None:
+        if inputs and inputs[0].dim() > 2:
+            found.append(name)
+
+    hooks = [
+        m.register_forward_pre_hook(lambda _, inputs, n=n: look(n, inputs))
+        for n, m in model.named_modules()
+        if type(m) is nn.Linear  # what Opacus has this formula for
+    ]
+    try:
+        with torch.no_grad(), seeds.seeded(0):
+            forward(model, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def _alone(model: nn.Module, x: Any, y: Any, k: int, recipe: Recipe) -> Tensor:
+    """One example's gradient without any machinery, flat: what every mode is held to."""
+    model.zero_grad()
+    with seeds.seeded(0):
+        part = slice(k, k + 1)
+        reduce(recipe.loss(forward(model, rows(x, part)), rows(y, part))).sum().backward()
+    return _gradients(model)
+
+
+def _one_step(model: nn.Module, x: Any, y: Any, recipe: Recipe, mode: str, clip: float) -> Tensor:
+    """The sum of clipped gradients in ``mode``, flat, without noise."""
+    steps = PrivateSteps(clip, 0.0, 1.0, [stream("aes", 0, "probe")], mode)
+    model.zero_grad()
+    with seeds.seeded(0):
+        if mode != "stacked":
+            with private_gradients(model, recipe.loss, steps, forward) as gradients:
+                gradients.backward(x, y)
+            return _gradients(model)
+        state = snapshot(model)
+        names = [k for k, p in model.named_parameters() if p.requires_grad]
+        params = expand({k: state[k] for k in names})
+        rest = expand({k: v for k, v in state.items() if k not in params})
+        mask = torch.ones(1, len(y), dtype=torch.bool, device=y.device)
+        batch = x[None], y[None], mask
+        grads, _ = stacked_gradients(model, recipe.loss, params, rest, batch, steps)
+        return torch.cat([grads[k].flatten() for k in names]).double()
+
+
+def _gradients(model: nn.Module) -> Tensor:
+    # a weight an example does not reach (an expert not chosen) has no gradient rather than zeros
+    return torch.cat(
+        [
+            (torch.zeros_like(p) if p.grad is None else p.grad.detach()).flatten().double()
+            for p in model.parameters()
+            if p.requires_grad
+        ]
+    )
+
+
+def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
+    """Each example must have a loss of its own, and each parameter a gradient."""
+    data, name = _largest(clients), type(model).__name__
+    some = torch.arange(min(length(data), SOME)) if length(data) > 1 else torch.tensor([0, 0])
+    x, y = to(fetch(data, some), next(model.parameters()).device)
+    with untouched(model), seeds.seeded(0):
+        loss = reduce(recipe.loss(forward(training(model), x), y))
+        if loss.dim() == 0:
+            raise ConfigError(
+                "sample-level privacy needs a loss with one number for each example "
+                "(reduction='none'); this loss gives one for the whole batch"
+            )
+        loss.sum().backward()
+        grads = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
+    sparse = [k for k, g in grads.items() if g is not None and g.is_sparse]
+    if sparse:
+        raise ConfigError(
+            f"the gradient of parameter {sparse[0]} is sparse, and noise falls on every number: leave out "
+            "sparse=True"
+        )
+    unused = [k for k, g in grads.items() if g is None]
+    if unused and (unused := [k for k in unused if k not in _reached(model, x, y, recipe)]):
+        raise ConfigError(
+            f"parameter {unused[0]} has no part in the loss of any example tried: call "
+            "requires_grad_(False) on it, or it would be trained on noise alone"
+        )
+    if _draws(model, x, y, recipe):
+        raise ConfigError(
+            f"model {name} or its loss draws random numbers other than by dropout, so that nothing shows "
+            "that an example's result is its own: draw them in the dataset, or protect clients (privacy "
+            "client)"
+        )
+    if why := mixes_examples(model, x, y, recipe):
+        raise ConfigError(
+            f"model {name} or its loss mixes the examples of a batch ({why}), so that "
+            "clipping by example protects nobody"
+        )
+
+
+def _draws(model: nn.Module, x: Any, y: Any, recipe: Recipe) -> bool:
+    """Whether losses differ from call to call when nothing is dropped."""
+    losses = []
+    with untouched(model), torch.no_grad(), undropped(model):
+        for seed in (0, 1):
+            with seeds.seeded(seed):
+                losses.append(reduce(recipe.loss(forward(model, x), y)))
+    return not torch.allclose(losses[0], losses[1], rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def _reached(model: nn.Module, x: Any, y: Any, recipe: Recipe) -> set[str]:
+    """Names of parameters that get a gradient from these examples, or from others where x is numbers.
+
+    Which expert of a mixture an example goes to hangs on its numbers.
+    """
+    found: set[str] = set()
+    draw = seeds.generator(0, "experts")
+    for k in range(VARIED):
+        if k and not (isinstance(x, Tensor) and x.is_floating_point()):
+            break
+        given = torch.randn(x.shape, generator=draw).to(x) * k if k else x
+        with untouched(model), seeds.seeded(0):
+            try:
+                reduce(recipe.loss(forward(training(model), given), y)).sum().backward()
+            except Exception:  # numbers that mean nothing to the model
+                break
+            found |= {n for n, p in model.named_parameters() if p.grad is not None}
+    return found
+
+
+def _largest(clients: Sequence[Client]) -> Dataset:
+    # twice the only example of a small client would hide that examples are mixed
+    return max(clients, key=len).data
+
+
+def _frozen_buffers(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
+    """Buffers that follow the data would leave the client un-noised, or stay behind; weights, likewise."""
+    x, _ = to(two_examples(_largest(clients)), next(model.parameters()).device)
+    before = snapshot(model)
+    with torch.no_grad(), seeds.seeded(0):
+        forward(training(model), x)
+    after = snapshot(model)
+    put_back(model, before)
+    for k, _ in model.named_buffers():
+        if not bool(same(before[k], after[k]).all()):
+            raise ConfigError(
+                f"buffer {k} changes while training and nobody noises it: use a layer without "
+                "statistics of the data"
+            )
+    if not isinstance(recipe.privacy, SampleLevel):
+        return
+    for k, _ in model.named_parameters():
+        if not torch.equal(before[k], after[k]):
+            raise ConfigError(
+                f"parameter {k} is changed by the model's forward, past clipping and noise: change weights "
+                "by their gradients alone"
+            )
+
+
+def warnings(clients: Sequence[Client], plan: Privacy | None) -> list[str]:
+    """What a plan cannot do much for: very small clients, and a delta as large as one example in all."""
+    if not isinstance(plan, SampleLevel):
+        return []
+    if plan.strict:  # how many examples anybody has is not said, nor whether it is few or many
+        return [
+            f"delta {plan.delta:g} lets one in {1 / plan.delta:,.0f} examples be exposed: it must be well "
+            "below one over a client's examples, which strict leaves to you to compare"
+        ]
+    sizes = sorted((len(c), c.id) for c in clients)
+    (least, who), (most, _) = sizes[0], sizes[-1]
+    notes = []
+    if least * plan.sample_rate < 1:
+        notes.append(
+            f"client {who} has {least} examples: at rate {plan.sample_rate:g} most of its batches are "
+            "empty, and it adds noise more than it teaches"
+        )
+    if most * plan.delta > 1:
+        notes.append(
+            f"delta {plan.delta:g} lets one in {1 / plan.delta:,.0f} examples be exposed, and a client has "
+            f"{most:,}: take a delta well below one over that"
+        )
+    return notes

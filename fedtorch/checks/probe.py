@@ -1,0 +1,438 @@
+"""Try one batch before training starts, so that what does not fit is said in one sentence."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils.data import Dataset
+
+from fedtorch import seeds
+from fedtorch.client import Client, Recipe
+from fedtorch.privacy import SampleLevel
+from fedtorch.strategies import Strategy
+from fedtorch.training.batches import fetch, least, length
+from fedtorch.training.dropout import Drawing
+from fedtorch.training.losses import Loss, reduce
+from fedtorch.training.module import training, undropped
+from fedtorch.training.outline import put_back as put_back
+from fedtorch.training.outline import untouched
+from fedtorch.training.stacked import forward, snapshot, to, together
+from fedtorch.training.trainee import correct
+from fedtorch.tree import expand, leaves, rows
+from fedtorch.types import ConfigError, Context
+
+
+class Classes(Protocol):
+    """The part of ``fedtorch.data.Data`` that says which classes there are."""
+
+    @property
+    def train(self) -> Dataset:
+        """Training examples."""
+
+    @property
+    def outputs(self) -> int:
+        """Number of classes."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class of each training example."""
+
+
+def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | None:
+    """Take a real step on a full batch and on the shortest; raises ConfigError naming what does not fit.
+
+    Returns what changes of the model as it runs, apart from its weights and the numbers in its buffers.
+    The model is left as it was.
+    """
+    trainable(model)
+    trained = {k for k, p in model.named_parameters() if p.requires_grad}
+    with untouched(model) as outline, seeds.seeded(0):
+        take = _stepper(training(model), recipe)
+        for client, index in _full_and_short(clients, recipe):
+            _backward(model, client, index, recipe)
+            take()
+        change = outline.changed()
+    if other := trained ^ {k for k, p in model.named_parameters() if p.requires_grad}:
+        raise ConfigError(
+            f"parameter {min(other)} of model {type(model).__name__} is frozen or unfrozen as the model "
+            "runs: set requires_grad before training, or detach its output"
+        )
+    if change and change.saved:
+        raise ConfigError(
+            f"{change.what} is made, or takes another shape, as the model runs, and the server's model "
+            "would not have it: run one batch through the model first, or register it with "
+            "persistent=False"
+        )
+    return change and change.what
+
+
+def trainable(model: nn.Module) -> None:
+    """Raises ConfigError naming weights or buffers that nothing here can train or average."""
+    name = type(model).__name__
+    lazy = UninitializedParameter, UninitializedBuffer
+    if any(isinstance(t, lazy) for t in (*model.parameters(), *model.buffers())):
+        raise ConfigError(f"model {name} has lazy layers; run one batch through it first")
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ConfigError(f"model {name} has no trainable parameters")
+    if any(p.is_complex() for p in params):
+        raise ConfigError(f"model {name} has complex parameters, which are not supported")
+    if loose := [k for k, p in model.named_parameters() if not p.is_leaf]:
+        raise ConfigError(
+            f"parameter {loose[0]} of model {name} is computed from others: detach it"
+        )
+    if hooked := [k for k, p in model.named_parameters() if hooks(p)]:
+        raise ConfigError(
+            f"parameter {hooked[0]} of model {name} has a hook on its gradient, which a copy loses, and "
+            "clients train copies: do the same in the model's forward or by a strategy's correct()"
+        )
+    for k, v in (*model.named_parameters(), *model.named_buffers()):
+        if v.layout is not torch.strided or v.is_quantized or v.is_meta:
+            kind = "quantized" if v.is_quantized else "on device meta" if v.is_meta else "sparse"
+            raise ConfigError(
+                f"{k} of model {name} is {kind}, and weights and buffers must be plain numbers: make it "
+                "dense, or keep it as a plain attribute"
+            )
+
+
+def hooks(p: Tensor) -> bool:
+    """Whether something else happens as its gradient comes."""
+    return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
+
+
+@contextmanager
+def aside(model: nn.Module) -> Iterator[None]:
+    """While a copy is tried, no gradient may reach the model itself; raises ConfigError where one does.
+
+    A lambda that it keeps, or a loss, may hold the model that was handed over: training would not move it.
+    """
+    before = [
+        (k, p, p.grad, p.grad.clone() if p.grad is not None else None)
+        for k, p in model.named_parameters()
+    ]
+    yield
+    for name, p, grad, numbers in before:
+        if p.grad is grad and (numbers is None or grad is None or torch.equal(grad, numbers)):
+            continue
+        for _, q, old, was in before:
+            q.grad = old if old is None or was is None else old.copy_(was)
+        raise ConfigError(
+            f"the loss, or a function that model {type(model).__name__} keeps, uses parameter {name} of "
+            "the very model handed over, but clients train copies of it, which it would not touch: make it "
+            "a method, or part of the output, or use the optimizer's weight_decay for a penalty"
+        )
+
+
+def _full_and_short(clients: Sequence[Client], recipe: Recipe) -> Iterator[tuple[Client, Tensor]]:
+    """The first client's batch, and the smallest of more than one example that any client takes."""
+    if isinstance(recipe.privacy, SampleLevel):  # batches are drawn by chance
+        recipe = replace(recipe, privacy=None, batch_size=math.ceil(recipe.privacy.batch_size))
+    size = min(recipe.batch_size or len(clients[0]), len(clients[0]))
+    # two examples even of a client that has one: BatchNorm cannot train on a single value
+    full = clients[0], torch.arange(max(size, 2)) % size
+    yield full
+    rests = [(least(len(c), recipe), k) for k, c in enumerate(clients)]
+    rest, k = min((r for r in rests if r[0] > 1), default=(size, 0))
+    n = len(clients[k])
+    yield (
+        (clients[k], torch.arange(n - rest, n)) if rest != size else full
+    )  # a second step in any case
+
+
+def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -> None:
+    """Leave the gradient of a batch in the model, or say what does not fit."""
+    name, device = type(model).__name__, next(model.parameters()).device
+    try:
+        x, y = to(fetch(client.data, index % length(client.data)), device)
+    except Exception as e:
+        raise ConfigError(
+            f"client {client.id}: a dataset must give (x, y) pairs, but taking a batch failed: {_first(e)}"
+        ) from e
+    if any(t.requires_grad for t in leaves((x, y))):
+        raise ConfigError(
+            f"client {client.id}: its dataset gives tensors that require grad, and what made them is not "
+            "trained here: give them detached, x.detach()"
+        )
+    try:
+        output = forward(model, x)
+    except Exception as e:
+        whole = isinstance(x, Tensor) and x.dtype == torch.int64
+        fix = "; x is int64, as of a vocabulary: amounts must be float32" if whole else ""
+        raise ConfigError(f"model {name} cannot take a batch {_shape(x)}: {_first(e)}{fix}") from e
+    try:
+        loss = reduce(recipe.loss(output, y))
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(
+            f"the loss does not fit model {name} (output {_shape(output)}) and the labels "
+            f"{_shape(y)}: {_first(e)}"
+        ) from e
+    if not isinstance(loss, Tensor) or (loss.dim() and len(loss) != len(index)):
+        raise ConfigError(
+            "the loss must return a scalar or one number for each example, got "
+            f"{_shape(loss)} for labels {_shape(y)}"
+        )
+    if not loss.requires_grad:
+        raise ConfigError(f"the loss does not depend on the parameters of model {name}")
+    model.zero_grad()
+    try:
+        loss.mean().backward()
+    except Exception as e:
+        raise ConfigError(f"the loss of model {name} has no gradient: {_first(e)}") from e
+
+
+def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
+    """What takes an optimizer's step as training will, with what the strategy makes of the gradient."""
+    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    name, optimizer, strategy = type(model).__name__, recipe.optimizer, recipe.strategy
+    start = {k: p.detach().clone() for k, p in params.items()}
+    extras = {g: expand(e) for g, e in strategy.init(start).items()}
+    memory = {g: expand(m) for g, m in strategy.remember(start).items()}
+    context = Context(expand(start), extras, memory, torch.ones(1), recipe.learning_rate, (0,))
+    views = expand({k: p.detach() for k, p in params.items()})
+    try:
+        step = optimizer.stepper([*params.values()], recipe.learning_rate)
+    except Exception as e:
+        raise ConfigError(
+            f"client optimizer {optimizer.name} cannot train model {name}: {_first(e)}"
+        ) from e
+
+    def take() -> None:
+        sparse = [k for k, p in params.items() if p.grad is not None and p.grad.is_sparse]
+        who = f"strategy {type(strategy).__name__}"
+        try:
+            if type(strategy).correct is not Strategy.correct:
+                correct(strategy, params, views, context)
+            who = f"client optimizer {optimizer.name}"
+            step()
+        except Exception as e:
+            fix = (
+                f"; the gradient of {sparse[0]} is sparse, leave out sparse=True" if sparse else ""
+            )
+            raise ConfigError(f"{who} cannot take a step of model {name}: {_first(e)}{fix}") from e
+
+    return take
+
+
+def modes(model: nn.Module) -> list[str]:
+    """What is to be said of parts that the model's owner has put in evaluation mode."""
+    off = [name for name, m in model.named_modules() if not m.training]
+    if not off:
+        return []
+    if len(off) == sum(1 for _ in model.modules()):
+        return ["the model is in evaluation mode as a whole: clients train it in training mode"]
+    more = f" and {len(off) - 1} more" if len(off) > 1 else ""
+    return [f"in evaluation mode, and left so while clients train: {off[0] or 'the model'}{more}"]
+
+
+def single(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
+    """A batch of one example, where a client has such a batch; raises ConfigError naming the client."""
+    few = [c for c in clients if least(len(c), recipe) == 1]
+    if not few or isinstance(recipe.privacy, SampleLevel):  # whose batches are drawn by chance
+        return
+    client = few[0]
+    x, y = to(fetch(client.data, torch.tensor([0])), next(model.parameters()).device)
+    try:
+        with untouched(model), torch.no_grad(), seeds.seeded(0):
+            loss = reduce(recipe.loss(forward(training(model), x), y))
+            if loss.dim() and len(loss) != 1:
+                raise ValueError(f"the loss gives {_shape(loss)} for one example")
+    except Exception as e:
+        fix = "leave out the last, smaller batch (drop_last), or take another batch_size"
+        if recipe.batch_size == 1:
+            fix = "take a larger batch_size"
+        elif len(client) == 1:
+            fix = "leave that client out"
+        others = f", as have {len(few) - 1} more" if len(few) > 1 else ""
+        raise ConfigError(
+            f"client {client.id} has a batch of one example ({len(client)} examples, batch_size "
+            f"{recipe.batch_size}){others}, and model {type(model).__name__} or its loss cannot train "
+            f"on one ({type(e).__name__}: {_first(e)}): {fix}"
+        ) from e
+
+
+def classes_fit(model: nn.Module, data: Classes) -> None:
+    """A classifier needs an output for every label there is (a batch may miss the largest one)."""
+    classes = data.outputs
+    if classes < 2:
+        raise ConfigError("every target is of one class: there is nothing to learn")
+    if (
+        data.labels is not None
+        and not 0 <= int(data.labels.min()) <= int(data.labels.max()) < classes
+    ):
+        raise ConfigError(
+            f"the data names {classes} classes, but its labels go from {int(data.labels.min())} to "
+            f"{int(data.labels.max())}: they must be 0 to {classes - 1}"
+        )
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        return
+    try:
+        with _output(model, data.train) as (output, _):
+            found = output
+    except Exception:  # the trial of training says what is wrong with a model that does not run
+        return
+    if isinstance(found, Tensor) and (found.dim() < 2 or found.shape[1] < classes):
+        raise ConfigError(
+            f"model {type(model).__name__} gives {_shape(found)} for a batch of {len(found)}, but the data "
+            f"has {classes} classes: it needs an output of {classes} for each example, on axis 1"
+        )
+
+
+def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) -> dict[str, Loss]:
+    """Each metric must give a number for each example of a few, or one number for them all.
+
+    Returns those that only the whole set can try: they give one number, or fail on a few (a score of
+    classes, of examples that are all of one class).
+    """
+    whole: dict[str, Loss] = {}
+    if not length(data):
+        return whole
+    for few in {min(2, length(data)), min(3, length(data))}:
+        with _output(model, data, few) as (output, y):
+            for name, metric in metrics.items():
+                try:
+                    value = reduce(metric(output, y)).cpu().double()
+                except ConfigError:
+                    raise
+                except Exception as e:
+                    if length(data) > few and getattr(metric, "whole_set", True):
+                        whole[name] = metric
+                        continue
+                    raise ConfigError(
+                        f"metric {name} does not fit the output {_shape(output)} and the labels "
+                        f"{_shape(y)}: {_first(e)}"
+                    ) from e
+                if value.dim() and value.shape != (few,):
+                    raise ConfigError(
+                        f"metric {name} must give one number for each example or one for all of them, got "
+                        f"{_shape(value)} for {few} examples"
+                    )
+                if not value.dim():
+                    whole[name] = metric
+    return whole
+
+
+def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | None:
+    """Why these clients cannot train side by side, or None when they can."""
+    if not recipe.optimizer.elementwise:
+        return f"optimizer {recipe.optimizer.name} does not work element by element"
+    x, y = to(two_examples(clients[0].data), next(model.parameters()).device)
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return "the data is not a plain pair of tensors (x, y)"
+    shapes = {tuple(c.data[0][0].shape) if hasattr(c.data[0][0], "shape") else () for c in clients}
+    if len(shapes) > 1:
+        return f"examples of clients differ in shape ({', '.join(map(str, sorted(shapes)))})"
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        return "it is scripted, which torch.func cannot follow"
+    return _no_vmap(model, x, y, recipe)
+
+
+def _no_vmap(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> str | None:
+    """Why a step of two clients side by side fails or differs from one alone, or None."""
+    state = snapshot(model)
+    names = {k for k, p in model.named_parameters() if p.requires_grad}
+    stack = {k: v.expand(2, *v.shape).clone() for k, v in state.items()}
+    params = {k: v.requires_grad_() for k, v in stack.items() if k in names}
+    rest = {k: v for k, v in stack.items() if k not in names}
+    entered: list[str] = []
+    hooks = [
+        m.register_forward_pre_hook(
+            lambda m, _, n=n: entered.append(f"{n or 'the model'} ({m._get_name()})")
+        )
+        for n, m in model.named_modules()
+    ]
+
+    alike = x.device.type == "cpu" and not isinstance(recipe.privacy, SampleLevel)
+    drawing = Drawing((0, 1) if alike else ())
+    batch = x.expand(2, *x.shape), y.expand(2, *y.shape), torch.ones(2, len(x)).bool()
+    try:
+        with untouched(model), seeds.seeded(0):
+            each = together(training(model), recipe.loss, params, rest, batch, drawing)
+        each.sum().backward()
+    except Exception as e:
+        where = entered[-1] if entered else "the model"
+        return f"layer {where} cannot be vectorised ({_first(e)})"
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if alike and not _same_alone(model, x, y, recipe, each):
+        return "alone a client's losses differ, as where something other than dropout draws numbers"
+    return None
+
+
+def _same_alone(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, losses: Tensor) -> bool:
+    """Whether the losses of clients seeded with 0, 1, ... are those that were found side by side."""
+    with untouched(model), torch.no_grad():
+        for seed, found in enumerate(losses):
+            with seeds.seeded(seed):
+                alone = reduce(recipe.loss(forward(training(model), x), y))
+            if not _close(alone, found):
+                return False
+    return True
+
+
+def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
+    """Whether an example's result depends on its neighbours (BatchNorm, a whole-batch loss)."""
+    x, y = to(two_examples(data), next(model.parameters()).device)
+    full = min(recipe.batch_size or length(data), length(data))
+    with untouched(model), torch.no_grad(), seeds.seeded(0), undropped(model):
+        output = forward(model, x)
+        losses = reduce(recipe.loss(output, y))
+        if losses.dim() == 0:
+            return True
+        # a longer batch shows a mean over it; a neighbour gone shows a maximum over it; a full one, what
+        # happens there alone
+        each = [True] * len(leaves(output))
+        for index in ([0, 1, 0], [0, 0], [1, 1], [k % 2 for k in range(max(full, 2))]):
+            part = torch.tensor(index, device=losses.device)
+            other = forward(model, rows(x, part))
+            pairs = [*zip(leaves(other), leaves(output), strict=True)]
+            # what else a model gives, a mean or a constant, has other sizes than the batch
+            each = [
+                e and n.shape == (len(index), *o.shape[1:])
+                for e, (n, o) in zip(each, pairs, strict=True)
+            ]
+            pairs = [pair for e, pair in zip(each, pairs, strict=True) if e]
+            pairs.append((reduce(recipe.loss(other, rows(y, part))), losses))
+            if not all(_close(new[:2], old[part[:2]]) for new, old in pairs):
+                return True
+        return False
+
+
+def _close(new: Tensor, old: Tensor) -> bool:
+    return torch.allclose(new, old, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+@contextmanager
+def _output(model: nn.Module, data: Dataset, few: int = 2) -> Iterator[tuple[Any, Any]]:
+    """What the model gives for a few examples in evaluation, and their labels; it is left as it was."""
+    x, y = to(fetch(data, torch.arange(min(few, length(data)))), next(model.parameters()).device)
+    with untouched(model), torch.no_grad(), seeds.seeded(0):
+        try:
+            output = forward(model.eval(), x)
+        except Exception as e:
+            raise ConfigError(
+                f"model {type(model).__name__} cannot take a batch {_shape(x)} in evaluation: {_first(e)}"
+            ) from e
+        yield output, y
+
+
+def two_examples(data: Dataset) -> tuple[Any, Any]:
+    """A batch of two, or twice the only one."""
+    # two examples even of a client that has one: BatchNorm cannot train on a single value
+    return fetch(data, torch.tensor([0, length(data) - 1]))
+
+
+def _shape(value: object) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _first(error: Exception) -> str:
+    """The first line of what an error says."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__

@@ -1,0 +1,87 @@
+"""What a loss reaches beside the weights that clients train: it would stay as it is without a word."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtorch import seeds
+from fedtorch.checks.probe import two_examples
+from fedtorch.client import Client, Recipe
+from fedtorch.privacy import SampleLevel
+from fedtorch.training.losses import reduce
+from fedtorch.training.module import forward, snapshot, to, training
+from fedtorch.training.outline import Outline, untouched
+from fedtorch.tree import same
+from fedtorch.types import ConfigError
+
+
+def others(given: nn.Module, worker: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
+    """Refuse what the gradient reaches outside of ``worker``, the copy of ``given`` that clients train.
+
+    Parameters of the loss, a tensor that is no parameter. Raises ConfigError naming it. ``probe.aside``
+    refuses what reaches the model that was handed over.
+    """
+    if isinstance(recipe.loss, nn.Module):
+        for name, p in recipe.loss.named_parameters():
+            if p.requires_grad and not any(p is own for own in given.parameters()):
+                _refuse_loss(f"{name} {list(p.shape)}")
+    x, y = to(two_examples(clients[0].data), next(worker.parameters()).device)
+    with untouched(worker), seeds.seeded(0):
+        loss = reduce(recipe.loss(forward(training(worker), x), y))
+        own = {id(p) for p in worker.parameters()}
+        found = [t for t in leaves(loss) if id(t) not in own]
+        if not isinstance(recipe.privacy, SampleLevel):  # whose trials say what it would void
+            with torch.no_grad():
+                _keeps(recipe.loss, forward(worker, x), y)
+    for t in found:
+        t.grad = None  # what the trial before left there
+        if isinstance(t, nn.Parameter):
+            _refuse_loss(f"of shape {list(t.shape)}")
+        if t is not x and t is not y:
+            raise ConfigError(
+                f"the loss reaches a tensor of shape {list(t.shape)} that requires a gradient and is no "
+                "parameter of the model, so that nobody trains it: make it an nn.Parameter of the model, "
+                "or detach it"
+            )
+
+
+def _keeps(loss: Any, output: Any, target: Any) -> None:
+    """Refuse a loss that is not the same after a call; what it makes once, at the first, is no matter."""
+    loss = getattr(loss, "__self__", loss)  # of a method
+    if not isinstance(loss, nn.Module):
+        return
+    with untouched(loss):
+        loss(output, target)
+        outline, before = Outline(loss), snapshot(loss)
+        loss(output, target)
+        change, now = outline.changed(), snapshot(loss)
+    moved = [k for k in before if not bool(same(now[k], before[k]).all())] if not change else []
+    if change or moved:
+        raise ConfigError(
+            f"the loss keeps something from call to call ({change.what if change else moved[0]}), which "
+            "would go from client to client: let the model keep it, or compute it from each batch alone"
+        )
+
+
+def leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The tensors that a backward pass would leave a gradient in."""
+    seen: set[object] = set()
+    nodes = [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(t := getattr(node, "variable", None), Tensor):
+            yield t
+        nodes += [before for before, _ in node.next_functions]
+
+
+def _refuse_loss(which: str) -> None:
+    raise ConfigError(
+        f"the loss has a trainable parameter ({which}), and clients train the model's alone: make it a "
+        "parameter of the model, which may return it beside its output (layers in a plain list are in "
+        "none: nn.ModuleList), or freeze it with requires_grad_(False)"
+    )

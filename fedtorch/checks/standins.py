@@ -1,0 +1,172 @@
+"""Made-up examples in place of a client's own, for what is tried before private training.
+
+Whatever is decided by looking at an example, or said of it, would tell of that example: nothing here
+depends on a number in the data. Only shapes and types are the data's own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from fedtorch import seeds
+from fedtorch.client import Client, Recipe
+from fedtorch.training.batches import length
+from fedtorch.training.losses import reduce
+from fedtorch.training.module import forward, to, training
+from fedtorch.training.outline import untouched
+from fedtorch.types import ConfigError
+
+COUNT = 16
+"""Made-up examples of a dataset."""
+
+BOUND = 10.0
+"""Where made-up examples mean nothing to a model, those of the data, no larger than this."""
+
+
+class Shown(Client):
+    """A client as trials see it: as large as it is, with data that is made up."""
+
+    def __init__(self, client: Client, data: Dataset) -> None:
+        """``data`` in place of the client's own."""
+        super().__init__(client.id, data)
+        self.size = len(client)
+
+    def __len__(self) -> int:
+        """The client's own number of examples."""
+        return self.size
+
+
+def shown(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Sequence[Client]:
+    """The clients, or stand-ins for them under a plan; raises ConfigError where data give no pairs."""
+    if recipe.privacy is None:
+        return clients
+    standins = _all(clients, made)
+    return standins if _fits(model, standins[0], recipe) else _all(clients, limited)
+
+
+def _all(clients: Sequence[Client], make: Any) -> list[Shown]:
+    known: dict[object, Dataset] = {}
+    found = []
+    for c in clients:
+        try:
+            found.append(Shown(c, _once(known, c.data, make)))
+        except Exception as e:  # the owner's own code gives examples, whatever they are
+            raise ConfigError(
+                f"client {c.id}: a dataset must give (x, y) pairs, but taking its first examples failed "
+                f"({type(e).__name__}: {e})"
+            ) from e
+    return found
+
+
+def made(data: Dataset) -> Dataset:
+    """Examples of the shapes and types of the first: numbers in (0, 1), and integers and targets 0 or 1."""
+    if isinstance(data, TensorDataset):
+        tables = [
+            _drawn(t[:1].expand(COUNT, *t.shape[1:]), k == 0) for k, t in enumerate(data.tensors)
+        ]
+        return TensorDataset(*(_laid(new, t) for new, t in zip(tables, data.tensors, strict=True)))
+    return Items([_like(data[0], k) for k in range(COUNT)])
+
+
+def limited(data: Dataset) -> Dataset:
+    """The first examples, with nothing in them that is not finite or larger than ``BOUND``."""
+    n = min(COUNT, length(data))
+    if isinstance(data, TensorDataset):
+        return TensorDataset(*(_bounded(t[:n]) for t in data.tensors))
+    return Items([_mapped(data[k], _bounded) for k in range(n)])
+
+
+class Items(Dataset):
+    """A list as a dataset."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.items)
+
+    def __getitem__(self, k: int) -> Any:
+        """One of them."""
+        return self.items[k]
+
+
+def _once(known: dict[object, Dataset], data: Dataset, make: Any) -> Dataset:
+    # thousands of clients have one kind of table
+    key: object = id(data)
+    if isinstance(data, TensorDataset) and make is made:
+        key = tuple((t.shape[1:], t.dtype, t.device, t.is_contiguous()) for t in data.tensors)
+    if key not in known:
+        known[key] = make(data)
+    return known[key]
+
+
+def _fits(model: nn.Module, client: Client, recipe: Recipe) -> bool:
+    """Whether model and loss take made-up examples at all."""
+    try:
+        with untouched(model), torch.no_grad(), seeds.seeded(0):
+            batch = default_collate([client.data[k] for k in (0, 1)])
+            x, y = to(batch, next(model.parameters()).device)
+            reduce(recipe.loss(forward(training(model), x), y))
+    except Exception:
+        return False
+    return True
+
+
+def _drawn(like: Tensor, inputs: bool, draw: torch.Generator | None = None) -> Tensor:
+    draw = draw or seeds.generator(0, "stand-ins", *like.shape, inputs)
+    if like.is_complex() or (inputs and like.is_floating_point()):
+        # not quite 0, of which a model may take the logarithm
+        uniform = torch.rand(like.shape, generator=draw, dtype=torch.float64).clamp(min=1e-3)
+        return uniform.to(like.device, like.dtype)
+    coins = torch.randint(0, 2, like.shape, generator=draw)
+    if not inputs and like.dim() == 1:  # both classes, by turns
+        coins = torch.arange(len(like)) % 2
+    return coins.to(like.device, like.dtype)
+
+
+def _laid(new: Tensor, like: Tensor) -> Tensor:
+    """In another order in memory than row by row, where the data is."""
+    if like.is_contiguous() or like.dim() < 2:
+        return new
+    return new.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _like(item: Any, k: int) -> Any:
+    """An example like this one, the k-th that is made up."""
+    draw = seeds.generator(0, "stand-in", k)
+    x, *others = item
+    return (
+        _mapped(x, lambda v: _drawn(v, True, draw)),
+        *(
+            _mapped(v, lambda v: _drawn(v, False, draw) if v.dim() else v * 0 + k % 2)
+            for v in others
+        ),
+    )
+
+
+def _mapped(value: Any, fn: Any) -> Any:
+    """``fn`` of all numbers in an example, whatever they are in; words stay as they are."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return fn(torch.from_numpy(value)).numpy()
+    if isinstance(value, (bool, int, float, np.number)):
+        return type(value)(fn(torch.tensor(value)).item())
+    if isinstance(value, dict):
+        return {k: _mapped(v, fn) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(v, fn) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_mapped(v, fn) for v in value)
+    return value
+
+
+def _bounded(value: Tensor) -> Tensor:
+    if not value.is_floating_point():
+        return value
+    return value.nan_to_num(0.0, BOUND, -BOUND).clamp(-BOUND, BOUND)

@@ -1,0 +1,262 @@
+"""Which solver trains, and how many clients at once: decided before the first round, by rule.
+
+By rule and not by a stopwatch, so that a seed gives the same bits on a busy machine as on an idle one.
+The rules stand on the measurements in ``benchmarks/RESULTS.md``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedtorch import fast, seeds
+from fedtorch.checks import private as probe_private
+from fedtorch.checks import probe
+from fedtorch.checks.standins import shown
+from fedtorch.checks.trial import filled, pooled, stacks
+from fedtorch.client import Client, Recipe
+from fedtorch.company import LARGEST, Near, meets
+from fedtorch.kernels.compile import FASTER, available
+from fedtorch.privacy import Privacy, SampleLevel
+from fedtorch.training import stacked
+from fedtorch.training.batches import fetch, length
+from fedtorch.training.losses import LOSSES
+from fedtorch.training.module import forward, to, undropped
+from fedtorch.training.outline import untouched
+from fedtorch.training.reduced import averages
+from fedtorch.tree import has_float64
+from fedtorch.types import ConfigError
+
+CACHE = 1 << 20
+"""Bytes of stacked weights up to which stacking clients paid on a CPU (one core's L2)."""
+
+GROUP = 64
+"""Clients that train one after another in one call, where their updates are only averaged."""
+
+SMALL = 8
+"""Clients that stay in cache stacked, from which on stacking is faster than one after another."""
+
+SMALL_PRIVATE = 24
+"""The same of private steps, where stacking holds a gradient of each example besides."""
+
+SOLVERS = ("auto", "fast", "stacked", "general")
+
+DTYPES = ("float32", "bf16")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the clients of a session are trained."""
+
+    solver: stacked.Solver
+    chunk: int
+    """Clients trained side by side."""
+    recipe: Recipe
+    """With the way to private gradients chosen, if there are any."""
+    notes: tuple[str, ...] = ()
+    group: int = 1
+    """Clients trained one after another in one call, where they are not trained side by side."""
+    strict: bool = False
+    """Never pad a batch: the model or the loss mixes the examples of a batch."""
+
+
+def choose(
+    model: nn.Module,
+    clients: Sequence[Client],
+    recipe: Recipe,
+    chunk: int | None,
+    solver: str,
+    dtype: str = "float32",
+    changes: str | None = None,
+) -> Choice:
+    """The fastest way that trains this model rightly; raises ConfigError where ``solver`` cannot.
+
+    ``changes``: what changes of the model as it runs, beside weights and buffers.
+    """
+    half = check(solver, dtype, recipe)
+    asked = recipe.privacy
+    size = min(chunk or _automatic(model), len(clients))
+    notes = kept(model, asked, changes)
+    tried = shown(model, clients, recipe)
+    probe_private.fits(model, tried, recipe)
+    notes += probe_private.warnings(clients, recipe.privacy)
+    if solver in ("auto", "fast"):
+        found = offered(model, tried, recipe, half, changes)
+        least = SMALL_PRIVATE if isinstance(asked, SampleLevel) else SMALL
+        if solver == "auto" and not half and size >= least:
+            found = unless_small(found, model, tried, recipe)
+        if not isinstance(found, str):
+            size = chunk or found.chunk(max(len(c) for c in clients), recipe)
+            how = f"fast path, {min(size, len(clients))} clients at once"
+            if asked and asked.strict:  # how many at once hangs on the largest client's examples
+                how = "fast path"
+            how += ", large products in bf16" if half else ""
+            return Choice(found, size, recipe, (*notes, how + loops(model, recipe)))
+        if solver == "fast":
+            raise ConfigError(f"engine.solver fast cannot train this: {found}; use auto")
+        if isinstance(asked, SampleLevel) and asked.projected:
+            raise ConfigError(f"privacy.projected needs the fast path: {found}; leave it out")
+        notes.append(f"the fast path is not used: {found}")
+    if isinstance(asked, SampleLevel) and not available():
+        notes.append(f"noise in every step is drawn by NumPy: {FASTER}")
+    recipe, size = probe_private.with_mode(model, tried, recipe, size)
+    if isinstance(recipe.privacy, SampleLevel) and recipe.privacy.mode == "alone":
+        notes.append(
+            "private gradients are taken example after example, which is slow but suits any model"
+        )
+    if half:
+        notes.append("clients train one after another under autocast to bf16")
+        return Choice(stacked.Mixed(stacked.general), 1, recipe, tuple(notes))
+    return otherwise(model, tried, recipe, chunk, solver, size, notes, changes)
+
+
+def offered(
+    model: nn.Module, clients: Sequence[Client], recipe: Recipe, half: bool, changes: str | None
+) -> fast.Fast | str:
+    """The fast path, or why it is none."""
+    device = next(model.parameters()).device
+    if not has_float64(device):
+        return f"device {device.type} has no float64"
+    if changes:
+        return f"{changes} changes while the model runs"
+    with untouched(model):  # to read a model is to run it with something other than tensors
+        found = fast.offer(model, [c.data for c in clients], recipe, recipe.privacy, half)
+    # the loss is given the examples of all clients of a chunk at once
+    private = isinstance(recipe.privacy, SampleLevel)  # which refuses what mixes
+    if isinstance(found, str) or private or not crowds(model, clients, recipe, LARGEST):
+        return found
+    return "the loss looks at the whole batch, not at each example alone"
+
+
+def kept(model: nn.Module, privacy: Privacy | None, changes: str | None) -> list[str]:
+    """What to say of a model that keeps something; by sample-level privacy it is refused."""
+    private, device = isinstance(privacy, SampleLevel), next(model.parameters()).device.type
+    if private and not has_float64(next(model.parameters()).device):
+        raise ConfigError(
+            f"sample-level privacy needs float64, which device {device} has not: take engine.device cpu"
+        )
+    if private and any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise ConfigError(
+            "sample-level privacy cannot see into a ScriptModule: hand over the nn.Module it was made from"
+        )
+    if not changes:
+        return []
+    if private:
+        raise ConfigError(
+            f"{changes} changes while the model runs: what an example leaves there reaches later steps "
+            "past clipping and noise; keep nothing between calls (what is made once, make before the run)"
+        )
+    return [
+        f"{changes} changes while the model runs: each client starts its round with what is there now, "
+        "and it is not sent"
+    ]
+
+
+def otherwise(
+    model: nn.Module,
+    clients: Sequence[Client],
+    recipe: Recipe,
+    chunk: int | None,
+    solver: str,
+    size: int,
+    notes: list[str],
+    changes: str | None,
+) -> Choice:
+    """Stacked, ``size`` clients at once, where that is possible, or one after another."""
+    private = recipe.privacy.mode if isinstance(recipe.privacy, SampleLevel) else None
+    alone = stacked.stacked if private == "stacked" else stacked.general
+    turns = (chunk or GROUP) if alone is stacked.general and averages(recipe) else 1
+    few = solver == "auto" and chunk is None and _automatic(model) < SMALL
+    if size == 1 or (private is None and (solver == "general" or few)):
+        return Choice(alone, 1, recipe, tuple(notes), turns)
+    why = changes and f"{changes} changes while the model runs"
+    if why := why or no_stacking(model, clients, recipe):
+        if solver == "stacked":
+            raise ConfigError(f"engine.solver stacked cannot train this: {why}; use auto")
+        notes.append(f"clients train one after another: {why}")
+        return Choice(alone, 1, recipe, tuple(notes), turns)
+    strict = mixes(model, clients, recipe)
+    if strict:
+        notes.append(
+            "model or loss looks at the whole batch: only clients whose batches are equally "
+            "large train side by side"
+        )
+    return Choice(stacked.stacked, size, recipe, tuple(notes), strict=strict)
+
+
+def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | None:
+    """Why these clients cannot train side by side, or None when they can."""
+    if why := probe.no_stacking(model, clients, recipe):
+        return why
+    largest = max(clients, key=len)
+    private = isinstance(recipe.privacy, SampleLevel)  # whose mode has been tried
+    if private or stacks(stacked.stacked, model, largest.data, recipe):
+        return None
+    return "alone a client learns something else, as where a forward puts a buffer in a new place"
+
+
+def mixes(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
+    """Whether it would show that batches are filled up: examples are not looked at each alone."""
+    data = pooled([c.data for c in clients])
+    largest = max(clients, key=len)  # twice the only example of a small client would hide it
+    if any(probe.mixes_examples(model, d, recipe) for d in (data, largest.data)):
+        return True
+    if crowds(model, clients, recipe, min(recipe.batch_size or len(largest), len(largest))):
+        return True
+    unequal = len(largest) > min(map(len, clients))
+    private = isinstance(recipe.privacy, SampleLevel)  # which refuses what mixes
+    return unequal and not private and filled(stacked.stacked, model, data, recipe)
+
+
+def crowds(model: nn.Module, clients: Sequence[Client], recipe: Recipe, many: int) -> bool:
+    """Whether a loss of the user's own lets examples meet in a batch of up to ``many``, of any classes."""
+    if recipe.loss in LOSSES.values():
+        return False
+    data = pooled([c.data for c in clients])
+    x, y = to(fetch(data, torch.arange(length(data))), next(model.parameters()).device)
+    with untouched(model), undropped(model), torch.no_grad(), seeds.seeded(0):
+        output = forward(model, x)
+        return meets(recipe.loss, output, y, Near(1e-3, 1e-5), many, (1.0,))
+
+
+def check(solver: str, dtype: str, recipe: Recipe) -> bool:
+    """Refuse what there is not, by name; whether large products are in bfloat16."""
+    if solver not in SOLVERS:
+        raise ConfigError(f"engine.solver must be one of {', '.join(SOLVERS)}, not {solver!r}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"engine.dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
+    projected = isinstance(recipe.privacy, SampleLevel) and recipe.privacy.projected
+    if projected and solver not in ("auto", "fast"):
+        raise ConfigError(f"privacy.projected needs the fast path, not engine.solver {solver}")
+    if dtype == "bf16" and isinstance(recipe.privacy, SampleLevel):
+        raise ConfigError(
+            "engine.dtype bf16 is not for sample-level privacy: the noise in every step needs float32"
+        )
+    return dtype == "bf16"
+
+
+def unless_small(
+    found: fast.Fast | str, model: nn.Module, clients: Sequence[Client], recipe: Recipe
+) -> fast.Fast | str:
+    """The front runs client after client, which takes the most of a round where a model is small."""
+    if isinstance(found, str) or found.chain.front is None:
+        return found
+    if not probe_private.stacks(model, clients, recipe):
+        return found
+    return "so small a model with more than linear layers is faster with clients stacked"
+
+
+def loops(model: nn.Module, recipe: Recipe) -> str:
+    """How the fast path's loops run, in words: on an accelerator noise in every step is the only one."""
+    here = next(model.parameters()).device.type == "cpu"
+    if not (here or isinstance(recipe.privacy, SampleLevel)):
+        return ""
+    return ", compiled loops" if available() else f"; {FASTER}"
+
+
+def _automatic(model: nn.Module) -> int:
+    if next(model.parameters()).device.type != "cpu":
+        return 64
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return max(1, min(64, CACHE // max(size, 1)))

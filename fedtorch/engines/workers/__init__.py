@@ -1,0 +1,1 @@
+"""Engines that train in other processes."""

@@ -1,0 +1,276 @@
+"""Worker processes on this machine, fed through shared memory.
+
+Weights go to all workers through one shared block, an outcome comes back through a block of the worker's
+own, and pipes carry only a few words. Client memory is kept here and travels with the work: a worker that
+dies takes nothing with it.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor, nn
+
+from fedtorch.client import Client, Recipe
+from fedtorch.engines import wire
+from fedtorch.engines.local import LocalSession, usable
+from fedtorch.engines.messages import read_outcome, task_message
+from fedtorch.engines.workers import kit, pool
+from fedtorch.engines.workers.board import DEATHS, Job
+from fedtorch.engines.workers.worker import serve
+from fedtorch.options import COUNT, check
+from fedtorch.types import ClientError, ConfigError, Failure, Update
+
+START_SECONDS = 120.0
+"""Most a worker may take to import torch and say that it is ready."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """Clients train in worker processes of this machine."""
+
+    workers: int | None = None
+    """Worker processes; none: one for each core, or for each GPU with device cuda."""
+    chunk: int | None = None
+    """Clients trained side by side in a worker; none: as engine local, shared out evenly."""
+    device: str = "cpu"
+    """cpu, or cuda for one worker on each GPU."""
+    solver: str = "auto"
+    """auto, fast, stacked or general, as for engine local."""
+    dtype: str = "float32"
+    """float32 or bf16, as for engine local."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be started."""
+        check(self, "engine", workers=COUNT, chunk=COUNT)
+        pool.options(self.chunk, self.device, self.solver, self.dtype)
+
+    def devices(self) -> list[str]:
+        """The device of each worker."""
+        places = [self.device]
+        if self.device == "cuda":
+            places = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+        count = self.workers or (cores() if self.device == "cpu" else len(places))
+        return [places[k % len(places)] for k in range(count)]
+
+    def open(
+        self, model: nn.Module, clients: Sequence[Client], recipe: Recipe
+    ) -> "ProcessesSession":
+        """Check that these fit together, then start the workers."""
+        usable(self.device)
+        devices = self.devices()
+        own = pool.options(self.chunk, devices[0], self.solver, self.dtype)
+        local, body, block = pool.prepare(own, model, clients, recipe, shared)
+        return ProcessesSession(local, body, block, devices, self.chunk is None)
+
+
+class ProcessesSession(pool.PoolSession):
+    """The workers, and the jobs they are at."""
+
+    def __init__(
+        self, local: LocalSession, body: bytes, block: Tensor, devices: list[str], spread: bool
+    ) -> None:
+        """Start a worker for each of ``devices``."""
+        super().__init__(local, len(devices), spread)
+        self.kit = body, block
+        self.inbox = shared(0)
+        self.workers: list[Worker] = []
+        try:
+            self.workers = [Worker(d, *self.kit) for d in devices]
+            for worker in self.workers:
+                worker.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def collect(self) -> Iterator[Update | Failure]:
+        """Hand chunks to free workers and their outcomes on, in the order of the chunks."""
+        while self.board.open:
+            for worker in self.workers:
+                if worker.job is None:
+                    self._assign(worker)
+            busy = {w.pipe: w for w in self.workers if w.job is not None}
+            for pipe in connection.wait([*busy]):
+                self._hear(busy[pipe])
+            yield from self.board.ready()
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self.workers:
+            worker.end()
+        self.workers = []
+
+    def _assign(self, worker: "Worker") -> None:
+        other = self.board.waiting and self.board.waiting[0].task is not self.task
+        if other and any(w.job is not None for w in self.workers):
+            return  # the shared block still holds the weights of a task that is being read
+        job = self.board.take()
+        if job is None:
+            return
+        if job.task is not self.task:
+            packed = wire.pack(task_message(job.task))
+            if packed.size > len(self.inbox):
+                self.inbox = shared(packed.size)
+            packed.write(self.inbox)
+            self.task, self.task_size = job.task, packed.size
+        try:
+            worker.give(job, self.inbox, self.task_size)
+        except OSError:
+            self._replace(worker)
+
+    def _hear(self, worker: "Worker") -> None:
+        try:
+            word, *rest = worker.pipe.recv()
+        except (EOFError, OSError):
+            return self._replace(worker)
+        job = worker.job
+        assert job is not None
+        if word == "need":
+            worker.grow(rest[0])
+            try:
+                worker.pipe.send(("box", worker.box))
+            except OSError:  # it died between asking and hearing
+                self._replace(worker)
+            return None
+        worker.job = None
+        if word == "error":
+            if job.number in self.board.running:
+                self.board.clear()
+                raise ClientError(rest[0])
+            return None
+        # a copy: the worker's block is its own again with the next job
+        message = wire.decode(worker.box[: rest[0]].clone())
+        self.board.done(job.number, read_outcome(message, job.ids))
+        return None
+
+    def _replace(self, worker: "Worker") -> None:
+        job, code = worker.job, worker.end()
+        self._start_again(worker)
+        if job is not None:
+            self.board.lost(job.number, f"the last with exit code {code}")
+
+    def _start_again(self, worker: "Worker") -> None:
+        """A new worker in the place of one that died; what kills a worker may kill the next one too."""
+        place = self.workers.index(worker)
+        for _ in range(DEATHS):
+            fresh = self.workers[place] = Worker(worker.device, *self.kit)
+            try:
+                return fresh.wait_ready()
+            except ConfigError:
+                code = fresh.process.exitcode
+        raise ClientError(
+            f"worker processes die as they start, {DEATHS} in a row, the last with exit code {code}: out "
+            "of memory, or something kills them; --resume goes on from the last checkpoint"
+        )
+
+
+class Worker:
+    """This side of one worker process."""
+
+    def __init__(self, device: str, body: bytes, block: Tensor) -> None:
+        """Start it; it is ready when ``wait_ready`` returns."""
+        context = fresh_interpreters()
+        self.device = device
+        self.job: Job | None = None
+        self.box = torch.empty(0, dtype=torch.uint8)
+        self.inbox: Tensor | None = None
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=serve, args=(theirs, body, block, device), daemon=True, name="fedtorch worker"
+        )
+        with nameless_main():
+            self.process.start()
+        theirs.close()  # so that the pipe ends when the worker does
+
+    def wait_ready(self) -> None:
+        """Wait for the worker's first word; raises ConfigError when it cannot start."""
+        word: tuple[Any, ...] = ("silent",)
+        with suppress(EOFError, OSError):
+            if self.pipe.poll(START_SECONDS):
+                word = self.pipe.recv()
+        if word[0] == "ready":
+            return
+        code = self.end()
+        why = word[1] if word[0] == "broken" else f"exit code {code}"
+        raise ConfigError(
+            f"a worker process could not start ({why}); a script that uses engine processes needs "
+            "its work under `if __name__ == '__main__':`, and its classes in a module workers can import "
+            "(those of a notebook, of a prompt or of standard input they cannot), or engine local"
+        )
+
+    def give(self, job: Job, inbox: Tensor, task_size: int) -> None:
+        """Send a job: the shared weights are in ``inbox``, memory goes through the worker's block."""
+        if self.inbox is not inbox:
+            self.inbox = inbox
+            self.pipe.send(("inbox", inbox))
+        memory = wire.pack(kit.memory_message(job.memory, job.ids))
+        if memory.size > len(self.box):
+            self.grow(memory.size)
+            self.pipe.send(("box", self.box))
+        memory.write(self.box)
+        self.job = job
+        self.pipe.send(("work", job.ids, task_size, memory.size))
+
+    def grow(self, size: int) -> None:
+        """A larger block for this worker."""
+        self.box = shared(size)
+
+    def end(self) -> int | None:
+        """Ask it to leave, then make it; returns its exit code."""
+        with suppress(OSError):
+            self.pipe.send(("end",))
+        self.pipe.close()
+        self.process.join(0.1 if self.job is not None else 2)
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        code: int | None = self.process.exitcode
+        return code
+
+
+def fresh_interpreters() -> Any:
+    """Processes that inherit nothing from this one, copied from a server that has torch imported.
+
+    A plain fork of this process would copy its threads' locks and its GPU; a plain spawn would import
+    torch once more for every worker, about 1.5 s of CPU each.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # the first optimizer step imports torch._dynamo; where that name is gone, Python skips it
+    context.set_forkserver_preload(["fedtorch.engines.workers.worker", "torch._dynamo"])
+    return context
+
+
+@contextmanager
+def nameless_main() -> Iterator[None]:
+    """A script that came over standard input has no file that a new process could read: there is none."""
+    main = sys.modules["__main__"]
+    path = getattr(main, "__file__", None)
+    if path is None or Path(path).exists():
+        yield
+        return
+    del main.__file__
+    try:
+        yield
+    finally:
+        main.__file__ = path
+
+
+def shared(size: int) -> Tensor:
+    """A block of memory that worker processes can map, uint8; unlinked, so nothing can stay behind."""
+    block = torch.zeros(max(size + size // 8, 1 << 12), dtype=torch.uint8)
+    block.share_memory_()
+    return block
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,221 @@
+"""What depends on the clients' data alone, and is kept from round to round."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from fedtorch.fast.ops import turned
+from fedtorch.fast.sparse import Sparse, pays, sparse
+from fedtorch.training.module import channels_last
+from fedtorch.tree import exact_sq_norms
+
+ROOM = 128 << 20
+"""Bytes that may be kept; what finds no room is made anew in every visit."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The examples of a chunk of clients, one below the other."""
+
+    x: Tensor
+    """[N, ...]: all examples."""
+    y: Tensor
+    sizes: tuple[int, ...]
+    """Examples of each client."""
+
+    @cached_property
+    def flat(self) -> Tensor:
+        """[N, in]."""
+        return self.x.flatten(1)
+
+    @cached_property
+    def classes(self) -> bool:
+        """Whether labels are one class each, and none of them -100, which cross entropy leaves out."""
+        plain = self.y.dtype == torch.int64 and self.y.dim() == 1
+        return plain and bool((self.y >= 0).all())
+
+    @cached_property
+    def images(self) -> Tensor:
+        """The examples as convolutions want them."""
+        return channels_last(self.x)
+
+    @cached_property
+    def used(self) -> Tensor | None:
+        """Inputs that are not 0 in all examples, if at least an eighth are: a product needs no others."""
+        used = self.flat.abs().amax(0).nonzero()[:, 0]
+        return used if len(used) <= self.flat.shape[1] * 7 / 8 else None
+
+    @cached_property
+    def slim(self) -> Tensor:
+        """[N, used inputs]."""
+        return self.flat if self.used is None else self.flat.index_select(1, self.used)
+
+    @cached_property
+    def half(self) -> Tensor:
+        """The same in bfloat16."""
+        return self.slim.bfloat16()
+
+    @cached_property
+    def sparse(self) -> tuple[Sparse, Sparse] | None:
+        """The examples, and the same transposed, where products are faster without each single zero.
+
+        Only of finite examples: what is not finite must not meet rows that stay out, even as zeros.
+        """
+        columns = self.flat.shape[1] if self.used is None else len(self.used)
+        if not (pays(self.flat, columns) and self.finite):
+            return None
+        return sparse(self.flat), sparse(self.flat.T)
+
+    def near(self, weight: Tensor) -> Tensor:
+        """What of a weight [out, in] meets anything but zeros."""
+        return weight if self.used is None else weight.index_select(1, self.used)
+
+    def back(self, D: Tensor, half: bool, stay: Tensor | None = None) -> Tensor:
+        """D^T X for D [N, out], [out, in]; ``half``: in bfloat16.
+
+        ``stay``: only with these rows, as the others, of which D's are 0, may not be finite.
+        """
+        if self.sparse is not None:
+            return turned(self.sparse[1].times(D))
+        x = self.half if half else self.slim
+        D, x = (D, x) if stay is None else (D[stay], x[stay])
+        product = (D.bfloat16().T @ x).float() if half else D.T @ x
+        if self.used is None:
+            return product
+        out = product.new_zeros(len(product), self.flat.shape[1])
+        return out.scatter_(1, self.used.expand_as(product), product)
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether all products of examples are finite: one that is not would spread to all others.
+
+        By Cauchy and Schwarz they are where the squares are.
+        """
+        return bool(self.flat.square().sum(1).isfinite().all())
+
+    @cached_property
+    def sq_lengths(self) -> Tensor:
+        """Squared norm of each example, [N], float64."""
+        return exact_sq_norms(self.x)
+
+    @cached_property
+    def most(self) -> int:
+        """Examples of the largest client."""
+        return max(self.sizes)
+
+    @cached_property
+    def place(self) -> Tensor | None:
+        """Where each example stands in [K * most], [N]; None where all clients are equally large."""
+        if len(set(self.sizes)) == 1:
+            return None
+        at = torch.cat([k * self.most + torch.arange(n) for k, n in enumerate(self.sizes)])
+        return at.to(self.x.device)
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """[N, ...] -> [K, most, ...], zero where a client has no example."""
+        K = len(self.sizes)
+        if self.place is None:
+            return flat.view(K, self.most, *flat.shape[1:])
+        out = flat.new_zeros(K * self.most, *flat.shape[1:])
+        return out.index_copy_(0, self.place, flat).view(K, self.most, *flat.shape[1:])
+
+    def gather(self, spread: Tensor) -> Tensor:
+        """[K, most, ...] -> [N, ...]."""
+        flat = spread.flatten(0, 1)
+        return flat if self.place is None else flat[self.place]
+
+
+def taken(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of [N, ...] at [K, T], [K, T, ...]; plain indexing takes five times as long."""
+    return table.index_select(0, index.flatten()).view(*index.shape, *table.shape[1:])
+
+
+@dataclass
+class Kept:
+    """Chunks of data and Gram matrices, each kept while its client's tensors are what they were."""
+
+    used: int = 0
+    chunks: dict[tuple[int, ...], tuple[list[Tensor], list[int], Rows]] = field(
+        default_factory=dict
+    )
+    grams: "Made" = field(default_factory=dict)
+    bases: "Made" = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, object]:
+        """A worker is sent none of it: data stays where it is."""
+        return {"used": 0, "chunks": {}, "grams": {}, "bases": {}}
+
+    def rows(self, datasets: Sequence[Dataset], device: torch.device) -> Rows:
+        """The examples of these clients."""
+        tables = [cast(TensorDataset, d).tensors for d in datasets]
+        parts = [t for table in tables for t in table]
+        key, versions = tuple(id(t) for t in parts), [version(t) for t in parts]
+        found = self.chunks.get(key)
+        if found and found[1] == versions:
+            return found[2]
+        x, y = (torch.cat([t[i] for t in tables]).to(device) for i in (0, 1))
+        # how it is computed with must not depend on what came before: a resumed run begins with nothing
+        rows = Rows(x, y, tuple(len(t[0]) for t in tables))
+        if found or self._room(3 * x.numel() * x.element_size()):
+            self.chunks[key] = parts, versions, rows
+        return rows
+
+    def gram(self, dataset: Dataset, bias: bool, device: torch.device) -> Tensor:
+        """Products of a client's examples with each other, [n, n]; the bias is a column of ones."""
+        return self._once(self.grams, dataset, device, lambda x: ((x @ x.T).add_(float(bias)),))[0]
+
+    def basis(self, dataset: Dataset, bias: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Householder's X^T = Q R of a client's rows: an orthonormal Q [in (+ 1), m] and R [m, n]."""
+
+        def factors(x: Tensor) -> tuple[Tensor, ...]:
+            wide = torch.cat([x, torch.ones_like(x[:, :1])], 1) if bias else x
+            return tuple(torch.linalg.qr(wide.T))
+
+        q, r = self._once(self.bases, dataset, device, factors)
+        return q, r
+
+    def stacked(self, matrices: Sequence[Tensor], rows: Rows) -> Tensor:
+        """A matrix of each client as one tensor, padded with zeros where a client has fewer examples."""
+        if rows.place is None:
+            return torch.stack(list(matrices))
+        size = [max(m.shape[i] for m in matrices) for i in (0, 1)]
+        out = matrices[0].new_zeros(len(matrices), *size)
+        for k, m in enumerate(matrices):
+            out[k, : m.shape[0], : m.shape[1]] = m
+        return out
+
+    def _once(
+        self,
+        kept: "Made",
+        dataset: Dataset,
+        device: torch.device,
+        make: Callable[[Tensor], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        x = cast(TensorDataset, dataset).tensors[0]
+        found = kept.get(id(x))
+        if found and found[1] == version(x):
+            return found[2]
+        made = make(x.flatten(1).to(device))
+        if found or self._room(sum(m.numel() * m.element_size() for m in made)):
+            kept[id(x)] = x, version(x), made
+        return made
+
+    def _room(self, size: int) -> bool:
+        if self.used + size > ROOM:
+            return False
+        self.used += size
+        return True
+
+
+Made = dict[int, tuple[Tensor, int, tuple[Tensor, ...]]]
+"""By a tensor's id: the tensor, its version, and what was made of it."""
+
+
+def version(t: Tensor) -> int:
+    """Counts the changes made to a tensor in place; inference tensors cannot be changed."""
+    return 0 if t.is_inference() else t._version

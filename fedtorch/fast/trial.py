@@ -1,0 +1,163 @@
+"""Whether the fast path can train these clients with this recipe, and the trial that it does."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from fedtorch import seeds
+from fedtorch.checks.trial import FEW, TOLERANCE, difference, filled, pooled, some
+from fedtorch.fast.example_gradients import unknown
+from fedtorch.fast.reader import Chain, read
+from fedtorch.fast.solver import Fast
+from fedtorch.privacy import SampleLevel
+from fedtorch.strategies import FedProx, Scaffold, Strategy
+from fedtorch.training.batches import length
+from fedtorch.training.losses import LOSSES, reduce
+from fedtorch.training.stacked import Recipe
+
+KNOWN = (Strategy.correct, FedProx.correct, Scaffold.correct)
+"""Corrections of the gradient that ``layers.Rule`` can express."""
+
+
+def offer(
+    model: nn.Module,
+    datasets: Sequence[Dataset],
+    recipe: Recipe,
+    privacy: object = None,
+    half: bool = False,
+) -> Fast | str:
+    """A solver for this model (``half``: in bfloat16), or one clause that says why there is none."""
+    why = optimizer(recipe) or strategy(recipe) or tables(model, datasets)
+    private = isinstance(privacy, SampleLevel)
+    if privacy is not None and torch.get_float32_matmul_precision() != "highest":
+        why = (
+            why
+            or "torch.set_float32_matmul_precision lets products round beyond what clipping bounds"
+        )
+    if isinstance(privacy, SampleLevel) and privacy.mode != "auto":
+        why = why or f"privacy.mode {privacy.mode} was asked for"
+    if why:
+        return why
+    x, y = datasets[0].tensors  # type: ignore[attr-defined]
+    # copies: a model may write on what it is given
+    x, y = (t[:2].clone().to(next(model.parameters()).device) for t in (x, y))
+    with seeds.kept():  # reading and trying a model may draw
+        chain = read(model, x)
+    if isinstance(chain, str):
+        return chain
+    if isinstance(privacy, SampleLevel):
+        why = noise(chain, model, datasets, recipe, privacy)
+    if why := why or draws(chain, model, datasets):
+        return why
+    return tried(Fast(chain), (x, y), model, datasets, recipe, private) or Fast(chain, half)
+
+
+def tried(
+    solver: Fast,
+    batch: tuple[Tensor, Tensor],
+    model: nn.Module,
+    datasets: Sequence[Dataset],
+    recipe: Recipe,
+    private: bool,
+) -> str | None:
+    """What a trial speaks against the solver, if anything."""
+    x, y = batch
+    try:
+        with torch.no_grad(), seeds.kept():
+            if reduce(recipe.loss(model(x), y)).dim() == 0:
+                return "the loss gives one number for the whole batch, not one for each example"
+        error = nearest(solver, model, datasets, recipe, private)
+    except Exception as e:  # a label without an output, say: training will name it better
+        return f"a trial failed ({type(e).__name__})"
+    own = not private and recipe.loss not in LOSSES.values()
+    if own and filled(solver, model, pooled(datasets), recipe):
+        return "the loss looks at the whole batch, not at each example alone"
+    if not error < TOLERANCE:
+        return f"a trial of two steps differs from the general path by {error:.1e}"
+    return None
+
+
+def noise(
+    chain: Chain,
+    model: nn.Module,
+    datasets: Sequence[Dataset],
+    recipe: Recipe,
+    privacy: SampleLevel,
+) -> str | None:
+    """Why private steps have no fast form; None where they have."""
+    if privacy.projected and not plain(recipe):
+        return "projected noise needs plain SGD and no correction of gradients"
+    if privacy.projected and chain.drops_inputs:
+        return "projected noise needs examples as they are, and the model drops some of each"
+    if chain.front is None:
+        return None
+    if privacy.projected:
+        return "projected noise needs a linear layer that takes the examples themselves"
+    return unknown(model, chain.front, math.ceil(privacy.batch_size))
+
+
+def draws(chain: Chain, model: nn.Module, datasets: Sequence[Dataset]) -> str | None:
+    """Why dropout would draw other numbers than on the general path; None where it draws the same."""
+    if not chain.drops:
+        return None
+    if next(model.parameters()).device.type != "cpu":
+        return "dropout draws the masks of the general path on a CPU alone"
+    apart = [d for d in datasets if not d.tensors[0].is_contiguous()]  # type: ignore[attr-defined]
+    if apart and (chain.drops_inputs or (chain.front and chain.front.drops)):
+        return "dropout among its first layers needs examples that are contiguous in memory"
+    return None
+
+
+def optimizer(recipe: Recipe) -> str | None:
+    """SGD, with momentum and weight decay."""
+    if recipe.optimizer.cls() is not torch.optim.SGD:
+        return f"the client optimizer is {recipe.optimizer.name}, not SGD"
+    args = recipe.optimizer.args
+    other = sorted(k for k, v in args.items() if v and k not in ("momentum", "weight_decay"))
+    return f"SGD with {other[0]}" if other else None
+
+
+def plain(recipe: Recipe) -> bool:
+    """SGD without momentum and weight decay, and gradients as they are."""
+    args = recipe.optimizer.args
+    corrected = type(recipe.strategy).correct is not Strategy.correct
+    return not (args.get("momentum") or args.get("weight_decay") or corrected)
+
+
+def strategy(recipe: Recipe) -> str | None:
+    """A correction of the gradient that is linear in gradient and weights, and known."""
+    kind = type(recipe.strategy)
+    return None if kind.correct in KNOWN else f"{kind.__name__} corrects gradients in its own way"
+
+
+def tables(model: nn.Module, datasets: Sequence[Dataset]) -> str | None:
+    """Plain tensors (x, y), all alike, in the type of the weights."""
+    dtype = next(model.parameters()).dtype
+    kinds = set()
+    for data in datasets:
+        if type(data) is not TensorDataset or len(data.tensors) != 2:
+            return "the data is not a pair of tensors (x, y)"
+        x, y = data.tensors
+        if (x.dtype != dtype and x.is_floating_point()) or x.dim() < 2:
+            return f"examples are {x.dtype} of {x.dim()} axes, the weights {dtype}"
+        kinds.add((x.shape[1:], y.shape[1:], y.dtype))
+    return None if len(kinds) == 1 else "examples of clients differ in shape"
+
+
+def nearest(
+    solver: Fast, model: nn.Module, datasets: Sequence[Dataset], recipe: Recipe, private: bool
+) -> float:
+    """The least difference of a trial on one client's data or, while they differ, two others'.
+
+    Where rounding decides a tie (ReLU at zero, equal pixels in a pool) two right ways part; a mistake
+    shows on everybody's data.
+    """
+    error = math.inf
+    for data in (datasets[0], datasets[len(datasets) // 2], datasets[-1]):
+        if not error < TOLERANCE:
+            few = some(data, torch.arange(min(length(data), FEW)))
+            error = min(error, difference(solver, model, [few], recipe, private))
+    return error

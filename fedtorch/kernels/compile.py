@@ -1,0 +1,74 @@
+"""Loops over arrays as machine code, where numba is installed (``pip install 'fedtorch[fast]'``).
+
+A loop is compiled on its first call for the types it is called with, which takes about half a second, and
+kept on disk. Sums may be regrouped, as in any vector code, unless it is to be ``exact``. NaN and infinity
+are what they were.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from types import FunctionType
+from typing import Any, TypeVar, cast
+
+Loop = TypeVar("Loop", bound=Callable[..., Any])
+
+PARTS = tuple(Path(__file__).with_name(f"{name}.py") for name in ("compile", "vector", "registers"))
+"""What all loops are compiled by."""
+
+
+FASTER = "pip install 'fedtorch[fast]' would make it faster"
+"""What to tell whoever has no numba."""
+
+
+def available() -> bool:
+    """Whether numba can be imported, and is not told to leave loops to Python, thousands of times slower.
+
+    Installed beside a NumPy that is too new it cannot. The first to ask waits half a second.
+    """
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return False
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@cache
+def loops(module: str) -> Any:
+    """A module of compiled loops, or None without numba: whoever asks then does the same in another way."""
+    return import_module(module) if available() else None
+
+
+@cache
+def compiled(loop: Loop, exact: bool = False) -> Loop | None:
+    """A single loop as machine code, or None without numba."""
+    return machine_code(loop, exact) if available() else None
+
+
+def machine_code(loop: Loop, exact: bool = False) -> Loop:
+    """A loop as machine code; raises ImportError without numba."""
+    from numba import njit
+
+    fast = {"contract"} if exact else {"contract", "reassoc"}
+    options = {"nogil": True, "error_model": "numpy", "fastmath": fast}
+    named = cast(FunctionType, loop)
+    named.__qualname__ = f"{named.__qualname__.partition('-')[0]}-{digest(named, exact)}"
+    try:
+        return cast(Loop, njit(loop, cache=True, **options))
+    except RuntimeError:  # nowhere to keep it: compiled anew in each process
+        return cast(Loop, njit(loop, **options))
+
+
+def digest(loop: FunctionType, exact: bool) -> str:
+    """Of all that decides what a loop becomes, to be part of the name by which it is kept.
+
+    numba looks at the loop's own file alone, and keeps the new version under the old one's name: a process
+    killed while it writes leaves the old one there for good, and that may be of noise.
+    """
+    files = [p for p in (*PARTS, Path(loop.__code__.co_filename)) if p.is_file()]
+    return sha256(b"".join(p.read_bytes() for p in files) + bytes([exact])).hexdigest()[:12]

@@ -1,0 +1,1 @@
+"""Randomness nobody can foresee, and noise made of it."""

@@ -1,0 +1,137 @@
+"""Random words to normals (Box & Muller 1958), added to a row of numbers: as machine code, or by NumPy.
+
+A pair of words gives a pair of normals, r cos and r sin of an angle. The first word is the angle, all 64
+bits of it; of the second 63 bits are a uniform u in (0, 1], and r = std sqrt(-2 ln u), 9.4 std at most.
+Both ways take the same words for the same numbers, which differ by rounding.
+
+The coefficients are fits of ours, printed by ``tools/coefficients.py``; the errors below are what
+``tests/test_privacy_noise_normals.py`` finds, with all rounding.
+"""
+
+import math
+
+import numpy as np
+
+from fedtorch.kernels.compile import compiled
+
+COS = (
+    1.0,
+    -1.2337005501361693,
+    0.2536695079010322,
+    -0.02086348076318458,
+    0.0009192602739594559,
+    -2.5202039808424532e-05,
+    4.7108309942977655e-07,
+    -6.382248916379215e-09,
+    6.332013622928058e-11,
+)
+"""cos(pi y / 2) in powers of y^2, for y in [-1, 1]."""
+
+SIN = (
+    1.5707963267948966,
+    -0.6459640975062442,
+    0.07969262624614272,
+    -0.004681754135179549,
+    0.00016044118433881295,
+    -3.5988423672724115e-06,
+    5.692070410025574e-08,
+    -6.680834069296601e-10,
+    5.792209205934274e-12,
+)
+"""sin(pi y / 2) / y in powers of y^2."""
+
+LOG = (
+    0.6666666666666736,
+    0.39999999999405483,
+    0.28571428744061894,
+    0.22222198426151224,
+    0.18183571057432849,
+    0.15313895728652202,
+    0.1479736350587642,
+)
+"""(2 artanh(f) / f - 2) / f^2 in powers of f^2, for f = (m - 1) / (m + 1), m in [sqrt(1/2), sqrt(2))."""
+
+LN2 = math.log(2)
+ROOT = 0x3FE6A09E667F3BCD
+"""The bits of sqrt(1/2)."""
+EXPONENT = -1 << 52
+"""The bits of a float64's sign and exponent."""
+SIGN = -1 << 63
+
+
+def add(words: np.ndarray, row: np.ndarray, std: float) -> None:
+    """Add N(0, std^2) to n numbers in place: a sum in float64, rounded to the row's type once.
+
+    ``words``: n of them, uint64, and one more if n is odd; they are used up. With m = half of them, row[k]
+    gets the cosine of words[k] and words[m + k], and row[m + k] the sine.
+
+    Raises ValueError for other than so many: a loop would take what lies behind them in memory.
+    """
+    if len(words) != len(row) + len(row) % 2:
+        raise ValueError(f"{len(row)} normals cannot be made of {len(words)} words")
+    (compiled(fused, exact=True) or passes)(words, row, std)
+
+
+def way() -> str:
+    """How ``add`` does it here."""
+    return "a compiled loop" if compiled(fused, exact=True) else "NumPy"
+
+
+def fused(words: np.ndarray, row: np.ndarray, std: float) -> None:
+    """``add`` pair by pair: to be compiled, where eight pairs go side by side."""
+    pairs = len(row) // 2
+    m = len(row) - pairs
+    # each with an index from 0: otherwise the compiler finds no vectors
+    left, right, angles, lengths = row[:pairs], row[m:], words[:pairs], words[m:]
+    for end in range(1 + len(row) % 2):
+        if end:  # nobody takes the last sine
+            left, right = row[pairs:m], np.empty(1, row.dtype)
+            angles, lengths = words[pairs:m], words[pairs + m :]
+        for i in range(len(left)):
+            # half a turn is exact in integers: the top bit and the next say if both coordinates change sign
+            a = np.int64(angles[i])
+            y = np.float64((a << 1) >> 1) * 2.0**-62
+            z = y * y
+            c = COS[5] + z * (COS[6] + z * (COS[7] + z * COS[8]))
+            c = COS[0] + z * (COS[1] + z * (COS[2] + z * (COS[3] + z * (COS[4] + z * c))))
+            s = SIN[5] + z * (SIN[6] + z * (SIN[7] + z * SIN[8]))
+            s = y * (SIN[0] + z * (SIN[1] + z * (SIN[2] + z * (SIN[3] + z * (SIN[4] + z * s)))))
+            # u = 2^e m with m around 1; x = m - 1 is exact, and 2 f = x - f x keeps digits near u = 1
+            u = np.float64(np.int64(lengths[i] >> np.uint64(1))) * 2.0**-63 + 2.0**-64
+            bits = np.float64(u).view(np.int64)
+            above = bits - ROOT
+            x = np.int64(bits - (above & EXPONENT)).view(np.float64) - 1.0
+            f = x / (2.0 + x)
+            t = f * f
+            g = LOG[3] + t * (LOG[4] + t * (LOG[5] + t * LOG[6]))
+            g = t * (LOG[0] + t * (LOG[1] + t * (LOG[2] + t * g)))
+            ln = np.float64(above >> 52) * LN2 + (x - f * (x - g))
+            r = np.float64(math.sqrt(-2.0 * std * std * ln)).view(np.int64)
+            r = np.int64(r ^ ((a ^ (a << 1)) & SIGN)).view(np.float64)
+            left[i] = left[i] + r * c
+            right[i] = right[i] + r * s
+
+
+def passes(words: np.ndarray, row: np.ndarray, std: float) -> None:
+    """``add`` by NumPy, a pass over the block for each operation.
+
+    Cosine and sine come from the tangent t of half the angle, for which there is a fast vector form: with
+    q = 2 r / (1 + t^2), r sin = q t and r cos = q - r.
+    """
+    m = len(words) // 2
+    t, u = words[:m].view(np.int64) * (math.pi * 2.0**-64), words[m:]
+    np.tan(t, out=t)
+    np.right_shift(u, np.uint64(1), out=u)
+    r = u.view(np.int64) * 2.0**-63  # signed integers are converted faster, hence 63 bits
+    np.add(r, 2.0**-64, out=r)  # in (0, 1]: a logarithm of 0 would be infinite
+    np.log(r, out=r)
+    np.multiply(r, -8 * std * std, out=r)
+    np.sqrt(r, out=r)  # 2 r
+    q = t * t
+    np.add(q, 1, out=q)
+    np.divide(r, q, out=q)
+    np.multiply(q, t, out=t)
+    np.multiply(r, 0.5, out=r)
+    np.subtract(q, r, out=q)
+    for part, drawn in ((row[:m], q), (row[m:], t[: len(row) - m])):
+        part[:] = drawn + part

@@ -1,0 +1,1 @@
+"""Who is in a round, at what rate, and its figures."""

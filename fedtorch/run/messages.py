@@ -1,0 +1,81 @@
+"""What a run says to the person who started it: before the first round, and after the last."""
+
+from pathlib import Path
+from typing import Any
+
+from fedtorch.privacy.report import promise, statement, text
+from fedtorch.run import cli, files, trust
+from fedtorch.run.console import Report
+from fedtorch.server import Server
+from fedtorch.tracking import Record
+
+
+def introduce(report: Report, opening: str, server: Server, who_has_what: Any) -> None:
+    """Model, privacy promise, the engine's choices, and who got what."""
+    model, private = server.model, server.private
+    size = sum(p.numel() for p in model.parameters())
+    report.say(f"{opening}, {size:,} parameters, {server.recipe.strategy}")
+    for line in promise(private) if private else ["no privacy: nothing is noised"]:
+        report.say(line)
+    for note in server.notes:
+        report.say(f"note: {note}")
+    kinds = {b.is_floating_point() for b in model.buffers()}
+    if kinds:
+        kept = " (integer counters keep the server's value)" if False in kinds else ""
+        report.say(f"note: float buffers such as BatchNorm statistics are averaged{kept}")
+    if server.round_number:
+        report.say(f"resumed after round {server.round_number}")
+    elif not strict(server):  # who has what is nobody's to know
+        report.say(who_has_what)
+
+
+def strict(server: Server) -> bool:
+    """Whether nothing is told but what the privacy guarantee covers."""
+    return server.private is not None and server.private.plan.strict
+
+
+def record_privacy(record: Record, server: Server) -> None:
+    """What a private run has spent, for the trackers."""
+    if server.private:
+        record.text("privacy", text(server.private), server.round_number)
+
+
+def write_results(report: Report, folder: Path, summary: dict[str, Any], server: Server) -> None:
+    """``summary.json`` and ``privacy.json``; one that cannot be written is said, and costs no more.
+
+    Under strict privacy the summary loses how long the run took.
+    """
+    if strict(server):
+        summary.pop("seconds", None)
+    report.attempt("summary.json", files.write_json, folder / "summary.json", summary)
+    if server.private:
+        report.attempt("privacy.json", _write_statement, folder / "privacy.json", server)
+    report.attempt(files.SUMS, files.write_sums, folder)
+
+
+def _write_statement(path: Path, server: Server) -> None:
+    if server.private:
+        files.write_json(path, statement(server.private))
+
+
+def conclude(
+    report: Report, folder: Path, summary: dict[str, Any], stopped: bool, server: Server
+) -> None:
+    """The last lines: how good, how long, where."""
+    state = "stopped, saved" if stopped else "done" if server.moved() else "nothing learned"
+    figures = "  ".join(
+        f"{k.replace('_', ' ')} {v:.4f}" for k, v in summary.items() if k.startswith("test_") and v
+    )
+    took = f" in {summary['seconds']:.1f} s" if "seconds" in summary else ""
+    report.say(f"{state}: {summary['rounds']} rounds{took}  {figures}")
+    if server.private:
+        report.say(f"privacy: epsilon {summary['epsilon']:.3f} spent at delta {summary['delta']:g}")
+        report.say(text(server.private))
+        report.say("without privacy: --privacy none")
+    report.say(f"run folder: {folder}   model: {folder}/model.safetensors")
+    if stopped:
+        config = folder / "config.toml"
+        asked = trust.foreign(cli.read(config)) and not trust.remembered(config)
+        flag = f" {trust.FLAG}" if asked else ""
+        report.say(f"continue: fedtorch train --run-dir {folder} --resume{flag}")
+    report.say(f"watch: tensorboard --logdir {folder.parent}")

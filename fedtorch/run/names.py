@@ -1,0 +1,159 @@
+"""The short names a config may use, and the help text that lists them."""
+
+import dataclasses
+import textwrap
+from typing import Any
+
+from docstring_parser import parse_from_object
+
+from fedtorch import named
+
+CHOICES: dict[str, dict[str, str]] = {
+    "dataset": {
+        "digits": "fedtorch.data.Digits",
+        "idx": "fedtorch.data.Idx",
+        "mnist": "fedtorch.data.Idx",
+        "text": "fedtorch.data.Text",
+        "csv": "fedtorch.data.Csv",
+        "npz": "fedtorch.data.Npz",
+        "hf": "fedtorch.data.HuggingFace",
+        "custom": "fedtorch.data.Custom",
+    },
+    "partition": {
+        "iid": "fedtorch.data.Iid",
+        "dirichlet": "fedtorch.data.Dirichlet",
+        "shards": "fedtorch.data.Shards",
+        "quantity": "fedtorch.data.QuantitySkew",
+        "natural": "fedtorch.data.Natural",
+    },
+    "strategy": {
+        "fedavg": "fedtorch.strategies.FedAvg",
+        "fedprox": "fedtorch.strategies.FedProx",
+        "scaffold": "fedtorch.strategies.Scaffold",
+    },
+    "strategy.server": {
+        "sgd": "fedtorch.training.optimizer.ServerSGD",
+        "adam": "fedtorch.training.optimizer.ServerAdam",
+        "yogi": "fedtorch.training.optimizer.ServerYogi",
+        "adagrad": "fedtorch.training.optimizer.ServerAdagrad",
+    },
+    "participation": {
+        "everyone": "fedtorch.rounds.participation.Everyone",
+        "uniform": "fedtorch.rounds.participation.Uniform",
+        "poisson": "fedtorch.rounds.participation.Poisson",
+    },
+    "privacy": {
+        "sample": "fedtorch.privacy.SampleLevel",
+        "client": "fedtorch.privacy.ClientLevel",
+        "local": "fedtorch.privacy.LocalDP",
+    },
+    "privacy.adaptive": {"on": "fedtorch.privacy.AdaptiveClip"},
+    "privacy.bands": {"on": "fedtorch.privacy.Bands"},
+    "schedule": {
+        "constant": "fedtorch.rounds.schedules.Constant",
+        "exponential": "fedtorch.rounds.schedules.Exponential",
+        "step": "fedtorch.rounds.schedules.Step",
+        "cosine": "fedtorch.rounds.schedules.Cosine",
+    },
+    "tracking": {
+        "tensorboard": "fedtorch.tracking.TensorBoard",
+        "mlflow": "fedtorch.tracking.MLflow",
+        "wandb": "fedtorch.tracking.WandB",
+    },
+    "engine": {
+        "local": "fedtorch.engines.Local",
+        "processes": "fedtorch.engines.Processes",
+        "ray": "fedtorch.engines.Ray",
+    },
+}
+"""Short names of each choice; the dotted path is what a user's own class is given by."""
+
+WANTED = {
+    "dataset": ("load", "it must be a dataclass with a method load(seed)"),
+    "partition": ("fedtorch.data.Partition", "it must be a subclass of fedtorch.data.Partition"),
+    "strategy": ("fedtorch.strategies.Strategy", "it must be a subclass of fedtorch.Strategy"),
+    "strategy.server": (
+        "fedtorch.training.optimizer.ServerOptimizer",
+        "it must be a subclass of fedtorch.training.optimizer.ServerOptimizer",
+    ),
+    "participation": (
+        "fedtorch.rounds.participation.Participation",
+        "it must be a subclass of fedtorch.rounds.participation.Participation",
+    ),
+    "privacy": ("fedtorch.privacy.Privacy", "it must be a subclass of fedtorch.privacy.Privacy"),
+    "privacy.adaptive": ("fedtorch.privacy.AdaptiveClip", "it must be a subclass of AdaptiveClip"),
+    "privacy.bands": ("fedtorch.privacy.Bands", "it must be a subclass of Bands"),
+    "schedule": ("__call__", "it must be a dataclass that can be called with the round"),
+    "tracking": (
+        "fedtorch.tracking.Tracking",
+        "it must be a subclass of fedtorch.tracking.Tracking",
+    ),
+    "engine": ("open", "it must be a dataclass with a method open(model, clients, recipe)"),
+}
+"""What a class of the user's own must be for each choice: a base class or a method, and that in words."""
+
+FREE = {"model", "optimizer"}
+"""Choices whose options belong to a function that is only found later: a table ``<name>_args``."""
+
+
+def help_text(cls: type, command: str) -> str:
+    """Every option of the config dataclass ``cls``, with its default and, for a choice, the names."""
+    lines = [
+        f"usage: {command} [--config run.toml] [--option value ...]",
+        "",
+        "Flags override the TOML file. Options of a choice: --strategy fedprox --strategy.mu 0.1.",
+        "Code that only a file names is imported with --trust-code alone.",
+        "",
+    ]
+    docs = _docs(cls)
+    for f in dataclasses.fields(cls):
+        if f.name.removesuffix("_args") in FREE and f.name.endswith("_args"):
+            continue
+        lines += _option(f"--{f.name.replace('_', '-')}", _shown(_default(f)), docs.get(f.name, ""))
+        for choice in (c for c in CHOICES if c.partition(".")[0] == f.name):
+            for name, path in CHOICES[choice].items():
+                lines += _choice(choice, name, path)
+    return "\n".join(lines)
+
+
+def _option(flag: str, default: str, text: str) -> list[str]:
+    head = f"  {flag} {default}".rstrip()
+    return [head, *textwrap.wrap(text, 88, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+
+
+def _choice(choice: str, name: str, path: str) -> list[str]:
+    cls = named.find(path)
+    options = "".join(
+        f" --{choice}.{f.name} {_shown(_default(f))}"
+        for f in dataclasses.fields(cls)
+        if f"{choice}.{f.name}" not in CHOICES
+    )
+    label = f"{name} (as --{choice})" if "." in choice else name
+    return textwrap.wrap(
+        f"{label}:{options or ' no options'}",
+        92,
+        initial_indent=" " * 12,
+        subsequent_indent=" " * 16,
+    )
+
+
+def _docs(cls: type) -> dict[str, str]:
+    found = parse_from_object(cls).params
+    return {p.arg_name: " ".join((p.description or "").split()) for p in found}
+
+
+def _default(f: "dataclasses.Field[Any]") -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def _shown(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        paths = {p.rpartition(".")[2]: n for names in CHOICES.values() for n, p in names.items()}
+        return paths.get(type(value).__name__, type(value).__name__)
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return (
+        {None: "null", "": "''"}.get(value, str(value))
+        if not isinstance(value, float)
+        else f"{value:g}"
+    )

@@ -1,0 +1,83 @@
+"""From names and numbers of a config to the clients, loss and metrics of a run."""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+from fedtorch.client import Client
+from fedtorch.data.base import Data, subset
+from fedtorch.data.content import coins
+from fedtorch.named import find
+from fedtorch.training import losses
+from fedtorch.training.losses import Loss
+from fedtorch.types import ConfigError
+
+
+def clients(
+    data: Data,
+    ids: Sequence[str],
+    parts: Sequence[Tensor],
+    validation: float,
+    seed: int,
+    private: bool = False,
+) -> list[Client]:
+    """Cut the training data into clients, each with its own validation share if asked.
+
+    About ``validation`` of a client's examples are held out, each by a coin of its own (``content``). A
+    client whose every coin falls so trains on all of them and has no validation data, but not in a
+    ``private`` run, where one more example may move no other: ConfigError.
+    """
+    out = coins(data.train, seed, "validation") < validation if validation else None
+    made = []
+    for name, index in zip(ids, parts, strict=True):
+        held = None
+        if out is not None:
+            kept, held_out = index[~out[index]], index[out[index]]
+            if len(kept) and len(held_out):
+                index, held = kept, subset(data.train, held_out)
+            elif private and not len(kept):
+                raise ConfigError(
+                    f"client {name}: all of its {len(index)} examples fall into its validation share of "
+                    f"{validation:g}, and none is left to train on: take fewer clients, a smaller "
+                    "--validation or another --seed"
+                )
+        made.append(Client(name, subset(data.train, index), held))
+    return made
+
+
+def loss_and_metrics(kind: str, loss: str, metrics: Sequence[str]) -> tuple[Loss, dict[str, Loss]]:
+    """The loss, and the metrics by name with the loss among them; ``auto`` follows the data's kind."""
+    default_loss, default_metric = losses.DEFAULTS[kind]
+    made = named("loss", default_loss if loss == "auto" else loss, losses.LOSSES)
+    names = [default_metric if m == "auto" else m for m in metrics]
+    chosen = {n.rpartition(":")[2]: named("metric", n, losses.METRICS) for n in names}
+    return made, {"loss": made, **chosen}
+
+
+def named(role: str, name: str, known: Mapping[str, Loss]) -> Loss:
+    """A built-in loss or metric, a function, or a class such as torch.nn:HuberLoss made once."""
+    if name in known:
+        return known[name]
+    if ":" not in name and "." not in name:
+        raise ConfigError(
+            f"unknown {role} {name!r}; there are {', '.join(known)}, or give package.module:function"
+        )
+    found = find(name)
+    fits = issubclass(found, nn.Module) if isinstance(found, type) else callable(found)
+    if not fits:
+        raise ConfigError(
+            f"{name!r} is no {role}: it must be a function or a subclass of nn.Module"
+        )
+    return cast(Loss, found() if isinstance(found, type) else found)
+
+
+def validation(by_client: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Scores of the global model by client -> mean over clients, lowest and highest."""
+    figures = {}
+    for name in next(iter(by_client.values()), {}):
+        values = [s[name] for s in by_client.values()]
+        figures[f"validation_{name}"] = sum(values) / len(values)
+        figures[f"validation_{name}_min"] = min(values)
+        figures[f"validation_{name}_max"] = max(values)
+    return figures

@@ -1,0 +1,103 @@
+"""``--sweep lr=0.01,0.1 strategy=fedavg,fedprox``: every combination, a run each."""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedtorch.run import folder as folders
+from fedtorch.run import prices, results
+from fedtorch.run.console import show_table
+from fedtorch.types import ConfigError
+
+HELP = """  --sweep option=value,value ...
+        Every combination of these values, a run each in one folder (--run-dir, else runs/sweep-<time>);
+        the same command again goes on where it was stopped."""
+
+LONGEST = 200
+"""Bytes in the name of a run's folder."""
+
+Setting = dict[str, str]
+"""Option by dotted name -> its value in one run."""
+
+
+def settings(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
+    """The other arguments, and the runs of the sweep; none when none is asked for."""
+    words = list(argv)
+    if "--sweep" not in words:
+        return words, []
+    at = words.index("--sweep")
+    end = at + 1
+    while end < len(words) and not words[end].startswith("--"):
+        end += 1
+    swept, rest = words[at + 1 : end], words[:at] + words[end:]
+    if "--sweep" in rest:
+        raise ConfigError("--sweep is there twice; name all options after one")
+    values: dict[str, list[str]] = {}
+    for word in swept:
+        name, _, text = word.partition("=")
+        name, choices = name.replace("-", "_"), text.split(",")
+        if not re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)*", name) or not all(choices):
+            raise ConfigError(f"--sweep takes option=value,value,..., but got {word!r}")
+        if name in ("run_dir", "resume", "config", "tracking.compare"):
+            raise ConfigError(f"--sweep cannot vary {name}")
+        if name in values or len(set(choices)) < len(choices):
+            raise ConfigError(f"--sweep names {name} or one of its values twice")
+        values[name] = choices
+    if not values:
+        raise ConfigError("--sweep needs at least one option=value,value,...")
+    return rest, [dict(zip(values, v, strict=True)) for v in itertools.product(*values.values())]
+
+
+def arguments(rest: Sequence[str], setting: Setting, folder: Path) -> list[str]:
+    """The command line of one run of a sweep; it goes on where it was stopped."""
+    name = ",".join(f"{k}={v.replace('/', '_')}" for k, v in setting.items())
+    if len(name.encode()) > LONGEST:  # no file system takes longer names
+        name = f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    where = folder / name
+    words = [w for k, v in setting.items() for w in (f"--{k}", v)]
+    going = ["--resume"] if any((where / "checkpoints").glob("round-*.pt")) else []
+    return [*rest, *words, "--run-dir", str(where), *going]
+
+
+def compared(config: Any, setting: Setting) -> Any:
+    """The run's config with what is swept as the columns of its HParams page, if it tracks anything."""
+    if config.tracking is None:
+        return config
+    return replace(config, tracking=replace(config.tracking, compare=[*setting]))
+
+
+def run(
+    rest: Sequence[str],
+    points: Sequence[Setting],
+    read_config: Callable[[Sequence[str]], Any],
+    train: Callable[[Any], Any],
+) -> None:
+    """One run after another, all checked before the first starts, and a table at the end."""
+    rest, given = list(rest), None
+    for at, word in enumerate(rest):
+        name, eq, value = word.partition("=")
+        if name.replace("_", "-") == "--run-dir":
+            given = Path(value if eq else (rest[at + 1 : at + 2] or [""])[0]).expanduser()
+            del rest[at : at + (1 if eq else 2)]
+            break
+    folder = given or folders.fresh("sweep")
+    try:
+        configs = [compared(read_config(arguments(rest, point, folder)), point) for point in points]
+    except ConfigError:
+        if given is None:
+            folder.rmdir()
+        raise
+    for line in prices.planned(configs):
+        print(line)
+    for number, (point, config) in enumerate(zip(points, configs, strict=True), 1):
+        print(f"run {number} of {len(points)}: {' '.join(f'{k}={v}' for k, v in point.items())}")
+        train(config)
+    runs = [results.load(c.run_dir) for c in configs]
+    show_table(results.rows(runs))
+    for line in prices.spent(runs):
+        print(line)
+    print(f"compare: tensorboard --logdir {folder}   (HParams)")

@@ -1,0 +1,137 @@
+"""Find and build a model: the file name is the registry.
+
+``mlp`` is ``models/mlp.py`` (of the working folder first, then of fedtorch); ``path/file.py:Name`` and
+``package.module:Name`` name anything else. A file offers ``build(...)`` or an ``nn.Module`` class. Of the
+data's facts (input_shape, in_features, in_channels, num_classes, vocab_size, ...) a model is given those
+its signature asks for by name; the user's own arguments come on top.
+"""
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from fedtorch import named
+from fedtorch.types import ConfigError
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def folders() -> list[Path]:
+    """Where models are looked up: ./models, then the zoo beside or inside the package."""
+    found = [Path("models"), PACKAGE / "models", PACKAGE.parent / "models"]
+    return [f for f in found if f.is_dir()]
+
+
+def names() -> list[str]:
+    """Every model that can be named without a path."""
+    return sorted({p.stem for f in folders() for p in f.glob("*.py") if not p.stem.startswith("_")})
+
+
+def file(name: str) -> Path | None:
+    """Where the model of this name is."""
+    return next((f / f"{name}.py" for f in folders() if (f / f"{name}.py").is_file()), None)
+
+
+def elsewhere(name: str) -> str | None:
+    """The file of the working folder that a name stands for; None: it is fedtorch's own, or nobody's."""
+    found = file(name)
+    return None if found is None or _ours(found) else str(found)
+
+
+def _ours(path: Path) -> bool:
+    return path.resolve().parent in [(f / "models").resolve() for f in (PACKAGE, PACKAGE.parent)]
+
+
+def build(spec: str, facts: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Module:
+    """The model ``spec``; raises ConfigError naming what there is or what does not fit."""
+    make = find(spec)
+    if isinstance(make, type) and not issubclass(make, nn.Module):
+        raise ConfigError(f"model {spec!r} is a class, but no subclass of nn.Module")
+    try:
+        takes = inspect.signature(make).parameters
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"model {spec!r} cannot be called: {e}") from e
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    for name in args:
+        if name not in takes and not open_ended:
+            known = ", ".join(takes) or "no arguments"
+            raise ConfigError(f"model {spec!r} has no argument {name!r}; it takes {known}")
+    given = {k: v for k, v in facts.items() if k in takes} | dict(args)
+    missing = [
+        n
+        for n, p in takes.items()
+        if p.default is p.empty
+        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        and n not in given
+    ]
+    if missing:
+        raise ConfigError(
+            f"model {spec!r} needs {', '.join(missing)}; give it as --model.{missing[0]} VALUE"
+        )
+    try:
+        model = make(**given)
+    except Exception as e:
+        raise ConfigError(f"model {spec!r} cannot be built with {given}: {e}") from e
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model {spec!r} gave a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def find(spec: str) -> Callable[..., Any]:
+    """The function or class that makes the model."""
+    where, _, attr = spec.partition(":")
+    if where.endswith(".py"):
+        module = _from_file(Path(where))
+    elif ":" in spec:
+        module = named.module(where, spec)
+    else:
+        if not spec.replace("-", "_").isidentifier():  # a path in it would leave the model folders
+            raise ConfigError(f"model {spec!r} is neither a name nor path/file.py:Name")
+        path = file(spec)
+        if path is None:
+            raise ConfigError(
+                f"unknown model {spec!r}; there are {', '.join(names())}, or give path/file.py:Name"
+            )
+        module = _from_file(path)
+    if attr:
+        if not hasattr(module, attr):
+            raise ConfigError(f"{where} has no {attr!r}")
+        return getattr(module, attr)  # type: ignore[no-any-return]
+    return _maker(module, where)
+
+
+def _maker(module: ModuleType, where: str) -> Callable[..., Any]:
+    if callable(getattr(module, "build", None)):
+        return module.build  # type: ignore[no-any-return]
+    own = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, nn.Module) and c.__module__ == module.__name__
+    ]
+    if not own:
+        raise ConfigError(f"{where} has neither build() nor an nn.Module class")
+    return own[-1]  # a file that builds up to its model ends with it
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ConfigError(f"there is no model file {str(path)!r}")
+    if not _ours(path):
+        named.from_here()
+    name = f"fedtorch_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} cannot be imported as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look modules up by name
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as e:
+        raise ConfigError(f"model file {path} fails to import: {type(e).__name__}: {e}") from e
+    return module

@@ -1,0 +1,140 @@
+"""What will be trained, in names and numbers: the server's offer, and a site's look at it.
+
+A plan names a model, a loss, an optimizer and a strategy; the site has their code already, or refuses.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fedtorch.client import Recipe
+from fedtorch.data.base import facts_of
+from fedtorch.privacy import Privacy
+from fedtorch.privacy import models as checks
+from fedtorch.run import cli, zoo
+from fedtorch.run.names import CHOICES
+from fedtorch.strategies import FedAvg, Strategy
+from fedtorch.training.losses import DEFAULTS, LOSSES
+from fedtorch.training.optimizer import ClientOptimizer, by_name
+from fedtorch.types import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
+RUN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+MOST_OUTPUTS = 1_000_000
+MOST_ROUNDS = 1 << 31
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a site must know besides its data, once a run."""
+
+    run: str
+    """Which run this is."""
+    model: str = "mlp"
+    model_args: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Shape of an example, number of outputs: what the model is built from."""
+    kind: str = "classification"
+    """classification, binary or regression: what the targets are."""
+    loss: str = "cross_entropy"
+    strategy: Strategy = FedAvg()
+    privacy: Privacy | None = None
+    optimizer: str = "sgd"
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    lr: float = 0.1
+    epochs: int = Recipe.epochs
+    steps: int | None = None
+    batch_size: int | None = Recipe.batch_size
+    drop_last: bool = False
+    rounds: int | None = None
+    """Rounds of the run; how many of them privacy pays for, and done again, is ``privacy.rounds``."""
+
+    def build(self) -> tuple[nn.Module, Recipe]:
+        """Model and recipe, from code that is installed here."""
+        recipe = Recipe(
+            self.strategy,
+            loss=LOSSES[self.loss],
+            optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
+            lr=self.lr,
+            epochs=self.epochs,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            drop_last=self.drop_last,
+            privacy=self.privacy,
+        )
+        model = zoo.build(self.model, self.facts, self.model_args)
+        return checks.fixed(model) if self.privacy and self.privacy.fix_model else model, recipe
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """The plan as a table for a message."""
+    table: dict[str, Any] = cli.describe(plan)
+    missing = {k: None for k in ("steps", "batch_size") if getattr(plan, k) is None}
+    return table | missing
+
+
+def read(table: dict[str, Any], models: Sequence[str]) -> Plan:
+    """The plan in a table that arrived; raises ConfigError for anything this site does not have.
+
+    ``models`` may be trained. Names that would make Python import something are refused before anything
+    looks them up; nothing is built yet.
+    """
+    model, optimizer = _name(table, "model"), _name(table, "optimizer", "sgd")
+    if not isinstance(model, str) or not NAME.fullmatch(model) or model not in models:
+        raise ConfigError(
+            f"this site does not train model {model!r}; it trains {', '.join(models)}"
+        )
+    if table.get("loss") not in [*LOSSES]:
+        raise ConfigError(f"this site knows no loss {table.get('loss')!r}")
+    if not isinstance(optimizer, str) or optimizer.lower() not in by_name():
+        raise ConfigError(f"this site knows no optimizer {optimizer!r}")
+    for choice in ("strategy", "strategy.server", "privacy", "privacy.adaptive", "privacy.bands"):
+        _known(table, choice)
+    # what is null was not given; the first of the choices would be taken for it
+    plan: Plan = cli.build(
+        Plan, {k: v for k, v in table.items() if v is not None or k not in CHOICES}
+    )
+    if not RUN.fullmatch(plan.run):
+        raise ConfigError(f"a run cannot be called {plan.run!r}")
+    _consistent(plan)
+    return plan
+
+
+def _name(table: dict[str, Any], choice: str, default: Any = None) -> Any:
+    value = table.get(choice, default)
+    return value.get("name") if isinstance(value, dict) else value
+
+
+def _known(table: Any, choice: str) -> None:
+    for key in choice.split("."):
+        table = table.get(key) if isinstance(table, dict) else None
+    name = table.get("name") if isinstance(table, dict) else table
+    if name is not None and name not in [*CHOICES[choice]]:
+        raise ConfigError(f"this site knows no {choice} {name!r}")
+
+
+def _consistent(plan: Plan) -> None:
+    """Facts must be those of some data: a model is built from them before any is seen."""
+    if plan.kind not in DEFAULTS:
+        raise ConfigError(f"a plan's kind is one of {', '.join(DEFAULTS)}, not {plan.kind!r}")
+    if plan.rounds is not None and not 1 <= plan.rounds < MOST_ROUNDS:
+        raise ConfigError("a plan's rounds must be a whole number, 1 or more")
+    if not plan.facts:
+        return
+    shape, outputs = plan.facts.get("input_shape"), plan.facts.get("num_classes", 0)
+    if not isinstance(shape, (list, tuple)) or len(shape) > 8:
+        shape = [0]
+    if not all(type(n) is int and n > 0 for n in (*shape, outputs)) or outputs > MOST_OUTPUTS:
+        raise ConfigError("a plan's facts need input_shape and num_classes, in whole numbers")
+    facts = facts_of(tuple(shape), outputs, plan.kind)
+    given = plan.facts | {"input_shape": tuple(shape)}
+    for name, value in given.items():
+        if name not in facts:
+            raise ConfigError(f"a plan has the facts {', '.join(facts)}, and no {name!r}")
+        if value != facts[name]:
+            raise ConfigError(
+                f"the plan's facts do not belong together: {name} is {value!r}, not {facts[name]!r}"
+            )

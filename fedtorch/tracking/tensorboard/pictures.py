@@ -1,0 +1,198 @@
+"""What a run looks like: pictures, histograms and points, made from the server and the test data."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtorch import seeds
+from fedtorch.data import Data
+from fedtorch.server import Server
+from fedtorch.tracking import drawings
+from fedtorch.tracking.record import Record
+from fedtorch.tracking.tensorboard.graph import modules
+from fedtorch.training.batches import fetch, length
+from fedtorch.training.module import evaluating
+from fedtorch.training.outline import copied
+from fedtorch.training.stacked import forward, to
+from fedtorch.types import Update
+
+SETS = 4
+"""Sets of histograms and points in a run; of pictures, which take longer, there is one at the end."""
+SKETCH = 32
+"""Numbers that stand for a client's update in the projector."""
+MOST_POINTS = 2000
+"""Points the projector is given; the newest stay."""
+MISTAKES = 32
+"""Misclassified images shown."""
+
+
+class Pictures:
+    """Draws what the tracking options ask for, in the rounds that are due."""
+
+    def __init__(self, record: Record, server: Server, data: Data, rounds: int) -> None:
+        """``rounds`` is the last one to come, which always gets its pictures."""
+        self.record, self.server, self.data, self.rounds = record, server, data, rounds
+        self.options = record.tracking
+        self.under = "nonprivate" if record.private else "data"
+        asked = self.options.projector if self.options else False
+        plan = server.recipe.privacy
+        self.strict = plan is not None and plan.strict
+        """Nothing that looks at clients' data is recorded, whatever the options say."""
+        if self.strict:
+            record.strictly(server.mark)
+        self.projector = not self.strict and ((not record.private) if asked is None else asked)
+        self.points: list[tuple[Tensor, int, str]] = []
+        generator = seeds.generator(server.seed, "client runs")
+        count = self.options.client_runs if self.options and not self.strict else 0
+        order = torch.randperm(len(server.ids), generator=generator)[:count].tolist()
+        self.followed = {server.ids[i] for i in order}
+        """Clients that have a run of their own."""
+        if self.projector:
+            server.watch = self._sketch
+
+    def start(
+        self,
+        table: Mapping[str, Any],
+        metrics: Iterable[str],
+        ids: list[str],
+        parts: list[Tensor],
+    ) -> None:
+        """Before the first round: the options, who holds what, and the model."""
+        self.record.config(table, tuple(f"test/{m}" for m in metrics))
+        fresh = self.server.round_number == 0
+        if fresh:
+            self.record.text("config", "\n".join(f"    {k} = {v!r}" for k, v in table.items()))
+        if fresh and self.options and self.options.pictures and not self.strict:
+            args = (ids, parts, self.data.labels)
+            self.record.picture(f"{self.under}/partition", 0, drawings.partition_map, *args)
+        if self.options and self.options.graph:
+            some = self.data.test if length(self.data.test) else self.data.train
+            x, _ = fetch(some, torch.arange(min(2, length(some))))
+            device = next(self.server.model.parameters()).device
+            nodes = modules(copied(self.server.model), to(x, device))
+            self.record.pass_on("graph", nodes)
+
+    def round(self, scores: Mapping[str, Mapping[str, float]], last: bool = False) -> None:
+        """After a round; ``scores`` are the clients' on their own validation data.
+
+        The ``last`` one of the run, which a budget or a signal may end early, gets everything.
+        """
+        step = self.server.round_number
+        if self.followed:
+            self.record.pass_on("scalars", self._single(), step)
+        if self.options is not None and (last or self.record.due(step, self.rounds, SETS)):
+            if self.options.histograms:
+                self._histograms(scores, step)
+            self._points(step)
+        if last or self.record.due(step, self.rounds, 1):
+            self._pictures(step)
+        self.record.pass_on("flush")  # before the checkpoint that says this round is done
+
+    def _pictures(self, step: int) -> None:
+        if self.options is None or not self.options.pictures:
+            return
+        if not self.strict:
+            self._participation(step)
+        if self.data.kind == "classification" and length(self.data.test) and self._classes():
+            self._test(step)
+
+    def _classes(self) -> bool:
+        """Whether the model gives one tensor; of several parts only its own loss knows the classes."""
+        model = self.server.model
+        x, _ = fetch(self.data.test, torch.arange(min(2, length(self.data.test))))
+        with evaluating(model), torch.no_grad(), seeds.seeded(0):
+            return isinstance(forward(model, to(x, next(model.parameters()).device)), Tensor)
+
+    def _points(self, step: int) -> None:
+        if self.points:
+            rows = [["client", "round"], *([i, str(r)] for _, r, i in self.points)]
+            points = torch.stack([p for p, _, _ in self.points])
+            name = "client_updates"
+            name = f"nonprivate_{name}" if self.under == "nonprivate" else name
+            self.record.pass_on("points", name, points, rows, step)
+
+    def _single(self) -> dict[str, float]:
+        visits = self.server.visits
+        mark = "nonprivate/" if self.under == "nonprivate" else ""
+        return {
+            f"clients/client-{_safe(i)}/{mark}{name}": float(visits.values[figure][k])
+            for k, i in enumerate(visits.ids)
+            if i in self.followed
+            for figure, name in (("train_loss", "loss"), ("update_norm", "update_norm"))
+        }
+
+    def _histograms(self, scores: Mapping[str, Mapping[str, float]], step: int) -> None:
+        for name, value in self.server.model.named_parameters():
+            self.record.pass_on("histogram", f"weights/{name}", value.detach().clone(), step)
+        for name, moved in self.server.last_step.items():
+            self.record.pass_on("histogram", f"updates/{name}", moved, step)
+        names = next(iter(scores.values()), {}) if not self.strict else ()
+        for name in names:
+            values = torch.tensor([s[name] for s in scores.values()])
+            tag = "nonprivate" if self.under == "nonprivate" else "validation"
+            self.record.pass_on("histogram", f"{tag}/{name}_by_client", values, step)
+
+    def _participation(self, step: int) -> None:
+        rounds = {}
+        for m in self.record.history[-drawings.MOST :]:
+            cohort, failed = (m.get(k, m.get(f"nonprivate_{k}", ())) for k in ("cohort", "failed"))
+            here = dict.fromkeys(cohort, 1) | dict.fromkeys(failed, 2)
+            rounds[int(m["round"])] = here
+        args = (self.server.ids, rounds)
+        self.record.picture(f"{self.under}/participation", step, drawings.participation_map, *args)
+
+    def _test(self, step: int) -> None:
+        x, true, predicted = predictions(self.server.model, self.data)
+        if true.dim() != 1:
+            return  # a class for each position (text) makes no readable matrix of its vocabulary
+        classes = self.data.outputs
+        self.record.picture(
+            "test/confusion", step, drawings.confusion_matrix, predicted, true, classes
+        )
+        wrong = (predicted != true).nonzero().flatten()[:MISTAKES]
+        if self.strict:
+            return  # a picture of a test example is a row of somebody's data
+        if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] in (1, 3) and len(wrong):
+            titles = [f"{predicted[i]}, is {true[i]}" for i in wrong.tolist()]
+            heading = f"Test images taken for another class (round {step})"
+            args = (x[wrong].cpu(), titles, heading)
+            self.record.picture("test/mistakes", step, drawings.image_grid, *args)
+
+    def _sketch(self, update: Update) -> None:
+        """Every weight is added to one of 32 sums, its sign drawn: dot products survive on average."""
+        step = self.server.round_number + 1
+        rows = len(next(iter(update.sent["delta"].values())))
+        if not self.record.due(step, self.rounds, SETS) or rows != len(update.ids):
+            return  # a sum over clients, where the engine keeps none of them apart, shows nobody
+        flat = torch.cat([v.flatten(1).float().cpu() for v in update.sent["delta"].values()], 1)
+        generator = seeds.generator(self.server.seed, "sketch")
+        place = torch.randint(SKETCH, (flat.shape[1],), generator=generator)
+        sign = torch.randint(0, 2, (flat.shape[1],), generator=generator) * 2.0 - 1
+        sums = torch.zeros(len(flat), SKETCH).index_add_(1, place, flat * sign)
+        self.points += [(s, step, i) for s, i in zip(sums, update.ids, strict=True)]
+        self.points = self.points[-MOST_POINTS:]
+
+
+def predictions(
+    model: torch.nn.Module, data: Data, most: int = 10_000
+) -> tuple[Any, Tensor, Tensor]:
+    """Inputs, true and predicted classes of the test set, its first ``most`` examples."""
+    device = next(model.parameters()).device
+    xs, ys, guesses = [], [], []
+    with evaluating(model), torch.no_grad(), seeds.seeded(0):
+        for index in torch.arange(min(length(data.test), most)).split(512):
+            x, y = fetch(data.test, index)
+            guesses.append(forward(model, to(x, device)).argmax(1).cpu())
+            xs.append(x)
+            ys.append(y.cpu())
+    inputs = torch.cat(xs) if all(isinstance(x, Tensor) for x in xs) else xs
+    return inputs, torch.cat(ys), torch.cat(guesses)
+
+
+def _safe(client: str) -> str:
+    # a client id names a folder: nothing that a path or a tag would read as more than a name
+    from urllib.parse import quote
+
+    return quote(client, safe=" ")[:80]

@@ -1,0 +1,239 @@
+"""Solvers: ways to run the local steps of a stack of clients, all with the same meaning.
+
+A solver gets the working module, the clients' datasets and plans, and returns the trained weights with
+a client axis. ``general`` is what a PyTorch user would write for one client; ``stacked`` gives each
+weight a client axis and lets torch.func.vmap run K clients as one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Dataset
+
+from fedtorch.privacy.gradients import PrivateSteps, stacked_gradients
+from fedtorch.strategies import Strategy
+from fedtorch.training.batches import alike, side_by_side
+from fedtorch.training.dropout import Drawing
+from fedtorch.training.losses import Loss, reduce
+from fedtorch.training.module import buffers, training
+from fedtorch.training.module import forward as forward
+from fedtorch.training.module import load as load
+from fedtorch.training.module import snapshot as snapshot
+from fedtorch.training.module import to as to
+from fedtorch.training.trainee import Recipe as Recipe
+from fedtorch.training.trainee import Working, correct
+from fedtorch.tree import expand, near, per_client
+from fedtorch.types import Context, Params, Stack, Task
+
+UNEVEN = (
+    "model or loss looks at the whole batch, and these clients' batches are not equally large: train "
+    "them one after another (solvers.general)"
+)
+
+
+class Trained(NamedTuple):
+    """What is left after the local steps of K clients."""
+
+    params: Stack
+    """Trainable weights, [K, ...]."""
+    buffers: Stack
+    """Float buffers, [K, ...]."""
+    loss: Tensor
+    """Mean training loss over the visit's steps, [K], on the CPU."""
+
+
+@runtime_checkable
+class Implicit(Protocol):
+    """A ``Trained`` that can say what matters of K clients without writing down K models."""
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean training loss over the visit's steps, [K], on the CPU."""
+
+    @property
+    def buffers(self) -> Stack:
+        """Mean of the float buffers by the clients' weights, one row; empty: the model has none."""
+
+    def sq_norms(self, upper: bool = False) -> Tensor:
+        """Squared norm of each client's change, [K], float64; not finite where the change is not.
+
+        ``upper``: a bound that holds in spite of rounding, as clipping for privacy needs.
+        """
+
+    def weighted_sum(self, weight: Tensor) -> Params:
+        """Sum over clients of ``weight[k]`` times the change; who has weight 0 may hold anything."""
+
+
+class Solver(Protocol):
+    """Trains K clients; the ways to do it differ in speed and in what models they take."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        datasets: Sequence[Dataset],
+        plans: Sequence[Tensor],
+        task: Task,
+        recipe: Recipe,
+        ctx: Context,
+        private: PrivateSteps | None = None,
+    ) -> Any:
+        """What is left after the visit: a ``Trained``, or something with its fields."""
+
+
+def general(
+    model: nn.Module,
+    datasets: Sequence[Dataset],
+    plans: Sequence[Tensor],
+    task: Task,
+    recipe: Recipe,
+    ctx: Context,
+    private: PrivateSteps | None = None,
+) -> Trained:
+    """One client through the module itself: any model, any loss, any torch optimizer.
+
+    With ``private`` each step takes its gradient clipped by example and noised.
+    """
+    (data,), (steps,) = datasets, plans
+    here = Working(model, task, recipe)
+    loss = here.visit(data, steps, ctx, private)
+    floats = {k: b.clone() for k, b in here.floats().items()}
+    here.put_back()
+    # the weights are still the module's own: whoever wants to keep them copies them
+    return Trained(expand(near(here.weights())), expand(near(floats)), loss[None])
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Another solver under autocast: its large products in bfloat16, weights and steps as they are."""
+
+    solver: Solver
+
+    def __call__(
+        self,
+        model: nn.Module,
+        datasets: Sequence[Dataset],
+        plans: Sequence[Tensor],
+        task: Task,
+        recipe: Recipe,
+        ctx: Context,
+        private: PrivateSteps | None = None,
+    ) -> Any:
+        """What the other leaves."""
+        device = next(model.parameters()).device.type
+        # without its cache, which would keep the weights of the first step for the whole visit
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            return self.solver(model, datasets, plans, task, recipe, ctx, private)
+
+
+def normalises(model: nn.Module) -> bool:
+    """Whether a layer takes its statistics from the batch, as BatchNorm does in training."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    return any(m.training or m.running_mean is None for m in norms)
+
+
+def evenly(model: nn.Module, plans: Sequence[Tensor]) -> bool:
+    """Whether no batch has to be filled up; raises ValueError where that would be wrong."""
+    even = alike(plans)
+    if not even and normalises(model):
+        raise ValueError(UNEVEN)
+    return even
+
+
+def averaged(losses: Tensor, mask: Tensor, even: bool) -> Tensor:
+    """Each client's loss, [K], from those of its examples [K, B], of which it has the ones in ``mask``.
+
+    A loss for whole batches, [K], is as it is; raises ValueError where such batches were filled up.
+    """
+    if losses.dim() == 2:
+        return torch.where(mask, losses, 0).sum(1) / mask.sum(1).clamp(min=1)
+    if not even:
+        raise ValueError(UNEVEN)
+    return losses
+
+
+def together(
+    model: nn.Module,
+    loss: Loss,
+    params: Stack,
+    rest: Stack,
+    batch: tuple[Tensor, Tensor, Tensor],
+    drawing: Drawing,
+) -> Tensor:
+    """Losses of K clients in training from x, y, mask [K, B, ...]: [K, B], or [K] for whole batches.
+
+    Each client has the masks that ``drawing`` draws for it.
+    """
+
+    def one(params: Params, rest: Params, x: Tensor, y: Tensor, client: Tensor) -> Tensor:
+        with drawing.at(client):
+            return reduce(loss(functional_call(model, (params, rest), (x,)), y))
+
+    x, y, mask = batch
+    clients = torch.arange(len(x), device=x.device)
+    return vmap(one, randomness=drawing.begin(mask))(params, rest, x, y, clients)
+
+
+def stacked(
+    model: nn.Module,
+    datasets: Sequence[Dataset],
+    plans: Sequence[Tensor],
+    task: Task,
+    recipe: Recipe,
+    ctx: Context,
+    private: PrivateSteps | None = None,
+) -> Trained:
+    """K clients at once: every weight gets a client axis and an ordinary torch optimizer steps it.
+
+    The K losses are independent, so the gradient of their sum is each client's own gradient. Clients
+    whose steps are over stay as they are. A batch shorter than another client's is filled up with rows
+    that count for nothing, which only a model and a loss that look at each example alone do not see.
+    Raises ValueError where they would.
+    """
+    K = len(datasets)
+    training(model)
+    even = private is None and evenly(model, plans)
+    names = {k for k, p in model.named_parameters() if p.requires_grad}
+    state = {k: v.expand(K, *v.shape).clone() for k, v in task.state.items()}
+    params = {k: v.requires_grad_() for k, v in state.items() if k in names}
+    rest = {k: v for k, v in state.items() if k not in names}
+    views = {k: v.detach() for k, v in params.items()}
+    optimizer = recipe.optimizer.build(params.values(), task.lr)
+    correcting = type(recipe.strategy).correct is not Strategy.correct
+    device = next(iter(params.values())).device
+    total = torch.zeros(K, dtype=torch.float64)
+    # an accelerator's generator draws in an order of its own
+    drawing = Drawing(ctx.seeds if device.type == "cpu" else ())
+    if private is not None:
+        private = replace(private, drawing=drawing)
+
+    for t, (x, y, mask) in enumerate(side_by_side(datasets, plans, cut=even)):
+        x, y, mask = x.to(device), y.to(device), mask.to(device)
+        live = t < ctx.steps
+        before = None if live.all() else {k: v.detach().clone() for k, v in state.items()}
+        optimizer.zero_grad()
+        batch = x, y, mask
+        if private is None:
+            each = together(model, recipe.loss, params, rest, batch, drawing)
+        else:
+            grads, each = stacked_gradients(model, recipe.loss, params, rest, batch, private)
+            for k, v in params.items():
+                v.grad = grads[k]
+        each = averaged(each, mask, even)
+        if private is None:
+            each.sum().backward()
+        if correcting:
+            correct(recipe.strategy, params, views, ctx, stacked=True)
+        optimizer.step()
+        with torch.no_grad():
+            total += torch.where(live, each.detach().cpu().double(), 0)
+            if before is not None:
+                on = live.to(device)
+                for k, v in state.items():
+                    v.copy_(torch.where(per_client(on, v), v, before[k]))
+    floats = {k: v for k, v in rest.items() if v.is_floating_point() and k in buffers(model)}
+    return Trained(near(views), near(floats), total / ctx.steps)

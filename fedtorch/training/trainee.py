@@ -1,0 +1,136 @@
+"""One working module on which client after client trains, set up once for all of them."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fedtorch.privacy.gradients import Gradients, PrivateSteps, private_gradients
+from fedtorch.strategies import Strategy
+from fedtorch.training.batches import Order, batches
+from fedtorch.training.losses import Loss, backward
+from fedtorch.training.module import forget, forward, to, training
+from fedtorch.training.optimizer import ClientOptimizer
+from fedtorch.training.outline import Outline
+from fedtorch.tree import expand
+from fedtorch.types import Context, Params, Stack, Task
+
+
+class Recipe(Order, Protocol):
+    """What a solver needs of ``fedtorch.client.Recipe``."""
+
+    @property
+    def strategy(self) -> Strategy:
+        """Corrects each gradient."""
+
+    @property
+    def loss(self) -> Loss:
+        """Per example or for the whole batch."""
+
+    @property
+    def optimizer(self) -> ClientOptimizer:
+        """Builds the local optimizer."""
+
+    @property
+    def privacy(self) -> Any:
+        """The privacy plan, or None."""
+
+
+class Working:
+    """A module and the global weights every visit starts from: any model, loss and torch optimizer.
+
+    Names, parameters and start are looked up once; a visit then costs little beside its steps.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, recipe: Recipe) -> None:
+        training(model)
+        self.model, self.recipe, self.lr = model, recipe, task.lr
+        self.params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        self.device = next(iter(self.params.values())).device
+        self.correcting = type(recipe.strategy).correct is not Strategy.correct
+        self._parameters: list[Tensor] = [*model.parameters()]
+        self._start = [task.state[k] for k, _ in model.named_parameters()]
+        self._buffers = {k: task.state[k] for k, _ in model.named_buffers()}
+        self._outline = Outline(model, own=True)
+
+    def visit(
+        self, data: Dataset, steps: Tensor, ctx: Context, private: PrivateSteps | None = None
+    ) -> Tensor:
+        """Train one client from the global weights; returns its mean loss, on the CPU.
+
+        What it learned is in the module. With ``private`` each step takes its gradient clipped by
+        example and noised.
+        """
+        self.put_back()
+        self._load()
+        if not self.model.training:  # train() walks through all submodules
+            training(self.model)
+        views = expand(self.weights()) if self.correcting else {}
+        step = self.recipe.optimizer.stepper([*self.params.values()], self.lr)
+        losses = []
+        found: AbstractContextManager[Gradients | None] = (
+            private_gradients(self.model, self.recipe.loss, private, forward)
+            if private
+            else nullcontext()
+        )
+        with found as gradients:
+            for x, y in batches(data, steps):
+                x, y = to(x, self.device), to(y, self.device)
+                forget(self.params)
+                if gradients is None:
+                    loss = backward(self.recipe.loss, forward(self.model, x), y)
+                else:
+                    loss = gradients.backward(x, y)
+                if self.correcting:
+                    correct(self.recipe.strategy, self.params, views, ctx)
+                step()
+                losses.append(loss)
+        forget(self.params)  # a gradient left behind would be seen by the next client
+        return torch.stack(losses).cpu().double().mean()
+
+    def weights(self) -> Params:
+        """The trainable weights, the module's own: whoever wants to keep them copies them."""
+        return {k: p.detach() for k, p in self.params.items()}
+
+    def floats(self) -> Params:
+        """The float buffers, the module's own; one that a forward made larger is left as it was."""
+        if not self._buffers:  # the walk through all submodules is spared where there are none
+            return {}
+        old, now = self._buffers, dict(self.model.named_buffers())
+        floats = {k: now.get(k, v) for k, v in old.items() if v.is_floating_point()}
+        return {k: b if b.shape == old[k].shape else old[k] for k, b in floats.items()}
+
+    def put_back(self) -> None:
+        """Nothing goes from client to client that the model keeps beside weights and buffers."""
+        self._outline.restore()
+
+    def _load(self) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(self._parameters, self._start)
+            if (
+                self._buffers
+            ):  # looked up anew: a forward may put another tensor in a buffer's place
+                for k, b in self.model.named_buffers():
+                    b.copy_(self._buffers[k])
+
+
+def correct(
+    strategy: Strategy,
+    params: Mapping[str, Tensor],
+    views: Stack,
+    ctx: Context,
+    stacked: bool = False,
+) -> None:
+    """Let the strategy replace the gradients in place; weights the loss never reached stay out."""
+    with torch.no_grad():
+        shown = {
+            k: torch.zeros_like(views[k]) if p.grad is None else p.grad if stacked else p.grad[None]
+            for k, p in params.items()
+        }
+        grads = strategy.correct(shown, views, ctx.shown())
+        for k, p in params.items():
+            if p.grad is not None:
+                p.grad = grads[k] if stacked else grads[k][0]

@@ -1,0 +1,140 @@
+"""What is tried before private training must not hang on a number in the data."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from conftest import mlp
+from fedtorch import Client, Local, Recipe, Server
+from fedtorch.checks import standins
+from fedtorch.checks.standins import BOUND, limited, made, shown
+from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
+from fedtorch.training.batches import fetch, length
+from fedtorch.training.stacked import snapshot
+from fedtorch.types import ConfigError, Task
+
+PLANS = [
+    SampleLevel(rounds=3, noise_multiplier=1.0),
+    SampleLevel(rounds=3, noise_multiplier=1.0, mode="hooks"),
+    SampleLevel(rounds=3, noise_multiplier=1.0, mode="stacked"),
+    SampleLevel(rounds=3, noise_multiplier=1.0, projected=True),
+    ClientLevel(rounds=3, noise_multiplier=1.0),
+    LocalDP(rounds=3, noise_multiplier=1.0),
+]
+
+
+class Pairs(Dataset):
+    """Of tensors and arrays, words and plain numbers."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, k: int):
+        image = {"x": self.x[k], "more": np.float32(self.x[k, 0]), "name": "somebody"}
+        return image, int(k % 2)
+
+
+def test_made_up_examples_have_the_shapes_and_types_of_the_data_and_nothing_else():
+    x = torch.full((40, 3, 4), 7.0)
+    table = made(TensorDataset(x, torch.full((40,), 9)))
+    again = made(TensorDataset(x * math.nan, torch.zeros(40, dtype=torch.long)))
+    (a, y), (b, _) = table.tensors, again.tensors
+    assert torch.equal(a, b) and a.shape[1:] == (3, 4) and a.dtype == torch.float32
+    assert a.min() > 0 and a.max() <= 1
+    assert y.dtype == torch.long and sorted(set(y.tolist())) == [0, 1] and y[0] != y[1]
+    turned = made(TensorDataset(x.transpose(1, 2), torch.zeros(40)))
+    assert not turned.tensors[0].is_contiguous()
+
+    (x, y), (again, _) = (
+        fetch(made(Pairs(v)), torch.arange(5)) for v in (torch.ones(9, 2), torch.zeros(9, 2))
+    )
+    assert x["x"].shape == (5, 2) and x["more"].dtype == torch.float32
+    assert x["name"] == ["somebody"] * 5 and y.tolist() == [0, 1, 0, 1, 0]
+    assert torch.equal(x["x"], again["x"]) and torch.equal(x["more"], again["more"])
+
+
+def test_what_takes_no_made_up_examples_is_shown_its_own_within_bounds():
+    class Picky(nn.Linear):
+        def forward(self, x):
+            if float(x.detach().nan_to_num().abs().max()) < 2:
+                raise ValueError("too small")
+            return super().forward(x)
+
+    x = torch.full((3, 2), 5.0)
+    x[1] = torch.tensor([3e38, math.nan])
+    (one,) = shown(Picky(2, 3), [Client("c", (x, torch.arange(3)))], Recipe(privacy=PLANS[0]))
+    assert one.data.tensors[0].tolist() == [[5.0, 5.0], [BOUND, 0.0], [5.0, 5.0]]
+    assert length(limited(Pairs(x))) == 3 and len(one) == 3
+
+
+def test_clients_of_one_kind_share_what_is_made_up_and_without_privacy_are_themselves():
+    many = [Client(f"c{k}", (torch.rand(k + 1, 2), torch.zeros(k + 1).long())) for k in range(5)]
+    made_up = shown(nn.Linear(2, 3), many, Recipe(privacy=PLANS[0]))
+    assert len({id(c.data) for c in made_up}) == 1
+    assert [len(c) for c in made_up] == [1, 2, 3, 4, 5]
+    assert shown(nn.Linear(2, 3), many, Recipe()) is many
+
+
+@pytest.mark.parametrize(
+    "plan", PLANS, ids=lambda p: f"{type(p).__name__}-{getattr(p, 'mode', '')}"
+)
+@pytest.mark.parametrize("make", ["linear", "mlp", "conv"])
+def test_one_row_changes_no_choice_and_leaves_nobody_out(make, plan):
+    torch.manual_seed(0)
+    net = {
+        "linear": lambda: nn.Linear(6, 3),
+        "mlp": lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)),
+        "conv": lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)
+        ),
+    }[make]()  # fmt: skip
+    if make == "conv" and getattr(plan, "projected", False):
+        return
+    x, y = torch.rand(20, 6), torch.arange(20) % 3
+    seen = set()
+    for value in (0.5, 0.0, 3e38, -3e38, 1e-42, math.nan, math.inf):
+        rows = x.clone()
+        rows[0] = value  # the first is what trials looked at
+        session = Local().open(copy.deepcopy(net), [Client("c", (rows, y))], Recipe(privacy=plan))
+        task = Task(snapshot(net), {}, 0, 0, 0.1, {"clip": 1.0, "noise": 1.0})
+        session.submit(["c"], task)
+        (update,) = [*session.collect()]
+        figures = sorted(update.metrics)
+        mode = getattr(session.recipe.privacy, "mode", None)
+        names = tuple(update.sent["delta"])
+        seen.add((session.notes, mode, update.ids, names, *figures))
+        assert all(bool(v.isfinite().all()) for v in update.metrics.values())
+        assert float(update.metrics["train_loss"].abs().max()) <= 1e6
+        assert all(bool(v.isfinite().all()) for v in update.sent["delta"].values())
+    assert len(seen) == 1
+
+
+def test_it_is_known_how_many_examples_are_made_up():
+    assert length(made(TensorDataset(torch.rand(2, 3), torch.zeros(2)))) == standins.COUNT
+
+
+class Unread(Dataset):
+    def __len__(self) -> int:
+        return 5
+
+
+class Single(Unread):
+    def __getitem__(self, k: int) -> int:
+        return k
+
+
+@pytest.mark.parametrize("data", [Unread(), Single()])
+@pytest.mark.parametrize(
+    "plan", [SampleLevel(rounds=1), ClientLevel(rounds=1)], ids=["sample", "client"]
+)
+def test_data_without_pairs_are_refused_by_the_clients_name(data, plan):
+    with pytest.raises(ConfigError, match=r"client odd: a dataset must give \(x, y\) pairs"):
+        Server(mlp(), [Client("odd", data)], Recipe(privacy=plan))

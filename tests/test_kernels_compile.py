@@ -1,0 +1,106 @@
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+
+import numpy as np
+import pytest
+
+from fedtorch.kernels.compile import available, compiled, loops
+
+pytest.importorskip(
+    "numba", exc_type=ImportError, reason="what is tested here is machine code by numba"
+)
+from numba.core.caching import IndexDataCacheFile
+
+
+def total(x):
+    out = 0.0
+    for v in x:
+        out += v
+    return out
+
+
+@pytest.fixture
+def fresh():
+    compiled.cache_clear()
+    loops.cache_clear()
+    yield
+    compiled.cache_clear()
+    loops.cache_clear()
+
+
+def test_a_loop_is_machine_code_and_gives_the_same(fresh):
+    loop = compiled(total)
+    x = np.arange(10, dtype=np.float32)
+    assert loop is not total and loop(x) == total(x) == 45
+    assert loop.signatures  # it was compiled, not interpreted
+    assert compiled(total) is loop
+
+
+def test_nan_and_infinity_are_kept(fresh):
+    loop = compiled(total)
+    assert np.isnan(loop(np.array([1.0, np.nan, 2.0])))
+    assert loop(np.array([1.0, np.inf])) == np.inf
+
+
+def by_index(x):
+    out = 0.0
+    for i in range(len(x)):
+        out += x[i]
+    return out
+
+
+def test_an_exact_loop_adds_in_the_order_written(fresh):
+    x = np.tile([1e16, 1.0, -1e16, 1.0], 100)
+    assert compiled(by_index, exact=True)(x) == by_index(x) == 1
+    assert compiled(by_index)(x) == 200  # side by side the ones are not swallowed
+
+
+def test_a_version_that_was_not_written_to_the_end_is_not_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "versions.py"
+
+    def run(factor):
+        path.write_text(f"def times(x):\n    return x * {factor}\n")
+        spec = spec_from_file_location("versions", path)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return compiled(module.times)(1.0)
+
+    assert run(2.0) == 2
+    with monkeypatch.context() as patch:  # killed after the index, before the code
+        patch.setattr(IndexDataCacheFile, "_save_data", lambda *args: None)
+        assert run(30.0) == 30
+    assert run(30.0) == 30
+
+
+def test_what_compiles_loops_is_part_of_what_is_kept(monkeypatch, tmp_path, fresh):
+    before = compiled(total).__qualname__
+    other = tmp_path / "lanes.py"
+    other.write_text("# otherwise")
+    monkeypatch.setattr("fedtorch.kernels.compile.PARTS", (other,))
+    compiled.cache_clear()
+    assert compiled(total).__qualname__ != before
+    assert compiled(total).__qualname__ != compiled(total, exact=True).__qualname__
+
+
+def test_loops_left_to_python_are_none_at_all(fresh, monkeypatch):
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # thousands of times slower
+    assert compiled(total) is None and loops("fedtorch.kernels.products") is None
+
+
+def test_without_numba_there_is_none(fresh, monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert compiled(total) is None
+
+
+def test_a_loop_with_nowhere_to_be_kept_is_compiled_all_the_same(fresh):
+    scope: dict = {}
+    exec("def double(x):\n    return x * 2", scope)  # of no file, so numba has no place for it
+    assert compiled(scope["double"])(3.0) == 6.0
+
+
+def test_a_numba_that_cannot_be_imported_is_none(fresh, monkeypatch, tmp_path):
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.5 or less')\n")
+    for name in [m for m in sys.modules if m.partition(".")[0] == "numba"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not available() and compiled(total) is None

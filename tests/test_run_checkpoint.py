@@ -1,0 +1,66 @@
+import os
+
+import pytest
+import torch
+
+from fedtorch import ConfigError
+from fedtorch.run import checkpoint
+
+STATE = {
+    "round": 3,
+    "seed": 1,
+    "model": {"w": torch.arange(3000, dtype=torch.float64)},
+    "memory": {"a": {"c": {"w": torch.ones(2)}}},
+}
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    path = checkpoint.save(tmp_path, STATE)
+    assert path.name == "round-000003.pt"
+    state = checkpoint.load(tmp_path)
+    assert state.keys() == STATE.keys()
+    assert torch.equal(state["model"]["w"], STATE["model"]["w"])
+
+
+def test_only_the_newest_are_kept_and_the_newest_is_loaded(tmp_path):
+    for n in (8, 9, 10, 11):
+        checkpoint.save(tmp_path, STATE | {"round": n})
+    assert [p.name for p in checkpoint.everything(tmp_path)] == [
+        "round-000010.pt",
+        "round-000011.pt",
+    ]
+    assert checkpoint.load(tmp_path)["round"] == 11
+
+
+def test_a_crash_while_writing_leaves_the_one_before(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, STATE)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, STATE | {"round": 4})
+    assert checkpoint.load(tmp_path)["round"] == 3
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="holds no checkpoint; leave out --resume"):
+        checkpoint.load(tmp_path)
+
+
+def test_damage_anywhere_is_found(tmp_path):
+    path = checkpoint.save(tmp_path, STATE)
+    raw = path.read_bytes()
+    for at in range(0, len(raw), len(raw) // 25):
+        path.write_bytes(raw[:at])
+        with pytest.raises(ConfigError, match="corrupt or not a checkpoint"):
+            checkpoint.load(tmp_path)
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 0x10]) + raw[at + 1 :])
+        try:
+            state = checkpoint.load(tmp_path)
+        except ConfigError:
+            continue
+        # the byte was padding between records: nothing that was read has changed
+        assert torch.equal(state["model"]["w"], STATE["model"]["w"])
+        assert state["round"] == 3

@@ -1,0 +1,38 @@
+import dataclasses
+
+from fedtorch.commands.train import train_module
+from fedtorch.named import find
+from fedtorch.run.names import CHOICES, help_text
+
+Config = train_module().Config
+HELP = help_text(Config, "fedtorch train")
+
+
+def test_every_choice_can_be_imported_and_is_a_frozen_dataclass():
+    for names in CHOICES.values():
+        for path in names.values():
+            assert dataclasses.fields(find(path)) is not None
+            assert find(path).__dataclass_params__.frozen
+
+
+def test_help_names_every_option_with_its_default_and_a_sentence():
+    lines = HELP.splitlines()
+    for f in dataclasses.fields(Config):
+        if f.name.endswith("_args"):
+            continue
+        flag = f"  --{f.name.replace('_', '-')}"
+        at = next(i for i, line in enumerate(lines) if line == flag or line.startswith(f"{flag} "))
+        assert lines[at + 1].strip(), f"{f.name} has no text"
+
+
+def test_help_names_every_choice_with_its_options():
+    for choice, names in CHOICES.items():
+        for name, path in names.items():
+            assert name in HELP
+            for f in dataclasses.fields(find(path)):
+                if f"{choice}.{f.name}" not in CHOICES:
+                    assert f"--{choice}.{f.name}" in HELP
+
+
+def test_help_fits_a_terminal():
+    assert max(map(len, HELP.splitlines())) <= 100

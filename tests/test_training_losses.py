@@ -1,0 +1,126 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedtorch.training import losses
+from fedtorch.types import ConfigError
+
+
+def test_cross_entropy_agrees_with_torch_for_classes_and_for_sequences():
+    x, y = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    assert torch.allclose(losses.cross_entropy(x, y).mean(), F.cross_entropy(x, y))
+    x, y = torch.randn(3, 5, 7), torch.randint(0, 5, (3, 7))
+    assert losses.cross_entropy(x, y).shape == (3, 7)
+    assert torch.allclose(losses.cross_entropy(x, y).mean(), F.cross_entropy(x, y))
+
+
+@pytest.mark.parametrize(
+    "shape", [(6, 6), (6, 6, 6), (6, 6, 6, 6), (2, 5, 5), (3, 4, 4, 4), (2, 3, 7, 3)]
+)
+def test_where_any_axis_could_be_the_classes_it_is_the_one_torch_takes(shape):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(shape, generator=g).requires_grad_()
+    y = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=g)
+    twin = x.detach().clone().requires_grad_()
+    got, want = losses.cross_entropy(x, y), F.cross_entropy(twin, y, reduction="none")
+    assert torch.allclose(got, want, atol=1e-6)
+    got.mean().backward()
+    want.mean().backward()
+    assert torch.allclose(x.grad, twin.grad, atol=1e-7)
+    assert torch.equal(losses.accuracy(x, y), (x.argmax(1) == y).float())
+    turned = (
+        x.detach().movedim(1, -1).contiguous().movedim(-1, 1)
+    )  # the same numbers, laid otherwise
+    assert torch.allclose(losses.cross_entropy(turned, y), want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "output, target",
+    [((3, 7, 5), (3, 7)), ((3, 5), (3, 1)), ((3, 5), (2,)), ((3,), (3,)), ((3, 4, 2, 2), (3, 2))],
+)
+@pytest.mark.parametrize("judge", [losses.cross_entropy, losses.accuracy])
+def test_classes_elsewhere_than_on_axis_1_are_refused(judge, output, target):
+    with pytest.raises(ConfigError, match="classes lie on axis 1"):
+        judge(torch.randn(output), torch.zeros(target, dtype=torch.int64))
+
+
+def test_probabilities_of_classes_are_targets_as_in_torch():
+    x, p = torch.randn(3, 5, 4), torch.rand(3, 5, 4).softmax(1)
+    want = F.cross_entropy(x, p, reduction="none")
+    assert torch.allclose(losses.cross_entropy(x, p), want)
+
+
+def test_ignored_positions_do_not_count_within_their_example():
+    x, y = torch.randn(3, 5, 7), torch.randint(0, 5, (3, 7))
+    y[0, 2:], y[2] = -100, -100
+    loss, hits = (losses.reduce(f(x, y)) for f in (losses.cross_entropy, losses.accuracy))
+    for k in (0, 1):
+        assert torch.allclose(loss[k], F.cross_entropy(x[k : k + 1], y[k : k + 1]))
+        kept = y[k] != -100
+        assert torch.allclose(hits[k], (x[k].argmax(0) == y[k])[kept].float().mean())
+    assert loss[2] == hits[2] == 0
+
+
+@pytest.mark.parametrize("loss", [losses.binary_cross_entropy, losses.mean_squared_error])
+def test_a_column_of_outputs_meets_a_row_of_targets_without_broadcasting(loss):
+    output, target = torch.randn(4, 1), torch.tensor([0.0, 1.0, 1.0, 0.0])
+    assert loss(output, target).shape == (4,)
+    assert torch.equal(loss(output, target), loss(output[:, 0], target))
+    with pytest.raises(ConfigError, match="one output for each target"):
+        loss(torch.randn(4, 2), target)
+
+
+def test_metrics_by_hand():
+    assert losses.accuracy(
+        torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([1, 1])
+    ).tolist() == [
+        1.0,
+        0.0,
+    ]
+    hit = losses.binary_accuracy(torch.tensor([[-1.0], [2.0]]), torch.tensor([0.0, 0.0]))
+    assert hit.tolist() == [1.0, 0.0]
+    assert losses.mean_absolute_error(torch.tensor([1.0]), torch.tensor([3.0])).tolist() == [2.0]
+
+
+def test_reduce_leaves_one_number_for_each_example():
+    assert losses.reduce(torch.ones(4, 3, 2)).shape == (4,)
+    assert losses.reduce(torch.ones(4)).shape == (4,)
+    assert losses.reduce(torch.tensor(2.0)).shape == ()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.cross_entropy,
+        lambda output, target: losses.cross_entropy(output, target),
+        lambda output, target: F.cross_entropy(output, target),  # one number for the whole batch
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 7, 10, 33])
+def test_backward_leaves_the_gradient_of_the_mean_to_the_last_bit(loss, size):
+    g = torch.Generator().manual_seed(size)
+    plain = torch.randn(size, 5, generator=g).requires_grad_()
+    target = torch.randint(0, 5, (size,), generator=g)
+    ours = plain.detach().clone().requires_grad_()
+    expected = losses.reduce(loss(plain, target)).mean()
+    expected.backward()
+    value = losses.backward(loss, ours, target)
+    assert torch.equal(ours.grad, plain.grad)
+    assert not value.requires_grad
+    assert torch.allclose(value, expected)
+
+
+def test_an_ignored_target_still_counts_in_the_batch():
+    x = torch.randn(4, 5).requires_grad_()
+    target = torch.tensor([1, -100, 2, -100])
+    value = losses.backward(losses.cross_entropy, x, target)
+    assert torch.allclose(value, losses.cross_entropy(x, target).mean())
+    assert not x.grad[1].any()
+
+
+def test_backward_of_sequences_is_the_mean_over_all_of_them():
+    x, y = torch.randn(3, 5, 7).requires_grad_(), torch.randint(0, 5, (3, 7))
+    losses.backward(losses.cross_entropy, x, y)
+    twin = x.detach().clone().requires_grad_()
+    F.cross_entropy(twin, y).backward()
+    assert torch.allclose(x.grad, twin.grad)

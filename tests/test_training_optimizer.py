@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+from fedtorch import (
+    ClientOptimizer,
+    ConfigError,
+    ServerAdagrad,
+    ServerAdam,
+    ServerSGD,
+    ServerYogi,
+)
+from fedtorch.training.optimizer import ELEMENTWISE, Descent, by_name
+
+W = {"w": torch.zeros(2)}
+DELTA = {"w": torch.tensor([0.5, -2.0], dtype=torch.float64)}
+
+
+def test_sgd_scales_and_momentum_adds_up():
+    assert ServerSGD(lr=0.5).step(DELTA, {})[0]["w"].tolist() == [0.25, -1.0]
+    heavy = ServerSGD(momentum=0.5)
+    first, state = heavy.step(DELTA, heavy.init(W))
+    second, _ = heavy.step(DELTA, state)
+    assert first["w"].tolist() == [0.5, -2.0]
+    assert second["w"].tolist() == [0.75, -3.0]
+
+
+@pytest.mark.parametrize("make", [ServerAdagrad, ServerAdam, ServerYogi])
+def test_adaptive_steps_are_pure(make):
+    optimizer = make(lr=0.1)
+    state = optimizer.init(W)
+    before = {g: {k: v.clone() for k, v in s.items()} for g, s in state.items()}
+    one, two = optimizer.step(DELTA, state), optimizer.step(DELTA, state)
+    assert torch.equal(one[0]["w"], two[0]["w"])
+    assert all(torch.equal(before[g]["w"], state[g]["w"]) for g in state)
+    assert (one[0]["w"].sign() == DELTA["w"].sign()).all()
+
+
+def test_yogi_forgets_more_slowly_than_adam():
+    large, small = {"w": torch.full((1,), 10.0).double()}, {"w": torch.full((1,), 0.01).double()}
+    left = {}
+    for make in (ServerAdam, ServerYogi):
+        optimizer = make()
+        _, state = optimizer.step(large, optimizer.init({"w": torch.zeros(1)}))
+        for _ in range(50):
+            _, state = optimizer.step(small, state)
+        left[make] = float(state["v"]["w"])
+    assert left[ServerYogi] > left[ServerAdam]
+
+
+@pytest.mark.parametrize("lr", [0.0, -1.0, float("nan"), float("inf")])
+def test_learning_rates_that_cannot_train_are_refused(lr):
+    with pytest.raises(ConfigError, match=r"strategy\.server\.lr must be a positive number"):
+        ServerAdam(lr=lr)
+
+
+def test_client_optimizers_go_by_name_or_path():
+    assert ClientOptimizer("adamw").cls() is torch.optim.AdamW
+    assert ClientOptimizer("torch.optim.SGD").cls() is torch.optim.SGD
+    assert not {"lbfgs", "sparseadam", "optimizer"} & by_name().keys()
+    with pytest.raises(ConfigError, match=r"unknown client optimizer 'sdg'; there are .*adam.*sgd"):
+        ClientOptimizer("sdg").cls()
+
+
+@pytest.mark.parametrize("args", [{"momentun": 0.9}, {"lr": 3.0}, {"momentum": -1.0}])
+def test_wrong_options_are_named_before_training(args):
+    with pytest.raises(ConfigError, match="client optimizer SGD"):
+        ClientOptimizer("SGD", args).check()
+
+
+@pytest.mark.parametrize("cls", sorted(ELEMENTWISE, key=lambda c: c.__name__))
+def test_what_is_called_elementwise_is(cls):
+    """A step on two stacked rows equals two steps on one row each."""
+    rows = [torch.tensor([1.0, -2.0, 3.0]), torch.tensor([100.0, 0.0, -1.0])]
+    grads = [torch.tensor([0.1, 5.0, -1.0]), torch.tensor([-3.0, 1e-3, 2.0])]
+    assert ClientOptimizer(cls.__name__).elementwise
+
+    def run(start: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        w = start.clone().requires_grad_()
+        optimizer = ClientOptimizer(cls.__name__).build([w], 0.1)
+        for t in range(4):
+            w.grad = grad * (1 + t)
+            optimizer.step()
+        return w.detach()
+
+    together = run(torch.stack(rows), torch.stack(grads))
+    for k in range(2):
+        assert torch.equal(together[k], run(rows[k], grads[k]))
+
+
+@pytest.mark.parametrize(
+    "args, ours",
+    [
+        ({}, True),
+        ({"momentum": 0.0, "weight_decay": 0.0}, True),
+        ({"momentum": 0.9}, True),
+        ({"weight_decay": 0.01}, True),
+        ({"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.01}, True),
+        ({"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, True),
+        ({"maximize": True}, False),
+        ({"momentum": 0.9, "foreach": True}, False),
+    ],
+)
+def test_a_stepper_is_torchs_own_step_to_the_last_bit(args, ours):
+    g = torch.Generator().manual_seed(0)
+    here = [torch.randn(5, 3, generator=g).requires_grad_() for _ in range(4)]
+    there = [p.detach().clone().requires_grad_() for p in here]
+    step = ClientOptimizer("SGD", args).stepper(here, 0.3)
+    assert isinstance(step, Descent) is ours
+    torchs = torch.optim.SGD(there, lr=0.3, **args)
+    for t in range(4):
+        for k, (p, q) in enumerate(zip(here, there, strict=True)):
+            # the third has a gradient now and then, the last never
+            p.grad = torch.randn(5, 3, generator=g) if k < 2 or (k == 2 and t % 2) else None
+            q.grad = None if p.grad is None else p.grad.clone()
+        step()
+        torchs.step()
+    assert all(torch.equal(p, q) for p, q in zip(here, there, strict=True))
+    assert not torch.equal(here[0], here[3])
+
+
+def test_a_step_without_any_gradient_moves_nothing():
+    p = torch.ones(2).requires_grad_()
+    ClientOptimizer().stepper([p], 0.1)()
+    assert p.tolist() == [1, 1]
