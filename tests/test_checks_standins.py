@@ -138,3 +138,52 @@ class Single(Unread):
 def test_data_without_pairs_are_refused_by_the_clients_name(data, plan):
     with pytest.raises(ConfigError, match=r"client odd: a dataset must give \(x, y\) pairs"):
         Server(mlp(), [Client("odd", data)], Recipe(privacy=plan))
+
+
+def of_class_two_and_more(output, target):
+    """Looks at neighbours, but only those of classes that two of a kind do not show."""
+    each = nn.functional.cross_entropy(output, target, reduction="none")
+    many = (target >= 2).float()
+    return each + many * (many * each).sum()
+
+
+@pytest.mark.parametrize("plan", [PLANS[0], *PLANS[4:]], ids=lambda p: type(p).__name__)
+def test_a_loss_that_looks_at_neighbours_of_some_classes_is_noticed(plan):
+    x, y = torch.randn(60, 5), torch.arange(60) % 7
+    clients = [Client(str(n), TensorDataset(x[:n], y[:n])) for n in (60, 31, 11)]
+    recipe = Recipe(loss=of_class_two_and_more, privacy=plan, batch_size=8)
+    if isinstance(plan, SampleLevel):
+        with pytest.raises(ConfigError, match="mixes the examples"):
+            Server(nn.Linear(5, 7), clients, recipe)
+        return
+    server = Server(nn.Linear(5, 7), clients, recipe)
+    assert "looks at the whole batch" in " ".join(server.notes)
+
+
+def test_made_up_targets_are_of_as_many_classes_as_the_model_tells_apart():
+    def least_of_seven(output, target):
+        return nn.functional.cross_entropy(output, target, torch.ones(7), reduction="none")
+
+    for y, outputs, loss, highest in (
+        (torch.zeros(9, dtype=torch.long), 7, least_of_seven, 6),
+        (torch.zeros(9, 4, dtype=torch.uint8), 300, lambda o, t: o.mean((1, 2)), 254),
+        (torch.zeros(9), 7, lambda o, t: o.mean(1), 1),
+    ):
+        model = nn.Linear(5, outputs)
+        if y.dim() == 2:
+            model = nn.Sequential(nn.Linear(5, outputs * 4), nn.Unflatten(1, (outputs, 4)))
+        recipe = Recipe(loss=loss, privacy=PLANS[4])
+        (client,) = shown(model, [Client("a", TensorDataset(torch.ones(9, 5), y))], recipe)
+        found = client.data.tensors[1]
+        assert found.dtype == y.dtype and 1 <= int(found.max()) <= highest
+        assert int(found.max()) > 1 or highest == 1
+        assert y.dim() == 2 or int(found.min()) == 0
+
+
+def test_labels_come_in_pairs_and_the_first_four_are_no_background():
+    assert standins.labels(2) == [0, 1] * 8
+    for classes in (3, 4, 8, 10, 50_000):
+        found = standins.labels(classes)
+        assert len(found) == standins.COUNT and set(found) <= set(range(classes))
+        assert found[:4] == [1, classes - 1] * 2 and 0 in found
+        assert len(set(found)) == min(classes, 8) and all(found.count(k) > 1 for k in found)

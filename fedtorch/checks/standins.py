@@ -5,6 +5,8 @@ depends on a number in the data. Only shapes and types are the data's own.
 """
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,11 @@ def shown(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Sequen
     if recipe.privacy is None:
         return clients
     standins = _all(clients, made)
+    classes = _classes(model, standins[0])
+    if classes > 2:  # a loss may look at some of them alone
+        many = _all(clients, partial(made, classes=classes))
+        if _fits(model, many[0], recipe):
+            return many
     return standins if _fits(model, standins[0], recipe) else _all(clients, limited)
 
 
@@ -62,14 +69,31 @@ def _all(clients: Sequence[Client], make: Any) -> list[Shown]:
     return found
 
 
-def made(data: Dataset) -> Dataset:
-    """Examples of the shapes and types of the first: numbers in (0, 1), and integers and targets 0 or 1."""
+def made(data: Dataset, classes: int = 2) -> Dataset:
+    """Examples of the shapes and types of the first: numbers in (0, 1), and integers 0 or 1.
+
+    Targets are numbers of ``classes``.
+    """
     if isinstance(data, TensorDataset):
         tables = [
-            _drawn(t[:1].expand(COUNT, *t.shape[1:]), k == 0) for k, t in enumerate(data.tensors)
+            _drawn(t[:1].expand(COUNT, *t.shape[1:]), k == 0, classes)
+            for k, t in enumerate(data.tensors)
         ]
         return TensorDataset(*(_laid(new, t) for new, t in zip(tables, data.tensors, strict=True)))
-    return Items([_like(data[0], k) for k in range(COUNT)])
+    return Items([_like(data[0], k, classes) for k in range(COUNT)])
+
+
+def labels(classes: int) -> list[int]:
+    """Of the made-up examples: each class twice, in pairs by turns, of many those that lie apart."""
+    if classes <= 2:
+        return [k % 2 for k in range(COUNT)]
+    # the first are looked at most, and class 0 is what some losses leave out
+    first = [1, classes - 1, 0]
+    apart = [round(k * (classes - 1) / (COUNT // 2 - 1)) for k in range(COUNT // 2)]
+    kinds = [*dict.fromkeys([*first, *apart, *range(classes)])][: COUNT // 2]
+    kinds = list(islice(cycle(kinds), COUNT // 2))
+    pairs = zip(kinds[::2], kinds[1::2], strict=True)
+    return [k for pair in pairs for k in (*pair, *pair)]
 
 
 def limited(data: Dataset) -> Dataset:
@@ -98,18 +122,33 @@ class Items(Dataset):
 def _once(known: dict[object, Dataset], data: Dataset, make: Any) -> Dataset:
     # thousands of clients have one kind of table
     key: object = id(data)
-    if isinstance(data, TensorDataset) and make is made:
+    if isinstance(data, TensorDataset) and make is not limited:
         key = tuple((t.shape[1:], t.dtype, t.device, t.is_contiguous()) for t in data.tensors)
     if key not in known:
         known[key] = make(data)
     return known[key]
 
 
-def _fits(model: nn.Module, client: Client, recipe: Recipe) -> bool:
-    """Whether model and loss take made-up examples at all."""
+def _classes(model: nn.Module, client: Client) -> int:
+    """As many classes as the model has outputs on axis 1 for targets that are whole numbers; else 0."""
     try:
         with untouched(model), torch.no_grad(), seeds.seeded(0):
             batch = default_collate([client.data[k] for k in (0, 1)])
+            x, y = to(batch, next(model.parameters()).device)
+            output = forward(training(model), x)
+            whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+            if not (whole and output.is_floating_point() and output.dim() == y.dim() + 1):
+                return 0
+            return int(min(output.shape[1], torch.iinfo(y.dtype).max))
+    except Exception:
+        return 0
+
+
+def _fits(model: nn.Module, client: Client, recipe: Recipe) -> bool:
+    """Whether model and loss take made-up examples at all, whatever their targets."""
+    try:
+        with untouched(model), torch.no_grad(), seeds.seeded(0):
+            batch = default_collate([client.data[k] for k in range(COUNT)])
             x, y = to(batch, next(model.parameters()).device)
             reduce(recipe.loss(forward(training(model), x), y))
     except Exception:
@@ -117,16 +156,18 @@ def _fits(model: nn.Module, client: Client, recipe: Recipe) -> bool:
     return True
 
 
-def _drawn(like: Tensor, inputs: bool, draw: torch.Generator | None = None) -> Tensor:
+def _drawn(
+    like: Tensor, inputs: bool, classes: int = 2, draw: torch.Generator | None = None
+) -> Tensor:
     draw = draw or seeds.generator(0, "stand-ins", *like.shape, inputs)
     if like.is_complex() or (inputs and like.is_floating_point()):
         # not quite 0, of which a model may take the logarithm
         uniform = torch.rand(like.shape, generator=draw, dtype=torch.float64).clamp(min=1e-3)
         return uniform.to(like.device, like.dtype)
-    coins = torch.randint(0, 2, like.shape, generator=draw)
-    if not inputs and like.dim() == 1:  # both classes, by turns
-        coins = torch.arange(len(like)) % 2
-    return coins.to(like.device, like.dtype)
+    if not inputs and like.dim() == 1:
+        return torch.tensor(labels(classes)).to(like.device, like.dtype)
+    numbers = torch.randint(0, 2 if inputs else max(2, classes), like.shape, generator=draw)
+    return numbers.to(like.device, like.dtype)
 
 
 def _laid(new: Tensor, like: Tensor) -> Tensor:
@@ -136,14 +177,19 @@ def _laid(new: Tensor, like: Tensor) -> Tensor:
     return new.transpose(0, -1).contiguous().transpose(0, -1)
 
 
-def _like(item: Any, k: int) -> Any:
+def _like(item: Any, k: int, classes: int = 2) -> Any:
     """An example like this one, the k-th that is made up."""
     draw = seeds.generator(0, "stand-in", k)
     x, *others = item
     return (
-        _mapped(x, lambda v: _drawn(v, True, draw)),
+        _mapped(x, lambda v: _drawn(v, True, draw=draw)),
         *(
-            _mapped(v, lambda v: _drawn(v, False, draw) if v.dim() else v * 0 + k % 2)
+            _mapped(
+                v,
+                lambda v: (
+                    _drawn(v, False, classes, draw) if v.dim() else v * 0 + labels(classes)[k]
+                ),
+            )
             for v in others
         ),
     )
