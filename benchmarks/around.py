@@ -39,7 +39,7 @@ FIRST = """
 import sys, time
 sys.argv[1:] = {arguments!r}
 import train
-from fedtorch.console import Report
+from fedtorch.run.console import Report
 def first(self, metrics):
     print("first", time.time(), time.process_time(), flush=True)
     sys.exit()

@@ -334,7 +334,7 @@ CHILD = """
 import json, sys
 from pathlib import Path
 from fedtorch.privacy.accounting import Event
-from fedtorch.privacy.ledger import Ledger
+from fedtorch.privacy.accounting.ledger import Ledger
 ledger = Ledger(Path(sys.argv[1]))
 print(json.dumps(ledger.state_dict()), flush=True)
 for r in range(100000):

@@ -18,7 +18,8 @@ from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.run import checkpoint
-from fedtorch.sites import keys, offer
+from fedtorch.sites import keys
+from fedtorch.sites import offer as offers
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.engine import Sites, remotes
 from fedtorch.sites.limits import accept
@@ -49,10 +50,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def offer(strategy=FedAvg(), **changes) -> offer.Plan:
+def offer(strategy=FedAvg(), **changes) -> offers.Plan:
     facts = facts_of((6,), 3, "classification")
     options = {"model_args": {"hidden": 8}, "batch_size": 8, "epochs": 2} | changes
-    return offer.Plan(run="test", model="mlp", facts=facts, strategy=strategy, **options)
+    return offers.Plan(run="test", model="mlp", facts=facts, strategy=strategy, **options)
 
 
 @contextmanager
@@ -580,7 +581,7 @@ def test_adaptive_clipping_works_over_sites(folder, tmp_path):
 )
 def test_a_site_trains_only_what_it_has(table, why):
     config = SiteConfig(name="north", insecure=True, models=["mlp"], max_parameters=10**6)
-    full = offer.describe(offer())
+    full = offers.describe(offer())
     assert accept(full, config) == offer()
     with pytest.raises(ConfigError, match=why):
         accept(full | table, config)
@@ -624,7 +625,7 @@ def test_a_task_that_is_not_of_the_plan_is_refused_before_it_is_charged(
     net, _ = offered.build()
     task = Task(snapshot(net), {}, 0, 0, 1.0, told)
     asked = messages.task_message(task, visit="0" * 32, after="", seconds=9.0)
-    answers = {"join": Message("plan", {"plan": offer.describe(offered)}), "fetch": asked}
+    answers = {"join": Message("plan", {"plan": offers.describe(offered)}), "fetch": asked}
     options = {"insecure": True, "dataset": Npz(str(folder / "north.npz")), "state": str(tmp_path)}
     site = Site(SiteConfig(name="north", **options))
     site._ask = lambda method, message, seconds: wire.decode(wire.encode(answers[method]), 1 << 30)
