@@ -34,7 +34,14 @@ from fedtorch.run import folder as folders
 from fedtorch.run.console import Report, StopSignal, partition_table
 from fedtorch.run.evaluate import evaluate, evaluate_clients
 from fedtorch.run.folder import Folder
-from fedtorch.run.messages import conclude, introduce, record_privacy, strict, write_results
+from fedtorch.run.messages import (
+    conclude,
+    introduce,
+    record_privacy,
+    starting_score,
+    strict,
+    write_results,
+)
 from fedtorch.run.names import help_text
 from fedtorch.run.prices import LEDGER
 from fedtorch.server import Server
@@ -213,6 +220,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         options = cli.flat(cli.describe(config)) | {"lr": recipe.learning_rate}
         pictures.start(options, metrics, ids, parts)
         scores, by_client = evaluate(model, data.test, metrics), {}
+        starting_score(record, report, scores, server)
         last = over(server, config, stop)
         while not last:
             figures = server.round()

@@ -62,7 +62,7 @@ def rounds_are_complete(folder: Path, rounds: int) -> str:
     """Each round once, to the last."""
     summary = json.loads((folder / "run/summary.json").read_text())
     lines = [json.loads(t) for t in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    seen = [m["round"] for m in lines]
+    seen = [m["round"] for m in lines if m["round"]]  # 0 is the score before any training
     good = summary["rounds"] == rounds and seen == [*range(1, rounds + 1)]
     return demand(good, f"training ended at round {rounds}, each round counted once", seen)
 

@@ -384,10 +384,10 @@ def test_bash_completes_commands_options_and_choices():
 def test_history_as_a_table(swept):
     history = History.load(swept / A)
     frame = history.to_pandas()
-    assert list(frame.index) == [1, 2]
+    assert list(frame.index) == [0, 1, 2]
     assert frame.loc[2, "test_accuracy"] == history[-1]["test_accuracy"]
     assert repr(history).startswith("History(2 rounds: train_loss ")
-    assert history._repr_html_().count("<tr>") == 3
+    assert history._repr_html_().count("<tr>") == 4
     assert repr(History()) == "History(0 rounds)"
 
 

@@ -17,7 +17,9 @@ from tensorboard.plugins.hparams import metadata
 
 from fedtorch import disk
 from fedtorch.commands.train import train_module
+from fedtorch.data import Digits
 from fedtorch.run import checkpoint
+from fedtorch.run.evaluate import evaluate
 from fedtorch.run.files import EVENTS
 from fedtorch.tracking import Record, TensorBoard
 from fedtorch.tracking.lines import Lines, read
@@ -25,6 +27,7 @@ from fedtorch.tracking.tags import FAMILIES, TAGS, layout
 from fedtorch.tracking.tensorboard import protos
 from fedtorch.tracking.tensorboard.events import trim
 from fedtorch.tracking.tensorboard.protos import EventFile, events
+from fedtorch.training import losses
 from fedtorch.types import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -64,11 +67,34 @@ def test_the_documentation_is_the_table_of_tags():
     assert table == [tuple(t) for t in TAGS.values()]
 
 
+BEFORE = {"test/loss", "test/accuracy", "time/elapsed", "time/log"}
+"""Tags that round 0 has: the score before any training."""
+
+
+def test_the_score_before_training_is_that_of_the_initial_model(finished):
+    before, *after = read(finished / "metrics.jsonl")
+    assert before.keys() == {
+        "round",
+        "test_loss",
+        "test_accuracy",
+        "seconds_log",
+        "seconds_elapsed",
+    }
+    config, data = train_module().Config(model="logistic"), Digits().load(0)
+    model = train_module().make_model(config, data)
+    assert (
+        evaluate(model, data.test, {"loss": losses.LOSSES["cross_entropy"]})["loss"]
+        == before["test_loss"]
+    )
+    assert before["test_accuracy"] < after[-1]["test_accuracy"]
+
+
 def test_steps_are_the_rounds_one_by_one(finished):
     record = accumulate(finished)
     for tag in record.Tags()["scalars"]:
-        assert [s.step for s in record.Scalars(tag)] == [1, 2, 3, 4], tag
-    assert [m["round"] for m in read(finished / "metrics.jsonl")] == [1, 2, 3, 4]
+        first = 0 if tag in BEFORE else 1
+        assert [s.step for s in record.Scalars(tag)] == [*range(first, 5)], tag
+    assert [m["round"] for m in read(finished / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     elapsed = [s.value for s in record.Scalars("time/elapsed")]
     assert elapsed == sorted(elapsed) and elapsed[0] > 0
 
@@ -77,7 +103,7 @@ def test_what_json_lines_hold_is_what_tensorboard_shows(finished):
     record, lines = accumulate(finished), read(finished / "metrics.jsonl")
     for name in NO_PRIVACY:
         shown = [s.value for s in record.Scalars(TAGS[name].tag)]
-        assert shown == pytest.approx([m[name] for m in lines], rel=1e-6), name
+        assert shown == pytest.approx([m[name] for m in lines if name in m], rel=1e-6), name
 
 
 def test_pictures_histograms_graph_and_text(finished):
@@ -164,9 +190,10 @@ def test_kill_and_resume_leave_no_gap_and_no_doubled_step(tmp_path):
     for where in (folder, next((folder / "clients").iterdir())):
         record = accumulate(where)
         for tag in record.Tags()["scalars"]:
-            assert [s.step for s in record.Scalars(tag)] == list(range(1, rounds + 1)), tag
+            first = 0 if tag in BEFORE else 1
+            assert [s.step for s in record.Scalars(tag)] == list(range(first, rounds + 1)), tag
     lines = read(folder / "metrics.jsonl")
-    assert [m["round"] for m in lines] == list(range(1, rounds + 1))
+    assert [m["round"] for m in lines] == list(range(rounds + 1))
     elapsed = [m["seconds_elapsed"] for m in lines]
     assert elapsed == sorted(elapsed)
     written = [
@@ -190,7 +217,7 @@ def test_a_tracker_that_fails_is_warned_of_once_and_the_run_goes_on(tmp_path, mo
     assert run(tmp_path / "run", "--rounds", "4", "--tracking.every", "2") == 0
     out = capsys.readouterr().out
     assert out.count("warning: EventTracker failed (No space left on device)") == 1
-    assert [m["round"] for m in read(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
+    assert [m["round"] for m in read(tmp_path / "run/metrics.jsonl")] == [0, 1, 2, 3, 4]
     assert (tmp_path / "run/model.safetensors").is_file()
 
 
@@ -260,7 +287,7 @@ def test_groups_can_be_turned_off(tmp_path):
 def test_no_tracking_leaves_the_lines_alone(tmp_path):
     assert run(tmp_path / "run", "--rounds", "2", "--tracking", "none") == 0
     assert not list((tmp_path / "run").glob("*tfevents*"))
-    assert len(read(tmp_path / "run/metrics.jsonl")) == 2
+    assert len(read(tmp_path / "run/metrics.jsonl")) == 3
 
 
 def test_client_data_goes_under_nonprivate_in_a_private_run(tmp_path):
@@ -387,7 +414,7 @@ def test_mlflow_gets_each_step_once_over_a_resume(tmp_path, monkeypatch):
     assert [step for name, _, step in store.metrics if name == "train/loss"] == [1, 2, 3, 4]
     assert store.params["strategy"] == "fedavg" and store.ended == 2
     assert "config.md" in store.files and "test/confusion-000004.png" in store.files
-    assert len(read(folder / "metrics.jsonl")) == 4
+    assert len(read(folder / "metrics.jsonl")) == 5
 
 
 def test_wandb_goes_on_in_the_run_it_began(tmp_path, monkeypatch):

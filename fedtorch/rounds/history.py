@@ -53,13 +53,14 @@ class History(list[dict[str, Any]]):
 
     def _names(self) -> list[str]:
         last = self.last()
-        return [k for k in last if k in COLUMNS or k.startswith("test_")]
+        return [k for k in COLUMNS if k in last] + [k for k in last if k.startswith("test_")]
 
     def __repr__(self) -> str:
         """Length and last figures."""
         last = self.last()
         shown = ", ".join(f"{k} {last[k]:.4g}" for k in self._names() if k != "round")
-        return f"History({len(self)} rounds{': ' if shown else ''}{shown})"
+        rounds = sum(m.get("round") != 0 for m in self)  # 0 is the score before any training
+        return f"History({rounds} rounds{': ' if shown else ''}{shown})"
 
     def _repr_html_(self) -> str:
         """A table of the last ten rounds, as a notebook shows it."""

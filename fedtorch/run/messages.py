@@ -1,5 +1,6 @@
 """What a run says to the person who started it: before the first round, and after the last."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ def introduce(report: Report, opening: str, server: Server, who_has_what: Any) -
         report.say(f"resumed after round {server.round_number}")
     elif not strict(server):  # who has what is nobody's to know
         report.say(who_has_what)
+
+
+def starting_score(
+    record: Record, report: Report, scores: Mapping[str, float], server: Server
+) -> None:
+    """Round 0 of a new run: how good the model is before any training, where there is a test set."""
+    if scores and not server.round_number:
+        figures: dict[str, Any] = {"round": 0, **{f"test_{k}": v for k, v in scores.items()}}
+        record.round(figures)
+        report.round(figures)
 
 
 def strict(server: Server) -> bool:

@@ -21,7 +21,7 @@ from fedtorch.run import folder as folders
 from fedtorch.run.console import Report, StopSignal
 from fedtorch.run.evaluate import evaluate
 from fedtorch.run.folder import Folder
-from fedtorch.run.messages import strict, write_results
+from fedtorch.run.messages import starting_score, strict, write_results
 from fedtorch.server import Server
 from fedtorch.sites.ends import EndedEarly, early, enough, over
 from fedtorch.sites.engine import Sites, SitesSession, remotes
@@ -109,6 +109,9 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
             report.say(f"listening at {config.address}, waiting for {', '.join(config.sites)}")
             for line in promise(server.private) if server.private else ["no privacy: no noise"]:
                 report.say(line)
+            if test is not None:
+                scores = evaluate(model, test, metrics)
+                starting_score(record, report, scores, server)
             while not over(server, config, stop) and enough(session, config, stop):
                 figures = server.round() | server.mark(session.figures())
                 if test is not None:

@@ -46,7 +46,7 @@ class Lines:
         kept = [m for m in rounds if m["round"] <= start]
         self.before = kept
         """Figures of the rounds before, when a run is continued."""
-        if missing := start - len(kept):
+        if missing := start - sum(m["round"] > 0 for m in kept):
             say(f"warning: {self.path} lacks {missing} of the {start} rounds so far")
         head = "".join(json.dumps(m) + "\n" for m in kept).encode()
         with disk.whole(self.path) as file:

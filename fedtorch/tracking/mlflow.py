@@ -51,7 +51,7 @@ class MLflowTracker(Tracker):
         """``client`` is an MlflowClient."""
         self.client, self.run = client, run
         known = client.get_run(run).data.metrics
-        self.last = int(known.get("round", 0))
+        self.last = int(known.get("round", -1))
         self.begun = bool(known)
 
     def config(self, table: Mapping[str, Any], metrics: Sequence[str], private: bool) -> None:

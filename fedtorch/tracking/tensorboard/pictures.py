@@ -136,7 +136,8 @@ class Pictures:
 
     def _participation(self, step: int) -> None:
         rounds = {}
-        for m in self.record.history[-drawings.MOST :]:
+        trained = [m for m in self.record.history if m["round"]]
+        for m in trained[-drawings.MOST :]:
             cohort, failed = (m.get(k, m.get(f"nonprivate_{k}", ())) for k in ("cohort", "failed"))
             here = dict.fromkeys(cohort, 1) | dict.fromkeys(failed, 2)
             rounds[int(m["round"])] = here
