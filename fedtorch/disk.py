@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from fedtorch.types import ConfigError
 
@@ -28,8 +28,7 @@ def whole(path: Path, private: bool = False) -> Iterator[BinaryIO]:
             part.touch(mode=0o600)
         with part.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.replace(part, path)
     except BaseException as e:
         if (
@@ -52,6 +51,12 @@ def reason(error: OSError) -> str:
     """What the system says, and of which file: for one sentence."""
     where = f"{error.filename}: " if error.filename is not None else ""
     return where + (error.strerror or str(error) or type(error).__name__)
+
+
+def sync(file: IO[Any]) -> None:
+    """Have all that was written to an open file on disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

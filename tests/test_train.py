@@ -345,6 +345,7 @@ def test_a_run_that_learned_nothing_says_so_and_keeps_its_model(fedtorch):
     assert code == 1 and "no weight has moved in 2 rounds" in err
     assert "nothing learned: 2 rounds" in out and "round 2: no client counted" in out
     assert load_file("run/model.safetensors") and json.loads(Path("run/summary.json").read_text())
+    assert "nothing learned" in fedtorch("runs", "run")[1]
     code, _, err = fedtorch("train", "--run-dir", "run", "--resume", "true", "--rounds", 3)
     assert code == 1 and "no weight has moved in 3 rounds" in err
 

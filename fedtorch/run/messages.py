@@ -54,8 +54,9 @@ def record_privacy(record: Record, server: Server) -> None:
 def write_results(report: Report, folder: Path, summary: dict[str, Any], server: Server) -> None:
     """``summary.json`` and ``privacy.json``; one that cannot be written is said, and costs no more.
 
-    Under strict privacy the summary loses how long the run took.
+    Under strict privacy the summary loses how long the run took. It says whether the model ``learned``.
     """
+    summary["learned"] = server.moved() if server.round_number else None
     if strict(server):
         summary.pop("seconds", None)
     report.attempt("summary.json", files.write_json, folder / "summary.json", summary)

@@ -33,9 +33,10 @@ class Saved:
         planned = planned if isinstance(planned, int) else rounds
         tests = {k: v for k, v in last.items() if k.startswith("test_")}
         epsilon = last.get("privacy_epsilon", self.summary.get("epsilon"))
+        done = "nothing learned" if self.summary.get("learned") is False else "done"
         return {
             "run": str(self.folder),
-            "state": "done" if self.summary and rounds >= planned else f"round {rounds}/{planned}",
+            "state": done if self.summary and rounds >= planned else f"round {rounds}/{planned}",
             **tests,
             "epsilon": epsilon,
             "seconds": last.get("seconds_elapsed", self.summary.get("seconds")),

@@ -66,7 +66,7 @@ class Lines:
 
     def seal(self) -> Seal:
         """Length and digest of what is written, which is on disk when this returns."""
-        os.fsync(self.file.fileno())
+        disk.sync(self.file)
         return {"bytes": self.size, "sha256": self.sum.hexdigest()}
 
     def close(self) -> None:

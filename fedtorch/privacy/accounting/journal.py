@@ -68,8 +68,7 @@ class Journal:
                         "process may write it"
                     )
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                disk.sync(file)
         except OSError as e:
             raise ConfigError(f"privacy journal {self.path} cannot be written: {e.strerror}") from e
         self.size += len(data)
@@ -99,8 +98,7 @@ def _completed(path: Path) -> bytes:
         file.truncate(len(data) - len(end))
         file.seek(0, os.SEEK_END)
         file.write(end)
-        file.flush()
-        os.fsync(file.fileno())
+        disk.sync(file)
     return data
 
 

@@ -1,6 +1,5 @@
 """TensorBoard: what is recorded becomes event files in the run folder."""
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedtorch import disk
 from fedtorch.run.files import EVENTS
 from fedtorch.tracking.base import Tracker, Tracking
 from fedtorch.tracking.tags import OPTIONS, layout
@@ -125,8 +125,8 @@ def trim(path: Path, start: int) -> None:
     if not start:
         path.unlink()
         return
-    part, read = path.with_name(path.name + ".part"), 0
-    with part.open("wb") as file:
+    read = 0
+    with disk.whole(path) as file:
         for record, event in protos.events(path):
             read += len(record)
             again = event.WhichOneof("what") == "graph_def" or any(
@@ -135,9 +135,8 @@ def trim(path: Path, start: int) -> None:
             )
             if event.step <= start and not again:
                 file.write(record)
-    if read < max(path.stat().st_size, 1):
-        print(f"warning: {path} is cut short or damaged at byte {read}; the rest of it is left out")
-    os.replace(part, path)
+        if read < max(path.stat().st_size, 1):
+            print(f"warning: {path} is cut short or damaged at byte {read}; the rest is left out")
 
 
 def _plain(value: Any) -> float | str:
