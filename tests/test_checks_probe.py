@@ -1,4 +1,5 @@
 import copy
+import math
 from collections import namedtuple
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from conftest import make_clients, mlp, weights
 from fedtorch import Client, ClientOptimizer, ConfigError, Local, Recipe, Server
 from fedtorch.checks.probe import classes_fit, fits, metrics_fit, mixes_examples, no_stacking
 from fedtorch.data import from_tensors
-from fedtorch.privacy import SampleLevel
+from fedtorch.privacy import ClientLevel, SampleLevel
 from fedtorch.strategies import FedProx
 from fedtorch.training.losses import accuracy, binary_accuracy, cross_entropy, mean_squared_error
 
@@ -84,6 +85,35 @@ def test_a_loss_that_gives_no_number_for_one_example_is_refused_too():
 
     with pytest.raises(ConfigError, match="client c1 has a batch of one example"):
         Server(mlp(), make_clients([8, 9]), Recipe(loss=paired, batch_size=8))
+
+
+def events(output, y):
+    """A mean over those who had the event, as Cox's: nobody may have had it."""
+    had = y > 0
+    return (output[:, 0] * had).sum() / had.sum()
+
+
+@pytest.mark.parametrize("plan", [None, ClientLevel(rounds=1)], ids=["plain", "private"])
+def test_a_loss_that_is_no_number_for_a_short_batch_is_refused_before_training(plan):
+    clients, recipe = make_clients([16, 17, 33, 16, 16]), Recipe(loss=events, privacy=plan)
+    for c in clients:
+        c.data.tensors[1].copy_(torch.arange(len(c)) % 2)
+    lone = r"client c1 has a batch of one .* as have 1 more, .*\(the loss is nan, which it is not for 16\)"
+    with pytest.raises(ConfigError, match=lone):
+        Server(mlp(), clients, recipe)
+    Server(mlp(), [clients[k] for k in (0, 3, 4)], recipe)
+    clients[1].data.tensors[0][0] = math.nan  # which is no matter of sizes
+    Server(mlp(), clients[1:2], Recipe())
+
+
+def test_every_size_of_batch_that_comes_is_tried():
+    class Odd(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.view(2, -1, 6).flatten(0, 1) if len(x) == 5 else x)
+
+    Server(Odd(*mlp()), make_clients([8, 10, 11]), Recipe(batch_size=8))
+    with pytest.raises(ConfigError, match=r"client c2 has a batch of 5 examples \(13 .*so few"):
+        Server(Odd(*mlp()), make_clients([8, 10, 13]), Recipe(batch_size=8))
 
 
 def test_trying_leaves_no_trace():

@@ -231,32 +231,6 @@ def modes(model: nn.Module) -> list[str]:
     return [f"in evaluation mode, and left so while clients train: {off[0] or 'the model'}{more}"]
 
 
-def single(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
-    """A batch of one example, where a client has such a batch; raises ConfigError naming the client."""
-    few = [c for c in clients if least(len(c), recipe) == 1]
-    if not few or isinstance(recipe.privacy, SampleLevel):  # whose batches are drawn by chance
-        return
-    client = few[0]
-    x, y = to(fetch(client.data, torch.tensor([0])), next(model.parameters()).device)
-    try:
-        with untouched(model), torch.no_grad(), seeds.seeded(0):
-            loss = reduce(recipe.loss(forward(training(model), x), y))
-            if loss.dim() and len(loss) != 1:
-                raise ValueError(f"the loss gives {_shape(loss)} for one example")
-    except Exception as e:
-        fix = "leave out the last, smaller batch (drop_last), or take another batch_size"
-        if recipe.batch_size == 1:
-            fix = "take a larger batch_size"
-        elif len(client) == 1:
-            fix = "leave that client out"
-        others = f", as have {len(few) - 1} more" if len(few) > 1 else ""
-        raise ConfigError(
-            f"client {client.id} has a batch of one example ({len(client)} examples, batch_size "
-            f"{recipe.batch_size}){others}, and model {type(model).__name__} or its loss cannot train "
-            f"on one ({type(e).__name__}: {_first(e)}): {fix}"
-        ) from e
-
-
 def classes_fit(model: nn.Module, data: Classes) -> None:
     """A classifier needs an output for every label there is (a batch may miss the largest one)."""
     classes = data.outputs

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fedtorch.checks import probe, reached
+from fedtorch.checks import probe, reached, short
 from fedtorch.checks.standins import shown
 from fedtorch.client import Client, Recipe
 from fedtorch.engines.solver_choice import Choice, choose
@@ -41,7 +41,7 @@ class Local:
         tried = shown(worker, clients, recipe)
         with probe.aside(model):
             changes = probe.fits(worker, tried, recipe)
-        probe.single(worker, tried, recipe)
+        short.batches(worker, tried, recipe)
         reached.others(model, worker, tried, recipe)
         with untouched(worker):
             choice = choose(worker, clients, recipe, self.chunk, self.solver, self.dtype, changes)
