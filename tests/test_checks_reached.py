@@ -1,7 +1,10 @@
 """What a loss reaches beside the weights that clients train is refused before anybody trains."""
 
+import random
 from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -157,6 +160,90 @@ def test_a_loss_that_keeps_something_from_call_to_call_is_refused(attribute, wha
     for given in (loss, loss.forward):
         with pytest.raises(ConfigError, match=rf"keeps something from call to call \({what}"):
             Server(mlp(), make_clients([5, 6]), Recipe(loss=given))
+
+
+class Counter:
+    calls = 0
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return cross_entropy(output, target) * min(1, self.calls / 1000)
+
+    def method(self, output: Tensor, target: Tensor) -> Tensor:
+        return self(output, target)
+
+
+def running(kind: str):
+    """A loss over its own running mean, kept in one place or another."""
+    mean, table, state = torch.ones(()), {"mean": 1.0}, SimpleNamespace(mean=1.0)
+
+    def cell(output, target):
+        nonlocal mean
+        losses = cross_entropy(output, target) / mean
+        mean = 0.9 * mean + 0.1 * losses.detach().mean()
+        return losses
+
+    def table_of(output, target):
+        losses = cross_entropy(output, target) / table["mean"]
+        table["mean"] = 0.9 * table["mean"] + 0.1 * float(losses.detach().mean())
+        return losses
+
+    def space(output, target):
+        losses = cross_entropy(output, target) / state.mean
+        state.mean = 0.9 * state.mean + 0.1 * float(losses.detach().mean())
+        return losses
+
+    def default(output, target, kept=[1.0]):  # noqa: B006
+        kept.append(0.1 * float(output.detach().mean()))
+        return cross_entropy(output, target) + sum(kept)
+
+    def attribute(output, target):
+        attribute.calls = getattr(attribute, "calls", 0) + 1
+        return cross_entropy(output, target) * min(1, attribute.calls / 1000)
+
+    def outside(output, target):
+        global CALLS
+        CALLS += 1
+        return cross_entropy(output, target) * min(1, CALLS / 1000)
+
+    inner = {"cell": cell, "table": table_of, "space": space, "default": default,
+             "attribute": attribute, "outside": outside}[kind]  # fmt: skip
+    return lambda output, target: inner(output, target)
+
+
+CALLS = 0
+
+
+@pytest.mark.parametrize(
+    "loss, what",
+    [
+        (Counter(), "calls"),
+        (Counter().method, "Counter.calls"),
+        (partial(Counter()), "partial.calls"),
+        (running("cell"), "inner.mean"),
+        (running("table"), "inner.table"),
+        (running("space"), "the same batch has another loss after others"),
+        (running("default"), "inner.default 0"),
+        (running("attribute"), "inner.calls"),
+        (running("outside"), "inner.CALLS"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_a_function_that_keeps_something_is_refused_wherever_it_is_kept(loss, what):
+    with pytest.raises(ConfigError, match=rf"keeps something from call to call \({what}"):
+        Server(mlp(), make_clients([5, 6]), Recipe(loss=loss))
+
+
+def test_a_function_may_draw_look_up_and_keep_what_it_makes_once():
+    weights, made = torch.ones(4), {}
+
+    def noisy(output, target):
+        if len(target) not in made:
+            made[len(target)] = torch.ones(len(target))
+        noise = torch.rand(len(target)) + np.random.rand() + random.random()
+        return cross_entropy(output, target) * weights[target] * made[len(target)] * noise
+
+    assert Server(mlp(), make_clients([5, 6]), Recipe(loss=noisy)).round()["clients"] == 2
 
 
 def test_a_loss_may_make_something_once():

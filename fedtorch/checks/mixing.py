@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
+from fedtorch.checks.company import LARGEST, SCALES, WATCHED, Near, mapped, meets, tolerant
 from fedtorch.client import Recipe
-from fedtorch.company import LARGEST, SCALES, WATCHED, Near, mapped, meets, tolerant
 from fedtorch.privacy import SampleLevel
 from fedtorch.training.losses import Loss, reduce
 from fedtorch.training.module import forward, training, undropped

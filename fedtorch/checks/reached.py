@@ -1,19 +1,18 @@
 """What a loss reaches beside the weights that clients train: it would stay as it is without a word."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
+from fedtorch.checks import keeps
 from fedtorch.checks.probe import two_examples
 from fedtorch.client import Client, Recipe
 from fedtorch.privacy import SampleLevel
 from fedtorch.training.losses import reduce
-from fedtorch.training.module import forward, snapshot, to, training
-from fedtorch.training.outline import Outline, untouched
-from fedtorch.tree import same
+from fedtorch.training.module import forward, to, training
+from fedtorch.training.outline import untouched
 from fedtorch.types import ConfigError
 
 
@@ -34,7 +33,7 @@ def others(given: nn.Module, worker: nn.Module, clients: Sequence[Client], recip
         found = [t for t in leaves(loss) if id(t) not in own]
         if not isinstance(recipe.privacy, SampleLevel):  # whose trials say what it would void
             with torch.no_grad():
-                _keeps(recipe.loss, forward(worker, x), y)
+                keeps.nothing(recipe.loss, forward(worker, x), y)
     for t in found:
         t.grad = None  # what the trial before left there
         if isinstance(t, nn.Parameter):
@@ -45,24 +44,6 @@ def others(given: nn.Module, worker: nn.Module, clients: Sequence[Client], recip
                 "parameter of the model, so that nobody trains it: make it an nn.Parameter of the model, "
                 "or detach it"
             )
-
-
-def _keeps(loss: Any, output: Any, target: Any) -> None:
-    """Refuse a loss that is not the same after a call; what it makes once, at the first, is no matter."""
-    loss = getattr(loss, "__self__", loss)  # of a method
-    if not isinstance(loss, nn.Module):
-        return
-    with untouched(loss):
-        loss(output, target)
-        outline, before = Outline(loss), snapshot(loss)
-        loss(output, target)
-        change, now = outline.changed(), snapshot(loss)
-    moved = [k for k in before if not bool(same(now[k], before[k]).all())] if not change else []
-    if change or moved:
-        raise ConfigError(
-            f"the loss keeps something from call to call ({change.what if change else moved[0]}), which "
-            "would go from client to client: let the model keep it, or compute it from each batch alone"
-        )
 
 
 def leaves(loss: Tensor) -> Iterator[Tensor]:

@@ -13,10 +13,10 @@ from torch import nn
 from fedtorch import fast, seeds
 from fedtorch.checks import private as probe_private
 from fedtorch.checks import probe
+from fedtorch.checks.company import LARGEST, Near, meets
 from fedtorch.checks.standins import shown
 from fedtorch.checks.trial import filled, pooled, stacks
 from fedtorch.client import Client, Recipe
-from fedtorch.company import LARGEST, Near, meets
 from fedtorch.kernels.compile import FASTER, available
 from fedtorch.privacy import Privacy, SampleLevel
 from fedtorch.training import stacked
