@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help train test check format wheel wheel-check screenshots mutants clean demo-sites
+.PHONY: help train test check format wheel wheel-check screenshots mutants shape clean demo-sites
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,9 @@ wheel-check: wheel  ## install the wheel in an empty environment and train from 
 mutants: $(VENV)/.dev  ## change the package in 300 places, one at a time: do the tests notice? ARGS="--seed 2"
 	test -f build/mutants/map.json || $(PY) tools/mutate.py map
 	$(PY) tools/mutate.py run $(ARGS)
+
+shape: $(VENV)/.dev  ## how tidy the house is: figures beside their aims, and what each room imports
+	$(PY) tools/shape.py
 
 clean:  ## remove the environment and what was built
 	rm -rf $(VENV) dist build
