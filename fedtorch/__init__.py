@@ -1,9 +1,10 @@
 """fedtorch: federated learning for PyTorch."""
 
 import sys
-from pathlib import Path
 
-try:
+from fedtorch.interrupts import reading
+
+with reading():
     from fedtorch.client import Client, Recipe
     from fedtorch.engines import Local
     from fedtorch.rounds import history
@@ -21,13 +22,6 @@ try:
         ServerYogi,
     )
     from fedtorch.types import ConfigError
-except (
-    KeyboardInterrupt
-):  # reading torch takes seconds; of a command, stopping it is no error to trace
-    if sys.argv[:1] != ["-m"] and Path(sys.argv[0]).name not in ("fedtorch", "train.py"):
-        raise
-    sys.stderr.write("fedtorch: stopped\n")
-    raise SystemExit(130) from None
 
 # where they stood before there were rooms
 sys.modules |= {"fedtorch.losses": losses, "fedtorch.history": history}

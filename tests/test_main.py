@@ -67,9 +67,21 @@ def test_a_process_of_its_own_does_not_search_what_it_imported_for_garbage(monke
     assert capsys.readouterr().out.strip()[0].isdigit()
 
 
+PRESSED = "raise KeyboardInterrupt\n"
+LOST = """import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    pass
+raise ImportError("half read")
+"""
+"""As the compiled part of NumPy does with an exception."""
+
+
+@pytest.mark.parametrize("torch", [PRESSED, LOST])
 @pytest.mark.parametrize("how", [["-m", "fedtorch", "version"], [str(ROOT / "train.py")]])
-def test_ctrl_c_while_torch_is_read_is_one_line(how, tmp_path):
-    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")  # pressed just then
+def test_ctrl_c_while_torch_is_read_is_one_line(how, torch, tmp_path):
+    (tmp_path / "torch.py").write_text(torch)
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     done = subprocess.run([sys.executable, *how], env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "fedtorch: stopped\n")
