@@ -4,11 +4,13 @@ import json
 import logging
 
 import pytest
+import torch
 
 from fedtorch import Scaffold
 from fedtorch.engines.wire import Message
 from fedtorch.privacy import SampleLevel
 from fedtorch.sites.answered import AGAIN, Answered
+from fedtorch.sites.memory import FORMAT, VisitMemory
 from fedtorch.sites.offer import Plan
 from fedtorch.types import ConfigError
 from test_sites_site import PRIVATE, Played, data, offer, play  # noqa: F401
@@ -112,8 +114,41 @@ def test_memory_of_another_run_is_never_trained_from(data, tmp_path, caplog):  #
     assert other.reports == [] and "a visit of another run" in caplog.text
 
 
+def test_ledgers_that_lack_charges_of_visits_that_were_answered_are_refused(data, tmp_path, caplog):  # noqa: F811
+    assert play(ask(2, privacy=PRIVATE), data, tmp_path)[0] == 0
+    for name in ("ledger-example.jsonl", "ledger-example.json"):
+        (tmp_path / name).unlink()
+    server = ask(1, 2, privacy=PRIVATE)
+    with pytest.raises(ConfigError, match=r"2 private visits .* hold 0 charges.*lost-state"):
+        play(server, data, tmp_path)
+    assert server.calls == []
+    assert play(server, data, tmp_path, lost_state=True)[0] == 0
+    (tmp_path / "runs.json").unlink()
+    assert play(ask(1, 3, privacy=PRIVATE), data, tmp_path)[0] == 0
+    assert "visits are counted anew" in caplog.text
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"r": 3}', '{"r": {"visits": -1}}', '{"r": {}}', "{" * 9]
+    "visits", [3, ["a"], {"v": 3}, {"v": {"c": 3}}, {"v": {"c": {"w": "text"}}}], ids=str
+)
+def test_a_memory_that_holds_something_else_is_one_sentence(tmp_path, visits):
+    torch.save({"format": FORMAT, "visits": visits}, tmp_path / "memory.pt")
+    with pytest.raises(ConfigError, match=r"memory.pt is damaged"):
+        VisitMemory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"r": 3}',
+        '{"r": {}}',
+        "{" * 9,
+        '{"r": {"visits": -1, "rounds": 1, "privacy": null}}',
+        '{"r": {"visits": 1, "rounds": "x", "privacy": null}}',
+        '{"r": {"visits": 1, "rounds": 1}}',
+    ],
 )
 def test_a_damaged_count_is_one_sentence(tmp_path, text):
     (tmp_path / "runs.json").write_text(text)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedtorch import disk
 from fedtorch.run import cli
-from fedtorch.sites.offer import Plan
+from fedtorch.sites.offer import MOST_ROUNDS, Plan
 from fedtorch.types import ConfigError
 
 AGAIN = 10
@@ -29,7 +29,11 @@ class Answered:
         if self.path.exists():
             try:
                 self.runs = json.loads(self.path.read_text(encoding="utf-8"))
-                sound = all(type(e["visits"]) is int and e["visits"] >= 0 for e in self._entries())
+                sound = all(
+                    type(e[k]) is int and 0 <= e[k] < MOST_ROUNDS
+                    for e in self.runs.values()
+                    for k in ("visits", "rounds")
+                ) and all("privacy" in e for e in self.runs.values())
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
                 raise self._damaged(str(e)) from e
             if not sound:
@@ -38,6 +42,16 @@ class Answered:
     def visits(self, run: str) -> int:
         """Of a run, so far."""
         return int(self.runs.get(run, {"visits": 0})["visits"])
+
+    def charged(self, ledgers: int) -> None:
+        """Raises ConfigError where ``ledgers`` have fewer entries than private visits were answered."""
+        private = sum(e["visits"] for e in self.runs.values() if e["privacy"] is not None)
+        if ledgers < private:
+            raise ConfigError(
+                f"{self.path} counts {private:,} private visits that this site has answered, and its "
+                f"ledgers hold {ledgers:,} charges: put the state folder back as it was, or "
+                "give --lost-state true if it is gone for good"
+            )
 
     def agree(self, plan: Plan, budgeted: bool) -> None:
         """Refuse a run whose privacy became another than was joined; raises ConfigError.
@@ -84,9 +98,6 @@ class Answered:
             disk.replace(self.path, json.dumps(self.runs) + "\n")
         except OSError as e:
             raise ConfigError(f"{self.path} cannot be written: {e.strerror}") from e
-
-    def _entries(self) -> list[dict[str, Any]]:
-        return [{"rounds": e["rounds"], "privacy": e["privacy"], **e} for e in self.runs.values()]
 
     def _damaged(self, why: str) -> ConfigError:
         return ConfigError(

@@ -6,8 +6,10 @@ that counted: that visit's memory is the one to go on from.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedtorch import disk
 from fedtorch.run import checkpoint
@@ -27,7 +29,9 @@ class VisitMemory:
         self.path = folder / "memory.pt"
         self.visits: dict[str, dict[str, Params]] = {}
         if self.path.exists():
-            self.visits = checkpoint.read(self.path, FORMAT)["visits"]
+            self.visits = checkpoint.read(self.path, FORMAT).get("visits", {})
+            if not _sound(self.visits):
+                raise ConfigError(f"{self.path} is damaged: it holds no memory by visit")
 
     def after(self, visit: str) -> dict[str, Params] | None:
         """Memory as it was after ``visit`` ("": before any); None when that is gone."""
@@ -52,3 +56,13 @@ class VisitMemory:
                 f"{self.path} cannot be written ({reason}): make room and start this site again; it is "
                 "given the same visit, which is charged again"
             ) from e
+
+
+def _sound(visits: Any) -> bool:
+    """Whether it is visit -> group -> name -> tensor."""
+    level = [visits]
+    for _ in range(3):
+        if not all(isinstance(v, dict) for v in level):
+            return False
+        level = [inner for v in level for inner in v.values()]
+    return all(isinstance(v, Tensor) for v in level)

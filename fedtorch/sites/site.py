@@ -73,6 +73,11 @@ class Site:
         except (OSError, ValueError) as e:
             raise ConfigError(f"state folder {config.state!r}: {e}") from e
         self.budget = Budget(self.folder, config.name, config.max_epsilon, config.max_delta)
+        charges = sum(map(len, self.budget.ledgers.values()))
+        if not config.lost_state:
+            self.answered.charged(charges)
+        if charges and not self.answered.path.exists():
+            log.warning("%s is not there: visits are counted anew", self.answered.path)
         keys = Path(config.credentials) if config.credentials else None
         self.limit = config.max_megabytes << 20
         self.line = Line(config.server, keys, config.name, self.limit)
