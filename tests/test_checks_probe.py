@@ -106,6 +106,26 @@ def test_a_loss_that_is_no_number_for_a_short_batch_is_refused_before_training(p
     Server(mlp(), clients[1:2], Recipe())
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64, torch.float32])
+def test_a_buffer_that_changes_and_is_not_averaged_is_named(dtype):
+    class Seen(nn.Sequential):
+        def forward(self, x):
+            self.seen.copy_(self.seen + x.new_ones(()).to(dtype))
+            return super().forward(x)
+
+    model = Seen(*mlp(), nn.BatchNorm1d(4))
+    model.register_buffer("seen", torch.zeros((), dtype=dtype))
+    model.register_buffer("constant", torch.ones(3, dtype=torch.bool))
+    server = Server(model, make_clients([8, 8]))
+    named = [n for n in server.notes if "is not averaged" in n]
+    server.round()
+    assert bool(model.seen) == (dtype == torch.float32)
+    kind = str(dtype).removeprefix("torch.")
+    assert [n.startswith(f"buffer seen ({kind}) changes") for n in named] == [True] * (
+        dtype != torch.float32
+    )
+
+
 def test_every_size_of_batch_that_comes_is_tried():
     class Odd(nn.Sequential):
         def forward(self, x):

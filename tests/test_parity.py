@@ -221,6 +221,31 @@ def test_what_would_be_filled_up_is_refused_by_the_stacked_solver(make, loss):
     assert len(update.ids) == 2
 
 
+class Largest(nn.Module):
+    """The three largest of each example, as they are: which those are hangs on the last bit."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        values, places = x.topk(3, 1)
+        return torch.zeros_like(x).scatter(1, places, values)
+
+
+def test_where_rounding_grows_solvers_differ_by_rounding_alone():
+    # steps up the loss through topk and BatchNorm double every difference: 4e-3 in float32 after six rounds
+    # of these, and a billionth of it in float64. A mistake would be as large in both.
+    def trained(solver: str) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), Largest(), nn.Linear(8, 4))
+        everybody = make_clients([16] * 4)
+        for c in everybody:
+            c.data.tensors = (c.data.tensors[0].double(), c.data.tensors[1])
+        recipe = Recipe(optimizer=ClientOptimizer("sgd", {"maximize": True}), lr=0.5, batch_size=8)
+        server = Server(model.double(), everybody, recipe, engine=Local(solver=solver), seed=3)
+        list(server.rounds(6))
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert float((trained("general") - trained("stacked")).abs().max()) < 1e-8
+
+
 def crowded(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """A loss for each example, until more than thirty of a class meet: no batch of eight sees that."""
     many = (target[:, None] == target).sum(1) > 30

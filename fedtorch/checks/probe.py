@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from fedtorch.training.outline import untouched
 from fedtorch.training.stacked import forward, snapshot, to, together
 from fedtorch.training.trainee import correct
 from fedtorch.tree import expand, leaves, rows
-from fedtorch.types import ConfigError, Context
+from fedtorch.types import ConfigError, Context, Params
 
 
 class Classes(Protocol):
@@ -43,20 +43,29 @@ class Classes(Protocol):
         """Class of each training example."""
 
 
-def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | None:
+class Found(NamedTuple):
+    """What a trial of two steps shows of a model that trains."""
+
+    changes: str | None
+    """What changes as it runs, apart from its weights and the numbers in its buffers."""
+    notes: tuple[str, ...]
+    """What is to be said."""
+
+
+def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Found:
     """Take a real step on a full batch and on the shortest; raises ConfigError naming what does not fit.
 
-    Returns what changes of the model as it runs, apart from its weights and the numbers in its buffers.
     The model is left as it was.
     """
     trainable(model)
     trained = {k for k, p in model.named_parameters() if p.requires_grad}
+    before = snapshot(model)
     with untouched(model) as outline, seeds.seeded(0):
         take = _stepper(training(model), recipe)
         for client, index in _full_and_short(clients, recipe):
             _backward(model, client, index, recipe)
             take()
-        change = outline.changed()
+        change, stay = outline.changed(), _not_averaged(model, before)
     if other := trained ^ {k for k, p in model.named_parameters() if p.requires_grad}:
         raise ConfigError(
             f"parameter {min(other)} of model {type(model).__name__} is frozen or unfrozen as the model "
@@ -68,7 +77,25 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | N
             "would not have it: run one batch through the model first, or register it with "
             "persistent=False"
         )
-    return change and change.what
+    return Found(change and change.what, stay)
+
+
+def _not_averaged(model: nn.Module, before: Params) -> tuple[str, ...]:
+    """A sentence for buffers that changed, and of which there is no mean but of numbers with a point."""
+    found = [
+        k
+        for k, b in model.named_buffers()
+        if not b.is_floating_point() and k in before and not torch.equal(b, before[k])
+        if not k.endswith("num_batches_tracked")
+    ]
+    if not found:
+        return ()
+    kind = str(model.get_buffer(found[0]).dtype).removeprefix("torch.")
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return (
+        f"buffer {found[0]} ({kind}){more} changes as clients train and is not averaged: each starts "
+        "from the server's, which stays as it is (a buffer of floats would be averaged)",
+    )
 
 
 def trainable(model: nn.Module) -> None:

@@ -40,13 +40,15 @@ class Local:
         worker = copied(model).to(self.device)
         tried = shown(worker, clients, recipe)
         with probe.aside(model):
-            changes = probe.fits(worker, tried, recipe)
+            found = probe.fits(worker, tried, recipe)
         short.batches(worker, tried, recipe)
         reached.others(model, worker, tried, recipe)
         with untouched(worker):
-            choice = choose(worker, clients, recipe, self.chunk, self.solver, self.dtype, changes)
+            choice = choose(
+                worker, clients, recipe, self.chunk, self.solver, self.dtype, found.changes
+            )
         by_id = {c.id: c for c in clients}
-        notes = (*probe.modes(model), *choice.notes)
+        notes = (*probe.modes(model), *found.notes, *choice.notes)
         session = LocalSession(worker, by_id, choice.recipe, choice, notes)
         session.restore({})  # memory of an earlier run would poison this one
         return session

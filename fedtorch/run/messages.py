@@ -22,7 +22,7 @@ def introduce(report: Report, opening: str, server: Server, who_has_what: Any) -
         report.say(f"note: {note}")
     kinds = {b.is_floating_point() for b in model.buffers()}
     if kinds:
-        kept = " (integer counters keep the server's value)" if False in kinds else ""
+        kept = " (others keep the server's value)" if False in kinds else ""
         report.say(f"note: float buffers such as BatchNorm statistics are averaged{kept}")
     if server.round_number:
         report.say(f"resumed after round {server.round_number}")
