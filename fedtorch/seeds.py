@@ -1,7 +1,9 @@
 """Randomness is an argument: every draw comes from (seed, round, client, purpose).
 
 Nothing depends on how many draws happened before, so a resumed run, another chunk size or another
-engine draws the same numbers.
+engine draws the same numbers. Purposes that come from a run's seed: ``cohort`` (who is chosen), ``order``
+(a client's shuffles), ``visit`` (dropout, augmentation), ``dropout`` (who drops out), ``strategy``.
+Noise and everything else that must stay secret never does: see ``fedtorch.privacy.noise``.
 """
 
 import hashlib
