@@ -1,6 +1,7 @@
 """A site by itself: what it does whatever a server asks, and what it leaves behind when it is stopped."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from fedtorch.data import Csv, Npz
 from fedtorch.data.base import facts_of
 from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message
-from fedtorch.privacy import SampleLevel
+from fedtorch.privacy import ClientLevel, SampleLevel
 from fedtorch.sites import offer as plans
 from fedtorch.sites import site as module
 from fedtorch.sites.memory import KEPT, VisitMemory
@@ -152,6 +153,29 @@ def test_a_task_with_groups_of_its_own_is_refused(data, tmp_path, caplog):
         code, _ = play(server, data, tmp_path)
         assert code == 1 and server.reports == []
     assert caplog.text.count("not to be trusted") == 4
+
+
+@pytest.mark.parametrize(
+    "privacy, said",
+    [
+        (None, "no privacy"),
+        (
+            SampleLevel(noise_multiplier=1e-6, rounds=3, steps=2, batch_size=8.0),
+            r"epsilon (inf|\d.*e\+)",
+        ),
+        (PRIVATE, r"epsilon 0\.\d+ at delta 1e-05 for each example, by noise added here"),
+        (
+            ClientLevel(noise_multiplier=9.0, rounds=3),
+            "for each client, by noise that the server says",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_run_costs_is_said_as_it_is_joined(data, tmp_path, caplog, privacy, said):
+    with caplog.at_level(logging.INFO):
+        assert play(Played(offer(privacy=privacy)), data, tmp_path)[0] == 0
+    (line,) = [r.getMessage() for r in caplog.records if "joined run r" in r.getMessage()]
+    assert re.search(said, line) and "0 of at most" in line
 
 
 def test_rounds_without_end_reach_the_owners_limit(data, tmp_path, caplog):

@@ -154,8 +154,9 @@ class Site:
         self.plan, self.visits = plan, self.answered.visits(plan.run)
         most = min(self.answered.most(plan) or self.config.max_rounds, self.config.max_rounds)
         log.info(
-            "joined run %s: %s, %s; %s of at most %s visits are done",
-            *(plan.run, plan.model, plan.strategy, f"{self.visits:,}", f"{most:,}"),
+            "joined run %s: %s, %s; %s; %s of at most %s visits are done",
+            *(plan.run, plan.model, plan.strategy, _promise(plan)),
+            *(f"{self.visits:,}", f"{most:,}"),
         )
 
     def _work(self) -> Message:
@@ -315,6 +316,16 @@ def _ended(why: object) -> int:
     said = ENDS.get(why) if isinstance(why, str) else None
     log.error("the server ended the run early: %s", said or wire.short(str(why)))
     return 1
+
+
+def _promise(plan: plans.Plan) -> str:
+    """What a run's privacy costs by its plan, in words: who sets no max_epsilon should read it."""
+    privacy = plan.privacy
+    if privacy is None or privacy.rounds is None:
+        return "no privacy"
+    cost = privacy.planned(privacy.calibrated(privacy.rounds), privacy.rounds)
+    adds = "added here" if privacy.per_client else "that the server says it adds"
+    return f"epsilon {cost:.3g} at delta {privacy.delta:g} for each {privacy.unit}, by noise {adds}"
 
 
 def _pause(times: int) -> None:
