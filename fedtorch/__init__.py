@@ -11,7 +11,7 @@ with reading():
     from fedtorch.rounds.participation import Everyone, Poisson, Uniform
     from fedtorch.run.evaluate import evaluate
     from fedtorch.server import Server
-    from fedtorch.strategies import FedAvg, FedProx, Scaffold, Strategy
+    from fedtorch.strategies import Correction, FedAvg, FedProx, Scaffold, Strategy
     from fedtorch.training import losses
     from fedtorch.training.local_update import local_update
     from fedtorch.training.optimizer import (
@@ -32,6 +32,7 @@ __all__ = [
     "Client",
     "ClientOptimizer",
     "ConfigError",
+    "Correction",
     "Everyone",
     "FedAvg",
     "FedProx",

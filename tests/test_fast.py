@@ -280,6 +280,7 @@ def test_a_strategy_with_its_own_correction_is_not_guessed_at():
 
     server = Server(mlp(), clients(), Recipe(Sign(), lr=0.01))
     assert any("Sign corrects gradients in its own way" in n for n in server.session.notes)
+    assert any("can be its correction" in n for n in server.session.notes)
 
 
 def test_a_strategy_that_sends_more_than_the_delta_sees_every_client():

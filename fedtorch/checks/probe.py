@@ -14,15 +14,14 @@ from torch.utils.data import Dataset
 from fedtorch import seeds
 from fedtorch.client import Client, Recipe
 from fedtorch.privacy import SampleLevel
-from fedtorch.strategies import Strategy
 from fedtorch.training.batches import fetch, least, length
+from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
 from fedtorch.training.losses import Loss, reduce
 from fedtorch.training.module import training, undropped
 from fedtorch.training.outline import put_back as put_back
 from fedtorch.training.outline import untouched
 from fedtorch.training.stacked import forward, snapshot, to, together
-from fedtorch.training.trainee import correct
 from fedtorch.tree import expand, leaves, rows
 from fedtorch.types import ConfigError, Context, Params
 
@@ -224,6 +223,12 @@ def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
     context = Context(expand(start), extras, memory, torch.ones(1), recipe.learning_rate, (0,))
     views = expand({k: p.detach() for k, p in params.items()})
     try:
+        correct = Corrector(strategy, context)
+    except Exception as e:
+        raise ConfigError(
+            f"strategy {type(strategy).__name__} cannot correct gradients of model {name}: {_first(e)}"
+        ) from e
+    try:
         step = optimizer.stepper([*params.values()], recipe.learning_rate)
     except Exception as e:
         raise ConfigError(
@@ -234,8 +239,8 @@ def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
         sparse = [k for k, p in params.items() if p.grad is not None and p.grad.is_sparse]
         who = f"strategy {type(strategy).__name__}"
         try:
-            if type(strategy).correct is not Strategy.correct:
-                correct(strategy, params, views, context)
+            if correct:
+                correct(params, views)
             who = f"client optimizer {optimizer.name}"
             step()
         except Exception as e:

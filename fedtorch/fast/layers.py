@@ -35,7 +35,7 @@ class Rule:
     decay: float = 0.0
     """Weight decay."""
     pull: float = 0.0
-    """FedProx's mu."""
+    """Of a strategy's correction, as is the shift."""
 
     @property
     def keep(self) -> float:

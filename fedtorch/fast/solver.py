@@ -26,8 +26,8 @@ from fedtorch.fast.schedule import Schedule, schedule
 from fedtorch.fast.spec import Linear
 from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
-from fedtorch.strategies import FedProx, Scaffold
 from fedtorch.training.batches import plan
+from fedtorch.training.correction import correction
 from fedtorch.training.dropout import Dropout
 from fedtorch.training.losses import cross_entropy
 from fedtorch.training.stacked import Recipe
@@ -69,7 +69,7 @@ class Fast:
             first = next(iter(task.state.values()))
             rows = self.kept.rows(datasets, first.device)
             order = schedule(plans, rows.sizes, first)
-            rule, shift = of(recipe, ctx, task.lr)
+            rule, shift = linear(recipe, ctx, task.lr)
             coins = Coins(ctx.seeds, order)
             if private is not None:
                 projected = recipe.privacy.projected and rows.finite
@@ -282,14 +282,9 @@ class Visit:
         return {k: tree[k] for k in self.names if k in tree}
 
 
-def of(recipe: Recipe, ctx: Context, lr: float) -> tuple[Rule, Params]:
-    """Optimizer and strategy as one linear rule, and SCAFFOLD's shift."""
-    strategy, args = recipe.strategy, recipe.optimizer.args
-    pull, shift = 0.0, {}
-    if isinstance(strategy, FedProx):
-        pull = strategy.mu
-    elif isinstance(strategy, Scaffold):
-        shift = {k: ctx.extras["c"][k] - ck for k, ck in ctx.memory["c"].items()}
+def linear(recipe: Recipe, ctx: Context, lr: float) -> tuple[Rule, Params]:
+    """Optimizer and strategy as one rule that is linear in gradient and weights, and the clients' shift."""
+    args, (pull, shift) = recipe.optimizer.args, correction(recipe.strategy, ctx)
     return Rule(lr, args.get("momentum", 0.0), args.get("weight_decay", 0.0), pull), shift
 
 

@@ -13,13 +13,10 @@ from fedtorch.fast.example_gradients import unknown
 from fedtorch.fast.reader import Chain, read
 from fedtorch.fast.solver import Fast
 from fedtorch.privacy import SampleLevel
-from fedtorch.strategies import FedProx, Scaffold, Strategy
+from fedtorch.strategies import Strategy
 from fedtorch.training.batches import length
 from fedtorch.training.losses import LOSSES, reduce
 from fedtorch.training.stacked import Recipe
-
-KNOWN = (Strategy.correct, FedProx.correct, Scaffold.correct)
-"""Corrections of the gradient that ``layers.Rule`` can express."""
 
 
 def offer(
@@ -122,15 +119,20 @@ def optimizer(recipe: Recipe) -> str | None:
 
 def plain(recipe: Recipe) -> bool:
     """SGD without momentum and weight decay, and gradients as they are."""
-    args = recipe.optimizer.args
-    corrected = type(recipe.strategy).correct is not Strategy.correct
+    args, kind = recipe.optimizer.args, type(recipe.strategy)
+    corrected = kind.correction is not Strategy.correction
     return not (args.get("momentum") or args.get("weight_decay") or corrected)
 
 
 def strategy(recipe: Recipe) -> str | None:
-    """A correction of the gradient that is linear in gradient and weights, and known."""
+    """Gradients are changed by a ``Correction`` alone, which is linear in the weights."""
     kind = type(recipe.strategy)
-    return None if kind.correct in KNOWN else f"{kind.__name__} corrects gradients in its own way"
+    if kind.correct is Strategy.correct:
+        return None
+    return (
+        f"{kind.__name__} corrects gradients in its own way "
+        "(what is linear in the weights can be its correction)"
+    )
 
 
 def tables(model: nn.Module, datasets: Sequence[Dataset]) -> str | None:

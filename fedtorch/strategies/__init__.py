@@ -1,7 +1,7 @@
 """Federated algorithms: one file each, client half and server half together."""
 
-from fedtorch.strategies.base import FedAvg, Strategy
+from fedtorch.strategies.base import Correction, FedAvg, Strategy
 from fedtorch.strategies.fedprox import FedProx
 from fedtorch.strategies.scaffold import Scaffold
 
-__all__ = ["FedAvg", "FedProx", "Scaffold", "Strategy"]
+__all__ = ["Correction", "FedAvg", "FedProx", "Scaffold", "Strategy"]

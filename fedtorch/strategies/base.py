@@ -1,7 +1,7 @@
 """A strategy is a frozen dataclass of hyper-parameters with pure methods; every default is FedAvg."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -9,6 +9,15 @@ from fedtorch.options import check
 from fedtorch.training.optimizer import ServerOptimizer
 from fedtorch.tree import expand, row, tmap
 from fedtorch.types import Context, Params, Stack
+
+
+class Correction(NamedTuple):
+    """What is added to every gradient of a visit: ``pull (w - anchor) + shift``, linear in the weights."""
+
+    pull: float = 0.0
+    """How strongly the weights are drawn back to where the visit started."""
+    shift: Stack | None = None
+    """By the weights' names, [K, ...] or, for all clients alike, [1, ...]; none: a weight left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +45,15 @@ class Strategy:
         """A client's memory before its first visit; it never leaves the client."""
         return {}
 
+    def correction(self, ctx: Context) -> Correction:
+        """What is added to each local step's gradient, after clipping and noise; asked once a visit."""
+        return Correction()
+
     def correct(self, grads: Stack, params: Stack, ctx: Context) -> Stack:
-        """The gradient each local step really uses, [K, ...]; called after any clipping and noise."""
+        """The gradient each local step really uses, [K, ...], where ``correction`` cannot express it.
+
+        It is given gradients with the correction added. A strategy that overrides it leaves the fast path.
+        """
         return grads
 
     def upload(self, params: Stack, ctx: Context) -> tuple[dict[str, Stack], dict[str, Stack]]:

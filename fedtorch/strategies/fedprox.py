@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from fedtorch.options import NOT_NEGATIVE, check
-from fedtorch.strategies.base import Strategy
-from fedtorch.tree import tmap
-from fedtorch.types import Context, Stack
+from fedtorch.strategies.base import Correction, Strategy
+from fedtorch.types import Context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +18,6 @@ class FedProx(Strategy):
         """Refuse a negative or NaN weight."""
         check(self, "strategy", mu=NOT_NEGATIVE)
 
-    def correct(self, grads: Stack, params: Stack, ctx: Context) -> Stack:
+    def correction(self, ctx: Context) -> Correction:
         """The gradient of the proximal term, mu (w - w_t), on top of the loss's."""
-        return tmap(lambda g, w, w0: g.add(w - w0, alpha=self.mu), grads, params, ctx.anchor)
+        return Correction(pull=self.mu)

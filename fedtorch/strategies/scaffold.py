@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from fedtorch.strategies.base import Strategy
+from fedtorch.strategies.base import Correction, Strategy
 from fedtorch.tree import per_client, tmap
 from fedtorch.types import Context, Params, Stack
 
@@ -29,9 +29,9 @@ class Scaffold(Strategy):
         """The client's own control variate c_k, zero at first."""
         return {"c": tmap(torch.zeros_like, params)}
 
-    def correct(self, grads: Stack, params: Stack, ctx: Context) -> Stack:
+    def correction(self, ctx: Context) -> Correction:
         """Paper's line 10: g - c_k + c."""
-        return tmap(lambda g, ck, c: (g - ck).add_(c), grads, ctx.memory["c"], ctx.extras["c"])
+        return Correction(shift=tmap(torch.sub, ctx.extras["c"], ctx.memory["c"]))
 
     def upload(self, params: Stack, ctx: Context) -> tuple[dict[str, Stack], dict[str, Stack]]:
         """Paper's lines 12-14: delta and the change of c_k are sent, the new c_k is kept."""

@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 from fedtorch.privacy.gradients import PrivateSteps, stacked_gradients
-from fedtorch.strategies import Strategy
 from fedtorch.training.batches import alike, side_by_side
+from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
 from fedtorch.training.losses import Loss, reduce
 from fedtorch.training.module import buffers, training
@@ -26,7 +26,7 @@ from fedtorch.training.module import load as load
 from fedtorch.training.module import snapshot as snapshot
 from fedtorch.training.module import to as to
 from fedtorch.training.trainee import Recipe as Recipe
-from fedtorch.training.trainee import Working, correct
+from fedtorch.training.trainee import Working
 from fedtorch.tree import expand, near, per_client
 from fedtorch.types import Context, Params, Stack, Task
 
@@ -203,7 +203,7 @@ def stacked(
     rest = {k: v for k, v in state.items() if k not in names}
     views = {k: v.detach() for k, v in params.items()}
     optimizer = recipe.optimizer.build(params.values(), task.lr)
-    correcting = type(recipe.strategy).correct is not Strategy.correct
+    correct = Corrector(recipe.strategy, ctx)
     device = next(iter(params.values())).device
     total = torch.zeros(K, dtype=torch.float64)
     # an accelerator's generator draws in an order of its own
@@ -226,8 +226,8 @@ def stacked(
         each = averaged(each, mask, even)
         if private is None:
             each.sum().backward()
-        if correcting:
-            correct(recipe.strategy, params, views, ctx, stacked=True)
+        if correct:
+            correct(params, views, stacked=True)
         optimizer.step()
         with torch.no_grad():
             total += torch.where(live, each.detach().cpu().double(), 0)

@@ -1,6 +1,5 @@
 """One working module on which client after client trains, set up once for all of them."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -11,12 +10,13 @@ from torch.utils.data import Dataset
 from fedtorch.privacy.gradients import Gradients, PrivateSteps, private_gradients
 from fedtorch.strategies import Strategy
 from fedtorch.training.batches import Order, batches
+from fedtorch.training.correction import Corrector
 from fedtorch.training.losses import Loss, backward
 from fedtorch.training.module import forget, forward, to, training
 from fedtorch.training.optimizer import ClientOptimizer
 from fedtorch.training.outline import Outline
 from fedtorch.tree import expand
-from fedtorch.types import Context, Params, Stack, Task
+from fedtorch.types import Context, Params, Task
 
 
 class Recipe(Order, Protocol):
@@ -50,7 +50,6 @@ class Working:
         self.model, self.recipe, self.lr = model, recipe, task.lr
         self.params = {k: p for k, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.params.values())).device
-        self.correcting = type(recipe.strategy).correct is not Strategy.correct
         self._parameters: list[Tensor] = [*model.parameters()]
         self._start = [task.state[k] for k, _ in model.named_parameters()]
         self._buffers = {k: task.state[k] for k, _ in model.named_buffers()}
@@ -68,7 +67,8 @@ class Working:
         self._load()
         if not self.model.training:  # train() walks through all submodules
             training(self.model)
-        views = expand(self.weights()) if self.correcting else {}
+        correct = Corrector(self.recipe.strategy, ctx)
+        weights = expand(self.weights()) if correct else {}
         step = self.recipe.optimizer.stepper([*self.params.values()], self.lr)
         losses = []
         found: AbstractContextManager[Gradients | None] = (
@@ -84,8 +84,8 @@ class Working:
                     loss = backward(self.recipe.loss, forward(self.model, x), y)
                 else:
                     loss = gradients.backward(x, y)
-                if self.correcting:
-                    correct(self.recipe.strategy, self.params, views, ctx)
+                if correct:
+                    correct(self.params, weights)
                 step()
                 losses.append(loss)
         forget(self.params)  # a gradient left behind would be seen by the next client
@@ -115,22 +115,3 @@ class Working:
             ):  # looked up anew: a forward may put another tensor in a buffer's place
                 for k, b in self.model.named_buffers():
                     b.copy_(self._buffers[k])
-
-
-def correct(
-    strategy: Strategy,
-    params: Mapping[str, Tensor],
-    views: Stack,
-    ctx: Context,
-    stacked: bool = False,
-) -> None:
-    """Let the strategy replace the gradients in place; weights the loss never reached stay out."""
-    with torch.no_grad():
-        shown = {
-            k: torch.zeros_like(views[k]) if p.grad is None else p.grad if stacked else p.grad[None]
-            for k, p in params.items()
-        }
-        grads = strategy.correct(shown, views, ctx.shown())
-        for k, p in params.items():
-            if p.grad is not None:
-                p.grad = grads[k] if stacked else grads[k][0]
