@@ -84,7 +84,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path, capsys):
     assert main([*words, "--rounds", "1"]) == 0
     assert main([*words, "--rounds", "2"]) == 0
     assert capsys.readouterr().out.count("resumed after round 1") == 2
-    assert len(History.load(tmp_path / "lr=0.2")) == 2
+    assert len(History.load(tmp_path / "lr=0.2")) == 3
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def test_a_run_leaves_all_it_should(fedtorch):
         "epsilon": None,
         "delta": None,
         "seed": 3,
+        "learned": True,
     }
     assert 0 < summary["test_accuracy"] <= 1
     assert "10 clients, 1438 examples" in out
