@@ -12,6 +12,7 @@ from fedtorch.__main__ import COMMANDS
 from fedtorch.commands.train import train_module
 from fedtorch.run import cli
 from fedtorch.run.names import CHOICES
+from tools import shape
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -59,6 +60,19 @@ def test_the_readme_names_every_choice():
     for choice in ("dataset", "partition", "strategy", "strategy.server", "participation"):
         for name in CHOICES[choice]:
             assert f"`{name}`" in text or f"/`{name}`" in text, name
+
+
+def test_speeds_in_the_readme_are_those_of_the_results():
+    table = (ROOT / "README.md").read_text().partition("## Speed")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    ratios = re.findall(r"[\d.]+(?: to [\d.]+)? x", "".join(rows))
+    assert len(rows) == 5 and len(ratios) >= 10
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    assert [r for r in ratios if r not in results] == []
+
+
+def test_no_line_of_prose_is_wider_than_a_page():
+    assert shape.long_lines(ROOT) == []
 
 
 def test_contributing_fits_on_a_page():

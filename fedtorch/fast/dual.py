@@ -7,7 +7,7 @@ rows of D the scaled gradients that came back. So it puts out, and passes down,
 
 The first term is one large product for all clients together; the second needs only small Gram matrices.
 The bias is a column of ones in A, hence a 1 added to them. This is exact, not an approximation, and it
-pays while a client takes fewer rows than the layer is wide. ``docs/fast-path.md`` derives it.
+pays while a client takes fewer rows than the layer is wide. ``docs/fast-path-math.md`` derives it.
 """
 
 import torch

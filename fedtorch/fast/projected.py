@@ -1,13 +1,13 @@
 """Noise in every step for a first layer whose weights nobody writes down in between.
 
 During a visit a client sees the noise N_t on its first layer's weights [in, out] only through its own
-examples: as X N_t. Let Q be an orthonormal basis of the space of its rows, X^T = Q R. Then
-N_t = Q Z_t + (1 - Q Q^T) N_t, where Z_t = Q^T N_t is N(0, s^2) of size [n, out], independent of the second
-part; X N_t = R^T Z_t; and the second part is seen only in the end, summed over T steps, where it is
-(1 - Q Q^T) sqrt(T) E for one E of the law of N_t. So drawing Z_1, ..., Z_T and E gives everything that is
-ever computed the joint law it had, with n rows of noise a step in place of ``in``. Q comes from
-Householder's QR, which is orthonormal whatever the rank: examples may repeat. ``docs/fast-path.md`` has
-the proof, and what float32 leaves of it.
+examples: as X N_t. Let Q be an orthonormal basis of the space of its rows, X^T = Q R. Then N_t = Q Z_t +
+(1 - Q Q^T) N_t, where Z_t = Q^T N_t is N(0, s^2) of size [n, out], independent of the second part; X N_t
+= R^T Z_t; and the second part is seen only in the end, summed over T steps, where it is (1 - Q Q^T)
+sqrt(T) E for one E of the law of N_t. So drawing Z_1, ..., Z_T and E gives everything that is ever
+computed the joint law it had, with n rows of noise a step in place of ``in``. Q comes from Householder's
+QR, which is orthonormal whatever the rank: examples may repeat. ``docs/fast-path-math.md`` has the proof,
+and what float32 leaves of it.
 """
 
 import math

@@ -48,7 +48,7 @@ class SampleLevel(Privacy):
     """Examples whose gradients are held at once; a larger batch is split."""
     projected: bool = False
     """Draw a first linear layer's noise only where the client's examples see it, and the rest once a
-    round: the same law with fewer draws (docs/fast-path.md). For the fast path with plain SGD."""
+    round: the same law with fewer draws (docs/fast-path-math.md). For the fast path with plain SGD."""
 
     def event(self, noise: float) -> Event:
         """A round is ``steps`` releases over Poisson batches."""
