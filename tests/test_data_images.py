@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 
 from fedtorch import ConfigError
 from fedtorch.data import Digits, Idx
-from fedtorch.data.images import _digits, read_idx
+from fedtorch.data.images import _digits, inputs, read_idx
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -122,6 +122,18 @@ def _other_labels(folder: Path) -> None:
 def test_no_folder_is_refused(path):
     with pytest.raises(ConfigError, match=r"dataset\.path must be a folder"):
         Idx(path).load(0)
+
+
+def test_numbers_are_divided_by_the_scale_that_is_given():
+    for scale in (1.0, 2.0, 255.0):
+        x, done = inputs("t", np.array([[4, 2], [0, 255]], np.uint8), scale, None)
+        assert done.scale == scale
+        assert torch.equal(x, torch.tensor([[4.0, 2.0], [0.0, 255.0]]) / scale)
+
+
+def test_no_test_at_all_can_be_asked_for():
+    data = Digits(test_fraction=0).load(0)
+    assert (len(data.train), len(data.test)) == (1797, 0)
 
 
 def test_fractions_that_leave_nothing_are_refused():

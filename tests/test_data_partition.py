@@ -117,6 +117,18 @@ def test_natural_keeps_owners_whole_and_names_clients_after_them():
         assert len(homes) == 1
 
 
+def test_owners_of_one_size_are_dealt_round_in_the_order_of_their_names():
+    owners = [
+        f"{k:02d}" for k in range(60) for _ in range(1 + k % 2)
+    ]  # the odd ones have two examples
+    dealt = Natural().assign(np.zeros(90), owners, 10, np.random.default_rng(0))
+    assert dealt.tolist() == [k % 10 for k in range(30) for _ in range(3)]
+
+
+def test_ten_clients_where_none_are_asked_for():
+    assert [len(partition(data(50), how, None, 0)[0]) for how in (Iid(), Dirichlet())] == [10, 10]
+
+
 def regression() -> Data:
     x = torch.randn(30, 2)
     return from_tensors("numbers", (x, x[:, 0]), (x, x[:, 0]), "regression", 1)

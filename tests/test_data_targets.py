@@ -20,6 +20,8 @@ N = np.arange(60)
         ((N % 3)[:, None], "classification", 3, ()),
         (np.eye(4)[N % 4], "classification", 4, ()),
         (np.eye(4, dtype=bool)[N % 4], "classification", 4, ()),
+        (np.eye(2)[N % 2], "classification", 2, ()),
+        (np.arange(100), "classification", 100, ()),
         (np.stack([N / 7, N / 9], 1), "regression", 2, ()),
     ],
 )
@@ -95,6 +97,15 @@ def test_many_targets_to_an_example():
         understood("t", maps, "auto")
     with pytest.raises(ConfigError, match="class labels must be 0, 1"):
         understood("t", maps - 3, "classification")
+
+
+def test_a_message_shows_five_values_and_says_that_there_are_more():
+    for values, shown in (
+        (N * 10, "0, 10, 20, 30, 40, ..., "),
+        (N % 5 + 1.5, "1.5, 2.5, 3.5, 4.5, 5.5$"),
+    ):
+        with pytest.raises(ConfigError, match=shown):
+            understood("t", values, "auto" if values.max() > 9 else "binary")
 
 
 @pytest.mark.parametrize(

@@ -68,12 +68,13 @@ class HuggingFace:
             test = x[held], y[held]
             keys = [keys[i] for i in keep.tolist()] if keys else None
             x, y = x[keep], y[keep]
-        low = int(min(y.min(), *test[1][:1], test[1].min() if len(test[1]) else y.min()))
+        both = torch.cat((y, test[1]))
+        low = int(both.min())
         if low < 0:
             raise ConfigError(
                 f"{self.path}: column {self.y!r} must hold classes 0, 1, ..., but holds {low}"
             )
-        classes = int(max(y.max(), test[1].max() if len(test[1]) else y.max())) + 1
+        classes = int(both.max()) + 1
         names = tuple(getattr(train.features[self.y], "names", None) or ())[:classes]
         done = replace(done, classes=names if len(names) == classes else ())
         name = self.path.rstrip("/").split("/")[-1]
