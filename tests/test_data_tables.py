@@ -108,6 +108,10 @@ def test_a_column_that_names_owners_is_asked_about_and_one_that_counts_rows_is_s
         assert own.facts["in_features"] == 2 and set(own.keys) == {"0", "1", "2"}
     left = csv(tmp_path, f"patient,ward,b,y\n{rows}\n", drop=["ward"]).load(0)
     assert "'patient' counts the rows: if it is an index, give --dataset.drop patient" in said(left)
+    jumps = csv(
+        tmp_path, f"patient,ward,b,y\n{rows}\n".replace("159,", "160,"), drop=["ward"]
+    ).load(0)
+    assert "counts the rows" not in said(jumps)
 
 
 def test_an_empty_owner_and_columns_that_are_not_there_are_refused(tmp_path):
@@ -196,6 +200,13 @@ def test_yes_or_no_for_each_of_several_has_an_output_for_each(tmp_path):
     np.savez(tmp_path / "m.npz", x=X, y=np.arange(60).reshape(20, 3) % 2)
     data = Npz(str(tmp_path / "m.npz"), kind="binary").load(0)
     assert (data.outputs, data.facts["num_outputs"]) == (3, 3)
+
+
+def test_what_is_made_of_inputs_and_of_targets_is_both_said(tmp_path):
+    line = said(
+        npz(tmp_path, x=IMAGES[:, 0].astype(np.uint8), y=np.eye(4)[np.arange(40) % 4]).load(0)
+    )
+    assert "get an axis for one channel" in line and "one-hot targets are read as classes" in line
 
 
 def test_npz_regression_with_several_outputs(tmp_path):

@@ -168,7 +168,7 @@ def inputs(
     if largest and array.ndim == 3:
         array = array[:, None]
         notes.append("images [N, rows, columns] get an axis for one channel")
-    by = scale or (largest if largest and array.ndim > 2 else None) or 1.0
+    by = scale or largest or 1.0
     kind = np.int64 if array.dtype == np.int64 else np.float32
     x = torch.from_numpy(np.ascontiguousarray(array.astype(kind)))
     x = x / by if by != 1 else x
