@@ -1,10 +1,12 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from fedtorch import ConfigError
 from fedtorch.data import Custom, HuggingFace, partition
+from fedtorch.data.hub import _array
 from fedtorch.named import find
 
 
@@ -51,6 +53,21 @@ def test_a_folder_of_pictures_becomes_image_tensors(offline):
     # class folders are numbered by name: dark is 0, light is 1
     assert all(float(v[0].mean()) == float(label) for v, label in zip(x, y, strict=True))
     assert float(x.max()) == 1.0
+
+
+def test_a_picture_of_any_kind_is_read_by_its_colours():
+    image = pytest.importorskip("PIL.Image")
+    grey = image.fromarray(np.array([[5, 200]], np.uint8))
+    for mode in ("L", "1", "P", "RGB", "RGBA", "LA"):
+        made, read = grey.convert(mode), _array(grey.convert(mode))
+        assert read.dtype == np.uint8 and read.shape == ((1, 2) if mode in "L1" else (1, 2, 3))
+        assert np.array_equal(read, np.asarray(made.convert("L" if read.ndim == 2 else "RGB")))
+    for dtype in (np.uint16, np.int32):  # as Pillow holds sixteen bits
+        deep = _array(image.fromarray(np.array([[7, 65535]], dtype)))
+        assert (deep.dtype, deep.tolist()) == (np.uint16, [[7, 65535]])
+    for wrong in (-1, 65536):
+        with pytest.raises(ValueError, match="goes beyond 16 bits"):
+            _array(image.fromarray(np.array([[7, wrong]], np.int32)))
 
 
 @pytest.mark.parametrize(
