@@ -176,7 +176,7 @@ def test_private_noise_is_added_at_the_sites_and_charged_there(folder, tmp_path,
         Budget(tmp_path / "north", "north", 30.0, 1e-5)
 
 
-def test_a_site_stops_at_its_own_budget_and_the_run_goes_on(folder, tmp_path):
+def test_a_site_stops_at_its_own_budget_and_the_run_goes_on(folder, tmp_path, caplog):
     # the plan allows more than north does
     offered = offer(privacy=SampleLevel(noise_multiplier=1.0, rounds=3, steps=2, mode="stacked"))
     one = offered.privacy.planned(1.0, 1)
@@ -189,6 +189,7 @@ def test_a_site_stops_at_its_own_budget_and_the_run_goes_on(folder, tmp_path):
             failed = [f["failed"] for f in there.rounds(3)]
             there.close()
     assert failed == [{}, {"north": "budget"}, {"north": "budget"}]
+    assert [f"round {k}: not done" in caplog.text for k in (0, 1, 2, 3, 4)] == [0, 0, 1, 1, 0]
 
 
 def test_a_site_with_a_budget_joins_only_runs_whose_noise_it_adds(tmp_path):
@@ -585,20 +586,6 @@ def test_a_site_trains_only_what_it_has(table, why):
     assert accept(full, config) == offer()
     with pytest.raises(ConfigError, match=why):
         accept(full | table, config)
-
-
-def test_keys_are_private_and_sites_can_be_added(tmp_path):
-    keys.make(tmp_path, ["localhost"], ["a"], 2)
-    assert (tmp_path / "a/key.pem").stat().st_mode & 0o077 == 0
-    assert keys.make(tmp_path, [], ["a", "b"], 2) == [tmp_path / "b"]
-    for bad in ("../x", "a b", "ca", ""):
-        with pytest.raises(ConfigError, match="cannot be a site's name"):
-            keys.make(tmp_path, [], [bad], 2)
-    (tmp_path / "a/key.pem").chmod(0o644)
-    with pytest.raises(ConfigError, match="chmod 600"):
-        Line("localhost:1", tmp_path / "a", "a", 1)
-    with pytest.raises(ConfigError, match=r"key.pem, cert.pem and ca.pem"):
-        Line("localhost:1", tmp_path / "none", "a", 1)
 
 
 def test_a_site_gives_up_on_a_server_that_stays_away(folder, tmp_path):

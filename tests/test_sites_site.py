@@ -17,6 +17,7 @@ from fedtorch.sites import offer as plans
 from fedtorch.sites import site as module
 from fedtorch.sites.memory import KEPT, VisitMemory
 from fedtorch.sites.options import SiteConfig
+from fedtorch.sites.rpc import Unreachable
 from fedtorch.sites.site import Site
 from fedtorch.training.stacked import snapshot
 from fedtorch.types import ClientError, ConfigError, Task
@@ -191,7 +192,30 @@ def test_a_server_that_never_waits_does_not_keep_a_site_busy(data, tmp_path, mon
     server = Played(offer())
     server.tasks = [Message("wait")] * 5 + [Message("rejoin")] * 5
     assert play(server, data, tmp_path)[0] == 0
-    assert len(waits) == 10 and waits[0] < 1 and 10 < waits[-1] <= 30
+    assert len(waits) == 10 and doubling(waits)
+
+
+def test_a_report_is_tried_again_after_longer_and_longer(data, tmp_path, monkeypatch, caplog):
+    waits = []
+    monkeypatch.setattr(module.time, "sleep", waits.append)
+
+    class Cut(Played):
+        def call(self, method, data, seconds):
+            if method == "report" and len(waits) < 8:
+                raise Unreachable("the line is down")
+            return super().call(method, data, seconds)
+
+    server = Cut(offer())
+    server.tasks = [server.task(4)]
+    assert play(server, data, tmp_path / "a folder" / "that is new")[0] == 0
+    assert len(server.reports) == 1 and len(waits) == 8 and doubling(waits)
+    assert caplog.text.count("round 5: cannot report, trying again") == 8
+
+
+def doubling(waits: list[float]) -> bool:
+    """From half a second up to half a minute, or down to half of each."""
+    most = [min(0.5 * 2**k, 30.0) for k in range(len(waits))]
+    return all(m / 2 <= w <= m for w, m in zip(waits, most, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -255,7 +279,7 @@ def test_a_state_folder_that_lost_visits_is_said_and_with_a_budget_refused(data,
     for options in ({}, {"max_epsilon": 50.0, "lost_state": True}):
         then.tasks = [then.task(2, after=f"{1:032x}")]
         assert play(then, data, tmp_path / "new", **options)[0] == 0
-    assert caplog.text.count("this site starts afresh") == 2
+    assert len(re.findall("round 3: .*this site starts afresh", caplog.text)) == 2
     then.tasks = [then.task(2, after=f"{1:032x}")]
     assert play(then, data, tmp_path / "old", max_epsilon=50.0)[0] == 0
 
