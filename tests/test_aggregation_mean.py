@@ -50,7 +50,7 @@ def test_a_summed_update_alone_and_among_others():
     assert row.item() == 4
 
 
-def test_a_buffer_that_some_did_not_send_is_with_them_as_it_was():
+def test_a_buffer_that_a_client_did_not_send_counts_with_its_start_value():
     mean = Mean()
     mean.add(update("a", [3.0], [1.0]))
     mean.add(replace(update("bc", [1.0, 1.0], [2.0, 5.0]), buffers={}))

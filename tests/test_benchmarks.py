@@ -23,7 +23,7 @@ def run(accuracy: float, loss: float = 1.0, speed: float = 2.0) -> dict:
     }
 
 
-def test_equal_batches_leave_nothing_but_rounding():
+def test_on_equal_batches_only_rounding_differs():
     bare = [run(0.9), run(0.9)]
     assert not complaints({"bare": bare, "fedtorch": [run(0.9, 1.0009), run(0.9)]}, W1, 1.0)
     (said,) = complaints({"bare": bare, "fedtorch": [run(0.9), run(0.9, 1.0011)]}, W1, 1.0)
@@ -35,7 +35,7 @@ def test_equal_batches_leave_nothing_but_rounding():
     assert "first_loss" in complaints({"bare": bare, "fedtorch": early}, W1, 1.0)[0]
 
 
-def test_with_noise_only_what_chance_does_not_explain_is_told():
+def test_with_noise_only_differences_beyond_chance_are_reported():
     bare = [run(a) for a in (0.78, 0.79, 0.77, 0.78, 0.78)]
     near, far = ([run(r["accuracy"] - d) for r in bare] for d in (0.009, 0.06))
     assert not complaints({"bare": bare, "fedtorch": near}, W4, 1.0)

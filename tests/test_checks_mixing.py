@@ -175,11 +175,11 @@ def test_losses_of_single_examples_pass(loss):
     assert found(loss, Normed("none"), batch_size=200.0) is None
 
 
-def test_outputs_that_are_not_any_numbers_are_not_made_up():
+def test_a_loss_of_probabilities_is_tried_on_probabilities():
     assert found(strict_probabilities, nn.Sequential(net(), nn.Softmax(1))) is None
 
 
-def test_a_loss_may_keep_what_is_nobodys():
+def test_a_loss_module_may_keep_state_and_a_function_may_not():
     # a class, whose copies start anew; a function that counts keeps on counting, and is refused
     class Warmup(nn.Module):
         def __init__(self) -> None:
@@ -193,7 +193,7 @@ def test_a_loss_may_keep_what_is_nobodys():
     assert found(annealed())
 
 
-def test_trying_leaves_loss_and_model_as_they_were():
+def test_a_trial_leaves_loss_and_model_as_they_were():
     loss, model = Queue(), net()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found(cross_entropy, model)
@@ -203,7 +203,7 @@ def test_trying_leaves_loss_and_model_as_they_were():
 
 
 @pytest.mark.parametrize("mode", ["auto", "hooks", "ghost", "stacked"])
-def test_they_are_refused_in_every_mode_before_training(mode):
+def test_what_mixes_is_refused_in_every_privacy_mode_before_training(mode):
     recipe = Recipe(loss=same_class, privacy=SampleLevel(rounds=1, mode=mode))
     with pytest.raises(ConfigError, match="mixes the examples"):
         Local().open(net(), [Client("c", (X, Y))], recipe)
@@ -241,7 +241,7 @@ class Centred(torch.autograd.Function):
     ],
     ids=["in the largest batches", "beside a negative one", "beside a large one", "gradients"],
 )
-def test_a_model_that_mixes_beside_others_of_another_kind_only_is_found(fn):
+def test_a_model_that_mixes_only_beside_rows_of_another_kind_is_found(fn):
     assert found(model=Odd(fn)) is not None
     assert found(model=Odd(lambda h: h)) is None
 

@@ -136,7 +136,7 @@ def test_every_size_of_batch_that_comes_is_tried():
         Server(Odd(*mlp()), make_clients([8, 10, 13]), Recipe(batch_size=8))
 
 
-def test_trying_leaves_no_trace():
+def test_a_trial_leaves_weights_gradients_and_generators_as_they_were():
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     before, state = weights(model), torch.get_rng_state()
     fits(model, make_clients([5]), Recipe())
@@ -253,7 +253,7 @@ class Called(nn.Module):
         return self.norm(x) if self.mix else x
 
 
-def test_dropout_in_any_form_mixes_nothing_and_hides_nothing():
+def test_dropout_is_not_taken_for_mixing_and_does_not_hide_it():
     data, model = make_clients([9])[0].data, Called()
     assert not mixes_examples(model, data, Recipe())
     model.mix = True

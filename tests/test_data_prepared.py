@@ -80,7 +80,7 @@ def test_a_record_that_was_edited_is_not_believed(tmp_path):
         load(tmp_path)
 
 
-def test_only_the_same_data_go_on(tmp_path, capsys):
+def test_a_resume_needs_the_same_data(tmp_path, capsys):
     resumed(tmp_path, made())
     assert "data.json is gone: whether the data are those of the run" in capsys.readouterr().out
     Prepared.of(made()).save(tmp_path)
@@ -131,7 +131,7 @@ def data():
 @pytest.mark.parametrize(
     "draw", ["torch.rand(60, 1)", "random.random()", "float(np.random.rand())"]
 )
-def test_what_a_function_of_ones_own_draws_is_the_seeds(folder, capsys, draw):
+def test_a_data_function_of_ones_own_draws_from_the_runs_seed(folder, capsys, draw):
     name = f"drawn{abs(hash(draw))}"
     Path(f"{name}.py").write_text(RANDOM.replace("DRAW", draw))
     data = ["--dataset", "custom", "--dataset.path", f"{name}:data", "--model", "logistic"]
@@ -183,7 +183,7 @@ def test_a_table_is_predicted_by_names_and_scale_of_the_training_without_its_dat
     assert [r["prediction"] for r in predictions(capsys, "new.csv")] == ["well", "sick"]
 
 
-def test_pixels_give_the_same_however_they_are_saved(folder, capsys):
+def test_pixels_predict_alike_in_every_file_format(folder, capsys):
     images = np.random.default_rng(0).integers(0, 256, (60, 1, 6, 6)).astype(np.uint8)
     images[::2, :, :3] //= 8
     np.savez("t.npz", x=images, y=np.where(np.arange(60) % 2, 1, -1))
@@ -317,7 +317,7 @@ def test_a_table_of_numbers_in_other_units_is_refused(was, scale, now, said, tmp
     assert ("divided by 255 already" in capsys.readouterr().err) == divided
 
 
-def test_codes_stay_codes_however_they_are_saved(tmp_path):
+def test_vocabulary_codes_are_not_scaled_in_any_file_format(tmp_path):
     _, done = images.inputs("t.npz", np.array([[1, 2], [3, 0]]), None, None)
     kept = Prepared("k", "classification", 2, {"input_shape": (2,)}, done)
     for name, x in (("u", np.array([[3, 1]], np.uint8)), ("f", np.array([[3.0, 1.0]]))):
@@ -357,7 +357,7 @@ def test_a_table_with_numbers_that_are_none_is_not_predicted(tmp_path):
         given.examples(known((2,), columns=("a", "b")), tmp_path / "x.csv")
 
 
-def test_whole_numbers_are_amounts_where_the_model_has_no_vocabulary():
+def test_whole_numbers_are_scaled_where_the_model_has_no_vocabulary():
     path, x = Path("x.npy"), torch.tensor([[1, 2]])
     linear = torch.nn.Linear(2, 3)
     assert torch.equal(use.outputs(linear, x, path)[0], linear(x.float()))

@@ -41,7 +41,7 @@ def test_target_client_and_features(tmp_path):
     assert all((ages[p] % 3 == "abc".index(k)).all() for k, p in zip(ids, parts, strict=True))
 
 
-def test_kinds(tmp_path):
+def test_the_kind_of_target_decides_the_outputs(tmp_path):
     assert csv(tmp_path, TABLE, client="site", kind="binary").load(0).facts["num_outputs"] == 1
     numbers = csv(tmp_path, TABLE, client="site", target="dose").load(0)
     assert (numbers.kind, numbers.outputs, numbers.labels) == ("regression", 1, None)

@@ -25,7 +25,7 @@ N = np.arange(60)
         (np.stack([N / 7, N / 9], 1), "regression", 2, ()),
     ],
 )
-def test_what_is_plain_is_taken_for_what_it_is(values, kind, outputs, classes):
+def test_plain_targets_are_recognised_without_asking(values, kind, outputs, classes):
     found = understood("t", values, "auto")
     assert (found.kind, found.outputs, found.classes) == (kind, outputs, classes)
     assert found.y.dtype == (torch.int64 if kind == "classification" else torch.float32)

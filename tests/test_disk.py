@@ -9,7 +9,7 @@ import pytest
 from fedtorch import ConfigError, disk
 
 
-def test_a_file_is_whole_or_what_it_was(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     disk.replace(path, "one")
     with pytest.raises(KeyboardInterrupt), disk.whole(path) as file:
@@ -35,7 +35,7 @@ def test_a_private_file_is_for_its_owner(tmp_path):
     assert (tmp_path / "a.pt").stat().st_mode & 0o077 == 0
 
 
-def test_where_folders_cannot_be_opened_nothing_is_tried(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_opened_is_not_synced(tmp_path, monkeypatch):
     def refused(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 

@@ -64,7 +64,7 @@ def test_any_message_comes_back(message):
 
 
 @given(st.binary(max_size=300))
-def test_noise_is_refused(data):
+def test_random_bytes_are_refused(data):
     for raw in (data, wire.MAGIC + data, wire.MAGIC + (41).to_bytes(4, "little") + data):
         with pytest.raises(MessageError):
             wire.decode(raw)

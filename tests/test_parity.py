@@ -194,7 +194,7 @@ WHOLE = {
     ],
     ids=str,
 )
-def test_who_looks_at_the_whole_batch_sees_real_batches_alone(name, order):
+def test_a_model_that_looks_at_the_whole_batch_sees_only_real_rows(name, order):
     make, loss = WHOLE[name]
     recipe = Recipe(loss=loss, lr=0.02, **order)
     sizes = [37, 18, 37, 5, 18, 20]  # 8 leaves 5, 2, 5, 5, 2, 4; some equally large, some not
@@ -212,7 +212,7 @@ def test_who_looks_at_the_whole_batch_sees_real_batches_alone(name, order):
 
 
 @pytest.mark.parametrize("make, loss", [WHOLE["batchnorm"], WHOLE["mean"]])
-def test_what_would_be_filled_up_is_refused_by_the_stacked_solver(make, loss):
+def test_the_stacked_solver_refuses_batches_it_would_fill_up(make, loss):
     model = make()
     task = Task(snapshot(model), {}, 0, 0, 0.1)
     with pytest.raises(ClientError, match="looks at the whole batch"):
@@ -355,7 +355,7 @@ def instance_norm() -> nn.Module:
         *((make, loss) for make in (mlp, group_norm) for loss in (of_one_class, above_the_median)),
     ],
 )
-def test_what_looks_at_neighbours_in_secret_is_found(make, loss):
+def test_hidden_looks_at_other_examples_are_found(make, loss):
     recipe = Recipe(loss=loss, lr=0.05, batch_size=8, epochs=2)
     everybody = make_clients([21, 13, 6, 13])
     wanted = by_hand(seeded(make), everybody, recipe, 1)

@@ -48,7 +48,7 @@ def test_a_run_too_long_for_a_grid_gets_a_wider_error_or_none() -> None:
     assert rdp(((0.5, 0.1, 10**5),), 1e-5) < math.inf
 
 
-def test_nothing_to_gain_is_not_computed() -> None:
+def test_bounds_that_cannot_help_are_not_computed() -> None:
     assert prv(((1e4, 0.5, 10),), 1e-5) == math.inf
 
 

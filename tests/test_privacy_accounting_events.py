@@ -148,7 +148,7 @@ def test_mcmahan_table_one(steps: int, value: float) -> None:
         (1.3, 15, 240, 0.8436),
     ],
 )
-def test_tutorials_today(noise: float, epochs: int, size: int, by_prv: float) -> None:
+def test_a_tutorials_figure_is_matched(noise: float, epochs: int, size: int, by_prv: float) -> None:
     steps = epochs * 60000 // size
     assert epsilon([gaussian(noise, size / 60000, steps)], 1e-5) == pytest.approx(by_prv, abs=5e-4)
 

@@ -88,14 +88,14 @@ def from_below(run: bounds.Run, delta: float) -> float:
 
 @settings(max_examples=12, deadline=None)
 @given(st.floats(0.6, 8), st.floats(-4, -0.1), st.integers(1, 300), st.floats(-9, -3))
-def test_it_is_never_below_the_truth(
+def test_epsilon_is_never_below_the_truth(
     noise: float, log_rate: float, steps: int, log_delta: float
 ) -> None:
     run, delta = ((noise, 10**log_rate, steps),), 10**log_delta
     assert bounds.prv(run, delta) >= from_below(run, delta) - 1e-6
 
 
-def test_shifts_that_add_up_to_more_than_the_grid_is_long_turn_the_circle_back() -> None:
+def test_shifts_longer_than_the_grid_are_wrapped_the_right_way() -> None:
     # one release is worth -rate but for a rare loss, far finer than the mesh: 6,509,211 such shifts
     run, delta = ((0.333, 2.83e-6, 6_509_211),), 2e-7
     (noise, rate, steps), mesh = run[0], 1e-3
@@ -108,11 +108,11 @@ def test_shifts_that_add_up_to_more_than_the_grid_is_long_turn_the_circle_back()
 
 
 @pytest.mark.parametrize("run", [((0.3, 6e-3, 1),), ((0.2, 5e-4, 3),)])
-def test_a_delta_above_all_that_a_run_tells_costs_no_more_than_the_error(run: bounds.Run) -> None:
+def test_a_run_that_tells_less_than_delta_costs_no_more_than_the_error(run: bounds.Run) -> None:
     assert 0 <= bounds.prv(run, 2e-2) <= 0.01
 
 
-def test_it_rises_with_every_step() -> None:
+def test_epsilon_rises_with_every_step() -> None:
     found = [bounds.prv(((1.0, 0.1, t),), 1e-5) for t in range(1, 300)]
     assert all(b > a for a, b in itertools.pairwise(found))
 
@@ -186,7 +186,7 @@ def test_what_rounding_may_be_is_taken_off_delta() -> None:
     assert epsilon_of([(one._replace(rounding=5e-9), 1000)], 1e-5, 1e-9, 5.0) == math.inf
 
 
-def test_delta_in_the_dust_of_rounding_has_no_answer() -> None:
+def test_a_delta_below_the_rounding_error_gives_an_infinite_epsilon() -> None:
     mesh = 0.01 / math.sqrt(1000 * math.log(12e14) / 2)
     one = release(1.0, 0.01, 20.0, mesh, 1)
     assert epsilon_of([(one, 1000)], 1e-16, 1e-19, 5.0) == math.inf

@@ -63,7 +63,7 @@ def test_rows_of_sequences_are_refused():
     ghosts.close()
 
 
-def test_gradients_that_must_be_written_out_are_cut_to_what_there_is_room_for(monkeypatch):
+def test_written_out_gradients_are_split_to_fit_into_memory(monkeypatch):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(8, 4))
     x, y, seen = torch.randn(7, 6), torch.arange(7) % 4, []
@@ -74,7 +74,7 @@ def test_gradients_that_must_be_written_out_are_cut_to_what_there_is_room_for(mo
     assert seen == [3, 3, 1]
 
 
-def test_norm_and_sum_come_from_the_same_numbers_where_they_cancel():
+def test_ghost_sums_stay_within_the_clip_where_gradients_cancel():
     # what comes back to the first layer is a sum that is zero but for rounding, and what went in is huge;
     # by a second pass over scaled losses it would round in another way, past the clip
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def test_norm_and_sum_come_from_the_same_numbers_where_they_cancel():
     assert math.isfinite(worst)
 
 
-def test_a_layer_of_which_a_part_is_frozen_is_still_one_whose_gradients_stay_apart():
+def test_a_partly_frozen_layer_keeps_gradients_of_single_examples():
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)
     assert apart(layer)

@@ -43,7 +43,7 @@ def rounded_uniform(given):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 15, 16, 17, 40, 4099, 60_000])
-def test_both_ways_give_the_same_numbers(n, dtype, monkeypatch):
+def test_compiled_loop_and_numpy_give_the_same_numbers(n, dtype, monkeypatch):
     given, start = words(n), np.linspace(-1, 1, n).astype(dtype)
     machine, numpy = start.copy(), start.copy()
     normals.add(given.copy(), machine, 0.7)
@@ -162,7 +162,7 @@ def test_only_the_row_is_written_also_where_it_has_gaps(way):
 
 
 @pytest.mark.parametrize("given", [0, 2, 3, 6])
-def test_other_than_the_words_it_takes_are_refused(way, given):
+def test_another_number_of_words_than_needed_is_refused(way, given):
     with pytest.raises(ValueError, match=f"3 normals cannot be made of {given} words"):
         normals.add(words(6)[:given], np.zeros(3), 1.0)
 

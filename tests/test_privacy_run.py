@@ -43,7 +43,7 @@ PLANS = [
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: type(p).__name__)
-def test_three_rounds_saved_and_three_more_are_six(plan):
+def test_three_rounds_a_resume_and_three_more_give_the_state_of_six(plan):
     who = clients((9, 20, 14, 5, 6, 7))
     whole = server(model(), who, plan)
     for _ in range(6):
@@ -101,7 +101,7 @@ def test_a_round_the_budget_has_no_room_for_is_refused():
         list(failing.rounds(3))
 
 
-def test_a_part_of_the_plan_costs_no_more_than_the_plan_whatever_its_own_bound_is(monkeypatch):
+def test_rounds_within_the_plan_cost_no_more_than_the_plan(monkeypatch):
     # at a tiny delta PRV may have no answer for some rounds, where RDP's is above the target
     from fedtorch.privacy.accounting import ledger
 
@@ -145,7 +145,7 @@ def test_figures_outside_the_guarantee_say_so():
 
 
 @pytest.mark.parametrize("kind", [SampleLevel, ClientLevel, LocalDP])
-def test_strict_leaves_them_out(kind):
+def test_strict_leaves_out_figures_outside_the_guarantee(kind):
     plan = kind(noise_multiplier=1.0, rounds=1, strict=True)
     figures = server(model(), clients((9,) * 4), plan).round()
     assert not [k for k in figures if k.startswith("nonprivate_")]
@@ -194,7 +194,7 @@ def test_the_order_of_a_cohort_says_nothing_of_sizes():
 
 
 @pytest.mark.parametrize("kind", [SampleLevel, ClientLevel, LocalDP])
-def test_strict_notes_do_not_hang_on_how_many_examples_there_are(kind):
+def test_strict_notes_do_not_depend_on_the_number_of_examples(kind):
     plan = kind(noise_multiplier=1.0, rounds=1, strict=True, delta=1e-2)
     few, many = (server(model(), clients(sizes), plan).notes for sizes in ((2,) * 4, (400,) * 4))
     assert few == many
@@ -564,7 +564,7 @@ def test_worker_processes_draw_the_noise_of_one_process(plan):
     assert (results[0] - results[1]).abs().max() <= 1e-6
 
 
-def test_versions_that_are_not_known_cost_no_report(monkeypatch):
+def test_a_report_is_written_where_versions_are_unknown(monkeypatch):
     import importlib.metadata
 
     from fedtorch import __version__
@@ -599,7 +599,7 @@ def test_a_task_is_held_to_the_plan_that_was_joined(plan):
             plan.hold(told)
 
 
-def test_an_adaptive_clip_is_what_it_has_come_to_within_the_range_of_all():
+def test_an_adaptive_clip_outside_its_range_is_refused():
     plan = ClientLevel(rounds=1, noise_multiplier=1.0, adaptive=AdaptiveClip())
     plan.hold({"clip": 0.037, "noise": 1.0})
     for clip in (1e-7, 1e10, math.nan):

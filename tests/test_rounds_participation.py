@@ -87,7 +87,7 @@ def test_one_client_more_changes_no_others_coins(kind):
             assert [[i for i in part if i != ids[gone]] for part in many] == few
 
 
-def test_coins_of_clients_drawn_by_others_are_their_own():
+def test_drop_out_coins_do_not_depend_on_who_drew_the_cohort():
     kind = Everyone(dropout=0.5)
     for r in range(5):
         all_, fewer = kind.cohort(20, 3, r, [*range(20)]), kind.cohort(20, 3, r, [*range(1, 20)])

@@ -96,7 +96,7 @@ def test_clients_alike_are_never_filled_up():
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 9) | st.none(), st.booleans())
-def test_the_smallest_batch_is_foreseen(n, batch, steps, drop_last):
+def test_the_smallest_batch_is_computed_beforehand(n, batch, steps, drop_last):
     order = Order(batch_size=batch, steps=steps, drop_last=drop_last)
     assert least(n, order) == (plan(n, order, 0) >= 0).sum(1).min()
 

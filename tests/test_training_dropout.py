@@ -67,7 +67,7 @@ class Noisy(nn.Sequential):
 
 
 @pytest.mark.parametrize("last", [Noisy(nn.Flatten(), nn.Linear(36, 4)), nn.AlphaDropout()])
-def test_what_draws_in_another_way_is_not_stacked_and_says_so(last):
+def test_a_model_that_draws_in_its_own_way_is_not_stacked_and_a_note_says_so(last):
     model = last if isinstance(last, Noisy) else nn.Sequential(nn.Flatten(), last, nn.Linear(36, 4))
     server = Server(model, clients(), Recipe(lr=0.01))
     assert server.session.choice.solver is solvers.general
@@ -76,7 +76,7 @@ def test_what_draws_in_another_way_is_not_stacked_and_says_so(last):
         Server(model, clients(), Recipe(lr=0.01), engine=Local(solver="stacked"))
 
 
-def test_masks_are_zero_or_grown_at_the_rate_asked_for():
+def test_masks_are_zero_or_one_over_keep_at_the_asked_rate():
     like = torch.zeros(3, 50, 40)
     generators = [torch.Generator().manual_seed(k) for k in (0, 1, 0)]
     noise = dropout.noise(like, (0, 1, 2), 0.8, [50, 50, 20], generators)

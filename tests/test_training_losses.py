@@ -17,7 +17,7 @@ def test_cross_entropy_agrees_with_torch_for_classes_and_for_sequences():
 @pytest.mark.parametrize(
     "shape", [(6, 6), (6, 6, 6), (6, 6, 6, 6), (2, 5, 5), (3, 4, 4, 4), (2, 3, 7, 3)]
 )
-def test_where_any_axis_could_be_the_classes_it_is_the_one_torch_takes(shape):
+def test_classes_are_on_axis_1_where_any_axis_fits(shape):
     g = torch.Generator().manual_seed(1)
     x = torch.randn(shape, generator=g).requires_grad_()
     y = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=g)

@@ -68,7 +68,7 @@ def test_wrong_options_are_named_before_training(args):
 
 
 @pytest.mark.parametrize("cls", sorted(ELEMENTWISE, key=lambda c: c.__name__))
-def test_what_is_called_elementwise_is(cls):
+def test_optimizers_listed_as_elementwise_are(cls):
     """A step on two stacked rows equals two steps on one row each."""
     rows = [torch.tensor([1.0, -2.0, 3.0]), torch.tensor([100.0, 0.0, -1.0])]
     grads = [torch.tensor([0.1, 5.0, -1.0]), torch.tensor([-3.0, 1e-3, 2.0])]

@@ -262,7 +262,7 @@ class Constants(nn.Module):
 @pytest.mark.parametrize(
     "recipe", [Recipe(batch_size=8), Recipe(Scaffold(), batch_size=8)], ids=str
 )
-def test_constants_are_no_news_and_no_reason_to_leave_a_client_out(recipe):
+def test_constant_buffers_are_not_sent_and_leave_no_client_out(recipe):
     ends = []
     for engine in (Local(solver="general"), Local(chunk=1), Local(solver="stacked")):
         model = Constants()
@@ -283,7 +283,7 @@ def test_constants_are_no_news_and_no_reason_to_leave_a_client_out(recipe):
             assert torch.allclose(ends[0][k], other[k], atol=1e-6), k
 
 
-def test_a_mask_may_be_infinite_under_client_level_privacy_too():
+def test_an_infinite_constant_is_allowed_under_client_level_privacy():
     class Masked(Constants):
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(x) + self.mask.softmax(1).sum(0)

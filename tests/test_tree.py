@@ -61,6 +61,6 @@ def test_finite_holds_where_a_float32_square_does_not():
     assert tree.finite({"a": torch.tensor([[3e38], [float("inf")]])}).tolist() == [True, False]
 
 
-def test_norms_of_no_rows_are_no_norms():
+def test_norms_of_an_empty_stack_are_empty():
     for width in (3, tree.SHORT + 1):  # an empty Poisson batch has none
         assert tree.exact_sq_norms(torch.zeros(0, width)).shape == (0,)
