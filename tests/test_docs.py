@@ -1,5 +1,6 @@
 """The documents are true: their Python runs, their commands parse, their links lead somewhere."""
 
+import importlib
 import re
 import shlex
 import tomllib
@@ -8,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import weights
+from fedtorch import Local
 from fedtorch.__main__ import COMMANDS
 from fedtorch.commands.train import train_module
+from fedtorch.engines import Processes
 from fedtorch.run import cli
 from fedtorch.run.names import CHOICES
 from tools import shape
@@ -77,3 +81,31 @@ def test_no_line_of_prose_is_wider_than_a_page():
 
 def test_contributing_fits_on_a_page():
     assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 80
+
+
+def test_parts_of_ones_own_train_alike_on_every_engine(tmp_path, monkeypatch):
+    *parts, run = blocks(ROOT / "docs" / "own.md", "python")
+    assert [len(defined(part)) <= 15 for part in parts] == [True] * len(parts)
+    (tmp_path / "own_parts.py").write_text("\n".join(parts))
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("own_parts")
+    engines = [
+        Local(solver="general"),
+        Local(solver="stacked"),
+        Local(),
+        Processes(workers=1, solver="general"),
+    ]
+    ends = []
+    for engine in engines:
+        names = vars(mine) | {"__name__": "documentation", "engine": engine}
+        exec(run.replace("clients, recipe)", "clients, recipe, engine=engine)"), names)
+        names["server"].close()
+        ends.append(weights(names["server"].model))
+    for end in ends[1:]:
+        assert all(torch.allclose(v, ends[0][k], atol=1e-5) for k, v in end.items())
+
+
+def defined(block: str) -> list[str]:
+    """Lines of a block with something on them, from its first class or function on."""
+    _, _, rest = re.split(r"^(@dataclass|class |def )", block, maxsplit=1, flags=re.MULTILINE)
+    return [line for line in rest.splitlines() if line.strip()]
