@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from fedtorch.client import Recipe
 from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.engines import Engine, Local
 from fedtorch.options import COUNT, POSITIVE, SHARE, check
-from fedtorch.privacy import Privacy, SampleLevel
+from fedtorch.privacy import Nothing, Privacy, SampleLevel
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent
 from fedtorch.rounds.participation import Everyone, Participation
@@ -185,8 +185,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         steps=config.steps,
         batch_size=config.batch_size,
         drop_last=config.drop_last,
-        privacy=config.privacy
-        and replace(config.privacy, rounds=config.privacy.rounds or config.rounds),
+        privacy=(config.privacy or Nothing()).planned_for(config.rounds),
     )
     server = Server(
         model,

@@ -146,7 +146,9 @@ def report(name: str, task: Message, run: str, change: Change | None) -> bytes:
     state = messages.read_task(task).state
     delta = {k: torch.full((1, *v.shape), 1e-3).double() for k, v in state.items()}
     one = torch.ones(1)
-    update = messages.Update((name,), {"delta": delta}, {}, one, {k: one for k in FIGURES})
+    update = messages.Released.received(
+        (name,), {"delta": delta}, {}, one, {k: one for k in FIGURES}
+    )
     facts = {"run": run, "visit": task.facts["visit"], "round": task.facts["round"]}
     message = messages.outcome_message(messages.Outcome(update, [], {}), [name], **facts)
     facts, groups = dict(message.facts), {g: dict(t) for g, t in message.groups.items()}

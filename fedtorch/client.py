@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from fedtorch.options import COUNT, POSITIVE, check, fit
-from fedtorch.privacy import Privacy, SampleLevel
+from fedtorch.privacy import Nothing, Privacy
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.training.batches import length
 from fedtorch.training.losses import Loss, cross_entropy
@@ -62,33 +62,34 @@ class Recipe:
     """Examples in a local step; None: all of the client's at once."""
     drop_last: bool = False
     """Leave out the last, smaller batch of each pass (clients smaller than a batch keep theirs)."""
-    privacy: Privacy | None = None
-    """SampleLevel, ClientLevel or LocalDP; none: nothing is noised."""
+    privacy: Privacy = Nothing()
+    """SampleLevel, ClientLevel or LocalDP; Nothing() or None: nothing is noised."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot train, by name."""
+        object.__setattr__(self, "privacy", self.privacy or Nothing())
         check(self, "", lr=POSITIVE, epochs=COUNT, steps=COUNT, batch_size=COUNT)
         self.optimizer.check()
 
     @property
     def learning_rate(self) -> float:
         """The learning rate, or the default that fits the kind of step."""
-        return default_lr(self.privacy) if self.lr is None else self.lr
+        return self.privacy.default_lr if self.lr is None else self.lr
 
     @property
     def weighting(self) -> str:
         """How clients are weighed: auto is by examples, and alike where privacy asks for it."""
         chosen = self.strategy.weighting
-        return chosen if chosen != "auto" else "uniform" if self.privacy else "examples"
+        return chosen if chosen != "auto" else self.privacy.weighting
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether each client's own upload is needed, and not only the mean of what they learned."""
+        return not (self.strategy.only_delta and self.privacy.scales)
 
     def weights(self, examples: Tensor) -> Tensor:
         """Aggregation weights of clients with so many examples, [K]."""
         return examples if self.weighting == "examples" else torch.ones_like(examples)
-
-
-def default_lr(privacy: Privacy | None) -> float:
-    """A learning rate where none is given: a step of clipped gradients is short."""
-    return 1.0 if isinstance(privacy, SampleLevel) else 0.1
 
 
 def as_dataset(data: Dataset | tuple[Tensor, ...], owner: str) -> Dataset:

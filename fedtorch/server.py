@@ -5,7 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fedtorch.engines import Engine, Local
 from fedtorch.options import NOT_NEGATIVE, fit, shown, within
 from fedtorch.privacy import models
 from fedtorch.privacy.accounting.ledger import Ledger
-from fedtorch.privacy.run import BudgetSpent, PrivateRun
+from fedtorch.privacy.run import BudgetSpent, PrivateRun, opened
 from fedtorch.rounds.figures import Metrics, Visits, length, traffic
 from fedtorch.rounds.history import History
 from fedtorch.rounds.participation import Everyone, Participation
@@ -26,7 +26,7 @@ from fedtorch.run.console import Report
 from fedtorch.strategies.base import Strategy, uploads
 from fedtorch.training.stacked import load, snapshot, to
 from fedtorch.tree import double, sound
-from fedtorch.types import ConfigError, Failure, Params, Task, Update
+from fedtorch.types import ConfigError, Failure, Params, Released, Task
 
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ class Server:
         if twice:
             raise ConfigError(f"client ids must differ, but {twice[0]!r} is there twice")
         participation.check(len(clients))
-        if self.recipe.privacy and self.recipe.privacy.fix_model:
+        if self.recipe.privacy.fix_model:
             model = models.fixed(model)
         self.model = model
         self.round_number = 0
@@ -90,18 +90,22 @@ class Server:
         """Whether the last round's step was not finite, and the round before stands."""
         self.nobody = False
         """Whether no client counted in the last round, and nothing was released."""
-        self.watch: Callable[[Update], None] | None = None
+        self.watch: Callable[[Released], None] | None = None
         """Shown every update as it arrives; for looking, not for changing."""
-        self.private: PrivateRun | None = None
         self.notes = [*ignored(model), *self.session.notes]
-        if self.recipe.privacy is not None:
-            if self.recipe.privacy.fix_model:
-                self.notes.append(
-                    "privacy.fix_model: server.model is a copy, without the layers that void the guarantee"
-                )
-            groups = uploads(self.recipe.strategy, params, self.extras)
-            self.private = PrivateRun(self.recipe.privacy, self.ids, groups)
-            self.notes += self.private.check(self.recipe, participation)
+        if self.recipe.privacy.fix_model:
+            self.notes.append(
+                "privacy.fix_model: server.model is a copy, without the layers that void the guarantee"
+            )
+        groups = partial(uploads, self.recipe.strategy, params, self.extras)
+        self.books = opened(self.recipe.privacy, self.ids, groups)
+        """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
+        self.notes += self.books.check(self.recipe, participation)
+
+    @property
+    def private(self) -> PrivateRun | None:
+        """The privacy plan's calibration, budget and ledger; None: the run is not private."""
+        return self.books if isinstance(self.books, PrivateRun) else None
 
     def round(self) -> Metrics:
         """One round: choose a cohort, let it train, average, step. Returns the round's figures.
@@ -128,25 +132,22 @@ class Server:
             "seconds_aggregate": time.perf_counter() - trained,
             **self.visits.speed(trained - sampled),
         }
-        return self.mark(figures) | self.private.figures() if self.private else figures
+        return self.mark(figures) | self.books.figures()
 
     def mark(self, figures: Metrics) -> Metrics:
         """Under privacy, figures of the clients' data that the guarantee does not cover say so."""
-        return self.private.mark(figures) if self.private else figures
+        return self.books.mark(figures)
 
     def within_budget(self) -> bool:
         """Whether the privacy plan's epsilon has room for another round."""
-        if self.private is None:
-            return True
         reporting, lost = self._cohort()
-        return self.private.affordable([*reporting, *lost], self.round_number)
+        return self.books.affordable([*reporting, *lost], self.round_number)
 
     def rounds(self, n: int) -> Iterator[Metrics]:
         """Train ``n`` more rounds, one at a time, or until the privacy budget is spent."""
         within("rounds", fit("rounds", n, int), NOT_NEGATIVE)
         for _ in range(n):
-            plan = self.recipe.privacy
-            if plan and plan.budget == "stop" and not self.within_budget():
+            if self.recipe.privacy.budget == "stop" and not self.within_budget():
                 return
             figures = self.round()
             if self.nobody:
@@ -178,7 +179,7 @@ class Server:
             "extras": self.extras,
             "optimizer": self.optimizer_state,
             "memory": self.session.memory(),
-            "privacy": self.private.state_dict() if self.private else None,
+            "privacy": self.books.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], ledger: Ledger | None = None) -> None:
@@ -190,12 +191,7 @@ class Server:
         if missing:
             raise ConfigError(f"the checkpoint has no {missing[0]!r}: another version wrote it")
         _same_shapes(self._state(), state["model"])
-        if (state["privacy"] is None) != (self.private is None):
-            raise ConfigError(
-                "the checkpoint and this run do not agree on whether training is private"
-            )
-        if self.private:
-            self.private.load_state_dict(state["privacy"], ledger)
+        self.books.load_state_dict(state["privacy"], ledger)
         load(self.model, state["model"])
         self.round_number, self.seed, self._drawn = state["round"], state["seed"], None
         self.extras, self.optimizer_state = state["extras"], state["optimizer"]
@@ -215,8 +211,8 @@ class Server:
     def _cohort(self) -> tuple[list[int], list[int]]:
         # client-level privacy draws by coins nobody can foresee, once a round; others come from the seed
         if self._drawn is None:
-            plan, n = self.recipe.privacy, len(self.ids)
-            chosen = plan.cohort(n, self.round_number) if plan else None
+            n = len(self.ids)
+            chosen = self.recipe.privacy.cohort(n, self.round_number)
             draw = self.participation.cohort
             self._drawn = draw(n, self.seed, self.round_number, chosen, self.ids)
         return self._drawn
@@ -239,20 +235,17 @@ class Server:
 
     def _charge(self, asked: list[int]) -> None:
         # before anything is sent: what is asked for is paid for, whatever comes back
-        if self.private is None:
-            return
-        if not self.private.affordable(asked, self.round_number):
+        if not self.books.affordable(asked, self.round_number):
             raise BudgetSpent(
                 f"round {self.round_number + 1} would spend more than the privacy plan's epsilon: "
                 "the model so far is the last the budget pays for"
             )
-        self.private.charge(asked, self.round_number)
+        self.books.charge(asked, self.round_number)
 
     def _task(self) -> Task:
         lr = self.recipe.learning_rate * self.schedule(self.round_number)
-        task = Task(self._state(), self.extras, self.round_number, self.seed, lr)
-        numbers = self.private.numbers(self.round_number) if self.private else {}
-        return replace(task, privacy=numbers)
+        numbers = self.books.numbers(self.round_number)
+        return Task(self._state(), self.extras, self.round_number, self.seed, lr, numbers)
 
     def _state(self) -> Params:
         """The model's parameters and buffers, on the CPU, wherever it is.
@@ -284,13 +277,13 @@ class Server:
         strategy, reported = self.recipe.strategy, len(self.visits.ids)
         self.failed_step = False
         # noise comes first: all that the strategy and the server optimizer do is post-processing
-        released = self.private.release(mean.sums()) if self.private else None
+        released = self.books.release(mean.sums)
         means, buffers = came = mean.result(state) if reported else ({}, {})
         self.nobody = not (reported or released)
         delta: Params = {}
         if reported or released:
             sent, buffers = (released, {}) if released else (means, buffers)
-            share = self.recipe.privacy and self.recipe.privacy.share()
+            share = self.recipe.privacy.share()
             if strategy.server is not None or type(strategy).step is not Strategy.step:
                 # to be computed with, not only added
                 sent = {g: double(v) for g, v in sent.items()}

@@ -1,7 +1,8 @@
 """What crosses each boundary: server -> client, client -> server, and nothing else."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -59,21 +60,20 @@ class Context:
     """Optimizer steps of each client in this visit, [K]."""
     lr: float
     seeds: tuple[int, ...] = ()
-    """Of each client's own draws in this visit, such as dropout's, [K]; empty where nothing can draw."""
-    own: tuple[int, ...] | None = None
-    """What a strategy is shown for ``seeds`` where those are a secret of the clients."""
+    """What a strategy may draw from for each client in this visit, [K]; never a client's secret."""
 
-    def shown(self) -> "Context":
-        """What a strategy may look at: never a client's secret."""
-        return self if self.own is None else replace(self, seeds=self.own, own=None)
+
+_SEAL = object()
+"""Whoever has it may make a ``Released``: ``Privacy.release``, and whoever reads one out of a message."""
 
 
 @dataclass(frozen=True)
-class Update:
-    """What K clients send back.
+class Released:
+    """What K clients send: the only thing of theirs that reaches another process.
 
-    Sent tensors are float64, so that a sum loses nothing; of a sum that the fast path took in the weights'
-    own type they are of that type.
+    ``Privacy.release`` makes it of what visits left; nobody else can. Sent tensors are float64, so that a
+    sum loses nothing; a sum that the fast path took in the weights' own type is of that type.
+    Raises TypeError where anybody else makes one.
     """
 
     ids: tuple[str, ...]
@@ -88,6 +88,46 @@ class Update:
     summed: bool = False
     """``sent`` and ``buffers`` are one row, the weighted mean of the K clients: a strategy that only
     averages deltas never needs them one by one, and K copies of a model are slow to write and read."""
+    seal: object = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Nothing leaves a client past its plan."""
+        if self.seal is not _SEAL:
+            raise TypeError(
+                "only Privacy.release makes what a client may send (fedtorch.types.Released)"
+            )
+
+    @classmethod
+    def received(
+        cls,
+        ids: tuple[str, ...],
+        sent: dict[str, Stack],
+        buffers: Stack,
+        weight: Tensor,
+        metrics: dict[str, Tensor] | None = None,
+        summed: bool = False,
+    ) -> "Released":
+        """What came in a message: it was released where it was sent from."""
+        return cls(ids, sent, buffers, weight, metrics or {}, summed, _SEAL)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What K visits left, before the privacy plan: it stays in the process that holds the data."""
+
+    ids: tuple[str, ...]
+    examples: Tensor
+    """Of each client, [K]."""
+    weight: Tensor
+    """Aggregation weight, [K]."""
+    figures: dict[str, Tensor]
+    """Figures about the visits, each [K]."""
+    results: Any
+    """``fedtorch.training.results.Results``."""
+    groups: dict[str, Stack] | None
+    """What the strategy would send, each [K, ...]; None: the mean of the changes is all that is needed."""
+    settled: Tensor | None
+    """Whether the float buffers of each client are finite or as they were, [K]; None: none leave it."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@ from dataclasses import replace
 import torch
 
 from fedtorch.aggregation.mean import Mean
-from fedtorch.types import Update
+from fedtorch.types import Released
 
 
-def update(ids: str, values: list[float], weight: list[float]) -> Update:
+def update(ids: str, values: list[float], weight: list[float]) -> Released:
     v = torch.tensor(values, dtype=torch.float64)[:, None]
-    return Update(tuple(ids), {"delta": {"w": v}}, {"s": v.float()}, torch.tensor(weight))
+    return Released.received(
+        tuple(ids), {"delta": {"w": v}}, {"s": v.float()}, torch.tensor(weight)
+    )
 
 
 def test_mean_is_weighted_and_does_not_depend_on_how_clients_are_chunked():
@@ -34,7 +36,9 @@ def test_ten_thousand_small_updates_lose_nothing():
 def test_a_summed_update_alone_and_among_others():
     """The mean of 1.0 and 5.0 by 1 and 3 arrives as one row."""
     row = torch.tensor([[4.0]], dtype=torch.float64)
-    one = Update(("a", "b"), {"delta": {"w": row}}, {}, torch.tensor([1.0, 3.0]), summed=True)
+    one = Released.received(
+        ("a", "b"), {"delta": {"w": row}}, {}, torch.tensor([1.0, 3.0]), summed=True
+    )
     mean = Mean()
     mean.add(one)
     assert mean.result()[0]["delta"]["w"].item() == 4

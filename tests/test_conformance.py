@@ -137,7 +137,7 @@ def the_adaptive_clip_goes_to_the_median() -> None:
         state["round"] = t
         bits = torch.where(torch.linspace(0.5, 1.5, 101) <= state["clip"], 0.5, -0.5)
         total = {"below": {"bit": bits.double().sum()[None]}}
-        _, state = plan.release(total, state, 0.5, 101)
+        _, state = plan.server(total, state, 0.5, 101)
     assert 0.8 < state["clip"] < 1.2
 
 

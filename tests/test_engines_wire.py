@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message, MessageError
-from fedtorch.types import Failure, Task, Update
+from fedtorch.types import Failure, Released, Task
 
 
 def example() -> Message:
@@ -163,7 +163,9 @@ def outcome(**changes) -> messages.Outcome:
         "metrics": {"train_loss": torch.tensor([0.5, 0.25]).double()},
     } | changes
     failures = [Failure("b/1", "nonfinite", "its update is not finite")]
-    return messages.Outcome(Update(**fields), failures, {"c": {"m": {"w": torch.ones(1)}}})
+    return messages.Outcome(
+        Released.received(**fields), failures, {"c": {"m": {"w": torch.ones(1)}}}
+    )
 
 
 EXPECTED = messages.Expected({"delta": {"w": (torch.Size((2, 3)), torch.float64)}}, {})

@@ -29,7 +29,7 @@ from fedtorch import (
 from fedtorch.data import Csv, Digits, Dirichlet, HuggingFace, Idx, Npz, QuantitySkew, Shards, Text
 from fedtorch.engines import Local, Processes, Ray
 from fedtorch.options import COUNT, INSIDE, SHARE, fit, shown
-from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, SampleLevel
+from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, Nothing, SampleLevel
 from fedtorch.rounds.schedules import Cosine, Exponential, Step
 from fedtorch.run import cli
 from fedtorch.sites.engine import Sites
@@ -148,7 +148,7 @@ def test_numbers_of_numpy_become_numbers() -> None:
     [
         ({"optimizer": "adam"}, "optimizer must be a ClientOptimizer, got 'adam'"),
         ({"lr": "0.1"}, "lr must be a number.*, got '0.1'"),
-        ({"privacy": True}, "privacy must be a Privacy or None, got True"),
+        ({"privacy": True}, "privacy must be a Privacy, got True"),
         ({"privacy": SampleLevel}, r"got the class SampleLevel \(write SampleLevel\(\.\.\.\)\)"),
         ({"strategy": FedProx}, r"strategy must be a Strategy, got the class FedProx"),
         ({"strategy": "fedavg"}, "strategy must be a Strategy, got 'fedavg'"),
@@ -258,7 +258,7 @@ def test_the_command_and_python_have_one_set_of_defaults() -> None:
         for name in ("strategy", "lr", "epochs", "steps", "batch_size", "drop_last"):
             assert getattr(config, name) == getattr(made, name), name
         # but for privacy, which is the command's default alone, as README says
-        assert config.privacy == SampleLevel() and made.privacy is None
+        assert config.privacy == SampleLevel() and made.privacy == Nothing()
     assert made.learning_rate == 0.1 and Recipe(privacy=SampleLevel()).learning_rate == 1.0
     assert Recipe(lr=0.3, privacy=SampleLevel()).learning_rate == 0.3
     assert Recipe(privacy=ClientLevel()).learning_rate == 0.1

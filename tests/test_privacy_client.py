@@ -47,12 +47,12 @@ def test_an_update_that_is_not_finite_is_the_zero_update_bit_for_bit(bad):
 
 def test_noise_is_on_the_sum_and_divided_by_a_constant():
     plan = ClientLevel(clip=0.5, rate=0.25, rounds=1)
-    mean, _ = plan.release({}, start(plan, 20_000), 2.0, 40)
+    mean, _ = plan.server({}, start(plan, 20_000), 2.0, 40)
     assert abs(mean["delta"]["w"].std().item() / (2.0 * 0.5 / 10) - 1) < 0.02
     # whoever reports, the divisor is rate x population
     one = torch.ones(1, 4) / 2
     for k in (1, 3):
-        mean, _ = plan.release(sums(one.expand(k, 4).double()), start(plan), 1e-12, 40)
+        mean, _ = plan.server(sums(one.expand(k, 4).double()), start(plan), 1e-12, 40)
         assert torch.allclose(mean["delta"]["w"], torch.full((4,), k / 2 / 10).double())
 
 
@@ -145,7 +145,7 @@ def test_adaptive_clipping_finds_the_median(first):
     for t in range(100):
         state["round"] = t
         bits = torch.where(norms <= state["clip"], 0.5, -0.5).double().sum()[None]
-        _, state = plan.release(
+        _, state = plan.server(
             {"delta": {"w": torch.zeros(4).double()}, "below": {"bit": bits}}, state, 0.5, 101
         )
     assert 0.8 < state["clip"] < 1.2
@@ -155,7 +155,7 @@ def test_adaptive_noise_uses_the_clip_the_updates_were_clipped_to():
     plan = ClientLevel(adaptive=AdaptiveClip(start=3.0), rounds=1)
     state = start(plan, 20_000)
     bits = torch.tensor([50.0]).double()
-    mean, new = plan.release({"below": {"bit": bits}}, state, 1.0, 100)
+    mean, new = plan.server({"below": {"bit": bits}}, state, 1.0, 100)
     assert new["clip"] < 3.0
     assert abs(mean["delta"]["w"].std().item() / (1.0050378 * 3.0 / 100) - 1) < 0.02
 

@@ -619,7 +619,7 @@ def test_an_adaptive_clip_stops_at_the_ends_of_the_range():
     for clip, bit, end in ((2e-6, 5.0, 1e-6), (5e8, -5.0, 1e9)):
         state = plan.start({"delta": {"w": torch.zeros(2)}}) | {"clip": clip, "round": 0}
         sums = {"delta": {"w": torch.zeros(2).double()}, "below": {"bit": torch.tensor([bit])}}
-        assert plan.release(sums, state, 1.0, 10)[1]["clip"] == end
+        assert plan.server(sums, state, 1.0, 10)[1]["clip"] == end
 
 
 def test_a_clip_that_float32_cannot_hold_is_refused_wherever_it_comes_from():

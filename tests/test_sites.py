@@ -270,7 +270,7 @@ def report(made, name, change):
     while task is None or task.kind != "task":
         task = ask(made["line"](name), "fetch", {"run": "test"})
     state = messages.read_task(task).state
-    update = messages.Update(
+    update = messages.Released.received(
         (name,),
         {"delta": {k: torch.zeros(1, *v.shape).double() for k, v in state.items()}},
         {},
@@ -505,7 +505,7 @@ def test_over_selection_takes_the_first_and_discards_the_late_by_name(folder, ca
 
 def test_of_reports_that_came_together_the_first_count():
     task = messages.Task({}, {}, 0, 0, 0.1)
-    update = messages.Update(("x",), {}, {}, torch.ones(1))
+    update = messages.Released.received(("x",), {}, {}, torch.ones(1))
     visits = [
         Visit(n, task, taken=True, outcome=update, place=p)
         for n, p in zip("abc", (3, 1, 2), strict=True)

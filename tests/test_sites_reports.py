@@ -10,7 +10,7 @@ from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.sites.reports import Reader
-from fedtorch.types import Failure, Task, Update
+from fedtorch.types import Failure, Released, Task
 
 FIGURES = {"train_loss": 0.5, "examples": 20.0, "visited": 40.0, "steps": 4.0, "update_norm": 1.0}
 TASK = Task({}, {}, 3, 0, 0.1, {"clip": 1.0, "noise": 1.0})
@@ -28,7 +28,7 @@ def honest(recipe, weight, value=0.1):
         for g, names in reader.expected.sent.items()
     }
     metrics = {k: torch.tensor([v]) for k, v in FIGURES.items()}
-    update = Update(("north",), sent, {}, torch.tensor([weight]), metrics)
+    update = Released.received(("north",), sent, {}, torch.tensor([weight]), metrics)
     message = messages.outcome_message(messages.Outcome(update, [], {}), ["north"], round=3)
     return reader, dict(message.facts), {g: dict(t) for g, t in message.groups.items()}
 
@@ -101,7 +101,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_a_report_that_is_not_a_visits_is_refused_by_name(case):
     reader, facts, groups = honest(Recipe(), 20.0)
-    assert isinstance(read(reader, facts, groups), Update)
+    assert isinstance(read(reader, facts, groups), Released)
     change, why = WRONG[case]
     change(facts, groups)
     with pytest.raises(MessageError, match=why):
@@ -151,7 +151,7 @@ def test_under_client_level_privacy_nobody_moves_the_sum_by_more_than_the_clip()
     length = math.sqrt(sum(v.numel() for v in groups["sent/delta"].values()))
     bit.fill_(0.5)
     filled(1 / length)(facts, groups)
-    assert isinstance(read(reader, facts, groups), Update)
+    assert isinstance(read(reader, facts, groups), Released)
     filled(1.001 / length)(facts, groups)
     with pytest.raises(MessageError, match="above the clipping norm 1"):
         read(reader, facts, groups)

@@ -23,12 +23,11 @@ from fedtorch.aggregation.mean import Mean
 from fedtorch.engines import solver_choice
 from fedtorch.fast import offer
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
-from fedtorch.training import local_update as visit
-from fedtorch.training import sequential, stacked
+from fedtorch.training import stacked
 from fedtorch.training.module import snapshot
-from fedtorch.training.sequential import Total
+from fedtorch.training.results import RunningSum
 from fedtorch.training.stacked import general
-from fedtorch.types import ClientError, Task, Update
+from fedtorch.types import ClientError, Released, Task
 
 SIZES = [37, 5, 18, 64, 1]
 
@@ -37,7 +36,9 @@ def task(model: nn.Module) -> Task:
     return Task(snapshot(model), {}, 2, 7, 0.1, {"clip": 0.05, "noise": 1.0})
 
 
-def both(recipe: Recipe, clients: list[Client], model: nn.Module) -> tuple[Update, Mean, list[str]]:
+def both(
+    recipe: Recipe, clients: list[Client], model: nn.Module
+) -> tuple[Released, Mean, list[str]]:
     """All in one call, and one call for each; who failed in either is the same."""
     start = task(model)
     update, failures = local_update(clients, start, recipe, model, general)
@@ -56,7 +57,7 @@ def both(recipe: Recipe, clients: list[Client], model: nn.Module) -> tuple[Updat
     return update, mean, failed
 
 
-def agree(update: Update, mean: Mean) -> None:
+def agree(update: Released, mean: Mean) -> None:
     sent, buffers = mean.result()
     assert update.summed and update.sent.keys() == sent.keys()
     for k, v in sent["delta"].items():
@@ -227,7 +228,7 @@ def test_one_change_is_exact_and_its_bound_holds():
         "c": torch.randn(5, generator=g) * 1e-20,
     }
     after = {k: v * 1.01 + 1e-4 for k, v in start.items()}
-    total = Total(start)
+    total = RunningSum(start)
     square = torch.tensor([total.see(after)], dtype=torch.float64)
     total.add(1.0)
     moved = {k: (start[k].double() + v).float() for k, v in total.params(1.0).items()}
@@ -300,19 +301,18 @@ def test_no_strategy_is_shown_the_secret_that_masks_are_drawn_from(solver, monke
 
     class Looks(FedAvg):
         def correct(self, grads, params, ctx):
-            shown.append((ctx.seeds, ctx.own))
+            shown.append(ctx.seeds)
             return super().correct(grads, params, ctx)
 
         def upload(self, params, ctx):
-            shown.append((ctx.seeds, ctx.own))
+            shown.append(ctx.seeds)
             return FedAvg.upload(self, params, ctx)
 
-    def watched(client, task, recipe, found=sequential.visit_seed):
-        secret.append(found(client, task, recipe))
+    def watched(self, task, id, found=SampleLevel.draw_seed):
+        secret.append(found(self, task, id))
         return secret[-1]
 
-    monkeypatch.setattr(sequential, "visit_seed", watched)
-    monkeypatch.setattr(visit, "visit_seed", watched)
+    monkeypatch.setattr(SampleLevel, "draw_seed", watched)
     kind = Looks if solver != "fast" else type("Sends", (FedAvg,), {"upload": Looks.upload})
     plan = SampleLevel(rounds=1, noise_multiplier=1.0)
     recipe, net = Recipe(kind(), lr=0.1, privacy=plan), dropout()
@@ -325,7 +325,7 @@ def test_no_strategy_is_shown_the_secret_that_masks_are_drawn_from(solver, monke
     for some in [who] if solver != "general" else [[c] for c in who]:
         local_update(some, task, recipe, net, way)
     assert secret and shown
-    assert all(own is None and len(seeds) for seeds, own in shown)
-    assert not {s for seeds, _ in shown for s in seeds} & {*secret}
-    fresh = {s for seeds, _ in shown for s in seeds}
+    assert all(shown)
+    fresh = {s for seeds in shown for s in seeds}
+    assert not fresh & {*secret}
     assert len(fresh) == 2  # of each client the same, for whoever knows the run's seed

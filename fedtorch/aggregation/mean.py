@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fedtorch.tree import add_weighted, sound
-from fedtorch.types import Params, Stack, Update
+from fedtorch.types import Params, Released, Stack
 
 
 class Mean:
@@ -18,9 +18,9 @@ class Mean:
         self.buffers: Params = {}
         self._came: dict[str, float] = {}
         """Weight of the clients that sent each buffer."""
-        self._first: Update | None = None
+        self._first: Released | None = None
 
-    def add(self, update: Update) -> None:
+    def add(self, update: Released) -> None:
         """Add the clients of one chunk."""
         if update.summed and not self.weight:
             self._first = update  # often the only one, and a mean as it is
@@ -34,7 +34,7 @@ class Mean:
             self._add(self._first)
             self._first = None
 
-    def _add(self, update: Update) -> None:
+    def _add(self, update: Released) -> None:
         weight = update.weight.sum()[None] if update.summed else update.weight
         for group, stack in update.sent.items():
             add_weighted(self.sent.setdefault(group, {}), stack, weight)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from fedtorch import seeds
 from fedtorch.checks.company import LARGEST, SCALES, WATCHED, Near, mapped, meets, tolerant
 from fedtorch.client import Recipe
-from fedtorch.privacy import SampleLevel
 from fedtorch.training.losses import Loss, reduce
 from fedtorch.training.module import forward, training, undropped
 from fedtorch.training.outline import copied, untouched
@@ -181,13 +180,14 @@ def _remembers(t: Tried, loss: Loss) -> str | None:
 
 def _max_batch(recipe: Recipe) -> int:
     """Of more examples no forward is ever taken."""
-    return recipe.privacy.max_batch if isinstance(recipe.privacy, SampleLevel) else 1
+    plan = recipe.privacy.per_example
+    return plan.max_batch if plan else 1
 
 
 def _most(recipe: Recipe) -> int:
     """Twice as many examples as a step is expected to take."""
-    plan = recipe.privacy
-    expected = math.ceil(plan.batch_size) if isinstance(plan, SampleLevel) else 0
+    plan = recipe.privacy.per_example
+    expected = math.ceil(plan.batch_size) if plan else 0
     return min(2 * expected + 1, _max_batch(recipe))
 
 

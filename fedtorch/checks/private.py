@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from fedtorch import seeds
 from fedtorch.checks.mixing import mixes as mixes_examples
 from fedtorch.checks.probe import put_back, two_examples
 from fedtorch.client import Client, Recipe
-from fedtorch.privacy import Privacy, SampleLevel, models
+from fedtorch.privacy import Privacy, models
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.training.batches import fetch, length
@@ -39,14 +39,14 @@ TOLERANCE = 5e-3
 
 def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     """Raises ConfigError when model or loss would void the plan's claim, however it is trained."""
-    if recipe.privacy is None:
+    if not recipe.privacy.claims:
         return
     models.refuse(model)
     models.narrow(model)
-    if isinstance(recipe.privacy, SampleLevel):
+    if recipe.privacy.per_example:
         models.renorming(model)
     _frozen_buffers(model, clients, recipe)
-    if isinstance(recipe.privacy, SampleLevel):
+    if recipe.privacy.per_example:
         _per_example(model, clients, recipe)
 
 
@@ -57,8 +57,8 @@ def with_mode(
 
     For training without the fast path, which is tried for itself. Raises ConfigError where there is none.
     """
-    plan = recipe.privacy
-    if not isinstance(plan, SampleLevel):
+    plan = recipe.privacy.per_example
+    if not plan:
         return recipe, chunk
     mode: str = plan.mode
     if mode == "auto":
@@ -74,12 +74,12 @@ def with_mode(
             f"{models.FIX}"
         )
     chunk = chunk if mode == "stacked" else 1
-    return replace(recipe, privacy=replace(plan, mode=cast(Any, mode))), chunk
+    return replace(recipe, privacy=plan.by(mode)), chunk
 
 
 def stacks(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
     """Whether private steps may be taken with clients side by side."""
-    private = isinstance(recipe.privacy, SampleLevel)
+    private = recipe.privacy.per_example
     return not private or _works(model, clients, recipe, "stacked") is None
 
 
@@ -283,7 +283,7 @@ def _frozen_buffers(model: nn.Module, clients: Sequence[Client], recipe: Recipe)
                 f"buffer {k} changes while training and nobody noises it: use a layer without "
                 "statistics of the data"
             )
-    if not isinstance(recipe.privacy, SampleLevel):
+    if not recipe.privacy.per_example:
         return
     for k, _ in model.named_parameters():
         if not torch.equal(before[k], after[k]):
@@ -293,9 +293,9 @@ def _frozen_buffers(model: nn.Module, clients: Sequence[Client], recipe: Recipe)
             )
 
 
-def warnings(clients: Sequence[Client], plan: Privacy | None) -> list[str]:
+def warnings(clients: Sequence[Client], plan: Privacy) -> list[str]:
     """What a plan cannot do much for: very small clients, and a delta as large as one example in all."""
-    if not isinstance(plan, SampleLevel):
+    if not (steps := plan.per_example):
         return []
     if plan.strict:  # how many examples anybody has is not said, nor whether it is few or many
         return [
@@ -305,9 +305,9 @@ def warnings(clients: Sequence[Client], plan: Privacy | None) -> list[str]:
     sizes = sorted((len(c), c.id) for c in clients)
     (least, who), (most, _) = sizes[0], sizes[-1]
     notes = []
-    if least * plan.sample_rate < 1:
+    if least * steps.sample_rate < 1:
         notes.append(
-            f"client {who} has {least} examples: at rate {plan.sample_rate:g} most of its batches are "
+            f"client {who} has {least} examples: at rate {steps.sample_rate:g} most of its batches are "
             "empty, and it adds noise more than it teaches"
         )
     if most * plan.delta > 1:

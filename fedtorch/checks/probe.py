@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from fedtorch import seeds
 from fedtorch.client import Client, Recipe
-from fedtorch.privacy import SampleLevel
+from fedtorch.privacy import Nothing
 from fedtorch.training.batches import fetch, least, length
 from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
@@ -156,8 +156,8 @@ def aside(model: nn.Module) -> Iterator[None]:
 
 def _full_and_short(clients: Sequence[Client], recipe: Recipe) -> Iterator[tuple[Client, Tensor]]:
     """The first client's batch, and the smallest of more than one example that any client takes."""
-    if isinstance(recipe.privacy, SampleLevel):  # batches are drawn by chance
-        recipe = replace(recipe, privacy=None, batch_size=math.ceil(recipe.privacy.batch_size))
+    if plan := recipe.privacy.per_example:  # batches are drawn by chance
+        recipe = replace(recipe, privacy=Nothing(), batch_size=math.ceil(plan.batch_size))
     size = min(recipe.batch_size or len(clients[0]), len(clients[0]))
     # two examples even of a client that has one: BatchNorm cannot train on a single value
     full = clients[0], torch.arange(max(size, 2)) % size
@@ -354,7 +354,7 @@ def _no_vmap(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> str | No
         for n, m in model.named_modules()
     ]
 
-    alike = x.device.type == "cpu" and not isinstance(recipe.privacy, SampleLevel)
+    alike = x.device.type == "cpu" and not recipe.privacy.per_example
     drawing = Drawing((0, 1) if alike else ())
     batch = x.expand(2, *x.shape), y.expand(2, *y.shape), torch.ones(2, len(x)).bool()
     try:

@@ -9,7 +9,6 @@ from fedtorch import seeds
 from fedtorch.checks import keeps
 from fedtorch.checks.probe import two_examples
 from fedtorch.client import Client, Recipe
-from fedtorch.privacy import SampleLevel
 from fedtorch.training.losses import reduce
 from fedtorch.training.module import forward, to, training
 from fedtorch.training.outline import untouched
@@ -31,7 +30,7 @@ def others(given: nn.Module, worker: nn.Module, clients: Sequence[Client], recip
         loss = reduce(recipe.loss(forward(training(worker), x), y))
         own = {id(p) for p in worker.parameters()}
         found = [t for t in leaves(loss) if id(t) not in own]
-        if not isinstance(recipe.privacy, SampleLevel):  # whose trials say what it would void
+        if not recipe.privacy.per_example:  # whose trials say what it would void
             with torch.no_grad():
                 keeps.nothing(recipe.loss, forward(worker, x), y)
     for t in found:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from fedtorch import seeds
 from fedtorch.client import Client, Recipe
-from fedtorch.privacy import SampleLevel
 from fedtorch.training.batches import fetch, least, length
 from fedtorch.training.losses import reduce
 from fedtorch.training.module import forward, to, training
@@ -31,7 +30,7 @@ def batches(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None
 
     A loss that is no number for the larger batch as well is a matter of the data, not of the size.
     """
-    if isinstance(recipe.privacy, SampleLevel):  # whose batches are drawn by chance
+    if recipe.privacy.per_example:  # whose batches are drawn by chance
         return
     spent = 0
     for size, those in sorted(_sizes(clients, recipe).items()):

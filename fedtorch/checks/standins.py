@@ -44,7 +44,7 @@ class Shown(Client):
 
 def shown(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Sequence[Client]:
     """The clients, or stand-ins for them under a plan; raises ConfigError where data give no pairs."""
-    if recipe.privacy is None:
+    if not recipe.privacy.claims:
         return clients
     standins = _all(clients, made)
     classes = _classes(model, standins[0])

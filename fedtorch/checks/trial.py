@@ -13,7 +13,7 @@ from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.training.batches import fetch, length, plan
 from fedtorch.training.module import forward, load, snapshot, to, training
-from fedtorch.training.stacked import Recipe, Solver, general, normalises
+from fedtorch.training.stacked import Chunk, Recipe, Solver, general, normalises
 from fedtorch.tree import expand, near, row, same, sq_norms, tmap
 from fedtorch.types import Context, Params, Task
 
@@ -193,8 +193,9 @@ def apart(
             streams = [stream("aes", 0, "trial") for _ in own]
             noise = PrivateSteps(0.1, 0.0, 5.0, streams, "alone")
         with seeds.seeded(SEED):
-            found = solve(model, few[who], own, task, recipe, context, noise)
-        kinds = found.params, {} if private else found.buffers
+            chunk = Chunk(few[who], own, context, noise, context.seeds)
+            params, buffers = solve(model, chunk, task, recipe).rows()
+        kinds = params, {} if private else buffers
         return [tmap(Tensor.clone, kind) for kind in kinds if kind]
 
     together, errors = run(solver, slice(None)), [0.0]

@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import nn
 
 from fedtorch.client import Client, Recipe
-from fedtorch.types import Failure, Params, Task, Update
+from fedtorch.types import Failure, Params, Released, Task
 
 
 class Session(Protocol):
@@ -18,7 +18,7 @@ class Session(Protocol):
     def submit(self, ids: Sequence[str], task: Task) -> None:
         """Ask these clients to work on a task."""
 
-    def collect(self) -> Iterator[Update | Failure]:
+    def collect(self) -> Iterator[Released | Failure]:
         """One outcome for each client asked, in Updates of one or more, as they arrive."""
 
     def memory(self) -> dict[str, dict[str, Params]]:

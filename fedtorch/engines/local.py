@@ -13,7 +13,7 @@ from fedtorch.engines.solver_choice import Choice, choose
 from fedtorch.options import COUNT, check
 from fedtorch.training.local_update import local_update
 from fedtorch.training.outline import copied, untouched
-from fedtorch.types import ConfigError, Failure, Params, Task, Update
+from fedtorch.types import ConfigError, Failure, Params, Released, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ class LocalSession:
             cohort = cohort[size:]
         return chunks
 
-    def collect(self) -> Iterator[Update | Failure]:
+    def collect(self) -> Iterator[Released | Failure]:
         """Train chunk by chunk."""
         while self._asked:
             clients, task = self._asked.pop(0)

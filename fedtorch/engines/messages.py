@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedtorch.engines.wire import Message, MessageError, short
 from fedtorch.tree import double
-from fedtorch.types import Failure, Params, Stack, Task, Update
+from fedtorch.types import Failure, Params, Released, Stack, Task
 
 Memory = dict[str, dict[str, Params]]
 """Client memory: id -> group -> name -> tensor."""
@@ -18,7 +18,7 @@ Memory = dict[str, dict[str, Params]]
 class Outcome(NamedTuple):
     """What came of a chunk of clients."""
 
-    update: Update
+    update: Released
     failures: list[Failure]
     memory: Memory
     """Where the engine keeps it for the worker; always empty from a site."""
@@ -90,7 +90,7 @@ def read_outcome(message: Message, asked: Sequence[str]) -> Outcome:
         if not (place.isascii() and place.isdecimal() and int(place) < len(asked)):
             raise MessageError("it has memory of another client")
         memory.setdefault(asked[int(place)], {})[name] = tree
-    update = Update(
+    update = Released.received(
         ids=tuple(ids),
         sent=_under(message, "sent/"),
         buffers=message.groups.get("buffers", {}),
@@ -101,7 +101,7 @@ def read_outcome(message: Message, asked: Sequence[str]) -> Outcome:
     return Outcome(update, failures, memory)
 
 
-def check(update: Update, expected: Expected) -> None:
+def check(update: Released, expected: Expected) -> None:
     """Refuse an update that differs from what this model and strategy send, or is not finite."""
     clients = len(update.ids)
     rows = 1 if update.summed else clients

@@ -18,13 +18,12 @@ from fedtorch.checks.standins import shown
 from fedtorch.checks.trial import filled, pooled, stacks
 from fedtorch.client import Client, Recipe
 from fedtorch.kernels.compile import FASTER, available
-from fedtorch.privacy import Privacy, SampleLevel
+from fedtorch.privacy import Privacy
 from fedtorch.training import stacked
 from fedtorch.training.batches import fetch, length
 from fedtorch.training.losses import LOSSES
 from fedtorch.training.module import forward, to, undropped
 from fedtorch.training.outline import untouched
-from fedtorch.training.reduced import averages
 from fedtorch.tree import has_float64
 from fedtorch.types import ConfigError
 
@@ -75,7 +74,7 @@ def choose(
     ``changes``: what changes of the model as it runs, beside weights and buffers.
     """
     half = check(solver, dtype, recipe)
-    asked = recipe.privacy
+    asked, plan = recipe.privacy, recipe.privacy.per_example
     size = min(chunk or _automatic(model), len(clients))
     notes = kept(model, asked, changes)
     tried = shown(model, clients, recipe)
@@ -83,25 +82,26 @@ def choose(
     notes += probe_private.warnings(clients, recipe.privacy)
     if solver in ("auto", "fast"):
         found = offered(model, tried, recipe, half, changes)
-        least = SMALL_PRIVATE if isinstance(asked, SampleLevel) else SMALL
+        least = SMALL_PRIVATE if plan else SMALL
         if solver == "auto" and not half and size >= least:
             found = unless_small(found, model, tried, recipe)
         if not isinstance(found, str):
             size = chunk or found.chunk(max(len(c) for c in clients), recipe)
             how = f"fast path, {min(size, len(clients))} clients at once"
-            if asked and asked.strict:  # how many at once hangs on the largest client's examples
+            if asked.strict:  # how many at once hangs on the largest client's examples
                 how = "fast path"
             how += ", large products in bf16" if half else ""
             return Choice(found, size, recipe, (*notes, how + loops(model, recipe)))
         if solver == "fast":
             raise ConfigError(f"engine.solver fast cannot train this: {found}; use auto")
-        if isinstance(asked, SampleLevel) and asked.projected:
+        if plan and plan.projected:
             raise ConfigError(f"privacy.projected needs the fast path: {found}; leave it out")
         notes.append(f"the fast path is not used: {found}")
-    if isinstance(asked, SampleLevel) and not available():
+    if plan and not available():
         notes.append(f"noise in every step is drawn by NumPy: {FASTER}")
     recipe, size = probe_private.with_mode(model, tried, recipe, size)
-    if isinstance(recipe.privacy, SampleLevel) and recipe.privacy.mode == "alone":
+    plan = recipe.privacy.per_example
+    if plan and plan.mode == "alone":
         notes.append(
             "private gradients are taken example after example, which is slow but suits any model"
         )
@@ -123,15 +123,15 @@ def offered(
     with untouched(model):  # to read a model is to run it with something other than tensors
         found = fast.offer(model, [c.data for c in clients], recipe, recipe.privacy, half)
     # the loss is given the examples of all clients of a chunk at once
-    private = isinstance(recipe.privacy, SampleLevel)  # which refuses what mixes
+    private = recipe.privacy.per_example  # which refuses what mixes
     if isinstance(found, str) or private or not crowds(model, clients, recipe, LARGEST):
         return found
     return "the loss looks at the whole batch, not at each example alone"
 
 
-def kept(model: nn.Module, privacy: Privacy | None, changes: str | None) -> list[str]:
+def kept(model: nn.Module, privacy: Privacy, changes: str | None) -> list[str]:
     """What to say of a model that keeps something; by sample-level privacy it is refused."""
-    private, device = isinstance(privacy, SampleLevel), next(model.parameters()).device.type
+    private, device = privacy.per_example, next(model.parameters()).device.type
     if private and not has_float64(next(model.parameters()).device):
         raise ConfigError(
             f"sample-level privacy needs float64, which device {device} has not: take engine.device cpu"
@@ -164,9 +164,10 @@ def otherwise(
     changes: str | None,
 ) -> Choice:
     """Stacked, ``size`` clients at once, where that is possible, or one after another."""
-    private = recipe.privacy.mode if isinstance(recipe.privacy, SampleLevel) else None
+    plan = recipe.privacy.per_example
+    private = plan and plan.mode
     alone = stacked.stacked if private == "stacked" else stacked.general
-    turns = (chunk or GROUP) if alone is stacked.general and averages(recipe) else 1
+    turns = (chunk or GROUP) if alone is stacked.general and not recipe.needs_rows else 1
     few = solver == "auto" and chunk is None and _automatic(model) < SMALL
     if size == 1 or (private is None and (solver == "general" or few)):
         return Choice(alone, 1, recipe, tuple(notes), turns)
@@ -190,7 +191,7 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
     if why := probe.no_stacking(model, clients, recipe):
         return why
     largest = max(clients, key=len)
-    private = isinstance(recipe.privacy, SampleLevel)  # whose mode has been tried
+    private = recipe.privacy.per_example  # whose mode has been tried
     if private or stacks(stacked.stacked, model, largest.data, recipe):
         return None
     return "alone a client learns something else, as where a forward puts a buffer in a new place"
@@ -205,7 +206,7 @@ def mixes(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
     if crowds(model, clients, recipe, min(recipe.batch_size or len(largest), len(largest))):
         return True
     unequal = len(largest) > min(map(len, clients))
-    private = isinstance(recipe.privacy, SampleLevel)  # which refuses what mixes
+    private = recipe.privacy.per_example  # which refuses what mixes
     return unequal and not private and filled(stacked.stacked, model, data, recipe)
 
 
@@ -226,10 +227,10 @@ def check(solver: str, dtype: str, recipe: Recipe) -> bool:
         raise ConfigError(f"engine.solver must be one of {', '.join(SOLVERS)}, not {solver!r}")
     if dtype not in DTYPES:
         raise ConfigError(f"engine.dtype must be {' or '.join(DTYPES)}, not {dtype!r}")
-    projected = isinstance(recipe.privacy, SampleLevel) and recipe.privacy.projected
-    if projected and solver not in ("auto", "fast"):
+    plan = recipe.privacy.per_example
+    if plan and plan.projected and solver not in ("auto", "fast"):
         raise ConfigError(f"privacy.projected needs the fast path, not engine.solver {solver}")
-    if dtype == "bf16" and isinstance(recipe.privacy, SampleLevel):
+    if dtype == "bf16" and plan:
         raise ConfigError(
             "engine.dtype bf16 is not for sample-level privacy: the noise in every step needs float32"
         )
@@ -250,7 +251,7 @@ def unless_small(
 def loops(model: nn.Module, recipe: Recipe) -> str:
     """How the fast path's loops run, in words: on an accelerator noise in every step is the only one."""
     here = next(model.parameters()).device.type == "cpu"
-    if not (here or isinstance(recipe.privacy, SampleLevel)):
+    if not (here or recipe.privacy.per_example):
         return ""
     return ", compiled loops" if available() else f"; {FASTER}"
 

@@ -24,13 +24,12 @@ from fedtorch.fast.projected import Known, Projected
 from fedtorch.fast.reader import Chain
 from fedtorch.fast.schedule import Schedule, schedule
 from fedtorch.fast.spec import Linear
-from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.training.batches import plan
 from fedtorch.training.correction import correction
 from fedtorch.training.dropout import Dropout
 from fedtorch.training.losses import cross_entropy
-from fedtorch.training.stacked import Recipe
+from fedtorch.training.stacked import Chunk, Recipe
 from fedtorch.types import Context, Params, Stack, Task
 
 CACHE = 24 << 20
@@ -57,22 +56,21 @@ class Fast:
     def __call__(
         self,
         model: nn.Module,
-        datasets: Sequence[Dataset],
-        plans: Sequence[Tensor],
+        chunk: Chunk,
         task: Task,
         recipe: Recipe,
-        ctx: Context,
-        private: PrivateSteps | None = None,
     ) -> "Visit":
-        """Train K clients; the same contract as ``solvers.general``."""
+        """Train K clients; the same contract as ``general``."""
+        datasets, ctx, private = chunk.datasets, chunk.context, chunk.private
+        plan = recipe.privacy.per_example
         with torch.no_grad():
             first = next(iter(task.state.values()))
             rows = self.kept.rows(datasets, first.device)
-            order = schedule(plans, rows.sizes, first)
+            order = schedule(chunk.order, rows.sizes, first)
             rule, shift = linear(recipe, ctx, task.lr)
-            coins = Coins(ctx.seeds, order)
+            coins = Coins(chunk.seeds, order)
             if private is not None:
-                projected = recipe.privacy.projected and rows.finite
+                projected = bool(plan and plan.projected) and rows.finite
                 flat, layers = self._noised(
                     model, datasets, rows, coins, task.state, (rule, shift), private, projected
                 )
@@ -103,7 +101,7 @@ class Fast:
             others = [m for m in layers if not isinstance(m, (Act, Drop, Given))]
             held = cast(list[Weights], others) if private is None else flat.held(others)
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
-        mean, exact = head.total().cpu() / ctx.steps, recipe.privacy is not None
+        mean, exact = head.total().cpu() / ctx.steps, recipe.privacy.claims
         return Visit(held, mean, exact, first[:0], [*task.state])
 
     def draws(self, recipe: Recipe) -> bool:
@@ -113,20 +111,20 @@ class Fast:
 
     def chunk(self, examples: int, recipe: Recipe) -> int:
         """How many clients with so many examples stay in cache together; 64 at most."""
-        noised = isinstance(recipe.privacy, SampleLevel)
+        private = recipe.privacy.per_example
         rows = plan(examples, recipe, 0).numel()
         specs = [s for s in self.chain.layers if isinstance(s, Linear)]
         held = 0 if self.chain.front else examples * (specs[0].shape[1] + examples + rows)
         for n, spec in enumerate(specs):
             out, into = spec.shape
             first = n == 0 and self.chain.front is None and spec is self.chain.layers[0]
-            if noised or not dual_pays(rows, spec.shape, examples if first else None):
+            if private or not dual_pays(rows, spec.shape, examples if first else None):
                 held += out * into
             else:
                 held += rows * out + (examples * out if first else rows * (into + out + 2 * rows))
-        if isinstance(recipe.privacy, SampleLevel) and self.chain.front:
+        if private and self.chain.front:
             # each example's gradient is written out
-            held += math.ceil(recipe.privacy.sample_rate * examples) * self.chain.front.numbers
+            held += math.ceil(private.sample_rate * examples) * self.chain.front.numbers
         return int(max(1, min(64, CACHE // (4 * held))))
 
     def _noised(
@@ -258,14 +256,16 @@ class Visit:
     names: Sequence[str]
     """Of weights and buffers, in the model's order: how layers were trained must not show in theirs."""
 
-    @property
-    def params(self) -> Stack:
-        """Trainable weights, [K, ...]."""
-        return self._ordered({k: v for layer in self.layers for k, v in layer.stack().items()})
+    def rows(self) -> tuple[Stack, Stack]:
+        """Trainable weights, [K, ...]; no model with buffers is read."""
+        stacks = {k: v for layer in self.layers for k, v in layer.stack().items()}
+        return self._ordered(stacks), {}
 
-    @property
-    def buffers(self) -> Stack:
-        """No model with buffers is read."""
+    def settled(self) -> None:
+        """There are no buffers."""
+
+    def mean_buffers(self, weight: Tensor) -> Stack:
+        """There are none."""
         return {}
 
     def sq_norms(self, upper: bool = False) -> Tensor:

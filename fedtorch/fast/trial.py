@@ -12,7 +12,7 @@ from fedtorch.checks.trial import FEW, TOLERANCE, difference, filled, pooled, so
 from fedtorch.fast.example_gradients import unknown
 from fedtorch.fast.reader import Chain, read
 from fedtorch.fast.solver import Fast
-from fedtorch.privacy import SampleLevel
+from fedtorch.privacy.base import PerExample, Privacy
 from fedtorch.strategies import Strategy
 from fedtorch.training.batches import length
 from fedtorch.training.losses import LOSSES, reduce
@@ -23,19 +23,19 @@ def offer(
     model: nn.Module,
     datasets: Sequence[Dataset],
     recipe: Recipe,
-    privacy: object = None,
+    privacy: Privacy | None = None,
     half: bool = False,
 ) -> Fast | str:
     """A solver for this model (``half``: in bfloat16), or one clause that says why there is none."""
     why = optimizer(recipe) or strategy(recipe) or tables(model, datasets)
-    private = isinstance(privacy, SampleLevel)
-    if privacy is not None and torch.get_float32_matmul_precision() != "highest":
+    plan = privacy.per_example if privacy else None
+    if privacy and privacy.claims and torch.get_float32_matmul_precision() != "highest":
         why = (
             why
             or "torch.set_float32_matmul_precision lets products round beyond what clipping bounds"
         )
-    if isinstance(privacy, SampleLevel) and privacy.mode != "auto":
-        why = why or f"privacy.mode {privacy.mode} was asked for"
+    if plan and plan.mode != "auto":
+        why = why or f"privacy.mode {plan.mode} was asked for"
     if why:
         return why
     x, y = datasets[0].tensors  # type: ignore[attr-defined]
@@ -45,11 +45,13 @@ def offer(
         chain = read(model, x)
     if isinstance(chain, str):
         return chain
-    if isinstance(privacy, SampleLevel):
-        why = noise(chain, model, datasets, recipe, privacy)
+    if plan:
+        why = noise(chain, model, datasets, recipe, plan)
     if why := why or draws(chain, model, datasets):
         return why
-    return tried(Fast(chain), (x, y), model, datasets, recipe, private) or Fast(chain, half)
+    return tried(Fast(chain), (x, y), model, datasets, recipe, plan is not None) or Fast(
+        chain, half
+    )
 
 
 def tried(
@@ -82,7 +84,7 @@ def noise(
     model: nn.Module,
     datasets: Sequence[Dataset],
     recipe: Recipe,
-    privacy: SampleLevel,
+    privacy: PerExample,
 ) -> str | None:
     """Why private steps have no fast form; None where they have."""
     if privacy.projected and not plain(recipe):

@@ -1,10 +1,11 @@
-"""Private training: three plans, one ledger for the whole run."""
+"""Private training: three plans and the one without privacy, one ledger for the whole run."""
 
 from fedtorch.privacy.adaptive import AdaptiveClip
 from fedtorch.privacy.bands import Bands
 from fedtorch.privacy.base import Privacy
 from fedtorch.privacy.client import ClientLevel
 from fedtorch.privacy.local import LocalDP
+from fedtorch.privacy.nothing import Nothing
 from fedtorch.privacy.sample import SampleLevel
 
-__all__ = ["AdaptiveClip", "Bands", "ClientLevel", "LocalDP", "Privacy", "SampleLevel"]
+__all__ = ["AdaptiveClip", "Bands", "ClientLevel", "LocalDP", "Nothing", "Privacy", "SampleLevel"]

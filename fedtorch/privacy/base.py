@@ -8,11 +8,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, final
 
 import torch
 from torch import Tensor
 
+from fedtorch import seeds
 from fedtorch.options import COUNT, POSITIVE, RATE, check
 from fedtorch.privacy.accounting.events import (
     Event,
@@ -21,9 +22,11 @@ from fedtorch.privacy.accounting.events import (
     check_delta,
     epsilon,
 )
+from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import Stream, stream
-from fedtorch.tree import finite, per_client, tmap
-from fedtorch.types import ConfigError, Params, Stack, Task
+from fedtorch.training.batches import plan
+from fedtorch.tree import expand, finite, moving, per_client, sq_norms, tmap
+from fedtorch.types import ConfigError, Params, Raw, Released, Stack, Task
 
 State = dict[str, Any]
 """What a plan carries from round to round: public numbers, and noise already released."""
@@ -32,6 +35,12 @@ DEFAULT_EPSILON = 8.0
 
 CLIPS = (1e-6, 1e9)
 """Clipping norms there may be: beyond them noise, or what is clipped, meets the ends of float32."""
+
+FIGURES = frozenset(("train_loss", "examples", "visited", "steps", "update_norm"))
+"""Figures of a visit that a client may tell at most, each by its name."""
+
+LARGEST_LOSS = 1e6
+"""Under a plan losses beyond it, or that are no numbers, are told as this."""
 
 LEAST_NOISE = 1e-30
 """Standard deviation of noise that float32 still has digits for, many steps and divisors later."""
@@ -53,14 +62,55 @@ class Order(Protocol):
         """Leave out the last batch."""
 
 
+class PerExample(Protocol):
+    """What is asked of a plan by whoever takes its local steps."""
+
+    @property
+    def sample_rate(self) -> float:
+        """Chance of each example to be in a step."""
+
+    @property
+    def steps(self) -> int:
+        """Local steps in a round."""
+
+    @property
+    def batch_size(self) -> float:
+        """Fixed public divisor."""
+
+    @property
+    def max_batch(self) -> int:
+        """Examples whose gradients are held at once."""
+
+    @property
+    def mode(self) -> str:
+        """The way to gradients of examples."""
+
+    @property
+    def projected(self) -> bool:
+        """Whether noise of the first layer is drawn where it is seen alone."""
+
+    def by(self, mode: str) -> "Privacy":
+        """The same plan by another way to the gradients of examples."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Privacy(ABC):
     """Options common to the three plans. ``epsilon`` and ``delta`` hold for the whole run."""
 
-    unit: ClassVar[Literal["example", "client"]]
+    unit: ClassVar[Literal["example", "client", "nobody"]]
     """Whose presence the guarantee hides."""
     per_client: ClassVar[bool]
     """Whether the ledger charges each client, or the run as a whole."""
+    claims: ClassVar[bool] = True
+    """Whether there is a guarantee at all."""
+    central: ClassVar[bool] = False
+    """Whether the server adds the noise: it is trusted, and clients tell it how they fared."""
+    statistics: ClassVar[bool] = False
+    """Whether float buffers, statistics of the data that nobody noises, may leave a client."""
+    weighting: ClassVar[Literal["examples", "uniform"]] = "uniform"
+    """How clients are weighed where the strategy leaves it open."""
+    default_lr: ClassVar[float] = 0.1
+    """Client learning rate where none is given."""
 
     clip: float = 1.0
     """Clipping norm: the most one unit can change what is released, in parameter units."""
@@ -103,6 +153,16 @@ class Privacy(ABC):
         check_delta(self.delta)
 
     @property
+    def always_reports(self) -> bool:
+        """Whether a client whose update is not finite sends zero: who reports would tell of its data."""
+        return self.unit == "client"
+
+    @property
+    def per_example(self) -> "PerExample | None":
+        """The plan itself where every local step is clipped by example and noised; None elsewhere."""
+        return None
+
+    @property
     def target(self) -> float | None:
         """The epsilon that the run may spend; None where only the noise was given."""
         return None if self.noise_multiplier else self.epsilon or DEFAULT_EPSILON
@@ -118,6 +178,10 @@ class Privacy(ABC):
         one = self.event(1.0)
         steps = one.steps * self.releases(rounds)
         return calibrate(self.target or 0.0, self.delta, one.rate, steps, self.accountant)
+
+    def planned_for(self, rounds: int) -> "Privacy":
+        """The same plan of a run of ``rounds`` rounds, unless it names its own."""
+        return replace(self, rounds=self.rounds or rounds)
 
     def planned(self, noise: float, rounds: int) -> float:
         """Epsilon of ``rounds`` rounds for the unit that takes part most."""
@@ -145,6 +209,25 @@ class Privacy(ABC):
 
     # the round; what a plan does not do is the identity
 
+    def batches(
+        self, sizes: Sequence[int], recipe: Any, task: Task, ids: Sequence[str]
+    ) -> list[Tensor]:
+        """Which examples each client takes in which step: [steps, batch] of places, short ones with -1."""
+        seed = [seeds.derive(task.seed, "order", task.round, i) for i in ids]
+        return [plan(n, recipe, s) for n, s in zip(sizes, seed, strict=True)]
+
+    def steps_of(self, task: Task, ids: Sequence[str]) -> PrivateSteps | None:
+        """What clips and noises the local steps of these clients; None: nothing does."""
+        return None
+
+    def draw_seed(self, task: Task, id: str) -> int:
+        """What seeds the global generators while a client trains, for dropout and the like."""
+        return seeds.derive(task.seed, "visit", task.round, id)
+
+    def strategy_seed(self, task: Task, id: str) -> int:
+        """What a strategy may draw from on a client; never a secret of the client's."""
+        return self.draw_seed(task, id)
+
     def start(self, groups: dict[str, Params]) -> State:
         """State before round 0; ``groups`` has the shapes of what a client sends."""
         return {}
@@ -152,6 +235,10 @@ class Privacy(ABC):
     def numbers(self, noise: float, state: State) -> dict[str, float]:
         """Public numbers the clients need this round: ``clip`` and ``noise`` (multiplier)."""
         return {"clip": self.clip, "noise": noise}
+
+    def check_numbers(self, numbers: Mapping[str, float]) -> None:
+        """Raises ConfigError where a task's public numbers cannot be meant."""
+        check_clip("a task's clip", numbers["clip"])
 
     def hold(self, told: Mapping[str, float]) -> None:
         """Raises ConfigError where the public numbers of a task are not those of this plan.
@@ -191,20 +278,95 @@ class Privacy(ABC):
         """Public stand-in for cohort / population where the cohort is a secret."""
         return None
 
+    @property
+    def scales(self) -> bool:
+        """Whether ``client`` does no more than multiply each update by ``scale``: a sum will do then."""
+        return type(self).client is Privacy.client
+
     def client(
         self, sent: dict[str, Stack], examples: Tensor, task: Task, ids: Sequence[str]
     ) -> dict[str, Stack]:
         """The client's half: what leaves the client in place of ``sent``, each group [K, ...]."""
         return sent
 
-    def shrink(self, norms: Tensor, examples: Tensor, task: Task) -> Tensor | None:
-        """What ``client`` multiplies each update by, [K], where it does no more than that.
+    def scale(self, norms: Tensor, examples: Tensor, task: Task) -> Tensor:
+        """What ``client`` multiplies each update by, [K], where it ``scales``.
 
-        ``norms`` must not be less than the updates' norms; not finite: 0. None: it must see the updates.
+        ``norms`` must not be less than the updates' norms.
         """
-        return torch.ones_like(norms) if type(self).client is Privacy.client else None
+        return torch.ones_like(norms)
 
-    def release(
+    def disclosed(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the clients' figures, [K] each, that they may tell."""
+        if (
+            self.strict and self.per_client
+        ):  # nobody else is trusted: what is not noised does not leave
+            return {k: v for k, v in figures.items() if k == "update_norm"}
+        loss = figures["train_loss"]
+        # a server takes a figure that is not finite for a broken message: one row would leave a client out
+        loss = loss.nan_to_num(LARGEST_LOSS).clamp(-LARGEST_LOSS, LARGEST_LOSS)
+        return {k: v for k, v in (figures | {"train_loss": loss}).items() if k in FIGURES}
+
+    @final
+    def release(self, raw: Raw, task: Task) -> tuple[Released, Tensor]:
+        """What leaves the clients of what their visits left, and whose update was finite, [K] bool.
+
+        Clip, noise, figures and buffers are the plan's; a client that is not finite is left out, or sends
+        zero where who reports would tell of its data.
+        Guarantee: whatever else a strategy or a solver left in ``raw`` stays where it is.
+        """
+        found = self._mean(raw, task) if raw.groups is None else self._each(raw, task)
+        sent, buffers, norms, good = found
+        keep = torch.ones_like(good) if self.always_reports else good
+        kept = (
+            slice(None) if keep.all() else keep
+        )  # a slice is a view, a mask would copy everything
+        figures = self.disclosed(raw.figures | {"update_norm": norms})
+        if raw.groups is not None:
+            sent = {g: {n: v[kept] for n, v in s.items()} for g, s in sent.items()}
+            buffers = moving({n: v[kept] for n, v in buffers.items()}, task.state)
+        released = Released.received(
+            tuple(i for i, k in zip(raw.ids, keep.tolist(), strict=True) if k),
+            sent,
+            buffers,
+            raw.weight[kept],
+            {name: v[kept] for name, v in figures.items()},
+            summed=raw.groups is None,
+        )
+        return released, good
+
+    def _each(self, raw: Raw, task: Task) -> tuple[dict[str, Stack], Stack, Tensor, Tensor]:
+        """Every client's own upload, its buffers, its norm as it is sent, and whether it was finite."""
+        groups = raw.groups or {}
+        norms = {g: sq_norms(s) for g, s in groups.items()}
+        good = torch.stack([n.isfinite() for n in norms.values()]).all(0).cpu()
+        if raw.settled is not None:
+            good = good & raw.settled
+        if self.claims:
+            groups = self.client(groups, raw.examples, task, raw.ids)
+            norms["delta"] = sq_norms(groups["delta"])
+        buffers = raw.results.rows()[1] if self.statistics else {}
+        return groups, buffers, norms["delta"].sqrt().cpu(), good
+
+    def _mean(self, raw: Raw, task: Task) -> tuple[dict[str, Stack], Stack, Tensor, Tensor]:
+        """The same of the weighted mean of those that are finite, each scaled: one row."""
+        # where the plan clips by a norm it must not be less than the exact one
+        norms = raw.results.sq_norms(upper=self.always_reports).cpu().sqrt()
+        if raw.settled is not None:
+            norms = torch.where(raw.settled, norms, torch.nan)
+        good = norms.isfinite()
+        part = torch.where(good, self.scale(norms, raw.examples, task), 0.0)
+        norms = norms if bool(good.all()) else torch.where(good, norms, 0)
+        counted = torch.ones_like(good) if self.always_reports else good
+        if not counted.any():
+            return {"delta": {}}, {}, norms, good
+        share = torch.where(counted, raw.weight.double(), 0)
+        share = share / share.sum()
+        delta = expand(raw.results.weighted_sum(share * part))
+        buffers = raw.results.mean_buffers(share) if self.statistics else {}
+        return {"delta": delta}, buffers, norms * part, good
+
+    def server(
         self, sums: dict[str, Params], state: State, noise: float, population: int
     ) -> tuple[dict[str, Params], State] | None:
         """The server's half: noised mean from the sum over clients; None: an ordinary mean will do."""

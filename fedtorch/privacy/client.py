@@ -45,8 +45,9 @@ class ClientLevel(Privacy):
     the run. The number of clients registered, which the divisor and the bands are made from, is public.
     """
 
-    unit: ClassVar[Literal["example", "client"]] = "client"
+    unit: ClassVar[Literal["example", "client", "nobody"]] = "client"
     per_client: ClassVar[bool] = False
+    central: ClassVar[bool] = True
 
     rate: float = 1.0
     """Chance of each client to be in a round; 1: everyone, without amplification."""
@@ -131,16 +132,19 @@ class ClientLevel(Privacy):
             out[CLIP_BIT] = {"bit": torch.where(below, 0.5, -0.5).double()[:, None]}
         return out
 
-    def shrink(self, norms: Tensor, examples: Tensor, task: Task) -> Tensor | None:
-        """The factor of the clip and the weight; adaptive clipping sends more than that."""
-        if self.adaptive or type(self).client is not ClientLevel.client:
-            return None
+    @property
+    def scales(self) -> bool:
+        """Adaptive clipping sends a bit besides."""
+        return not self.adaptive and type(self).client is ClientLevel.client
+
+    def scale(self, norms: Tensor, examples: Tensor, task: Task) -> Tensor:
+        """The factor of the clip and the weight."""
         clip = task.privacy["clip"]
         factor = torch.where(norms.isfinite(), clip / norms.clamp(min=clip), 0)
         weight = (examples / self.weight_cap).clamp(max=1) if self.weight_cap else 1.0
         return factor * weight
 
-    def release(
+    def server(
         self, sums: dict[str, Params], state: State, noise: float, population: int
     ) -> tuple[dict[str, Params], State] | None:
         """Noise on the sum, a public divisor, and only then the next clipping norm.

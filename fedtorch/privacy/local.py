@@ -28,7 +28,7 @@ class LocalDP(Privacy):
     for its loss and number of examples, which go along unless ``strict``; with laplace delta is 0.
     """
 
-    unit: ClassVar[Literal["example", "client"]] = "client"
+    unit: ClassVar[Literal["example", "client", "nobody"]] = "client"
     per_client: ClassVar[bool] = True
 
     mechanism: Literal["gaussian", "laplace"] = "gaussian"

@@ -1,10 +1,11 @@
 """Privacy of one run at the server: the calibrated plan, its state, and the ledger it is charged to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.base import Order, Privacy
+from fedtorch.privacy.nothing import DISAGREE, OpenRun
 from fedtorch.types import ConfigError, Params
 
 PUBLIC = frozenset(
@@ -114,9 +115,9 @@ class PrivateRun:
         self.state["round"] = round
         return self.plan.numbers(self.noise, self.state)
 
-    def release(self, sums: dict[str, Params]) -> dict[str, Params] | None:
+    def release(self, sums: Callable[[], dict[str, Params]]) -> dict[str, Params] | None:
         """Noised mean of what the clients sent, or None where an ordinary mean is private already."""
-        released = self.plan.release(sums, self.state, self.noise, len(self.ids))
+        released = self.plan.server(sums(), self.state, self.noise, len(self.ids))
         if released is None:
             return None
         mean, self.state = released
@@ -165,11 +166,14 @@ class PrivateRun:
             "ledger": self.ledger.state_dict(),
         }
 
-    def load_state_dict(self, saved: dict[str, Any], ledger: Ledger | None) -> None:
+    def load_state_dict(self, saved: dict[str, Any] | None, ledger: Ledger | None = None) -> None:
         """Go on with the run's own noise (more rounds than planned do not change it) and ledger.
 
-        Raises ConfigError when the ledger is missing, shorter than the checkpoint says, or edited.
+        Raises ConfigError when the checkpoint is of a run without privacy, or the ledger is missing, edited
+        or shorter than the checkpoint says.
         """
+        if saved is None:
+            raise ConfigError(DISAGREE)
         if saved["plan"] != type(self.plan).__name__:
             raise ConfigError(
                 f"the checkpoint was trained with {saved['plan']}, which hides something else than "
@@ -184,3 +188,10 @@ class PrivateRun:
             # rounds after the checkpoint took this noise back already; once more would show the clients
             # of earlier rounds a second time, uncharged: the correlated noise starts anew
             self.state["past"] = []
+
+
+def opened(
+    plan: Privacy, ids: Sequence[str], groups: Callable[[], dict[str, Params]]
+) -> "PrivateRun | OpenRun":
+    """The books of a run under ``plan``; ``groups`` gives the shapes of what a client sends."""
+    return PrivateRun(plan, ids, groups()) if plan.claims else OpenRun()

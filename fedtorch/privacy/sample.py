@@ -4,17 +4,20 @@ Abadi et al. 2016 (arXiv:1607.00133, Alg. 1): Poisson batches, per-example clipp
 sum, division by a fixed public number.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch import seeds
 from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.base import Order, Privacy, uniform_weights
+from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import Stream
-from fedtorch.types import ConfigError
+from fedtorch.types import ConfigError, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +35,9 @@ class SampleLevel(Privacy):
     amplification by choosing clients is claimed: a round a client takes part in is charged in full.
     """
 
-    unit: ClassVar[Literal["example", "client"]] = "example"
+    unit: ClassVar[Literal["example", "client", "nobody"]] = "example"
     per_client: ClassVar[bool] = True
+    default_lr: ClassVar[float] = 1.0  # a step of clipped gradients is short
 
     sample_rate: float = 0.2
     """Chance of each example to be in a local step."""
@@ -54,7 +58,45 @@ class SampleLevel(Privacy):
         """A round is ``steps`` releases over Poisson batches."""
         return Event("gaussian", noise, self.sample_rate, self.steps)
 
-    def batches(self, n: int, draw: Stream) -> Tensor:
+    @property
+    def per_example(self) -> "SampleLevel":
+        """Every step is clipped by example and noised."""
+        return self
+
+    def by(self, mode: str) -> "SampleLevel":
+        """The same plan by another way to the gradients of examples."""
+        return replace(self, mode=cast(Any, mode))
+
+    def batches(
+        self, sizes: Sequence[int], recipe: Any, task: Task, ids: Sequence[str]
+    ) -> list[Tensor]:
+        """Each client's Poisson batches, from coins of its own."""
+        draws = [self.stream("batches", task.round, i) for i in ids]
+        return [self.poisson(n, draw) for n, draw in zip(sizes, draws, strict=True)]
+
+    def steps_of(self, task: Task, ids: Sequence[str]) -> PrivateSteps:
+        """Clip and noise of the task, a stream of noise for each client."""
+        return PrivateSteps(
+            task.privacy["clip"],
+            task.privacy["noise"],
+            self.batch_size,
+            [self.stream("noise", task.round, i) for i in ids],
+            "stacked" if self.mode == "auto" else self.mode,
+            self.max_batch,
+        )
+
+    def draw_seed(self, task: Task, id: str) -> int:
+        """A secret: masks belong to places in a batch, so that one example more moves those of others.
+
+        No clip bounds that. Nobody else may know the masks, the server included.
+        """
+        return int(float(self.stream("masks", task.round, id).uniform(1)) * 2**53)
+
+    def strategy_seed(self, task: Task, id: str) -> int:
+        """From the run's seed: whatever a strategy sends could show what it drew from."""
+        return seeds.derive(task.seed, "strategy", task.round, id)
+
+    def poisson(self, n: int, draw: Stream) -> Tensor:
         """Poisson batches of ``n`` examples, [steps, widest], padded with -1; a step may be empty."""
         coins = draw.uniform(self.steps * n).view(self.steps, n) < self.sample_rate
         rows = [np.flatnonzero(row) for row in coins.numpy()]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedtorch import disk
 from fedtorch.client import Recipe
-from fedtorch.privacy import ClientLevel, LocalDP, Privacy, SampleLevel
+from fedtorch.privacy import Privacy
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.base import uniform_weights
 from fedtorch.rounds.participation import Everyone
@@ -30,7 +30,7 @@ follows: epsilons over different neighbours do not add up."""
 
 def book(privacy: Privacy) -> str:
     """Which ledger a plan is charged to."""
-    return "presence" if isinstance(privacy, ClientLevel) else privacy.unit
+    return "presence" if privacy.central else privacy.unit
 
 
 class Budget:
@@ -51,12 +51,12 @@ class Budget:
         whether this site's examples were scaled by their own mean and deviation.
         """
         privacy = recipe.privacy
-        if privacy is not None:
+        if privacy.claims:
             _check(recipe, privacy, insecure, standardized)
         if self.most is None:
             return
-        if not isinstance(privacy, (SampleLevel, LocalDP)):
-            what = "no noise" if privacy is None else "noise that only the server adds"
+        if not privacy.per_client:
+            what = "noise that only the server adds" if privacy.central else "no noise"
             raise ConfigError(
                 f"the run has {what}, but this site's max_epsilon asks for noise added here"
             )
@@ -67,7 +67,7 @@ class Budget:
 
     def told(self, recipe: Recipe) -> Recipe:
         """The recipe by which this site trains: with a budget, nothing leaves that no noise covers."""
-        if self.most is None or recipe.privacy is None:
+        if self.most is None or not recipe.privacy.claims:
             return recipe
         return replace(recipe, privacy=replace(recipe.privacy, strict=True))
 
@@ -150,7 +150,7 @@ def _check(recipe: Recipe, privacy: Privacy, insecure: bool, standardized: bool)
     if privacy.rounds is None:
         raise ConfigError("the run's plan does not say for how many rounds its noise is")
     uniform_weights(recipe)
-    if not isinstance(privacy, ClientLevel):  # its other checks are about the cohort
+    if not privacy.central:  # its other checks are about the cohort
         privacy.check(recipe, Everyone(), 1, privacy.calibrated(privacy.rounds))
     if standardized and privacy.unit == "example":
         raise ConfigError(

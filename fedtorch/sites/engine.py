@@ -22,7 +22,7 @@ from fedtorch.sites.reports import Reader
 from fedtorch.sites.rpc import Listener, log
 from fedtorch.sites.visits import Visit, check_enough, judge
 from fedtorch.training.stacked import snapshot
-from fedtorch.types import ConfigError, Failure, Params, Task, Update
+from fedtorch.types import ConfigError, Failure, Params, Released, Task
 
 HOLD_SECONDS = 20.0
 """How long a call for work is held open when there is none."""
@@ -86,8 +86,7 @@ class SitesSession:
         self.options, self.names = options, names
         self.reader = Reader.of(recipe, model, options.most_examples)
         # whether a round counts must not depend on one client where that is what is hidden
-        central = recipe.privacy is not None and not recipe.privacy.per_client
-        self.least = 0 if central else options.minimum
+        self.least = 0 if recipe.privacy.central else options.minimum
         self.seen: dict[str, float] = {}
         self.counted: dict[str, str] = {}
         self.visits: dict[str, Visit] = {}
@@ -114,7 +113,7 @@ class SitesSession:
             self.visits = {i: Visit(i, task) for i in ids}
             self.change.notify_all()
 
-    def collect(self) -> Iterator[Update | Failure]:
+    def collect(self) -> Iterator[Released | Failure]:
         """Wait for the sites until enough have answered or the deadline is over; in a fixed order."""
         end = time.monotonic() + self.options.deadline
         with self.change:
@@ -128,7 +127,7 @@ class SitesSession:
         for visit in judge(self.last, most, self.least, self.options.deadline):
             outcome = visit.outcome
             assert outcome is not None  # a judge's work
-            if isinstance(outcome, Update):
+            if isinstance(outcome, Released):
                 self.counted[visit.site] = visit.nonce
             elif outcome.kind in ("late", "absent"):
                 number = visit.task.round + 1

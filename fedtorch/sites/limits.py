@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.modules import module as registration
 
 from fedtorch.engines.wire import printable
-from fedtorch.privacy import SampleLevel
 from fedtorch.run import zoo
 from fedtorch.sites import offer as plans
 from fedtorch.sites.options import SiteConfig
@@ -47,13 +46,13 @@ def check_work(plan: plans.Plan, limits: SiteConfig) -> None:
     ]
     if plan.privacy is not None:
         asked.append(("privacy.rounds", plan.privacy.rounds, "max_rounds"))
-    if isinstance(plan.privacy, SampleLevel):
-        asked.append(("privacy.steps", plan.privacy.steps, "max_steps"))
-        asked.append(("privacy.max_batch", plan.privacy.max_batch, "max_batch"))
-        if not DIVISORS[0] <= plan.privacy.batch_size <= DIVISORS[1]:
+    if plan.privacy is not None and (steps := plan.privacy.per_example):
+        asked.append(("privacy.steps", steps.steps, "max_steps"))
+        asked.append(("privacy.max_batch", steps.max_batch, "max_batch"))
+        if not DIVISORS[0] <= steps.batch_size <= DIVISORS[1]:
             raise ConfigError(
                 f"privacy.batch_size must be between {DIVISORS[0]:g} and {DIVISORS[1]:g}, "
-                f"got {plan.privacy.batch_size:g}"
+                f"got {steps.batch_size:g}"
             )
     for name, value, limit in asked:
         if value is not None and value > getattr(limits, limit):

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedtorch.client import Recipe
 from fedtorch.data.base import facts_of
-from fedtorch.privacy import Privacy
+from fedtorch.privacy import Nothing, Privacy
 from fedtorch.privacy import models as checks
 from fedtorch.run import cli, zoo
 from fedtorch.run.names import CHOICES
@@ -63,10 +63,10 @@ class Plan:
             steps=self.steps,
             batch_size=self.batch_size,
             drop_last=self.drop_last,
-            privacy=self.privacy,
+            privacy=self.privacy or Nothing(),
         )
         model = zoo.build(self.model, self.facts, self.model_args)
-        return checks.fixed(model) if self.privacy and self.privacy.fix_model else model, recipe
+        return checks.fixed(model) if recipe.privacy.fix_model else model, recipe
 
 
 def describe(plan: Plan) -> dict[str, Any]:

@@ -10,13 +10,11 @@ from fedtorch.client import Recipe
 from fedtorch.engines import messages, wire
 from fedtorch.engines.messages import Expected
 from fedtorch.engines.wire import Message, MessageError
-from fedtorch.privacy import ClientLevel
-from fedtorch.privacy.base import joint_norms
+from fedtorch.privacy.base import FIGURES, joint_norms
 from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.strategies import Strategy
-from fedtorch.training.reduced import told
 from fedtorch.tree import expand, row
-from fedtorch.types import Context, Failure, Params, Task, Update
+from fedtorch.types import Context, Failure, Params, Released, Task
 
 REASONS = {
     "nonfinite": "its update is not finite",
@@ -45,7 +43,7 @@ class Reader:
         """What this model and recipe make a site send."""
         params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
         kinds = [figures(recipe)]
-        if recipe.privacy is not None and recipe.privacy.per_client:
+        if recipe.privacy.per_client:
             strict = replace(recipe.privacy, strict=True)
             kinds.append(figures(replace(recipe, privacy=strict)))
         known = expected(recipe, params, model)
@@ -57,7 +55,7 @@ class Reader:
         trees |= {"buffers": self.expected.buffers, "metrics": self.figures[0], "": ("weight",)}
         return wire.header_room(trees)
 
-    def read(self, site: str, task: Task, message: Message) -> Update | Failure:
+    def read(self, site: str, task: Task, message: Message) -> Released | Failure:
         """The update, or the site's reason to send none; raises MessageError for anything else."""
         if odd := sorted(message.facts.keys() - FACTS):
             raise MessageError(f"it says {wire.short(odd[0])}, which no report does")
@@ -77,11 +75,11 @@ class Reader:
         norm = float(joint_norms({g: s for g, s in update.sent.items() if g != CLIP_BIT}))
         if not norm <= LONGEST:
             raise MessageError(f"its update has norm {norm:.3g}; at most {LONGEST:g} is taken")
-        if isinstance(self.recipe.privacy, ClientLevel):
+        if self.recipe.privacy.central:
             _clipped(update, norm, task.privacy["clip"])
         return update
 
-    def _sane(self, update: Update) -> None:
+    def _sane(self, update: Released) -> None:
         """Figures and weight must be such as a visit has."""
         if update.metrics.keys() not in self.figures:
             odd = sorted(update.metrics.keys() ^ self.figures[0])
@@ -104,7 +102,7 @@ class Reader:
             raise MessageError(f"its weight is not {'its number of examples' if sized else '1'}")
 
 
-def _clipped(update: Update, norm: float, clip: float) -> None:
+def _clipped(update: Released, norm: float, clip: float) -> None:
     """Under client-level privacy nobody moves the sum by more than the clipping norm."""
     if norm > clip * (1 + 1e-6):
         raise MessageError(f"its update has norm {norm:.6g}, above the clipping norm {clip:.6g}")
@@ -114,8 +112,7 @@ def _clipped(update: Update, norm: float, clip: float) -> None:
 
 def figures(recipe: Recipe) -> frozenset[str]:
     """Names of the figures that a client tells under this recipe."""
-    one = torch.ones(1)
-    return frozenset(told(recipe, one, [torch.zeros(1, 1)], one, one))
+    return frozenset(recipe.privacy.disclosed(dict.fromkeys(FIGURES, torch.ones(1))))
 
 
 def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
@@ -129,11 +126,13 @@ def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
         1.0,
     )
     sent = strategy.upload(expand(params), ctx)[0]
-    if recipe.privacy:  # adaptive clipping sends one number more
+    if recipe.privacy.claims:  # adaptive clipping sends one number more
         task = Task({}, {}, 0, 0, 1.0, {"clip": 1.0, "noise": 1.0})
         sent = recipe.privacy.client(sent, torch.ones(1), task, ["nobody"])
     floats = {k: b for k, b in model.named_buffers() if b.is_floating_point()}
-    floats = {} if recipe.privacy else floats  # private clients send no statistics of their data
+    floats = (
+        floats if recipe.privacy.statistics else {}
+    )  # private clients send no statistics of their data
     return Expected(
         {g: {k: (v.shape, torch.float64) for k, v in row(s, 0).items()} for g, s in sent.items()},
         messages.schema(floats),

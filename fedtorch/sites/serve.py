@@ -11,9 +11,9 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from fedtorch import disk, seeds
-from fedtorch.client import default_lr
 from fedtorch.data import Data, prepared
 from fedtorch.data.base import facts_of
+from fedtorch.privacy import Nothing
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.report import promise
 from fedtorch.run import checkpoint, cli, files
@@ -160,9 +160,8 @@ def make_plan(config: ServeConfig, run: str) -> Plan:
         strategy=config.strategy,
         optimizer=config.optimizer,
         optimizer_args=config.optimizer_args,
-        privacy=config.privacy
-        and replace(config.privacy, rounds=config.privacy.rounds or config.rounds),
-        lr=config.lr or default_lr(config.privacy),
+        privacy=config.privacy and config.privacy.planned_for(config.rounds),
+        lr=config.lr or (config.privacy or Nothing()).default_lr,
         epochs=config.epochs,
         steps=config.steps,
         batch_size=config.batch_size,

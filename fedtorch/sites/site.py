@@ -29,12 +29,12 @@ from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS
 from fedtorch.training.stacked import load, snapshot
-from fedtorch.types import ClientError, ConfigError, Failure, Params, Task, Update
+from fedtorch.types import ClientError, ConfigError, Failure, Params, Released, Task
 
 MOST_PLAN = 1 << 16
 """Bytes of a plan's header."""
 VISIT = re.compile(r"[0-9a-f]{32}")
-NOBODY = Update((), {}, {}, torch.zeros(0))
+NOBODY = Released.received((), {}, {}, torch.zeros(0))
 """The update of a site that sends none."""
 
 log = logging.getLogger("fedtorch.site")

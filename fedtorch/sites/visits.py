@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedtorch.privacy import Privacy
-from fedtorch.types import ConfigError, Failure, Task, Update
+from fedtorch.types import ConfigError, Failure, Released, Task
 
 
 @dataclass(eq=False)
@@ -18,7 +18,7 @@ class Visit:
     nonce: str = field(default_factory=lambda: secrets.token_hex(16))
     asked: float = field(default_factory=time.monotonic)
     taken: bool = False
-    outcome: Update | Failure | None = None
+    outcome: Released | Failure | None = None
     place: int = 0
     """Reports of the round that were there when this one came, itself included."""
     sent: int = 0
@@ -28,7 +28,7 @@ class Visit:
     @property
     def updated(self) -> bool:
         """Whether it brought an update."""
-        return isinstance(self.outcome, Update)
+        return isinstance(self.outcome, Released)
 
 
 def judge(visits: Sequence[Visit], most: int, least: int, deadline: float) -> Sequence[Visit]:
@@ -49,18 +49,18 @@ def judge(visits: Sequence[Visit], most: int, least: int, deadline: float) -> Se
     return visits
 
 
-def check_enough(enough: int, minimum: int, sites: int, privacy: Privacy | None) -> None:
+def check_enough(enough: int, minimum: int, sites: int, privacy: Privacy) -> None:
     """Refuse over-selection where it would void what a privacy plan promises, and numbers without sense."""
     if not minimum <= enough <= sites:
         raise ConfigError(
             f"enough must be between minimum ({minimum}) and the {sites} sites, got {enough}"
         )
-    if privacy is not None and not privacy.per_client:
+    if privacy.central:
         raise ConfigError(
             "enough voids the claim of client-level privacy: were one client not there, a slower one "
             "would take its place, and the sum would change by twice the clipping norm; leave it out"
         )
-    if privacy is not None and privacy.strict:
+    if privacy.strict:
         raise ConfigError(
             "privacy.strict keeps from everybody how long sites take, but with enough the model "
             "depends on who was first; leave one of them out"

@@ -37,6 +37,11 @@ class Strategy:
         """Refuse what cannot be meant."""
         check(self, "strategy")
 
+    @property
+    def only_delta(self) -> bool:
+        """Whether clients send the change of their weights and no more, of which the mean will do."""
+        return type(self).upload is Strategy.upload
+
     def init(self, params: Params) -> dict[str, Params]:
         """Groups the server keeps and broadcasts beside the weights."""
         return {}

@@ -17,7 +17,7 @@ def correction(strategy: Strategy, ctx: Context) -> tuple[float, Stack]:
     """
     if type(strategy).correction is Strategy.correction:
         return 0.0, {}
-    found, who = strategy.correction(ctx.shown()), f"{type(strategy).__name__}.correction"
+    found, who = strategy.correction(ctx), f"{type(strategy).__name__}.correction"
     if not isinstance(found, Correction):
         raise ValueError(f"{who} must return a Correction, not {type(found).__name__}")
     pull, shift = float(found.pull), found.shift or {}
@@ -44,7 +44,7 @@ class Corrector:
 
     def __init__(self, strategy: Strategy, ctx: Context) -> None:
         """Asks the strategy for its correction."""
-        self.strategy, self.ctx = strategy, ctx.shown()
+        self.strategy, self.ctx = strategy, ctx
         self.pull, self.shift = correction(strategy, ctx)
         self.own = type(strategy).correct is not Strategy.correct
 

@@ -1,13 +1,13 @@
 """Solvers: ways to run the local steps of a stack of clients, all with the same meaning.
 
-A solver gets the working module, the clients' datasets and plans, and returns the trained weights with
-a client axis. ``general`` is what a PyTorch user would write for one client; ``stacked`` gives each
-weight a client axis and lets torch.func.vmap run K clients as one.
+A solver gets the working module and what the clients train on, and returns what they learned. ``general``
+is what a PyTorch user would write for one client; ``stacked`` gives each weight a client axis and lets
+torch.func.vmap run K clients as one.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ from fedtorch.training.module import forward as forward
 from fedtorch.training.module import load as load
 from fedtorch.training.module import snapshot as snapshot
 from fedtorch.training.module import to as to
+from fedtorch.training.results import Results, Stacked
 from fedtorch.training.trainee import Recipe as Recipe
-from fedtorch.training.trainee import Working
+from fedtorch.training.trainee import Trainee
 from fedtorch.tree import expand, near, per_client
 from fedtorch.types import Context, Params, Stack, Task
 
@@ -36,75 +37,42 @@ UNEVEN = (
 )
 
 
-class Trained(NamedTuple):
-    """What is left after the local steps of K clients."""
+@dataclass(frozen=True)
+class Chunk:
+    """What K clients train on in one round."""
 
-    params: Stack
-    """Trainable weights, [K, ...]."""
-    buffers: Stack
-    """Float buffers, [K, ...]."""
-    loss: Tensor
-    """Mean training loss over the visit's steps, [K], on the CPU."""
-
-
-@runtime_checkable
-class Implicit(Protocol):
-    """A ``Trained`` that can say what matters of K clients without writing down K models."""
-
-    @property
-    def loss(self) -> Tensor:
-        """Mean training loss over the visit's steps, [K], on the CPU."""
-
-    @property
-    def buffers(self) -> Stack:
-        """Mean of the float buffers by the clients' weights, one row; empty: the model has none."""
-
-    def sq_norms(self, upper: bool = False) -> Tensor:
-        """Squared norm of each client's change, [K], float64; not finite where the change is not.
-
-        ``upper``: a bound that holds in spite of rounding, as clipping for privacy needs.
-        """
-
-    def weighted_sum(self, weight: Tensor) -> Params:
-        """Sum over clients of ``weight[k]`` times the change; who has weight 0 may hold anything."""
+    datasets: Sequence[Dataset]
+    order: Sequence[Tensor]
+    """Which examples each client takes in which step: [steps, batch] of places, short batches with -1."""
+    context: Context
+    private: PrivateSteps | None = None
+    """With it each step takes its gradient clipped by example and noised."""
+    seeds: tuple[int, ...] = ()
+    """Of each client's own draws, such as dropout's, [K]: a secret of theirs under some plans."""
 
 
 class Solver(Protocol):
     """Trains K clients; the ways to do it differ in speed and in what models they take."""
 
-    def __call__(
-        self,
-        model: nn.Module,
-        datasets: Sequence[Dataset],
-        plans: Sequence[Tensor],
-        task: Task,
-        recipe: Recipe,
-        ctx: Context,
-        private: PrivateSteps | None = None,
-    ) -> Any:
-        """What is left after the visit: a ``Trained``, or something with its fields."""
+    def __call__(self, model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Results:
+        """What is left after the visits."""
 
 
-def general(
-    model: nn.Module,
-    datasets: Sequence[Dataset],
-    plans: Sequence[Tensor],
-    task: Task,
-    recipe: Recipe,
-    ctx: Context,
-    private: PrivateSteps | None = None,
-) -> Trained:
-    """One client through the module itself: any model, any loss, any torch optimizer.
+def draws(solve: Solver, recipe: Recipe) -> bool:
+    """Whether anything may draw at random as it trains; a solver that knows has a method for it."""
+    asked = getattr(solve, "draws", None)
+    return asked is None or bool(asked(recipe))
 
-    With ``private`` each step takes its gradient clipped by example and noised.
-    """
-    (data,), (steps,) = datasets, plans
-    here = Working(model, task, recipe)
-    loss = here.visit(data, steps, ctx, private)
-    floats = {k: b.clone() for k, b in here.floats().items()}
-    here.put_back()
+
+def general(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stacked:
+    """One client through the module itself: any model, any loss, any torch optimizer."""
+    (data,), (steps,) = chunk.datasets, chunk.order
+    trainee = Trainee(model, task, recipe)
+    loss = trainee.visit(data, steps, chunk.context, chunk.private)
+    floats = {k: b.clone() for k, b in trainee.floats().items()}
+    trainee.put_back()
     # the weights are still the module's own: whoever wants to keep them copies them
-    return Trained(expand(near(here.weights())), expand(near(floats)), loss[None])
+    return Stacked(expand(near(trainee.weights())), expand(near(floats)), loss[None], task)
 
 
 @dataclass(frozen=True)
@@ -113,21 +81,12 @@ class Mixed:
 
     solver: Solver
 
-    def __call__(
-        self,
-        model: nn.Module,
-        datasets: Sequence[Dataset],
-        plans: Sequence[Tensor],
-        task: Task,
-        recipe: Recipe,
-        ctx: Context,
-        private: PrivateSteps | None = None,
-    ) -> Any:
+    def __call__(self, model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Results:
         """What the other leaves."""
         device = next(model.parameters()).device.type
         # without its cache, which would keep the weights of the first step for the whole visit
         with torch.autocast(device, torch.bfloat16, cache_enabled=False):
-            return self.solver(model, datasets, plans, task, recipe, ctx, private)
+            return self.solver(model, chunk, task, recipe)
 
 
 def normalises(model: nn.Module) -> bool:
@@ -136,9 +95,9 @@ def normalises(model: nn.Module) -> bool:
     return any(m.training or m.running_mean is None for m in norms)
 
 
-def evenly(model: nn.Module, plans: Sequence[Tensor]) -> bool:
+def evenly(model: nn.Module, order: Sequence[Tensor]) -> bool:
     """Whether no batch has to be filled up; raises ValueError where that would be wrong."""
-    even = alike(plans)
+    even = alike(order)
     if not even and normalises(model):
         raise ValueError(UNEVEN)
     return even
@@ -178,15 +137,7 @@ def together(
     return vmap(one, randomness=drawing.begin(mask))(params, rest, x, y, clients)
 
 
-def stacked(
-    model: nn.Module,
-    datasets: Sequence[Dataset],
-    plans: Sequence[Tensor],
-    task: Task,
-    recipe: Recipe,
-    ctx: Context,
-    private: PrivateSteps | None = None,
-) -> Trained:
+def stacked(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stacked:
     """K clients at once: every weight gets a client axis and an ordinary torch optimizer steps it.
 
     The K losses are independent, so the gradient of their sum is each client's own gradient. Clients
@@ -194,9 +145,9 @@ def stacked(
     that count for nothing, which only a model and a loss that look at each example alone do not see.
     Raises ValueError where they would.
     """
-    K = len(datasets)
+    K, ctx, private = len(chunk.datasets), chunk.context, chunk.private
     training(model)
-    even = private is None and evenly(model, plans)
+    even = private is None and evenly(model, chunk.order)
     names = {k for k, p in model.named_parameters() if p.requires_grad}
     state = {k: v.expand(K, *v.shape).clone() for k, v in task.state.items()}
     params = {k: v.requires_grad_() for k, v in state.items() if k in names}
@@ -207,11 +158,11 @@ def stacked(
     device = next(iter(params.values())).device
     total = torch.zeros(K, dtype=torch.float64)
     # an accelerator's generator draws in an order of its own
-    drawing = Drawing(ctx.seeds if device.type == "cpu" else ())
+    drawing = Drawing(chunk.seeds if device.type == "cpu" else ())
     if private is not None:
         private = replace(private, drawing=drawing)
 
-    for t, (x, y, mask) in enumerate(side_by_side(datasets, plans, cut=even)):
+    for t, (x, y, mask) in enumerate(side_by_side(chunk.datasets, chunk.order, cut=even)):
         x, y, mask = x.to(device), y.to(device), mask.to(device)
         live = t < ctx.steps
         before = None if live.all() else {k: v.detach().clone() for k, v in state.items()}
@@ -236,4 +187,4 @@ def stacked(
                 for k, v in state.items():
                     v.copy_(torch.where(per_client(on, v), v, before[k]))
     floats = {k: v for k, v in rest.items() if v.is_floating_point() and k in buffers(model)}
-    return Trained(near(views), near(floats), total / ctx.steps)
+    return Stacked(near(views), near(floats), total / ctx.steps, task)

@@ -1,4 +1,4 @@
-"""One working module on which client after client trains, set up once for all of them."""
+"""One module on which client after client trains, set up once for all of them."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ class Recipe(Order, Protocol):
         """The privacy plan, or None."""
 
 
-class Working:
+class Trainee:
     """A module and the global weights every visit starts from: any model, loss and torch optimizer.
 
     Names, parameters and start are looked up once; a visit then costs little beside its steps.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from fedtorch.client import Client
 from fedtorch.engines.messages import Memory, Outcome
-from fedtorch.types import ClientError, Failure, Task, Update
+from fedtorch.types import ClientError, Failure, Released, Task
 
 DEATHS = 3
 """Workers a chunk may lose before it is held to be the cause."""
@@ -87,7 +87,7 @@ class Board:
             )
         self.waiting.appendleft(job)
 
-    def ready(self) -> Iterator[Update | Failure]:
+    def ready(self) -> Iterator[Released | Failure]:
         """Outcomes whose turn has come."""
         while self.handed in self.finished:
             outcome = self.finished.pop(self.handed)

@@ -26,7 +26,7 @@ from fedtorch.engines.workers import kit, pool
 from fedtorch.engines.workers.board import DEATHS, Job
 from fedtorch.engines.workers.worker import serve
 from fedtorch.options import COUNT, check
-from fedtorch.types import ClientError, ConfigError, Failure, Update
+from fedtorch.types import ClientError, ConfigError, Failure, Released
 
 START_SECONDS = 120.0
 """Most a worker may take to import torch and say that it is ready."""
@@ -90,7 +90,7 @@ class ProcessesSession(pool.PoolSession):
             self.close()
             raise
 
-    def collect(self) -> Iterator[Update | Failure]:
+    def collect(self) -> Iterator[Released | Failure]:
         """Hand chunks to free workers and their outcomes on, in the order of the chunks."""
         while self.board.open:
             for worker in self.workers:

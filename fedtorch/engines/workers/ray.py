@@ -24,7 +24,7 @@ from fedtorch.engines.workers.board import Job
 from fedtorch.engines.workers.processes import cores
 from fedtorch.engines.workers.worker import Worker
 from fedtorch.options import COUNT, check
-from fedtorch.types import ClientError, ConfigError, Failure, Update
+from fedtorch.types import ClientError, ConfigError, Failure, Released
 
 START_SECONDS = 180.0
 """Most a cluster may take to give us a first actor, at the start or after all were lost."""
@@ -88,7 +88,7 @@ class RaySession(pool.PoolSession):
             self.close()
             raise
 
-    def collect(self) -> Iterator[Update | Failure]:
+    def collect(self) -> Iterator[Released | Failure]:
         """Hand chunks to free actors and their outcomes on, in the order of the chunks."""
         import ray
 

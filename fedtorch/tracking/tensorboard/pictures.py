@@ -16,7 +16,7 @@ from fedtorch.training.batches import fetch, length
 from fedtorch.training.module import evaluating
 from fedtorch.training.outline import copied
 from fedtorch.training.stacked import forward, to
-from fedtorch.types import Update
+from fedtorch.types import Released
 
 SETS = 4
 """Sets of histograms and points in a run; of pictures, which take longer, there is one at the end."""
@@ -37,8 +37,7 @@ class Pictures:
         self.options = record.tracking
         self.under = "nonprivate" if record.private else "data"
         asked = self.options.projector if self.options else False
-        plan = server.recipe.privacy
-        self.strict = plan is not None and plan.strict
+        self.strict = server.recipe.privacy.strict
         """Nothing that looks at clients' data is recorded, whatever the options say."""
         if self.strict:
             record.strictly(server.mark)
@@ -161,7 +160,7 @@ class Pictures:
             args = (x[wrong].cpu(), titles, heading)
             self.record.picture("test/mistakes", step, drawings.image_grid, *args)
 
-    def _sketch(self, update: Update) -> None:
+    def _sketch(self, update: Released) -> None:
         """Every weight is added to one of 32 sums, its sign drawn: dot products survive on average."""
         step = self.server.round_number + 1
         rows = len(next(iter(update.sent["delta"].values())))
