@@ -305,13 +305,13 @@ def a_ledger_that_starts_anew_each_round(patch: pytest.MonkeyPatch) -> None:
 
 def average_weighted_by_examples(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(client_module.Recipe, "weighting", property(lambda self: "examples"))
-    release = ClientLevel.release
+    release = ClientLevel.server
 
     def divided(self, sums, state, noise, population):
         mean = {g: {k: v / 4 for k, v in s.items()} for g, s in sums.items()}
         return release(self, mean, state, noise, population)
 
-    patch.setattr(ClientLevel, "release", divided)
+    patch.setattr(ClientLevel, "server", divided)
 
 
 def divide_by_the_cohort_there_was(patch: pytest.MonkeyPatch) -> None:
@@ -328,9 +328,9 @@ def divide_by_the_cohort_there_was(patch: pytest.MonkeyPatch) -> None:
 
 
 def half_the_central_noise(patch: pytest.MonkeyPatch) -> None:
-    release = ClientLevel.release
+    release = ClientLevel.server
     patch.setattr(
-        ClientLevel, "release", lambda s, sums, state, z, n: release(s, sums, state, z / 2, n)
+        ClientLevel, "server", lambda s, sums, state, z, n: release(s, sums, state, z / 2, n)
     )
 
 

@@ -57,6 +57,10 @@ def read_task(message: Message) -> Task:
 def outcome_message(outcome: Outcome, asked: Sequence[str], **facts: Any) -> Message:
     """An outcome; clients go by their place in ``asked``."""
     update, failures, memory = outcome
+    if not isinstance(update, Released):
+        raise TypeError(
+            f"only what a privacy plan released may be sent, not {type(update).__name__}"
+        )
     place = {id: k for k, id in enumerate(asked)}
     # in float64, as everybody's: in what type a solver adds up is no other's business
     sent = {g: double(s) if update.summed else s for g, s in update.sent.items()}

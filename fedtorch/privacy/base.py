@@ -135,6 +135,14 @@ class Privacy(ABC):
     fix_model: bool = False
     """Replace, before round 0, layers that void the guarantee (BatchNorm) or are slow under it (LSTM)."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """There is one way out for all plans; raises TypeError where one has another."""
+        super().__init_subclass__(**options)
+        if cls.release is not Privacy.release:
+            raise TypeError(
+                f"{cls.__name__}.release: a plan clips and noises in client() and server()"
+            )
+
     def __post_init__(self) -> None:
         """Refuse what gives no guarantee, by name."""
         check_accountant(self.accountant)
