@@ -69,9 +69,9 @@ def test_what_takes_no_made_up_examples_is_shown_its_own_within_bounds():
             return super().forward(x)
 
     x = torch.full((3, 2), 5.0)
-    x[1] = torch.tensor([3e38, math.nan])
+    x[1], x[2] = torch.tensor([3e38, math.nan]), torch.tensor([-math.inf, math.inf])
     (one,) = shown(Picky(2, 3), [Client("c", (x, torch.arange(3)))], Recipe(privacy=PLANS[0]))
-    assert one.data.tensors[0].tolist() == [[5.0, 5.0], [BOUND, 0.0], [5.0, 5.0]]
+    assert one.data.tensors[0].tolist() == [[5.0, 5.0], [BOUND, 0.0], [-BOUND, BOUND]]
     assert length(limited(Pairs(x))) == 3 and len(one) == 3
 
 

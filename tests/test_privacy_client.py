@@ -8,6 +8,7 @@ import torch
 from fedtorch import FedAvg, Poisson, Scaffold, ServerAdam, Uniform
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel
 from fedtorch.privacy.base import clipped, joint_norms
+from fedtorch.privacy.noise.streams import stream
 from fedtorch.types import ConfigError
 from private_case import clients, model, server, silent
 
@@ -135,6 +136,13 @@ def test_noise_comes_before_the_server_optimizer():
 )
 def test_adaptive_clipping_splits_the_noise(z, expected, want):
     assert AdaptiveClip().update_noise(z, expected) == pytest.approx(want, abs=1e-7)
+
+
+def test_noise_on_the_bits_moves_the_clip_no_further_than_all_or_no_updates_would():
+    draw, how = stream("aes", None, "bits"), AdaptiveClip(lr=0.2, quantile=0.3)
+    for bits, share in ((-5e3, 0.0), (5e3, 1.0)):
+        moved = how.next(2.0, bits, 100, draw)
+        assert moved == pytest.approx(2.0 * math.exp(-0.2 * (share - 0.3)))
 
 
 @pytest.mark.parametrize("first", [0.1, 0.9, 1.1, 5.0])

@@ -36,6 +36,15 @@ def test_laplace_draws_have_tails_a_uniform_does_not_have():
     assert x.abs().max() > 8
 
 
+def test_the_farthest_laplace_draws_are_finite_and_where_53_bits_put_them():
+    class Ends:
+        def uniform(self, n):
+            return torch.tensor([0.0, 2**-53, 0.5, 1 - 2**-53], dtype=torch.float64)
+
+    ends = laplace(Ends(), (2, 2)).flatten() / math.log(2)
+    assert ends.tolist() == pytest.approx([-53, -52, 0, 52])
+
+
 def test_updates_are_clipped_in_the_mechanisms_own_norm():
     from fedtorch.types import Task
 
