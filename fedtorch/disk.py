@@ -48,7 +48,7 @@ def replace(path: Path, text: str) -> None:
 
 
 def reason(error: OSError) -> str:
-    """What the system says, and of which file: for one sentence."""
+    """The system's error and the file it is about, for one sentence."""
     where = f"{error.filename}: " if error.filename is not None else ""
     return where + (error.strerror or str(error) or type(error).__name__)
 

@@ -53,7 +53,7 @@ def sq_norms(tree: Stack) -> Tensor:
 
 
 def same(new: Tensor, old: Tensor) -> Tensor:
-    """Where two tensors hold the same, NaN being the same as NaN."""
+    """True where two tensors hold the same number; NaN equals NaN."""
     return (new == old) | (new.isnan() & old.isnan())
 
 

@@ -16,7 +16,7 @@ class Preparation:
     classes: tuple[Any, ...] = ()
     """Names of the classes in the order of the outputs; none: their numbers, 0, 1, ... as in the file."""
     scale: float = 1.0
-    """What whole-numbered pixels were divided by."""
+    """Divisor of whole-numbered pixels."""
     pixels: bool = False
     """Inputs are images in 0..1, as pictures are given to ``predict``."""
     channels_last: bool = False
@@ -33,9 +33,9 @@ class Preparation:
     dtype: str = ""
     """NumPy's name of the type that inputs were stored in; empty: a table of text, or not known."""
     numbers: str = ""
-    """What kind of numbers inputs were before anything was done to them; see ``fedtorch.data.units``."""
+    """Kind of the inputs' numbers before preparation; see ``fedtorch.data.units``."""
     notes: tuple[str, ...] = ()
-    """What else was done to the file, in words."""
+    """Further steps of the preparation, in words."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Data:
     keys: Sequence[str] | None = None
     """Natural owner of each training example (a writer, a speaker, a hospital)."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What a model may ask for by name: input_shape, in_features, in_channels, vocab_size, ..."""
+    """Facts that a model may ask for by name: input_shape, in_features, in_channels, vocab_size, ..."""
     preparation: Preparation = Preparation()
 
 
@@ -85,7 +85,7 @@ def from_tensors(
 
 
 def facts_of(shape: tuple[int, ...], outputs: int, kind: str) -> dict[str, Any]:
-    """What a model may ask for, from the shape of one example and the number of outputs."""
+    """Facts that a model may ask for, from the shape of one example and the number of outputs."""
     return {
         "input_shape": shape,
         "in_features": math.prod(shape),

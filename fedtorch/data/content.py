@@ -1,4 +1,4 @@
-"""What depends on the content of examples alone: the part each belongs to, and a fingerprint of all.
+"""Decisions by the content of examples alone: the part each belongs to, and a fingerprint of all.
 
 Where an example goes is decided by a keyed hash of the example itself. One more or one fewer moves no
 other, which a shuffle of their numbers would; privacy is about exactly such neighbours.

@@ -1,4 +1,4 @@
-"""What was made of the data before training: said in one line, kept with the run, done again to predict.
+"""Preparation of the data: said in one line, kept with the run, done again to predict.
 
 ``data.json`` in the run folder holds it, with a fingerprint of the data. It is for the owner alone (0600):
 a digest of private data says whether a guess of them is right.
@@ -43,7 +43,7 @@ class Prepared:
 
     @classmethod
     def of(cls, data: Data) -> "Prepared":
-        """What there is to keep of loaded data."""
+        """The preparation of loaded data."""
         plain = {k: v for k, v in data.facts.items() if _plain(v)}
         return cls(
             data.name,
@@ -76,7 +76,7 @@ class Prepared:
 
 
 def load(folder: Path) -> Prepared | None:
-    """What a run kept of its data; None: it was made before that. ConfigError where it is damaged."""
+    """The preparation that a run kept; None for older runs. Raises ConfigError if it is damaged."""
     path = folder / FILE
     if not path.is_file():
         return None

@@ -13,12 +13,12 @@ from fedtorch.types import ConfigError
 NUMBER = re.compile(
     r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.I
 )
-"""What counts as a number; Python's float() takes more (1_000)."""
+"""Pattern of a number; Python's float() takes more (1_000)."""
 
 COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
 MISSING = {"", "?", "na", "n/a", "null", "none", "-"}
-"""How files write that a value is not there."""
+"""Spellings of a missing value."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Sheet:
         return float(text) if NUMBER.fullmatch(text) else None
 
     def wrong(self, line: int, column: str, text: str) -> ConfigError:
-        """What to do about a value that is no number."""
+        """The fix for a value that is no number."""
         fix = "encode or drop it, or name it as dataset.client"
         if text.lower() in MISSING:
             fix = "a missing value: fill it or drop that row first"

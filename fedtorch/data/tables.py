@@ -31,7 +31,7 @@ OWNERS = {
 """Columns that are asked about: they name who holds a row, as their name or as ``..._id``."""
 
 INDEX = "Unnamed: 0"
-"""What pandas calls an index without a name."""
+"""Pandas' name for an index without one."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Csv:
     classes: list[str] = field(default_factory=list)
     """Names of the classes in order, where files of several sites must agree; none: sorted."""
     decimal: str = "."
-    """What separates decimals: . or ,"""
+    """Decimal separator: . or ,"""
 
     def __post_init__(self) -> None:
         """Refuse shares that leave nothing."""
@@ -182,7 +182,7 @@ class Npz:
     test_fraction: float = 0.2
     """Share kept for the central test where there is no x_test; 0: none."""
     scale: float | None = None
-    """What x is divided by; none: 255 for images of uint8, 65535 of uint16, else 1."""
+    """Divisor of x; none: 255 for images of uint8, 65535 of uint16, else 1."""
     channels_last: bool | None = None
     """Whether images are [N, rows, columns, channels]; none: asked for where they seem to be."""
     classes: list[str] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What is to be predicted: classes, yes or no, or amounts. Asked for where the values could be either.
+"""The kind of target: classes, yes or no, or amounts. Asked for where the values could be either.
 
 By themselves, names, true and false, -1 and 1, and the whole numbers 0, 1, ..., n - 1 are classes, and
 fractions are amounts. Any other whole numbers (1 to 5 may be a rating) are asked for by --dataset.kind.

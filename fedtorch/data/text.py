@@ -16,7 +16,7 @@ NAME = re.compile(r"^([^\n:]{1,60}):[ \t]*\n", re.MULTILINE)
 """``NAME:`` on a line of its own may start that speaker's lines; see ``is_speaker``."""
 
 BETWEEN = set(" '\u2019.-&")
-"""What a speaker's name may hold beside letters, their accents and digits."""
+"""Characters of a speaker's name beside letters, their accents and digits."""
 
 
 @dataclass(frozen=True)

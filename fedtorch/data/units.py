@@ -20,7 +20,7 @@ LARGEST = {"bool": 1.0, "uint8": 255.0, "uint16": 65535.0}
 
 
 def look(array: np.ndarray) -> str:
-    """What kind of numbers these are; empty where they are 0 and 1 alone, which go with any kind."""
+    """The kind of these numbers; empty if they are only 0 and 1, which go with any kind."""
     if not array.size:
         return ""
     inside = float(array.min()) >= 0 and float(array.max()) <= 1

@@ -34,10 +34,10 @@ GROUP = 64
 """Clients that train one after another in one call, where their updates are only averaged."""
 
 SMALL = 8
-"""Clients that stay in cache stacked, from which on stacking is faster than one after another."""
+"""Stack clients with vmap only if at least this many fit in cache together."""
 
 SMALL_PRIVATE = 24
-"""The same of private steps, where stacking holds a gradient of each example besides."""
+"""The same for private steps, where stacking also holds a gradient of each example."""
 
 SOLVERS = ("auto", "fast", "stacked", "general")
 

@@ -139,7 +139,7 @@ def decode(
 
 
 def short(text: str, most: int = 60) -> str:
-    """What somebody else wrote, quoted in ASCII and cut, so that no log can be flooded or forged by it."""
+    """Quotes others' text in ASCII and cuts it, so that it can neither flood nor forge a log."""
     return ascii(text[:most]) + ("..." if len(text) > most else "")
 
 

@@ -19,7 +19,7 @@ LAYERS = (nn.Linear, nn.Embedding)
 
 
 class Seen(Protocol):
-    """What one layer saw of a batch."""
+    """Inputs and gradients of one layer for a batch."""
 
     def sq_norms(self) -> Tensor:
         """Squared norm of each example's gradient, [n], float64."""
@@ -39,7 +39,7 @@ class Ghosts:
         self._handles = [m.register_forward_hook(self._on_forward) for m in self.layers]
 
     def sq_norms(self) -> list[Tensor]:
-        """Of each layer, [n], float64."""
+        """Squared norms of each layer's gradients, [n], float64."""
         return [s.sq_norms() for s in self.seen]
 
     def forget(self) -> None:

@@ -9,7 +9,7 @@ from fedtorch.run.versions import installed
 
 
 def promise(run: PrivateRun) -> list[str]:
-    """What is promised, to be said before round 0."""
+    """The promise, said before round 0."""
     plan, words = run.plan, run.plan.describe()
     epsilon = plan.planned(run.noise, run.rounds)
     seen = "all this run releases" + ("" if plan.strict else " but what is marked not private")
@@ -59,7 +59,7 @@ def statement(run: PrivateRun) -> dict[str, Any]:
 
 
 def randomness(run: PrivateRun) -> str:
-    """Where the noise comes from."""
+    """The source of the noise, in words."""
     if run.plan.insecure_seed is not None:
         return "INSECURE: a known seed; the noise can be taken off again"
     if run.plan.rng == "os":

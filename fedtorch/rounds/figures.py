@@ -21,7 +21,7 @@ QUARTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
 
 @dataclass(frozen=True)
 class Visits:
-    """What the clients of one round reported, client by client; it stays with the server."""
+    """Reports of one round, client by client; they stay with the server."""
 
     ids: tuple[str, ...] = ()
     weight: Tensor = field(default_factory=lambda: torch.zeros(0))

@@ -1,4 +1,4 @@
-"""What a site will not do, whoever asks: too large a model or batch, too many rounds, passes or steps."""
+"""Limits of a site's work, whoever asks: size of model and batch, rounds, passes, steps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What a site's report must be to count; nothing that a site sends is believed before."""
+"""Checks a site's report; nothing that a site sends counts before."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

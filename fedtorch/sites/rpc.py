@@ -146,7 +146,7 @@ class Line:
 
 
 class Desk:
-    """Where calls arrive: who it is, whether there is room, one message, its answer."""
+    """Takes calls: identifies the caller, finds room, reads one message and answers it."""
 
     def __init__(self, handle: Handler, names: Sequence[str] | None, secure: bool) -> None:
         """Nobody is there yet."""

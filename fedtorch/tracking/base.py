@@ -1,4 +1,4 @@
-"""What is recorded of a run, and what a place to record it must be able to take."""
+"""Options of the record, and the interface of a tracker."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ class Tracker:
         """An image file."""
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
-        """How numbers are distributed."""
+        """Records a distribution of numbers."""
 
     def graph(self, nodes: Sequence[tuple[str, str, Sequence[str], str]]) -> None:
         """Modules as (name, type, names of where its input comes from, note)."""

@@ -14,7 +14,7 @@ from fedtorch.types import ConfigError
 NAME = "metrics.jsonl"
 
 Seal = Mapping[str, Any]
-"""What the file held at a checkpoint: ``bytes`` and their ``sha256``."""
+"""The file at a checkpoint: ``bytes`` and their ``sha256``."""
 
 Say = Callable[[str], None]
 

@@ -15,7 +15,7 @@ Metrics = Mapping[str, Any]
 
 
 class Record:
-    """Everything that is written down about a run while it trains.
+    """Writes down a run while it trains.
 
     A tracker that fails (a full disk, a server that is gone) is warned of once and left alone; the
     training goes on. Pictures are drawn in a thread beside the training, from copies of what they show.
@@ -41,11 +41,11 @@ class Record:
         self.history = [dict(m) for m in self.lines.before]
         """Figures of every round so far, those before a resume too."""
         self.seconds = 0.0
-        """What recording the last round took."""
+        """Seconds that recording the last round took."""
         before = self.history[-1].get("seconds_elapsed", 0.0) if self.history else 0.0
         self.began = time.perf_counter() - before
         self.mark: Callable[[dict[str, Any]], dict[str, Any]] = dict
-        """What of the record's own figures may be told."""
+        """The record's own figures that may be told."""
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
         self.drawing: list[tuple[str, int, Future[bytes]]] = []
 
@@ -88,7 +88,7 @@ class Record:
         self.seconds = time.perf_counter() - start
 
     def seal(self) -> Seal | None:
-        """What ``metrics.jsonl`` holds by now, for a checkpoint; None where it could not be written."""
+        """Size and digest of ``metrics.jsonl`` for a checkpoint; None if it could not be written."""
         return None if self.lines is None else self.lines.seal()
 
     def picture(self, tag: str, step: int, draw: Callable[..., bytes], *args: Any) -> None:

@@ -49,9 +49,10 @@ def noise(
     counts: Sequence[int],
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """What ``like`` [k, B, ...] is multiplied by: 0 or, with probability ``keep``, 1 / keep.
+    """Draws a dropout mask shaped like ``like`` [k, B, ...]: 1 / keep with probability ``keep``, else 0.
 
-    Client j draws for its first ``counts[j]`` examples, in memory laid out in ``order`` as dropout does.
+    Each client has a generator of its own. Client j draws for its first ``counts[j]`` examples, in memory
+    laid out in ``order``, as PyTorch's dropout does.
     """
     if keep == 0:  # PyTorch draws nothing either
         return torch.zeros_like(like)

@@ -1,4 +1,4 @@
-"""What a release costs, and what a run has spent."""
+"""The price of a release, and the account of a run."""
 
 from fedtorch.privacy.accounting.events import Event, calibrate, epsilon
 

@@ -1,4 +1,4 @@
-"""What a list of noised releases costs together: (epsilon, delta) of a whole run.
+"""The joint price of a list of noised releases: (epsilon, delta) of a whole run.
 
 Neighbouring relation: one unit (an example, or a client) is added or removed.
 """

@@ -87,7 +87,7 @@ def laplace_noise(epsilon: float, steps: int = 1) -> float:
 
 
 def above(x: Any) -> Any:
-    """How likely a standard normal variable is above each ``x``."""
+    """Probability that a standard normal variable is above each ``x``."""
     return scipy.special.ndtr(-x)
 
 

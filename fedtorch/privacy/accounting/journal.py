@@ -103,7 +103,7 @@ def _completed(path: Path) -> bytes:
 
 
 def parsed(line: bytes) -> Any:
-    """What a line holds, or None."""
+    """The entry in a line, or None."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):

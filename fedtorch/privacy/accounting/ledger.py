@@ -1,4 +1,4 @@
-"""What a run has spent: an append-only record of every noised release, written before it happens."""
+"""The ledger: an append-only record of every noised release, written before it happens."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from fedtorch.types import ConfigError
 UNITS = ("example", "client")
 
 History = frozenset[tuple[tuple[str, float, float], int]]
-"""What was charged to somebody: (mechanism, noise, rate) and steps."""
+"""Charges of one owner: (mechanism, noise, rate) and steps."""
 
 NOTHING: History = frozenset()
 
@@ -27,7 +27,7 @@ class Entry:
 
     round: int
     unit: str
-    """What the guarantee protects: ``example`` or ``client``."""
+    """The unit that the guarantee protects: ``example`` or ``client``."""
     event: Event
     clients: tuple[str, ...] | None
     """Clients whose data the release came from; None: everyone's."""
@@ -193,7 +193,7 @@ class Ledger:
     def _all(
         self, event: Event | None = None, clients: Iterable[str] | None = None
     ) -> set[History]:
-        """What each client has been charged, the run's own charges included, each history once.
+        """Charges of each client, the run's own included, each history once.
 
         A history that only clients charged by ``event`` have stays in, beside the longer ones it becomes.
         """

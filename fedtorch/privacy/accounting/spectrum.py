@@ -35,7 +35,7 @@ class Release(NamedTuple):
     spectrum: Any
     """Transform of the masses, at the frequencies that are kept."""
     rounding: float
-    """How far off any frequency may be, and a product with it."""
+    """Largest error of any frequency, and of a product with it."""
     envelope: Any
     """Logarithm of the largest magnitude at this frequency or any above."""
 
@@ -105,7 +105,7 @@ def epsilon_of(
 
 
 def _off(parts: Sequence[tuple[Release, int]], count: int) -> Any:
-    """How far rounding may put the product off at each frequency, from above."""
+    """Upper bound on the rounding error of the product at each frequency."""
     sizes = [np.abs(one.spectrum[:count]) + one.rounding for one, _ in parts]
     product = np.exp(sum(t * np.log(m) for (_, t), m in zip(parts, sizes, strict=True)))
     return product * sum(t * one.rounding / m for (one, t), m in zip(parts, sizes, strict=True))
@@ -217,7 +217,7 @@ def _loss(z: Any, noise: float, rate: float) -> Any:
 
 
 def _beyond(loss: Any, noise: float, rate: float) -> Any:
-    """How likely a larger loss is."""
+    """Probability of a larger loss."""
     possible = loss > np.log1p(-rate)
     ratio = np.log1p(np.expm1(np.where(possible, loss, 0.0)) / rate)
     z = noise * ratio + 0.5 / noise

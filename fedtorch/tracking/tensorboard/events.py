@@ -24,7 +24,7 @@ class TensorBoard(Tracking):
     """Event files in the run folder, read by ``tensorboard --logdir``."""
 
     def open(self, folder: Path, start: int) -> Tracker:
-        """What an earlier start logged for rounds after ``start`` is cut away."""
+        """Cuts away what an earlier start logged for rounds after ``start``."""
         for path in folder.rglob(f"*tfevents*{EVENTS}"):
             trim(path, start)
         return EventTracker(folder, self.compare)
@@ -97,7 +97,7 @@ class EventTracker(Tracker):
         )
 
     def timeless(self) -> None:
-        """Everything is stamped with the time of now."""
+        """Stamps everything with the present time."""
         now = time.time()
         self.clock = self.files[""].clock = lambda: now
 

@@ -1,4 +1,4 @@
-"""What a run looks like: pictures, histograms and points, made from the server and the test data."""
+"""Pictures, histograms and points of a run, made from the server and the test data."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -71,7 +71,7 @@ def image(tag: str, png: bytes) -> Any:
 
 
 def histogram(tag: str, values: Tensor) -> Any:
-    """How the finite numbers among these are distributed."""
+    """Distribution of the finite numbers among these."""
     numbers = values.detach().double().cpu().flatten().numpy()
     numbers = numbers[np.isfinite(numbers)] if len(numbers) else np.zeros(1)
     numbers = numbers if len(numbers) else np.zeros(1)
