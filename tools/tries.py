@@ -115,7 +115,7 @@ def draw_map(tests: list[str]) -> None:
     saved = json.loads(MAP.read_text()) if MAP.exists() else {"lines": {}, "seconds": {}}
     for file in tests:
         tracer = Tracer()
-        pytest.main(["-q", "-p", "no:cacheprovider", file], plugins=[tracer])
+        pytest.main(["-q", "-n0", "-p", "no:cacheprovider", file], plugins=[tracer])
         saved["seconds"] |= tracer.seconds
         for line, names in tracer.lines.items():
             kept = {*saved["lines"].get(line, []), *names} - tracer.failed
@@ -176,7 +176,7 @@ class Tries:
         import pytest
 
         place = f"--basetemp={PLACE / 'temp'}"
-        flags = ["-q", "-x", "-p", "no:cacheprovider", "-o", "timeout=0", place]
+        flags = ["-q", "-n0", "-x", "-p", "no:cacheprovider", "-o", "timeout=0", place]
         return int(pytest.main([*flags, *tests], plugins=[self]))
 
     def anew(self, case: Case) -> int:
