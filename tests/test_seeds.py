@@ -33,6 +33,15 @@ def test_seeded_repeats_and_puts_the_global_generators_back():
     assert (np.random.get_state()[1] == before[1]).all()
 
 
+def test_no_seed_is_queued_for_an_accelerator_that_is_not_in_use(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch, "manual_seed", called.append)
+    for in_use in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda in_use=in_use: in_use)
+        seeds.set_global(3)
+        assert called == [3] * in_use
+
+
 def test_kept_spans_many_seeds():
     state = torch.get_rng_state()
     with seeds.kept():
