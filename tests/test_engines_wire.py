@@ -36,6 +36,8 @@ def same(a: Message, b: Message) -> bool:
 
 def test_what_is_sent_comes_back_to_the_last_bit():
     assert same(example(), wire.decode(wire.encode(example())))
+    # so that a tensor lies in memory as its type wants it
+    assert all(len(wire.pack(Message("k", {"x": "y" * n})).head) % 64 == 0 for n in range(70))
 
 
 shapes = st.lists(st.integers(0, 4), max_size=3)
@@ -219,6 +221,9 @@ def test_any_facts_and_groups_are_read_or_refused(facts, groups):
 
 def test_what_others_wrote_is_told_short_and_in_ascii():
     assert wire.short("weight") == "'weight'"
+    for cut, most, quotes in ((wire.short, 60, 2), (wire.printable, 300, 0)):
+        assert len(cut("x" * most)) == most + quotes
+        assert cut("x" * (most + 1)) == cut("x" * most) + "..."
     told = wire.short("\x1b[2J\u0430\n" + "x" * (1 << 20))
     assert len(told) < 100 and told.isascii() and told.isprintable()
     name = "\0" * (1 << 20)

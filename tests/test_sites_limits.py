@@ -4,12 +4,13 @@ import sys
 import time
 
 import pytest
+from torch import nn
 
 from fedtorch import ServerAdam
 from fedtorch.data.base import facts_of
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.sites import offer as plans
-from fedtorch.sites.limits import MOST_LAYERS, accept
+from fedtorch.sites.limits import MOST_LAYERS, accept, model_of_at_most
 from fedtorch.sites.options import LIMITS, SiteConfig
 from fedtorch.strategies import FedAvg, FedProx, Scaffold
 from fedtorch.types import ConfigError
@@ -124,6 +125,18 @@ def test_the_owner_sets_the_limits():
         for bad in (0, -1, float("nan"), float("inf")):
             with pytest.raises(ConfigError, match=f"{name} must be"):
                 site(**{name: bad})
+
+
+def test_what_just_reaches_a_limit_is_taken():
+    assert accept(plans.describe(offer(epochs=100)), site()).epochs == 100
+    with model_of_at_most(9):
+        nn.Linear(2, 3)
+        with pytest.raises(ConfigError, match="more than this site's 9 parameters"):
+            nn.Linear(1, 1, bias=False)
+    with model_of_at_most(9):
+        layers = nn.ModuleList(nn.Identity() for _ in range(MOST_LAYERS))
+        with pytest.raises(ConfigError, match=f"more than {MOST_LAYERS:,} layers"):
+            layers.append(nn.Identity())
 
 
 def test_a_plan_without_privacy_is_not_taken_for_the_default_one():
