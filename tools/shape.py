@@ -1,13 +1,14 @@
 """What a tidy house shows, and where this one does not: a mirror, not a fence (``make shape``).
 
     python tools/shape.py             figures beside their aims, then what is over
-    python tools/shape.py figure      the layers of the import contract, as docs/design.md draws them
+    python tools/shape.py draw        draw the layers of the import contract anew in docs/design.md
 
 Aims are for a reader: where a figure is over its aim, docs/design.md says why or somebody mends it.
 """
 
 import ast
 import io
+import re
 import sys
 import tokenize
 import tomllib
@@ -22,9 +23,8 @@ CORE = ("training", "strategies/base", "aggregation/mean", "channel/base", "roun
 CORE += ("engines/base", "engines/local", "engines/solver_choice")
 PLANS = ("adaptive", "bands", "base", "client", "gradients", "local", "nothing", "run", "sample")
 CORE += tuple(f"privacy/{name}" for name in PLANS)
-VISIT = tuple(
-    f"training/{m}" for m in ("local_update", "reduced", "sequential", "stacked", "trainee")
-)
+VISIT = ("correction", "local_update", "reduced", "results", "sequential", "stacked", "trainee")
+VISIT = tuple(f"training/{name}" for name in VISIT)
 PROSE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "benchmarks/RESULTS.md")
 
 
@@ -215,8 +215,15 @@ def layers(top: Path) -> list[str]:
 
 
 def figure(top: Path) -> str:
-    """The layers as an indented list: a line may import what stands below it, never above."""
-    return "\n".join(f"    {layer.replace('fedtorch.', '')}" for layer in layers(top))
+    """The layers of the import contract, one a line: it may import what stands below it, never above."""
+    bare = [re.sub(r"fedtorch\.|[()]", "", layer) for layer in layers(top)]
+    return "\n".join(["```text", *bare, "torch", "```"])
+
+
+def drawn(top: Path) -> str:
+    """docs/design.md with the figure as the contract has it."""
+    text = (top / "docs" / "design.md").read_text()
+    return re.sub(r"```text\n__main__\n.*?```", figure(top), text, flags=re.DOTALL)
 
 
 def report(top: Path) -> Iterator[str]:
@@ -259,4 +266,7 @@ def report(top: Path) -> Iterator[str]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
-    print(figure(HERE) if sys.argv[1:] == ["figure"] else "\n".join(report(HERE)))
+    if sys.argv[1:] == ["draw"]:
+        (HERE / "docs" / "design.md").write_text(drawn(HERE))
+    else:
+        print("\n".join(report(HERE)))
