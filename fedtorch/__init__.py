@@ -7,12 +7,10 @@ from fedtorch.interrupts import reading
 with reading():
     from fedtorch.client import Client, Recipe
     from fedtorch.engines import Local
-    from fedtorch.rounds import history
     from fedtorch.rounds.participation import Everyone, Poisson, Uniform
     from fedtorch.run.evaluate import evaluate
     from fedtorch.server import Server
     from fedtorch.strategies import Correction, FedAvg, FedProx, Scaffold, Strategy
-    from fedtorch.training import losses
     from fedtorch.training.local_update import local_update
     from fedtorch.training.optimizer import (
         ClientOptimizer,
@@ -23,8 +21,17 @@ with reading():
     )
     from fedtorch.types import ConfigError
 
-# where they stood before there were rooms
-sys.modules |= {"fedtorch.losses": losses, "fedtorch.history": history}
+# where they stood before there were rooms: scripts, configs and pages name them so
+OLD = {
+    "history": "rounds.history",
+    "losses": "training.losses",
+    "optimizers": "training.optimizer",
+    "participation": "rounds.participation",
+    "schedules": "rounds.schedules",
+    "solvers": "training.stacked",
+    "visit": "training.local_update",
+}
+sys.modules |= {f"fedtorch.{old}": sys.modules[f"fedtorch.{new}"] for old, new in OLD.items()}
 
 __version__ = "0.1.0"
 

@@ -124,3 +124,12 @@ def test_a_reader_that_is_gone_does_not_pass_for_a_trained_run(monkeypatch, caps
     monkeypatch.setattr("fedtorch.commands.train.main", fail)
     assert main(["train"]) == 1
     assert "nobody reads" in capsys.readouterr().err
+
+
+def test_modules_are_found_where_they_stood_before_there_were_rooms():
+    for name, attr in (
+        ("losses", "accuracy"),
+        ("history", "History"),
+        ("optimizers", "ServerAdam"),
+    ):
+        assert hasattr(importlib.import_module(f"fedtorch.{name}"), attr)
