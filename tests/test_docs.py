@@ -59,6 +59,28 @@ def test_links_lead_to_files(path):
             assert (path.parent / target).exists(), target
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=lambda p: p.name
+)
+def test_files_that_are_named_are_there_and_hold_what_is_named_with_them(path):
+    for name, held in re.findall(r"`([\w/]+(?:\.py|/))`(?: `(\w+)`)?", path.read_text()):
+        places = [ROOT / name, ROOT / "fedtorch" / name, ROOT / "tests" / name]
+        found = [place for place in places if place.exists()]
+        assert found or name in GIVEN, name
+        assert not held or re.search(rf"(def|class) {held}\b", found[0].read_text()), (
+            f"{name} {held}"
+        )
+
+
+GIVEN = {
+    "path/file.py",
+    "mine.py",
+    "models/mine.py",
+    "checkpoints/",
+    "nonprivate/",
+}  # of a reader's own
+
+
 def test_the_readme_names_every_choice():
     text = (ROOT / "README.md").read_text()
     for choice in ("dataset", "partition", "strategy", "strategy.server", "participation"):
