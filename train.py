@@ -20,15 +20,11 @@ from torch import nn
 
 from fedtorch import disk, seeds
 from fedtorch.checks import probe
-from fedtorch.client import Recipe
 from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.engines import Engine, Local
-from fedtorch.options import COUNT, POSITIVE, SHARE, check
-from fedtorch.privacy import Nothing, Privacy, SampleLevel
+from fedtorch.options import COUNT, SHARE, check
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent
-from fedtorch.rounds.participation import Everyone, Participation
-from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.run import cli, files, setup, sweep, zoo
 from fedtorch.run import folder as folders
 from fedtorch.run.console import Report, StopSignal, partition_table
@@ -43,17 +39,16 @@ from fedtorch.run.messages import (
     write_results,
 )
 from fedtorch.run.names import help_text
+from fedtorch.run.options import RunOptions
 from fedtorch.run.prices import LEDGER
 from fedtorch.server import Server
-from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.tracking import Record, TensorBoard, Tracking
 from fedtorch.tracking.tensorboard.pictures import Pictures
-from fedtorch.training.optimizer import ClientOptimizer
 from fedtorch.types import ClientError, ConfigError, NothingLearned
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RunOptions):
     """Every option of a run. ``--config run.toml`` sets them, flags override."""
 
     dataset: Any = Digits()
@@ -65,43 +60,12 @@ class Config:
     """Number of clients; none: 10, or every owner with a natural partition."""
     validation: float = 0.0
     """Share of each client's examples held out of training to validate the global model on."""
-    model: str = "small"
-    """A file of models/, path/file.py:Name or package.module:Name; options as --model.hidden 64."""
-    model_args: dict[str, Any] = field(default_factory=dict)
-    loss: str = "auto"
-    """cross_entropy, bce, mse, or package.module:function (output, target) -> Tensor."""
     metrics: list[str] = field(default_factory=lambda: ["auto"])
     """accuracy, binary_accuracy, mae, or package.module:function."""
-    strategy: Strategy = FedAvg()
-    """fedavg, fedprox, scaffold or your own; --strategy.server sgd, adam, yogi, adagrad."""
-    participation: Participation = Everyone()
-    """Who takes part in a round: everyone, uniform, poisson."""
-    privacy: Privacy | None = SampleLevel()
-    """Whose data the model hides: sample (each example), client, local (each client, from everybody) or
-    none; --privacy.epsilon 8 for the whole run, or --privacy.noise-multiplier 1.1."""
-    rounds: int = 30
-    """Rounds to train in all."""
-    optimizer: str = "sgd"
-    """Client optimizer, any of torch.optim; options as --optimizer.momentum 0.9."""
-    optimizer_args: dict[str, Any] = field(default_factory=dict)
-    lr: float | None = None
-    """Client learning rate; none: 0.1, and 1 under sample-level privacy, where gradients are clipped."""
-    schedule: Schedule = Constant()
-    """Learning rate over rounds: constant, exponential, step, cosine."""
-    epochs: int = Recipe.epochs
-    """Passes over a client's data in a round."""
-    steps: int | None = None
-    """Local steps in a round, in place of epochs."""
-    batch_size: int | None = Recipe.batch_size
-    """Examples in a local step; null: all of a client's."""
-    drop_last: bool = False
-    """Leave out the last, smaller batch of each pass."""
     engine: Engine = Local()
     """Where clients train: local, processes or ray (--engine.workers N); --engine.device cuda."""
     threads: int = 1
     """Threads inside one operation; more than 1 often slows small models."""
-    seed: int = 0
-    """Decides every draw: split, partition, initial weights, cohorts, batches."""
     tracking: Tracking | None = TensorBoard()
     """Where the run is recorded beside metrics.jsonl: tensorboard, mlflow, wandb, none."""
     eval_every: int = 1
@@ -110,14 +74,12 @@ class Config:
     """Rounds between two checkpoints."""
     run_dir: str | None = None
     """Folder of the run; none: runs/<dataset>-<model>-<strategy>-<time>."""
-    resume: bool = False
-    """Continue the run in run_dir from its last checkpoint."""
 
     def __post_init__(self) -> None:
         """Refuse what no run can do."""
-        counts = ("rounds", "eval_every", "checkpoint_every", "threads", "clients")
-        whole = dict.fromkeys((*counts, "epochs", "steps", "batch_size"), COUNT)
-        check(self, "", lr=POSITIVE, validation=SHARE, **whole)
+        super().__post_init__()
+        counts = ("eval_every", "checkpoint_every", "threads", "clients")
+        check(self, "", validation=SHARE, **dict.fromkeys(counts, COUNT))
         if self.resume and not self.run_dir:
             raise ConfigError("--resume needs --run-dir, the folder of the run to continue")
         plan = self.privacy
@@ -174,19 +136,9 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     clients = setup.clients(data, ids, parts, config.validation, config.seed, private)
     model = make_model(config, data)
     if data.kind == "classification":
-        probe.classes_fit(model, data)
+        probe.classes_fit(model, data.train, data.labels, data.outputs)
     loss, metrics = setup.loss_and_metrics(data.kind, config.loss, config.metrics)
-    recipe = Recipe(
-        config.strategy,
-        loss=loss,
-        optimizer=ClientOptimizer(config.optimizer, config.optimizer_args),
-        lr=config.lr,
-        epochs=config.epochs,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        drop_last=config.drop_last,
-        privacy=(config.privacy or Nothing()).planned_for(config.rounds),
-    )
+    recipe = config.recipe(loss)
     server = Server(
         model,
         clients,

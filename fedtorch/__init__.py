@@ -5,8 +5,9 @@ import sys
 from fedtorch.interrupts import reading
 
 with reading():
-    from fedtorch.client import Client, Recipe
+    from fedtorch.client import Client
     from fedtorch.engines import Local
+    from fedtorch.recipe import Recipe
     from fedtorch.rounds.participation import Everyone, Poisson, Uniform
     from fedtorch.run.evaluate import evaluate
     from fedtorch.server import Server

@@ -1,17 +1,10 @@
-"""Clients, and the recipe by which they train. ``training/local_update.py`` is what they do."""
+"""Clients: data that stays with its owner. ``training/local_update.py`` is what they do with it."""
 
-from dataclasses import KW_ONLY, dataclass, field
-
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from fedtorch.options import COUNT, POSITIVE, check, fit
-from fedtorch.privacy import Nothing, Privacy
-from fedtorch.strategies import FedAvg, Strategy
+from fedtorch.options import fit
 from fedtorch.training.batches import length
-from fedtorch.training.losses import Loss, cross_entropy
-from fedtorch.training.optimizer import ClientOptimizer
 from fedtorch.types import ConfigError, Params
 
 
@@ -41,55 +34,6 @@ class Client:
     def __repr__(self) -> str:
         """Id and size, never data."""
         return f"Client({self.id!r}, {len(self)} examples)"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How every client trains in a visit, and how their work is combined."""
-
-    strategy: Strategy = FedAvg()
-    _: KW_ONLY
-    loss: Loss = cross_entropy
-    optimizer: ClientOptimizer = field(default_factory=ClientOptimizer)
-    lr: float | None = None
-    """Client learning rate before the schedule; none: 0.1, and 1 under sample-level privacy, where
-    gradients are clipped."""
-    epochs: int = 2
-    """Passes over the client's data in one visit."""
-    steps: int | None = None
-    """Optimizer steps in one visit; given, it takes the place of epochs."""
-    batch_size: int | None = 16
-    """Examples in a local step; None: all of the client's at once."""
-    drop_last: bool = False
-    """Leave out the last, smaller batch of each pass (clients smaller than a batch keep theirs)."""
-    privacy: Privacy = Nothing()
-    """SampleLevel, ClientLevel or LocalDP; Nothing() or None: nothing is noised."""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot train, by name."""
-        object.__setattr__(self, "privacy", self.privacy or Nothing())
-        check(self, "", lr=POSITIVE, epochs=COUNT, steps=COUNT, batch_size=COUNT)
-        self.optimizer.check()
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate, or the default that fits the kind of step."""
-        return self.privacy.default_lr if self.lr is None else self.lr
-
-    @property
-    def weighting(self) -> str:
-        """How clients are weighed: auto is by examples, and alike where privacy asks for it."""
-        chosen = self.strategy.weighting
-        return chosen if chosen != "auto" else self.privacy.weighting
-
-    @property
-    def needs_rows(self) -> bool:
-        """Whether each client's own upload is needed, and not only the mean of what they learned."""
-        return not (self.strategy.only_delta and self.privacy.scales)
-
-    def weights(self, examples: Tensor) -> Tensor:
-        """Aggregation weights of clients with so many examples, [K]."""
-        return examples if self.weighting == "examples" else torch.ones_like(examples)
 
 
 def as_dataset(data: Dataset | tuple[Tensor, ...], owner: str) -> Dataset:

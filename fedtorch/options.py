@@ -1,11 +1,11 @@
-"""Checks of options: each by its annotation, and numbers by their range.
+"""The options of local training, and checks of options: each by its annotation, numbers by their range.
 
 True is no number, text is no number, and NaN is in no range. NumPy's numbers become Python's.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -37,6 +37,31 @@ SHARE = Range("in [0, 1)", 0, 1, "high")
 PART = Range("in [0, 1]", 0, 1)
 INSIDE = Range("between 0 and 1", 0, 1, "low high")
 ANY = Range("a number", -math.inf, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How a client goes through its data in a visit; recipes, configs and offers to sites have these."""
+
+    lr: float | None = None
+    """Client learning rate before the schedule; none: 0.1, and 1 under sample-level privacy, where
+    gradients are clipped."""
+    epochs: int = 2
+    """Passes over a client's data in a round."""
+    steps: int | None = None
+    """Local steps in a round, in place of epochs."""
+    batch_size: int | None = 16
+    """Examples in a local step; null (None): all of a client's."""
+    drop_last: bool = False
+    """Leave out the last, smaller batch of each pass (clients smaller than a batch keep theirs)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot train, by name."""
+        check(self, "", lr=POSITIVE, epochs=COUNT, steps=COUNT, batch_size=COUNT)
+
+    def training(self) -> dict[str, Any]:
+        """These options by name, to hand on."""
+        return {f.name: getattr(self, f.name) for f in fields(TrainingOptions)}
 
 
 def check(options: Any, where: str, **ranges: Range) -> None:

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from fedtorch.aggregation.mean import Mean, moved
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
 from fedtorch.options import NOT_NEGATIVE, fit, shown, within
 from fedtorch.privacy import models
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent, PrivateRun, opened
+from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics, Visits, length, traffic
 from fedtorch.rounds.history import History
 from fedtorch.rounds.participation import Everyone, Participation
@@ -100,7 +101,7 @@ class Server:
         groups = partial(uploads, self.recipe.strategy, params, self.extras)
         self.books = opened(self.recipe.privacy, self.ids, groups)
         """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
-        self.notes += self.books.check(self.recipe, participation)
+        self.notes += self.books.check(self.recipe, self.recipe.strategy.weighting, participation)
 
     @property
     def private(self) -> PrivateRun | None:

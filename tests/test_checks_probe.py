@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import StackDataset
+from torch.utils.data import StackDataset, TensorDataset
 
 from conftest import make_clients, mlp, weights
 from fedtorch import Client, ClientOptimizer, ConfigError, Local, Recipe, Server
@@ -159,19 +159,20 @@ def named(labels: torch.Tensor, classes: int):
     ],
 )
 def test_labels_and_outputs_must_fit(outputs, labels, classes, message):
+    x, y = torch.randn(4, 6), torch.tensor(labels)
     with pytest.raises(ConfigError, match=message):
-        classes_fit(mlp(classes=outputs), named(torch.tensor(labels), classes))
+        classes_fit(mlp(classes=outputs), TensorDataset(x, y), y, classes)
 
 
 @pytest.mark.parametrize("classes", [3, 8, 12])
 def test_the_classes_of_a_segmentation_are_on_axis_1_not_in_its_width(classes):
     x, y = torch.randn(4, 1, 8, 8), torch.randint(0, classes, (4, 8, 8))
-    maps = from_tensors("maps", (x, y), (x, y), "classification", classes)
-    classes_fit(torch.nn.Conv2d(1, classes, 1), maps)
+    maps = TensorDataset(x, y)
+    classes_fit(torch.nn.Conv2d(1, classes, 1), maps, None, classes)
     with pytest.raises(
         ConfigError, match=f"needs an output of {classes} for each example, on axis 1"
     ):
-        classes_fit(torch.nn.Conv2d(1, classes - 1, 1), maps)
+        classes_fit(torch.nn.Conv2d(1, classes - 1, 1), maps, None, classes)
 
 
 def test_metrics_are_tried_too():

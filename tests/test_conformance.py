@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedtorch import client as client_module
+from fedtorch import recipe as recipe_module
 from fedtorch import server as server_module
 from fedtorch.fast import copies
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel, gradients, sample
@@ -304,7 +304,7 @@ def a_ledger_that_starts_anew_each_round(patch: pytest.MonkeyPatch) -> None:
 
 
 def average_weighted_by_examples(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(client_module.Recipe, "weighting", property(lambda self: "examples"))
+    patch.setattr(recipe_module.Recipe, "weighting", property(lambda self: "examples"))
     release = ClientLevel.server
 
     def divided(self, sums, state, noise, population):

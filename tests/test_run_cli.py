@@ -227,7 +227,7 @@ def test_no_value_makes_anything_but_a_config_or_a_sentence(pairs):
     [
         ("rounds = ", "is not TOML"),
         ("rounds = 3\nrounds = 4", "is not TOML"),
-        ("learning_rate = 1.0", "the config has no option 'learning_rate'; it has dataset"),
+        ("learning_rate = 1.0", "the config has no option 'learning_rate'; it has lr, epochs"),
         ('[strategy]\nname = "fedprox"\nm = 1', "strategy FedProx has no option 'm'"),
         ("strategy = 3", "unknown strategy '3'"),
         ("rounds = [1, 2]", "rounds: expected int"),

@@ -67,8 +67,8 @@ def test_a_walk_counts_files_and_changes(tmp_path):
 
 
 DEFAULTS = {  # where what is left out has to be called something
-    "Privacy": {"sites/options"},
-    "Strategy": {"client", "recipe", "sites/offer", "sites/options"},
+    "Privacy": set(),
+    "Strategy": {"recipe", "run/options", "sites/offer"},
 }
 
 

@@ -151,7 +151,7 @@ CSV = "a,b,label\n" + "".join(f"{i},{i * 2},{i % 2}\n" for i in range(20))
         (["--learning-rate", "1"], "unknown option --learning_rate; fedtorch train --help lists"),
         (["--config", "nowhere.toml"], "config file 'nowhere.toml' cannot be read"),
         (["--config", "bad.toml"], "config file 'bad.toml' is not TOML"),
-        (["--config", "key.toml"], "the config has no option 'learning_rate'; it has dataset"),
+        (["--config", "key.toml"], "the config has no option 'learning_rate'; it has lr, epochs"),
         (["--config", "nested.toml"], "strategy FedProx has no option 'muu'; it has"),
         (["--resume", "--run-dir", "nowhere"], "nothing to resume: nowhere holds no run"),
         (["--resume", "--run-dir", "empty"], "nothing to resume: empty holds no run"),

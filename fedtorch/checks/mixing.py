@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedtorch import seeds
 from fedtorch.checks.company import LARGEST, SCALES, WATCHED, Near, mapped, meets, tolerant
-from fedtorch.client import Recipe
+from fedtorch.recipe import Recipe
 from fedtorch.training.losses import Loss, reduce
 from fedtorch.training.module import forward, training, undropped
 from fedtorch.training.outline import copied, untouched

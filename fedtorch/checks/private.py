@@ -11,10 +11,11 @@ from torch.utils.data import Dataset
 from fedtorch import seeds
 from fedtorch.checks.mixing import mixes as mixes_examples
 from fedtorch.checks.probe import put_back, two_examples
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
 from fedtorch.privacy import Privacy, models
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
 from fedtorch.privacy.noise.streams import stream
+from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, length
 from fedtorch.training.losses import reduce
 from fedtorch.training.module import training, undropped

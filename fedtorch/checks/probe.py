@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.data import Dataset
 
 from fedtorch import seeds
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
 from fedtorch.privacy import Nothing
+from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, least, length
 from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
@@ -24,22 +25,6 @@ from fedtorch.training.outline import untouched
 from fedtorch.training.stacked import forward, snapshot, to, together
 from fedtorch.tree import expand, leaves, rows
 from fedtorch.types import ConfigError, Context, Params
-
-
-class Classes(Protocol):
-    """The part of ``fedtorch.data.Data`` that says which classes there are."""
-
-    @property
-    def train(self) -> Dataset:
-        """Training examples."""
-
-    @property
-    def outputs(self) -> int:
-        """Number of classes."""
-
-    @property
-    def labels(self) -> Tensor | None:
-        """Class of each training example."""
 
 
 class Found(NamedTuple):
@@ -263,23 +248,19 @@ def modes(model: nn.Module) -> list[str]:
     return [f"in evaluation mode, and left so while clients train: {off[0] or 'the model'}{more}"]
 
 
-def classes_fit(model: nn.Module, data: Classes) -> None:
+def classes_fit(model: nn.Module, train: Dataset, labels: Tensor | None, classes: int) -> None:
     """A classifier needs an output for every label there is (a batch may miss the largest one)."""
-    classes = data.outputs
     if classes < 2:
         raise ConfigError("every target is of one class: there is nothing to learn")
-    if (
-        data.labels is not None
-        and not 0 <= int(data.labels.min()) <= int(data.labels.max()) < classes
-    ):
+    if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ConfigError(
-            f"the data names {classes} classes, but its labels go from {int(data.labels.min())} to "
-            f"{int(data.labels.max())}: they must be 0 to {classes - 1}"
+            f"the data names {classes} classes, but its labels go from {int(labels.min())} to "
+            f"{int(labels.max())}: they must be 0 to {classes - 1}"
         )
     if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
         return
     try:
-        with _output(model, data.train) as (output, _):
+        with _output(model, train) as (output, _):
             found = output
     except Exception:  # the trial of training says what is wrong with a model that does not run
         return

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from fedtorch import seeds
 from fedtorch.checks import keeps
 from fedtorch.checks.probe import two_examples
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
+from fedtorch.recipe import Recipe
 from fedtorch.training.losses import reduce
 from fedtorch.training.module import forward, to, training
 from fedtorch.training.outline import untouched

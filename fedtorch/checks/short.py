@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
+from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, least, length
 from fedtorch.training.losses import reduce
 from fedtorch.training.module import forward, to, training

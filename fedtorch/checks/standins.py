@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from fedtorch import seeds
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
+from fedtorch.recipe import Recipe
 from fedtorch.training.batches import length
 from fedtorch.training.losses import reduce
 from fedtorch.training.module import forward, to, training

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from fedtorch import seeds
+from fedtorch.options import TrainingOptions
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import stream
+from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, length, plan
 from fedtorch.training.module import forward, load, snapshot, to, training
-from fedtorch.training.stacked import Chunk, Recipe, Solver, general, normalises
+from fedtorch.training.stacked import Chunk, Solver, general, normalises
 from fedtorch.tree import expand, near, row, same, sq_norms, tmap
 from fedtorch.types import Context, Params, Task
 
@@ -30,13 +32,8 @@ LOOKED_AT = 36
 """Examples among which they are chosen."""
 
 
-class Trial:
-    """Two steps of unequal size."""
-
-    epochs: int = 1
-    steps: int | None = 2
-    batch_size: int | None = 5
-    drop_last: bool = False
+STEPS = TrainingOptions(steps=2, batch_size=5)
+"""Two steps, of unequal size."""
 
 
 def some(data: Dataset, index: Tensor) -> Dataset:
@@ -176,7 +173,7 @@ def apart(
     extras = {g: control for g in recipe.strategy.init(anchor)}
     memory = {g: tmap(torch.neg, control) for g in recipe.strategy.remember(anchor)}
     task = Task(state, extras, 0, 0, 0.1)
-    plans = [plan(length(d), Trial(), 0) for d in few]
+    plans = [plan(length(d), STEPS, 0) for d in few]
 
     def run(solve: Solver, who: slice) -> list[Params]:
         own = plans[who]

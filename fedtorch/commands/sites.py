@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import cast
 
@@ -31,7 +32,7 @@ def serve(argv: Sequence[str]) -> int:
         return 0
     log_to_screen()
     argv = ["--config", *argv] if argv and not argv[0].startswith("--") else argv
-    flags = cli.from_flags(argv, {f: t for f, t in ServeConfig.__annotations__.items()})
+    flags = cli.from_flags(argv, {f.name: f.type for f in fields(ServeConfig)})
     if str(flags.get("resume", "false")).lower() == "true" and "run_dir" in flags:
         path = folders.config(Path(str(flags["run_dir"])).expanduser())
         config = cli.resume(ServeConfig, argv, path, FREE_ON_RESUME)

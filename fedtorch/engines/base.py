@@ -5,7 +5,8 @@ from typing import Protocol
 
 from torch import nn
 
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
+from fedtorch.recipe import Recipe
 from fedtorch.types import Failure, Params, Released, Task
 
 

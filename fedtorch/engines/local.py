@@ -8,9 +8,10 @@ from torch import nn
 
 from fedtorch.checks import probe, reached, short
 from fedtorch.checks.standins import shown
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
 from fedtorch.engines.solver_choice import Choice, choose
 from fedtorch.options import COUNT, check
+from fedtorch.recipe import Recipe
 from fedtorch.training.local_update import local_update
 from fedtorch.training.outline import copied, untouched
 from fedtorch.types import ConfigError, Failure, Params, Released, Task

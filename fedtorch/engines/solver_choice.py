@@ -16,9 +16,10 @@ from fedtorch.checks import probe
 from fedtorch.checks.company import LARGEST, Near, meets
 from fedtorch.checks.standins import shown
 from fedtorch.checks.trial import filled, pooled, stacks
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
 from fedtorch.kernels.compile import FASTER, available
 from fedtorch.privacy import Privacy
+from fedtorch.recipe import Recipe
 from fedtorch.training import stacked
 from fedtorch.training.batches import fetch, length
 from fedtorch.training.losses import LOSSES

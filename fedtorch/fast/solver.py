@@ -25,11 +25,12 @@ from fedtorch.fast.reader import Chain
 from fedtorch.fast.schedule import Schedule, schedule
 from fedtorch.fast.spec import Linear
 from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.recipe import Recipe
 from fedtorch.training.batches import plan
 from fedtorch.training.correction import correction
 from fedtorch.training.dropout import Dropout
 from fedtorch.training.losses import cross_entropy
-from fedtorch.training.stacked import Chunk, Recipe
+from fedtorch.training.stacked import Chunk
 from fedtorch.types import Context, Params, Stack, Task
 
 CACHE = 24 << 20

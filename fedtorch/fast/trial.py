@@ -13,10 +13,10 @@ from fedtorch.fast.example_gradients import unknown
 from fedtorch.fast.reader import Chain, read
 from fedtorch.fast.solver import Fast
 from fedtorch.privacy.base import PerExample, Privacy
+from fedtorch.recipe import Recipe
 from fedtorch.strategies import Strategy
 from fedtorch.training.batches import length
 from fedtorch.training.losses import LOSSES, reduce
-from fedtorch.training.stacked import Recipe
 
 
 def offer(

@@ -8,4 +8,16 @@ from fedtorch.privacy.local import LocalDP
 from fedtorch.privacy.nothing import Nothing
 from fedtorch.privacy.sample import SampleLevel
 
-__all__ = ["AdaptiveClip", "Bands", "ClientLevel", "LocalDP", "Nothing", "Privacy", "SampleLevel"]
+__all__ = [
+    "DEFAULT",
+    "AdaptiveClip",
+    "Bands",
+    "ClientLevel",
+    "LocalDP",
+    "Nothing",
+    "Privacy",
+    "SampleLevel",
+]
+
+DEFAULT = SampleLevel()
+"""The plan of ``fedtorch train`` and ``fedtorch serve`` where none is named."""

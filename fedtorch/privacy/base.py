@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedtorch import seeds
-from fedtorch.options import COUNT, POSITIVE, RATE, check
+from fedtorch.options import COUNT, POSITIVE, RATE, TrainingOptions, check
 from fedtorch.privacy.accounting.events import (
     Event,
     calibrate,
@@ -44,22 +44,6 @@ LARGEST_LOSS = 1e6
 
 LEAST_NOISE = 1e-30
 """Standard deviation of noise that float32 still has digits for, many steps and divisors later."""
-
-
-class Order(Protocol):
-    """What a plan looks at in ``fedtorch.client.Recipe`` to refuse what it would overrule."""
-
-    @property
-    def strategy(self) -> Any:
-        """Its weighting matters."""
-
-    @property
-    def steps(self) -> int | None:
-        """Local steps."""
-
-    @property
-    def drop_last(self) -> bool:
-        """Leave out the last batch."""
 
 
 class PerExample(Protocol):
@@ -207,7 +191,7 @@ class Privacy(ABC):
 
     @abstractmethod
     def check(
-        self, recipe: Order, participation: object, population: int, noise: float
+        self, options: TrainingOptions, participation: object, population: int, noise: float
     ) -> list[str]:
         """Refuse what would void the claim; returns notes to be said before training."""
 
@@ -218,11 +202,11 @@ class Privacy(ABC):
     # the round; what a plan does not do is the identity
 
     def batches(
-        self, sizes: Sequence[int], recipe: Any, task: Task, ids: Sequence[str]
+        self, sizes: Sequence[int], options: TrainingOptions, task: Task, ids: Sequence[str]
     ) -> list[Tensor]:
         """Which examples each client takes in which step: [steps, batch] of places, short ones with -1."""
         seed = [seeds.derive(task.seed, "order", task.round, i) for i in ids]
-        return [plan(n, recipe, s) for n, s in zip(sizes, seed, strict=True)]
+        return [plan(n, options, s) for n, s in zip(sizes, seed, strict=True)]
 
     def steps_of(self, task: Task, ids: Sequence[str]) -> PrivateSteps | None:
         """What clips and noises the local steps of these clients; None: nothing does."""
@@ -388,9 +372,9 @@ def check_clip(name: str, clip: float) -> None:
         raise ConfigError(f"{name} must be between {least:g} and {most:g}, got {clip}")
 
 
-def uniform_weights(recipe: Order) -> None:
+def uniform_weights(weighting: str) -> None:
     """Refuse weights that release how many examples a client has."""
-    if recipe.strategy.weighting == "examples":
+    if weighting == "examples":
         raise ConfigError(
             "strategy.weighting examples voids the privacy claim: it releases how many examples "
             "each client has, and one client's weight has no bound; use uniform (or auto)"

@@ -12,18 +12,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fedtorch.options import TrainingOptions
 from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.adaptive import AdaptiveClip
 from fedtorch.privacy.bands import Bands
 from fedtorch.privacy.base import (
     CLIPS,
-    Order,
     Privacy,
     State,
     check_clip,
     clipped,
     joint_norms,
-    uniform_weights,
 )
 from fedtorch.privacy.noise.streams import noised
 from fedtorch.tree import tmap
@@ -182,10 +181,9 @@ class ClientLevel(Privacy):
         return mean, new
 
     def check(
-        self, recipe: Order, participation: object, population: int, noise: float
+        self, options: TrainingOptions, participation: object, population: int, noise: float
     ) -> list[str]:
         """The plan draws the cohort; sums of few clients are refused."""
-        uniform_weights(recipe)
         if type(participation).__name__ != "Everyone":
             raise ConfigError(
                 f"client-level privacy draws the cohort itself, by secret coins: use --privacy.rate in "

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fedtorch.options import TrainingOptions
 from fedtorch.privacy.accounting.events import Event
-from fedtorch.privacy.base import Order, Privacy, State, clipped, joint_norms, uniform_weights
+from fedtorch.privacy.base import Privacy, State, clipped, joint_norms
 from fedtorch.privacy.noise.streams import Stream, noised
 from fedtorch.types import Stack, Task
 
@@ -66,10 +67,9 @@ class LocalDP(Privacy):
         }
 
     def check(
-        self, recipe: Order, participation: object, population: int, noise: float
+        self, options: TrainingOptions, participation: object, population: int, noise: float
     ) -> list[str]:
         """Weights by size are refused; the price is named."""
-        uniform_weights(recipe)
         return [
             "local privacy is costly: every client's update carries noise for itself alone; with "
             f"{population} clients expect little accuracy unless there are thousands"

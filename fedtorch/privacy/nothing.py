@@ -6,8 +6,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from fedtorch.options import TrainingOptions
 from fedtorch.privacy.accounting.events import Event
-from fedtorch.privacy.base import Order, Privacy
+from fedtorch.privacy.base import Privacy
 from fedtorch.types import ConfigError, Params
 
 
@@ -40,7 +41,7 @@ class Nothing(Privacy):
         raise TypeError("a run without privacy releases everything: no event stands for that")
 
     def check(
-        self, recipe: Order, participation: object, population: int, noise: float
+        self, options: TrainingOptions, participation: object, population: int, noise: float
     ) -> list[str]:
         """There is no claim to void."""
         return []
@@ -62,7 +63,7 @@ class OpenRun:
 
     plan = Nothing()
 
-    def check(self, recipe: Order, participation: object) -> list[str]:
+    def check(self, options: TrainingOptions, weighting: str, participation: object) -> list[str]:
         """Nothing to say."""
         return []
 

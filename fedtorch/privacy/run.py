@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fedtorch.options import TrainingOptions
 from fedtorch.privacy.accounting.ledger import Ledger
-from fedtorch.privacy.base import Order, Privacy
+from fedtorch.privacy.base import Privacy, uniform_weights
 from fedtorch.privacy.nothing import DISAGREE, OpenRun
 from fedtorch.types import ConfigError, Params
 
@@ -70,10 +71,11 @@ class PrivateRun:
         self.state = plan.start(groups)
         self.ledger = Ledger(unit=plan.unit)
 
-    def check(self, recipe: Order, participation: object) -> list[str]:
+    def check(self, options: TrainingOptions, weighting: str, participation: object) -> list[str]:
         """Refuse what would void the claim; notes for the person who starts the run."""
+        uniform_weights(weighting)
         plan = self.plan
-        notes = plan.check(recipe, participation, len(self.ids), self.noise)
+        notes = plan.check(options, participation, len(self.ids), self.noise)
         share = plan.share()
         if share is not None and share * len(self.ids) < (least := self.noise * self.size**0.5):
             notes.append(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fedtorch import seeds
+from fedtorch.options import TrainingOptions
 from fedtorch.privacy.accounting.events import Event
-from fedtorch.privacy.base import Order, Privacy, uniform_weights
+from fedtorch.privacy.base import Privacy
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import Stream
 from fedtorch.types import ConfigError, Task
@@ -68,7 +69,7 @@ class SampleLevel(Privacy):
         return replace(self, mode=cast(Any, mode))
 
     def batches(
-        self, sizes: Sequence[int], recipe: Any, task: Task, ids: Sequence[str]
+        self, sizes: Sequence[int], options: TrainingOptions, task: Task, ids: Sequence[str]
     ) -> list[Tensor]:
         """Each client's Poisson batches, from coins of its own."""
         draws = [self.stream("batches", task.round, i) for i in ids]
@@ -106,15 +107,14 @@ class SampleLevel(Privacy):
         return torch.from_numpy(batches)
 
     def check(
-        self, recipe: Order, participation: object, population: int, noise: float
+        self, options: TrainingOptions, participation: object, population: int, noise: float
     ) -> list[str]:
         """The plan draws the batches: other ways to ask for them are refused."""
-        uniform_weights(recipe)
-        if recipe.steps is not None:
+        if options.steps is not None:
             raise ConfigError(
                 "sample-level privacy owns the steps: use --privacy.steps, not --steps"
             )
-        if recipe.drop_last:
+        if options.drop_last:
             raise ConfigError("drop_last has no meaning for Poisson batches: leave it out")
         return [
             f"privacy draws the batches: {self.steps} Poisson steps a round at rate "

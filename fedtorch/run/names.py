@@ -106,7 +106,8 @@ def help_text(cls: type, command: str) -> str:
         "",
     ]
     docs = _docs(cls)
-    for f in dataclasses.fields(cls):
+    shared = {f.name for base in cls.__mro__[1:-1] for f in dataclasses.fields(base)}
+    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name in shared):  # its own first
         if f.name.removesuffix("_args") in FREE and f.name.endswith("_args"):
             continue
         lines += _option(f"--{f.name.replace('_', '-')}", _shown(_default(f)), docs.get(f.name, ""))
@@ -138,7 +139,7 @@ def _choice(choice: str, name: str, path: str) -> list[str]:
 
 
 def _docs(cls: type) -> dict[str, str]:
-    found = parse_from_object(cls).params
+    found = [p for base in cls.__mro__[-2::-1] for p in parse_from_object(base).params]
     return {p.arg_name: " ".join((p.description or "").split()) for p in found}
 
 

@@ -14,9 +14,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
 from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message, MessageError
+from fedtorch.recipe import Recipe
 from fedtorch.sites import offer as plans
 from fedtorch.sites.reports import Reader
 from fedtorch.sites.rpc import Listener, log

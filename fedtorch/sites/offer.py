@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from fedtorch.client import Recipe
 from fedtorch.data.base import facts_of
+from fedtorch.options import TrainingOptions
 from fedtorch.privacy import Nothing, Privacy
 from fedtorch.privacy import models as checks
+from fedtorch.recipe import Recipe
 from fedtorch.run import cli, zoo
 from fedtorch.run.names import CHOICES
 from fedtorch.strategies import FedAvg, Strategy
@@ -28,7 +29,7 @@ MOST_ROUNDS = 1 << 31
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(TrainingOptions):
     """Everything a site must know besides its data, once a run."""
 
     run: str
@@ -44,11 +45,6 @@ class Plan:
     privacy: Privacy | None = None
     optimizer: str = "sgd"
     optimizer_args: dict[str, Any] = field(default_factory=dict)
-    lr: float = 0.1
-    epochs: int = Recipe.epochs
-    steps: int | None = None
-    batch_size: int | None = Recipe.batch_size
-    drop_last: bool = False
     rounds: int | None = None
     """Rounds of the run; how many of them privacy pays for, and done again, is ``privacy.rounds``."""
 
@@ -58,12 +54,8 @@ class Plan:
             self.strategy,
             loss=LOSSES[self.loss],
             optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
-            lr=self.lr,
-            epochs=self.epochs,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            drop_last=self.drop_last,
             privacy=self.privacy or Nothing(),
+            **self.training(),
         )
         model = zoo.build(self.model, self.facts, self.model_args)
         return checks.fixed(model) if recipe.privacy.fix_model else model, recipe

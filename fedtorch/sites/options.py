@@ -3,14 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedtorch.client import Recipe
 from fedtorch.data import Csv
 from fedtorch.options import COUNT, INSIDE, POSITIVE, check
-from fedtorch.privacy import Privacy, SampleLevel
-from fedtorch.rounds.participation import Everyone, Participation
-from fedtorch.rounds.schedules import Constant, Schedule
+from fedtorch.run.options import RunOptions
 from fedtorch.sites.keys import SITE_NAME
-from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.training.losses import DEFAULTS, LOSSES
 from fedtorch.types import ConfigError
 
@@ -80,7 +76,7 @@ class SiteConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(RunOptions):
     """Every option of a server of sites. ``--config serve.toml`` sets them, flags override."""
 
     sites: list[str] = field(default_factory=list)
@@ -101,33 +97,6 @@ class ServeConfig:
     """Data of the server's own to test the model on; none: sites test for themselves."""
     model: str = "mlp"
     """A model that every site has too."""
-    model_args: dict[str, Any] = field(default_factory=dict)
-    loss: str = "auto"
-    """cross_entropy, bce or mse."""
-    strategy: Strategy = FedAvg()
-    """fedavg, fedprox, scaffold; --strategy.server sgd, adam, yogi, adagrad."""
-    participation: Participation = Everyone()
-    """Who takes part in a round: everyone, uniform, poisson."""
-    privacy: Privacy | None = SampleLevel()
-    """sample (noise at each site), client (noise at the server), local (noise at each site, nobody is
-    trusted), or none; --privacy.epsilon 8 for the whole run."""
-    rounds: int = 30
-    """Rounds to train in all."""
-    optimizer: str = "sgd"
-    """The sites' optimizer, any of torch.optim."""
-    optimizer_args: dict[str, Any] = field(default_factory=dict)
-    lr: float | None = None
-    """The sites' learning rate; none: 0.1, and 1 under sample-level privacy, which clips gradients."""
-    schedule: Schedule = Constant()
-    """Learning rate over rounds: constant, exponential, step, cosine."""
-    epochs: int = Recipe.epochs
-    """Passes over a site's data in a round."""
-    steps: int | None = None
-    """Local steps in a round, in place of epochs."""
-    batch_size: int | None = Recipe.batch_size
-    """Examples in a local step; null: all of a site's."""
-    drop_last: bool = False
-    """Leave out the last, smaller batch of each pass."""
     deadline: float = 600.0
     """Seconds a round waits for its sites."""
     minimum: int = 1
@@ -139,27 +108,15 @@ class ServeConfig:
     """Largest number of examples a site may say it has; without privacy that is its weight."""
     patience: float = 3600.0
     """Seconds to wait for enough sites before giving up."""
-    seed: int = 0
-    """Decides every draw of the run."""
     run_dir: str = ""
     """Folder of the run."""
-    resume: bool = False
-    """Continue the run in run_dir from its last checkpoint; sites may have stayed up."""
 
     def __post_init__(self) -> None:
         """Refuse what no run can do."""
-        counts = (
-            "rounds",
-            "outputs",
-            "epochs",
-            "steps",
-            "batch_size",
-            "minimum",
-            "enough",
-            "most_examples",
-        )
-        times = dict.fromkeys(("lr", "deadline", "patience"), POSITIVE)
-        check(self, "", **times, **dict.fromkeys(counts, COUNT))
+        super().__post_init__()
+        times = dict.fromkeys(("deadline", "patience"), POSITIVE)
+        counts = dict.fromkeys(("outputs", "minimum", "enough", "most_examples"), COUNT)
+        check(self, "", **times, **counts)
         if bool(self.credentials) == self.insecure:
             raise ConfigError(
                 "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"

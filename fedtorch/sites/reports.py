@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fedtorch.client import Recipe
 from fedtorch.engines import messages, wire
 from fedtorch.engines.messages import Expected
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.privacy.base import FIGURES, joint_norms
 from fedtorch.privacy.client import CLIP_BIT
+from fedtorch.recipe import Recipe
 from fedtorch.strategies import Strategy
 from fedtorch.tree import expand, row
 from fedtorch.types import Context, Failure, Params, Released, Task

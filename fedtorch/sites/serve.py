@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 from fedtorch import disk, seeds
 from fedtorch.data import Data, prepared
 from fedtorch.data.base import facts_of
-from fedtorch.privacy import Nothing
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.report import promise
 from fedtorch.run import checkpoint, cli, files
@@ -160,13 +159,9 @@ def make_plan(config: ServeConfig, run: str) -> Plan:
         strategy=config.strategy,
         optimizer=config.optimizer,
         optimizer_args=config.optimizer_args,
-        privacy=config.privacy and config.privacy.planned_for(config.rounds),
-        lr=config.lr or (config.privacy or Nothing()).default_lr,
-        epochs=config.epochs,
-        steps=config.steps,
-        batch_size=config.batch_size,
-        drop_last=config.drop_last,
+        privacy=config.privacy and config.plan,
         rounds=config.rounds,
+        **config.training() | {"lr": config.lr or config.plan.default_lr},
     )
 
 

@@ -139,7 +139,7 @@ class Site:
         self.model, recipe = plan.build()
         if plan.kind == "classification" and self.data.outputs > 1:
             # else a step would fail where a row of another class is in it, and tell that there is one
-            probe.classes_fit(self.model, self.data)
+            probe.classes_fit(self.model, self.data.train, self.data.labels, self.data.outputs)
         standardized = bool(getattr(self.config.dataset, "standardize", False))
         self.budget.admit(recipe, self.config.insecure, standardized)
         self.answered.agree(plan, self.budget.most is not None)

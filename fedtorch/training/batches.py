@@ -1,34 +1,15 @@
 """Which examples a client sees, in which order: the only place data order is decided."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
+from fedtorch.options import TrainingOptions
 from fedtorch.tree import rows
-
-
-class Order(Protocol):
-    """The part of a Recipe that decides data order."""
-
-    @property
-    def epochs(self) -> int:
-        """Passes over the data."""
-
-    @property
-    def steps(self) -> int | None:
-        """Optimizer steps, in place of epochs."""
-
-    @property
-    def batch_size(self) -> int | None:
-        """Examples a step; None for all."""
-
-    @property
-    def drop_last(self) -> bool:
-        """Leave out the smaller last batch of a pass."""
 
 
 def length(data: Dataset) -> int:
@@ -36,7 +17,7 @@ def length(data: Dataset) -> int:
     return len(cast(Any, data))
 
 
-def plan(n: int, order: Order, seed: int) -> Tensor:
+def plan(n: int, order: TrainingOptions, seed: int) -> Tensor:
     """Shuffled batches of ``n`` examples, [steps, batch], short ones padded with -1 at the end."""
     generator = torch.Generator().manual_seed(seed)
     size = min(order.batch_size or n, n)
@@ -53,7 +34,7 @@ def plan(n: int, order: Order, seed: int) -> Tensor:
     return (torch.cat(passes) if len(passes) > 1 else passes[0])[:steps]
 
 
-def least(n: int, order: Order) -> int:
+def least(n: int, order: TrainingOptions) -> int:
     """Size of the smallest batch that a client of ``n`` examples takes in a visit."""
     size = min(order.batch_size or n, n)
     rest = 0 if order.drop_last else n % size

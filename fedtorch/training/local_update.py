@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
+from fedtorch.recipe import Recipe
 from fedtorch.training import stacked
 from fedtorch.training.module import to, to_device
 from fedtorch.training.results import Results, exact_weights

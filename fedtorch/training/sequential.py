@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
 from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.recipe import Recipe
 from fedtorch.training.module import to
 from fedtorch.training.results import RunningSum, Summed
 from fedtorch.training.trainee import Trainee

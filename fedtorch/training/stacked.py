@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 from fedtorch.privacy.gradients import PrivateSteps, stacked_gradients
+from fedtorch.recipe import Recipe
 from fedtorch.training.batches import alike, side_by_side
 from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
@@ -26,7 +27,6 @@ from fedtorch.training.module import load as load
 from fedtorch.training.module import snapshot as snapshot
 from fedtorch.training.module import to as to
 from fedtorch.training.results import Results, Stacked
-from fedtorch.training.trainee import Recipe as Recipe
 from fedtorch.training.trainee import Trainee
 from fedtorch.tree import expand, near, per_client
 from fedtorch.types import Context, Params, Stack, Task

@@ -1,42 +1,20 @@
 """One module on which client after client trains, set up once for all of them."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fedtorch.privacy.gradients import Gradients, PrivateSteps, private_gradients
-from fedtorch.strategies import Strategy
-from fedtorch.training.batches import Order, batches
+from fedtorch.recipe import Recipe
+from fedtorch.training.batches import batches
 from fedtorch.training.correction import Corrector
-from fedtorch.training.losses import Loss, backward
+from fedtorch.training.losses import backward
 from fedtorch.training.module import forget, forward, to, training
-from fedtorch.training.optimizer import ClientOptimizer
 from fedtorch.training.outline import Outline
 from fedtorch.tree import expand
 from fedtorch.types import Context, Params, Task
-
-
-class Recipe(Order, Protocol):
-    """What a solver needs of ``fedtorch.client.Recipe``."""
-
-    @property
-    def strategy(self) -> Strategy:
-        """Corrects each gradient."""
-
-    @property
-    def loss(self) -> Loss:
-        """Per example or for the whole batch."""
-
-    @property
-    def optimizer(self) -> ClientOptimizer:
-        """Builds the local optimizer."""
-
-    @property
-    def privacy(self) -> Any:
-        """The privacy plan, or None."""
 
 
 class Trainee:

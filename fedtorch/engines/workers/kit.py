@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
 from fedtorch.engines import wire
 from fedtorch.engines.messages import Memory, Outcome
+from fedtorch.recipe import Recipe
 from fedtorch.training.local_update import local_update
 from fedtorch.training.stacked import Solver, snapshot
 from fedtorch.types import ConfigError, Params, Task

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
 from fedtorch.engines.local import Local, LocalSession
 from fedtorch.engines.workers import kit
 from fedtorch.engines.workers.board import Board
+from fedtorch.recipe import Recipe
 from fedtorch.types import Params, Task
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
 from fedtorch.engines import wire
 from fedtorch.engines.local import LocalSession, usable
 from fedtorch.engines.messages import read_outcome, task_message
@@ -26,6 +26,7 @@ from fedtorch.engines.workers import kit, pool
 from fedtorch.engines.workers.board import DEATHS, Job
 from fedtorch.engines.workers.worker import serve
 from fedtorch.options import COUNT, check
+from fedtorch.recipe import Recipe
 from fedtorch.types import ClientError, ConfigError, Failure, Released
 
 START_SECONDS = 120.0

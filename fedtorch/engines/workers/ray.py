@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtorch.client import Client, Recipe
+from fedtorch.client import Client
 from fedtorch.engines import wire
 from fedtorch.engines.local import LocalSession
 from fedtorch.engines.messages import read_outcome, task_message
@@ -24,6 +24,7 @@ from fedtorch.engines.workers.board import Job
 from fedtorch.engines.workers.processes import cores
 from fedtorch.engines.workers.worker import Worker
 from fedtorch.options import COUNT, check
+from fedtorch.recipe import Recipe
 from fedtorch.types import ClientError, ConfigError, Failure, Released
 
 START_SECONDS = 180.0

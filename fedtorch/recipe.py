@@ -1,0 +1,50 @@
+"""The recipe: how every client trains, and how their work is combined."""
+
+from dataclasses import KW_ONLY, dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedtorch.options import TrainingOptions
+from fedtorch.privacy import Nothing, Privacy
+from fedtorch.strategies import FedAvg, Strategy
+from fedtorch.training.losses import Loss, cross_entropy
+from fedtorch.training.optimizer import ClientOptimizer
+
+
+@dataclass(frozen=True)
+class Recipe(TrainingOptions):
+    """How every client trains in a visit, and how their work is combined."""
+
+    strategy: Strategy = FedAvg()
+    _: KW_ONLY
+    loss: Loss = cross_entropy
+    optimizer: ClientOptimizer = field(default_factory=ClientOptimizer)
+    privacy: Privacy = Nothing()
+    """SampleLevel, ClientLevel or LocalDP; Nothing() or None: nothing is noised."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot train, by name."""
+        object.__setattr__(self, "privacy", self.privacy or Nothing())
+        super().__post_init__()
+        self.optimizer.check()
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate, or the default that fits the kind of step."""
+        return self.privacy.default_lr if self.lr is None else self.lr
+
+    @property
+    def weighting(self) -> str:
+        """How clients are weighed: auto is by examples, and alike where privacy asks for it."""
+        chosen = self.strategy.weighting
+        return chosen if chosen != "auto" else self.privacy.weighting
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether each client's own upload is needed, and not only the mean of what they learned."""
+        return not (self.strategy.only_delta and self.privacy.scales)
+
+    def weights(self, examples: Tensor) -> Tensor:
+        """Aggregation weights of clients with so many examples, [K]."""
+        return examples if self.weighting == "examples" else torch.ones_like(examples)

@@ -1,0 +1,62 @@
+"""Options of a run, whoever holds the data: ``train.py`` and a server of sites both have these."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedtorch.options import COUNT, TrainingOptions, check
+from fedtorch.privacy import DEFAULT, Nothing, Privacy
+from fedtorch.recipe import Recipe
+from fedtorch.rounds.participation import Everyone, Participation
+from fedtorch.rounds.schedules import Constant, Schedule
+from fedtorch.strategies import FedAvg, Strategy
+from fedtorch.training.losses import Loss
+from fedtorch.training.optimizer import ClientOptimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(TrainingOptions):
+    """The model, how it is trained over how many rounds, and whose data it hides."""
+
+    model: str = "small"
+    """A file of models/, path/file.py:Name or package.module:Name; options as --model.hidden 64."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    loss: str = "auto"
+    """cross_entropy, bce, mse, or package.module:function (output, target) -> Tensor."""
+    strategy: Strategy = FedAvg()
+    """fedavg, fedprox, scaffold or your own; --strategy.server sgd, adam, yogi, adagrad."""
+    participation: Participation = Everyone()
+    """Who takes part in a round: everyone, uniform, poisson."""
+    privacy: Privacy | None = DEFAULT
+    """Whose data the model hides: sample (each example), client, local (each client, from everybody) or
+    none; --privacy.epsilon 8 for the whole run, or --privacy.noise-multiplier 1.1."""
+    rounds: int = 30
+    """Rounds to train in all."""
+    optimizer: str = "sgd"
+    """Client optimizer, any of torch.optim; options as --optimizer.momentum 0.9."""
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    schedule: Schedule = Constant()
+    """Learning rate over rounds: constant, exponential, step, cosine."""
+    seed: int = 0
+    """Decides every draw: split, partition, initial weights, cohorts, batches."""
+    resume: bool = False
+    """Continue the run in run_dir from its last checkpoint."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can do."""
+        super().__post_init__()
+        check(self, "", rounds=COUNT)
+
+    @property
+    def plan(self) -> Privacy:
+        """The privacy plan of so many rounds as this run has."""
+        return (self.privacy or Nothing()).planned_for(self.rounds)
+
+    def recipe(self, loss: Loss) -> Recipe:
+        """What every client does."""
+        return Recipe(
+            self.strategy,
+            loss=loss,
+            optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
+            privacy=self.plan,
+            **self.training(),
+        )
