@@ -25,8 +25,8 @@ from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.run.console import Report
 from fedtorch.strategies.base import Strategy, uploads
-from fedtorch.training.stacked import load, snapshot, to
-from fedtorch.tree import double, sound
+from fedtorch.training.module import load, snapshot, statistics, to
+from fedtorch.tree import alike, double, sound
 from fedtorch.types import ConfigError, Failure, Params, Released, Task
 
 CPU = torch.device("cpu")
@@ -79,6 +79,9 @@ class Server:
         self.trainable = [k for k, p in model.named_parameters() if p.requires_grad]
         self._first = to(snapshot(model), CPU)
         self._parameters = parameters(model)
+        self._sent = {*self.trainable}
+        if self.recipe.privacy.statistics:
+            self._sent |= statistics(model)
         params = {k: self._first[k] for k in self.trainable}
         self.extras = self.recipe.strategy.init(params)
         optimizer = self.recipe.strategy.server
@@ -123,7 +126,7 @@ class Server:
         failed = [Failure(self.ids[i], "dropped", "it dropped out") for i in lost]
         mean, self.visits = self._train([self.ids[i] for i in reporting], task, failed)
         trained = time.perf_counter()
-        means, buffers = self._move(task.state, mean)
+        means, buffers = self._move(self._first | task.state, mean)
         self.round_number += 1
         figures = {
             "round": self.round_number,
@@ -246,7 +249,7 @@ class Server:
     def _task(self) -> Task:
         lr = self.recipe.learning_rate * self.schedule(self.round_number)
         numbers = self.books.numbers(self.round_number)
-        return Task(self._state(), self.extras, self.round_number, self.seed, lr, numbers)
+        return Task(self._travels(), self.extras, self.round_number, self.seed, lr, numbers)
 
     def _state(self) -> Params:
         """The model's parameters and buffers, on the CPU, wherever it is.
@@ -255,6 +258,14 @@ class Server:
         """
         now = to(snapshot(self.model), CPU)
         return {k: now[k] if now[k].shape == v.shape else v for k, v in self._first.items()}
+
+    def _travels(self) -> Params:
+        """What clients do not have with the model: what is trained, and what else is no longer as it was.
+
+        Running statistics travel from the start, as they are about to move.
+        """
+        first = self._first
+        return {k: v for k, v in self._state().items() if k in self._sent or not alike(v, first[k])}
 
     def _train(self, ids: list[str], task: Task, failed: list[Failure]) -> tuple[Mean, Visits]:
         """Let them train; who has no usable update is added to ``failed``."""
@@ -323,7 +334,11 @@ class Server:
             **({"step_failed": 1} if self.failed_step else {}),
             **({"nobody": 1} if self.nobody else {}),
             **traffic(
-                task, means | {"buffers": buffers}, asked=reported + len(failed), reported=reported
+                task,
+                self._first,
+                means | {"buffers": buffers},
+                asked=reported + len(failed),
+                reported=reported,
             ),
         }
 

@@ -57,14 +57,15 @@ def same(new: Tensor, old: Tensor) -> Tensor:
     return (new == old) | (new.isnan() & old.isnan())
 
 
+def alike(new: Tensor, old: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same."""
+    return torch.equal(new, old) or bool(same(new, old).all())
+
+
 def moving(stack: Stack, start: Params) -> Stack:
     """Those of the tensors [K, ...] that are not as they were at the start for every client."""
     start = _beside(start, stack)
-    return {
-        k: v
-        for k, v in stack.items()
-        if not (torch.equal(v, start[k].expand_as(v)) or bool(same(v, start[k]).all()))
-    }
+    return {k: v for k, v in stack.items() if not alike(v, start[k].expand_as(v))}
 
 
 def settled(stack: Stack, start: Params) -> Tensor:

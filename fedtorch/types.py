@@ -1,6 +1,6 @@
 """What crosses each boundary: server -> client, client -> server, and nothing else."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,7 +30,7 @@ class Task:
     """Everything the server sends to a client for one round."""
 
     state: Params
-    """Every parameter and buffer of the global model."""
+    """Of the global model: what is trained, and what else is no longer as clients were given it."""
     extras: dict[str, Params]
     """What else the strategy broadcasts, by group (SCAFFOLD: ``{"c": ...}``)."""
     round: int
@@ -44,6 +44,10 @@ class Task:
     def exact(self) -> Params:
         """The state in float64, converted once for all clients of the round; not what is complex."""
         return {k: v if v.is_complex() else v.double() for k, v in self.state.items()}
+
+    def filled(self, own: Params) -> "Task":
+        """With every parameter and buffer: what did not travel is as in ``own``, the model as given."""
+        return replace(self, state={k: self.state.get(k, v) for k, v in own.items()})
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,11 @@ def test_spread_of_a_known_list():
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_cosine_to_mean_is_the_average_over_clients_by_weight_and_length(chunk):
     seen = []
+    each = Server(model(), clients([8, 20, 13]), engine=Local(chunk=1, solver="general"))
+    each.watch = seen.append
+    each.round()
     engine = Local(chunk=chunk, solver="stacked" if chunk > 1 else "general")
     server = Server(model(), clients([8, 20, 13]), Recipe(), engine=engine)
-    server.watch = seen.append
     figures = server.round()
     flat = torch.cat([torch.cat([v.flatten(1) for v in u.sent["delta"].values()], 1) for u in seen])
     weight = torch.cat([u.weight for u in seen]).double()
@@ -79,23 +81,30 @@ def test_bytes_of_buffers():
     }
     task = Task(state, {}, 0, 0, 0.1)
     sent = {"delta": {"w": torch.zeros(3).double()}, "buffers": {"mean": torch.zeros(2)}}
-    found = traffic(task, sent, asked=2, reported=1)
+    found = traffic(task, state, sent, asked=2, reported=1)
     assert found == {"bytes_down": 2 * (12 + 8 + 8), "bytes_up": 12 + 8}
 
 
-def test_bytes_of_frozen_weights_go_to_clients_and_never_come_back():
+def test_bytes_of_frozen_weights_and_constants_are_in_no_round():
     net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
     net[0].requires_grad_(False)
-    whole, frozen, head, norm = 4 * (6 * 5 + 5 + 10 + 10 + 24) + 8, 4 * 35, 4 * (10 + 24), 4 * 10
+    net.register_buffer("mask", torch.full((100,), -torch.inf))
+    head, norm = 4 * (10 + 24), 4 * 10
+    server = Server(net, clients([8, 8]), Recipe(batch_size=8))
+    for figures in server.rounds(2):
+        assert (figures["bytes_down"], figures["bytes_up"]) == (
+            2 * (head + norm),
+            2 * (head + norm),
+        )
+    net[1].eval()  # a part that its owner froze keeps its statistics
     figures = Server(net, clients([8, 8]), Recipe(batch_size=8)).round()
-    assert (figures["bytes_down"], figures["bytes_up"]) == (2 * whole, 2 * (head + norm))
-    assert whole == frozen + head + norm + 8
+    assert (figures["bytes_down"], figures["bytes_up"]) == (2 * head, 2 * head)
     net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     net[0].requires_grad_(False)
     net.register_buffer("scale", torch.ones(3))
     plan = SampleLevel(noise_multiplier=1.0, rounds=1)
     figures = Server(net, clients([8, 8]), Recipe(privacy=plan)).round()
-    assert figures["bytes_up"] == 2 * 4 * 24
+    assert figures["bytes_down"] == figures["bytes_up"] == 2 * 4 * 24
 
 
 def test_a_round_without_clients_has_no_client_figures():

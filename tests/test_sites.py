@@ -135,6 +135,30 @@ def test_sites_give_the_weights_of_one_process(folder, tmp_path, strategy):
     assert os.listdir(tmp_path / "north/tensorboard")
 
 
+def test_a_site_is_given_what_never_changes_once_if_it_built_something_else(
+    folder, tmp_path, monkeypatch
+):
+    plain = offers.Plan.build
+
+    def build(plan):
+        # weights that nobody trains differ from build to build, as those of a backbone may
+        layers = torch.nn.Linear(6, 40), torch.nn.BatchNorm1d(40).eval(), torch.nn.Linear(40, 3)
+        for part in layers[:2]:
+            part.requires_grad_(False)
+        return torch.nn.Sequential(*layers), plain(plan)[1]
+
+    monkeypatch.setattr(offers.Plan, "build", build)
+    with server(folder, offer()) as there, sites(folder, there.session.port, tmp_path):
+        first, second, third = ([f, there.session.figures()] for f in there.rounds(3))
+        there.close()
+    assert all(f["bytes_down"] == f["bytes_up"] == 2 * 4 * 123 for f, _ in (first, second, third))
+    sent = [told["site_north_bytes_sent"] for _, told in (first, second, third)]
+    assert sent[0] - sent[1] > 4 * (280 + 160) and sent[1] == pytest.approx(sent[2], abs=64)
+    wanted = here(folder, offer(), 3, engine=Local(chunk=1, solver="general"))
+    for k, v in there.model.state_dict().items():
+        assert (wanted[k] - v).abs().max() <= 1e-6, k
+
+
 def test_private_sites_are_not_asked_for_statistics_of_their_data():
     net = torch.nn.Linear(3, 2)
     net.register_buffer("filters", torch.ones(2))  # as fixed wavelets are

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from fedtorch.engines.solver_choice import Choice, choose
 from fedtorch.options import COUNT, check
 from fedtorch.recipe import Recipe
 from fedtorch.training.local_update import local_update
+from fedtorch.training.module import given
 from fedtorch.training.outline import copied, untouched
 from fedtorch.types import ConfigError, Failure, Params, Released, Task
 
@@ -79,7 +81,13 @@ class LocalSession:
 
     def submit(self, ids: Sequence[str], task: Task) -> None:
         """Cut the cohort into chunks."""
+        task = task.filled(self.given)
         self._asked.extend((chunk, task) for chunk in self.cut(ids))
+
+    @cached_property
+    def given(self) -> Params:
+        """The model before any visit."""
+        return given(self.model)
 
     def cut(self, ids: Sequence[str], most: int | None = None) -> list[list[Client]]:
         """Chunks of clients of like size, of at most ``most`` clients, the largest clients first."""

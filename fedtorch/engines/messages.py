@@ -1,5 +1,6 @@
 """Tasks and outcomes as messages, and what a server checks before it believes an outcome."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -125,6 +126,16 @@ def check(update: Released, expected: Expected) -> None:
         for name, values in tree.items():
             if not bool(values.isfinite().all()):
                 raise MessageError(f"{short(name)} is not finite")
+
+
+def digest(tree: Params) -> str:
+    """One number for the names, types and numbers of tensors: the same on every machine, or they differ."""
+    found = hashlib.sha256()
+    for name in sorted(tree):
+        v = tree[name].detach().cpu().contiguous()
+        found.update(f"{name} {v.dtype} {list(v.shape)}\n".encode())
+        found.update(v.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def schema(tree: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -98,15 +98,16 @@ def _precise(v: Tensor) -> Tensor:
     return v if v.dtype in (torch.float32, torch.float64) else v.double()
 
 
-def traffic(task: Task, sent: Mapping[str, Params], asked: int, reported: int) -> Metrics:
+def traffic(
+    task: Task, model: Params, sent: Mapping[str, Params], asked: int, reported: int
+) -> Metrics:
     """Bytes a deployment would move: tensors in the model's own types, no framing, no compression.
 
-    Each client asked is sent all weights and buffers, frozen ones too, and the strategy's groups. Each
-    that reports sends back what ``sent`` has, by group: no frozen weight, and under privacy no buffer.
+    Each client asked is sent the task's weights and buffers and the strategy's groups; what never changes
+    it has with the ``model``. Each that reports sends back what ``sent`` has, by group.
     """
-    state = task.state
-    down = [*state.values(), *(v for g in task.extras.values() for v in g.values())]
-    up = [state[k] for g in sent.values() for k in g if k in state]
+    down = [*task.state.values(), *(v for g in task.extras.values() for v in g.values())]
+    up = [model[k] for g in sent.values() for k in g if k in model]
     return {"bytes_down": asked * _bytes(down), "bytes_up": reported * _bytes(up)}
 
 

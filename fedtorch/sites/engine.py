@@ -22,7 +22,7 @@ from fedtorch.sites import offer as plans
 from fedtorch.sites.reports import Reader
 from fedtorch.sites.rpc import Listener, log
 from fedtorch.sites.visits import Visit, check_enough, judge
-from fedtorch.training.stacked import snapshot
+from fedtorch.training.module import snapshot
 from fedtorch.types import ConfigError, Failure, Params, Released, Task
 
 HOLD_SECONDS = 20.0
@@ -84,6 +84,10 @@ class SitesSession:
     def __init__(self, options: Sites, model: nn.Module, names: list[str], recipe: Recipe) -> None:
         """Start to listen."""
         state = snapshot(model)
+        trained = {k for k, p in model.named_parameters() if p.requires_grad}
+        self.rest = {k: v.cpu() for k, v in state.items() if k not in trained}
+        """What a site is given once, unless the model it built itself has the same."""
+        self.digest = messages.digest(self.rest)
         self.options, self.names = options, names
         self.reader = Reader.of(recipe, model, options.most_examples)
         # whether a round counts must not depend on one client where that is what is hidden
@@ -199,9 +203,11 @@ class SitesSession:
             return wire.encode(Message("plan", {"plan": plans.describe(self.options.plan)}))
         if message.facts.get("run") != self.options.plan.run:
             return wire.encode(Message("rejoin"))
-        return self._fetch(site) if method == "fetch" else self._report(site, message, len(data))
+        if method == "report":
+            return self._report(site, message, len(data))
+        return self._fetch(site, message.facts.get("has") == self.digest)
 
-    def _fetch(self, site: str) -> bytes:
+    def _fetch(self, site: str, complete: bool = True) -> bytes:
         end = time.monotonic() + HOLD_SECONDS
         with self.change:
             while not self.closing and self._open(site) is None:
@@ -218,7 +224,9 @@ class SitesSession:
             visit.taken = True
             left = self.options.deadline - (time.monotonic() - visit.asked)
             facts = {"visit": visit.nonce, "after": self.counted.get(site, ""), "seconds": left}
-        data = wire.encode(messages.task_message(visit.task, **facts))
+        message = messages.task_message(visit.task, **facts)
+        once = {} if complete or not self.rest else {"rest": self.rest}
+        data = wire.encode(Message(message.kind, message.facts, message.groups | once))
         visit.sent += len(data)
         return data
 

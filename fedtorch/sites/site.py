@@ -28,7 +28,7 @@ from fedtorch.sites.memory import VisitMemory
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS
-from fedtorch.training.stacked import load, snapshot
+from fedtorch.training.module import given, load
 from fedtorch.types import ClientError, ConfigError, Failure, Params, Released, Task
 
 MOST_PLAN = 1 << 16
@@ -146,7 +146,11 @@ class Site:
         engine = Local(chunk=1, device=self.config.device)
         self.session = engine.open(self.model, [self.client], self.budget.told(recipe))
         params = {k: p.detach() for k, p in self.model.named_parameters() if p.requires_grad}
-        self.schema = {"state": messages.schema(snapshot(self.model))}
+        self.given = given(self.model)
+        whole = messages.schema(self.given)
+        rest = {k: v for k, v in whole.items() if k not in params}
+        self.schema = {"state": whole, "rest": rest}
+        self.has = self._digest()
         for group, tree in plan.strategy.init(params).items():
             self.schema[f"extras/{group}"] = messages.schema(tree)
         memory = plan.strategy.remember(params)
@@ -162,7 +166,7 @@ class Site:
     def _work(self) -> Message:
         """One call for work, and the work; the server's answer."""
         assert self.plan is not None
-        answer = self._ask("fetch", Message("fetch", {"run": self.plan.run}), 60)
+        answer = self._ask("fetch", Message("fetch", {"run": self.plan.run, "has": self.has}), 60)
         if answer.kind == "rejoin":
             self.plan = None
         elif answer.kind == "task":
@@ -204,10 +208,17 @@ class Site:
         assert self.plan is not None
         task = messages.read_task(message)
         groups = {g: t for g, t in message.groups.items() if t}
-        if odd := sorted(groups.keys() ^ self.schema.keys()):
+        if odd := sorted((groups.keys() ^ self.schema.keys()) - {"rest"}):
             raise MessageError(f"the group {wire.short(odd[0])} of the task is on one side only")
         for group, names in self.schema.items():
-            messages.same_schema(groups[group], names)
+            some = groups.get(group, {})
+            # what never changes is in no task, or once in one
+            left = self.schema["rest"].keys() - some.keys() if group == "state" or not some else ()
+            messages.same_schema(some, {k: v for k, v in names.items() if k not in left})
+        if "rest" in groups:
+            self.given |= groups["rest"]
+            self.has = self._digest()
+        task = task.filled(self.given)
         if task.lr <= 0:
             raise MessageError(f"the learning rate is {task.lr:g}")
         if self.plan.privacy:
@@ -221,6 +232,10 @@ class Site:
                 f"round {task.round + 1} is beyond this site's max_rounds of {most:,}"
             )
         return task
+
+    def _digest(self) -> str:
+        """Of what this site's model has beside what every task brings."""
+        return messages.digest({k: self.given[k] for k in self.schema["rest"]})
 
     def _memory(self, task: Task, after: str) -> dict[str, Params]:
         """What this site remembers; raises ConfigError where its state folder is another than it was."""

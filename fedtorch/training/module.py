@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from fedtorch.tree import rebuilt
@@ -41,6 +42,27 @@ def snapshot(model: nn.Module) -> Params:
     """A copy of every parameter and buffer; tied weights appear once."""
     both = (*model.named_parameters(), *model.named_buffers())
     return {k: v.detach().clone() for k, v in both}
+
+
+def given(model: nn.Module) -> Params:
+    """Parameters and buffers of a working copy, as visits find them; what is trained is not copied.
+
+    Visits overwrite that, and every task brings it.
+    """
+    kept = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+    both = (*model.named_parameters(), *model.named_buffers())
+    return {k: kept[k] if k in kept else v.detach().clone() for k, v in both}
+
+
+def statistics(model: nn.Module) -> set[str]:
+    """Names of the running statistics that training moves: of a part in evaluation mode it moves none."""
+    whole = not any(m.training for m in model.modules())
+    return {
+        f"{name}.{key}" if name else key
+        for name, m in model.named_modules()
+        if isinstance(m, _NormBase) and m.track_running_stats and (m.training or whole)
+        for key in ("running_mean", "running_var")
+    }
 
 
 def buffers(model: nn.Module) -> set[str]:

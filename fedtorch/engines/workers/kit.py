@@ -21,6 +21,7 @@ from fedtorch.engines import wire
 from fedtorch.engines.messages import Memory, Outcome
 from fedtorch.recipe import Recipe
 from fedtorch.training.local_update import local_update
+from fedtorch.training.module import given
 from fedtorch.training.stacked import Solver, snapshot
 from fedtorch.types import ConfigError, Params, Task
 
@@ -34,11 +35,16 @@ class Kit:
     clients: dict[str, Client]
     solver: Solver
 
+    def __post_init__(self) -> None:
+        """Keep what does not travel."""
+        self.given = given(self.model)
+
     def run(self, task: Task, ids: Sequence[str], memory: Memory) -> Outcome:
         """Train one chunk; memory comes with it and goes back, so that any worker can do it."""
         clients = [self.clients[i] for i in ids]
         for client in clients:
             client.memory = memory.get(client.id, {})
+        task = task.filled(self.given)
         update, failures = local_update(clients, task, self.recipe, self.model, self.solver)
         kept = {c.id: c.memory for c in clients if c.id in update.ids and c.memory}
         for client in clients:
