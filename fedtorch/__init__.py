@@ -5,6 +5,8 @@ import sys
 from fedtorch.interrupts import reading
 
 with reading():
+    from fedtorch.aggregation.mean import Mean
+    from fedtorch.aggregation.robust import Median, Robust
     from fedtorch.client import Client
     from fedtorch.engines import Local
     from fedtorch.recipe import Recipe
@@ -45,8 +47,11 @@ __all__ = [
     "FedAvg",
     "FedProx",
     "Local",
+    "Mean",
+    "Median",
     "Poisson",
     "Recipe",
+    "Robust",
     "Scaffold",
     "Server",
     "ServerAdagrad",

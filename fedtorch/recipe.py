@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 from torch import Tensor
 
+from fedtorch.aggregation.mean import Aggregator, Mean
 from fedtorch.options import TrainingOptions
 from fedtorch.privacy import Nothing, Privacy
 from fedtorch.strategies import FedAvg, Strategy
@@ -22,6 +23,8 @@ class Recipe(TrainingOptions):
     optimizer: ClientOptimizer = field(default_factory=ClientOptimizer)
     privacy: Privacy = Nothing()
     """SampleLevel, ClientLevel or LocalDP; Nothing() or None: nothing is noised."""
+    aggregator: Aggregator = Mean()
+    """How what clients send becomes one: Mean, Median or a rule of your own."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot train, by name."""
@@ -36,14 +39,16 @@ class Recipe(TrainingOptions):
 
     @property
     def weighting(self) -> str:
-        """How clients are weighed: auto is by examples, and alike where privacy asks for it."""
+        """How clients are weighed: auto is by examples, and alike under privacy and rules of rows."""
         chosen = self.strategy.weighting
-        return chosen if chosen != "auto" else self.privacy.weighting
+        if chosen != "auto":
+            return chosen
+        return self.privacy.weighting if self.aggregator.linear else "uniform"
 
     @property
     def needs_rows(self) -> bool:
         """Whether each client's own upload is needed, and not only the mean of what they learned."""
-        return not (self.strategy.only_delta and self.privacy.scales)
+        return not (self.strategy.only_delta and self.privacy.scales and self.aggregator.linear)
 
     def weights(self, examples: Tensor) -> Tensor:
         """Aggregation weights of clients with so many examples, [K]."""

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedtorch.aggregation.mean import Mean, moved
+from fedtorch.aggregation.mean import Gathering, moved
+from fedtorch.checks import combination
 from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
 from fedtorch.options import NOT_NEGATIVE, fit, shown, within
@@ -70,6 +71,7 @@ class Server:
         if twice:
             raise ConfigError(f"client ids must differ, but {twice[0]!r} is there twice")
         participation.check(len(clients))
+        combination.check(self.recipe, participation)
         if self.recipe.privacy.fix_model:
             model = models.fixed(model)
         self.model = model
@@ -104,7 +106,13 @@ class Server:
         groups = partial(uploads, self.recipe.strategy, params, self.extras)
         self.books = opened(self.recipe.privacy, self.ids, groups)
         """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
-        self.notes += self.books.check(self.recipe, self.recipe.strategy.weighting, participation)
+        self.notes += self.books.check()
+        if not self.recipe.aggregator.linear:
+            size = 8 * len(self.ids) * sum(v.numel() for p in groups().values() for v in p.values())
+            self.notes.append(
+                f"{type(self.recipe.aggregator).__name__} keeps every client's update until the round "
+                f"ends: up to {size / 1e6:,.1f} MB"
+            )
 
     @property
     def private(self) -> PrivateRun | None:
@@ -124,9 +132,9 @@ class Server:
         task = self._task()
         sampled = time.perf_counter()
         failed = [Failure(self.ids[i], "dropped", "it dropped out") for i in lost]
-        mean, self.visits = self._train([self.ids[i] for i in reporting], task, failed)
+        gathered, self.visits = self._train([self.ids[i] for i in reporting], task, failed)
         trained = time.perf_counter()
-        means, buffers = self._move(self._first | task.state, mean)
+        means, buffers = self._move(self._first | task.state, gathered)
         self.round_number += 1
         figures = {
             "round": self.round_number,
@@ -267,30 +275,30 @@ class Server:
         first = self._first
         return {k: v for k, v in self._state().items() if k in self._sent or not alike(v, first[k])}
 
-    def _train(self, ids: list[str], task: Task, failed: list[Failure]) -> tuple[Mean, Visits]:
+    def _train(self, ids: list[str], task: Task, failed: list[Failure]) -> tuple[Gathering, Visits]:
         """Let them train; who has no usable update is added to ``failed``."""
         self.session.submit(ids, task)
-        mean, chunks = Mean(), []
+        gathered, chunks = self.recipe.aggregator.start(), []
         for outcome in self.session.collect():
             if isinstance(outcome, Failure):
                 failed.append(outcome)
                 continue
-            mean.add(outcome)
+            gathered.add(outcome)
             chunks.append(Visits(outcome.ids, outcome.weight, outcome.metrics))
             if self.watch is not None:
                 self.watch(outcome)
-        return mean, Visits.of(chunks)
+        return gathered, Visits.of(chunks)
 
-    def _move(self, state: Params, mean: Mean) -> tuple[dict[str, Params], Params]:
-        """Step from ``state``; returns the means of what was sent, before any noise, and of buffers.
+    def _move(self, state: Params, gathered: Gathering) -> tuple[dict[str, Params], Params]:
+        """Step from ``state``; returns what was sent as one, before any noise, and the buffers so.
 
         A step that is not finite is not taken: the round has failed, and what the server keeps stays.
         """
         strategy, reported = self.recipe.strategy, len(self.visits.ids)
         self.failed_step = False
         # noise comes first: all that the strategy and the server optimizer do is post-processing
-        released = self.books.release(mean.sums)
-        means, buffers = came = mean.result(state) if reported else ({}, {})
+        released = self.books.release(gathered.sums)
+        means, buffers = came = gathered.result(state) if reported else ({}, {})
         self.nobody = not (reported or released)
         delta: Params = {}
         if reported or released:
@@ -321,6 +329,8 @@ class Server:
         step_norm = length(self.last_step)
         # the step often is the mean
         mean_norm = step_norm if mean is self.last_step else length(mean) if mean else None
+        if not self.recipe.aggregator.linear:
+            mean_norm = None  # a cosine to the mean is one of a weighted mean
         return {
             "lr": task.lr,
             # in the order of their ids: chunks are formed by size, which is nobody's to know

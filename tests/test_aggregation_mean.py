@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import torch
 
-from fedtorch.aggregation.mean import Mean
+from fedtorch.aggregation.mean import RunningMean
 from fedtorch.types import Released
 
 
@@ -15,7 +15,7 @@ def update(ids: str, values: list[float], weight: list[float]) -> Released:
 
 def test_mean_is_weighted_and_does_not_depend_on_how_clients_are_chunked():
     values, weight = [1.0, 5.0, 9.0], [1.0, 2.0, 5.0]
-    whole, parts = Mean(), Mean()
+    whole, parts = RunningMean(), RunningMean()
     whole.add(update("abc", values, weight))
     parts.add(update("b", values[1:2], weight[1:2]))
     parts.add(update("ac", values[::2], weight[::2]))
@@ -27,7 +27,7 @@ def test_mean_is_weighted_and_does_not_depend_on_how_clients_are_chunked():
 
 
 def test_ten_thousand_small_updates_lose_nothing():
-    mean = Mean()
+    mean = RunningMean()
     for _ in range(10_000):
         mean.add(update("a", [0.1], [1.0]))
     assert abs(mean.result()[0]["delta"]["w"].item() - 0.1) < 1e-12
@@ -39,7 +39,7 @@ def test_a_summed_update_alone_and_among_others():
     one = Released.received(
         ("a", "b"), {"delta": {"w": row}}, {}, torch.tensor([1.0, 3.0]), summed=True
     )
-    mean = Mean()
+    mean = RunningMean()
     mean.add(one)
     assert mean.result()[0]["delta"]["w"].item() == 4
     assert mean.sums()["delta"]["w"].item() == 16
@@ -55,7 +55,7 @@ def test_a_summed_update_alone_and_among_others():
 
 
 def test_a_buffer_that_a_client_did_not_send_counts_with_its_start_value():
-    mean = Mean()
+    mean = RunningMean()
     mean.add(update("a", [3.0], [1.0]))
     mean.add(replace(update("bc", [1.0, 1.0], [2.0, 5.0]), buffers={}))
     _, buffers = mean.result({"s": torch.tensor([11.0]), "other": torch.zeros(1)})

@@ -83,7 +83,14 @@ GIVEN = {
 
 def test_the_readme_names_every_choice():
     text = (ROOT / "README.md").read_text()
-    for choice in ("dataset", "partition", "strategy", "strategy.server", "participation"):
+    for choice in (
+        "dataset",
+        "partition",
+        "strategy",
+        "strategy.server",
+        "aggregator",
+        "participation",
+    ):
         for name in CHOICES[choice]:
             assert f"`{name}`" in text or f"/`{name}`" in text, name
 

@@ -19,7 +19,7 @@ from fedtorch import (
     Server,
     local_update,
 )
-from fedtorch.aggregation.mean import Mean
+from fedtorch.aggregation.mean import RunningMean
 from fedtorch.engines import solver_choice
 from fedtorch.fast import offer
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
@@ -38,11 +38,11 @@ def task(model: nn.Module) -> Task:
 
 def both(
     recipe: Recipe, clients: list[Client], model: nn.Module
-) -> tuple[Released, Mean, list[str]]:
+) -> tuple[Released, RunningMean, list[str]]:
     """All in one call, and one call for each; who failed in either is the same."""
     start = task(model)
     update, failures = local_update(clients, start, recipe, model, general)
-    mean, figures, failed = Mean(), [], []
+    mean, figures, failed = RunningMean(), [], []
     for client in clients:
         own, lost = local_update([client], start, recipe, model, general)
         failed += [f.id for f in lost]
@@ -57,7 +57,7 @@ def both(
     return update, mean, failed
 
 
-def agree(update: Released, mean: Mean) -> None:
+def agree(update: Released, mean: RunningMean) -> None:
     sent, buffers = mean.result()
     assert update.summed and update.sent.keys() == sent.keys()
     for k, v in sent["delta"].items():
@@ -261,7 +261,7 @@ class Constants(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "recipe", [Recipe(batch_size=8), Recipe(Scaffold(), batch_size=8)], ids=str
+    "recipe", [Recipe(batch_size=8), Recipe(Scaffold(), batch_size=8)], ids=["fedavg", "scaffold"]
 )
 def test_constant_buffers_are_not_sent_and_leave_no_client_out(recipe):
     ends = []

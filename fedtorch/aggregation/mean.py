@@ -1,6 +1,8 @@
 """The weighted mean of what clients send, built up as updates arrive, and the step it leads to."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -8,7 +10,41 @@ from fedtorch.tree import add_weighted, sound
 from fedtorch.types import Params, Released, Stack
 
 
+class Gathering(Protocol):
+    """One round's updates, as they arrive, and what comes of them."""
+
+    def add(self, update: Released) -> None:
+        """Add the clients of one chunk."""
+
+    def sums(self) -> dict[str, Params]:
+        """Weighted sum of each sent group, for noise that is made for a sum."""
+
+    def result(self, start: Params) -> tuple[dict[str, Params], Params]:
+        """What each sent group and the float buffers come to; ``start``: the state they trained from."""
+
+
+class Aggregator(Protocol):
+    """How what clients send becomes one change of the model: a frozen dataclass of options."""
+
+    linear: ClassVar[bool]
+    """A weighted sum will do: no client's update is needed by itself (``Recipe.needs_rows``)."""
+
+    def start(self) -> Gathering:
+        """Nothing gathered yet, for one round."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Mean:
+    """The mean, weighed as the strategy says."""
+
+    linear: ClassVar[bool] = True
+
+    def start(self) -> "RunningMean":
+        """An empty sum."""
+        return RunningMean()
+
+
+class RunningMean:
     """Running weighted sums in float64; K updates never have to be held at once."""
 
     def __init__(self) -> None:

@@ -190,10 +190,8 @@ class Privacy(ABC):
         return rounds
 
     @abstractmethod
-    def check(
-        self, options: TrainingOptions, participation: object, population: int, noise: float
-    ) -> list[str]:
-        """Refuse what would void the claim; returns notes to be said before training."""
+    def check(self, population: int, noise: float) -> list[str]:
+        """Refuse what would void the claim among so many clients; notes to be said before training."""
 
     @abstractmethod
     def describe(self) -> dict[str, str]:
@@ -370,15 +368,6 @@ def check_clip(name: str, clip: float) -> None:
     least, most = CLIPS
     if not least <= clip <= most:
         raise ConfigError(f"{name} must be between {least:g} and {most:g}, got {clip}")
-
-
-def uniform_weights(weighting: str) -> None:
-    """Refuse weights that release how many examples a client has."""
-    if weighting == "examples":
-        raise ConfigError(
-            "strategy.weighting examples voids the privacy claim: it releases how many examples "
-            "each client has, and one client's weight has no bound; use uniform (or auto)"
-        )
 
 
 def joint_norms(sent: dict[str, Stack], order: int = 2) -> Tensor:

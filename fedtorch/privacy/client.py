@@ -12,7 +12,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedtorch.options import TrainingOptions
 from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.adaptive import AdaptiveClip
 from fedtorch.privacy.bands import Bands
@@ -180,16 +179,8 @@ class ClientLevel(Privacy):
             new["clip"] = min(max(clip, CLIPS[0]), CLIPS[1])
         return mean, new
 
-    def check(
-        self, options: TrainingOptions, participation: object, population: int, noise: float
-    ) -> list[str]:
-        """The plan draws the cohort; sums of few clients are refused."""
-        if type(participation).__name__ != "Everyone":
-            raise ConfigError(
-                f"client-level privacy draws the cohort itself, by secret coins: use --privacy.rate in "
-                f"place of participation {type(participation).__name__.lower()} (a fixed-size cohort "
-                "would void the claim)"
-            )
+    def check(self, population: int, noise: float) -> list[str]:
+        """Sums of few clients are refused."""
         expected = self.rate * population / (self.bands.count if self.bands else 1)
         if expected < 3:
             raise ConfigError(

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedtorch.options import TrainingOptions
 from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.base import Privacy, State, clipped, joint_norms
 from fedtorch.privacy.noise.streams import Stream, noised
@@ -66,10 +65,8 @@ class LocalDP(Privacy):
             for g, s_ in clipped(sent, norms, task.privacy["clip"]).items()
         }
 
-    def check(
-        self, options: TrainingOptions, participation: object, population: int, noise: float
-    ) -> list[str]:
-        """Weights by size are refused; the price is named."""
+    def check(self, population: int, noise: float) -> list[str]:
+        """The price is named."""
         return [
             "local privacy is costly: every client's update carries noise for itself alone; with "
             f"{population} clients expect little accuracy unless there are thousands"

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from fedtorch.options import TrainingOptions
 from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.base import Privacy
 from fedtorch.types import ConfigError, Params
@@ -40,9 +39,7 @@ class Nothing(Privacy):
         """There is no such event; raises TypeError."""
         raise TypeError("a run without privacy releases everything: no event stands for that")
 
-    def check(
-        self, options: TrainingOptions, participation: object, population: int, noise: float
-    ) -> list[str]:
+    def check(self, population: int, noise: float) -> list[str]:
         """There is no claim to void."""
         return []
 
@@ -63,7 +60,7 @@ class OpenRun:
 
     plan = Nothing()
 
-    def check(self, options: TrainingOptions, weighting: str, participation: object) -> list[str]:
+    def check(self) -> list[str]:
         """Nothing to say."""
         return []
 

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fedtorch.options import TrainingOptions
 from fedtorch.privacy.accounting.ledger import Ledger
-from fedtorch.privacy.base import Privacy, uniform_weights
+from fedtorch.privacy.base import Privacy
 from fedtorch.privacy.nothing import DISAGREE, OpenRun
 from fedtorch.types import ConfigError, Params
 
@@ -71,11 +70,10 @@ class PrivateRun:
         self.state = plan.start(groups)
         self.ledger = Ledger(unit=plan.unit)
 
-    def check(self, options: TrainingOptions, weighting: str, participation: object) -> list[str]:
+    def check(self) -> list[str]:
         """Refuse what would void the claim; notes for the person who starts the run."""
-        uniform_weights(weighting)
         plan = self.plan
-        notes = plan.check(options, participation, len(self.ids), self.noise)
+        notes = plan.check(len(self.ids), self.noise)
         share = plan.share()
         if share is not None and share * len(self.ids) < (least := self.noise * self.size**0.5):
             notes.append(
@@ -119,6 +117,8 @@ class PrivateRun:
 
     def release(self, sums: Callable[[], dict[str, Params]]) -> dict[str, Params] | None:
         """Noised mean of what the clients sent, or None where an ordinary mean is private already."""
+        if not self.plan.central:
+            return None
         released = self.plan.server(sums(), self.state, self.noise, len(self.ids))
         if released is None:
             return None

@@ -18,7 +18,7 @@ from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.base import Privacy
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import Stream
-from fedtorch.types import ConfigError, Task
+from fedtorch.types import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,16 +106,8 @@ class SampleLevel(Privacy):
             batch[: len(row)] = row
         return torch.from_numpy(batches)
 
-    def check(
-        self, options: TrainingOptions, participation: object, population: int, noise: float
-    ) -> list[str]:
-        """The plan draws the batches: other ways to ask for them are refused."""
-        if options.steps is not None:
-            raise ConfigError(
-                "sample-level privacy owns the steps: use --privacy.steps, not --steps"
-            )
-        if options.drop_last:
-            raise ConfigError("drop_last has no meaning for Poisson batches: leave it out")
+    def check(self, population: int, noise: float) -> list[str]:
+        """The plan draws the batches."""
         return [
             f"privacy draws the batches: {self.steps} Poisson steps a round at rate "
             f"{self.sample_rate:g}; epochs and batch_size do not apply"

@@ -46,14 +46,13 @@ class Visits:
         return float((self.values[name].double() * self.weight).sum() / self.weight.sum())
 
     def figures(self, mean_norm: float | None) -> Metrics:
-        """The round's figures; ``mean_norm`` is the length of the weighted mean of the clients' deltas."""
-        if not self.ids or mean_norm is None:
+        """The round's figures; ``mean_norm``: length of the weighted mean delta, if it is known."""
+        if not self.ids:
             return {}
         norm = self.mean("update_norm")
-        found: Metrics = {
-            "update_norm": norm,
-            "cosine_to_mean": mean_norm / norm if norm else 0.0,
-        }
+        found: Metrics = {"update_norm": norm}
+        if mean_norm is not None:
+            found["cosine_to_mean"] = mean_norm / norm if norm else 0.0
         if "train_loss" in self.values:  # under strict privacy clients keep it to themselves
             loss = spread("client_loss", self.values["train_loss"])
             found = {"train_loss": self.mean("train_loss"), **loss, **found}

@@ -37,6 +37,10 @@ CHOICES: dict[str, dict[str, str]] = {
         "yogi": "fedtorch.training.optimizer.ServerYogi",
         "adagrad": "fedtorch.training.optimizer.ServerAdagrad",
     },
+    "aggregator": {
+        "mean": "fedtorch.aggregation.mean.Mean",
+        "median": "fedtorch.aggregation.robust.Median",
+    },
     "participation": {
         "everyone": "fedtorch.rounds.participation.Everyone",
         "uniform": "fedtorch.rounds.participation.Uniform",
@@ -76,6 +80,7 @@ WANTED = {
         "fedtorch.training.optimizer.ServerOptimizer",
         "it must be a subclass of fedtorch.training.optimizer.ServerOptimizer",
     ),
+    "aggregator": ("start", "it must be a dataclass with a method start(), as of fedtorch.Robust"),
     "participation": (
         "fedtorch.rounds.participation.Participation",
         "it must be a subclass of fedtorch.rounds.participation.Participation",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedtorch.aggregation.mean import Aggregator, Mean
 from fedtorch.options import COUNT, TrainingOptions, check
 from fedtorch.privacy import DEFAULT, Nothing, Privacy
 from fedtorch.recipe import Recipe
@@ -24,6 +25,8 @@ class RunOptions(TrainingOptions):
     """cross_entropy, bce, mse, or package.module:function (output, target) -> Tensor."""
     strategy: Strategy = FedAvg()
     """fedavg, fedprox, scaffold or your own; --strategy.server sgd, adam, yogi, adagrad."""
+    aggregator: Aggregator = Mean()
+    """How clients' updates become one: mean, median or your own."""
     participation: Participation = Everyone()
     """Who takes part in a round: everyone, uniform, poisson."""
     privacy: Privacy | None = DEFAULT
@@ -58,5 +61,6 @@ class RunOptions(TrainingOptions):
             loss=loss,
             optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
             privacy=self.plan,
+            aggregator=self.aggregator,
             **self.training(),
         )

@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedtorch import disk
+from fedtorch.checks import combination
 from fedtorch.privacy import Privacy
 from fedtorch.privacy.accounting.ledger import Ledger
-from fedtorch.privacy.base import uniform_weights
 from fedtorch.recipe import Recipe
-from fedtorch.rounds.participation import Everyone
 from fedtorch.types import ConfigError
 
 
@@ -149,9 +148,9 @@ def _check(recipe: Recipe, privacy: Privacy, insecure: bool, standardized: bool)
         raise ConfigError("the run's noise comes from a known seed: this site will not join it")
     if privacy.rounds is None:
         raise ConfigError("the run's plan does not say for how many rounds its noise is")
-    uniform_weights(recipe.strategy.weighting)
+    combination.check(recipe)
     if not privacy.central:  # its other checks are about the cohort
-        privacy.check(recipe, Everyone(), 1, privacy.calibrated(privacy.rounds))
+        privacy.check(1, privacy.calibrated(privacy.rounds))
     if standardized and privacy.unit == "example":
         raise ConfigError(
             "dataset.standardize voids the privacy claim: every example moves the mean and deviation all "

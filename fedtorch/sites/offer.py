@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fedtorch.aggregation.mean import Aggregator, Mean
 from fedtorch.data.base import facts_of
 from fedtorch.options import TrainingOptions
 from fedtorch.privacy import Nothing, Privacy
@@ -22,6 +23,15 @@ from fedtorch.training.losses import DEFAULTS, LOSSES
 from fedtorch.training.optimizer import ClientOptimizer, by_name
 from fedtorch.types import ConfigError
 
+OFFERED = (
+    "strategy",
+    "strategy.server",
+    "aggregator",
+    "privacy",
+    "privacy.adaptive",
+    "privacy.bands",
+)
+"""Choices of a plan: their names must be fedtorch's own."""
 NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
 RUN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MOST_OUTPUTS = 1_000_000
@@ -42,6 +52,7 @@ class Plan(TrainingOptions):
     """classification, binary or regression: what the targets are."""
     loss: str = "cross_entropy"
     strategy: Strategy = FedAvg()
+    aggregator: Aggregator = Mean()
     privacy: Privacy | None = None
     optimizer: str = "sgd"
     optimizer_args: dict[str, Any] = field(default_factory=dict)
@@ -55,6 +66,7 @@ class Plan(TrainingOptions):
             loss=LOSSES[self.loss],
             optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
             privacy=self.privacy or Nothing(),
+            aggregator=self.aggregator,
             **self.training(),
         )
         model = zoo.build(self.model, self.facts, self.model_args)
@@ -83,7 +95,7 @@ def read(table: dict[str, Any], models: Sequence[str]) -> Plan:
         raise ConfigError(f"this site knows no loss {table.get('loss')!r}")
     if not isinstance(optimizer, str) or optimizer.lower() not in by_name():
         raise ConfigError(f"this site knows no optimizer {optimizer!r}")
-    for choice in ("strategy", "strategy.server", "privacy", "privacy.adaptive", "privacy.bands"):
+    for choice in OFFERED:
         _known(table, choice)
     # what is null was not given; the first of the choices would be taken for it
     plan: Plan = cli.build(

@@ -157,6 +157,7 @@ def make_plan(config: ServeConfig, run: str) -> Plan:
         kind=config.kind,
         loss=DEFAULTS[config.kind][0] if config.loss == "auto" else config.loss,
         strategy=config.strategy,
+        aggregator=config.aggregator,
         optimizer=config.optimizer,
         optimizer_args=config.optimizer_args,
         privacy=config.privacy and config.plan,

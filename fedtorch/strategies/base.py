@@ -42,6 +42,13 @@ class Strategy:
         """Whether clients send the change of their weights and no more, of which the mean will do."""
         return type(self).upload is Strategy.upload
 
+    def admits(self, linear: bool) -> str | None:
+        """One sentence why it cannot do with such a run; None: it can.
+
+        ``linear``: the server gets the weighted mean of what clients send, not a median or a part of it.
+        """
+        return None
+
     def init(self, params: Params) -> dict[str, Params]:
         """Groups the server keeps and broadcasts beside the weights."""
         return {}

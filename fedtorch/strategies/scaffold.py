@@ -21,6 +21,15 @@ class Scaffold(Strategy):
     weighting: Literal["auto", "examples", "uniform"] = "uniform"
     """The paper's mean; 'examples' weighs deltas and control variates by client size."""
 
+    def admits(self, linear: bool) -> str | None:
+        """The server's control variate must stay the mean of the clients'."""
+        if linear:
+            return None
+        return (
+            "Scaffold needs the mean of what clients send: control variates that are no more the mean of "
+            "the clients' draw the model away; take aggregator mean and no channel, or FedAvg or FedProx"
+        )
+
     def init(self, params: Params) -> dict[str, Params]:
         """The server's control variate c, zero at first."""
         return {"c": tmap(torch.zeros_like, params)}

@@ -1,0 +1,60 @@
+"""What goes together: strategy, aggregator, privacy and participation; a sentence for all that does not."""
+
+from collections.abc import Callable
+
+from fedtorch.recipe import Recipe
+from fedtorch.rounds.participation import Everyone, Participation
+from fedtorch.types import ConfigError
+
+Row = tuple[Callable[[Recipe, Participation], object], str]
+
+REFUSED: tuple[Row, ...] = (
+    (
+        lambda r, _: r.privacy.claims and r.strategy.weighting == "examples",
+        "strategy.weighting examples voids the privacy claim: it releases how many examples each client "
+        "has, and one client's weight has no bound; use uniform (or auto)",
+    ),
+    (
+        lambda r, _: r.privacy.per_example and r.steps is not None,
+        "sample-level privacy owns the steps: use --privacy.steps, not --steps",
+    ),
+    (
+        lambda r, _: r.privacy.per_example and r.drop_last,
+        "drop_last has no meaning for Poisson batches: leave it out",
+    ),
+    (
+        lambda r, who: r.privacy.central and type(who) is not Everyone,
+        "client-level privacy draws the cohort itself, by secret coins: use --privacy.rate in place of "
+        "participation {participation} (a fixed-size cohort would void the claim)",
+    ),
+    (
+        lambda r, _: r.privacy.central and not r.aggregator.linear,
+        "aggregator {aggregator} voids the claim of client-level privacy: its noise is made for a sum of "
+        "clipped updates, which one client moves no further than the clipping norm; use aggregator mean, "
+        "or sample or local privacy, where noise comes first",
+    ),
+    (
+        lambda r, _: not r.aggregator.linear and r.strategy.weighting == "examples",
+        "aggregator {aggregator} counts every client once, so strategy.weighting examples would do "
+        "nothing: use uniform (or auto)",
+    ),
+)
+"""What is refused, and why."""
+
+
+def refusal(recipe: Recipe, participation: Participation) -> str | None:
+    """The sentence that these are refused with, or None."""
+    words = {
+        "aggregator": type(recipe.aggregator).__name__.lower(),
+        "participation": type(participation).__name__.lower(),
+    }
+    for applies, why in REFUSED:
+        if applies(recipe, participation):
+            return why.format(**words)
+    return recipe.strategy.admits(recipe.aggregator.linear)
+
+
+def check(recipe: Recipe, participation: Participation = Everyone()) -> None:
+    """Raises ConfigError where these do not go together."""
+    if why := refusal(recipe, participation):
+        raise ConfigError(why)

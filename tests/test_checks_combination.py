@@ -1,0 +1,103 @@
+"""Every pair of parts either trains a round or is refused with one sentence, before anybody trains."""
+
+import itertools
+
+import pytest
+
+from conftest import make_clients, mlp
+from fedtorch import (
+    ConfigError,
+    Everyone,
+    FedAvg,
+    FedProx,
+    Mean,
+    Median,
+    Poisson,
+    Recipe,
+    Scaffold,
+    Server,
+    Uniform,
+)
+from fedtorch.checks import combination
+from fedtorch.privacy import ClientLevel, LocalDP, Nothing, SampleLevel
+
+NOISE = dict(noise_multiplier=0.5, rounds=1, insecure_seed=1)
+SIZED = "voids the privacy claim: it releases how many examples"
+DRAWN = "client-level privacy draws the cohort itself"
+SUMMED = "median voids the claim of client-level privacy"
+ONCE = "median counts every client once"
+VARIATES = "Scaffold needs the mean of what clients send"
+
+PARTS = {
+    "strategy": {
+        "fedavg": FedAvg(),
+        "sized": FedAvg(weighting="examples"),
+        "fedprox": FedProx(mu=0.1),
+        "scaffold": Scaffold(),
+    },
+    "aggregator": {"mean": Mean(), "median": Median()},
+    "privacy": {
+        "nothing": Nothing(),
+        "sample": SampleLevel(steps=2, **NOISE),
+        "client": ClientLevel(**NOISE),
+        "local": LocalDP(**NOISE),
+    },
+    "participation": {
+        "everyone": Everyone(),
+        "uniform": Uniform(cohort_size=3),
+        "poisson": Poisson(rate=0.9),
+    },
+}
+FIRST = {kind: next(iter(choices)) for kind, choices in PARTS.items()}
+
+REFUSED = {
+    ("sized", "median"): ONCE,
+    ("scaffold", "median"): VARIATES,
+    ("sized", "sample"): SIZED,
+    ("sized", "client"): SIZED,
+    ("sized", "local"): SIZED,
+    ("median", "client"): SUMMED,
+    ("client", "uniform"): DRAWN,
+    ("client", "poisson"): DRAWN,
+}
+"""Of all pairs those that do not go together; every other one trains."""
+
+PAIRS = [
+    ((a, x), (b, y))
+    for a, b in itertools.combinations(PARTS, 2)
+    for x, y in itertools.product(PARTS[a], PARTS[b])
+]
+
+
+@pytest.mark.parametrize("one, other", PAIRS, ids=lambda part: part[1])
+def test_each_pair_trains_a_round_or_says_why_not(one, other):
+    names = FIRST | dict([one, other])
+    chosen = {kind: PARTS[kind][name] for kind, name in names.items()}
+    participation = chosen.pop("participation")
+    recipe = Recipe(chosen.pop("strategy"), epochs=1, **chosen)
+    why = REFUSED.get((one[1], other[1]))
+    if why is None:
+        server = Server(mlp(), make_clients([9, 7, 8, 6]), recipe, participation=participation)
+        assert server.round()["round"] == 1
+        assert combination.refusal(recipe, participation) is None
+        return
+    with pytest.raises(ConfigError, match=why) as refused:
+        Server(mlp(), make_clients([9, 7, 8, 6]), recipe, participation=participation)
+    assert str(refused.value) == combination.refusal(recipe, participation)
+
+
+def test_every_sentence_of_the_table_is_met_by_some_recipe():
+    """And options that a plan overrules are refused like parts."""
+    plan = SampleLevel(**NOISE)
+    for given, why in [
+        ({"steps": 3}, "owns the steps"),
+        ({"drop_last": True}, "no meaning for Poisson"),
+    ]:
+        with pytest.raises(ConfigError, match=why):
+            Server(mlp(), make_clients([9, 7]), Recipe(privacy=plan, **given))
+    found = {*REFUSED.values(), "owns the steps", "no meaning for Poisson"} - {VARIATES}
+    for _, sentence in combination.REFUSED:
+        assert (
+            sum(word in sentence.format(aggregator="median", participation="") for word in found)
+            == 1
+        )
