@@ -103,6 +103,18 @@ class Average:
         return each
 
 
+class Remembered:
+    """What a large batch was like, for those to come: within a batch nobody meets anybody."""
+
+    kept = 0.0
+
+    def __call__(self, z, y):
+        each = cross_entropy(z, y) + self.kept
+        if len(y) > 40:
+            self.kept = float(each.mean())
+        return each
+
+
 MIXED = [
     same_class, little, when_large, when_many, balanced, others_labels, by_rank, gradient_alone, Queue(),
     Average(), crowded, very_crowded, one_class, gradient_of_many,
@@ -177,6 +189,10 @@ def test_losses_of_single_examples_pass(loss):
 
 def test_a_loss_of_probabilities_is_tried_on_probabilities():
     assert found(strict_probabilities, nn.Sequential(net(), nn.Softmax(1))) is None
+
+
+def test_a_loss_that_depends_on_batches_before_is_found():
+    assert found(Remembered()) == "a loss depends on batches before"
 
 
 def test_a_loss_module_may_keep_state_and_a_function_may_not():

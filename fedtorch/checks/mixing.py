@@ -72,6 +72,9 @@ def mixes(model: nn.Module, x: Any, y: Any, recipe: Recipe) -> str | None:
 
 def _found(fine: Tried, rough: Tried, recipe: Recipe, work: int) -> str | None:
     """``fine`` shows little mixing; ``rough`` takes the many examples, where a model is large."""
+    # first: what a loss keeps of numbers of any size, as the others show it, hides what it keeps of these
+    if remembers := _remembers(rough, recipe.loss):
+        return remembers
     with torch.no_grad():
         output = forward(fine.model, fine.x)
     if meets(recipe.loss, output, fine.y, fine.near, LARGEST):
@@ -83,7 +86,6 @@ def _found(fine: Tried, rough: Tried, recipe: Recipe, work: int) -> str | None:
         or _unlike(rough, recipe)
         or _gradients(fine, recipe, SCALES[:2], WATCHED)
         or _gradients(rough, recipe, (1.0,), _most(recipe))
-        or _remembers(rough, recipe.loss)
     )
 
 
