@@ -66,6 +66,12 @@ class Context:
     seeds: tuple[int, ...] = ()
     """What a strategy may draw from for each client in this visit, [K]; never a client's secret."""
 
+    def of(self, k: int) -> "Context":
+        """Client ``k`` alone, as K = 1."""
+        own = slice(k, k + 1)
+        memory = {g: {name: v[own] for name, v in m.items()} for g, m in self.memory.items()}
+        return replace(self, memory=memory, steps=self.steps[own], seeds=self.seeds[own])
+
 
 _SEAL = object()
 """Whoever has it may make a ``Released``: ``Privacy.release``, and whoever reads one out of a message."""

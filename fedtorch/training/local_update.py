@@ -70,7 +70,7 @@ def _solved(
         alone = len(clients) == 1 and not (private and private.mode == "stacked")
         solve = stacked.general if alone else stacked.stacked
     if solve is stacked.general and len(clients) > 1:
-        return train_sequentially(clients, order, task, recipe, model, private)
+        return train_sequentially(clients, order, ctx, task, recipe, model, private)
     drawn = stacked.draws(solve, recipe)
     secret = tuple(recipe.privacy.draw_seed(task, i) for i in ids) if drawn else ()
     # putting generators back takes a tenth of a millisecond

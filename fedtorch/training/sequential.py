@@ -15,7 +15,6 @@ from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.recipe import Recipe
-from fedtorch.training.module import to
 from fedtorch.training.results import RunningSum, Summed
 from fedtorch.training.trainee import Trainee
 from fedtorch.tree import add_weighted, expand, moving, near, settled
@@ -25,6 +24,7 @@ from fedtorch.types import ClientError, Context, Params, Task
 def train_sequentially(
     clients: Sequence[Client],
     order: Sequence[Tensor],
+    ctx: Context,
     task: Task,
     recipe: Recipe,
     model: nn.Module,
@@ -39,8 +39,6 @@ def train_sequentially(
     privacy, trainee = recipe.privacy, Trainee(model, task, recipe)
     start = {k: task.state[k] for k in trainee.params}
     total, floats = RunningSum(near(start)), Params()
-    anchor, extras = expand(start), {g: expand(e) for g, e in task.extras.items()}
-    steps = torch.tensor([len(p) for p in order])
     examples = torch.tensor([float(len(c)) for c in clients])
     weight = recipe.weights(examples)
     share = (weight.double() / weight.sum()).tolist()
@@ -49,13 +47,9 @@ def train_sequentially(
         for k, client in enumerate(clients):
             # one visit
             seeds.set_global(privacy.draw_seed(task, client.id))
-            memory = client.memory or recipe.strategy.remember(start)
-            memory = {g: expand(to(m, trainee.device)) for g, m in memory.items()}
-            own = (privacy.strategy_seed(task, client.id),)
-            ctx = Context(anchor, extras, memory, steps[k : k + 1], task.lr, own)
             noise = private and replace(private, streams=private.streams[k : k + 1])
             with naming_client([client.id], task):
-                loss.append(trainee.visit(client.data, order[k], ctx, noise))
+                loss.append(trainee.visit(client.data, order[k], ctx.of(k), noise))
             # what it changed, scaled by the plan, goes into the sum
             squares.append(total.see(near(trainee.weights())))
             buffers = expand(near(trainee.floats())) if privacy.statistics else {}
