@@ -13,7 +13,7 @@ with reading():
     from fedtorch.rounds.participation import Everyone, Poisson, Uniform
     from fedtorch.run.evaluate import evaluate
     from fedtorch.server import Server
-    from fedtorch.strategies import Correction, FedAvg, FedProx, Scaffold, Strategy
+    from fedtorch.strategies import Correction, FedAvg, FedBN, FedPer, FedProx, Scaffold, Strategy
     from fedtorch.training.local_update import local_update
     from fedtorch.training.optimizer import (
         ClientOptimizer,
@@ -45,6 +45,8 @@ __all__ = [
     "Correction",
     "Everyone",
     "FedAvg",
+    "FedBN",
+    "FedPer",
     "FedProx",
     "Local",
     "Mean",

@@ -27,6 +27,8 @@ from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.run.console import Report
 from fedtorch.strategies.base import Strategy, uploads
 from fedtorch.training.module import load, snapshot, statistics, to
+from fedtorch.training.outline import copied
+from fedtorch.training.personal import GROUP, personal, shared
 from fedtorch.tree import alike, double, sound
 from fedtorch.types import ConfigError, Failure, Params, Released, Task
 
@@ -78,12 +80,13 @@ class Server:
         self.round_number = 0
         self._drawn: tuple[list[int], list[int]] | None = None
         self.session = runs_on.open(model, clients, self.recipe)
-        self.trainable = [k for k, p in model.named_parameters() if p.requires_grad]
+        own = personal(model, self.recipe.strategy.personal)
+        self.trainable = shared(model, self.recipe.strategy.personal)
         self._first = to(snapshot(model), CPU)
         self._parameters = parameters(model)
         self._sent = {*self.trainable}
         if self.recipe.privacy.statistics:
-            self._sent |= statistics(model)
+            self._sent |= statistics(model) - own
         params = {k: self._first[k] for k in self.trainable}
         self.extras = self.recipe.strategy.init(params)
         optimizer = self.recipe.strategy.server
@@ -102,6 +105,11 @@ class Server:
         if self.recipe.privacy.fix_model:
             self.notes.append(
                 "privacy.fix_model: server.model is a copy, without the layers that void the guarantee"
+            )
+        if own:
+            self.notes.append(
+                "strategy.personal: each client keeps weights of its own; server.model has the shared ones "
+                "and those that clients start with, and a client's own model is server.model_of(id)"
             )
         groups = partial(uploads, self.recipe.strategy, params, self.extras)
         self.books = opened(self.recipe.privacy, self.ids, groups)
@@ -145,6 +153,21 @@ class Server:
             **self.visits.speed(trained - sampled),
         }
         return self.mark(figures) | self.books.figures()
+
+    def own(self) -> dict[str, Params]:
+        """Weights and buffers that clients keep (``strategy.personal``), by id; not of who never trained.
+
+        Empty where clients live elsewhere, as sites do. Nothing noised them on the client's way here.
+        """
+        return {i: m[GROUP] for i, m in self.session.memory().items() if GROUP in m}
+
+    def model_of(self, id: str) -> nn.Module:
+        """A copy of the model with this client's own weights and buffers in it."""
+        if id not in self.ids:
+            raise ConfigError(f"there is no client {id!r}")
+        made = copied(self.model)
+        load(made, self._state() | self.own().get(id, {}))
+        return made
 
     def mark(self, figures: Metrics) -> Metrics:
         """Under privacy, figures of the clients' data that the guarantee does not cover say so."""

@@ -55,7 +55,7 @@ class Context:
     """What a strategy may look at on the client. Shared tensors have a leading axis of 1."""
 
     anchor: Stack
-    """Trainable weights the visit started from, [1, ...]."""
+    """Trainable weights the visit started from, [1, ...]; not the clients' personal ones."""
     extras: dict[str, Stack]
     """The strategy's broadcast groups, each [1, ...]."""
     memory: dict[str, Stack]
@@ -65,6 +65,8 @@ class Context:
     lr: float
     seeds: tuple[int, ...] = ()
     """What a strategy may draw from for each client in this visit, [K]; never a client's secret."""
+    own: Stack = field(default_factory=dict)
+    """Weights and buffers that each client keeps, as its visit starts from them, [K, ...]."""
 
     def of(self, k: int) -> "Context":
         """Client ``k`` alone, as K = 1."""
@@ -137,7 +139,9 @@ class Raw:
     groups: dict[str, Stack] | None
     """What the strategy would send, each [K, ...]; None: the mean of the changes is all that is needed."""
     settled: Tensor | None
-    """Whether the float buffers of each client are finite or as they were, [K]; None: none leave it."""
+    """Whether float buffers and what is personal are finite or as they were, [K]; None: nothing to ask."""
+    personal: frozenset[str] = frozenset()
+    """Names that stay with the client."""
 
 
 @dataclass(frozen=True)

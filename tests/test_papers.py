@@ -13,6 +13,8 @@ from torch import nn
 from fedtorch import (
     Client,
     FedAvg,
+    FedBN,
+    FedPer,
     FedProx,
     Local,
     Recipe,
@@ -128,6 +130,79 @@ def test_scaffold_with_one_of_two_clients_moves_c_by_its_share():
         c += (new - own[k]) / 2
         own[k], w = new, y
         assert float(model.w.detach()) == pytest.approx(w, abs=1e-12)
+
+
+class Summed(nn.Module):
+    """The body's weight and the head's are added: f_k(u + h)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Parameter(torch.tensor(START, dtype=torch.float64))
+        self.head = nn.ParameterDict({"h": nn.Parameter(torch.tensor(0.0, dtype=torch.float64))})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.body + self.head["h"]).expand(len(x))
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_fedper_arivazhagan_2019_algorithms_1_and_2(chunk):
+    clients = [
+        Client(str(k), (torch.zeros(N[k], 1), torch.tensor([[A[k], B[k]]] * N[k]).double()))
+        for k in range(2)
+    ]
+    recipe = Recipe(FedPer(), loss=quadratic, lr=LR, steps=STEPS, batch_size=None)
+    server = Server(Summed(), clients, recipe, engine=Local(chunk=chunk))
+    u, heads = START, [0.0, 0.0]
+    for round, _ in enumerate(server.rounds(ROUNDS)):
+        bodies = []
+        for k in range(2):
+            body, head = u, heads[k]
+            for _ in range(STEPS):
+                step = LR * gradient(k, body + head)
+                body, head = body - step, head - step
+            bodies.append(body)
+            heads[k] = head
+        u = 0.75 * bodies[0] + 0.25 * bodies[1]
+        own = [float(server.own()[i]["head.h"]) for i in "01"]
+        assert [float(server.model.body.detach()), *own] == pytest.approx([u, *heads], abs=1e-12)
+        if round == 0:  # on paper
+            assert [u, *heads] == pytest.approx([0.6494, 0.4428, -0.7308], abs=1e-12)
+    assert float(server.model.head["h"].detach()) == 0
+
+
+def test_fedbn_li_2021_algorithm_1():
+    g = torch.Generator().manual_seed(0)
+    data = [(torch.randn(n, 3, generator=g) + n, torch.randn(n, 1, generator=g)) for n in (6, 8)]
+
+    def net() -> nn.Sequential:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+
+    data = [(x.double(), y.double()) for x, y in data]
+    recipe = Recipe(
+        FedBN(), loss=lambda o, y: (o - y).square().mean(1), lr=LR, steps=2, batch_size=None
+    )
+    clients = [Client(str(k), d) for k, d in enumerate(data)]
+    server = Server(net(), clients, recipe, engine=Local(chunk=1))
+    [*server.rounds(3)]
+    nets = [net(), net()]  # Algorithm 1: all layers are averaged but those of BatchNorm
+    for _ in range(3):
+        for one, (x, y) in zip(nets, data, strict=True):
+            optimizer = torch.optim.SGD(one.parameters(), LR)
+            for _ in range(2):
+                optimizer.zero_grad()
+                (one(x) - y).square().mean().backward()
+                optimizer.step()
+        for layer in (0, 2):
+            pairs = zip(*(one[layer].parameters() for one in nets), strict=True)
+            for a, b in pairs:
+                mean = (6 * a.data + 8 * b.data) / 14
+                a.data.copy_(mean), b.data.copy_(mean)
+    for k, one in enumerate(nets):
+        found = server.model_of(str(k)).state_dict()
+        for name, v in one.state_dict().items():
+            if v.is_floating_point():
+                assert torch.allclose(found[name], v, atol=1e-12), name
 
 
 def test_fedavgm_hsu_2019():

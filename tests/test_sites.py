@@ -135,6 +135,21 @@ def test_sites_give_the_weights_of_one_process(folder, tmp_path, strategy):
     assert os.listdir(tmp_path / "north/tensorboard")
 
 
+def test_a_site_keeps_its_own_head_from_visit_to_visit(folder, tmp_path):
+    offered = offer(FedAvg(personal=("5.*",)))
+    with server(folder, offered) as there, sites(folder, there.session.port, tmp_path) as made:
+        figures = [*there.rounds(3)]
+        there.close()
+    assert figures[0]["bytes_up"] == sum(
+        2 * 4 * v.numel() for k, v in there.model.state_dict().items() if k[0] != "5"
+    )
+    wanted = here(folder, offered, 3, engine=Local(chunk=1, solver="general"))
+    for k, v in there.model.state_dict().items():
+        assert (wanted[k] - v).abs().max() <= 1e-6, k
+    heads = [s.client.memory["personal"]["5.weight"] for s in made]
+    assert not torch.equal(*heads) and not there.own()
+
+
 def test_a_site_is_given_what_never_changes_once_if_it_built_something_else(
     folder, tmp_path, monkeypatch
 ):

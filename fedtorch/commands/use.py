@@ -17,8 +17,9 @@ from fedtorch.commands.train import train_module
 from fedtorch.data import Data, partition, prepared
 from fedtorch.data.prepared import Prepared
 from fedtorch.privacy.run import mark
-from fedtorch.run import cli, files, results, setup, trust
+from fedtorch.run import checkpoint, cli, files, results, setup, trust
 from fedtorch.run.evaluate import evaluate, evaluate_clients
+from fedtorch.training.personal import GROUP
 from fedtorch.training.stacked import forward
 from fedtorch.types import ConfigError
 
@@ -88,7 +89,13 @@ def evaluate_run(argv: Sequence[str]) -> int:
     ):  # the clients' own rows are not covered
         ids, parts = partition(data, config.partition, config.clients, config.seed)
         clients = setup.clients(data, ids, parts, config.validation, config.seed)
-        of_clients = setup.validation(evaluate_clients(run.model, clients, metrics))
+        own = {}
+        if (
+            config.strategy.personal
+        ):  # each client with what it keeps, which the last checkpoint has
+            saved = checkpoint.load(Path(words[0]) / "checkpoints")["memory"]
+            own = {i: m[GROUP] for i, m in saved.items() if GROUP in m}
+        of_clients = setup.validation(evaluate_clients(run.model, clients, metrics, own))
         figures |= mark(private, of_clients) if private else of_clients
     if "json" in given:
         print(json.dumps(figures))

@@ -14,8 +14,8 @@ from fedtorch.engines.solver_choice import Choice, choose
 from fedtorch.options import COUNT, check
 from fedtorch.recipe import Recipe
 from fedtorch.training.local_update import local_update
-from fedtorch.training.module import given
 from fedtorch.training.outline import copied, untouched
+from fedtorch.training.personal import given
 from fedtorch.types import ConfigError, Failure, Params, Released, Task
 
 
@@ -87,7 +87,7 @@ class LocalSession:
     @cached_property
     def given(self) -> Params:
         """The model before any visit."""
-        return given(self.model)
+        return given(self.model, self.recipe.strategy.personal)
 
     def cut(self, ids: Sequence[str], most: int | None = None) -> list[list[Client]]:
         """Chunks of clients of like size, of at most ``most`` clients, the largest clients first."""

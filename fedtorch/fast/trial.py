@@ -129,6 +129,8 @@ def plain(recipe: Recipe) -> bool:
 def strategy(recipe: Recipe) -> str | None:
     """Gradients are changed by a ``Correction`` alone, which is linear in the weights."""
     kind = type(recipe.strategy)
+    if recipe.strategy.personal:
+        return "weights stay with the clients (strategy.personal)"
     if kind.correct is Strategy.correct:
         return None
     return (

@@ -336,6 +336,7 @@ class Privacy(ABC):
             groups = self.client(groups, raw.examples, task, raw.ids)
             norms["delta"] = sq_norms(groups["delta"])
         buffers = raw.results.rows()[1] if self.statistics else {}
+        buffers = {k: v for k, v in buffers.items() if k not in raw.personal}
         return groups, buffers, norms["delta"].sqrt().cpu(), good
 
     def _mean(self, raw: Raw, task: Task) -> tuple[dict[str, Stack], Stack, Tensor, Tensor]:

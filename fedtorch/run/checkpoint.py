@@ -21,8 +21,8 @@ def save(folder: Path, state: dict[str, Any], keep: int = 2) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"round-{state['round']:06d}.pt"
-    # client memory in a private run's was never noised: for nobody else's eyes
-    with disk.whole(path, private=bool(state.get("privacy"))) as file:
+    # client memory was never noised and may be a client's own model: for nobody else's eyes
+    with disk.whole(path, private=bool(state.get("privacy") or state.get("memory"))) as file:
         torch.save({"format": FORMAT, **state}, file)
     for old in everything(folder)[:-keep]:
         old.unlink()

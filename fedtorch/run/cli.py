@@ -23,6 +23,8 @@ from fedtorch.run import trust
 from fedtorch.run.names import CHOICES, FREE, WANTED
 from fedtorch.types import ConfigError
 
+LISTS = (list[str], list[int], tuple[str, ...])
+
 Table = dict[str, Any]
 
 
@@ -159,7 +161,7 @@ def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
             args[f"{key}_args"] = {k: _literal(home(v)) for k, v in options.items()}
         elif takes[key].annotation == dict[str, Any]:  # the parser would import a class named in it
             args[key] = _table(full, _literal(value))
-        elif takes[key].annotation in (list[str], list[int]) and isinstance(value, str):
+        elif takes[key].annotation in LISTS and isinstance(value, str):
             plain[key] = value.strip("[] ").split(",")
         else:
             plain[key] = value
@@ -221,7 +223,7 @@ def flat(table: Table, prefix: str = "") -> Table:
 
 def _entry(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
-        return value
+        return list(value) if isinstance(value, tuple) else value
     path = f"{type(value).__module__}.{type(value).__name__}"
     for names in CHOICES.values():
         for name, dotted in names.items():

@@ -12,10 +12,10 @@ from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.training.batches import fetch, length
 from fedtorch.training.losses import Loss, counted, reduce
-from fedtorch.training.module import channels_last, evaluating
+from fedtorch.training.module import channels_last, evaluating, load, snapshot
 from fedtorch.training.stacked import forward, to
 from fedtorch.tree import joined, size
-from fedtorch.types import ConfigError
+from fedtorch.types import ConfigError, Params
 
 
 def evaluate(
@@ -119,9 +119,21 @@ def convolves(model: nn.Module, x: Any) -> bool:
 
 
 def evaluate_clients(
-    model: nn.Module, clients: Sequence[Client], metrics: Mapping[str, Loss]
+    model: nn.Module,
+    clients: Sequence[Client],
+    metrics: Mapping[str, Loss],
+    own: Mapping[str, Params] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """The global model on each client's own validation data, by client id."""
-    return {
-        c.id: evaluate(model, c.validation, metrics) for c in clients if c.validation is not None
-    }
+    """The global model on each client's own validation data, by client id.
+
+    ``own``: what clients keep (``Server.own``); each is judged with its own in place.
+    """
+    found, before = {}, snapshot(model) if own else {}
+    for client in clients:
+        if client.validation is not None:
+            if own:
+                load(model, before | own.get(client.id, {}))
+            found[client.id] = evaluate(model, client.validation, metrics)
+    if own:
+        load(model, before)
+    return found

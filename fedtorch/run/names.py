@@ -30,6 +30,8 @@ CHOICES: dict[str, dict[str, str]] = {
         "fedavg": "fedtorch.strategies.FedAvg",
         "fedprox": "fedtorch.strategies.FedProx",
         "scaffold": "fedtorch.strategies.Scaffold",
+        "fedbn": "fedtorch.strategies.FedBN",
+        "fedper": "fedtorch.strategies.FedPer",
     },
     "strategy.server": {
         "sgd": "fedtorch.training.optimizer.ServerSGD",

@@ -23,6 +23,7 @@ from fedtorch.sites.reports import Reader
 from fedtorch.sites.rpc import Listener, log
 from fedtorch.sites.visits import Visit, check_enough, judge
 from fedtorch.training.module import snapshot
+from fedtorch.training.personal import shared
 from fedtorch.types import ConfigError, Failure, Params, Released, Task
 
 HOLD_SECONDS = 20.0
@@ -84,8 +85,8 @@ class SitesSession:
     def __init__(self, options: Sites, model: nn.Module, names: list[str], recipe: Recipe) -> None:
         """Start to listen."""
         state = snapshot(model)
-        trained = {k for k, p in model.named_parameters() if p.requires_grad}
-        self.rest = {k: v.cpu() for k, v in state.items() if k not in trained}
+        brought = shared(model, recipe.strategy.personal)
+        self.rest = {k: v.cpu() for k, v in state.items() if k not in brought}
         """What a site is given once, unless the model it built itself has the same."""
         self.digest = messages.digest(self.rest)
         self.options, self.names = options, names

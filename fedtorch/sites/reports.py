@@ -13,6 +13,7 @@ from fedtorch.privacy.base import FIGURES, joint_norms
 from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.recipe import Recipe
 from fedtorch.strategies import Strategy
+from fedtorch.training.personal import personal, shared
 from fedtorch.tree import expand, row
 from fedtorch.types import Context, Failure, Params, Released, Task
 
@@ -41,7 +42,8 @@ class Reader:
     @classmethod
     def of(cls, recipe: Recipe, model: nn.Module, most_examples: int) -> "Reader":
         """What this model and recipe make a site send."""
-        params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+        state = dict(model.named_parameters())
+        params = {k: state[k].detach() for k in shared(model, recipe.strategy.personal)}
         kinds = [figures(recipe)]
         if recipe.privacy.per_client:
             strict = replace(recipe.privacy, strict=True)
@@ -129,7 +131,8 @@ def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
     if recipe.privacy.claims:  # adaptive clipping sends one number more
         task = Task({}, {}, 0, 0, 1.0, {"clip": 1.0, "noise": 1.0})
         sent = recipe.privacy.client(sent, torch.ones(1), task, ["nobody"])
-    floats = {k: b for k, b in model.named_buffers() if b.is_floating_point()}
+    own = personal(model, strategy.personal)
+    floats = {k: b for k, b in model.named_buffers() if b.is_floating_point() and k not in own}
     floats = (
         floats if recipe.privacy.statistics else {}
     )  # private clients send no statistics of their data

@@ -28,7 +28,8 @@ from fedtorch.sites.memory import VisitMemory
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS
-from fedtorch.training.module import given, load
+from fedtorch.training.module import load
+from fedtorch.training.personal import GROUP, given, personal
 from fedtorch.types import ClientError, ConfigError, Failure, Params, Released, Task
 
 MOST_PLAN = 1 << 16
@@ -145,8 +146,10 @@ class Site:
         self.answered.agree(plan, self.budget.most is not None)
         engine = Local(chunk=1, device=self.config.device)
         self.session = engine.open(self.model, [self.client], self.budget.told(recipe))
-        params = {k: p.detach() for k, p in self.model.named_parameters() if p.requires_grad}
-        self.given = given(self.model)
+        own = personal(self.model, plan.strategy.personal)
+        trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        params = {k: p.detach() for k, p in trained.items() if k not in own}
+        self.given = given(self.model, plan.strategy.personal)
         whole = messages.schema(self.given)
         rest = {k: v for k, v in whole.items() if k not in params}
         self.schema = {"state": whole, "rest": rest}
@@ -154,6 +157,7 @@ class Site:
         for group, tree in plan.strategy.init(params).items():
             self.schema[f"extras/{group}"] = messages.schema(tree)
         memory = plan.strategy.remember(params)
+        memory |= {GROUP: {k: self.given[k] for k in own}} if own else {}
         self.remembered = {g: messages.schema(tree) for g, tree in memory.items()}
         self.plan, self.visits = plan, self.answered.visits(plan.run)
         most = min(self.answered.most(plan) or self.config.max_rounds, self.config.max_rounds)
@@ -304,7 +308,7 @@ class Site:
         assert self.plan is not None
         metric = DEFAULTS[self.plan.kind][1]
         wanted = {"loss": LOSSES[self.plan.loss], metric: METRICS[metric]}
-        load(self.model, task.state)
+        load(self.model, task.state | self.client.memory.get(GROUP, {}))
         scores = evaluate(self.model, self.data.test, wanted)
         figures = {f"site/test_{k}": v for k, v in scores.items()}
         if self.plan.privacy is not None:

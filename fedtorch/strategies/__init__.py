@@ -1,7 +1,9 @@
 """Federated algorithms: one file each, client half and server half together."""
 
 from fedtorch.strategies.base import Correction, FedAvg, Strategy
+from fedtorch.strategies.fedbn import FedBN
+from fedtorch.strategies.fedper import FedPer
 from fedtorch.strategies.fedprox import FedProx
 from fedtorch.strategies.scaffold import Scaffold
 
-__all__ = ["Correction", "FedAvg", "FedProx", "Scaffold", "Strategy"]
+__all__ = ["Correction", "FedAvg", "FedBN", "FedPer", "FedProx", "Scaffold", "Strategy"]

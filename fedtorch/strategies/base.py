@@ -32,6 +32,9 @@ class Strategy:
     """Server optimizer fed with the mean delta; none: the mean delta is simply added."""
     weighting: Literal["auto", "examples", "uniform"] = "auto"
     """Average clients by their number of examples, or all alike; auto: by examples, under privacy alike."""
+    personal: tuple[str, ...] = ()
+    """Weights and buffers that stay with each client, by name ("head.*") or kind of layer ("@BatchNorm"):
+    they are in its memory, in no task, upload or mean, and in nothing that the methods below are given."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -40,7 +43,7 @@ class Strategy:
     @property
     def only_delta(self) -> bool:
         """Whether clients send the change of their weights and no more, of which the mean will do."""
-        return type(self).upload is Strategy.upload
+        return type(self).upload is Strategy.upload and not self.personal
 
     def admits(self, linear: bool) -> str | None:
         """One sentence why it cannot do with such a run; None: it can.

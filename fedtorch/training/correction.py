@@ -58,11 +58,14 @@ class Corrector:
         ``stacked``: parameters have a client axis themselves. Weights that the loss never reached stay out.
         """
         with torch.no_grad():
-            known = {k: p.grad for k, p in params.items() if p.grad is not None}
+            # what is a client's own has no anchor, and is no strategy's to correct
+            shared = self.ctx.anchor
+            known = {k: p.grad for k, p in params.items() if p.grad is not None and k in shared}
             grads = {
                 k: self._added(g if stacked else g[None], weights, k) for k, g in known.items()
             }
             if self.own:
+                weights = {k: w for k, w in weights.items() if k in shared}
                 shown = {
                     k: grads[k] if k in grads else torch.zeros_like(w) for k, w in weights.items()
                 }

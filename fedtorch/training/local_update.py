@@ -16,9 +16,10 @@ from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training import stacked
 from fedtorch.training.module import to, to_device
+from fedtorch.training.personal import GROUP, personal, shared
 from fedtorch.training.results import Results, exact_weights
 from fedtorch.training.sequential import naming_client, train_sequentially
-from fedtorch.tree import double, expand, near, row, stack
+from fedtorch.tree import double, expand, near, row, settled, stack
 from fedtorch.types import Context, Failure, Raw, Released, Stack, Task
 
 
@@ -83,9 +84,14 @@ def context(
     clients: Sequence[Client], order: Sequence[Tensor], task: Task, recipe: Recipe, model: nn.Module
 ) -> Context:
     """What strategies see of these clients' visits."""
-    anchor = {k: task.state[k] for k, p in model.named_parameters() if p.requires_grad}
-    memory = [c.memory or recipe.strategy.remember(anchor) for c in clients]
+    patterns = recipe.strategy.personal
+    anchor = {k: task.state[k] for k in shared(model, patterns)}
     device = next(iter(anchor.values())).device
+    kept = [{g: m for g, m in c.memory.items() if g != GROUP} for c in clients]
+    memory = [m or recipe.strategy.remember(anchor) for m in kept]
+    # who is here for the first time starts from the model's
+    start = {k: v for k, v in task.state.items() if k in personal(model, patterns)}
+    own = [start | to(c.memory.get(GROUP, {}), device) for c in clients]
     return Context(
         anchor=expand(anchor),
         extras={g: expand(e) for g, e in task.extras.items()},
@@ -93,6 +99,7 @@ def context(
         steps=torch.tensor([len(p) for p in order]),
         lr=task.lr,
         seeds=tuple(recipe.privacy.strategy_seed(task, c.id) for c in clients),
+        own=stack(own),
     )
 
 
@@ -114,6 +121,7 @@ def raw_of(
     }
     groups: dict[str, Stack] | None = None
     memory: dict[str, Stack] | None = None
+    fine = trained.settled() if recipe.privacy.statistics else None
     if recipe.needs_rows:
         # in float64 the delta is exact, so anchor + delta gives back the very weights of the client
         exact = replace(
@@ -123,11 +131,16 @@ def raw_of(
             memory={g: double(near(m)) for g, m in ctx.memory.items()},
         )
         with torch.no_grad():
-            params = {k: v.to(torch.float64, copy=True) for k, v in trained.rows()[0].items()}
+            rows, floats = trained.rows()
+            params = {k: rows[k].to(torch.float64, copy=True) for k in ctx.anchor}
             groups, memory = recipe.strategy.upload(params, exact)
-    ids = tuple(c.id for c in clients)
-    fine = trained.settled() if recipe.privacy.statistics else None
-    return Raw(ids, examples, recipe.weights(examples), figures, trained, groups, fine), memory
+        if ctx.own:
+            now = rows | floats
+            memory = memory | {GROUP: {k: now[k].detach().cpu().clone() for k in ctx.own}}
+            good = settled(memory[GROUP], task.state)
+            fine = good if fine is None else fine & good
+    ids, weight, own = tuple(c.id for c in clients), recipe.weights(examples), frozenset(ctx.own)
+    return Raw(ids, examples, weight, figures, trained, groups, fine, own), memory
 
 
 def remember(
@@ -136,9 +149,9 @@ def remember(
     """Clients whose update was finite keep their new memory, in the weights' own types."""
     for k, client in enumerate(clients):
         if good[k] and memory is not None:
+            like = ctx.anchor | ctx.own
             client.memory = {
-                g: {n: v.to(ctx.anchor[n].dtype) for n, v in row(m, k).items()}
-                for g, m in memory.items()
+                g: {n: v.to(like[n].dtype) for n, v in row(m, k).items()} for g, m in memory.items()
             }
 
 

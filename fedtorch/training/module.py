@@ -44,16 +44,6 @@ def snapshot(model: nn.Module) -> Params:
     return {k: v.detach().clone() for k, v in both}
 
 
-def given(model: nn.Module) -> Params:
-    """Parameters and buffers of a working copy, as visits find them; what is trained is not copied.
-
-    Visits overwrite that, and every task brings it.
-    """
-    kept = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
-    both = (*model.named_parameters(), *model.named_buffers())
-    return {k: kept[k] if k in kept else v.detach().clone() for k, v in both}
-
-
 def statistics(model: nn.Module) -> set[str]:
     """Names of the running statistics that training moves: of a part in evaluation mode it moves none."""
     whole = not any(m.training for m in model.modules())

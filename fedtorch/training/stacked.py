@@ -28,7 +28,7 @@ from fedtorch.training.module import snapshot as snapshot
 from fedtorch.training.module import to as to
 from fedtorch.training.results import Results, Stacked
 from fedtorch.training.trainee import Trainee
-from fedtorch.tree import expand, near, per_client
+from fedtorch.tree import expand, near, per_client, row
 from fedtorch.types import Context, Params, Stack, Task
 
 UNEVEN = (
@@ -67,7 +67,8 @@ def draws(solve: Solver, recipe: Recipe) -> bool:
 def general(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stacked:
     """One client through the module itself: any model, any loss, any torch optimizer."""
     (data,), (steps,) = chunk.datasets, chunk.order
-    trainee = Trainee(model, task, recipe)
+    start = replace(task, state=task.state | row(chunk.context.own, 0))
+    trainee = Trainee(model, start, recipe)
     loss = trainee.visit(data, steps, chunk.context, chunk.private)
     floats = {k: b.clone() for k, b in trainee.floats().items()}
     trainee.put_back()
@@ -149,7 +150,7 @@ def stacked(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stack
     training(model)
     even = private is None and evenly(model, chunk.order)
     names = {k for k, p in model.named_parameters() if p.requires_grad}
-    state = {k: v.expand(K, *v.shape).clone() for k, v in task.state.items()}
+    state = {k: ctx.own.get(k, v.expand(K, *v.shape)).clone() for k, v in task.state.items()}
     params = {k: v.requires_grad_() for k, v in state.items() if k in names}
     rest = {k: v for k, v in state.items() if k not in names}
     views = {k: v.detach() for k, v in params.items()}

@@ -21,7 +21,7 @@ from fedtorch.engines import wire
 from fedtorch.engines.messages import Memory, Outcome
 from fedtorch.recipe import Recipe
 from fedtorch.training.local_update import local_update
-from fedtorch.training.module import given
+from fedtorch.training.personal import given
 from fedtorch.training.stacked import Solver, snapshot
 from fedtorch.types import ConfigError, Params, Task
 
@@ -37,7 +37,7 @@ class Kit:
 
     def __post_init__(self) -> None:
         """Keep what does not travel."""
-        self.given = given(self.model)
+        self.given = given(self.model, self.recipe.strategy.personal)
 
     def run(self, task: Task, ids: Sequence[str], memory: Memory) -> Outcome:
         """Train one chunk; memory comes with it and goes back, so that any worker can do it."""
