@@ -122,7 +122,7 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def form(request, monkeypatch):
     """Layers held as the cost rule says, all without copies, all with copies."""
     if request.param != "rule":
-        monkeypatch.setattr(solve, "dual_pays", lambda *_: request.param == "dual")
+        monkeypatch.setattr(solve, "pays", lambda *_: request.param == "dual")
     return request.param
 
 

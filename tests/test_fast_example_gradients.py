@@ -213,7 +213,7 @@ def test_what_has_no_private_form_is_named(layer, options, why):
 
 
 def test_gradients_that_would_not_fit_are_not_written_out(monkeypatch):
-    monkeypatch.setattr(example_gradients, "ROOM", 100)
+    monkeypatch.setattr(example_gradients, "GRADIENTS_WRITTEN", 100)
     recipe = Recipe(loss=cross_entropy, privacy=plan())
     with pytest.raises(ConfigError, match=r"gradients of 6 examples .* too much memory"):
         Server(MODELS["paper"](), images(), recipe, engine=Local(solver="fast"))

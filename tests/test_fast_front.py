@@ -187,7 +187,7 @@ def test_what_is_kept_is_made_anew_when_data_changes():
 
 
 def test_what_is_kept_has_a_bound(monkeypatch):
-    monkeypatch.setattr(chunk_data, "ROOM", 10_000)
+    monkeypatch.setattr(chunk_data, "CHUNKS_KEPT", 10_000)
     kept = chunk_data.Kept()
     for client in images([20] * 30):
         kept.gram(client.data, True, CPU)

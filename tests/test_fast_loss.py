@@ -5,12 +5,6 @@ import torch.nn.functional as F
 from fedtorch.fast.loss import AnyLoss, CrossEntropy
 
 
-@pytest.fixture(params=["compiled", "torch"], autouse=True)
-def way(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr("fedtorch.fast.loss.compiled", lambda like: None)
-
-
 def labels(*shape, classes=5):
     return torch.randint(classes, shape, generator=torch.Generator().manual_seed(3))
 

@@ -26,7 +26,7 @@ def test_the_same_memory_is_lent_again_but_never_twice():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("room", [1 << 20, 0])
 def test_rows_begin_with_a_cache_line_where_memory_is_kept(room, dtype, monkeypatch):
-    monkeypatch.setattr(memory, "ROOM", room)
+    monkeypatch.setattr(memory, "MEMORY_KEPT", room)
     kept = Memory()
     rows = kept.rows(START.to(dtype), 3)
     assert rows.dtype == dtype and bool((rows == START).all())

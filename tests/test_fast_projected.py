@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 from fedtorch import Client, ClientOptimizer, FedProx, Local, Recipe, Server
 from fedtorch.fast.chunk_data import Kept
 from fedtorch.fast.layers import Rule
+from fedtorch.fast.ops import ops_for
 from fedtorch.fast.projected import Known, Projected
 from fedtorch.fast.spec import Linear
 from fedtorch.privacy import SampleLevel
@@ -38,7 +39,7 @@ def run(request):
     """
     x = data(request.param)
     kept, table = Kept(), TensorDataset(x, torch.zeros(EXAMPLES))
-    rows = kept.rows([table], torch.device("cpu"))
+    rows = kept.rows([table], torch.device("cpu"), ops_for(x))
     basis = kept.basis(table, True, x.device)
     known = Known(kept.gram(table, True, x.device)[None], [basis], basis[1].T[None])
     every = torch.arange(EXAMPLES).repeat(STEPS)[None]

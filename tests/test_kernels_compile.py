@@ -84,7 +84,7 @@ def test_what_compiles_loops_is_part_of_what_is_kept(monkeypatch, tmp_path, fres
 
 def test_loops_left_to_python_are_none_at_all(fresh, monkeypatch):
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")  # thousands of times slower
-    assert compiled(total) is None and loops("fedtorch.kernels.products") is None
+    assert compiled(total) is None and loops("fedtorch.kernels.loops") is None
 
 
 def test_without_numba_there_is_none(fresh, monkeypatch):

@@ -17,6 +17,7 @@ from fedtorch.checks.company import LARGEST, Near, meets
 from fedtorch.checks.standins import shown
 from fedtorch.checks.trial import filled, pooled, stacks
 from fedtorch.client import Client
+from fedtorch.fast.tuning import GROUP, MOST_CLIENTS, SMALL, SMALL_PRIVATE, STACKED_BYTES
 from fedtorch.kernels.compile import FASTER, available
 from fedtorch.privacy import Privacy
 from fedtorch.recipe import Recipe
@@ -27,18 +28,6 @@ from fedtorch.training.module import forward, to, undropped
 from fedtorch.training.outline import untouched
 from fedtorch.tree import has_float64
 from fedtorch.types import ConfigError
-
-CACHE = 1 << 20
-"""Bytes of stacked weights up to which stacking clients paid on a CPU (one core's L2)."""
-
-GROUP = 64
-"""Clients that train one after another in one call, where their updates are only averaged."""
-
-SMALL = 8
-"""Stack clients with vmap only if at least this many fit in cache together."""
-
-SMALL_PRIVATE = 24
-"""The same for private steps, where stacking also holds a gradient of each example."""
 
 SOLVERS = ("auto", "fast", "stacked", "general")
 
@@ -259,6 +248,6 @@ def loops(model: nn.Module, recipe: Recipe) -> str:
 
 def _automatic(model: nn.Module) -> int:
     if next(model.parameters()).device.type != "cpu":
-        return 64
+        return MOST_CLIENTS
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return max(1, min(64, CACHE // max(size, 1)))
+    return max(1, min(MOST_CLIENTS, STACKED_BYTES // max(size, 1)))

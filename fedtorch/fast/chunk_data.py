@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from fedtorch.fast.ops import turned
-from fedtorch.fast.sparse import Sparse, pays, sparse
+from fedtorch.fast.ops import Matrix, Ops
+from fedtorch.fast.tuning import CHUNKS_KEPT, LEFT_OUT, SPARSE_RATE
 from fedtorch.training.module import channels_last
 from fedtorch.tree import exact_sq_norms
-
-ROOM = 128 << 20
-"""Bytes that may be kept; what finds no room is made anew in every visit."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +24,7 @@ class Rows:
     y: Tensor
     sizes: tuple[int, ...]
     """Examples of each client."""
+    ops: Ops = field(default_factory=Ops)
 
     @cached_property
     def flat(self) -> Tensor:
@@ -46,9 +44,9 @@ class Rows:
 
     @cached_property
     def used(self) -> Tensor | None:
-        """Inputs that are not 0 in all examples, if at least an eighth are: a product needs no others."""
+        """Inputs that are not 0 in all examples, if enough are: a product needs no others."""
         used = self.flat.abs().amax(0).nonzero()[:, 0]
-        return used if len(used) <= self.flat.shape[1] * 7 / 8 else None
+        return used if len(used) <= self.flat.shape[1] * (1 - LEFT_OUT) else None
 
     @cached_property
     def slim(self) -> Tensor:
@@ -61,15 +59,15 @@ class Rows:
         return self.slim.bfloat16()
 
     @cached_property
-    def sparse(self) -> tuple[Sparse, Sparse] | None:
+    def sparse(self) -> tuple[Matrix, Matrix] | None:
         """The examples, and the same transposed, where products are faster without each single zero.
 
         Only of finite examples: what is not finite must not meet rows that stay out, even as zeros.
         """
         columns = self.flat.shape[1] if self.used is None else len(self.used)
-        if not (pays(self.flat, columns) and self.finite):
-            return None
-        return sparse(self.flat), sparse(self.flat.T)
+        most = len(self.flat) * columns / SPARSE_RATE
+        pair = [self.finite and self.ops.sparse(x, most) for x in (self.flat, self.flat.T)]
+        return (pair[0], pair[1]) if pair[0] and pair[1] else None
 
     def near(self, weight: Tensor) -> Tensor:
         """What of a weight [out, in] meets anything but zeros."""
@@ -81,7 +79,7 @@ class Rows:
         ``stay``: only with these rows, as the others, of which D's are 0, may not be finite.
         """
         if self.sparse is not None:
-            return turned(self.sparse[1].times(D))
+            return self.sparse[1].times(D).T.contiguous()
         x = self.half if half else self.slim
         D, x = (D, x) if stay is None else (D[stay], x[stay])
         product = (D.bfloat16().T @ x).float() if half else D.T @ x
@@ -150,8 +148,10 @@ class Kept:
         """A worker is sent none of it: data stays where it is."""
         return {"used": 0, "chunks": {}, "grams": {}, "bases": {}}
 
-    def rows(self, datasets: Sequence[Dataset], device: torch.device) -> Rows:
-        """The examples of these clients."""
+    def rows(
+        self, datasets: Sequence[Dataset], device: torch.device, ops: Ops | None = None
+    ) -> Rows:
+        """The examples of these clients; by torch where no ``ops`` are given."""
         tables = [cast(TensorDataset, d).tensors for d in datasets]
         parts = [t for table in tables for t in table]
         key, versions = tuple(id(t) for t in parts), [version(t) for t in parts]
@@ -160,7 +160,7 @@ class Kept:
             return found[2]
         x, y = (torch.cat([t[i] for t in tables]).to(device) for i in (0, 1))
         # how it is computed with must not depend on what came before: a resumed run begins with nothing
-        rows = Rows(x, y, tuple(len(t[0]) for t in tables))
+        rows = Rows(x, y, tuple(len(t[0]) for t in tables), ops or Ops())
         if found or self._room(3 * x.numel() * x.element_size()):
             self.chunks[key] = parts, versions, rows
         return rows
@@ -206,7 +206,7 @@ class Kept:
         return made
 
     def _room(self, size: int) -> bool:
-        if self.used + size > ROOM:
+        if self.used + size > CHUNKS_KEPT:  # made anew in every visit
             return False
         self.used += size
         return True

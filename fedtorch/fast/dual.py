@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fedtorch.fast.chunk_data import Rows
 from fedtorch.fast.layers import Rule, squares
-from fedtorch.fast.ops import Coefficients, Written, spans, turned, weighed
-from fedtorch.fast.shared import Shared, large
+from fedtorch.fast.ops import Ops, Shared, large
 from fedtorch.fast.spec import Linear
+from fedtorch.fast.tuning import RATE_ALL, RATE_COPIES, RATE_MET, RATE_WRITTEN
 from fedtorch.types import Params, Stack
 
 
@@ -62,7 +62,7 @@ class Dual:
         """Outputs for all examples of w0, [N, out]."""
         if rows.sparse is None:
             return Shared(rows.near(self.w0), self.b0, self.half)(rows.slim)
-        return rows.sparse[0].times(turned(self.w0), self.b0)
+        return rows.sparse[0].times(self.w0.T, self.b0)
 
     def coarse(self, rows: int, exact: bool) -> bool:
         """Whether the sum over so many rows is taken in bfloat16."""
@@ -131,7 +131,7 @@ class First(Dual):
         super().__init__(spec, weight, bias, rule, len(grams), half)
         self.rows, self.grams = rows, grams
         self.outputs = self.known(rows)
-        self.seen = Coefficients(self.outputs, grams, places)
+        self.seen = rows.ops.coefficients(self.outputs, grams, places)
         self.D = self.seen.rows
 
     def forward(self, a: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class First(Dual):
         """|D^T X|^2 = sum of (X X^T) * (D D^T): the change is not built for its norm."""
         if upper and self.rule.keep != 1.0:
             return self.built_norms(self.stack())
-        norms = spans(self.D, self.grams)
+        norms = (self.grams * self.D.bmm(self.D.mT)).sum((1, 2))
         if upper:
             lengths = torch.linalg.vecdot(self.D, self.D)
             norms = self.bounded(norms, self.grams.diagonal(0, 1, 2), lengths)
@@ -189,6 +189,7 @@ class Hidden(Dual):
         rule: Rule,
         size: tuple[int, int],
         half: bool,
+        ops: Ops,
     ) -> None:
         """``size``: clients and rows they take."""
         super().__init__(spec, weight, bias, rule, size[0], half)
@@ -197,17 +198,18 @@ class Hidden(Dual):
         self.grams, self.products = (weight.new_zeros(*size, size[1]) for _ in range(2))
         self.one, self.B = float(bias is not None), size[1]
         self.up, self.down = Shared(weight, bias, half), Shared(weight.T, None, half)
-        self.forth = Written(self.A, self.grams, self.D, self.one)
-        self.back = Written(self.D, self.products, self.A, 0.0)
+        self.ops = ops
 
     def forward(self, a: Tensor) -> Tensor:
         """[k, B, in] -> [k, B, out]."""
         self.B = a.shape[1]
-        return self.forth(self.up(a), a, self.s, self.share.now, self.end)
+        known, now = (self.A, self.grams, self.D), self.share.now
+        return self.ops.append(self.up(a), a, known, self.s, self.one, now, self.end)
 
     def backward(self, d: Tensor) -> Tensor:
         """[k, B, out] -> [k, B, in]; the rows are written down here already, for their products."""
-        return self.back(self.down(d), d, self.s, self.share.now, self.mask)
+        known, now = (self.D, self.products, self.A), self.share.now
+        return self.ops.append(self.down(d), d, known, self.s, 0.0, now, self.mask)
 
     def step(self, d: Tensor) -> None:
         """With decay the rows before these count less."""
@@ -247,3 +249,25 @@ class Hidden(Dual):
         half = self.coarse(len(D), exact)
         total = (D.bfloat16().T @ A.bfloat16()).float() if half else D.T @ A
         return self.released(total, bias, weight)
+
+
+def weighed(D: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Clients' rows D [K, n, q] -> -weight[k] D[k] and their sum [q]; a weight of 0 makes 0 of anything."""
+    out = D * -weight[:, None, None]
+    if not bool(weight.all()):
+        out[weight == 0] = 0
+    return out, out.sum((0, 1))
+
+
+def pays(rows: int, shape: tuple[int, int], examples: int | None = None) -> bool:
+    """Whether a layer is cheaper without copies, in nanoseconds a client at rates measured on one core.
+
+    ``rows`` a client takes in a visit, each of its ``examples`` perhaps several times; those are known
+    of the first layer only, which computes with each example once and needs no gradient of its inputs.
+    """
+    out, inputs = shape
+    if examples is not None:
+        met = 4 * inputs * out * examples / RATE_ALL + 2 * rows * examples * out / RATE_MET
+        return met < 4 * inputs * out * rows / RATE_COPIES
+    written = 6 * inputs * out / RATE_ALL + 2 * rows * (inputs + out) / RATE_WRITTEN
+    return written < 6 * inputs * out / RATE_COPIES

@@ -17,10 +17,8 @@ from torch.nn import grad
 from fedtorch.fast.dropout import Coins
 from fedtorch.fast.front import Front, backward, draws, padded
 from fedtorch.fast.layers import Leaf, Leaves
+from fedtorch.fast.tuning import GRADIENTS_WRITTEN
 from fedtorch.types import Params
-
-ROOM = 64 << 20
-"""Numbers that the gradients of one client's batch may have."""
 
 
 class Examples(Leaves):
@@ -98,7 +96,7 @@ class Watch(fx.Interpreter):
 
 def unknown(model: nn.Module, front: Front, batch: int) -> str | None:
     """Why gradients of single examples have no fast form in this front; None where they have."""
-    if batch * front.numbers > ROOM:
+    if batch * front.numbers > GRADIENTS_WRITTEN:
         return f"the gradients of {batch} examples in its first layers would take too much memory"
     for name in front.names:
         layer = model.get_submodule(name.rpartition(".")[0])

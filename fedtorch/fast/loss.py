@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from fedtorch.fast.ops import compiled
 from fedtorch.training.losses import Loss, reduce
 
 
@@ -16,29 +15,20 @@ class CrossEntropy:
         ``factor`` [K, T, 1] is what gradients are multiplied by, 0 there too.
         """
         self.y, self.scale, self.factor = y[..., None], scale, factor
-        self.totals = scale.new_zeros(len(y), dtype=torch.float64)
+        self.minus, self.losses = -torch.ones_like(scale), torch.zeros_like(scale)
         self.checked = False
-        self.fast = compiled(scale)
-        if self.fast:
-            self.arrays = self.y.numpy(), scale.numpy(), factor.numpy()
 
     def __call__(self, z: Tensor, k: int, rows: slice) -> Tensor:
         """Logits [k, B, C] of the rows of a step -> gradient times factor."""
         if not self.checked:  # a loop would read whatever is there
             self._check(z.shape[2])
-        if self.fast:
-            d = z.new_empty(z.shape)
-            given = z.contiguous().numpy(), *self.arrays, rows.start
-            self.fast.cross_entropy(*given, d.numpy(), self.totals.numpy())
-            return d
         y, logs = self.y[:k, rows], z.log_softmax(-1)
-        _add(self.totals, -logs.gather(2, y), self.scale[:k, rows])
-        d = logs.exp_().scatter_add_(2, y, torch.full_like(logs[..., :1], -1))
-        return d.mul_(self.factor[:k, rows])
+        self.losses[:k, rows] = logs.gather(2, y)
+        return logs.exp_().scatter_add_(2, y, self.minus[:k, rows]).mul_(self.factor[:k, rows])
 
     def total(self) -> Tensor:
         """Sum over steps of the mean loss of each batch, [K]."""
-        return self.totals
+        return summed(-self.losses, self.scale)
 
     def _check(self, classes: int) -> None:
         low, high = (int(v) for v in self.y.aminmax())
@@ -54,7 +44,7 @@ class AnyLoss:
     def __init__(self, y: Tensor, scale: Tensor, factor: Tensor, loss: Loss) -> None:
         """As above."""
         self.y, self.scale, self.factor, self.loss = y, scale, factor, loss
-        self.totals = scale.new_zeros(len(y), dtype=torch.float64)
+        self.losses = torch.zeros_like(scale)
 
     def __call__(self, z: Tensor, k: int, rows: slice) -> Tensor:
         """Outputs [k, B, ...] of the rows of a step -> gradient times factor."""
@@ -62,18 +52,17 @@ class AnyLoss:
         with torch.enable_grad():
             each = reduce(self.loss(out, self.y[:k, rows].flatten(0, 1)))
             (d,) = torch.autograd.grad(each.sum(), out)
-        _add(self.totals, each.detach().view(*z.shape[:2], 1), self.scale[:k, rows])
+        self.losses[:k, rows] = each.detach().view(*z.shape[:2], 1)
         return d.view(z.shape) * self.factor[:k, rows]
 
     def total(self) -> Tensor:
         """As above."""
-        return self.totals
+        return summed(self.losses, self.scale)
 
 
-def _add(totals: Tensor, losses: Tensor, scale: Tensor) -> None:
-    """Losses [k, B, 1], but for those of rows without an example, which may be anything."""
-    each = torch.where(scale > 0, losses.double() * scale, 0)
-    totals[: len(each)] += each.sum((1, 2))
+def summed(losses: Tensor, scale: Tensor) -> Tensor:
+    """Losses [K, T, 1] times scale, added up in float64, [K]; without an example they may be anything."""
+    return torch.where(scale > 0, losses.double() * scale, 0).sum((1, 2))
 
 
 def squeezed(loss: Loss) -> Loss:

@@ -6,11 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch.fast.tuning import MEMORY_KEPT
+
 LINE = 64
 """Bytes of a cache line: a vector that lies across two takes twice as long to load."""
-
-ROOM = 32 << 20
-"""Bytes that may be kept from visit to visit."""
 
 
 class Memory:
@@ -29,7 +28,7 @@ class Memory:
         """``start`` [numbers], ``count`` times: [count, numbers], each row on cache lines of its own."""
         width = len(start) + -len(start) % (LINE // start.element_size())
         size = count * width * start.element_size()
-        if start.device.type == "cpu" and size <= ROOM and not self.busy():
+        if start.device.type == "cpu" and size <= MEMORY_KEPT and not self.busy():
             if len(self.held) < size + LINE:
                 self.held = np.empty(size + LINE, np.uint8)
             begin = -self.held.ctypes.data % LINE

@@ -1,122 +1,95 @@
-"""What the dual layers add to their large products: many small ones, a whole step of them in one call.
+"""The operations that compiled loops may take over, each as torch does it, which says what it means.
 
-Ten rows against fifty are so little that a library spends as long on the call as on the numbers. Without
-numba, and on accelerators, torch does the same.
+``fedtorch.kernels.loops`` has the same methods. Which of the two a visit uses is asked once, by
+``ops_for``; nobody else knows that there are loops. Without numba and on accelerators it is torch.
 """
 
-from typing import Any
+from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fedtorch.fast.tuning import LARGE, TALL
 from fedtorch.kernels.compile import loops
 
-LOOPS = "fedtorch.kernels.products"
 
-TILES = "fedtorch.kernels.tiles"
-"""Those that want sixteen registers for one sum."""
+class Matrix(Protocol):
+    """A matrix [N, n] that is multiplied again and again."""
 
-
-def compiled(like: Tensor) -> Any:
-    """The loops, if they can be had for tensors like this one."""
-    return loops(LOOPS) if known(like) else None
-
-
-def tiles(like: Tensor) -> Any:
-    """The loops, if they can be had for tensors like this one and a tile stays in registers."""
-    fast = loops(TILES) if known(like) else None
-    return fast if fast and fast.FITS else None
-
-
-def known(like: Tensor) -> bool:
-    """Whether a loop can work on such tensors."""
-    return like.is_cpu and like.dtype in (torch.float32, torch.float64)
-
-
-class Written:
-    """Rows X [K, T, p] of a layer's clients, written down step by step, and what they take off rows Y.
-
-    G [K, T, T] holds their products, which are 0 where a row was not there yet.
-    """
-
-    def __init__(self, X: Tensor, G: Tensor, Y: Tensor, one: float) -> None:
-        """Y [K, T, q]; ``one`` is added to products: a bias is an input that is always 1."""
-        self.X, self.G, self.Y, self.one = X, G, Y, one
-        self.fast = compiled(X)
-        self.arrays = (X.numpy(), G.numpy(), Y.numpy()) if self.fast else ()
-
-    def __call__(self, z: Tensor, x: Tensor, s: int, keep: float = 1.0, end: str = "") -> Tensor:
-        """Write rows x [k, B, p] down from s on, and return keep z - G Y [k, B, q] for the rows before.
-
-        It takes z's memory. Of Y only rows before s are looked at, and with ``end`` "mask" those from s on:
-        where they are not positive the result is 0. "relu" makes it 0 where it is negative.
-        """
-        if self.fast:
-            given = z.numpy(), x.contiguous().numpy(), *self.arrays
-            self.fast.corrected(*given, s, self.one, keep, self.fast.ENDS[end])
-            return z
-        k, e = x.shape[0], s + x.shape[1]
-        self.X[:k, s:e] = x
-        self.G[:k, s:e, :e] = x.bmm(self.X[:k, :e].mT).add_(self.one)
-        before = self.G[:k, s:e, :s], self.Y[:k, :s]
-        z = z.baddbmm_(*before, beta=keep, alpha=-1) if s else z
-        return masked(z, self.Y[:k, s:e]) if end == "mask" else z.relu_() if end else z
+    def times(self, dense: Tensor, start: Tensor | None = None) -> Tensor:
+        """The product with [n, q], [N, q]; ``start`` [q] is added to each row."""
 
 
 class Coefficients:
-    """A row of numbers for each example of K clients, all 0 at first: early steps meet few others.
-
-    ``rows`` [K, m, q]. In a step the examples named by ``local`` put out z - G rows.
-    """
+    """A row of numbers for each example of K clients, all 0 at first: early steps meet few others."""
 
     def __init__(self, z: Tensor, G: Tensor, places: tuple[Tensor, Tensor]) -> None:
-        """Outputs z [N, q] for all clients' examples, and G [K, n, m] for each client's own.
+        """Outputs z [N, q] of all clients' examples, and products G [K, n, m] of each client's own.
 
         ``places``: the examples of each step, [K, T], as rows of z and as rows of the client's G.
         """
-        (K, _, m), (self.index, self.local) = G.shape, places
-        self.z, self.G, self.rows = z, G, z.new_zeros(K, m, z.shape[1])
-        self.seen, self.many = np.zeros((K, m), np.int64), np.zeros(K, np.int64)
-        """Which rows are not all 0, in the order in which they came, and how many."""
-        self.marks = np.zeros((K, m), np.bool_)
-        self.fast = compiled(z)
-        if self.fast:
-            self.places = self.local.numpy(), self.rows.numpy()
-            self.given = z.numpy(), self.index.numpy(), G.numpy()
+        self.z, self.G, (self.index, self.local) = z, G, places
+        self.rows = z.new_zeros(len(G), G.shape[2], z.shape[1])
+        """[K, m, q]."""
 
     def outputs(
         self, s: int, k: int, B: int, keep: float = 1.0, rate: float = 1.0, end: str = ""
     ) -> Tensor:
-        """Of B rows from s on of the first k clients: keep z - rate G rows, [k, B, q].
-
-        ``end`` "relu": 0 where that is negative.
-        """
-        if self.fast:
-            out = self.z.new_empty(k, B, self.z.shape[1])
-            known = *self.given, *self.places, self.seen, self.many
-            self.fast.less(*known, s, (keep, rate, self.fast.ENDS[end]), out.numpy())
-            return out
+        """Of k clients' B examples from s on: keep z - rate G rows, [k, B, q]; ``end`` as in ``append``."""
         at = slice(s, s + B)
         own = self.G.take_along_dim(self.local[:, at, None], 1)[:k]
-        z = self.z[self.index[:k, at]]
-        z = torch.baddbmm(z, own, self.rows[:k], beta=keep, alpha=-rate)
+        z = torch.baddbmm(self.z[self.index[:k, at]], own, self.rows[:k], beta=keep, alpha=-rate)
         return z.relu_() if end else z
 
     def add(self, s: int, d: Tensor) -> None:
-        """Add rows d [k, B, q] to those of the examples from s on."""
-        if self.fast:
-            known = self.seen, self.many, self.marks
-            local, rows = self.places
-            self.fast.add_rows(rows, local, s, d.contiguous().numpy(), *known)
-            return
+        """Add rows d [k, B, q] to those of the examples from s on, of which some may be the same."""
         at = self.local[: len(d), s : s + d.shape[1], None].expand_as(d)
         self.rows[: len(d)].scatter_add_(1, at, d)
 
     def count_all(self, k: int) -> None:
         """Of the first k clients any row may be something else than 0 from now on."""
-        m = self.seen.shape[1]
-        self.seen[:k], self.many[:k], self.marks[:k] = np.arange(m), m, True
+
+
+class Ops:
+    """What a visit may ask of loops, by torch."""
+
+    def append(
+        self,
+        z: Tensor,
+        x: Tensor,
+        known: tuple[Tensor, Tensor, Tensor],
+        s: int,
+        one: float,
+        keep: float = 1.0,
+        end: str = "",
+    ) -> Tensor:
+        """Write rows x [k, B, p] to X [K, T, p] from s on, and x X^T + one to G [K, T, T], up to there.
+
+        ``known``: X, G and Y [K, T, q]. Returns keep z - G Y [k, B, q], in z's memory, for the rows of Y
+        before s. ``end`` "relu": 0 where that is negative; "mask": 0 where Y's rows from s on are not
+        positive.
+        """
+        (X, G, Y), k, e = known, len(x), s + x.shape[1]
+        X[:k, s:e] = x
+        G[:k, s:e, :e] = x.bmm(X[:k, :e].mT).add_(one)
+        z = z.baddbmm_(G[:k, s:e, :s], Y[:k, :s], beta=keep, alpha=-1) if s else z
+        return masked(z, Y[:k, s:e]) if end == "mask" else z.relu_() if end else z
+
+    def coefficients(self, z: Tensor, G: Tensor, places: tuple[Tensor, Tensor]) -> Coefficients:
+        """Rows for examples, and what they take off the outputs: see there."""
+        return Coefficients(z, G, places)
+
+    def sparse(self, x: Tensor, most: float) -> Matrix | None:
+        """The matrix x [N, n] without its zeros; None: more than ``most`` are not 0, or nobody can."""
+        return None
+
+
+def ops_for(like: Tensor) -> Ops:
+    """The operations for tensors like this one: loops where there are any, else torch."""
+    known = like.is_cpu and like.dtype in (torch.float32, torch.float64)
+    found: Any = loops("fedtorch.kernels.loops") if known else None
+    return cast(Ops, found.Loops()) if found else Ops()
 
 
 def masked(d: Tensor, a: Tensor) -> Tensor:
@@ -125,33 +98,30 @@ def masked(d: Tensor, a: Tensor) -> Tensor:
     return d
 
 
-def weighed(D: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Clients' rows D [K, n, q] -> -weight[k] D[k] and their sum [q]; a weight of 0 makes 0 of anything."""
-    if fast := compiled(D):
-        out, total = torch.empty_like(D), D.new_empty(D.shape[2])
-        fast.weighed(D.numpy(), weight.numpy(), out.numpy(), total.numpy())
-        return out, total
-    out = torch.where(weight[:, None, None] != 0, D * -weight[:, None, None], 0)
-    return out, out.sum((0, 1))
+def large(rows: int, weight: Tensor) -> bool:
+    """Whether a product of so many rows and this weight is worth the way to bfloat16 and back."""
+    return rows * weight.numel() >= LARGE
 
 
-def turned(x: Tensor) -> Tensor:
-    """The transpose of [p, q], row by row."""
-    fast = tiles(x)
-    if fast and min(x.shape) >= fast.WIDTH and x.is_contiguous():
-        out = x.new_empty(x.shape[1], x.shape[0])
-        fast.turn(x.numpy(), out.numpy())
-        return out
-    return x.T.contiguous()
+class Shared:
+    """A weight [q, p] and a bias [q], if there is one, by which all clients' rows are multiplied."""
 
+    def __init__(self, weight: Tensor, bias: Tensor | None, half: bool = False) -> None:
+        """``half``: in bfloat16 where that is worth it."""
+        self.weight, self.bias = weight, bias
+        self.wide = weight.bfloat16() if half else None
 
-def spans(D: Tensor, G: Tensor) -> Tensor:
-    """Squared norms of D^T X, [K], for rows D [K, n, q] and X X^T = G [K, n, n].
-
-    The norm is the sum of (X X^T) * (D D^T).
-    """
-    if fast := compiled(D):
-        norms = D.new_empty(len(D), dtype=torch.float64)
-        fast.spans(D.numpy(), G.numpy(), norms.numpy())
-        return norms
-    return (G * D.bmm(D.mT)).sum((1, 2))
+    def __call__(self, a: Tensor) -> Tensor:
+        """[..., p] -> [..., q]."""
+        rows = a.flatten(0, -2)
+        if self.wide is not None and large(len(rows), self.weight):
+            out = (rows.bfloat16() @ self.wide.T).float()
+            out = out if self.bias is None else out.add_(self.bias)
+        elif len(rows) < 2 * TALL:
+            out = F.linear(rows, self.weight, self.bias)
+        else:
+            out = rows.new_empty(len(rows), len(self.weight))
+            for some, into in zip(rows.split(TALL), out.split(TALL), strict=True):
+                torch.mm(some, self.weight.T, out=into)
+            out = out if self.bias is None else out.add_(self.bias)
+        return out.view(*a.shape[:-1], len(self.weight))

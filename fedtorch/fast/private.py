@@ -7,12 +7,12 @@ another in one row of memory, so that a client's sum, noise and step pass throug
 """
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from fedtorch.fast.activations import Activation
+from fedtorch.fast.chunk_data import Rows
 from fedtorch.fast.copies import Own, sums
 from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.example_gradients import Examples
@@ -79,11 +79,11 @@ class Flat:
         own, start = (split(t, self.shapes) for t in (self.leaf.value, self.leaf.start))
         return {n: Leaf(start[n], 0, self.rule, None, own[n]) for n in names}
 
-    def layers(self, data: Tensor | None, coins: Coins) -> list[Layer]:
-        """The layers on these parameters; ``data`` if the first of them is the model's first."""
+    def layers(self, rows: Rows | None, coins: Coins) -> list[Layer]:
+        """The layers on these parameters; ``rows`` if the first of them is the model's first."""
         own, start = (split(t, self.shapes) for t in (self.leaf.value, self.leaf.start))
-        begun = data is None or isinstance(self.specs[0], Linear)
-        layers: list[Layer] = [] if begun else [Given(cast(Tensor, data))]
+        given = rows and not isinstance(self.specs[0], Linear)
+        layers: list[Layer] = [Given(rows.flat)] if rows and given else []
         for spec in self.specs:
             if not isinstance(spec, Linear):
                 layers.append(Act(spec) if isinstance(spec, Activation) else Drop(spec, coins))
@@ -92,7 +92,7 @@ class Flat:
             bias = None
             if spec.bias:
                 bias = Leaf(start[spec.bias][None], 0, self.rule, None, own[spec.bias][:, None])
-            layers.append(Own(spec, weight, bias, coins.order, None if layers else data))
+            layers.append(Own(spec, weight, bias, coins.order, None if layers else rows))
         return layers
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from fedtorch.fast.chunk_data import Rows
 from fedtorch.fast.dual import Dual
 from fedtorch.fast.layers import Rule, squares
-from fedtorch.fast.ops import Coefficients
 from fedtorch.fast.spec import Linear
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.tree import exact_sq_norms
@@ -52,7 +51,8 @@ class Projected(Dual):
         self.n, self.private = n, private
         self.rate = rule.lr / private.divisor
         self.lengths = rows.sq_lengths[places[0]] + float(bias is not None)
-        self.seen = Coefficients(self.known(rows), torch.cat([grams, known.rows], 2), places)
+        met = torch.cat([grams, known.rows], 2)
+        self.seen = rows.ops.coefficients(self.known(rows), met, places)
         self.D = self.seen.rows
         bases = enumerate(known.bases)
         self.sums = [self.D[j, n : n + len(r)] for j, (_, r) in bases]  # each client's of its Z_t

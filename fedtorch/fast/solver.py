@@ -14,16 +14,18 @@ from fedtorch.fast.activations import Activation
 from fedtorch.fast.chunk_data import Kept, Rows, taken
 from fedtorch.fast.copies import Own
 from fedtorch.fast.dropout import Coins, Drop
-from fedtorch.fast.dual import First, Hidden
+from fedtorch.fast.dual import First, Hidden, pays
 from fedtorch.fast.example_gradients import Examples
 from fedtorch.fast.layers import Act, Given, Layer, Leaf, Rule, Weights, passed_down
 from fedtorch.fast.loss import AnyLoss, CrossEntropy, squeezed
 from fedtorch.fast.memory import Memory
+from fedtorch.fast.ops import ops_for
 from fedtorch.fast.private import Flat, noised
 from fedtorch.fast.projected import Known, Projected
 from fedtorch.fast.reader import Chain
 from fedtorch.fast.schedule import Schedule, schedule
 from fedtorch.fast.spec import Linear
+from fedtorch.fast.tuning import CHUNK_BYTES, MOST_CLIENTS
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import plan
@@ -32,10 +34,6 @@ from fedtorch.training.dropout import Dropout
 from fedtorch.training.losses import cross_entropy
 from fedtorch.training.stacked import Chunk
 from fedtorch.types import Context, Params, Stack, Task
-
-CACHE = 24 << 20
-"""Bytes of weights, inputs and gradients that a chunk may touch: where it takes a third of the last
-cache, rounds were fastest."""
 
 
 @dataclass
@@ -66,7 +64,7 @@ class Fast:
         plan = recipe.privacy.per_example
         with torch.no_grad():
             first = next(iter(task.state.values()))
-            rows = self.kept.rows(datasets, first.device)
+            rows = self.kept.rows(datasets, first.device, ops_for(first))
             order = schedule(chunk.order, rows.sizes, first)
             rule, shift = linear(recipe, ctx, task.lr)
             coins = Coins(chunk.seeds, order)
@@ -111,7 +109,7 @@ class Fast:
         return self.chain.front is not None or dropped or recipe.loss is not cross_entropy
 
     def chunk(self, examples: int, recipe: Recipe) -> int:
-        """How many clients with so many examples stay in cache together; 64 at most."""
+        """How many clients with so many examples stay in cache together."""
         private = recipe.privacy.per_example
         rows = plan(examples, recipe, 0).numel()
         specs = [s for s in self.chain.layers if isinstance(s, Linear)]
@@ -119,14 +117,14 @@ class Fast:
         for n, spec in enumerate(specs):
             out, into = spec.shape
             first = n == 0 and self.chain.front is None and spec is self.chain.layers[0]
-            if private or not dual_pays(rows, spec.shape, examples if first else None):
+            if private or not pays(rows, spec.shape, examples if first else None):
                 held += out * into
             else:
                 held += rows * out + (examples * out if first else rows * (into + out + 2 * rows))
         if private and self.chain.front:
             # each example's gradient is written out
             held += math.ceil(private.sample_rate * examples) * self.chain.front.numbers
-        return int(max(1, min(64, CACHE // (4 * held))))
+        return int(max(1, min(MOST_CLIENTS, CHUNK_BYTES // (4 * held))))
 
     def _noised(
         self,
@@ -150,7 +148,7 @@ class Fast:
         if self.chain.front:
             module = self._built(model, apart=True)
             layers = [Examples(module, flat.leaves(names), rows.images, coins)]
-        return flat, [*layers, *flat.layers(None if layers else rows.flat, coins)]
+        return flat, [*layers, *flat.layers(None if layers else rows, coins)]
 
     def _projected(
         self,
@@ -215,17 +213,17 @@ class Fast:
                 continue
             first = not layers and self.chain.front is None
             w, b = state[spec.weight], None if spec.bias is None else state[spec.bias]
-            if shift or rule.momentum or not dual_pays(T, spec.shape, rows.most if first else None):
+            if shift or rule.momentum or not pays(T, spec.shape, rows.most if first else None):
                 own_bias = None if b is None else Leaf(b[None], K, rule, shift.get(spec.bias or ""))
                 weight = Leaf(w, K, rule, shift.get(spec.weight))
-                layers.append(Own(spec, weight, own_bias, order, rows.flat if first else None))
+                layers.append(Own(spec, weight, own_bias, order, rows if first else None))
             elif first:
                 asked = b is not None, rows.x.device
                 grams = self.kept.stacked([self.kept.gram(d, *asked) for d in datasets], rows)
                 places = order.index, order.local
                 layers.append(First(spec, w, b, rule, rows, grams, places, self.half))
             else:
-                layers.append(Hidden(spec, w, b, rule, (K, T), self.half))
+                layers.append(Hidden(spec, w, b, rule, (K, T), self.half, rows.ops))
         return layers
 
 
@@ -287,17 +285,3 @@ def linear(recipe: Recipe, ctx: Context, lr: float) -> tuple[Rule, Params]:
     """Optimizer and strategy as one rule that is linear in gradient and weights, and the clients' shift."""
     args, (pull, shift) = recipe.optimizer.args, correction(recipe.strategy, ctx)
     return Rule(lr, args.get("momentum", 0.0), args.get("weight_decay", 0.0), pull), shift
-
-
-def dual_pays(rows: int, shape: tuple[int, int], examples: int | None = None) -> bool:
-    """Whether a layer is cheaper without copies, in nanoseconds a client at rates measured on one core.
-
-    ``rows`` a client takes in a visit, each of its ``examples`` perhaps several times; those are known
-    of the first layer only, which computes with each example once and needs no gradient of its inputs.
-    """
-    out, inputs = shape
-    if examples is not None:
-        return 4 * inputs * out * examples / 95 + 2 * rows * examples * out / 45 < (
-            4 * inputs * out * rows / 50
-        )
-    return 6 * inputs * out / 95 + 2 * rows * (inputs + out) / 40 < 6 * inputs * out / 50

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
-PARTS = tuple(Path(__file__).with_name(f"{name}.py") for name in ("compile", "vector", "registers"))
+PARTS = tuple(Path(__file__).with_name(f"{name}.py") for name in ("compile", "vector"))
 """What all loops are compiled by."""
 
 

@@ -4,7 +4,6 @@ Sums stay in registers: two rows at a time against four registers, or four rows,
 is as much as an AVX-512 processor can keep busy with. Matrices are flat, with places counted in numbers.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ ENDS = {"": 0, "relu": RELU, "mask": MASK}
 def less(
     z: Any, index: Any, G: Any, local: Any, Y: Any, seen: Any, many: Any, s: int, by: Any, out: Any
 ) -> None:
-    """Write keep z - rate G Y to out, as ``small.Coefficients`` has it; ``by``: keep, rate, relu."""
+    """Write keep z - rate G Y to out, as ``ops.Coefficients`` has it; ``by``: keep, rate, relu."""
     K, B, width = out.shape
     q, zf, factors = np.uint64(width), z.reshape(-1), (z.dtype.type(by[0]), z.dtype.type(-by[1]))
     for c in range(K):
@@ -140,7 +139,7 @@ def _store_wide(out: Any, at: Place, v0: Any, v1: Any, v2: Any, v3: Any) -> None
 def corrected(
     z: Any, x: Any, X: Any, G: Any, Y: Any, s: int, one: float, keep: float, end: int
 ) -> None:
-    """What ``small.Written`` does, in place."""
+    """What ``ops.append`` does, in place."""
     products(x, X, G, s, one)
     K, B, width = z.shape
     if s:
@@ -175,33 +174,6 @@ def products(x: Any, X: Any, G: Any, s: int, one: float) -> None:
                 for k in range(min(4, e - j)):
                     gc[s + i, j + k] = found[k] + extra
                     gc[s + other, j + k] = found[4 + k] + extra
-
-
-@machine_code
-def spans(D: Any, G: Any, norms: Any) -> None:
-    """Write what ``small.spans`` returns."""
-    K, n, width = D.shape
-    q = np.uint64(width)
-    for c in range(K):
-        Dc, gc, total = D[c].reshape(-1), G[c], 0.0
-        for j in range(0, n, 4):
-            r0, r1 = np.uint64(j) * q, np.uint64(min(j + 1, n - 1)) * q
-            r2, r3 = np.uint64(min(j + 2, n - 1)) * q, np.uint64(min(j + 3, n - 1)) * q
-            for i in range(j, n, 2):
-                other = min(i + 1, n - 1)
-                a, b = np.uint64(i) * q, np.uint64(other) * q
-                found = _dots(Dc, a, b, Dc, r0, r1, r2, r3, q)
-                for k in range(min(4, n - j)):  # each two rows are met once, and count twice
-                    one, two = found[k] * gc[i, j + k], found[4 + k] * gc[other, j + k]
-                    if j + k < i:
-                        total += 2 * one
-                    elif j + k == i:
-                        total += one
-                    if other > i and j + k < other:
-                        total += 2 * two
-                    elif other > i and j + k == other:
-                        total += two
-        norms[c] = total
 
 
 @machine_code
@@ -243,45 +215,3 @@ def add_rows(Y: Any, local: Any, s: int, d: Any, seen: Any, many: Any, marks: An
             if not marks[c, j]:
                 marks[c, j], seen[c, many[c]] = True, j
                 many[c] += 1
-
-
-@machine_code
-def weighed(D: Any, weight: Any, out: Any, total: Any) -> None:
-    """Write -weight[c] D[c] to out [K, n, q], and the sum of all its rows to total [q]."""
-    sums = np.zeros(len(total))
-    for c in range(len(D)):
-        if weight[c] == 0:
-            out[c] = 0
-            continue
-        for i in range(D.shape[1]):
-            row, to = D[c, i], out[c, i]
-            for k in range(len(row)):
-                to[k] = -weight[c] * row[k]
-                sums[k] += to[k]
-    total[:] = sums
-
-
-@machine_code
-def cross_entropy(z: Any, y: Any, scale: Any, factor: Any, s: int, d: Any, totals: Any) -> None:
-    """What ``heads.CrossEntropy`` does with logits z [k, B, C]; writes gradients to d."""
-    for c in range(z.shape[0]):
-        total_loss = 0.0
-        for i in range(z.shape[1]):
-            row, out, label = z[c, i], d[c, i], y[c, s + i, 0]
-            if scale[c, s + i, 0] == 0:  # no example, whatever is there
-                out[:] = 0
-                continue
-            top = row[0]
-            for k in range(1, len(row)):
-                top = max(top, row[k])
-            total = z.dtype.type(0)
-            for k in range(len(row)):
-                out[k] = math.exp(row[k] - top)
-                total += out[k]
-            for k in range(len(row)):
-                out[k] /= total
-            out[label] -= z.dtype.type(1)
-            for k in range(len(row)):
-                out[k] *= factor[c, s + i, 0]
-            total_loss += (math.log(total) - (row[label] - top)) * scale[c, s + i, 0]
-        totals[c] += total_loss

@@ -18,7 +18,7 @@ W2, W3, W4 = np.uint64(2 * WIDTH), np.uint64(3 * WIDTH), np.uint64(4 * WIDTH)
 def compress(
     x: Any, width: int, blocks: Any, rows: Any, starts: Any, columns: Any, values: Any
 ) -> int:
-    """Write what is not 0 in x [N, n] as ``sparse.Sparse`` has it, in blocks so wide; returns the runs."""
+    """Write what is not 0 in x [N, n] as ``loops.Sparse`` has it, in blocks so wide; returns the runs."""
     N, n = x.shape
     k = runs = np.uint64(0)
     last = np.uint64(len(values) - 1)  # whoever counted may have taken a number this small for 0
@@ -39,7 +39,7 @@ def compress(
 def sparse_product(
     out: Any, blocks: Any, rows: Any, starts: Any, columns: Any, values: Any, dense: Any
 ) -> None:
-    """Add to out [N, q] the matrix of ``sparse.Sparse`` times dense [n, q]."""
+    """Add to out [N, q] the matrix of ``loops.Sparse`` times dense [n, q]."""
     q = np.uint64(out.shape[1])
     of, df = out.reshape(-1), dense.reshape(-1)
     for block in range(len(blocks) - 1):

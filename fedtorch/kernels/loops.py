@@ -1,0 +1,115 @@
+"""What ``fedtorch.fast.ops`` does by torch, by compiled loops; imported where numba is installed alone."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from fedtorch.kernels.products import ENDS, add_rows, corrected, less
+from fedtorch.kernels.sparse import compress, sparse_product
+
+BLOCK = 128
+"""Columns whose rows of the other matrix stay in a core's first cache."""
+
+
+class Coefficients:
+    """Rows of which only those that are not all 0 are looked at."""
+
+    def __init__(self, z: Tensor, G: Tensor, places: tuple[Tensor, Tensor]) -> None:
+        """As in ``ops``."""
+        K, m = len(G), G.shape[2]
+        self.rows = z.new_zeros(K, m, z.shape[1])
+        self.like, self.local = z, places[1].numpy()
+        self.given = z.numpy(), places[0].numpy(), G.numpy(), self.local, self.rows.numpy()
+        self.seen, self.many = np.zeros((K, m), np.int64), np.zeros(K, np.int64)
+        """Which rows are not all 0, in the order in which they came, and how many."""
+        self.marks = np.zeros((K, m), np.bool_)
+
+    def outputs(
+        self, s: int, k: int, B: int, keep: float = 1.0, rate: float = 1.0, end: str = ""
+    ) -> Tensor:
+        """As in ``ops``."""
+        out = self.like.new_empty(k, B, self.like.shape[1])
+        less(*self.given, self.seen, self.many, s, (keep, rate, ENDS[end]), out.numpy())
+        return out
+
+    def add(self, s: int, d: Tensor) -> None:
+        """As in ``ops``."""
+        known = self.seen, self.many, self.marks
+        add_rows(self.given[4], self.local, s, d.contiguous().numpy(), *known)
+
+    def count_all(self, k: int) -> None:
+        """As in ``ops``."""
+        m = self.seen.shape[1]
+        self.seen[:k], self.many[:k], self.marks[:k] = np.arange(m), m, True
+
+
+class Loops:
+    """The operations for tensors of float32 or float64 on a CPU."""
+
+    def append(
+        self,
+        z: Tensor,
+        x: Tensor,
+        known: tuple[Tensor, Tensor, Tensor],
+        s: int,
+        one: float,
+        keep: float = 1.0,
+        end: str = "",
+    ) -> Tensor:
+        """As in ``ops``."""
+        X, G, Y = (t.numpy() for t in known)
+        corrected(z.numpy(), x.contiguous().numpy(), X, G, Y, s, one, keep, ENDS[end])
+        return z
+
+    def coefficients(self, z: Tensor, G: Tensor, places: tuple[Tensor, Tensor]) -> Coefficients:
+        """As in ``ops``."""
+        return Coefficients(z, G, places)
+
+    def sparse(self, x: Tensor, most: float) -> "Sparse | None":
+        """As in ``ops``."""
+        return compressed(x) if x.numel() < 2**32 and filled(x) < most else None
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A matrix [N, n] without its zeros, in blocks of columns, and in each of them row by row.
+
+    Pixels of digits, words of a page, one-hot columns: of an MNIST image a fifth is not 0. A library
+    multiplies the zeros too, at twice the rate at which what is left can be gathered.
+    """
+
+    height: int
+    blocks: np.ndarray
+    """Which run each block begins with, and how many there are."""
+    rows: np.ndarray
+    """Of each run of numbers of one row and one block, [runs]."""
+    starts: np.ndarray
+    """Where a run begins, and the last one ends, [runs + 1]."""
+    columns: np.ndarray
+    values: np.ndarray
+
+    def times(self, dense: Tensor, start: Tensor | None = None) -> Tensor:
+        """The product with [n, q], [N, q]; ``start`` [q] is added to each row."""
+        size = self.height, dense.shape[1]
+        out = dense.new_zeros(size) if start is None else start.repeat(self.height, 1)
+        runs = self.blocks, self.rows, self.starts, self.columns, self.values
+        sparse_product(out.numpy(), *runs, dense.contiguous().numpy())
+        return out
+
+
+def compressed(x: Tensor) -> Sparse:
+    """What is not 0 in [N, n]."""
+    N, blocks, numbers = len(x), -(-x.shape[1] // BLOCK), filled(x)
+    # unsigned places need no look at whether they count from the end; and one more of each is written on
+    begin, rows, starts, columns = (
+        np.empty(size + 1, np.uint32) for size in (blocks, N * blocks, N * blocks, numbers)
+    )
+    values = x.new_empty(numbers + 1).numpy()
+    runs = compress(x.contiguous().numpy(), BLOCK, begin, rows, starts, columns, values)
+    return Sparse(N, begin, rows[:runs], starts[: runs + 1], columns[:numbers], values[:numbers])
+
+
+def filled(x: Tensor) -> int:
+    """Numbers that are not 0; as bools they are counted in a fifth of the time."""
+    return int(x.bool().sum())
