@@ -23,26 +23,20 @@ from fedtorch.checks import probe
 from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.engines import Engine, Local
 from fedtorch.options import COUNT, SHARE, check
-from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent
-from fedtorch.run import cli, files, setup, sweep, zoo
+from fedtorch.run import cli, loop, setup, sweep, zoo
 from fedtorch.run import folder as folders
-from fedtorch.run.console import Report, StopSignal, partition_table
-from fedtorch.run.evaluate import evaluate, evaluate_clients
-from fedtorch.run.folder import Folder
+from fedtorch.run.console import StopSignal, partition_table
 from fedtorch.run.messages import (
     conclude,
     introduce,
-    record_privacy,
     starting_score,
-    strict,
     write_results,
 )
 from fedtorch.run.names import help_text
 from fedtorch.run.options import RunOptions
-from fedtorch.run.prices import LEDGER
 from fedtorch.server import Server
-from fedtorch.tracking import Record, TensorBoard, Tracking
+from fedtorch.tracking import TensorBoard, Tracking
 from fedtorch.tracking.tensorboard.pictures import Pictures
 from fedtorch.types import ClientError, ConfigError, NothingLearned
 
@@ -130,83 +124,70 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     """The run; ``held`` keeps the lock on its folder."""
     began = time.perf_counter()
     torch.set_num_threads(config.threads)
+
+    # who has which data
     data = config.dataset.load(config.seed)
     ids, parts = partition(data, config.partition, config.clients, config.seed)
     private = config.privacy is not None
     clients = setup.clients(data, ids, parts, config.validation, config.seed, private)
-    model = make_model(config, data)
-    if data.kind == "classification":
-        probe.classes_fit(model, data.train, data.labels, data.outputs)
+
+    # what is trained, by whom, and how
     loss, metrics = setup.loss_and_metrics(data.kind, config.loss, config.metrics)
-    recipe = config.recipe(loss)
     server = Server(
-        model,
+        make_model(config, data),
         clients,
-        recipe,
+        config.recipe(loss),
         participation=config.participation,
         schedule=config.schedule,
         engine=config.engine,
         seed=config.seed,
     )
-    model = server.model  # with privacy.fix_model a copy of it
-    files.savable(model)
-    if whole := probe.metrics_fit(model, data.test, metrics):
-        evaluate(model, data.test, whole)
-        evaluate_clients(model, clients, whole)
-    kept = open_folder(config, server, data, held)
-    folder, private = kept.path, server.private is not None
+    setup.check(server, data, clients, metrics)
 
-    with (
-        closing(server),
-        Report(config.rounds, server.round_number, times=not strict(server)) as report,
-        Record(
-            config.tracking, folder, server.round_number, report.say, private, kept.seal
-        ) as record,
-        StopSignal(report) as stop,
-    ):
-        pictures = Pictures(record, server, data, config.rounds)
+    # where the run is kept: a new folder, or one to go on in
+    kept = loop.open_folder(
+        config,
+        new_folder(config),
+        server,
+        held,
+        keep=prepared.Prepared.of(data).save,
+        check=lambda folder: prepared.resumed(folder, data),
+    )
+
+    with closing(server), loop.around(config, server, kept, config.tracking, began) as here:
+        # before the first round: what is trained, by whom, and how good it is untrained
+        record, report = here.record, here.report
+        scores = loop.Scores(here, data.test, metrics, clients, config.eval_every)
+        pictures = Pictures(
+            record, server, data, config.rounds, lambda: here.last, lambda: scores.by_client
+        )
         opening = f"{data.name}: {len(parts)} clients, {config.model}, {config.rounds} rounds"
         report.say(prepared.said(data))
         introduce(report, opening, server, partition_table(ids, parts, data.labels))
-        options = cli.flat(cli.describe(config)) | {"lr": recipe.learning_rate}
+        options = cli.flat(cli.describe(config)) | {"lr": server.recipe.learning_rate}
         pictures.start(options, metrics, ids, parts)
-        scores, by_client = evaluate(model, data.test, metrics), {}
-        starting_score(record, report, scores, server)
-        last = over(server, config, stop)
-        while not last:
-            figures = server.round()
-            # read once: a signal after this line is heeded one round later, and nothing is half saved
-            last = over(server, config, stop)
-            if last or server.round_number % config.eval_every == 0:
-                start = time.perf_counter()
-                scores = evaluate(model, data.test, metrics)
-                figures |= {f"test_{k}": v for k, v in scores.items()}
-                by_client = evaluate_clients(model, clients, metrics)
-                figures |= server.mark(setup.validation(by_client))
-                figures |= server.mark({"seconds_evaluate": time.perf_counter() - start})
-            record.round(figures)
-            pictures.round(by_client, last)
-            report.round(figures)
-            if last or server.round_number % config.checkpoint_every == 0:
-                report.attempt("checkpoint", save, kept, server, record)
-        files.write_model(folder, model)  # first: whatever is reported after this can fail
-        if server.private:
-            report.attempt("privacy report", record_privacy, record, server)
+        starting_score(record, report, scores.last, server)
 
-    summary = {
-        **{f"test_{k}": v for k, v in scores.items()},
-        "test_accuracy": next((v for k, v in scores.items() if "accuracy" in k), None),
-        "test_loss": scores.get("loss"),
-        "rounds": server.round_number,
+        # who looks at each round, in this order: the end is seen first, and saving comes last
+        saving = loop.Checkpoints(here, config.checkpoint_every)
+        server.observers += [here, scores, record, pictures, report, saving]
+
+        # the rounds
+        while not here.last:
+            server.round()
+        here.end()
+
+    # what came of it
+    accuracy = next((v for k, v in scores.last.items() if "accuracy" in k), None)
+    summary = here.summary(scores.last) | {
+        "test_accuracy": accuracy,
+        "test_loss": scores.last.get("loss"),
         "clients": len(clients),
-        "seconds": round(time.perf_counter() - began, 3),
-        "epsilon": server.private.spent() if server.private else None,
-        "delta": server.private.delta if server.private else None,
         "seed": config.seed,
     }
-    write_results(report, folder, summary, server)
-    report.attempt("the report", conclude, report, folder, summary, stop.asked > 0, server)
-    ended(config, server, stop)
+    write_results(report, kept.path, summary, server)
+    report.attempt("the report", conclude, report, kept.path, summary, here.stop.asked > 0, server)
+    ended(config, server, here.stop)
     return summary
 
 
@@ -225,42 +206,22 @@ def ended(config: Config, server: Server, stop: StopSignal) -> None:
         )
 
 
-def over(server: Server, config: Config, stop: StopSignal) -> bool:
-    """All rounds are trained, somebody asked to stop, or the privacy budget has no room for more."""
-    done = server.round_number >= config.rounds
-    return stop.asked > 0 or done or not server.within_budget()
-
-
 def make_model(config: Config, data: Data | prepared.Prepared) -> nn.Module:
     """Build the model with initial weights that depend on the seed alone."""
     with seeds.seeded(seeds.derive(config.seed, "model")):
-        return zoo.build(config.model, data.facts, config.model_args)
+        model = zoo.build(config.model, data.facts, config.model_args)
+    if isinstance(data, Data) and data.kind == "classification":
+        probe.classes_fit(model, data.train, data.labels, data.outputs)
+    return model
 
 
-def save(kept: Folder, server: Server, record: Record) -> None:
-    """A checkpoint, and on disk before it what the record holds."""
-    kept.save(server.state_dict(), record.seal())
-
-
-def open_folder(config: Config, server: Server, data: Data, held: ExitStack) -> Folder:
-    """A new run folder, or the old one with the server brought to its last checkpoint; locked."""
-    if config.resume:
-        kept, saved = folders.resume(Path(config.run_dir or ""), held)
-        prepared.resumed(kept.path, data)
-        private = saved.get("privacy")
-        ledger = Ledger.resume(kept.path / LEDGER, private["ledger"]) if private else None
-        server.load_state_dict(saved, ledger)
-        return kept
+def new_folder(config: Config) -> Path:
+    """The one that is named, or one named after the run and the time."""
+    if config.run_dir:
+        return Path(config.run_dir)
     kind = type(config.dataset).__name__
     name = f"{kind}-{Path(config.model.partition(':')[0]).stem}-{type(config.strategy).__name__}"
-    folder = Path(config.run_dir) if config.run_dir else folders.fresh(name.lower())
-    table = {k: v for k, v in cli.describe(config).items() if k not in ("resume", "run_dir")}
-    kept = folders.start(folder, table, held)
-    prepared.Prepared.of(data).save(folder)
-    if server.private:
-        server.private.ledger = Ledger(folder / LEDGER, server.private.plan.unit)
-    kept.begin(server.state_dict())
-    return kept
+    return folders.fresh(name.lower())
 
 
 def read_config(argv: Sequence[str]) -> Config:

@@ -86,7 +86,7 @@ def main() -> None:
     for method in ("config", "text", "round", "__exit__"):
         clock.wrap(Record, method, "writing")
     clock.wrap(Pictures, "round", "writing")
-    clock.wrap(Pictures, "_sketch", "writing")
+    clock.wrap(Pictures, "sent", "writing")
     clock.wrap(Pictures, "start", "once: start")
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"

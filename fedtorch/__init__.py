@@ -10,6 +10,7 @@ with reading():
     from fedtorch.client import Client
     from fedtorch.engines import Local
     from fedtorch.recipe import Recipe
+    from fedtorch.rounds.observers import Observer
     from fedtorch.rounds.participation import Everyone, Poisson, Uniform
     from fedtorch.run.evaluate import evaluate
     from fedtorch.server import Server
@@ -51,6 +52,7 @@ __all__ = [
     "Local",
     "Mean",
     "Median",
+    "Observer",
     "Poisson",
     "Recipe",
     "Robust",

@@ -11,6 +11,9 @@ from fedtorch.types import ConfigError
 PART = ".part"
 """Ends the name of a file that is not complete yet."""
 
+EVENTS = ".fedtorch"
+"""Ends the name of every event file of ours; files of others are never touched."""
+
 LOCK = ".lock"
 """File in a folder whose lock says that the folder is in use; it stays, the lock dies with its process."""
 

@@ -3,8 +3,8 @@
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -22,15 +22,16 @@ from fedtorch.privacy.run import BudgetSpent, PrivateRun, opened
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics, Visits, length, traffic
 from fedtorch.rounds.history import History
+from fedtorch.rounds.observers import Observer
 from fedtorch.rounds.participation import Everyone, Participation
+from fedtorch.rounds.progress import Bar
 from fedtorch.rounds.schedules import Constant, Schedule
-from fedtorch.run.console import Report
 from fedtorch.strategies.base import Strategy, uploads
 from fedtorch.training.module import load, snapshot, statistics, to
 from fedtorch.training.outline import copied
 from fedtorch.training.personal import GROUP, personal, shared
 from fedtorch.tree import alike, double, sound
-from fedtorch.types import ConfigError, Failure, Params, Released, Task
+from fedtorch.types import ConfigError, Failure, Params, Task
 
 CPU = torch.device("cpu")
 
@@ -55,6 +56,7 @@ class Server:
         schedule: Schedule = Constant(),
         engine: Engine | None = None,
         seed: int = 0,
+        observers: Sequence[Observer] = (),
     ) -> None:
         """Check everything and start the engine; ``seed`` decides every draw of the run."""
         fit("the model", model, nn.Module)
@@ -99,8 +101,8 @@ class Server:
         """Whether the last round's step was not finite, and the round before stands."""
         self.nobody = False
         """Whether no client counted in the last round, and nothing was released."""
-        self.watch: Callable[[Released], None] | None = None
-        """Shown every update as it arrives; for looking, not for changing."""
+        self.observers = [fit("an observer", o, Observer) for o in observers]
+        """Shown what clients send as it arrives, and each round's figures."""
         self.notes = [*ignored(model), *self.session.notes]
         if self.recipe.privacy.fix_model:
             self.notes.append(
@@ -152,7 +154,10 @@ class Server:
             "seconds_aggregate": time.perf_counter() - trained,
             **self.visits.speed(trained - sampled),
         }
-        return self.mark(figures) | self.books.figures()
+        figures = self.mark(figures) | self.books.figures()
+        for observer in self.observers:
+            figures |= observer.round(figures) or {}
+        return figures
 
     def own(self) -> dict[str, Params]:
         """Weights and buffers that clients keep (``strategy.personal``), by id; not of who never trained.
@@ -197,8 +202,7 @@ class Server:
     def fit(self, rounds: int, progress: bool = True) -> History:
         """Train ``rounds`` more rounds, with a bar on a terminal or in a notebook; all their figures."""
         history = History()
-        bar = Report(self.round_number + rounds, self.round_number, lines=False)
-        with bar if progress else nullcontext():
+        with closing(Bar(self.round_number + rounds)) as bar:
             for figures in self.rounds(rounds):
                 history.append(figures)
                 if progress:
@@ -308,8 +312,8 @@ class Server:
                 continue
             gathered.add(outcome)
             chunks.append(Visits(outcome.ids, outcome.weight, outcome.metrics))
-            if self.watch is not None:
-                self.watch(outcome)
+            for observer in self.observers:
+                observer.sent(outcome)
         return gathered, Visits.of(chunks)
 
     def _move(self, state: Params, gathered: Gathering) -> tuple[dict[str, Params], Params]:

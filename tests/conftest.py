@@ -8,8 +8,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
-from fedtorch import Client
+from fedtorch import Client, Observer, Server
 from fedtorch.__main__ import main
+from fedtorch.types import Released
 
 # on a busy machine two threads wait for each other at every small operation, a hundred times longer than
 # the operation takes
@@ -38,6 +39,18 @@ def make_clients(sizes: Sequence[int], features: int = 6, classes: int = 4) -> l
 def mlp(features: int = 6, classes: int = 4) -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(features, 12), nn.Tanh(), nn.Linear(12, classes))
+
+
+def watched(server: Server) -> list[Released]:
+    """All that clients send from now on."""
+    seen: list[Released] = []
+
+    class Watch(Observer):
+        def sent(self, released: Released) -> None:
+            seen.append(released)
+
+    server.observers.append(Watch())
+    return seen
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ from fedtorch import Local, Recipe, Server, Uniform, local_update
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, SampleLevel
 from fedtorch.privacy.accounting.events import Event, epsilon
 from fedtorch.privacy.accounting.ledger import Ledger
-from fedtorch.privacy.report import statement
 from fedtorch.privacy.run import BudgetSpent
+from fedtorch.run.report import statement
 from fedtorch.training.stacked import snapshot
 from fedtorch.types import ConfigError, Task
 from private_case import clients, model, server
@@ -568,8 +568,8 @@ def test_a_report_is_written_where_versions_are_unknown(monkeypatch):
     import importlib.metadata
 
     from fedtorch import __version__
-    from fedtorch.privacy.report import statement
     from fedtorch.run import versions
+    from fedtorch.run.report import statement
 
     def unknown(package: str) -> str:
         raise importlib.metadata.PackageNotFoundError(package)

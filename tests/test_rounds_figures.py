@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import watched
 from fedtorch import Client, FedAvg, Local, Recipe, Scaffold, Server
 from fedtorch.privacy import SampleLevel
 from fedtorch.rounds.figures import length, spread, traffic
@@ -37,9 +38,8 @@ def test_spread_of_a_known_list():
 
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_cosine_to_mean_is_the_average_over_clients_by_weight_and_length(chunk):
-    seen = []
     each = Server(model(), clients([8, 20, 13]), engine=Local(chunk=1, solver="general"))
-    each.watch = seen.append
+    seen = watched(each)
     each.round()
     engine = Local(chunk=chunk, solver="stacked" if chunk > 1 else "general")
     server = Server(model(), clients([8, 20, 13]), Recipe(), engine=engine)

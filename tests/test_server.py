@@ -7,20 +7,23 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import make_clients, mlp, weights
+from conftest import make_clients, mlp, watched, weights
 from fedtorch import (
     Client,
     ConfigError,
     Everyone,
     FedAvg,
     Local,
+    Observer,
     Recipe,
     Scaffold,
     Server,
     ServerAdam,
     ServerSGD,
 )
+from fedtorch.privacy import LocalDP
 from fedtorch.run.console import Report
+from fedtorch.types import Released
 
 
 def test_the_model_is_trained_in_place_and_stays_a_plain_module():
@@ -228,3 +231,60 @@ def test_a_round_that_nobody_counts_in_is_said():
     assert all(torch.equal(before[k], v) for k, v in weights(model).items())
     usual = Server(mlp(), make_clients([5, 6]))
     assert "nobody" not in next(usual.rounds(1)) and usual.moved()
+
+
+class Look(Observer):
+    """Keeps what it is shown, and adds a figure of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.seen, self.figures = model, [], []
+
+    def sent(self, released: Released) -> None:
+        self.seen.append(released)
+
+    def round(self, figures):
+        self.figures.append(dict(figures))
+        return {"weights_norm": float(self.model[0].weight.detach().norm())}
+
+
+def test_observers_see_what_was_sent_and_each_round_in_order_and_change_nothing():
+    plain, model = mlp(), mlp()
+    first, second = Look(model), Look(model)
+    server = Server(model, make_clients([12, 5]), Recipe(Scaffold()), observers=[first, second])
+    history = server.fit(2)
+    Server(plain, make_clients([12, 5]), Recipe(Scaffold())).fit(2)
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True)
+    )
+    assert sorted(i for r in first.seen for i in r.ids) == ["c0", "c0", "c1", "c1"]
+    assert all(isinstance(r, Released) for r in first.seen) and first.seen == second.seen
+    assert [m["round"] for m in first.figures] == [1, 2] and "weights_norm" not in first.figures[0]
+    assert second.figures[1]["weights_norm"] == history[1]["weights_norm"] > 0
+    with pytest.raises(ConfigError, match="an observer must be an Observer, got function"):
+        Server(mlp(), make_clients([5]), observers=[print_it])
+
+
+def print_it(figures):
+    print(figures)
+
+
+def test_an_observer_sees_clipped_and_noised_updates_alone():
+    seen = []
+    for plan in (None, LocalDP(rounds=1, noise_multiplier=1.0, clip=1e-3)):
+        server = Server(mlp(), make_clients([12, 5]), Recipe(lr=0.5, privacy=plan))
+        seen.append(watched(server))
+        server.round()
+    norms = [
+        max(float(v.flatten(1).norm(dim=1).max()) for r in sent for v in r.sent["delta"].values())
+        for sent in seen
+    ]
+    assert norms[0] > 0.05 and norms[1] < 0.05  # a thousandth of the update, and noise of that size
+
+
+def test_fit_draws_one_line_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    Server(mlp(), make_clients([12, 5])).fit(2)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.count("\r") == 2
+    assert "round 2/2 ####################" in out

@@ -18,11 +18,11 @@ from tensorboard.plugins.hparams import metadata
 from fedtorch import disk
 from fedtorch.commands.train import train_module
 from fedtorch.data import Digits
+from fedtorch.rounds.history import read
 from fedtorch.run import checkpoint
 from fedtorch.run.evaluate import evaluate
-from fedtorch.run.files import EVENTS
 from fedtorch.tracking import Record, TensorBoard
-from fedtorch.tracking.lines import Lines, read
+from fedtorch.tracking.record import Lines
 from fedtorch.tracking.tags import FAMILIES, TAGS, layout
 from fedtorch.tracking.tensorboard import protos
 from fedtorch.tracking.tensorboard.events import trim
@@ -48,7 +48,7 @@ def accumulate(folder: Path) -> EventAccumulator:
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "one"
     more = ("--rounds", "4", "--validation", "0.2", "--tracking.every", "2")
-    more += ("--engine.solver", "stacked")  # which keeps clients apart, for the projector
+    more += ("--engine.chunk", "1")  # keeps clients apart, for the projector
     assert run(folder, *more, "--tracking.client-runs", "2") == 0
     return folder
 
@@ -197,7 +197,7 @@ def test_kill_and_resume_leave_no_gap_and_no_doubled_step(tmp_path):
     elapsed = [m["seconds_elapsed"] for m in lines]
     assert elapsed == sorted(elapsed)
     written = [
-        v.tag for p in folder.glob(f"*{EVENTS}") for _, e in events(p) for v in e.summary.value
+        v.tag for p in folder.glob(f"*{disk.EVENTS}") for _, e in events(p) for v in e.summary.value
     ]
     assert written.count("_hparams_/session_start_info") == 1
     assert written.count("_hparams_/session_end_info") == 1
@@ -326,7 +326,7 @@ def test_tensorflow_is_never_imported_even_where_it_is_installed(tmp_path):
     (tmp_path / "run").mkdir()
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
-    assert list((tmp_path / "run").glob(f"*{EVENTS}"))
+    assert list((tmp_path / "run").glob(f"*{disk.EVENTS}"))
     assert not list(fake.glob("*.ran"))
 
 
@@ -343,7 +343,7 @@ def test_lines_read_back(tmp_path):
 def test_event_file_is_cut_after_a_half_record(tmp_path):
     with Record(TensorBoard(), tmp_path, 0, print) as record:
         record.round({"round": 1, "lr": 0.1})
-    (path,) = tmp_path.glob(f"*{EVENTS}")
+    (path,) = tmp_path.glob(f"*{disk.EVENTS}")
     path.write_bytes(path.read_bytes() + b"\x20\0\0\0\0")
     with Record(TensorBoard(), tmp_path, 1, print) as record:
         record.round({"round": 2, "lr": 0.1})
@@ -521,7 +521,7 @@ def test_pictures_of_a_model_that_branches():
 
 @pytest.mark.parametrize("how", ["empty", "flipped", "half"])
 def test_a_damaged_event_file_is_said_on_resume(how, tmp_path, capsys):
-    file = EventFile(tmp_path, EVENTS)
+    file = EventFile(tmp_path, disk.EVENTS)
     for step in range(1, 4):
         file.write(protos.scalars({"a": 1.0}), step)
     file.close()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from conftest import make_clients, mlp
+from conftest import make_clients, mlp, watched
 from fedtorch import (
     Client,
     ClientOptimizer,
@@ -269,8 +269,7 @@ def test_constant_buffers_are_not_sent_and_leave_no_client_out(recipe):
         model = Constants()
         before = snapshot(model)
         server = Server(model, make_clients([16, 8, 8, 24]), recipe, engine=engine)
-        sent = []
-        server.watch = sent.append
+        sent = watched(server)
         figures = [*server.rounds(2)]
         assert [f["clients"] for f in figures] == [4, 4] and server.moved()
         assert all(set(u.buffers) == {"least"} for u in sent)

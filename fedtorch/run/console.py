@@ -15,6 +15,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from fedtorch.rounds.observers import Observer
+from fedtorch.rounds.progress import summary, troubles
+
 
 class _Screen(Console):
     """A console whose reader may go away, as with ``| head``: the run goes on without it."""
@@ -26,18 +29,18 @@ class _Screen(Console):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class Report:
+class Report(Observer):
     """Progress over rounds."""
 
-    def __init__(self, rounds: int, start: int, lines: bool = True, times: bool = True) -> None:
-        """A bar from ``start`` to ``rounds`` on a terminal or in a notebook, else ``lines``.
+    def __init__(self, rounds: int, start: int, times: bool = True) -> None:
+        """A bar from ``start`` to ``rounds`` on a terminal or in a notebook, else lines.
 
         ``times``: with the time that is left, which tells how fast clients are.
         """
         self.console = _Screen(highlight=False, soft_wrap=True)
         self.rounds = rounds
         live = self.console.is_terminal or self.console.is_jupyter
-        self.lines = lines and not live
+        self.lines = not live
         self.bar = Progress(
             TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
@@ -61,33 +64,14 @@ class Report:
             reason = getattr(e, "strerror", None) or (str(e) or type(e).__name__).splitlines()[0]
             self.say(f"warning: {what} not written ({reason}); the run goes on without it")
 
-    def round(self, metrics: Mapping[str, Any]) -> None:
+    def round(self, figures: Mapping[str, Any]) -> None:
         """One round is done."""
-        failed = metrics.get("failed") or metrics.get("nonprivate_failed") or {}
-        for who, kind in failed.items():
-            if kind == "nonfinite":
-                self.say(
-                    f"round {metrics['round']}: client {who} left out, its update is not finite"
-                )
-        if metrics.get("nobody") or metrics.get("nonprivate_nobody"):
-            self.say(f"round {metrics['round']}: no client counted, the model stays as it was")
-        if metrics.get("step_failed"):
-            self.say(
-                f"round {metrics['round']}: failed, the server's step is not finite; the model of the "
-                "round before is kept: lower lr or the server's learning rate"
-            )
-        parts = [
-            f"{label} {metrics[key]:.4f}"
-            for label, key in _shown(metrics)
-            if metrics.get(key) is not None
-        ]
-        speed = metrics.get("clients_per_second", metrics.get("nonprivate_clients_per_second"))
-        if speed is not None:
-            parts.append(f"{speed:.1f} clients/s")
-        line = "  ".join(parts)
-        self.bar.update(self.task, completed=metrics["round"], description=line)
+        for line in troubles(figures):
+            self.say(line)
+        line = summary(figures)
+        self.bar.update(self.task, completed=figures["round"], description=line)
         if self.lines:
-            self.say(f"round {metrics['round']:>4}/{self.rounds}  {line}")
+            self.say(f"round {figures['round']:>4}/{self.rounds}  {line}")
 
     def __enter__(self) -> "Report":
         """Show the bar."""
@@ -132,15 +116,6 @@ class StopSignal:
         """Give the signals back."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def _shown(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    tests = [(k.replace("_", " "), k) for k in metrics if k.startswith("test_")]
-    private = [
-        ("(not private) train loss", "nonprivate_train_loss"),
-        ("epsilon", "privacy_epsilon"),
-    ]
-    return [("train loss", "train_loss"), *private, *tests]
 
 
 def partition_table(

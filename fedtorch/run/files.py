@@ -24,13 +24,13 @@ PACKAGES = ("fedtorch", "torch", "numpy", "numba", "tensorboard", "safetensors")
 
 MODEL = "model.safetensors"
 
+LEDGER = "ledger.jsonl"
+"""What the privacy budget was spent on: written before anything is released."""
+
 SUMS = "SHA256SUMS"
 
-SUMMED = ("config.toml", "metrics.jsonl", MODEL, "summary.json", "privacy.json", "ledger.jsonl")
+SUMMED = ("config.toml", "metrics.jsonl", MODEL, "summary.json", "privacy.json", LEDGER)
 """Files that must stay what they are once a run has ended."""
-
-EVENTS = ".fedtorch"
-"""Ends the name of every event file of ours; files of others are never touched."""
 
 EXTRA = "extra_state"
 """In the model file's metadata: what ``get_extra_state`` of its modules gave, as JSON."""
@@ -67,7 +67,7 @@ def unwritable(folder: Path, error: Exception) -> ConfigError:
 
 def check_free(folder: Path) -> None:
     """Raises ConfigError when the folder holds a run, or TensorBoard files of somebody else."""
-    others = [p for p in folder.glob("*tfevents*") if not p.name.endswith(EVENTS)]
+    others = [p for p in folder.glob("*tfevents*") if not p.name.endswith(disk.EVENTS)]
     if others:
         raise ConfigError(
             f"{folder} holds TensorBoard files that are not of a run ({others[0].name}): choose "

@@ -15,7 +15,7 @@ from fedtorch.types import ConfigError
 CONFIG = "config.toml"
 
 Seal = Mapping[str, Any]
-"""Length and digest of the record at a checkpoint; see ``fedtorch.tracking.lines``."""
+"""Length and digest of the record at a checkpoint; see ``fedtorch.tracking.record``."""
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,10 @@ def tidy(folder: Path) -> None:
         files.MODEL,
         files.SUMS,
         "metrics.jsonl",
-        f"*tfevents*{files.EVENTS}",
+        f"*tfevents*{disk.EVENTS}",
     )
     found = [p for n in names for p in folder.glob(n + disk.PART)]
     found += (folder / "checkpoints").glob(f"round-*{disk.PART}")
-    found += (folder / "clients").glob(f"*/*tfevents*{files.EVENTS}{disk.PART}")
+    found += (folder / "clients").glob(f"*/*tfevents*{disk.EVENTS}{disk.PART}")
     for path in found:
         path.unlink(missing_ok=True)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtorch.privacy.report import promise, statement, text
 from fedtorch.run import cli, files, trust
 from fedtorch.run.console import Report
+from fedtorch.run.report import promise, statement, text
 from fedtorch.server import Server
 from fedtorch.tracking import Record
 

@@ -13,11 +13,9 @@ from typing import Any
 from fedtorch.privacy import Privacy
 from fedtorch.privacy.accounting.events import Event, epsilon
 from fedtorch.privacy.accounting.ledger import Ledger
+from fedtorch.run.files import LEDGER
 from fedtorch.run.results import Saved
 from fedtorch.types import ConfigError
-
-LEDGER = "ledger.jsonl"
-"""What the privacy budget was spent on, in a run folder: written before anything is released."""
 
 Tally = Counter[tuple[str, float, float]]
 """Steps by (mechanism, noise, rate)."""

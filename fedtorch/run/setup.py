@@ -5,10 +5,14 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from fedtorch.checks import probe
 from fedtorch.client import Client
 from fedtorch.data.base import Data, subset
 from fedtorch.data.content import coins
 from fedtorch.named import find
+from fedtorch.run import files
+from fedtorch.run.evaluate import evaluate, evaluate_clients
+from fedtorch.server import Server
 from fedtorch.training import losses
 from fedtorch.training.losses import Loss
 from fedtorch.types import ConfigError
@@ -70,6 +74,16 @@ def named(role: str, name: str, known: Mapping[str, Loss]) -> Loss:
             f"{name!r} is no {role}: it must be a function or a subclass of nn.Module"
         )
     return cast(Loss, found() if isinstance(found, type) else found)
+
+
+def check(
+    server: Server, data: Data, clients: Sequence[Client], metrics: Mapping[str, Loss]
+) -> None:
+    """Refuse, before anything is trained, a model that cannot be saved and metrics that do not fit."""
+    files.savable(server.model)
+    if whole := probe.metrics_fit(server.model, data.test, metrics):
+        evaluate(server.model, data.test, whole)
+        evaluate_clients(server.model, clients, whole)
 
 
 def validation(by_client: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

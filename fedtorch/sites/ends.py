@@ -28,12 +28,6 @@ class EndedEarly(Exception):
         self.reason = reason
 
 
-def over(server: Server, config: ServeConfig, stop: StopSignal) -> bool:
-    """All rounds are trained, somebody asked to stop, or the privacy budget has no room for more."""
-    done = server.round_number >= config.rounds
-    return stop.asked > 0 or done or not server.within_budget()
-
-
 def enough(session: SitesSession, config: ServeConfig, stop: StopSignal) -> bool:
     """Wait for enough sites to start a round."""
     end = time.monotonic() + config.patience

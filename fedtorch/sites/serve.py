@@ -4,7 +4,7 @@ import json
 import secrets
 import time
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,19 @@ from torch.utils.data import Dataset
 from fedtorch import disk, seeds
 from fedtorch.data import Data, prepared
 from fedtorch.data.base import facts_of
-from fedtorch.privacy.accounting.ledger import Ledger
-from fedtorch.privacy.report import promise
-from fedtorch.run import checkpoint, cli, files
-from fedtorch.run import folder as folders
-from fedtorch.run.console import Report, StopSignal
-from fedtorch.run.evaluate import evaluate
-from fedtorch.run.folder import Folder
-from fedtorch.run.messages import starting_score, strict, write_results
+from fedtorch.rounds.figures import Metrics
+from fedtorch.rounds.observers import Observer
+from fedtorch.run import checkpoint, files, loop
+from fedtorch.run.messages import starting_score, write_results
+from fedtorch.run.report import promise
 from fedtorch.server import Server
-from fedtorch.sites.ends import EndedEarly, early, enough, over
+from fedtorch.sites.ends import EndedEarly, early, enough
 from fedtorch.sites.engine import Sites, SitesSession, remotes
 from fedtorch.sites.offer import Plan
 from fedtorch.sites.options import ServeConfig
-from fedtorch.tracking import Record, TensorBoard
+from fedtorch.tracking import TensorBoard
 from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS
 from fedtorch.types import ConfigError
-
-LEDGER = "ledger.jsonl"
-"""What the run has spent by the server's book, in its folder; each site keeps its own."""
 
 FREE_ON_RESUME = {
     "rounds",
@@ -76,7 +70,6 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         most_examples=config.most_examples,
     )
     clients = remotes(config.sites)
-    test = own_test(config)
     metric = DEFAULTS[config.kind][1]
     metrics = {"loss": LOSSES[plan.loss], metric: METRICS[metric]}
     server = Server(
@@ -88,54 +81,57 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         engine=engine,
         seed=config.seed,
     )
-    model = server.model
     with closing(server):
         session = server.session
         assert isinstance(session, SitesSession)
         session.ended = "error"  # unless it turns out otherwise
-        kept = open_folder(config, plan, server, held)
-        private = server.private is not None
-        scores: dict[str, float] = {}
-        with (
-            Report(config.rounds, server.round_number, times=not strict(server)) as report,
-            Record(
-                TensorBoard(), folder, server.round_number, report.say, private, kept.seal
-            ) as record,
-            StopSignal(report) as stop,
-        ):
-            if strict(server):
-                record.strictly(server.mark)
-            report.say(f"listening at {config.address}, waiting for {', '.join(config.sites)}")
+        kept = loop.open_folder(
+            config,
+            folder,
+            server,
+            held,
+            keep=lambda path: disk.replace(
+                path / "sites.json", json.dumps({"run": plan.run}) + "\n"
+            ),
+        )
+        with loop.around(config, server, kept, TensorBoard(), began) as here:
+            # before the first round: what is promised, and how good the model is untrained
+            here.report.say(f"listening at {config.address}, waiting for {', '.join(config.sites)}")
             for line in promise(server.private) if server.private else ["no privacy: no noise"]:
-                report.say(line)
-            if test is not None:
-                scores = evaluate(model, test, metrics)
-                starting_score(record, report, scores, server)
-            while not over(server, config, stop) and enough(session, config, stop):
-                figures = server.round() | server.mark(session.figures())
-                if test is not None:
-                    scores = evaluate(model, test, metrics)
-                    figures |= {f"test_{k}": v for k, v in scores.items()}
-                record.round(figures)
-                report.round(figures)
-                state = server.state_dict()
-                report.attempt("checkpoint", kept.save, state, record.seal())
-            why = early(server, session, config, stop.asked)
-            files.write_model(folder, model, "serve")  # first: whatever is reported later can fail
+                here.report.say(line)
+            scores = loop.Scores(here, own_test(config), metrics)
+            starting_score(here.record, here.report, scores.last, server)
+
+            # who looks at each round, in this order: the end is seen first, and saving comes last
+            traffic, saving = Traffic(server, session), loop.Checkpoints(here)
+            server.observers += [here, traffic, scores, here.record, here.report, saving]
+
+            # the rounds
+            while not here.last and enough(session, config, here.stop):
+                server.round()
+            why = early(server, session, config, here.stop.asked)
+            here.end("serve")
             session.ended = why.reason if why else ""
-    summary = {f"test_{k}": v for k, v in scores.items()} | {
-        "rounds": server.round_number,
-        "seconds": round(time.perf_counter() - began, 3),
-        "epsilon": server.private.spent() if server.private else None,
-        "delta": server.private.delta if server.private else None,
-    }
-    write_results(report, folder, summary, server)
+    summary = here.summary(scores.last)
+    write_results(here.report, folder, summary, server)
     if why is not None:
         number, rounds = server.round_number, config.rounds
         text = f"ended after {number} of {rounds} rounds: {why}; the model so far is saved"
         text += f" (go on: fedtorch serve --run-dir {folder} --resume)"
         raise EndedEarly(why.code, text, why.reason)
     return summary
+
+
+@dataclass(eq=False)
+class Traffic(Observer):
+    """Bytes and seconds of each site, as far as they may be told."""
+
+    server: Server
+    session: SitesSession
+
+    def round(self, figures: Metrics) -> Metrics:
+        """Those of the round that is over."""
+        return self.server.mark(self.session.figures())
 
 
 def own_test(config: ServeConfig) -> Dataset | None:
@@ -182,21 +178,3 @@ def calibrated(plan: Plan, folder: Path) -> Plan:
     if not saved or plan.privacy is None or plan.privacy.target is None:
         return plan
     return replace(plan, privacy=replace(plan.privacy, rounds=saved["rounds"]))
-
-
-def open_folder(config: ServeConfig, plan: Plan, server: Server, held: ExitStack) -> Folder:
-    """A new run folder, or the old one with the server brought to its last checkpoint; locked."""
-    folder = Path(config.run_dir)
-    if config.resume:
-        kept, saved = folders.resume(folder, held)
-        private = saved.get("privacy")
-        ledger = Ledger.resume(folder / LEDGER, private["ledger"]) if private else None
-        server.load_state_dict(saved, ledger)
-        return kept
-    table = {k: v for k, v in cli.describe(config).items() if k not in ("resume", "run_dir")}
-    kept = folders.start(folder, table, held)
-    if server.private:
-        server.private.ledger = Ledger(folder / LEDGER, server.private.plan.unit)
-    disk.replace(folder / "sites.json", json.dumps({"run": plan.run}) + "\n")
-    kept.begin(server.state_dict())
-    return kept

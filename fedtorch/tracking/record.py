@@ -1,5 +1,9 @@
 """The record of one run: passes figures on, keeps the history, never stops the training."""
 
+import hashlib
+import json
+import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -7,14 +11,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedtorch import disk
+from fedtorch.rounds.history import NAME, sift
+from fedtorch.rounds.observers import Observer
 from fedtorch.tracking.base import Tracker, Tracking
-from fedtorch.tracking.lines import Lines, Seal
 from fedtorch.tracking.tags import tag_of
 
 Metrics = Mapping[str, Any]
 
+Seal = Mapping[str, Any]
+"""``metrics.jsonl`` at a checkpoint: ``bytes`` and their ``sha256``."""
 
-class Record:
+Say = Callable[[str], None]
+
+
+class Record(Observer):
     """Writes down a run while it trains.
 
     A tracker that fails (a full disk, a server that is gone) is warned of once and left alone; the
@@ -70,10 +81,11 @@ class Record:
         """Markdown: the resolved config, a privacy report."""
         self._pass("text", tag, text, step)
 
-    def round(self, metrics: dict[str, Any]) -> None:
-        """One round's figures, completed by the record's own."""
+    def round(self, figures: Metrics) -> Metrics:
+        """Write down one round's figures and the record's own, which are returned."""
         start = time.perf_counter()
-        metrics |= self.mark({"seconds_log": self.seconds, "seconds_elapsed": start - self.began})
+        own = self.mark({"seconds_log": self.seconds, "seconds_elapsed": start - self.began})
+        metrics = {**figures, **own}
         self.history.append(metrics)
         if self.lines is not None:
             self._try("metrics.jsonl", self.lines.write, metrics)
@@ -86,6 +98,7 @@ class Record:
         self._collect(wait=False)
         self._pass("flush")
         self.seconds = time.perf_counter() - start
+        return own
 
     def seal(self) -> Seal | None:
         """Size and digest of ``metrics.jsonl`` for a checkpoint; None if it could not be written."""
@@ -147,3 +160,62 @@ class Record:
             if broken is not None:
                 with suppress(Exception):  # closing may fail for the same reason
                     broken.close()
+
+
+class Lines:
+    """``metrics.jsonl``: a line a round. What a killed run wrote after its checkpoint is cut away first."""
+
+    def __init__(
+        self, folder: Path, start: int = 0, seal: Seal | None = None, say: Say = print
+    ) -> None:
+        """``start`` is the round the run continues after, 0 for a new run.
+
+        ``seal`` says what the file held then; one that holds something else is put aside, and said.
+        """
+        self.path = folder / NAME
+        data = self.path.read_bytes() if start and self.path.is_file() else b""
+        rounds, lost = sift(data)
+        if seal is not None:
+            data = data[: seal["bytes"]]
+            if hashlib.sha256(data).hexdigest() == seal["sha256"]:
+                rounds, lost = sift(data)
+            elif self.path.is_file():
+                aside = self.path.with_name(f"{NAME}.damaged")
+                os.replace(self.path, aside)
+                say(f"warning: {self.path} was damaged; it is kept as {aside.name} and begun anew")
+                rounds, lost = [], []
+        if lost:
+            say(f"warning: {self.path} is damaged in line {lost[0]}; such lines are left out")
+        kept = [m for m in rounds if m["round"] <= start]
+        self.before = kept
+        """Figures of the rounds before, when a run is continued."""
+        if missing := start - sum(m["round"] > 0 for m in kept):
+            say(f"warning: {self.path} lacks {missing} of the {start} rounds so far")
+        head = "".join(json.dumps(m) + "\n" for m in kept).encode()
+        with disk.whole(self.path) as file:
+            file.write(head)
+        self.file = self.path.open("a", encoding="utf-8", newline="\n")
+        self.sum, self.size = hashlib.sha256(head), len(head)
+
+    def write(self, figures: Mapping[str, Any]) -> None:
+        """Append one round and flush it, so that a kill loses nothing that a checkpoint knows."""
+        # JSON has no NaN: a figure that overflowed is null
+        known = {k: v if _finite(v) else None for k, v in figures.items()}
+        line = json.dumps(known) + "\n"  # ASCII alone
+        self.file.write(line)
+        self.file.flush()
+        self.sum.update(line.encode())
+        self.size += len(line)
+
+    def seal(self) -> Seal:
+        """Length and digest of what is written, which is on disk when this returns."""
+        disk.sync(self.file)
+        return {"bytes": self.size, "sha256": self.sum.hexdigest()}
+
+    def close(self) -> None:
+        """No more rounds."""
+        self.file.close()
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from fedtorch import disk
-from fedtorch.run.files import EVENTS
 from fedtorch.tracking.base import Tracker, Tracking
 from fedtorch.tracking.tags import OPTIONS, layout
 from fedtorch.tracking.tensorboard import protos
@@ -25,7 +24,7 @@ class TensorBoard(Tracking):
 
     def open(self, folder: Path, start: int) -> Tracker:
         """Cuts away what an earlier start logged for rounds after ``start``."""
-        for path in folder.rglob(f"*tfevents*{EVENTS}"):
+        for path in folder.rglob(f"*tfevents*{disk.EVENTS}"):
             trim(path, start)
         return EventTracker(folder, self.compare)
 
@@ -37,7 +36,7 @@ class EventTracker(Tracker):
         """Opens the run's file at once, so that a folder that cannot be written shows now."""
         self.folder, self.compare = folder, compare
         self.clock: Callable[[], float] = time.time
-        self.files = {"": EventFile(folder, EVENTS)}
+        self.files = {"": EventFile(folder, disk.EVENTS)}
 
     def config(self, table: Mapping[str, Any], metrics: Sequence[str], private: bool) -> None:
         """Hyperparameters and the Custom Scalars pages."""
@@ -63,7 +62,7 @@ class EventTracker(Tracker):
             runs.setdefault(run, {})[rest] = value
         for run, own in runs.items():
             if run not in self.files:
-                self.files[run] = EventFile(self.folder / run, EVENTS)
+                self.files[run] = EventFile(self.folder / run, disk.EVENTS)
             self.files[run].write(protos.scalars(own), step)
 
     def text(self, tag: str, text: str, step: int) -> None:

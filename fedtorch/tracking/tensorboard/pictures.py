@@ -1,6 +1,6 @@
 """Pictures, histograms and points of a run, made from the server and the test data."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fedtorch import seeds
 from fedtorch.data import Data
+from fedtorch.rounds.figures import Metrics
+from fedtorch.rounds.observers import Observer
 from fedtorch.server import Server
 from fedtorch.tracking import drawings
 from fedtorch.tracking.record import Record
@@ -28,19 +30,29 @@ MISTAKES = 32
 """Misclassified images shown."""
 
 
-class Pictures:
+class Pictures(Observer):
     """Draws what the tracking options ask for, in the rounds that are due."""
 
-    def __init__(self, record: Record, server: Server, data: Data, rounds: int) -> None:
-        """``rounds`` is the last one to come, which always gets its pictures."""
+    def __init__(
+        self,
+        record: Record,
+        server: Server,
+        data: Data,
+        rounds: int,
+        ended: Callable[[], bool],
+        scores: Callable[[], Mapping[str, Mapping[str, float]]],
+    ) -> None:
+        """``rounds`` is the last one to come; a budget or a signal may have the run ``ended`` earlier.
+
+        ``scores`` gives those of the clients on their own validation data.
+        """
         self.record, self.server, self.data, self.rounds = record, server, data, rounds
+        self.ended, self.scores = ended, scores
         self.options = record.tracking
         self.under = "nonprivate" if record.private else "data"
         asked = self.options.projector if self.options else False
         self.strict = server.recipe.privacy.strict
         """Nothing that looks at clients' data is recorded, whatever the options say."""
-        if self.strict:
-            record.strictly(server.mark)
         self.projector = not self.strict and ((not record.private) if asked is None else asked)
         self.points: list[tuple[Tensor, int, str]] = []
         generator = seeds.generator(server.seed, "client runs")
@@ -48,8 +60,6 @@ class Pictures:
         order = torch.randperm(len(server.ids), generator=generator)[:count].tolist()
         self.followed = {server.ids[i] for i in order}
         """Clients that have a run of their own."""
-        if self.projector:
-            server.watch = self._sketch
 
     def start(
         self,
@@ -73,17 +83,14 @@ class Pictures:
             nodes = modules(copied(self.server.model), to(x, device))
             self.record.pass_on("graph", nodes)
 
-    def round(self, scores: Mapping[str, Mapping[str, float]], last: bool = False) -> None:
-        """After a round; ``scores`` are the clients' on their own validation data.
-
-        The ``last`` one of the run, which a budget or a signal may end early, gets everything.
-        """
-        step = self.server.round_number
+    def round(self, figures: Metrics) -> None:
+        """After a round; the last one gets everything."""
+        step, last = self.server.round_number, self.ended()
         if self.followed:
             self.record.pass_on("scalars", self._single(), step)
         if self.options is not None and (last or self.record.due(step, self.rounds, SETS)):
             if self.options.histograms:
-                self._histograms(scores, step)
+                self._histograms(self.scores(), step)
             self._points(step)
         if last or self.record.due(step, self.rounds, 1):
             self._pictures(step)
@@ -160,9 +167,11 @@ class Pictures:
             args = (x[wrong].cpu(), titles, heading)
             self.record.picture("test/mistakes", step, drawings.image_grid, *args)
 
-    def _sketch(self, update: Released) -> None:
+    def sent(self, released: Released) -> None:
         """Every weight is added to one of 32 sums, its sign drawn: dot products survive on average."""
-        step = self.server.round_number + 1
+        if not self.projector:
+            return
+        step, update = self.server.round_number + 1, released
         rows = len(next(iter(update.sent["delta"].values())))
         if not self.record.due(step, self.rounds, SETS) or rows != len(update.ids):
             return  # a sum over clients, where the engine keeps none of them apart, shows nobody

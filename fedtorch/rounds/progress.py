@@ -1,0 +1,75 @@
+"""What is said of a round while training goes on, and the bar of ``Server.fit``."""
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+WIDTH = 20
+"""Characters of the bar."""
+
+
+def troubles(figures: Mapping[str, Any]) -> list[str]:
+    """A sentence for each thing of a round that went wrong."""
+    number, failed = figures["round"], _either(figures, "failed") or {}
+    said = [
+        f"round {number}: client {who} left out, its update is not finite"
+        for who, kind in failed.items()
+        if kind == "nonfinite"
+    ]
+    if _either(figures, "nobody"):
+        said.append(f"round {number}: no client counted, the model stays as it was")
+    if figures.get("step_failed"):
+        said.append(
+            f"round {number}: failed, the server's step is not finite; the model of the round before is "
+            "kept: lower lr or the server's learning rate"
+        )
+    return said
+
+
+def summary(figures: Mapping[str, Any]) -> str:
+    """Loss, epsilon, test scores and speed of a round, in a line."""
+    shown = {
+        "train loss": "train_loss",
+        "(not private) train loss": "nonprivate_train_loss",
+        "epsilon": "privacy_epsilon",
+        **{k.replace("_", " "): k for k in figures if k.startswith("test_")},
+    }
+    parts = [
+        f"{label} {figures[k]:.4f}" for label, k in shown.items() if figures.get(k) is not None
+    ]
+    speed = _either(figures, "clients_per_second")
+    return "  ".join(parts if speed is None else [*parts, f"{speed:.1f} clients/s"])
+
+
+def _either(figures: Mapping[str, Any], name: str) -> Any:
+    return figures.get(name, figures.get(f"nonprivate_{name}"))
+
+
+class Bar:
+    """One line that is written over and over, on a terminal and in a notebook; none elsewhere."""
+
+    def __init__(self, rounds: int) -> None:
+        """``rounds`` is the last one to come."""
+        self.rounds = rounds
+        notebook = "ipykernel" in sys.modules
+        self.live = notebook or (sys.stdout.isatty() and os.environ.get("TERM") != "dumb")
+        self.drawn = False
+
+    def round(self, figures: Mapping[str, Any]) -> None:
+        """One round is done."""
+        wide = shutil.get_terminal_size().columns - 1
+        for line in troubles(figures):
+            print(("\r" + line).ljust(wide) if self.drawn else line)
+        if self.live:
+            done = figures["round"] / max(self.rounds, 1)
+            bar = ("#" * round(done * WIDTH)).ljust(WIDTH, ".")
+            line = f"round {figures['round']}/{self.rounds} {bar} {summary(figures)}"
+            print("\r" + line[:wide].ljust(wide), end="", flush=True)
+            self.drawn = True
+
+    def close(self) -> None:
+        """Leave the line as it stands."""
+        if self.drawn:
+            print()

@@ -1,0 +1,171 @@
+"""What stands around the rounds of a run, whoever holds the data: its folder, record, signals and end."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from fedtorch.client import Client
+from fedtorch.privacy.accounting.ledger import Ledger
+from fedtorch.rounds.figures import Metrics
+from fedtorch.rounds.observers import Observer
+from fedtorch.run import cli, files, setup
+from fedtorch.run import folder as folders
+from fedtorch.run.console import Report, StopSignal
+from fedtorch.run.evaluate import evaluate, evaluate_clients
+from fedtorch.run.folder import Folder
+from fedtorch.run.messages import record_privacy, strict
+from fedtorch.run.options import RunOptions
+from fedtorch.server import Server
+from fedtorch.tracking import Record, Tracking
+from fedtorch.training.losses import Loss
+
+
+@dataclass(eq=False)
+class Loop(Observer):
+    """A run's screen, record and signals while it trains; ``around`` makes one."""
+
+    options: RunOptions
+    server: Server
+    kept: Folder
+    report: Report
+    record: Record
+    stop: StopSignal
+    began: float = field(default_factory=time.perf_counter)
+    last: bool = False
+    """Whether no round will follow."""
+
+    def round(self, figures: Metrics) -> None:
+        """Read once a round: what is asked for later is heeded a round later, and nothing is half saved."""
+        self.last = self.over()
+
+    def over(self) -> bool:
+        """All rounds are trained, somebody asked to stop, or the privacy budget has no room for more."""
+        done = self.server.round_number >= self.options.rounds
+        return self.stop.asked > 0 or done or not self.server.within_budget()
+
+    def due(self, every: int) -> bool:
+        """Whether something comes that is done ``every`` so many rounds, and in the last."""
+        return self.last or self.server.round_number % every == 0
+
+    def end(self, command: str = "train") -> None:
+        """Write the model, then tell trackers what privacy cost; ``command`` goes on with such a run."""
+        files.write_model(
+            self.kept.path, self.server.model, command
+        )  # all that comes later can fail
+        if self.server.private:
+            self.report.attempt("privacy report", record_privacy, self.record, self.server)
+
+    def summary(self, scores: Mapping[str, float]) -> dict[str, Any]:
+        """What ``summary.json`` says of every run."""
+        private = self.server.private
+        return {f"test_{k}": v for k, v in scores.items()} | {
+            "rounds": self.server.round_number,
+            "seconds": round(time.perf_counter() - self.began, 3),
+            "epsilon": private.spent() if private else None,
+            "delta": private.delta if private else None,
+        }
+
+
+@contextmanager
+def around(
+    options: RunOptions, server: Server, kept: Folder, tracking: Tracking | None, began: float
+) -> Iterator[Loop]:
+    """From before the first round until after the last; ``began`` is when the command started."""
+    start, private = server.round_number, server.private is not None
+    with (
+        Report(options.rounds, start, times=not strict(server)) as report,
+        Record(tracking, kept.path, start, report.say, private, kept.seal) as record,
+        StopSignal(report) as stop,
+    ):
+        if strict(server):
+            record.strictly(server.mark)
+        loop = Loop(options, server, kept, report, record, stop, began)
+        loop.last = loop.over()
+        yield loop
+
+
+@dataclass(eq=False)
+class Scores(Observer):
+    """How good the model is: on test data, where there are any, and on clients' validation data."""
+
+    loop: Loop
+    test: Dataset | None
+    metrics: Mapping[str, Loss]
+    clients: Sequence[Client] = ()
+    every: int = 1
+    """Rounds between two evaluations."""
+    last: dict[str, float] = field(default_factory=dict)
+    """On the test data."""
+    by_client: dict[str, dict[str, float]] = field(default_factory=dict)
+    """On each client's validation data."""
+
+    def __post_init__(self) -> None:
+        """How good it is before training."""
+        self.look()
+
+    def look(self) -> None:
+        """Test it as it is now."""
+        if self.test is not None:
+            self.last = evaluate(self.loop.server.model, self.test, self.metrics)
+
+    def round(self, figures: Metrics) -> Metrics:
+        """Scores of a round in which they are due."""
+        if not self.loop.due(self.every):
+            return {}
+        start, server = time.perf_counter(), self.loop.server
+        self.look()
+        self.by_client = evaluate_clients(server.model, self.clients, self.metrics)
+        own = setup.validation(self.by_client)
+        own["seconds_evaluate"] = time.perf_counter() - start
+        return {f"test_{k}": v for k, v in self.last.items()} | server.mark(own)
+
+
+@dataclass(eq=False)
+class Checkpoints(Observer):
+    """Saves the run, and on disk before that what the record holds."""
+
+    loop: Loop
+    every: int = 1
+    """Rounds between two checkpoints."""
+
+    def round(self, figures: Metrics) -> None:
+        """One that cannot be written is said, and the run goes on."""
+        if self.loop.due(self.every):
+            self.loop.report.attempt("checkpoint", self.save)
+
+    def save(self) -> None:
+        """A checkpoint of the round that is over."""
+        self.loop.kept.save(self.loop.server.state_dict(), self.loop.record.seal())
+
+
+def open_folder(
+    options: RunOptions,
+    folder: Path,
+    server: Server,
+    held: ExitStack,
+    keep: Callable[[Path], object],
+    check: Callable[[Path], object] = lambda path: None,
+) -> Folder:
+    """A new run folder, or the old one with the server brought to its last checkpoint; locked.
+
+    ``keep`` writes what else a new run must remember, ``check`` looks at it where a run goes on.
+    """
+    if options.resume:
+        kept, saved = folders.resume(folder, held)
+        check(folder)
+        private = saved.get("privacy")
+        ledger = Ledger.resume(folder / files.LEDGER, private["ledger"]) if private else None
+        server.load_state_dict(saved, ledger)
+        return kept
+    table = {k: v for k, v in cli.describe(options).items() if k not in ("resume", "run_dir")}
+    kept = folders.start(folder, table, held)
+    keep(folder)
+    if server.private:
+        server.private.ledger = Ledger(folder / files.LEDGER, server.private.plan.unit)
+    kept.begin(server.state_dict())
+    return kept
