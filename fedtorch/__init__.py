@@ -2,7 +2,7 @@
 
 import sys
 
-from fedtorch.interrupts import reading
+from fedtorch.run.interrupts import reading
 
 with reading():
     from fedtorch.aggregation.mean import Mean

@@ -28,7 +28,7 @@ COMMANDS = {
     "plan": ("table of epsilon over rounds and noises", "fedtorch.commands.privacy:plan"),
     "completion": (
         "completion for bash or zsh, to be sourced",
-        "fedtorch.commands.completion:main",
+        "fedtorch.commands.listing:completion",
     ),
     "version": ("the version installed", "fedtorch.commands.listing:version"),
 }

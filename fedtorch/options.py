@@ -1,14 +1,16 @@
-"""The options of local training, and checks of options: each by its annotation, numbers by their range.
+"""The options of local training; checks of options by annotation and range; what a dotted name stands for.
 
 True is no number, text is no number, and NaN is in no range. NumPy's numbers become Python's.
 """
 
+import importlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from numbers import Integral, Real
-from types import NoneType, UnionType
+from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from fedtorch.types import ConfigError
@@ -172,3 +174,33 @@ def _words(kind: Any) -> str:
         return "a function"
     name = getattr(origin, "__name__", str(origin))
     return f"an {name}" if name[0] in "AEIOU" else f"a {name}"
+
+
+def find(path: str) -> Any:
+    """``package.module:name`` or ``package.module.name`` -> the object; raises ConfigError."""
+    where, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    found = imported(where, path)
+    try:
+        return getattr(found, name)
+    except Exception as e:  # a module may look its names up by code of its own
+        raise ConfigError(f"cannot import {path!r}: {e}") from e
+
+
+def imported(name: str, path: str = "") -> ModuleType:
+    """A module by its name; one of the working folder too. ``path``: what was asked for."""
+    if name.partition(".")[0] != "fedtorch":
+        from_here()
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as e:  # a user's module can fail in any way while it is imported
+        raise ConfigError(f"cannot import {path or name!r}: {type(e).__name__}: {e}") from e
+
+
+def from_here() -> None:
+    """Find modules of the working folder too, after all others, as code of the user's own expects.
+
+    Only once such code is asked for: until then a file that lies there, whoever put it there, is never
+    taken for a package that is not installed.
+    """
+    if "" not in sys.path:
+        sys.path.append("")

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fedtorch.__main__ import main
-from fedtorch.commands.completion import script
+from fedtorch.commands.listing import script
 from fedtorch.data import Csv, Digits
 from fedtorch.rounds.history import History
 from fedtorch.run.sweep import arguments, settings

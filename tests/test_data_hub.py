@@ -7,7 +7,7 @@ import pytest
 from fedtorch import ConfigError
 from fedtorch.data import Custom, HuggingFace, partition
 from fedtorch.data.hub import _array
-from fedtorch.named import find
+from fedtorch.options import find
 
 
 @pytest.fixture

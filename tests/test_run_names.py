@@ -1,7 +1,7 @@
 import dataclasses
 
 from fedtorch.commands.train import train_module
-from fedtorch.named import find
+from fedtorch.options import find
 from fedtorch.run.names import CHOICES, help_text
 
 Config = train_module().Config

@@ -24,11 +24,10 @@ from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.engine import Sites, remotes
 from fedtorch.sites.limits import accept
 from fedtorch.sites.options import SiteConfig
-from fedtorch.sites.reports import expected
+from fedtorch.sites.reports import Visit, expected, judge
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.sites.serve import calibrated
 from fedtorch.sites.site import Site
-from fedtorch.sites.visits import Visit, judge
 from fedtorch.training.stacked import snapshot
 from fedtorch.types import ConfigError, Task
 

@@ -15,10 +15,10 @@ from fedtorch.engines.wire import Message
 from fedtorch.privacy import ClientLevel, SampleLevel
 from fedtorch.sites import offer as plans
 from fedtorch.sites import site as module
-from fedtorch.sites.memory import KEPT, VisitMemory
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.rpc import Unreachable
 from fedtorch.sites.site import Site
+from fedtorch.sites.state import KEPT, VisitMemory
 from fedtorch.training.stacked import snapshot
 from fedtorch.types import ClientError, ConfigError, Task
 
@@ -305,7 +305,7 @@ def full(*args, **kwargs):
 def test_a_full_disk_ends_a_site_in_one_sentence_before_it_reports(data, tmp_path, monkeypatch):
     server = Played(offer(privacy=PRIVATE))
     server.tasks = [server.task()]
-    monkeypatch.setattr("fedtorch.sites.memory.torch.save", full)
+    monkeypatch.setattr("fedtorch.sites.state.torch.save", full)
     with pytest.raises(
         ConfigError, match=r"memory.pt cannot be written \(No space left on device\)"
     ):

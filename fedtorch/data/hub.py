@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtorch import named, seeds
+from fedtorch import seeds
 from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
 from fedtorch.data.images import inputs
-from fedtorch.options import SHARE, check
+from fedtorch.options import SHARE, check, find
 from fedtorch.types import ConfigError
 
 
@@ -136,7 +136,7 @@ class Custom:
         """Call it; raises ConfigError when it is not there or returns something else."""
         # what the function draws, and its module while it is imported, is the run's seed's to decide
         with seeds.seeded(seeds.derive(seed, "data")):
-            make = named.find(self.path)
+            make = find(self.path)
             if isinstance(make, type) or not callable(make):
                 raise ConfigError(
                     f"dataset.path {self.path!r} must name a function that returns the data"

@@ -18,7 +18,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from fedtorch import named
+from fedtorch.options import find
 from fedtorch.run import trust
 from fedtorch.run.names import CHOICES, FREE, WANTED
 from fedtorch.types import ConfigError
@@ -227,7 +227,7 @@ def _entry(value: Any) -> Any:
     path = f"{type(value).__module__}.{type(value).__name__}"
     for names in CHOICES.values():
         for name, dotted in names.items():
-            if named.find(dotted) is type(value):
+            if find(dotted) is type(value):
                 return {"name": name, **describe(value)}
     return {"name": path, **describe(value)}
 
@@ -235,13 +235,13 @@ def _entry(value: Any) -> Any:
 def _class(choice: str, name: str) -> Callable[..., Any]:
     names = CHOICES[choice]
     if name.lower() in names:
-        return named.find(names[name.lower()])  # type: ignore[no-any-return]
+        return find(names[name.lower()])  # type: ignore[no-any-return]
     if "." not in name and ":" not in name:
         raise ConfigError(
             f"unknown {choice} {name!r}; there are {', '.join(names)}, "
             "or give the dotted path of a class of your own"
         )
-    found = named.find(name)
+    found = find(name)
     if not (isinstance(found, type) and _fits(choice, found)):
         raise ConfigError(f"{name!r} is no {choice}: {WANTED[choice][1]}")
     return found
@@ -250,7 +250,7 @@ def _class(choice: str, name: str) -> Callable[..., Any]:
 def _fits(choice: str, cls: type) -> bool:
     base = WANTED[choice][0]
     if "." in base:
-        found = named.find(base)
+        found = find(base)
         return isinstance(found, type) and issubclass(cls, found)
     return dataclasses.is_dataclass(cls) and callable(getattr(cls, base, None))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from docstring_parser import parse_from_object
 
-from fedtorch import named
+from fedtorch.options import find
 
 CHOICES: dict[str, dict[str, str]] = {
     "dataset": {
@@ -130,7 +130,7 @@ def _option(flag: str, default: str, text: str) -> list[str]:
 
 
 def _choice(choice: str, name: str, path: str) -> list[str]:
-    cls = named.find(path)
+    cls = find(path)
     options = "".join(
         f" --{choice}.{f.name} {_shown(_default(f))}"
         for f in dataclasses.fields(cls)

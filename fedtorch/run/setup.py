@@ -9,7 +9,7 @@ from fedtorch.checks import probe
 from fedtorch.client import Client
 from fedtorch.data.base import Data, subset
 from fedtorch.data.content import coins
-from fedtorch.named import find
+from fedtorch.options import find
 from fedtorch.run import files
 from fedtorch.run.evaluate import evaluate, evaluate_clients
 from fedtorch.server import Server

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from fedtorch import named
+from fedtorch.options import from_here, imported
 from fedtorch.types import ConfigError
 
 PACKAGE = Path(__file__).parents[1]
@@ -89,7 +89,7 @@ def find(spec: str) -> Callable[..., Any]:
     if where.endswith(".py"):
         module = _from_file(Path(where))
     elif ":" in spec:
-        module = named.module(where, spec)
+        module = imported(where, spec)
     else:
         if not spec.replace("-", "_").isidentifier():  # a path in it would leave the model folders
             raise ConfigError(f"model {spec!r} is neither a name nor path/file.py:Name")
@@ -123,7 +123,7 @@ def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ConfigError(f"there is no model file {str(path)!r}")
     if not _ours(path):
-        named.from_here()
+        from_here()
     name = f"fedtorch_model_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -19,9 +19,8 @@ from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.recipe import Recipe
 from fedtorch.sites import offer as plans
-from fedtorch.sites.reports import Reader
+from fedtorch.sites.reports import Reader, Visit, check_enough, judge
 from fedtorch.sites.rpc import Listener, log
-from fedtorch.sites.visits import Visit, check_enough, judge
 from fedtorch.training.module import snapshot
 from fedtorch.training.personal import shared
 from fedtorch.types import ConfigError, Failure, Params, Released, Task

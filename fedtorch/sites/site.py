@@ -19,14 +19,13 @@ from fedtorch.engines.messages import Outcome
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.run.evaluate import evaluate
 from fedtorch.sites import offer as plans
-from fedtorch.sites.answered import Answered
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.curves import Curves
 from fedtorch.sites.ends import ENDS
 from fedtorch.sites.limits import accept
-from fedtorch.sites.memory import VisitMemory
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.rpc import Line, Refused, Unreachable
+from fedtorch.sites.state import Answered, VisitMemory
 from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS
 from fedtorch.training.module import load
 from fedtorch.training.personal import GROUP, given, personal

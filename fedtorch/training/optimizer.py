@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtorch import named
-from fedtorch.options import POSITIVE, SHARE, check
+from fedtorch.options import POSITIVE, SHARE, check, find
 from fedtorch.tree import tmap
 from fedtorch.types import ConfigError, Params
 
@@ -158,7 +157,7 @@ class ClientOptimizer:
                 f"unknown client optimizer {self.name!r}; there are {', '.join(sorted(found))}, "
                 "or give package.module.Class"
             )
-        cls = named.find(self.name)
+        cls = find(self.name)
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
             raise ConfigError(
                 f"{self.name!r} is no optimizer: it must subclass torch.optim.Optimizer"

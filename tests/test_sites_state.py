@@ -9,9 +9,8 @@ import torch
 from fedtorch import Scaffold
 from fedtorch.engines.wire import Message
 from fedtorch.privacy import SampleLevel
-from fedtorch.sites.answered import AGAIN, Answered
-from fedtorch.sites.memory import FORMAT, VisitMemory
 from fedtorch.sites.offer import Plan
+from fedtorch.sites.state import AGAIN, FORMAT, Answered, VisitMemory
 from fedtorch.types import ConfigError
 from test_sites_site import PRIVATE, Played, data, offer, play  # noqa: F401
 
