@@ -24,7 +24,7 @@ from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.engines import Engine, Local
 from fedtorch.options import COUNT, SHARE, check
 from fedtorch.privacy.run import BudgetSpent
-from fedtorch.run import cli, loop, setup, sweep, zoo
+from fedtorch.run import cli, loop, objects, setup, sweep, zoo
 from fedtorch.run import folder as folders
 from fedtorch.run.console import StopSignal, partition_table
 from fedtorch.run.messages import (
@@ -164,7 +164,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         opening = f"{data.name}: {len(parts)} clients, {config.model}, {config.rounds} rounds"
         report.say(prepared.said(data))
         introduce(report, opening, server, partition_table(ids, parts, data.labels))
-        options = cli.flat(cli.describe(config)) | {"lr": server.recipe.learning_rate}
+        options = cli.flat(objects.describe(config)) | {"lr": server.recipe.learning_rate}
         pictures.start(options, metrics, ids, parts)
         starting_score(record, report, scores.last, server)
 

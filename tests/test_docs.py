@@ -14,7 +14,7 @@ from fedtorch import Local
 from fedtorch.__main__ import COMMANDS
 from fedtorch.commands.train import train_module
 from fedtorch.engines import Processes
-from fedtorch.run import cli
+from fedtorch.run import cli, objects
 from fedtorch.run.names import CHOICES
 from tools import shape
 
@@ -41,7 +41,7 @@ def test_commands_and_settings_are_real(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run.toml").write_text("rounds = 3\n")
     for block in blocks(path, "toml"):
-        assert cli.build(Config, tomllib.loads(block))
+        assert objects.build(Config, tomllib.loads(block))
     for line in "".join(blocks(path, "sh")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["fedtorch"]:

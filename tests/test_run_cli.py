@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtorch import ConfigError, FedProx, Scaffold, ServerAdam, Strategy, Uniform, named
+from fedtorch import ConfigError, FedProx, Scaffold, ServerAdam, Strategy, Uniform
 from fedtorch.commands.train import train_module
 from fedtorch.data import Csv, Digits, Dirichlet, Natural
-from fedtorch.run import cli
+from fedtorch.options import find
+from fedtorch.run import cli, objects
 from fedtorch.run.names import CHOICES
 from fedtorch.sites.options import ServeConfig, SiteConfig
 
@@ -77,7 +78,7 @@ def test_what_is_described_builds_the_same_config_again(argv, tmp_path):
 
     config = parse(*argv)
     path = tmp_path / "config.toml"
-    path.write_text(tomli_w.dumps(cli.describe(config)), encoding="utf-8")
+    path.write_text(tomli_w.dumps(objects.describe(config)), encoding="utf-8")
     again = parse("--config", str(path), "--trust-code")
     for f in fields(Config):
         assert getattr(again, f.name) == getattr(config, f.name), f.name
@@ -93,7 +94,7 @@ class Shifted(Strategy):
 def test_a_class_of_ones_own_goes_by_its_dotted_path():
     own = parse("--strategy", f"{__name__}.Shifted", "--strategy.amount", "3")
     assert own.strategy == Shifted(amount=3.0)
-    assert cli.describe(own)["strategy"]["name"] == f"{__name__}.Shifted"
+    assert objects.describe(own)["strategy"]["name"] == f"{__name__}.Shifted"
 
 
 NAMES = [
@@ -157,7 +158,7 @@ def test_a_class_that_is_not_what_a_choice_asks_for_is_never_made(choice):
     if choice.startswith("privacy."):
         table["privacy"]["name"] = "client"
     with pytest.raises(ConfigError, match=f"Touch' is no {choice}: it must be a"):
-        cli.build(Config, table)
+        objects.build(Config, table)
     assert not Touch.made
 
 
@@ -244,7 +245,7 @@ def test_files_with_mistakes_are_one_sentence(tmp_path, text, message):
 @pytest.mark.parametrize("path", ["../../etc/passwd", "..a.b", ".x", "a..b"])
 def test_a_path_of_files_is_no_class(path):
     with pytest.raises(ConfigError, match="cannot import"):
-        named.find(path)
+        find(path)
 
 
 def test_files_that_are_not_there_or_not_text(tmp_path):
@@ -290,7 +291,7 @@ class Tiny:
     ],
 )
 def test_free_options_keep_their_type(text, value):
-    assert cli.build(Tiny, {"model": {"name": "m", "a": text}}).model_args == {"a": value}
+    assert objects.build(Tiny, {"model": {"name": "m", "a": text}}).model_args == {"a": value}
 
 
 def test_a_config_may_name_a_partition_with_options(tmp_path):
@@ -306,8 +307,8 @@ def test_a_tilde_is_the_home_folder_also_where_no_shell_sees_it(tmp_path, monkey
     assert config.run_dir == "/home/somebody/runs/a"
     assert config.dataset.path == "/home/somebody/t.csv"
     assert config.model == "/home/somebody/m.py:Net"
-    assert cli.home("~") == "/home/somebody"
-    assert cli.home("a~/b") == "a~/b"
+    assert objects.home("~") == "/home/somebody"
+    assert objects.home("a~/b") == "a~/b"
 
 
 @pytest.mark.parametrize("inside", ["a table", "its text"])
@@ -317,7 +318,7 @@ def test_a_class_named_among_free_options_is_not_imported(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     named = {"class_path": "of_others.Thing", "init_args": {}}
     given = {"x": named if inside == "a table" else json.dumps(named)}
-    config = cli.build(train_module().Config, {option: given})
+    config = objects.build(train_module().Config, {option: given})
     free = config.optimizer_args if option == "optimizer_args" else config.model_args
     assert free["x"] in (named, given["x"])
     assert "of_others" not in sys.modules
@@ -325,9 +326,9 @@ def test_a_class_named_among_free_options_is_not_imported(tmp_path, monkeypatch,
 
 def test_a_table_of_free_options_may_be_text_and_must_be_a_table():
     config = train_module().Config
-    assert cli.build(config, {"model_args": '{"hidden": 8}'}).model_args == {"hidden": 8}
+    assert objects.build(config, {"model_args": '{"hidden": 8}'}).model_args == {"hidden": 8}
     with pytest.raises(ConfigError, match="model_args must be a table of options"):
-        cli.build(config, {"model_args": "8"})
+        objects.build(config, {"model_args": "8"})
 
 
 def test_options_without_a_name_are_those_of_the_default():

@@ -9,7 +9,7 @@ from torch import nn
 from fedtorch import Client, FedAvg, FedBN, FedPer, FedProx, Local, Recipe, Scaffold, Server
 from fedtorch.engines import Processes
 from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
-from fedtorch.run import checkpoint, cli
+from fedtorch.run import checkpoint, objects
 from fedtorch.run.evaluate import evaluate, evaluate_clients
 from fedtorch.training.losses import cross_entropy
 from fedtorch.training.personal import personal, shared
@@ -176,6 +176,6 @@ def test_the_fast_path_says_why_it_is_not_taken():
 
 
 def test_names_come_from_the_command_line_and_go_into_a_config():
-    made = cli.choose("strategy", {"name": "fedper", "personal": "2.*,@BatchNorm"})
+    made = objects.choose("strategy", {"name": "fedper", "personal": "2.*,@BatchNorm"})
     assert made == FedPer(personal=("2.*", "@BatchNorm"))
-    assert cli.choose("strategy", cli._entry(made)) == made
+    assert objects.choose("strategy", objects._entry(made)) == made

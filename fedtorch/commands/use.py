@@ -17,7 +17,7 @@ from fedtorch.commands.train import train_module
 from fedtorch.data import Data, partition, prepared
 from fedtorch.data.prepared import Prepared
 from fedtorch.privacy.run import mark
-from fedtorch.run import checkpoint, cli, files, results, setup, trust
+from fedtorch.run import checkpoint, cli, files, objects, results, setup, trust
 from fedtorch.run.evaluate import evaluate, evaluate_clients
 from fedtorch.training.personal import GROUP
 from fedtorch.training.stacked import forward
@@ -60,7 +60,7 @@ def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool 
         imported = {k: v for k, v in table.items() if k not in later}
         named = {"model": train.Config.model} | imported
         trust.check(named, {}, f"the run in {folder}", own)
-    config = cli.build(train.Config, table)
+    config = objects.build(train.Config, table)
     kept = prepared.load(Path(folder))
     data = config.dataset.load(config.seed) if load or kept is None or kept.missing else None
     known = kept if data is None and kept is not None else Prepared.of(cast(Data, data))

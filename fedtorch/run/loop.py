@@ -13,7 +13,7 @@ from fedtorch.client import Client
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.rounds.figures import Metrics
 from fedtorch.rounds.observers import Observer
-from fedtorch.run import cli, files, setup
+from fedtorch.run import files, objects, setup
 from fedtorch.run import folder as folders
 from fedtorch.run.console import Report, StopSignal
 from fedtorch.run.evaluate import evaluate, evaluate_clients
@@ -162,7 +162,7 @@ def open_folder(
         ledger = Ledger.resume(folder / files.LEDGER, private["ledger"]) if private else None
         server.load_state_dict(saved, ledger)
         return kept
-    table = {k: v for k, v in cli.describe(options).items() if k not in ("resume", "run_dir")}
+    table = {k: v for k, v in objects.describe(options).items() if k not in ("resume", "run_dir")}
     kept = folders.start(folder, table, held)
     keep(folder)
     if server.private:

@@ -102,7 +102,7 @@ def _choices(table: Mapping[str, Any]) -> dict[str, str]:
         name = _name(value)
         if (
             "." in name or ":" in name
-        ):  # as fedtorch.run.cli reads it; any other name is ours or nobody's
+        ):  # as fedtorch.run.objects reads it; any other name is ours or nobody's
             found[choice] = name
     return found
 

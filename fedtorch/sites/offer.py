@@ -16,7 +16,7 @@ from fedtorch.options import TrainingOptions
 from fedtorch.privacy import Nothing, Privacy
 from fedtorch.privacy import models as checks
 from fedtorch.recipe import Recipe
-from fedtorch.run import cli, zoo
+from fedtorch.run import objects, zoo
 from fedtorch.run.names import CHOICES
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.training.losses import DEFAULTS, LOSSES
@@ -75,7 +75,7 @@ class Plan(TrainingOptions):
 
 def describe(plan: Plan) -> dict[str, Any]:
     """The plan as a table for a message."""
-    table: dict[str, Any] = cli.describe(plan)
+    table: dict[str, Any] = objects.describe(plan)
     missing = {k: None for k in ("steps", "batch_size") if getattr(plan, k) is None}
     return table | missing
 
@@ -98,7 +98,7 @@ def read(table: dict[str, Any], models: Sequence[str]) -> Plan:
     for choice in OFFERED:
         _known(table, choice)
     # what is null was not given; the first of the choices would be taken for it
-    plan: Plan = cli.build(
+    plan: Plan = objects.build(
         Plan, {k: v for k, v in table.items() if v is not None or k not in CHOICES}
     )
     if not RUN.fullmatch(plan.run):

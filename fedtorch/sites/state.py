@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedtorch import disk
-from fedtorch.run import checkpoint, cli
+from fedtorch.run import checkpoint, objects
 from fedtorch.sites.offer import MOST_ROUNDS, Plan
 from fedtorch.types import ConfigError, Params
 
@@ -169,6 +169,6 @@ def _promised(plan: Plan) -> tuple[Any, int]:
     """What a plan says of privacy, as plain values, and for how many rounds."""
     if plan.privacy is None:
         return None, plan.rounds or 0
-    table = cli.describe(plan)["privacy"]
+    table = objects.describe(plan)["privacy"]
     rounds = table.pop("rounds") if isinstance(table, dict) else None
     return json.loads(json.dumps(table)), int(rounds or 0)

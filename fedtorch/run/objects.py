@@ -1,0 +1,181 @@
+"""Tables of options -> objects, and back.
+
+A choice names one of a few classes or, by dotted path, a class of the user's own; its options are that
+class's constructor arguments. jsonargparse checks and converts the values.
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import re
+import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from fedtorch.options import find
+from fedtorch.run.names import CHOICES, FREE, WANTED
+from fedtorch.types import ConfigError
+
+LISTS = (list[str], list[int], tuple[str, ...])
+
+Table = dict[str, Any]
+
+
+def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
+    """Call ``cls`` with a table of options; nested choices are built first."""
+    args: Table = {}
+    plain: Table = {}
+    takes = inspect.signature(cls).parameters
+    for key, given in table.items():
+        full, value = f"{where}.{key}" if where else key, home(given)
+        if key not in takes:
+            known = ", ".join(takes) or "none"
+            label = f"{where} {getattr(cls, '__name__', cls)}" if where else "the config"
+            raise ConfigError(f"{label} has no option {key!r}; it has {known}")
+        if full in CHOICES:
+            args[key] = choose(full, value, takes[key].default)
+        elif full in FREE:
+            name, options = _named(value)
+            if name is not None:
+                args[key] = str(name)
+            args[f"{key}_args"] = {k: _literal(home(v)) for k, v in options.items()}
+        elif takes[key].annotation == dict[str, Any]:  # the parser would import a class named in it
+            args[key] = _table(full, _literal(value))
+        elif takes[key].annotation in LISTS and isinstance(value, str):
+            plain[key] = value.strip("[] ").split(",")
+        else:
+            plain[key] = value
+    skip = {k for k in takes if (f"{where}.{k}" if where else k) in CHOICES or k in FREE} | {*args}
+    return cls(**_checked(cls, plain, skip, where), **args)
+
+
+def home(value: Any) -> Any:
+    """A path with the home folder in place of ``~``, which no shell expands in a file or after ``=``."""
+    at_home = isinstance(value, str) and (value == "~" or value.startswith(("~/", "~\\")))
+    return os.path.expanduser(value) if at_home else value
+
+
+def choose(choice: str, value: Any, default: Any = None) -> Any:
+    """``"fedprox"`` or ``{"name": "fedprox", "mu": 0.1}`` -> the object.
+
+    Options without a name are those of the ``default``; where there is none, of the first choice.
+    """
+    name, options = _named(value)
+    if name is None and dataclasses.is_dataclass(default) and not isinstance(default, type):
+        return build(type(default), options, choice)
+    if name is None:
+        name = next(iter(CHOICES[choice]))
+    if str(name).lower() in ("none", "null"):
+        if options:
+            given = ", ".join(f"{choice}.{k}" for k in options)
+            raise ConfigError(f"{choice} is none, which has no {given}: leave out one or the other")
+        return None
+    return build(_class(choice, str(name)), options, choice)
+
+
+def describe(obj: Any) -> Any:
+    """The table that builds ``obj`` again: what goes into config.toml, logs and checkpoints."""
+    if not dataclasses.is_dataclass(obj):
+        return obj
+    table = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj)}
+    for key in FREE & table.keys():
+        options = table.pop(f"{key}_args")
+        table[key] = {"name": table[key], **options} if options else table[key]
+    # TOML has no null: the word stands for it where leaving the option out would mean something else
+    defaults = {f.name: f.default for f in dataclasses.fields(obj)}
+    empty = {k for k, v in table.items() if v is None}
+    kept = {k: "null" for k in empty if defaults.get(k) is not None}
+    return {k: _entry(v) for k, v in table.items() if k not in empty} | kept
+
+
+def _entry(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return list(value) if isinstance(value, tuple) else value
+    path = f"{type(value).__module__}.{type(value).__name__}"
+    for names in CHOICES.values():
+        for name, dotted in names.items():
+            if find(dotted) is type(value):
+                return {"name": name, **describe(value)}
+    return {"name": path, **describe(value)}
+
+
+def _class(choice: str, name: str) -> Callable[..., Any]:
+    names = CHOICES[choice]
+    if name.lower() in names:
+        return find(names[name.lower()])  # type: ignore[no-any-return]
+    if "." not in name and ":" not in name:
+        raise ConfigError(
+            f"unknown {choice} {name!r}; there are {', '.join(names)}, "
+            "or give the dotted path of a class of your own"
+        )
+    found = find(name)
+    if not (isinstance(found, type) and _fits(choice, found)):
+        raise ConfigError(f"{name!r} is no {choice}: {WANTED[choice][1]}")
+    return found
+
+
+def _fits(choice: str, cls: type) -> bool:
+    base = WANTED[choice][0]
+    if "." in base:
+        found = find(base)
+        return isinstance(found, type) and issubclass(cls, found)
+    return dataclasses.is_dataclass(cls) and callable(getattr(cls, base, None))
+
+
+def _named(value: Any) -> tuple[Any, Table]:
+    if isinstance(value, dict):
+        return value.get("name"), {k: v for k, v in value.items() if k != "name"}
+    return value, {}
+
+
+def _checked(cls: Callable[..., Any], table: Table, skip: set[str], where: str) -> Table:
+    parser = parser_for(cls, skip)
+    try:
+        checked = parser.parse_object(table, defaults=False)
+    except ArgumentError as e:
+        raise ConfigError(_plain(str(e), where)) from e
+    return {k: v for k, v in vars(checked).items() if k in table}
+
+
+def parser_for(cls: Callable[..., Any], skip: set[str]) -> ArgumentParser:
+    """A jsonargparse parser for a class's options, with help from the attribute docstrings."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, as_group=False, skip=skip, fail_untyped=False)
+    return parser
+
+
+def _plain(message: str, where: str) -> str:
+    # jsonargparse: 'Parser key "mu":\n  Expected a <class 'float'>. Got value: x'
+    key, _, rest = message.partition(":")
+    name = key.removeprefix("Parser key ").strip('" ')
+    rest = " ".join(rest.split()).replace("<class '", "").replace("'>", "")
+    types = re.findall(r"Subtypes: \[(.*?)\]", rest)
+    if types:
+        value = rest.rpartition("Given value: ")[2]
+        rest = f"expected {types[0].replace(', ', ' or ').replace('NoneType', 'null')}, got {value}"
+    rest = rest.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
+    return f"{where + '.' if where else ''}{name}: {rest.replace('typing.', '')}"
+
+
+def _literal(text: Any) -> Any:
+    # free options are for a function found later; read numbers, booleans and lists as TOML or JSON would
+    if not isinstance(text, str):
+        return text
+    words = {"null": None, "True": True, "False": False}
+    if text in words:
+        return words[text]
+    for read_as in (lambda: tomllib.loads(f"v = {text}")["v"], lambda: json.loads(text)):
+        with suppress(ValueError, RecursionError):
+            return read_as()
+    return float(text) if re.fullmatch(r"[+-]?(\d+\.|\.\d+)", text) else text
+
+
+def _table(name: str, value: Any) -> Table:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must be a table of options, got {str(value)[:60]!r}")
+    return value
