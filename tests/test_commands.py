@@ -377,7 +377,7 @@ def complete(words: str) -> list[str]:
 def test_bash_completes_commands_options_and_choices():
     assert complete("fedtorch com") == ["compare", "completion"]
     assert complete("fedtorch train --batch") == ["--batch-size"]
-    assert complete("fedtorch train --strategy fedp") == ["fedprox"]
+    assert complete("fedtorch train --strategy fedpr") == ["fedprox"]
     assert complete("fedtorch runs so") == []
 
 
