@@ -191,6 +191,18 @@ def test_a_loss_of_probabilities_is_tried_on_probabilities():
     assert found(strict_probabilities, nn.Sequential(net(), nn.Softmax(1))) is None
 
 
+def test_gradients_that_mix_where_inputs_are_large_are_found():
+    class Large(nn.Linear):
+        def forward(self, x):
+            z = super().forward(x)
+            some = (z / 1e3).tanh()  # the values are those of each example, the gradient is not
+            some = (some - some.detach()).sum() * (x.abs().max() > 20)
+            return z + some * torch.tensor([1.0, 0.0, 0.0]).to(z)
+
+    torch.manual_seed(0)
+    assert found(model=Large(6, 3)) == "an example's gradient depends on its neighbours"
+
+
 def test_a_loss_that_depends_on_batches_before_is_found():
     assert found(Remembered()) == "a loss depends on batches before"
 

@@ -52,6 +52,14 @@ def test_what_does_not_fit_is_said_before_training(model, recipe, message):
         fits(model, make_clients([5]), recipe)
 
 
+def test_numbers_of_a_vocabulary_are_told_where_a_model_takes_amounts():
+    for x, fix in ((torch.ones(5, 6).long(), True), (torch.ones(5, 7), False)):
+        who = [Client("c", (x, torch.arange(5) % 4))]
+        with pytest.raises(ConfigError, match="cannot take a batch") as e:
+            fits(nn.Linear(6, 4), who, Recipe())
+        assert ("amounts must be float32" in str(e.value)) is fix
+
+
 def normed() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
 

@@ -21,7 +21,7 @@ from fedtorch.run import checkpoint
 from fedtorch.sites import keys
 from fedtorch.sites import offer as offers
 from fedtorch.sites.budget import Budget, OverBudget
-from fedtorch.sites.engine import Sites, remotes
+from fedtorch.sites.engine import ALIVE_SECONDS, Sites, remotes
 from fedtorch.sites.limits import accept
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.reports import Visit, expected, judge
@@ -478,6 +478,14 @@ def test_a_report_outlives_a_line_that_breaks_and_is_charged_once(folder, tmp_pa
     wanted = here(folder, offered, 2)
     for k, v in there.model.state_dict().items():
         assert (wanted[k] - v).abs().max() <= 1e-6
+
+
+def test_a_site_is_here_while_it_calls_and_not_before(folder):
+    with server(folder, offer(), keys=None) as there:
+        session = there.session
+        assert session._here() == []
+        session.seen = {"north": time.monotonic(), "south": time.monotonic() - ALIVE_SECONDS - 1}
+        assert session._here() == ["north"]
 
 
 def test_too_few_reports_leave_the_model_as_it_was(folder):

@@ -1,6 +1,7 @@
 """A site's own ledger: what it vouches for, what it will not exceed, and a folder that was changed."""
 
 import json
+import math
 
 import pytest
 
@@ -41,6 +42,15 @@ def test_a_scale_that_every_row_moves_is_refused_where_rows_are_hidden(tmp_path)
         free.admit(Recipe(privacy=PLAN), insecure=False, standardized=True)
     for privacy in (None, LocalDP(rounds=1), ClientLevel(rounds=1)):
         free.admit(Recipe(privacy=privacy), insecure=False, standardized=True)
+
+
+@pytest.mark.parametrize("most", [None, 10.0], ids=["no budget", "budget"])
+def test_noise_that_hides_nothing_is_refused_and_nothing_is_entered(tmp_path, most):
+    made = budget(tmp_path, most)
+    for noise in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(OverBudget, match="hides nothing"):
+            made.charge(PLAN, 0, noise)
+    assert made.ledgers == {} and made.spent() == 0
 
 
 def test_with_a_budget_no_figure_leaves_that_no_noise_covers(tmp_path):

@@ -1,5 +1,6 @@
 """How a server and a site end: the right exit code, one sentence, and nothing lost."""
 
+import json
 import os
 import signal
 import threading
@@ -17,7 +18,9 @@ from fedtorch.engines import wire
 from fedtorch.run import checkpoint
 from fedtorch.sites.engine import SitesSession
 from fedtorch.sites.offer import Plan
+from fedtorch.sites.options import ServeConfig
 from fedtorch.sites.rpc import Listener
+from fedtorch.sites.serve import make_plan
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -119,9 +122,17 @@ def test_a_model_that_never_moved_is_exit_1(serve, told):
     assert told == ["still"]
 
 
-def test_a_run_that_is_done_is_told_as_that(serve, monkeypatch, told):
+def test_sites_are_told_the_learning_rate_that_was_asked_for_or_the_plans_own():
+    for lr, told in ((0.03, 0.03), (None, 1.0)):
+        config = ServeConfig(sites=["a"], input_shape=[3], insecure=True, lr=lr)
+        assert make_plan(config, "r").lr == told
+
+
+def test_a_run_that_is_done_is_told_as_that(serve, tmp_path, monkeypatch, told):
     monkeypatch.setattr(Server, "moved", lambda self: True)
     assert serve("--privacy", "none")[0] == 0 and told == [None]
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert max(json.loads(line)["round"] for line in lines) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
