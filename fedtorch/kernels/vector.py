@@ -5,6 +5,7 @@ memory, which costs more than the sum. These are the few operations with which a
 processors whose registers are shorter take two or four steps for each. Only compiled loops can call them.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -38,122 +39,78 @@ class LanesModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(dmm, kind, ir.VectorType(number, WIDTH))
 
 
-@intrinsic
-def none(typing: Any, like: Any) -> Any:
+def operation(typed: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Makes a builder of machine code an operation that loops can call.
+
+    ``typed``: types of its arguments -> its signature. The builder gets numba's context, the code so far,
+    the first argument's type and the arguments, and returns the result; None: there is none.
+    """
+
+    def made(build: Callable[..., Any]) -> Any:
+        def define(typing: Any, *kinds: Any) -> Any:
+            def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
+                found = build(context, b, kinds[0], *args)
+                return context.get_dummy_value() if found is None else found
+
+            return typed(*kinds), code
+
+        given = ["typing", *[*inspect.signature(build).parameters][3:]]
+        names = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in given]
+        define.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+        define.__name__ = define.__qualname__ = build.__name__
+        return intrinsic(define)
+
+    return made
+
+
+@operation(lambda like: Lanes(like.dtype)(like))
+def none(context: Any, b: Any, kind: Any, like: Any) -> Any:
     """Zeros, of the type of the array."""
-
-    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return ir.Constant(context.get_value_type(signature.return_type), None)
-
-    return Lanes(like.dtype)(like), code
+    return ir.Constant(context.get_value_type(Lanes(kind.dtype)), None)
 
 
-@intrinsic
-def load(typing: Any, array: Any, at: Any) -> Any:
+@operation(lambda array, at: Lanes(array.dtype)(array, types.uintp))
+def load(context: Any, b: Any, kind: Any, array: Any, at: Any) -> Any:
     """Those of a flat array from ``at`` on."""
-
-    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return read(context, b, array, *args)
-
-    return Lanes(array.dtype)(array, types.uintp), code
+    return read(context, b, kind, array, at)
 
 
-@intrinsic
-def load_some(typing: Any, array: Any, at: Any, n: Any) -> Any:
+@operation(lambda array, at, n: Lanes(array.dtype)(array, types.uintp, types.uintp))
+def load_some(context: Any, b: Any, kind: Any, array: Any, at: Any, n: Any) -> Any:
     """The first ``n`` of them, and zeros: what comes after is not touched."""
-
-    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return read(context, b, array, *args)
-
-    return Lanes(array.dtype)(array, types.uintp, types.uintp), code
+    return read(context, b, kind, array, at, n)
 
 
-@intrinsic
-def store(typing: Any, array: Any, at: Any, v: Any) -> Any:
+@operation(lambda array, at, v: types.void(array, types.uintp, v))
+def store(context: Any, b: Any, kind: Any, array: Any, at: Any, v: Any) -> Any:
     """Write them from ``at`` on."""
-
-    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        write(context, b, array, *args)
-        return context.get_dummy_value()
-
-    return types.void(array, types.uintp, v), code
+    write(context, b, kind, array, at, v)
 
 
-@intrinsic
-def store_some(typing: Any, array: Any, at: Any, n: Any, v: Any) -> Any:
+@operation(lambda array, at, n, v: types.void(array, types.uintp, types.uintp, v))
+def store_some(context: Any, b: Any, kind: Any, array: Any, at: Any, n: Any, v: Any) -> Any:
     """Write the first ``n`` of them."""
-
-    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        where, at, n, value = args
-        write(context, b, array, where, at, value, n)
-        return context.get_dummy_value()
-
-    return types.void(array, types.uintp, types.uintp, v), code
+    write(context, b, kind, array, at, v, n)
 
 
-@intrinsic
-def scaled(typing: Any, total: Any, factor: Any, v: Any) -> Any:
+@operation(lambda total, factor, v: total(total, v.dtype, v))
+def scaled(context: Any, b: Any, kind: Any, total: Any, factor: Any, v: Any) -> Any:
     """What there is, plus factor v, for one factor."""
-
-    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return plus_product(b, args[0], repeated(b, args[1], args[2].type), args[2])
-
-    return total(total, v.dtype, v), code
+    return plus_product(b, total, repeated(b, factor, v.type), v)
 
 
-@intrinsic
-def multiplied(typing: Any, total: Any, u: Any, v: Any) -> Any:
+@operation(lambda total, u, v: total(total, u, v))
+def multiplied(context: Any, b: Any, kind: Any, total: Any, u: Any, v: Any) -> Any:
     """What there is, plus u v, number by number."""
-
-    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return plus_product(b, *args)
-
-    return total(total, u, v), code
+    return plus_product(b, total, u, v)
 
 
-@intrinsic
-def added(typing: Any, v: Any) -> Any:
+@operation(lambda v: v.dtype(v))
+def added(context: Any, b: Any, kind: Any, v: Any) -> Any:
     """Their sum, one number."""
-
-    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        vector = args[0].type
-        kind = ir.FunctionType(vector.element, [vector.element, vector])
-        reduce = _declared(b, kind, f"llvm.vector.reduce.fadd.{_name(vector)}")
-        return b.call(reduce, [ir.Constant(vector.element, -0.0), args[0]], fastmath=("reassoc",))
-
-    return v.dtype(v), code
-
-
-@intrinsic
-def plus(typing: Any, u: Any, v: Any) -> Any:
-    """Two of them added, number by number."""
-
-    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.fadd(*args)
-
-    return u(u, v), code
-
-
-@intrinsic
-def upper(typing: Any, v: Any) -> Any:
-    """The last eight of them, in the first eight places."""
-
-    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return shuffled(b, args[0], args[0], [(k + WIDTH // 2) % WIDTH for k in range(WIDTH)])
-
-    return v(v), code
-
-
-@intrinsic
-def nonzero(typing: Any, v: Any) -> Any:
-    """Whether any of them is not 0."""
-
-    def code(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        found = b.fcmp_unordered("!=", args[0], ir.Constant(args[0].type, None))
-        bits = ir.IntType(WIDTH)
-        return b.icmp_unsigned("!=", b.bitcast(found, bits), bits(0))
-
-    return types.boolean(v), code
+    form = ir.FunctionType(v.type.element, [v.type.element, v.type])
+    reduce = _declared(b, form, f"llvm.vector.reduce.fadd.{_name(v.type)}")
+    return b.call(reduce, [ir.Constant(v.type.element, -0.0), v], fastmath=("reassoc",))
 
 
 def read(context: Any, b: Any, kind: Any, array: Any, at: Any, n: Any = None) -> Any:
@@ -189,11 +146,6 @@ def _pointer(context: Any, b: Any, kind: Any, array: Any, at: Any) -> tuple[Any,
 def plus_product(b: Any, total: Any, u: Any, v: Any) -> Any:
     """What there is, plus u v, number by number and rounded once."""
     return b.fadd(total, b.fmul(u, v, flags=("contract",)), flags=("contract",))
-
-
-def shuffled(b: Any, u: Any, v: Any, lanes: list[int]) -> Any:
-    """Those of u, and after them those of v, in another order."""
-    return b.shuffle_vector(u, v, ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), lanes))
 
 
 def repeated(b: Any, number: Any, vector: Any) -> Any:
