@@ -7,6 +7,8 @@ from fedtorch.run.interrupts import reading
 with reading():
     from fedtorch.aggregation.mean import Mean
     from fedtorch.aggregation.robust import Median, Robust
+    from fedtorch.channel.base import Stage
+    from fedtorch.channel.topk import TopK
     from fedtorch.client import Client
     from fedtorch.engines import Local
     from fedtorch.recipe import Recipe
@@ -62,7 +64,9 @@ __all__ = [
     "ServerAdam",
     "ServerSGD",
     "ServerYogi",
+    "Stage",
     "Strategy",
+    "TopK",
     "Uniform",
     "evaluate",
     "local_update",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fedtorch.aggregation.mean import Aggregator, Mean
-from fedtorch.options import TrainingOptions
+from fedtorch.channel.base import Stage
+from fedtorch.options import TrainingOptions, fit
 from fedtorch.privacy import Nothing, Privacy
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.training.losses import Loss, cross_entropy
@@ -25,12 +26,16 @@ class Recipe(TrainingOptions):
     """SampleLevel, ClientLevel or LocalDP; Nothing() or None: nothing is noised."""
     aggregator: Aggregator = Mean()
     """How what clients send becomes one: Mean, Median or a rule of your own."""
+    channel: tuple[Stage, ...] = ()
+    """What is done to an update after the privacy plan and before it is sent: (TopK(share=0.1),)."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot train, by name."""
         object.__setattr__(self, "privacy", self.privacy or Nothing())
         super().__post_init__()
         self.optimizer.check()
+        for stage in self.channel:
+            fit("each stage of channel", stage, Stage)
 
     @property
     def learning_rate(self) -> float:
@@ -48,7 +53,8 @@ class Recipe(TrainingOptions):
     @property
     def needs_rows(self) -> bool:
         """Whether each client's own upload is needed, and not only the mean of what they learned."""
-        return not (self.strategy.only_delta and self.privacy.scales and self.aggregator.linear)
+        sums = self.strategy.only_delta and self.privacy.scales and self.aggregator.linear
+        return bool(self.channel) or not sums
 
     def weights(self, examples: Tensor) -> Tensor:
         """Aggregation weights of clients with so many examples, [K]."""

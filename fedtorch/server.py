@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedtorch.aggregation.mean import Gathering, moved
+from fedtorch.channel import base as channel
 from fedtorch.checks import combination
 from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
@@ -114,6 +115,9 @@ class Server:
                 "and those that clients start with, and a client's own model is server.model_of(id)"
             )
         groups = partial(uploads, self.recipe.strategy, params, self.extras)
+        self._like = groups() if self.recipe.channel else {}
+        self._coded = 0
+        """Bytes of the last round's updates as they were encoded."""
         self.books = opened(self.recipe.privacy, self.ids, groups)
         """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
         self.notes += self.books.check()
@@ -306,10 +310,14 @@ class Server:
         """Let them train; who has no usable update is added to ``failed``."""
         self.session.submit(ids, task)
         gathered, chunks = self.recipe.aggregator.start(), []
+        self._coded = 0
         for outcome in self.session.collect():
             if isinstance(outcome, Failure):
                 failed.append(outcome)
                 continue
+            for stage in self.recipe.channel:
+                self._coded += channel.size({g: outcome.sent[g] for g in self._like})
+                outcome = channel.decode(stage, outcome, self._like)
             gathered.add(outcome)
             chunks.append(Visits(outcome.ids, outcome.weight, outcome.metrics))
             for observer in self.observers:
@@ -373,9 +381,10 @@ class Server:
             **traffic(
                 task,
                 self._first,
-                means | {"buffers": buffers},
+                {"buffers": buffers} | ({} if self._like else means),
                 asked=reported + len(failed),
                 reported=reported,
+                coded=self._coded,
             ),
         }
 

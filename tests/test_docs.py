@@ -89,6 +89,7 @@ def test_the_readme_names_every_choice():
         "strategy",
         "strategy.server",
         "aggregator",
+        "channel",
         "participation",
     ):
         for name in CHOICES[choice]:

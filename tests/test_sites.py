@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedtorch import Client, FedAvg, FedProx, Local, Recipe, Scaffold, Server, seeds
+from fedtorch import Client, FedAvg, FedProx, Local, Median, Recipe, Scaffold, Server, TopK, seeds
 from fedtorch.data import Npz
 from fedtorch.data.base import facts_of
 from fedtorch.engines import messages, wire
@@ -116,9 +116,17 @@ def here(folder, offered, rounds, names=NAMES, engine=Local(chunk=1)):
     return state_of(model)
 
 
-@pytest.mark.parametrize("strategy", [FedAvg(), FedProx(mu=0.1), Scaffold()], ids=str)
-def test_sites_give_the_weights_of_one_process(folder, tmp_path, strategy):
-    offered = offer(strategy)
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"strategy": FedProx(mu=0.1)},
+        {"strategy": Scaffold()},
+        {"aggregator": Median(), "channel": TopK(share=0.5)},
+    ],
+    ids=["fedprox", "scaffold", "median of codes"],
+)
+def test_sites_give_the_weights_of_one_process(folder, tmp_path, parts):
+    offered = offer(**parts)
     with server(folder, offered) as there, sites(folder, there.session.port, tmp_path) as made:
         for figures in there.rounds(3):
             assert figures["cohort"] == NAMES

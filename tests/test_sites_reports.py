@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fedtorch import FedAvg, Recipe, Scaffold
+from fedtorch import FedAvg, Recipe, Scaffold, TopK
 from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
@@ -125,6 +125,36 @@ def test_an_honest_report_is_read_whatever_the_recipe(strategy, privacy):
     if "sent/below" in groups:
         groups["sent/below"]["bit"].fill_(-0.5)
     assert read(reader, facts, groups).ids == ("north",)
+
+
+def coded(**changes):
+    """A report whose update, of weights that are all .1, went through a channel; 3 numbers of 8."""
+    recipe = Recipe(channel=(TopK(share=0.375),))
+    _, facts, groups = honest(Recipe(), 20.0)
+    code = recipe.channel[0].encode(groups["sent/delta"]) | changes
+    return Reader.of(recipe, net(), 1000), facts, groups | {"sent/delta": code}
+
+
+def test_a_code_is_read_as_it_was_sent():
+    assert read(*coded()).sent["delta"]["value"].shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"place": torch.tensor([[0, 1, 8]]).int()}, "cannot be decoded: 'a place is beyond"),
+        ({"place": torch.tensor([[-1, 1, 2]]).int()}, "cannot be decoded"),
+        ({"place": torch.tensor([[0, 1]]).int()}, "'place'"),
+        ({"place": torch.tensor([[0, 1, 2]])}, "'place'"),
+        ({"value": torch.tensor([[1.0, 2.0, math.nan]])}, "'value' is not finite"),
+        ({"value": torch.full((1, 3), 3e38)}, "norm"),
+        ({"w": torch.ones(1, 3)}, "'w'"),
+    ],
+    ids=["beyond", "negative", "short", "wide", "nan", "huge", "more"],
+)
+def test_a_code_that_no_stage_makes_is_refused(changes, why):
+    with pytest.raises(MessageError, match=why):
+        read(*coded(**changes))
 
 
 def test_under_privacy_every_weight_is_one_and_a_site_may_keep_its_figures_to_itself():

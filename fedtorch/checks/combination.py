@@ -1,4 +1,4 @@
-"""What goes together: strategy, aggregator, privacy and participation; a sentence for all that does not."""
+"""What goes together: strategy, aggregator, channel, plan and cohort; a sentence for all that does not."""
 
 from collections.abc import Callable
 
@@ -34,6 +34,20 @@ REFUSED: tuple[Row, ...] = (
         "or sample or local privacy, where noise comes first",
     ),
     (
+        lambda r, _: r.privacy.central and any(stage.feedback for stage in r.channel),
+        "channel.feedback voids the claim of client-level privacy: what earlier codes left out is added to "
+        "an update after it was clipped; use channel.feedback false",
+    ),
+    (
+        lambda r, _: r.privacy.central and not all(stage.contracts for stage in r.channel),
+        "channel {channel} voids the claim of client-level privacy: decoded, an update may be longer than "
+        "it was clipped to; use topk without feedback, or no channel",
+    ),
+    (
+        lambda r, _: len(r.channel) > 1,
+        "a channel has one stage: a second one would have to encode the code of the first",
+    ),
+    (
         lambda r, _: not r.aggregator.linear and r.strategy.weighting == "examples",
         "aggregator {aggregator} counts every client once, so strategy.weighting examples would do "
         "nothing: use uniform (or auto)",
@@ -45,13 +59,15 @@ REFUSED: tuple[Row, ...] = (
 def refusal(recipe: Recipe, participation: Participation) -> str | None:
     """The sentence that these are refused with, or None."""
     words = {
+        "channel": " ".join(type(stage).__name__.lower() for stage in recipe.channel),
         "aggregator": type(recipe.aggregator).__name__.lower(),
         "participation": type(participation).__name__.lower(),
     }
     for applies, why in REFUSED:
         if applies(recipe, participation):
             return why.format(**words)
-    return recipe.strategy.admits(recipe.aggregator.linear)
+    exact = recipe.aggregator.linear and all(stage.linear for stage in recipe.channel)
+    return recipe.strategy.admits(exact)
 
 
 def check(recipe: Recipe, participation: Participation = Everyone()) -> None:

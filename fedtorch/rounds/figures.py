@@ -98,16 +98,22 @@ def _precise(v: Tensor) -> Tensor:
 
 
 def traffic(
-    task: Task, model: Params, sent: Mapping[str, Params], asked: int, reported: int
+    task: Task,
+    model: Params,
+    sent: Mapping[str, Params],
+    asked: int,
+    reported: int,
+    coded: int = 0,
 ) -> Metrics:
-    """Bytes a deployment would move: tensors in the model's own types, no framing, no compression.
+    """Bytes a deployment would move: tensors in the model's own types, no framing.
 
     Each client asked is sent the task's weights and buffers and the strategy's groups; what never changes
-    it has with the ``model``. Each that reports sends back what ``sent`` has, by group.
+    it has with the ``model``. Each that reports sends back what ``sent`` has, by group. ``coded``: bytes of
+    all updates that a channel has encoded, every tensor in its own type.
     """
     down = [*task.state.values(), *(v for g in task.extras.values() for v in g.values())]
     up = [model[k] for g in sent.values() for k in g if k in model]
-    return {"bytes_down": asked * _bytes(down), "bytes_up": reported * _bytes(up)}
+    return {"bytes_down": asked * _bytes(down), "bytes_up": reported * _bytes(up) + coded}
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -43,6 +43,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "mean": "fedtorch.aggregation.mean.Mean",
         "median": "fedtorch.aggregation.robust.Median",
     },
+    "channel": {"topk": "fedtorch.channel.topk.TopK"},
     "participation": {
         "everyone": "fedtorch.rounds.participation.Everyone",
         "uniform": "fedtorch.rounds.participation.Uniform",
@@ -83,6 +84,7 @@ WANTED = {
         "it must be a subclass of fedtorch.training.optimizer.ServerOptimizer",
     ),
     "aggregator": ("start", "it must be a dataclass with a method start(), as of fedtorch.Robust"),
+    "channel": ("fedtorch.channel.base.Stage", "it must be a subclass of fedtorch.Stage"),
     "participation": (
         "fedtorch.rounds.participation.Participation",
         "it must be a subclass of fedtorch.rounds.participation.Participation",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedtorch.aggregation.mean import Aggregator, Mean
+from fedtorch.channel.base import Stage
 from fedtorch.options import COUNT, TrainingOptions, check
 from fedtorch.privacy import DEFAULT, Nothing, Privacy
 from fedtorch.recipe import Recipe
@@ -27,6 +28,8 @@ class RunOptions(TrainingOptions):
     """fedavg, fedprox, scaffold or your own; --strategy.server sgd, adam, yogi, adagrad."""
     aggregator: Aggregator = Mean()
     """How clients' updates become one: mean, median or your own."""
+    channel: Stage | None = None
+    """How an update is made smaller before it is sent: topk or your own; none: it is sent whole."""
     participation: Participation = Everyone()
     """Who takes part in a round: everyone, uniform, poisson."""
     privacy: Privacy | None = DEFAULT
@@ -62,5 +65,6 @@ class RunOptions(TrainingOptions):
             optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
             privacy=self.plan,
             aggregator=self.aggregator,
+            channel=() if self.channel is None else (self.channel,),
             **self.training(),
         )

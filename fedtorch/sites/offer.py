@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fedtorch.aggregation.mean import Aggregator, Mean
+from fedtorch.channel.base import Stage
 from fedtorch.data.base import facts_of
 from fedtorch.options import TrainingOptions
 from fedtorch.privacy import Nothing, Privacy
@@ -27,6 +28,7 @@ OFFERED = (
     "strategy",
     "strategy.server",
     "aggregator",
+    "channel",
     "privacy",
     "privacy.adaptive",
     "privacy.bands",
@@ -53,6 +55,7 @@ class Plan(TrainingOptions):
     loss: str = "cross_entropy"
     strategy: Strategy = FedAvg()
     aggregator: Aggregator = Mean()
+    channel: Stage | None = None
     privacy: Privacy | None = None
     optimizer: str = "sgd"
     optimizer_args: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +70,7 @@ class Plan(TrainingOptions):
             optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
             privacy=self.privacy or Nothing(),
             aggregator=self.aggregator,
+            channel=() if self.channel is None else (self.channel,),
             **self.training(),
         )
         model = zoo.build(self.model, self.facts, self.model_args)

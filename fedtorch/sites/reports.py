@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from fedtorch.channel import base as channel
 from fedtorch.engines import messages, wire
 from fedtorch.engines.messages import Expected
 from fedtorch.engines.wire import Message, MessageError
@@ -15,10 +16,10 @@ from fedtorch.privacy import Privacy
 from fedtorch.privacy.base import FIGURES, joint_norms
 from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.recipe import Recipe
-from fedtorch.strategies import Strategy
+from fedtorch.strategies.base import uploads
 from fedtorch.training.personal import personal, shared
-from fedtorch.tree import expand, row
-from fedtorch.types import ConfigError, Context, Failure, Params, Released, Task
+from fedtorch.tree import double, expand, row
+from fedtorch.types import ConfigError, Failure, Params, Released, Task
 
 REASONS = {
     "nonfinite": "its update is not finite",
@@ -39,6 +40,8 @@ class Reader:
     recipe: Recipe
     figures: tuple[frozenset[str], ...]
     """Which figures a report has: all that the recipe tells or, from a site that is strict, fewer."""
+    like: dict[str, Params]
+    """What the strategy makes a site send, before a channel encodes it."""
     most_examples: int
     """Largest number of examples a site may say it has: where clients are weighed by size, its weight."""
 
@@ -52,7 +55,8 @@ class Reader:
             strict = replace(recipe.privacy, strict=True)
             kinds.append(figures(replace(recipe, privacy=strict)))
         known = expected(recipe, params, model)
-        return cls(known, recipe, tuple(dict.fromkeys(kinds)), most_examples)
+        like = uploads(recipe.strategy, params, recipe.strategy.init(params))
+        return cls(known, recipe, tuple(dict.fromkeys(kinds)), like, most_examples)
 
     def header_limit(self) -> int:
         """Bytes of the largest header that an honest report can have."""
@@ -77,11 +81,20 @@ class Reader:
             return Failure(site, failures[0].kind, REASONS[failures[0].kind])
         messages.check(update, self.expected)
         self._sane(update)
-        norm = float(joint_norms({g: s for g, s in update.sent.items() if g != CLIP_BIT}))
+        whole = self._decoded(update)
+        norm = float(joint_norms({g: s for g, s in whole.sent.items() if g != CLIP_BIT}))
         if not norm <= LONGEST:
             raise MessageError(f"its update has norm {norm:.3g}; at most {LONGEST:g} is taken")
         if self.recipe.privacy.central:
             _clipped(update, norm, task.privacy["clip"])
+        return update
+
+    def _decoded(self, update: Released) -> Released:
+        try:
+            for stage in self.recipe.channel:
+                update = channel.decode(stage, update, self.like)
+        except (ValueError, RuntimeError, IndexError) as e:
+            raise MessageError(f"its code cannot be decoded: {wire.short(str(e))}") from e
         return update
 
     def _sane(self, update: Released) -> None:
@@ -122,25 +135,20 @@ def figures(recipe: Recipe) -> frozenset[str]:
 
 def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
     """Names, shapes and dtypes of an honest update: an upload of a visit that changed nothing."""
-    strategy: Strategy = recipe.strategy
-    ctx = Context(
-        expand(params),
-        {g: expand(e) for g, e in strategy.init(params).items()},
-        {g: expand(m) for g, m in strategy.remember(params).items()},
-        torch.ones(1),
-        1.0,
-    )
-    sent = strategy.upload(expand(params), ctx)[0]
+    like = uploads(recipe.strategy, params, recipe.strategy.init(params))
+    sent = {g: double(expand(p)) for g, p in like.items()}
     if recipe.privacy.claims:  # adaptive clipping sends one number more
         task = Task({}, {}, 0, 0, 1.0, {"clip": 1.0, "noise": 1.0})
         sent = recipe.privacy.client(sent, torch.ones(1), task, ["nobody"])
-    own = personal(model, strategy.personal)
+    for stage in recipe.channel:
+        sent = sent | {g: stage.encode(sent[g]) for g in like}
+    own = personal(model, recipe.strategy.personal)
     floats = {k: b for k, b in model.named_buffers() if b.is_floating_point() and k not in own}
     floats = (
         floats if recipe.privacy.statistics else {}
     )  # private clients send no statistics of their data
     return Expected(
-        {g: {k: (v.shape, torch.float64) for k, v in row(s, 0).items()} for g, s in sent.items()},
+        {g: messages.schema(row(s, 0)) for g, s in sent.items()},
         messages.schema(floats),
     )
 

@@ -154,6 +154,7 @@ def make_plan(config: ServeConfig, run: str) -> Plan:
         loss=DEFAULTS[config.kind][0] if config.loss == "auto" else config.loss,
         strategy=config.strategy,
         aggregator=config.aggregator,
+        channel=config.channel,
         optimizer=config.optimizer,
         optimizer_args=config.optimizer_args,
         privacy=config.privacy and config.plan,

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fedtorch import disk
+from fedtorch.channel.base import UNSENT
 from fedtorch.checks import probe
 from fedtorch.client import Client
 from fedtorch.data import prepared
@@ -26,6 +27,7 @@ from fedtorch.sites.limits import accept
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.sites.state import Answered, VisitMemory
+from fedtorch.strategies.base import uploads
 from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS
 from fedtorch.training.module import load
 from fedtorch.training.personal import GROUP, given, personal
@@ -157,6 +159,9 @@ class Site:
             self.schema[f"extras/{group}"] = messages.schema(tree)
         memory = plan.strategy.remember(params)
         memory |= {GROUP: {k: self.given[k] for k in own}} if own else {}
+        if plan.channel is not None and plan.channel.feedback:
+            sends = uploads(plan.strategy, params, plan.strategy.init(params))
+            memory |= {UNSENT + group: tree for group, tree in sends.items()}
         self.remembered = {g: messages.schema(tree) for g, tree in memory.items()}
         self.plan, self.visits = plan, self.answered.visits(plan.run)
         most = min(self.answered.most(plan) or self.config.max_rounds, self.config.max_rounds)

@@ -48,7 +48,7 @@ class Strategy:
     def admits(self, linear: bool) -> str | None:
         """One sentence why it cannot do with such a run; None: it can.
 
-        ``linear``: the server gets the weighted mean of what clients send, not a median or a part of it.
+        ``linear``: the server gets the very mean of what clients sent, not a median or a part of it.
         """
         return None
 

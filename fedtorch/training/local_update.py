@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
+from fedtorch.channel.base import UNSENT, encode
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training import stacked
@@ -47,7 +48,14 @@ def local_update(
     # what the strategy makes of them, and what of that may leave the clients
     raw, memory = raw_of(clients, order, task, recipe, ctx, trained)
     released, good = privacy.release(raw, task)
+    # made smaller where the recipe has a channel
+    members, unsent = [c for c in clients if c.id in released.ids], dict[str, Stack]()
+    if members and raw.groups and recipe.channel:
+        (stage,) = recipe.channel
+        earlier = unsent_by(members, {g: released.sent[g] for g in raw.groups})
+        released, unsent = encode(stage, released, earlier, raw.groups)
     remember(clients, memory, ctx, good)
+    keep_unsent(members, unsent, ctx)
     lost = (
         []
         if privacy.always_reports
@@ -87,7 +95,10 @@ def context(
     patterns = recipe.strategy.personal
     anchor = {k: task.state[k] for k in shared(model, patterns)}
     device = next(iter(anchor.values())).device
-    kept = [{g: m for g, m in c.memory.items() if g != GROUP} for c in clients]
+    kept = [
+        {g: m for g, m in c.memory.items() if g != GROUP and not g.startswith(UNSENT)}
+        for c in clients
+    ]
     memory = [m or recipe.strategy.remember(anchor) for m in kept]
     # who is here for the first time starts from the model's
     start = {k: v for k, v in task.state.items() if k in personal(model, patterns)}
@@ -153,6 +164,32 @@ def remember(
             client.memory = {
                 g: {n: v.to(like[n].dtype) for n, v in row(m, k).items()} for g, m in memory.items()
             }
+
+
+def unsent_by(clients: Sequence[Client], sent: dict[str, Stack]) -> dict[str, Stack]:
+    """What each client's earlier codes left out, like ``sent``; zeros before the first."""
+    return {
+        g: {
+            n: torch.stack(
+                [
+                    c.memory[UNSENT + g][n].to(v)
+                    if UNSENT + g in c.memory
+                    else torch.zeros_like(v[0])
+                    for c in clients
+                ]
+            )
+            for n, v in stack.items()
+        }
+        for g, stack in sent.items()
+    }
+
+
+def keep_unsent(clients: Sequence[Client], unsent: dict[str, Stack], ctx: Context) -> None:
+    """Each keeps what its code has left out, in the weights' own type."""
+    dtype = next(iter(ctx.anchor.values())).dtype
+    for k, client in enumerate(clients):
+        kept = {g: {n: v[k].to(dtype) for n, v in stack.items()} for g, stack in unsent.items()}
+        client.memory = client.memory | {UNSENT + g: left for g, left in kept.items()}
 
 
 def visited(order: Sequence[Tensor]) -> Tensor:

@@ -139,7 +139,9 @@ def _loose_modules(model: nn.Module, recipe: Recipe) -> list[tuple[str, str]]:
     # a model file of the zoo is a module that no import statement would find: send where it is
     owners = {type(m).__module__ for m in model.modules()}
     owners |= {getattr(recipe.loss, "__module__", "")}
-    owners |= {type(part).__module__ for part in (recipe.strategy, recipe.aggregator)}
+    owners |= {
+        type(part).__module__ for part in (recipe.strategy, recipe.aggregator, *recipe.channel)
+    }
     found = {n: getattr(sys.modules.get(n), "__file__", None) for n in sorted(owners) if loose(n)}
     return [(name, path) for name, path in found.items() if path]
 
