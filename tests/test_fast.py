@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
-from fedtorch.fast import chunk_data, dual, layers, offer, reader, spec
+from fedtorch.fast import chunk_data, dual, layers, offer, reader
 from fedtorch.fast import solver as solve
 from fedtorch.privacy import ClientLevel, SampleLevel
 from fedtorch.training.losses import binary_cross_entropy, mean_squared_error
@@ -408,7 +408,7 @@ def test_the_bound_on_a_norm_holds_where_everything_cancels():
     taken = (torch.arange(40)[None],) * 2
     grams = chunk_data.Kept().gram(TensorDataset(x, own.y), False, x.device)[None]
     first = dual.First(
-        spec.Linear("w", None, (20, 300)), torch.zeros(20, 300), None, layers.Rule(0.1),
+        reader.Linear("w", None, (20, 300)), torch.zeros(20, 300), None, layers.Rule(0.1),
         own, grams, taken, False,
     )  # fmt: skip
     first.D.copy_(D)
@@ -497,7 +497,7 @@ def test_the_clip_holds_with_decay_and_in_bf16(half, decay):
 
 def test_a_sum_that_privacy_noises_is_float32_in_every_layer():
     shape, rule, weight = (200, 300), layers.Rule(0.1), torch.ones(2)
-    named, w0 = spec.Linear("w", None, shape), torch.zeros(shape)
+    named, w0 = reader.Linear("w", None, shape), torch.zeros(shape)
     x, D = torch.randn(160, 300), torch.randn(2, 80, 200)  # enough for bfloat16 to be worth it
     own = chunk_data.Rows(x, torch.zeros(160), (80, 80))
     places = torch.arange(160).view(2, 80), torch.arange(80).expand(2, 80)

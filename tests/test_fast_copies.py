@@ -5,8 +5,8 @@ import torch
 from fedtorch.fast import copies
 from fedtorch.fast.chunk_data import Rows
 from fedtorch.fast.layers import Leaf, Rule
+from fedtorch.fast.reader import Linear
 from fedtorch.fast.schedule import Schedule
-from fedtorch.fast.spec import Linear
 from loop_case import close, drawn
 
 COUNTS = np.array([5, 0, 4, 1])

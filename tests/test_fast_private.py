@@ -3,7 +3,7 @@ import torch
 from fedtorch.fast.layers import Rule
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.private import Flat
-from fedtorch.fast.spec import Linear
+from fedtorch.fast.reader import Linear
 
 
 def flat(memory: Memory) -> Flat:

@@ -12,7 +12,7 @@ from fedtorch.fast.chunk_data import Kept
 from fedtorch.fast.layers import Rule
 from fedtorch.fast.ops import ops_for
 from fedtorch.fast.projected import Known, Projected
-from fedtorch.fast.spec import Linear
+from fedtorch.fast.reader import Linear
 from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import stream

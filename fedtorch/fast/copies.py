@@ -9,8 +9,8 @@ from torch import Tensor
 from fedtorch.fast.chunk_data import Rows, taken
 from fedtorch.fast.layers import Leaf, squares
 from fedtorch.fast.ops import masked
+from fedtorch.fast.reader import Linear
 from fedtorch.fast.schedule import Schedule
-from fedtorch.fast.spec import Linear
 from fedtorch.tree import exact_sq_norms
 from fedtorch.types import Params, Stack
 

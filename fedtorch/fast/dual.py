@@ -16,7 +16,7 @@ from torch import Tensor
 from fedtorch.fast.chunk_data import Rows
 from fedtorch.fast.layers import Rule, squares
 from fedtorch.fast.ops import Ops, Shared, large
-from fedtorch.fast.spec import Linear
+from fedtorch.fast.reader import Linear
 from fedtorch.fast.tuning import RATE_ALL, RATE_COPIES, RATE_MET, RATE_WRITTEN
 from fedtorch.types import Params, Stack
 

@@ -17,8 +17,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from fedtorch.fast.activations import Activation
 from fedtorch.fast.chunk_data import taken
+from fedtorch.fast.layer_table import Activation
 from fedtorch.tree import dots
 from fedtorch.types import Params, Stack
 

@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fedtorch.fast.activations import Activation
 from fedtorch.fast.chunk_data import Rows
 from fedtorch.fast.copies import Own, sums
 from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.example_gradients import Examples
+from fedtorch.fast.layer_table import Activation
 from fedtorch.fast.layers import Act, Given, Layer, Leaf, Rule, Weights, passed_down, squares
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.projected import Projected
-from fedtorch.fast.spec import Linear, Part
+from fedtorch.fast.reader import Linear, Part
 from fedtorch.privacy.gradients import PrivateSteps, rounded
 from fedtorch.tree import exact_sq_norms, scaled_rows, split
 from fedtorch.types import Params, Stack

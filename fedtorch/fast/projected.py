@@ -20,7 +20,7 @@ from torch import Tensor
 from fedtorch.fast.chunk_data import Rows
 from fedtorch.fast.dual import Dual
 from fedtorch.fast.layers import Rule, squares
-from fedtorch.fast.spec import Linear
+from fedtorch.fast.reader import Linear
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.tree import exact_sq_norms
 from fedtorch.types import Params, Stack

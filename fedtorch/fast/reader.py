@@ -12,11 +12,29 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fedtorch.fast.activations import activation
 from fedtorch.fast.dropout import dropout
 from fedtorch.fast.front import Front, cut, traced, upto
-from fedtorch.fast.spec import Linear, Part
+from fedtorch.fast.layer_table import Activation, activation
 from fedtorch.training.dropout import Dropout
+from fedtorch.types import Params
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer by the names of its parameters."""
+
+    weight: str
+    bias: str | None
+    shape: tuple[int, int]
+    """(outputs, inputs)."""
+
+    def named(self, weight: Tensor, bias: Tensor | None) -> Params:
+        """Parameters (or a stack of them) under the model's own names."""
+        return {self.weight: weight} | ({} if bias is None or not self.bias else {self.bias: bias})
+
+
+Part = Linear | Activation | Dropout
+"""Of the dense part."""
 
 
 @dataclass(frozen=True)

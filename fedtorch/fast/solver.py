@@ -10,21 +10,20 @@ from torch import Tensor, fx, nn
 from torch.utils.data import Dataset
 
 from fedtorch.fast import front
-from fedtorch.fast.activations import Activation
 from fedtorch.fast.chunk_data import Kept, Rows, taken
 from fedtorch.fast.copies import Own
 from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.dual import First, Hidden, pays
 from fedtorch.fast.example_gradients import Examples
+from fedtorch.fast.layer_table import Activation
 from fedtorch.fast.layers import Act, Given, Layer, Leaf, Rule, Weights, passed_down
 from fedtorch.fast.loss import AnyLoss, CrossEntropy, squeezed
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.ops import ops_for
 from fedtorch.fast.private import Flat, noised
 from fedtorch.fast.projected import Known, Projected
-from fedtorch.fast.reader import Chain
+from fedtorch.fast.reader import Chain, Linear
 from fedtorch.fast.schedule import Schedule, schedule
-from fedtorch.fast.spec import Linear
 from fedtorch.fast.tuning import CHUNK_BYTES, MOST_CLIENTS
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.recipe import Recipe
