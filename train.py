@@ -24,6 +24,7 @@ from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.engines import Engine, Local
 from fedtorch.options import COUNT, SHARE, check
 from fedtorch.privacy.run import BudgetSpent
+from fedtorch.rounds.synchronous import Rounds, Synchronous
 from fedtorch.run import cli, loop, objects, setup, sweep, zoo
 from fedtorch.run import folder as folders
 from fedtorch.run.console import StopSignal, partition_table
@@ -56,6 +57,8 @@ class Config(RunOptions):
     """Share of each client's examples held out of training to validate the global model on."""
     metrics: list[str] = field(default_factory=lambda: ["auto"])
     """accuracy, binary_accuracy, mae, or package.module:function."""
+    pace: Rounds = Synchronous()
+    """What a round waits for: synchronous (its whole cohort) or buffered (FedBuff on a simulated clock)."""
     engine: Engine = Local()
     """Where clients train: local, processes or ray (--engine.workers N); --engine.device cuda."""
     threads: int = 1
@@ -138,6 +141,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         clients,
         config.recipe(loss),
         participation=config.participation,
+        pace=config.pace,
         schedule=config.schedule,
         engine=config.engine,
         seed=config.seed,

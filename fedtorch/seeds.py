@@ -2,7 +2,8 @@
 
 Nothing depends on how many draws happened before, so a resumed run, another chunk size or another
 engine draws the same numbers. Purposes that come from a run's seed: ``cohort`` (who is chosen), ``order``
-(a client's shuffles), ``visit`` (dropout, augmentation), ``dropout`` (who drops out), ``strategy``.
+(a client's shuffles), ``visit`` (dropout, augmentation), ``dropout`` (who drops out), ``strategy``, and
+of a simulated clock ``next`` (who is asked), ``speed`` and ``seconds``.
 Noise and everything else that must stay secret never does: see ``fedtorch.privacy.noise``.
 """
 

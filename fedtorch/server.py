@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from fedtorch.rounds.observers import Observer
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.progress import Bar
 from fedtorch.rounds.schedules import Constant, Schedule
+from fedtorch.rounds.synchronous import Asked, Due, Rounds, Step, Synchronous
 from fedtorch.strategies.base import Strategy, uploads
 from fedtorch.training.module import load, snapshot, statistics, to
 from fedtorch.training.outline import copied
@@ -54,6 +56,7 @@ class Server:
         recipe: Recipe | None = None,
         *,
         participation: Participation = Everyone(),
+        pace: Rounds = Synchronous(),
         schedule: Schedule = Constant(),
         engine: Engine | None = None,
         seed: int = 0,
@@ -63,6 +66,7 @@ class Server:
         fit("the model", model, nn.Module)
         self.recipe: Recipe = fit("recipe", recipe or Recipe(), Recipe)
         self.participation: Participation = fit("participation", participation, Participation)
+        self.pace: Rounds = fit("pace", pace, Rounds)
         self.schedule: Schedule = fit("schedule", schedule, Schedule)
         self.seed: int = fit("seed", seed, int)
         runs_on: Engine = fit("engine", engine or Local(), Engine)
@@ -81,7 +85,10 @@ class Server:
             model = models.fixed(model)
         self.model = model
         self.round_number = 0
-        self._drawn: tuple[list[int], list[int]] | None = None
+        self._drawn: Step | None = None
+        self._flights: Any = None
+        self._tasks: dict[int, Task] = {}
+        """What those under way were sent, by round."""
         self.session = runs_on.open(model, clients, self.recipe)
         own = personal(model, self.recipe.strategy.personal)
         self.trainable = shared(model, self.recipe.strategy.personal)
@@ -118,6 +125,8 @@ class Server:
         self._like = groups() if self.recipe.channel else {}
         self._coded = 0
         """Bytes of the last round's updates as they were encoded."""
+        self._asked = self._seen(clients, {*groups()} - {"delta"})
+        self.notes += pace.check(self._asked)
         self.books = opened(self.recipe.privacy, self.ids, groups)
         """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
         self.notes += self.books.check()
@@ -140,19 +149,22 @@ class Server:
         """
         start = time.perf_counter()
         self._same_model()
-        reporting, lost = self._cohort()
+        step = self._step()
         self._drawn = None  # coins serve one round: one that fails and is tried again draws anew
-        self._charge([*reporting, *lost])
-        task = self._task()
+        self._charge(step.asked)
+        task = self._tasks[self.round_number] = self._task()
         sampled = time.perf_counter()
-        failed = [Failure(self.ids[i], "dropped", "it dropped out") for i in lost]
-        gathered, self.visits = self._train([self.ids[i] for i in reporting], task, failed)
+        failed = [Failure(self.ids[i], "dropped", "it dropped out") for i in step.lost]
+        gathered, self.visits = self._train(step.due, failed)
         trained = time.perf_counter()
         means, buffers = self._move(self._first | task.state, gathered)
         self.round_number += 1
+        self._flights = step.flights
+        self._tasks = {v: t for v, t in self._tasks.items() if v in step.versions}
         figures = {
             "round": self.round_number,
-            **self._figures(task, failed, means, buffers),
+            **self._figures(task, failed, means, buffers, sum(map(len, step.asked))),
+            **step.figures,
             "seconds_sample": sampled - start,
             "seconds_train": trained - sampled,
             "seconds_aggregate": time.perf_counter() - trained,
@@ -184,8 +196,7 @@ class Server:
 
     def within_budget(self) -> bool:
         """Whether the privacy plan's epsilon has room for another round."""
-        reporting, lost = self._cohort()
-        return self.books.affordable([*reporting, *lost], self.round_number)
+        return all(self.books.affordable(who, self.round_number) for who in self._step().asked)
 
     def rounds(self, n: int) -> Iterator[Metrics]:
         """Train ``n`` more rounds, one at a time, or until the privacy budget is spent."""
@@ -193,7 +204,12 @@ class Server:
         for _ in range(n):
             if self.recipe.privacy.budget == "stop" and not self.within_budget():
                 return
-            figures = self.round()
+            try:
+                figures = self.round()
+            except BudgetSpent:  # whoever is asked twice in a round may have room for once
+                if self.recipe.privacy.budget == "error":
+                    raise
+                return
             if self.nobody:
                 warnings.warn(f"{NOBODY}: {_why(figures)}", stacklevel=2)
             yield figures
@@ -223,6 +239,7 @@ class Server:
             "optimizer": self.optimizer_state,
             "memory": self.session.memory(),
             "privacy": self.books.state_dict(),
+            **({"pace": self._under_way()} if self._flights is not None else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any], ledger: Ledger | None = None) -> None:
@@ -239,6 +256,12 @@ class Server:
         self.round_number, self.seed, self._drawn = state["round"], state["seed"], None
         self.extras, self.optimizer_state = state["extras"], state["optimizer"]
         self.session.restore(state["memory"])
+        pace = state.get("pace", {"flights": None, "tasks": {}})
+        self._flights = pace["flights"]
+        self._tasks = {
+            v: Task(sent, extras, v, self.seed, lr, numbers)
+            for v, (sent, extras, lr, numbers) in pace["tasks"].items()
+        }
 
     def close(self) -> None:
         """Let the engine's workers go."""
@@ -251,14 +274,31 @@ class Server:
             f"{self.recipe.strategy}, round {self.round_number})"
         )
 
+    def _under_way(self) -> dict[str, Any]:
+        tasks = {v: (t.state, t.extras, t.lr, t.privacy) for v, t in self._tasks.items()}
+        return {"flights": self._flights, "tasks": tasks}
+
+    def _seen(self, clients: Sequence[Client], groups: set[str]) -> Asked:
+        """What the pace is told of this run."""
+        params = {k: self._first[k] for k in self.trainable}
+        groups = groups | {*self.extras} | {*self.recipe.strategy.remember(params)}
+        # of a client that is elsewhere the server knows the name alone
+        sizes = [len(c) for c in clients] if all(hasattr(c, "__len__") for c in clients) else None
+        size = 2 * sum(v.numel() * v.element_size() for v in params.values())
+        return Asked(self.recipe, self.participation, sizes, groups, size)
+
+    def _step(self) -> Step:
+        """Whom this round asks and whose work it takes, found once."""
+        if self._drawn is None:
+            at = self.round_number, self.seed
+            self._drawn = self.pace.step(self._flights, *at, self._cohort, self._asked)
+        return self._drawn
+
     def _cohort(self) -> tuple[list[int], list[int]]:
         # client-level privacy draws by coins nobody can foresee, once a round; others come from the seed
-        if self._drawn is None:
-            n = len(self.ids)
-            chosen = self.recipe.privacy.cohort(n, self.round_number)
-            draw = self.participation.cohort
-            self._drawn = draw(n, self.seed, self.round_number, chosen, self.ids)
-        return self._drawn
+        n = len(self.ids)
+        chosen = self.recipe.privacy.cohort(n, self.round_number)
+        return self.participation.cohort(n, self.seed, self.round_number, chosen, self.ids)
 
     def _same_model(self) -> None:
         """Refuse a model whose parameters are no longer those that the engine was given a copy of."""
@@ -276,14 +316,15 @@ class Server:
             "the model as it was then: make a new Server with the changed model"
         )
 
-    def _charge(self, asked: list[int]) -> None:
+    def _charge(self, asked: list[list[int]]) -> None:
         # before anything is sent: what is asked for is paid for, whatever comes back
-        if not self.books.affordable(asked, self.round_number):
-            raise BudgetSpent(
-                f"round {self.round_number + 1} would spend more than the privacy plan's epsilon: "
-                "the model so far is the last the budget pays for"
-            )
-        self.books.charge(asked, self.round_number)
+        for who in asked:
+            if not self.books.affordable(who, self.round_number):
+                raise BudgetSpent(
+                    f"round {self.round_number + 1} would spend more than the privacy plan's epsilon: "
+                    "the model so far is the last the budget pays for"
+                )
+            self.books.charge(who, self.round_number)
 
     def _task(self) -> Task:
         lr = self.recipe.learning_rate * self.schedule(self.round_number)
@@ -306,22 +347,25 @@ class Server:
         first = self._first
         return {k: v for k, v in self._state().items() if k in self._sent or not alike(v, first[k])}
 
-    def _train(self, ids: list[str], task: Task, failed: list[Failure]) -> tuple[Gathering, Visits]:
+    def _train(self, due: list[Due], failed: list[Failure]) -> tuple[Gathering, Visits]:
         """Let them train; who has no usable update is added to ``failed``."""
-        self.session.submit(ids, task)
         gathered, chunks = self.recipe.aggregator.start(), []
         self._coded = 0
-        for outcome in self.session.collect():
-            if isinstance(outcome, Failure):
-                failed.append(outcome)
-                continue
-            for stage in self.recipe.channel:
-                self._coded += channel.size({g: outcome.sent[g] for g in self._like})
-                outcome = channel.decode(stage, outcome, self._like)
-            gathered.add(outcome)
-            chunks.append(Visits(outcome.ids, outcome.weight, outcome.metrics))
-            for observer in self.observers:
-                observer.sent(outcome)
+        for group in due:
+            task = self._tasks[group.version]
+            task = replace(task, visit=group.visit) if group.visit else task
+            self.session.submit([self.ids[i] for i in group.who], task)
+            for outcome in self.session.collect():
+                if isinstance(outcome, Failure):
+                    failed.append(outcome)
+                    continue
+                for stage in self.recipe.channel:
+                    self._coded += channel.size({g: outcome.sent[g] for g in self._like})
+                    outcome = channel.decode(stage, outcome, self._like)
+                gathered.add(outcome if group.factor == 1 else outcome.scaled(group.factor))
+                chunks.append(Visits(outcome.ids, outcome.weight, outcome.metrics))
+                for observer in self.observers:
+                    observer.sent(outcome)
         return gathered, Visits.of(chunks)
 
     def _move(self, state: Params, gathered: Gathering) -> tuple[dict[str, Params], Params]:
@@ -357,7 +401,12 @@ class Server:
         return came
 
     def _figures(
-        self, task: Task, failed: list[Failure], means: dict[str, Params], buffers: Params
+        self,
+        task: Task,
+        failed: list[Failure],
+        means: dict[str, Params],
+        buffers: Params,
+        asked: int,
     ) -> Metrics:
         kinds = [f.kind for f in failed]
         reported, mean = len(self.visits.ids), means.get("delta")
@@ -382,7 +431,7 @@ class Server:
                 task,
                 self._first,
                 {"buffers": buffers} | ({} if self._like else means),
-                asked=reported + len(failed),
+                asked=asked,
                 reported=reported,
                 coded=self._coded,
             ),

@@ -39,6 +39,13 @@ class Task:
     """Client learning rate of this round, after the schedule."""
     privacy: dict[str, float] = field(default_factory=dict)
     """Public numbers of the privacy plan this round: ``clip`` (norm) and ``noise`` (multiplier)."""
+    visit: int = 0
+    """How many visits the client has made to this very model before."""
+
+    @property
+    def draw(self) -> tuple[int, ...]:
+        """What every draw of the visit is made from, beside the client: no two visits share one."""
+        return (self.round, self.visit) if self.visit else (self.round,)
 
     @cached_property
     def exact(self) -> Params:
@@ -121,6 +128,11 @@ class Released:
     ) -> "Released":
         """What came in a message: it was released where it was sent from."""
         return cls(ids, sent, buffers, weight, metrics or {}, summed, _SEAL)
+
+    def scaled(self, factor: float) -> "Released":
+        """The same with every number sent multiplied by ``factor``; buffers are as they are."""
+        sent = {g: {k: v * factor for k, v in s.items()} for g, s in self.sent.items()}
+        return replace(self, sent=sent)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import watched
 from fedtorch import Client, FedAvg, FedBN, FedPer, FedProx, Local, Recipe, Scaffold, Server
 from fedtorch.engines import Processes
 from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
@@ -125,10 +126,9 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_bit(tmp_path):
     ids=lambda p: type(p).__name__,
 )
 def test_under_a_plan_only_the_shared_part_is_released(plan):
-    sent = []
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     server = Server(model, clients(), Recipe(FedAvg(personal=("2.*",)), privacy=plan))
-    server.watch = sent.append
+    sent = watched(server)
     [*server.rounds(2)]
     assert all(u.sent["delta"].keys() == {"0.weight", "0.bias"} for u in sent)
     assert server.own() and all(m.keys() == {"2.weight", "2.bias"} for m in server.own().values())

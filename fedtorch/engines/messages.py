@@ -35,6 +35,7 @@ class Expected(NamedTuple):
 def task_message(task: Task, **facts: Any) -> Message:
     """A task, and whatever else the engine wants to say with it."""
     own = {"round": task.round, "seed": task.seed, "lr": task.lr, "privacy": task.privacy}
+    own |= {"again": task.visit} if task.visit else {}
     groups = {"state": task.state} | {f"extras/{g}": e for g, e in task.extras.items()}
     return Message("task", own | facts, groups)
 
@@ -52,6 +53,7 @@ def read_task(message: Message) -> Task:
         seed=_whole(message, "seed", -(1 << 64), 1 << 64),
         lr=_finite(_fact(message, "lr", (int, float)), "the learning rate"),
         privacy={k: _finite(v, "a number of the privacy plan") for k, v in privacy.items()},
+        visit=_whole(message, "again", 0, 1 << 31) if "again" in message.facts else 0,
     )
 
 

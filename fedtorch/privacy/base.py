@@ -203,7 +203,7 @@ class Privacy(ABC):
         self, sizes: Sequence[int], options: TrainingOptions, task: Task, ids: Sequence[str]
     ) -> list[Tensor]:
         """Which examples each client takes in which step: [steps, batch] of places, short ones with -1."""
-        seed = [seeds.derive(task.seed, "order", task.round, i) for i in ids]
+        seed = [seeds.derive(task.seed, "order", *task.draw, i) for i in ids]
         return [plan(n, options, s) for n, s in zip(sizes, seed, strict=True)]
 
     def steps_of(self, task: Task, ids: Sequence[str]) -> PrivateSteps | None:
@@ -212,7 +212,7 @@ class Privacy(ABC):
 
     def draw_seed(self, task: Task, id: str) -> int:
         """What seeds the global generators while a client trains, for dropout and the like."""
-        return seeds.derive(task.seed, "visit", task.round, id)
+        return seeds.derive(task.seed, "visit", *task.draw, id)
 
     def strategy_seed(self, task: Task, id: str) -> int:
         """What a strategy may draw from on a client; never a secret of the client's."""

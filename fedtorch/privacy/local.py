@@ -56,7 +56,7 @@ class LocalDP(Privacy):
         norms = joint_norms(sent, 1 if self.mechanism == "laplace" else 2)
         scale = 2 * task.privacy["clip"] * task.privacy["noise"]
         draw = laplace if self.mechanism == "laplace" else gaussian
-        streams = [self.stream("local noise", task.round, i) for i in ids]
+        streams = [self.stream("local noise", *task.draw, i) for i in ids]
         return {
             g: {
                 k: noised(v, scale * torch.stack([draw(s, tuple(v.shape[1:])) for s in streams]))

@@ -72,7 +72,7 @@ class SampleLevel(Privacy):
         self, sizes: Sequence[int], options: TrainingOptions, task: Task, ids: Sequence[str]
     ) -> list[Tensor]:
         """Each client's Poisson batches, from coins of its own."""
-        draws = [self.stream("batches", task.round, i) for i in ids]
+        draws = [self.stream("batches", *task.draw, i) for i in ids]
         return [self.poisson(n, draw) for n, draw in zip(sizes, draws, strict=True)]
 
     def steps_of(self, task: Task, ids: Sequence[str]) -> PrivateSteps:
@@ -81,7 +81,7 @@ class SampleLevel(Privacy):
             task.privacy["clip"],
             task.privacy["noise"],
             self.batch_size,
-            [self.stream("noise", task.round, i) for i in ids],
+            [self.stream("noise", *task.draw, i) for i in ids],
             "stacked" if self.mode == "auto" else self.mode,
             self.max_batch,
         )
@@ -91,11 +91,11 @@ class SampleLevel(Privacy):
 
         No clip bounds that. Nobody else may know the masks, the server included.
         """
-        return int(float(self.stream("masks", task.round, id).uniform(1)) * 2**53)
+        return int(float(self.stream("masks", *task.draw, id).uniform(1)) * 2**53)
 
     def strategy_seed(self, task: Task, id: str) -> int:
         """From the run's seed: whatever a strategy sends could show what it drew from."""
-        return seeds.derive(task.seed, "strategy", task.round, id)
+        return seeds.derive(task.seed, "strategy", *task.draw, id)
 
     def poisson(self, n: int, draw: Stream) -> Tensor:
         """Poisson batches of ``n`` examples, [steps, widest], padded with -1; a step may be empty."""

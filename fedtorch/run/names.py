@@ -49,6 +49,11 @@ CHOICES: dict[str, dict[str, str]] = {
         "uniform": "fedtorch.rounds.participation.Uniform",
         "poisson": "fedtorch.rounds.participation.Poisson",
     },
+    "pace": {
+        "synchronous": "fedtorch.rounds.synchronous.Synchronous",
+        "buffered": "fedtorch.rounds.buffered.Buffered",
+    },
+    "pace.clock": {"simulated": "fedtorch.rounds.clock.Clock"},
     "privacy": {
         "sample": "fedtorch.privacy.SampleLevel",
         "client": "fedtorch.privacy.ClientLevel",
@@ -89,6 +94,8 @@ WANTED = {
         "fedtorch.rounds.participation.Participation",
         "it must be a subclass of fedtorch.rounds.participation.Participation",
     ),
+    "pace": ("step", "it must be a dataclass with the methods check and step"),
+    "pace.clock": ("seconds", "it must be a dataclass with a method seconds"),
     "privacy": ("fedtorch.privacy.Privacy", "it must be a subclass of fedtorch.privacy.Privacy"),
     "privacy.adaptive": ("fedtorch.privacy.AdaptiveClip", "it must be a subclass of AdaptiveClip"),
     "privacy.bands": ("fedtorch.privacy.Bands", "it must be a subclass of Bands"),

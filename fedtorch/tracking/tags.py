@@ -43,6 +43,15 @@ TAGS: dict[str, Tag] = {
         "traffic/bytes_down", "bytes", "to all chosen clients: model and strategy state"
     ),
     "bytes_up": Tag("traffic/bytes_up", "bytes", "from all reporting clients: their updates"),
+    "simulated_seconds": Tag(
+        "time/simulated",
+        "seconds",
+        "the clock of a buffered pace: when the step's last visit arrived",
+    ),
+    "staleness_mean": Tag(
+        "clients/staleness_mean", "steps", "server steps since a visit was sent its model, mean"
+    ),
+    "staleness_max": Tag("clients/staleness_max", "steps", "the same of the oldest visit"),
     "seconds_sample": Tag("time/sample", "seconds", "choosing the cohort, preparing the task"),
     "seconds_train": Tag("time/train", "seconds", "clients training, until the last one is in"),
     "seconds_aggregate": Tag("time/aggregate", "seconds", "the server's step"),

@@ -1,0 +1,181 @@
+"""FedBuff on a simulated clock: by hand, on every solver, under plans, and over a checkpoint."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import watched
+from fedtorch import Client, FedAvg, FedPer, Local, Recipe, Scaffold, Server, Uniform
+from fedtorch.aggregation.robust import Median
+from fedtorch.engines import Processes
+from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
+from fedtorch.rounds.buffered import Buffered
+from fedtorch.rounds.clock import Clock
+from fedtorch.rounds.synchronous import Synchronous
+from fedtorch.run import checkpoint, objects
+from fedtorch.types import ConfigError
+from tests.test_papers import LR, START, STEPS, A, B, N, Scalar, local, quadratic
+
+CLOCK = Clock(start=2.0, spread=0.7, jitter=0.3, megabyte=5.0)
+PACE = Buffered(size=3, concurrency=4, clock=CLOCK)
+
+
+def clients(count=6):
+    g = torch.Generator().manual_seed(0)
+    return [
+        Client(
+            f"c{k}",
+            (torch.randn(8 + k, 6, generator=g), torch.randint(0, 3, (8 + k,), generator=g)),
+        )
+        for k in range(count)
+    ]
+
+
+def net():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Dropout(0.2), nn.Linear(5, 3))
+
+
+def trained(rounds, pace=PACE, engine=Local(), model=net, state=None, **options):
+    recipe = Recipe(options.pop("strategy", FedAvg()), **{"lr": 0.1, "batch_size": 4} | options)
+    server = Server(model(), clients(), recipe, pace=pace, engine=engine, seed=3)
+    if state:
+        server.load_state_dict(state)
+    figures = [*server.rounds(rounds)]
+    server.close()
+    return server, figures
+
+
+def worst(a, b):
+    return max(float((a._state()[k] - v).abs().max()) for k, v in b._state().items())
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_fedbuff_nguyen_2022_algorithm_1(chunk):
+    two = [
+        Client(str(k), (torch.zeros(N[k], 1), torch.tensor([[A[k], B[k]]] * N[k]).double()))
+        for k in range(2)
+    ]
+    recipe = Recipe(
+        FedAvg(weighting="uniform"), loss=quadratic, lr=LR, steps=STEPS, batch_size=None
+    )
+    # a visit takes as many seconds as it has examples: client 0 is three times as slow
+    pace = Buffered(size=2, concurrency=2, clock=Clock(example=1 / STEPS))
+    server = Server(Scalar(), two, recipe, pace=pace, engine=Local(chunk=chunk))
+    path = [(f, float(server.model.w.detach())) for f in server.rounds(3)]
+
+    def change(k, w):
+        return local(k, w) - w
+
+    w0 = START
+    w1 = w0 + (change(1, w0) + change(1, w0)) / 2  # at 1 s and 2 s
+    w2 = w1 + (change(0, w0) / 2**0.5 + change(1, w1)) / 2  # both at 3 s, client 0 one step late
+    w3 = w2 + (change(1, w2) + change(1, w2)) / 2  # at 4 s and 5 s
+    assert [w for _, w in path] == pytest.approx([w1, w2, w3], abs=1e-12)
+    assert [w1, w2, w3] == pytest.approx([-0.639850, -0.594308, -0.902593], abs=1e-6)
+    told = [(f["simulated_seconds"], f["staleness_mean"], f["staleness_max"]) for f, _ in path]
+    assert told == [(2.0, 0.0, 0.0), (3.0, 0.5, 1.0), (5.0, 0.0, 0.0)]
+    assert [f["cohort"] for f, _ in path] == [["1", "1"], ["0", "1"], ["1", "1"]]
+
+
+def test_solvers_and_engines_agree():
+    plain = lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))  # noqa: E731
+
+    def seeded():
+        torch.manual_seed(1)
+        return plain()
+
+    one, figures = trained(6, model=seeded, engine=Local(solver="general"))
+    assert max(f["staleness_max"] for f in figures) >= 1
+    for engine in (
+        Local(solver="fast"),
+        Local(solver="stacked", chunk=3),
+        Processes(workers=1, solver="general"),
+    ):
+        other, told = trained(6, model=seeded, engine=engine)
+        assert worst(one, other) < 1e-6
+        assert [f["simulated_seconds"] for f in told] == [f["simulated_seconds"] for f in figures]
+
+
+@pytest.mark.parametrize("strategy", [FedAvg(), FedPer(personal=("3.*",))], ids=str)
+def test_a_run_goes_on_from_a_checkpoint_to_the_bit(tmp_path, strategy):
+    whole, told = trained(6, strategy=strategy)
+    half, first = trained(3, strategy=strategy)
+    checkpoint.save(tmp_path, half.state_dict())
+    saved = checkpoint.load(tmp_path)
+    again, last = trained(3, strategy=strategy, state=saved)
+    assert worst(whole, again) == 0
+    for key in ("simulated_seconds", "staleness_mean", "train_loss", "cohort", "bytes_down"):
+        assert [f[key] for f in told] == [f[key] for f in first + last]
+    with pytest.raises(ConfigError, match="go on with the pace"):
+        trained(1, pace=Synchronous(), strategy=strategy, state=saved)
+
+
+def test_two_visits_of_a_client_to_one_model_share_no_draw():
+    # one client, asked again and again: each visit shuffles and drops out anew
+    pace = Buffered(size=2, concurrency=1, clock=Clock())
+    server = Server(net(), clients(1), Recipe(lr=0.1, batch_size=4), pace=pace)
+    sent = watched(server)
+    server.round()
+    assert len(sent) == 2 and not torch.equal(*(u.sent["delta"]["0.weight"] for u in sent[:2]))
+
+
+def test_every_visit_is_charged_as_it_begins_and_noised_by_itself():
+    plan = SampleLevel(noise_multiplier=1.0, rounds=4, steps=2, insecure_seed=5)
+    pace = Buffered(size=2, concurrency=1, clock=Clock())
+    server = Server(net(), clients(1), Recipe(privacy=plan), pace=pace)
+    sent = watched(server)
+    figures = [*server.rounds(2)]
+    assert len(server.private.ledger) == 4
+    assert any("more may be spent than was planned" in n for n in server.notes)
+    assert server.private.ledger.spent(plan.delta) == pytest.approx(plan.planned(1.0, 4))
+    assert not torch.equal(*(u.sent["delta"]["0.weight"] for u in sent[:2]))
+    assert figures[0]["nonprivate_simulated_seconds"] < figures[1]["nonprivate_simulated_seconds"]
+    # with a target, the budget ends the run before a visit that it does not pay for
+    paid = SampleLevel(epsilon=4.0, rounds=3, steps=2, insecure_seed=5)
+    server = Server(net(), clients(1), Recipe(privacy=paid), pace=pace)
+    assert len([*server.rounds(9)]) == 1
+    assert server.private.ledger.spent(paid.delta) <= 4.0
+    local_dp = LocalDP(epsilon=50.0, rounds=4, insecure_seed=5)
+    server = Server(net(), clients(), Recipe(privacy=local_dp), pace=PACE)
+    assert len([*server.rounds(2)]) == 2
+
+
+@pytest.mark.parametrize(
+    "options, pace, why",
+    [
+        ({"privacy": ClientLevel(rounds=1)}, PACE, "voids the claim of client-level privacy"),
+        ({"strategy": Scaffold()}, PACE, "Scaffold also needs c"),
+        ({"aggregator": Median()}, PACE, "needs the aggregator mean"),
+        ({}, replace(PACE, concurrency=7), "more than the 6 clients"),
+    ],
+)
+def test_what_it_cannot_keep_is_refused_in_a_sentence(options, pace, why):
+    recipe = Recipe(options.pop("strategy", FedAvg()), **options)
+    with pytest.raises(ConfigError, match=why):
+        Server(net(), clients(), recipe, pace=pace)
+
+
+def test_who_takes_part_is_the_paces_to_say():
+    with pytest.raises(ConfigError, match="leave participation out"):
+        Server(net(), clients(), pace=PACE, participation=Uniform(cohort_size=2))
+    for wrong in ({"size": 0}, {"concurrency": 0}, {"staleness": -1.0}):
+        with pytest.raises(ConfigError, match=f"pace.{next(iter(wrong))}"):
+            Buffered(**wrong)
+
+
+def test_speeds_stay_and_visits_vary():
+    clock = Clock(start=1.0, example=0.5, megabyte=2.0)
+    assert clock.seconds(0, 0, 4, 3_000_000, 9) == 1 + 2 + 6
+    fast = [replace(clock, spread=1.0).seconds(k, v, 4, 0, 9) for k in (0, 1) for v in (0, 1)]
+    assert fast[0] == fast[1] != fast[2] == fast[3]
+    drawn = [replace(clock, jitter=1.0).seconds(0, v, 4, 0, 9) for v in range(200)]
+    assert min(drawn) >= 3 and 3 * 1.6 < sum(drawn) / 200 < 3 * 2.0
+
+
+def test_options_of_the_command_line():
+    made = objects.choose("pace", {"name": "buffered", "size": "5", "clock": {"spread": "0.5"}})
+    assert made == Buffered(size=5, clock=Clock(spread=0.5))
+    assert objects.choose("pace", objects._entry(made)) == made
