@@ -502,7 +502,7 @@ def test_a_sum_that_privacy_noises_is_float32_in_every_layer():
     own = chunk_data.Rows(x, torch.zeros(160), (80, 80))
     places = torch.arange(160).view(2, 80), torch.arange(80).expand(2, 80)
     first = dual.First(named, w0, None, rule, own, torch.zeros(2, 80, 80), places, True)
-    hidden = dual.Hidden(named, w0, None, rule, (2, 80), True)
+    hidden = dual.Hidden(named, w0, None, rule, (2, 80), True, own.ops)
     hidden.A.copy_(x.view(2, 80, 300))
     for layer in (first, hidden):
         layer.D.copy_(D)
