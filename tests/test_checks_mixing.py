@@ -191,6 +191,17 @@ def test_a_loss_of_probabilities_is_tried_on_probabilities():
     assert found(strict_probabilities, nn.Sequential(net(), nn.Softmax(1))) is None
 
 
+def test_what_else_a_model_puts_out_is_nobodys_row():
+    class Both(nn.Linear):
+        def forward(self, x):
+            return {"z": super().forward(x), "bias": self.bias, "scale": self.bias.sum()}
+
+    def kept_small(out, y):
+        return cross_entropy(out["z"], y) + 0.1 * out["bias"].square().sum() + out["scale"]
+
+    assert found(kept_small, Both(6, 3)) is None
+
+
 def test_gradients_that_mix_where_inputs_are_large_are_found():
     class Large(nn.Linear):
         def forward(self, x):

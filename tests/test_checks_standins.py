@@ -52,6 +52,10 @@ def test_made_up_examples_have_the_shapes_and_types_of_the_data_and_nothing_else
     assert y.dtype == torch.long and sorted(set(y.tolist())) == [0, 1] and y[0] != y[1]
     turned = made(TensorDataset(x.transpose(1, 2), torch.zeros(40)))
     assert not turned.tensors[0].is_contiguous()
+    # amounts as targets are yes and no, as probabilities are, never what is between
+    several = made(TensorDataset(x, torch.full((40, 3), 0.5)))
+    for target in (turned.tensors[1], several.tensors[1]):
+        assert target.dtype == torch.float32 and set(target.flatten().tolist()) == {0.0, 1.0}
 
     (x, y), (again, _) = (
         fetch(made(Pairs(v)), torch.arange(5)) for v in (torch.ones(9, 2), torch.zeros(9, 2))

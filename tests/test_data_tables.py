@@ -187,9 +187,11 @@ def test_images_of_whole_numbers_are_scaled_and_it_is_said(tmp_path, kind, scale
 
 def test_channels_that_came_last_are_asked_about(tmp_path):
     x = np.random.default_rng(0).normal(size=(40, 6, 5, 3))
+    for channels in (1, 3, 4):
+        last = npz(tmp_path, x=np.zeros((40, 6, 5, channels)), y=np.arange(40) % 4)
+        with pytest.raises(ConfigError, match="seems to hold its channels last"):
+            last.load(0)
     path = npz(tmp_path, x=x, y=np.arange(40) % 4).path
-    with pytest.raises(ConfigError, match="seems to hold its channels last"):
-        Npz(path).load(0)
     turned = Npz(path, channels_last=True, test_fraction=0).load(0)
     assert torch.equal(turned.train.tensors[0], torch.from_numpy(x).float().permute(0, 3, 1, 2))
     assert Npz(path, channels_last=False).load(0).facts["input_shape"] == (6, 5, 3)

@@ -21,7 +21,7 @@ from fedtorch.run import checkpoint
 from fedtorch.sites import keys
 from fedtorch.sites import offer as offers
 from fedtorch.sites.budget import Budget, OverBudget
-from fedtorch.sites.engine import ALIVE_SECONDS, Sites, remotes
+from fedtorch.sites.engine import ALIVE_SECONDS, SMALL, Sites, remotes
 from fedtorch.sites.limits import accept
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.reports import Visit, expected, judge
@@ -494,6 +494,14 @@ def test_a_site_is_here_while_it_calls_and_not_before(folder):
         assert session._here() == []
         session.seen = {"north": time.monotonic(), "south": time.monotonic() - ALIVE_SECONDS - 1}
         assert session._here() == ["north"]
+
+
+def test_a_report_has_room_for_the_weights_in_float64_and_what_a_strategy_adds(folder):
+    for strategy, groups in ((FedAvg(), 1), (Scaffold(), 2)):
+        with server(folder, offer(strategy), keys=None) as there:
+            numbers = sum(v.numel() for v in there.model.state_dict().values())
+            room = there.session.limit - there.session.header_limit - SMALL
+            assert room == 8 * numbers * (groups + 1)
 
 
 def test_too_few_reports_leave_the_model_as_it_was(folder):
