@@ -125,7 +125,9 @@ def test_owners_of_one_size_are_dealt_round_in_the_order_of_their_names():
     assert dealt.tolist() == [k % 10 for k in range(30) for _ in range(3)]
 
 
-def test_ten_clients_where_none_are_asked_for():
+def test_ten_clients_and_the_papers_skew_where_none_are_asked_for():
+    assert Dirichlet() == Dirichlet(alpha=0.5) and QuantitySkew() == QuantitySkew(alpha=0.5)
+    assert Shards() == Shards(per_client=2)
     assert [len(partition(data(50), how, None, 0)[0]) for how in (Iid(), Dirichlet())] == [10, 10]
 
 

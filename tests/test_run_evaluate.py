@@ -182,6 +182,9 @@ def test_images_are_laid_out_for_convolutions_where_the_model_takes_it(quick):
     model = model if quick else Viewed()
     assert convolves(model, x) == quick
     assert not convolves(nn.Flatten(), x) and not convolves(model, x[0])
+    want = float(nn.functional.cross_entropy(model(x), y).detach())
+    got = evaluate(model, TensorDataset(x, y), {"loss": cross_entropy}, batch_size=8)["loss"]
+    assert got == pytest.approx(want, rel=1e-5)
 
 
 def test_a_model_that_writes_on_its_images_is_tried_on_images_of_its_own():
@@ -191,6 +194,3 @@ def test_a_model_that_writes_on_its_images_is_tried_on_images_of_its_own():
 
     x = torch.rand(4, 3, 6, 6)
     assert convolves(Writes(3, 2, 3), x) and float(x.max()) <= 1
-    want = float(nn.functional.cross_entropy(model(x), y).detach())
-    got = evaluate(model, TensorDataset(x, y), {"loss": cross_entropy}, batch_size=8)["loss"]
-    assert got == pytest.approx(want, rel=1e-5)
