@@ -86,3 +86,9 @@ def test_files_nested_without_end_are_damaged_and_nothing_worse(tmp_path):
     with pytest.raises(ConfigError, match="holds no run of sites"):
         run_id(tmp_path, resume=True)
     assert parsed(deep.encode()) is None
+
+
+def test_a_folder_that_was_tried_out_can_be_tried_again(tmp_path):
+    for _ in range(2):
+        files.try_out(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
