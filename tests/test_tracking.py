@@ -32,7 +32,9 @@ from fedtorch.types import ConfigError
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--privacy", "none", "--model", "logistic", "--epochs", "1", "--clients", "5"]
-NO_PRIVACY = {name for name in TAGS if not name.startswith("privacy_")}
+PACED = {"simulated_seconds", "staleness_mean", "staleness_max"}
+"""Of a buffered pace alone."""
+NO_PRIVACY = {name for name in TAGS if not name.startswith("privacy_")} - PACED
 
 
 def run(folder: Path, *more: str) -> int:

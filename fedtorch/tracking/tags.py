@@ -39,6 +39,10 @@ TAGS: dict[str, Tag] = {
     "dropped": Tag("clients/dropped", "clients", "chosen clients that did not report back"),
     "nonfinite": Tag("clients/nonfinite", "clients", "clients left out: update not finite"),
     "examples": Tag("clients/examples", "examples", "training examples the reporting clients hold"),
+    "staleness_mean": Tag(
+        "clients/staleness_mean", "steps", "server steps since a visit was sent its model, mean"
+    ),
+    "staleness_max": Tag("clients/staleness_max", "steps", "the same of the oldest visit"),
     "bytes_down": Tag(
         "traffic/bytes_down", "bytes", "to all chosen clients: model and strategy state"
     ),
@@ -48,10 +52,6 @@ TAGS: dict[str, Tag] = {
         "seconds",
         "the clock of a buffered pace: when the step's last visit arrived",
     ),
-    "staleness_mean": Tag(
-        "clients/staleness_mean", "steps", "server steps since a visit was sent its model, mean"
-    ),
-    "staleness_max": Tag("clients/staleness_max", "steps", "the same of the oldest visit"),
     "seconds_sample": Tag("time/sample", "seconds", "choosing the cohort, preparing the task"),
     "seconds_train": Tag("time/train", "seconds", "clients training, until the last one is in"),
     "seconds_aggregate": Tag("time/aggregate", "seconds", "the server's step"),
