@@ -136,3 +136,15 @@ def test_every_sentence_of_the_table_is_met_by_some_recipe():
     words = {"aggregator": "median", "channel": "longer", "participation": ""}
     for _, sentence in combination.REFUSED:
         assert sum(word in sentence.format(**words) for word in found) == 1
+
+
+@pytest.mark.parametrize("choice", ["aggregator", "channel"])
+def test_a_class_that_a_file_names_is_imported_only_if_whoever_starts_the_run_says_so(
+    choice, tmp_path, monkeypatch, fedtorch
+):
+    (tmp_path / "from_afar.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "run.toml").write_text(f'[{choice}]\nname = "from_afar.Part"\n')
+    code, _, err = fedtorch("train", "--config", "run.toml")
+    assert code == 2 and f"{choice} = 'from_afar.Part'; add --trust-code" in err
+    code, _, err = fedtorch("train", "--config", "run.toml", "--trust-code")
+    assert code == 2 and "cannot import 'from_afar.Part'" in err
