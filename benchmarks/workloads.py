@@ -17,7 +17,7 @@ from fedtorch.data.base import Data
 from fedtorch.data.images import Digits, Idx
 from fedtorch.recipe import Recipe
 from fedtorch.run.zoo import find
-from fedtorch.training.batches import plan
+from fedtorch.training.batches import batch_order
 
 MNIST = Path("../shared/data/mnist")
 EXAMPLES = 60
@@ -82,7 +82,9 @@ class Problem:
 
     def order(self, round: int, client: int) -> Tensor:
         """The shuffled batches fedtorch would draw, so that everyone steps through the same ones."""
-        return plan(EXAMPLES, self.recipe(), seeds.derive(self.seed, "order", round, str(client)))
+        return batch_order(
+            EXAMPLES, self.recipe(), seeds.derive(self.seed, "order", round, str(client))
+        )
 
     def orders(self) -> list[list[Tensor]]:
         """Of every round and client, drawn beforehand: shuffling is on the house, for all peers."""

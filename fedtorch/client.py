@@ -1,10 +1,13 @@
 """Clients: data that stays with its owner. ``training/local_update.py`` is what they do with it."""
 
+from collections.abc import Sized
+from typing import cast
+
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from fedtorch.options import fit
-from fedtorch.training.batches import length
+from fedtorch.training.batches import len_of
 from fedtorch.types import ConfigError, Params
 
 
@@ -29,7 +32,7 @@ class Client:
 
     def __len__(self) -> int:
         """Number of training examples."""
-        return length(self.data)
+        return len(cast(Sized, self.data))
 
     def __repr__(self) -> str:
         """Id and size, never data."""
@@ -60,6 +63,6 @@ def as_dataset(data: Dataset | tuple[Tensor, ...], owner: str) -> Dataset:
         raise ConfigError(
             f"{owner}: {type(data).__name__} is not map-style (it needs __len__ and __getitem__)"
         )
-    if length(data) == 0:
+    if len_of(data) == 0:
         raise ConfigError(f"{owner} has no examples; leave it out")
     return data

@@ -22,7 +22,7 @@ from fedtorch.privacy import models
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent, PrivateRun, opened
 from fedtorch.recipe import Recipe
-from fedtorch.rounds.figures import Metrics, Visits, length, traffic
+from fedtorch.rounds.figures import Metrics, Reports, norm, traffic
 from fedtorch.rounds.history import History
 from fedtorch.rounds.observers import Observer
 from fedtorch.rounds.participation import Everyone, Participation
@@ -33,7 +33,7 @@ from fedtorch.strategies.base import Strategy, uploads
 from fedtorch.training.module import load, snapshot, statistics, to
 from fedtorch.training.outline import copied
 from fedtorch.training.personal import GROUP, personal, shared
-from fedtorch.tree import alike, double, sound
+from fedtorch.tree import alike, all_finite, to_float64
 from fedtorch.types import ConfigError, Failure, Params, Task
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ class Server:
         self.extras = self.recipe.strategy.init(params)
         optimizer = self.recipe.strategy.server
         self.optimizer_state = optimizer.init(params) if optimizer else {}
-        self.visits = Visits()
+        self.visits = Reports()
         """What each client of the last round reported."""
         self.last_step: Params = {}
         """What the last round added to the trainable weights."""
@@ -347,7 +347,7 @@ class Server:
         first = self._first
         return {k: v for k, v in self._state().items() if k in self._sent or not alike(v, first[k])}
 
-    def _train(self, due: list[Due], failed: list[Failure]) -> tuple[Gathering, Visits]:
+    def _train(self, due: list[Due], failed: list[Failure]) -> tuple[Gathering, Reports]:
         """Let them train; who has no usable update is added to ``failed``."""
         gathered, chunks = self.recipe.aggregator.start(), []
         self._coded = 0
@@ -363,10 +363,10 @@ class Server:
                     self._coded += channel.size({g: outcome.sent[g] for g in self._like})
                     outcome = channel.decode(stage, outcome, self._like)
                 gathered.add(outcome if group.factor == 1 else outcome.scaled(group.factor))
-                chunks.append(Visits(outcome.ids, outcome.weight, outcome.metrics))
+                chunks.append(Reports(outcome.ids, outcome.weight, outcome.metrics))
                 for observer in self.observers:
                     observer.sent(outcome)
-        return gathered, Visits.of(chunks)
+        return gathered, Reports.of(chunks)
 
     def _move(self, state: Params, gathered: Gathering) -> tuple[dict[str, Params], Params]:
         """Step from ``state``; returns what was sent as one, before any noise, and the buffers so.
@@ -385,14 +385,14 @@ class Server:
             share = self.recipe.privacy.share()
             if strategy.server is not None or type(strategy).step is not Strategy.step:
                 # to be computed with, not only added
-                sent = {g: double(v) for g, v in sent.items()}
+                sent = {g: to_float64(v) for g, v in sent.items()}
             delta, extras = strategy.step(sent, self.extras, share or reported / len(self.ids))
             kept = self.optimizer_state
             if strategy.server is not None:
                 delta, kept = strategy.server.step(delta, kept)
             new = moved(state, delta, buffers, self.trainable)
             # one infinite moment would keep the optimizer from ever moving again
-            if new is None or not all(map(sound, [*extras.values(), *kept.values()])):
+            if new is None or not all(map(all_finite, [*extras.values(), *kept.values()])):
                 self.failed_step, delta = True, {}
             else:
                 self.extras, self.optimizer_state = extras, kept
@@ -410,9 +410,9 @@ class Server:
     ) -> Metrics:
         kinds = [f.kind for f in failed]
         reported, mean = len(self.visits.ids), means.get("delta")
-        step_norm = length(self.last_step)
+        step_norm = norm(self.last_step)
         # the step often is the mean
-        mean_norm = step_norm if mean is self.last_step else length(mean) if mean else None
+        mean_norm = step_norm if mean is self.last_step else norm(mean) if mean else None
         if not self.recipe.aggregator.linear:
             mean_norm = None  # a cosine to the mean is one of a weighted mean
         return {

@@ -70,10 +70,10 @@ def moving(stack: Stack, start: Params) -> Stack:
 
 def settled(stack: Stack, start: Params) -> Tensor:
     """Whether every number of client k is finite or as it was: a constant may be infinite, as masks are."""
-    good, start = finite(stack), _beside(start, stack)
+    good, start = finite_per_client(stack), _beside(start, stack)
     if good.all():
         return good
-    return finite({k: torch.where(same(v, start[k]), 0, v) for k, v in stack.items()})
+    return finite_per_client({k: torch.where(same(v, start[k]), 0, v) for k, v in stack.items()})
 
 
 def _beside(start: Params, stack: Stack) -> Params:
@@ -99,12 +99,12 @@ def near(tree: Params) -> Params:
     return {k: v.cpu() for k, v in tree.items()}
 
 
-def double(tree: Params) -> Params:
+def to_float64(tree: Params) -> Params:
     """The same numbers in float64."""
     return {k: v.double() for k, v in tree.items()}
 
 
-def finite(tree: Stack) -> Tensor:
+def finite_per_client(tree: Stack) -> Tensor:
     """Whether every number of client k is finite, [K] bool.
 
     NaN and infinity survive a sum of squares, and no such sum of finite float32 numbers overflows float64;
@@ -118,7 +118,7 @@ def finite(tree: Stack) -> Tensor:
     return sq_norms(tree).isfinite()
 
 
-def sound(params: Params) -> bool:
+def all_finite(params: Params) -> bool:
     """Whether every number of one model is finite."""
     flat = [v.flatten() for v in params.values()]
     # as above: nearly always the squares do not overflow, and nothing more is to be done

@@ -14,7 +14,7 @@ from fedtorch import Client, Local, Recipe, Server
 from fedtorch.checks import standins
 from fedtorch.checks.standins import BOUND, limited, made, shown
 from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
-from fedtorch.training.batches import fetch, length
+from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.stacked import snapshot
 from fedtorch.types import ConfigError, Task
 
@@ -76,7 +76,7 @@ def test_what_takes_no_made_up_examples_is_shown_its_own_within_bounds():
     x[1], x[2] = torch.tensor([3e38, math.nan]), torch.tensor([-math.inf, math.inf])
     (one,) = shown(Picky(2, 3), [Client("c", (x, torch.arange(3)))], Recipe(privacy=PLANS[0]))
     assert one.data.tensors[0].tolist() == [[5.0, 5.0], [BOUND, 0.0], [-BOUND, BOUND]]
-    assert length(limited(Pairs(x))) == 3 and len(one) == 3
+    assert len_of(limited(Pairs(x))) == 3 and len(one) == 3
 
 
 def test_clients_of_one_kind_share_what_is_made_up_and_without_privacy_are_themselves():
@@ -122,7 +122,7 @@ def test_one_row_changes_no_choice_and_leaves_nobody_out(make, plan):
 
 
 def test_it_is_known_how_many_examples_are_made_up():
-    assert length(made(TensorDataset(torch.rand(2, 3), torch.zeros(2)))) == standins.COUNT
+    assert len_of(made(TensorDataset(torch.rand(2, 3), torch.zeros(2)))) == standins.COUNT
 
 
 class Unread(Dataset):

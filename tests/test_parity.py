@@ -22,7 +22,7 @@ from fedtorch import (
     local_update,
     seeds,
 )
-from fedtorch.training.batches import plan
+from fedtorch.training.batches import batch_order
 from fedtorch.training.losses import cross_entropy
 from fedtorch.training.module import snapshot
 from fedtorch.types import ClientError, Task
@@ -162,7 +162,7 @@ def by_hand(model: nn.Module, clients: list[Client], recipe: Recipe, rounds: int
             own = copy.deepcopy(model).train()
             optimizer = torch.optim.SGD(own.parameters(), recipe.lr)
             x, y = c.data.tensors
-            for index in plan(len(c), recipe, seeds.derive(3, "order", r, c.id)):
+            for index in batch_order(len(c), recipe, seeds.derive(3, "order", r, c.id)):
                 index = index[index >= 0]
                 optimizer.zero_grad()
                 recipe.loss(own(x[index]), y[index]).mean().backward()

@@ -7,7 +7,7 @@ from torch import nn
 from conftest import watched
 from fedtorch import Client, FedAvg, Local, Recipe, Scaffold, Server
 from fedtorch.privacy import SampleLevel
-from fedtorch.rounds.figures import length, spread, traffic
+from fedtorch.rounds.figures import norm, spread, traffic
 from fedtorch.rounds.participation import Everyone
 from fedtorch.types import Task
 
@@ -110,7 +110,7 @@ def test_bytes_of_frozen_weights_and_constants_are_in_no_round():
 def test_a_round_without_clients_has_no_client_figures():
     server = Server(model(), clients([8]), participation=Everyone(dropout=0.999999))
     figures = server.round()
-    assert figures["clients"] == 0 and figures["step_norm"] == 0 == length({})
+    assert figures["clients"] == 0 and figures["step_norm"] == 0 == norm({})
     assert "train_loss" not in figures and figures["examples_per_second"] == 0
 
 
@@ -137,4 +137,4 @@ def test_examples_per_second_counts_every_pass():
 )
 def test_length_keeps_its_digits_in_every_type_and_size(value):
     exact = float(value.double().square().sum().sqrt())
-    assert length({"a": value, "b": torch.zeros(0)}) == pytest.approx(exact, rel=1e-5, abs=0)
+    assert norm({"a": value, "b": torch.zeros(0)}) == pytest.approx(exact, rel=1e-5, abs=0)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from fedtorch.training.batches import alike, batches, fetch, least, plan, side_by_side
+from fedtorch.training.batches import alike, batch_order, batches, fetch, least, side_by_side
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Order:
 
 @given(st.integers(1, 50), st.integers(1, 3), st.integers(1, 60), st.integers(0, 2**31))
 def test_each_epoch_sees_every_example_once(n, epochs, batch, seed):
-    rows = plan(n, Order(epochs, batch_size=batch), seed)
+    rows = batch_order(n, Order(epochs, batch_size=batch), seed)
     per_epoch = -(-n // min(batch, n))
     assert len(rows) == epochs * per_epoch
     for e in range(epochs):
@@ -28,24 +28,24 @@ def test_each_epoch_sees_every_example_once(n, epochs, batch, seed):
 
 @given(st.integers(1, 50), st.integers(1, 60), st.integers(0, 2**31))
 def test_drop_last_never_pads(n, batch, seed):
-    rows = plan(n, Order(batch_size=batch, drop_last=True), seed)
+    rows = batch_order(n, Order(batch_size=batch, drop_last=True), seed)
     assert (rows >= 0).all()
     assert rows.shape[1] == min(batch, n)
 
 
 def test_steps_take_the_place_of_epochs():
-    assert len(plan(10, Order(epochs=1, steps=7), 0)) == 7
-    assert len(plan(10, Order(epochs=100, steps=2), 0)) == 2
+    assert len(batch_order(10, Order(epochs=1, steps=7), 0)) == 7
+    assert len(batch_order(10, Order(epochs=100, steps=2), 0)) == 2
 
 
 def test_order_follows_the_seed():
-    a, b, c = (plan(30, Order(), s) for s in (1, 1, 2))
+    a, b, c = (batch_order(30, Order(), s) for s in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
 
 def test_full_batch_is_every_example_in_order():
-    assert plan(5, Order(epochs=2, batch_size=None), 0).tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert batch_order(5, Order(epochs=2, batch_size=None), 0).tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 class Squares(Dataset):
@@ -68,7 +68,7 @@ def test_fetch_collates_any_dataset_as_a_loader_would():
 def test_side_by_side_masks_what_a_client_does_not_have():
     datasets = [Squares(5), Squares(2, start=100)]
     tables = [TensorDataset(*fetch(d, torch.arange(len(d)))) for d in datasets]
-    plans = [plan(len(d), Order(epochs=2, batch_size=3), k) for k, d in enumerate(datasets)]
+    plans = [batch_order(len(d), Order(epochs=2, batch_size=3), k) for k, d in enumerate(datasets)]
     for these in (datasets, tables):
         seen = [[], []]
         for x, y, mask in side_by_side(these, plans):
@@ -83,10 +83,10 @@ def test_side_by_side_masks_what_a_client_does_not_have():
 
 def test_clients_alike_are_never_filled_up():
     data = [TensorDataset(torch.arange(5.0) + 10 * k, torch.arange(5)) for k in range(2)]
-    plans = [plan(5, Order(epochs=2, batch_size=3), k) for k in range(2)]
-    assert alike(plans) and not alike([*plans, plan(6, Order(epochs=2, batch_size=3), 0)])
+    plans = [batch_order(5, Order(epochs=2, batch_size=3), k) for k in range(2)]
+    assert alike(plans) and not alike([*plans, batch_order(6, Order(epochs=2, batch_size=3), 0)])
     assert not alike([plans[0], plans[1][:2]])
-    assert alike([plan(9, Order(steps=2), 0), plan(11, Order(steps=2), 0)])
+    assert alike([batch_order(9, Order(steps=2), 0), batch_order(11, Order(steps=2), 0)])
     steps = [*side_by_side(data, plans, cut=True)]
     assert [tuple(x.shape) for x, _, _ in steps] == [(2, 3), (2, 2)] * 2
     assert all(bool(mask.all()) for _, _, mask in steps)
@@ -98,7 +98,7 @@ def test_clients_alike_are_never_filled_up():
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(1, 9) | st.none(), st.booleans())
 def test_the_smallest_batch_is_computed_beforehand(n, batch, steps, drop_last):
     order = Order(batch_size=batch, steps=steps, drop_last=drop_last)
-    assert least(n, order) == (plan(n, order, 0) >= 0).sum(1).min()
+    assert least(n, order) == (batch_order(n, order, 0) >= 0).sum(1).min()
 
 
 def test_batches_are_the_plan_step_by_step():
@@ -109,7 +109,7 @@ def test_batches_are_the_plan_step_by_step():
         Order(batch_size=5, steps=7),
         Order(batch_size=None, epochs=2),
     ):
-        steps = plan(23, order, 1)
+        steps = batch_order(23, order, 1)
         got = list(batches(data, steps))
         assert len(got) == len(steps)
         for index, (bx, by) in zip(steps, got, strict=True):

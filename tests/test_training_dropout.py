@@ -79,7 +79,7 @@ def test_a_model_that_draws_in_its_own_way_is_not_stacked_and_a_note_says_so(las
 def test_masks_are_zero_or_one_over_keep_at_the_asked_rate():
     like = torch.zeros(3, 50, 40)
     generators = [torch.Generator().manual_seed(k) for k in (0, 1, 0)]
-    noise = dropout.noise(like, (0, 1, 2), 0.8, [50, 50, 20], generators)
+    noise = dropout.dropout_mask(like, (0, 1, 2), 0.8, [50, 50, 20], generators)
     assert set(noise.unique().tolist()) == {0.0, float(torch.ones(1) / 0.8)}
     assert float((noise[:2] > 0).float().mean()) == pytest.approx(0.8, abs=0.03)
     assert not torch.equal(noise[0], noise[1])

@@ -40,7 +40,7 @@ def test_sq_norms_are_over_all_tensors_of_a_client():
 def test_finite_is_per_client():
     stacked = {"a": torch.tensor([[1.0, 2.0], [float("nan"), 0.0], [0.0, 0.0]])}
     stacked["b"] = torch.tensor([1.0, 1.0, float("inf")])
-    assert tree.finite(stacked).tolist() == [True, False, False]
+    assert tree.finite_per_client(stacked).tolist() == [True, False, False]
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=6))
@@ -58,7 +58,10 @@ def test_weighted_sum_is_the_sum(weight):
 
 
 def test_finite_holds_where_a_float32_square_does_not():
-    assert tree.finite({"a": torch.tensor([[3e38], [float("inf")]])}).tolist() == [True, False]
+    assert tree.finite_per_client({"a": torch.tensor([[3e38], [float("inf")]])}).tolist() == [
+        True,
+        False,
+    ]
 
 
 def test_norms_of_an_empty_stack_are_empty():

@@ -6,7 +6,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from fedtorch.tree import add_weighted, sound
+from fedtorch.tree import add_weighted, all_finite
 from fedtorch.types import Params, Released, Stack
 
 
@@ -113,7 +113,7 @@ def moved(state: Params, delta: Params, buffers: Params, trainable: Sequence[str
     None when the result is not finite.
     """
     new = {k: _sum(state[k], delta[k]) for k in trainable}
-    if not sound(new):
+    if not all_finite(new):
         return None
     # float statistics are averaged; integer counters keep the server's value
     return state | new | {k: v.to(state[k].dtype) for k, v in buffers.items()}

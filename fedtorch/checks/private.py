@@ -16,7 +16,7 @@ from fedtorch.privacy import Privacy, models
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import fetch, length
+from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.losses import reduce
 from fedtorch.training.module import training, undropped
 from fedtorch.training.outline import untouched
@@ -199,7 +199,7 @@ def _gradients(model: nn.Module) -> Tensor:
 def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     """Each example must have a loss of its own, and each parameter a gradient."""
     data, name = _largest(clients), type(model).__name__
-    some = torch.arange(min(length(data), SOME)) if length(data) > 1 else torch.tensor([0, 0])
+    some = torch.arange(min(len_of(data), SOME)) if len_of(data) > 1 else torch.tensor([0, 0])
     x, y = to(fetch(data, some), next(model.parameters()).device)
     with untouched(model), seeds.seeded(0):
         loss = reduce(recipe.loss(forward(training(model), x), y))

@@ -15,14 +15,14 @@ from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.privacy import Nothing
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import fetch, least, length
+from fedtorch.training.batches import fetch, least, len_of
 from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
 from fedtorch.training.losses import Loss, reduce
 from fedtorch.training.module import training, undropped
 from fedtorch.training.outline import put_back as put_back
 from fedtorch.training.outline import untouched
-from fedtorch.training.stacked import forward, snapshot, to, together
+from fedtorch.training.stacked import forward, snapshot, to, vmapped_losses
 from fedtorch.tree import expand, leaves, rows
 from fedtorch.types import ConfigError, Context, Params
 
@@ -159,7 +159,7 @@ def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -
     """Leave the gradient of a batch in the model, or say what does not fit."""
     name, device = type(model).__name__, next(model.parameters()).device
     try:
-        x, y = to(fetch(client.data, index % length(client.data)), device)
+        x, y = to(fetch(client.data, index % len_of(client.data)), device)
     except Exception as e:
         raise ConfigError(
             f"client {client.id}: a dataset must give (x, y) pairs, but taking a batch failed: {_first(e)}"
@@ -278,9 +278,9 @@ def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) ->
     classes, of examples that are all of one class).
     """
     whole: dict[str, Loss] = {}
-    if not length(data):
+    if not len_of(data):
         return whole
-    for few in {min(2, length(data)), min(3, length(data))}:
+    for few in {min(2, len_of(data)), min(3, len_of(data))}:
         with _output(model, data, few) as (output, y):
             for name, metric in metrics.items():
                 try:
@@ -288,7 +288,7 @@ def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) ->
                 except ConfigError:
                     raise
                 except Exception as e:
-                    if length(data) > few and getattr(metric, "whole_set", True):
+                    if len_of(data) > few and getattr(metric, "whole_set", True):
                         whole[name] = metric
                         continue
                     raise ConfigError(
@@ -340,7 +340,7 @@ def _no_vmap(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> str | No
     batch = x.expand(2, *x.shape), y.expand(2, *y.shape), torch.ones(2, len(x)).bool()
     try:
         with untouched(model), seeds.seeded(0):
-            each = together(training(model), recipe.loss, params, rest, batch, drawing)
+            each = vmapped_losses(training(model), recipe.loss, params, rest, batch, drawing)
         each.sum().backward()
     except Exception as e:
         where = entered[-1] if entered else "the model"
@@ -367,7 +367,7 @@ def _same_alone(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, losses: 
 def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
     """Whether an example's result depends on its neighbours (BatchNorm, a whole-batch loss)."""
     x, y = to(two_examples(data), next(model.parameters()).device)
-    full = min(recipe.batch_size or length(data), length(data))
+    full = min(recipe.batch_size or len_of(data), len_of(data))
     with untouched(model), torch.no_grad(), seeds.seeded(0), undropped(model):
         output = forward(model, x)
         losses = reduce(recipe.loss(output, y))
@@ -399,7 +399,7 @@ def _close(new: Tensor, old: Tensor) -> bool:
 @contextmanager
 def _output(model: nn.Module, data: Dataset, few: int = 2) -> Iterator[tuple[Any, Any]]:
     """What the model gives for a few examples in evaluation, and their labels; it is left as it was."""
-    x, y = to(fetch(data, torch.arange(min(few, length(data)))), next(model.parameters()).device)
+    x, y = to(fetch(data, torch.arange(min(few, len_of(data)))), next(model.parameters()).device)
     with untouched(model), torch.no_grad(), seeds.seeded(0):
         try:
             output = forward(model.eval(), x)
@@ -413,7 +413,7 @@ def _output(model: nn.Module, data: Dataset, few: int = 2) -> Iterator[tuple[Any
 def two_examples(data: Dataset) -> tuple[Any, Any]:
     """A batch of two, or twice the only one."""
     # two examples even of a client that has one: BatchNorm cannot train on a single value
-    return fetch(data, torch.tensor([0, length(data) - 1]))
+    return fetch(data, torch.tensor([0, len_of(data) - 1]))
 
 
 def _shape(value: object) -> str:

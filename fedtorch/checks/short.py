@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import fetch, least, length
+from fedtorch.training.batches import fetch, least, len_of
 from fedtorch.training.losses import reduce
 from fedtorch.training.module import forward, to, training
 from fedtorch.training.outline import untouched
@@ -61,7 +61,7 @@ def _fails(model: nn.Module, client: Client, recipe: Recipe, size: int) -> str |
     """What goes wrong with a batch of so many, if anything."""
     n = len(client)
     many = max(min(n, max(FEW, size)), 2)  # twice the only example of a client that has one
-    index = torch.arange(many) % min(n, length(client.data))
+    index = torch.arange(many) % min(n, len_of(client.data))
     batch = to(fetch(client.data, index), next(model.parameters()).device)
     order = torch.randperm(many, generator=seeds.generator(0, "short", size))
     for k in range(_draws(size)):

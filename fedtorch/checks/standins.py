@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import length
+from fedtorch.training.batches import len_of
 from fedtorch.training.losses import reduce
 from fedtorch.training.module import forward, to, training
 from fedtorch.training.outline import untouched
@@ -99,7 +99,7 @@ def labels(classes: int) -> list[int]:
 
 def limited(data: Dataset) -> Dataset:
     """The first examples, with nothing in them that is not finite or larger than ``BOUND``."""
-    n = min(COUNT, length(data))
+    n = min(COUNT, len_of(data))
     if isinstance(data, TensorDataset):
         return TensorDataset(*(_bounded(t[:n]) for t in data.tensors))
     return Items([_mapped(data[k], _bounded) for k in range(n)])

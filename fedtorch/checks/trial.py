@@ -13,7 +13,7 @@ from fedtorch.options import TrainingOptions
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import fetch, length, plan
+from fedtorch.training.batches import batch_order, fetch, len_of
 from fedtorch.training.module import forward, load, snapshot, to, training
 from fedtorch.training.stacked import Chunk, Solver, general, normalises
 from fedtorch.tree import expand, near, row, same, sq_norms, tmap
@@ -50,18 +50,18 @@ def pooled(datasets: Sequence[Dataset]) -> Dataset:
     """
     who = torch.linspace(0, len(datasets) - 1, min(len(datasets), FEW)).long().tolist()
     each = -(-LOOKED_AT // len(who))
-    parts = [some(d, spread(length(d), each)) for d in (datasets[k] for k in who)]
+    parts = [some(d, spread(len_of(d), each)) for d in (datasets[k] for k in who)]
     tables = [p.tensors for p in parts if isinstance(p, TensorDataset)]
     if len(tables) == len(parts):
         pool: Dataset = TensorDataset(*map(torch.cat, zip(*tables, strict=True)))
     else:
         pool = ConcatDataset(parts)
     first: dict[object, int] = {}
-    for k in range(length(pool)):
+    for k in range(len_of(pool)):
         first.setdefault(_class(pool[k][1]), k)
     found = [*first.values()]
     chosen = [found[k] for k in spread(len(found), FEW).tolist()]
-    others = [k for k in range(length(pool)) if k not in chosen]
+    others = [k for k in range(len_of(pool)) if k not in chosen]
     more = spread(len(others), FEW - len(chosen)).tolist()
     return some(pool, torch.tensor(chosen + [others[k] for k in more]))
 
@@ -85,9 +85,9 @@ def stacks(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> b
     """
     if random(model, data):
         return True
-    n = min(length(data), FEW)
+    n = min(len_of(data), FEW)
     n -= n == 6  # no batch of one, which some models cannot take
-    few = some(data, spread(length(data), n))
+    few = some(data, spread(len_of(data), n))
     parts = [few, some(few, torch.arange(n).flip(0))]
     try:
         return difference(solver, model, parts, recipe) < TOLERANCE
@@ -100,12 +100,12 @@ def filled(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> b
 
     ``data`` has examples of all kinds (``pooled``). What cannot be tried shows it.
     """
-    n = min(length(data), FEW)
+    n = min(len_of(data), FEW)
     if n < 2 or normalises(training(model)):
         return True
     if random(model, data):
         return False
-    few = some(data, spread(length(data), n))
+    few = some(data, spread(len_of(data), n))
     # no batch of one, which some models cannot take, where there are others
     sizes = {*(k for k in (n - 2, n // 2, n // 3) if k > 1 and k % 5 != 1)} | {max(1, n // 3)}
     short = itertools.cycle(sorted(sizes, reverse=True))
@@ -122,7 +122,7 @@ def random(model: nn.Module, data: Dataset) -> bool:
     device = next(model.parameters()).device
     if device.type == "cpu":
         return False
-    x, _ = to(fetch(data, torch.tensor([0, length(data) - 1])), device)
+    x, _ = to(fetch(data, torch.tensor([0, len_of(data) - 1])), device)
     found, before = [], snapshot(model)
     with torch.no_grad():
         for seed in (SEED, SEED + 1):
@@ -173,7 +173,7 @@ def apart(
     extras = {g: control for g in recipe.strategy.init(anchor)}
     memory = {g: tmap(torch.neg, control) for g in recipe.strategy.remember(anchor)}
     task = Task(state, extras, 0, 0, 0.1)
-    plans = [plan(length(d), STEPS, 0) for d in few]
+    plans = [batch_order(len_of(d), STEPS, 0) for d in few]
 
     def run(solve: Solver, who: slice) -> list[Params]:
         own = plans[who]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.engines.wire import Message, MessageError, short
-from fedtorch.tree import double
+from fedtorch.tree import to_float64
 from fedtorch.types import Failure, Params, Released, Stack, Task
 
 Memory = dict[str, dict[str, Params]]
@@ -66,7 +66,7 @@ def outcome_message(outcome: Outcome, asked: Sequence[str], **facts: Any) -> Mes
         )
     place = {id: k for k, id in enumerate(asked)}
     # in float64, as everybody's: in what type a solver adds up is no other's business
-    sent = {g: double(s) if update.summed else s for g, s in update.sent.items()}
+    sent = {g: to_float64(s) if update.summed else s for g, s in update.sent.items()}
     groups = {f"sent/{g}": s for g, s in sent.items()}
     groups |= {"buffers": update.buffers, "metrics": update.metrics, "": {"weight": update.weight}}
     for id, kept in memory.items():

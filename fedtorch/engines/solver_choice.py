@@ -22,7 +22,7 @@ from fedtorch.kernels.compile import FASTER, available
 from fedtorch.privacy import Privacy
 from fedtorch.recipe import Recipe
 from fedtorch.training import stacked
-from fedtorch.training.batches import fetch, length
+from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.losses import LOSSES
 from fedtorch.training.module import forward, to, undropped
 from fedtorch.training.outline import untouched
@@ -205,7 +205,7 @@ def crowds(model: nn.Module, clients: Sequence[Client], recipe: Recipe, many: in
     if recipe.loss in LOSSES.values():
         return False
     data = pooled([c.data for c in clients])
-    x, y = to(fetch(data, torch.arange(length(data))), next(model.parameters()).device)
+    x, y = to(fetch(data, torch.arange(len_of(data))), next(model.parameters()).device)
     with untouched(model), undropped(model), torch.no_grad(), seeds.seeded(0):
         output = forward(model, x)
         return meets(recipe.loss, output, y, Near(1e-3, 1e-5), many, (1.0,))

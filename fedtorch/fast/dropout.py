@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedtorch.fast.schedule import Schedule
-from fedtorch.training.dropout import CALLS, USUAL, Dropout, asked, noise
+from fedtorch.training.dropout import CALLS, USUAL, Dropout, asked, dropout_mask
 
 MODULES: dict[object, int] = {nn.Dropout: 0, nn.Dropout1d: 3, nn.Dropout2d: 4, nn.Dropout3d: 5}
 """Layers, and the axes of their input where they drop whole channels of it."""
@@ -45,7 +45,7 @@ class Drop:
         """[k, B, F]; draws for real examples alone."""
         counts, order = self.coins.order.counts[self.t][: len(a)], tuple(range(a.dim()))
         self.t += 1
-        self.noise = noise(a, order, self.keep, counts, self.coins.generators)
+        self.noise = dropout_mask(a, order, self.keep, counts, self.coins.generators)
         return a * self.noise
 
     def backward(self, d: Tensor) -> Tensor:
@@ -69,6 +69,6 @@ class Masked(nn.Module):
         """[n, ...], the real examples of a step."""
         shape = (*x.shape[:2], *[1] * (self.axes - 2)) if self.axes else x.shape  # whole channels
         like = x.detach().new_empty(1).expand(1, *shape)
-        drawn = noise(like, self.order, self.keep, [len(x)], [generator])[0]
+        drawn = dropout_mask(like, self.order, self.keep, [len(x)], [generator])[0]
         # general path and front keep images in different memory, and draw in the order of the former
         return x * (drawn if self.axes else torch.empty_like(x).copy_(drawn))

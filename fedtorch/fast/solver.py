@@ -27,7 +27,7 @@ from fedtorch.fast.schedule import Schedule, schedule
 from fedtorch.fast.tuning import CHUNK_BYTES, MOST_CLIENTS
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import plan
+from fedtorch.training.batches import batch_order
 from fedtorch.training.correction import correction
 from fedtorch.training.dropout import Dropout
 from fedtorch.training.losses import cross_entropy
@@ -110,7 +110,7 @@ class Fast:
     def chunk(self, examples: int, recipe: Recipe) -> int:
         """How many clients with so many examples stay in cache together."""
         private = recipe.privacy.per_example
-        rows = plan(examples, recipe, 0).numel()
+        rows = batch_order(examples, recipe, 0).numel()
         specs = [s for s in self.chain.layers if isinstance(s, Linear)]
         held = 0 if self.chain.front else examples * (specs[0].shape[1] + examples + rows)
         for n, spec in enumerate(specs):

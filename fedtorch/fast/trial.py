@@ -15,7 +15,7 @@ from fedtorch.fast.solver import Fast
 from fedtorch.privacy.base import PerExample, Privacy
 from fedtorch.recipe import Recipe
 from fedtorch.strategies import Strategy
-from fedtorch.training.batches import length
+from fedtorch.training.batches import len_of
 from fedtorch.training.losses import LOSSES, reduce
 
 
@@ -164,6 +164,6 @@ def nearest(
     error = math.inf
     for data in (datasets[0], datasets[len(datasets) // 2], datasets[-1]):
         if not error < TOLERANCE:
-            few = some(data, torch.arange(min(length(data), FEW)))
+            few = some(data, torch.arange(min(len_of(data), FEW)))
             error = min(error, difference(solver, model, [few], recipe, private))
     return error

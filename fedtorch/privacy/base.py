@@ -24,8 +24,8 @@ from fedtorch.privacy.accounting.events import (
 )
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import Stream, stream
-from fedtorch.training.batches import plan
-from fedtorch.tree import expand, finite, moving, per_client, sq_norms, tmap
+from fedtorch.training.batches import batch_order
+from fedtorch.tree import expand, finite_per_client, moving, per_client, sq_norms, tmap
 from fedtorch.types import ConfigError, Params, Raw, Released, Stack, Task
 
 State = dict[str, Any]
@@ -204,7 +204,7 @@ class Privacy(ABC):
     ) -> list[Tensor]:
         """Which examples each client takes in which step: [steps, batch] of places, short ones with -1."""
         seed = [seeds.derive(task.seed, "order", *task.draw, i) for i in ids]
-        return [plan(n, options, s) for n, s in zip(sizes, seed, strict=True)]
+        return [batch_order(n, options, s) for n, s in zip(sizes, seed, strict=True)]
 
     def steps_of(self, task: Task, ids: Sequence[str]) -> PrivateSteps | None:
         """What clips and noises the local steps of these clients; None: nothing does."""
@@ -387,7 +387,7 @@ def clipped(
     Guarantee: the joint norm of every client is at most ``clip``; a client with any number that is not
     finite (or a norm beyond float64) sends zero.
     """
-    good = torch.stack([finite(s) for s in sent.values()]).all(0) & norms.isfinite()
+    good = torch.stack([finite_per_client(s) for s in sent.values()]).all(0) & norms.isfinite()
     factor = torch.where(good, clip / norms.clamp(min=clip), 0)
     factor = factor if scale is None else factor * scale.to(factor)
     return {

@@ -20,7 +20,7 @@ QUARTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
 
 
 @dataclass(frozen=True)
-class Visits:
+class Reports:
     """Reports of one round, client by client; they stay with the server."""
 
     ids: tuple[str, ...] = ()
@@ -30,7 +30,7 @@ class Visits:
     """Figures by name, each [K]: train_loss, update_norm, examples, visited, steps."""
 
     @classmethod
-    def of(cls, parts: "Sequence[Visits]") -> "Visits":
+    def of(cls, parts: "Sequence[Reports]") -> "Reports":
         """The chunks of a round as one, with the figures that all of them tell."""
         if not parts:
             return cls()
@@ -84,7 +84,7 @@ def spread(name: str, values: Tensor) -> dict[str, float]:
     return {f"{name}_{k}": v for k, v in {**found, "worst10": sum(worst) / len(worst)}.items()}
 
 
-def length(params: Params) -> float:
+def norm(params: Params) -> float:
     """L2 norm of all tensors together."""
     flat = [_precise(v).flatten() for v in params.values()]
     total = sum(float(p.dot(p)) for v in flat for p in v.split(PART))

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from fedtorch import seeds
 from fedtorch.client import Client
-from fedtorch.training.batches import fetch, length
+from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.losses import Loss, counted, reduce
 from fedtorch.training.module import channels_last, evaluating, load, snapshot
 from fedtorch.training.stacked import forward, to
@@ -30,7 +30,7 @@ def evaluate(
     that gives a single number (F1, AUC, concordance), or says so by ``whole_set = True``, sees all outputs
     and targets at once. Raises ConfigError where a metric does neither, or fails on the whole set.
     """
-    n = length(data)
+    n = len_of(data)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     laid: bool | None = None
     means = {name: Mean() for name, m in metrics.items() if not getattr(m, "whole_set", False)}

@@ -12,12 +12,12 @@ from fedtorch.options import TrainingOptions
 from fedtorch.tree import rows
 
 
-def length(data: Dataset) -> int:
+def len_of(data: Dataset) -> int:
     """Number of examples of a map-style dataset."""
     return len(cast(Any, data))
 
 
-def plan(n: int, order: TrainingOptions, seed: int) -> Tensor:
+def batch_order(n: int, order: TrainingOptions, seed: int) -> Tensor:
     """Shuffled batches of ``n`` examples, [steps, batch], short ones padded with -1 at the end."""
     generator = torch.Generator().manual_seed(seed)
     size = min(order.batch_size or n, n)
@@ -73,7 +73,7 @@ def batches(data: Dataset, plan: Tensor) -> Iterator[tuple[Any, Any]]:
         for index, count in zip(plan, counts, strict=True):
             yield fetch(data, index[:count])
         return
-    per_gather = max(1, length(data) // plan.shape[1])
+    per_gather = max(1, len_of(data) // plan.shape[1])
     for t in range(0, len(plan), per_gather):
         steps, sizes = plan[t : t + per_gather], counts[t : t + per_gather]
         x, y = fetch(data, steps.flatten() if full else steps[steps >= 0])

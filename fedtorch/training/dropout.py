@@ -42,7 +42,7 @@ def asked(axes: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dropout:
     return Dropout(given["p"] if given["training"] else 0.0, axes, given["inplace"])
 
 
-def noise(
+def dropout_mask(
     like: Tensor,
     order: tuple[int, ...],
     keep: float,
@@ -138,7 +138,7 @@ class Drawing(TorchFunctionMode):
         self.used = True
         shape, order = masked(x, drop)
         like = torch.empty(1, dtype=x.dtype).expand(len(self.seeds), self.rows, *shape)
-        rows = noise(like, order, 1 - drop.p, self.counts, self.generators)
+        rows = dropout_mask(like, order, 1 - drop.p, self.counts, self.generators)
         own = rows.index_select(0, self.client)[0]
         return own if self.example is None else own.index_select(0, self.example)
 
@@ -168,7 +168,7 @@ class Replaying(TorchFunctionMode):
             shape, order = masked(x, drop)
             like = torch.empty(1, dtype=x.dtype).expand(1, self.rows, *shape)
             generators = [torch.default_generator]
-            self.masks.append(noise(like, order, 1 - drop.p, [self.rows], generators)[0])
+            self.masks.append(dropout_mask(like, order, 1 - drop.p, [self.rows], generators)[0])
         self.calls += 1
         return self.masks[self.calls - 1][self.example, None]
 

@@ -20,7 +20,7 @@ from fedtorch.training.module import to, to_device
 from fedtorch.training.personal import GROUP, personal, shared
 from fedtorch.training.results import Results, exact_weights
 from fedtorch.training.sequential import naming_client, train_sequentially
-from fedtorch.tree import double, expand, near, row, settled, stack
+from fedtorch.tree import expand, near, row, settled, stack, to_float64
 from fedtorch.types import Context, Failure, Raw, Released, Stack, Task
 
 
@@ -138,8 +138,8 @@ def raw_of(
         exact = replace(
             ctx,
             anchor=expand(exact_weights(task, [*ctx.anchor])),
-            extras={g: double(near(e)) for g, e in ctx.extras.items()},
-            memory={g: double(near(m)) for g, m in ctx.memory.items()},
+            extras={g: to_float64(near(e)) for g, e in ctx.extras.items()},
+            memory={g: to_float64(near(m)) for g, m in ctx.memory.items()},
         )
         with torch.no_grad():
             rows, floats = trained.rows()

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fedtorch.tree import (
     add_weighted,
-    double,
     expand,
     has_float64,
     moving,
@@ -18,6 +17,7 @@ from fedtorch.tree import (
     settled,
     split,
     sq_norms,
+    to_float64,
 )
 from fedtorch.types import Params, Stack, Task
 
@@ -190,4 +190,4 @@ def exact_weights(task: Task, names: Sequence[str]) -> Params:
     """The task's weights in float64, where that can be had."""
     if has_float64(task.state[names[0]].device):
         return {k: task.exact[k] for k in names}
-    return double(near({k: task.state[k] for k in names}))
+    return to_float64(near({k: task.state[k] for k in names}))

@@ -116,7 +116,7 @@ def averaged(losses: Tensor, mask: Tensor, even: bool) -> Tensor:
     return losses
 
 
-def together(
+def vmapped_losses(
     model: nn.Module,
     loss: Loss,
     params: Stack,
@@ -170,7 +170,7 @@ def stacked(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stack
         optimizer.zero_grad()
         batch = x, y, mask
         if private is None:
-            each = together(model, recipe.loss, params, rest, batch, drawing)
+            each = vmapped_losses(model, recipe.loss, params, rest, batch, drawing)
         else:
             grads, each = stacked_gradients(model, recipe.loss, params, rest, batch, private)
             for k, v in params.items():

@@ -14,7 +14,7 @@ from fedtorch.server import Server
 from fedtorch.tracking import drawings
 from fedtorch.tracking.record import Record
 from fedtorch.tracking.tensorboard.graph import modules
-from fedtorch.training.batches import fetch, length
+from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.module import evaluating
 from fedtorch.training.outline import copied
 from fedtorch.training.stacked import forward, to
@@ -77,8 +77,8 @@ class Pictures(Observer):
             args = (ids, parts, self.data.labels)
             self.record.picture(f"{self.under}/partition", 0, drawings.partition_map, *args)
         if self.options and self.options.graph:
-            some = self.data.test if length(self.data.test) else self.data.train
-            x, _ = fetch(some, torch.arange(min(2, length(some))))
+            some = self.data.test if len_of(self.data.test) else self.data.train
+            x, _ = fetch(some, torch.arange(min(2, len_of(some))))
             device = next(self.server.model.parameters()).device
             nodes = modules(copied(self.server.model), to(x, device))
             self.record.pass_on("graph", nodes)
@@ -101,13 +101,13 @@ class Pictures(Observer):
             return
         if not self.strict:
             self._participation(step)
-        if self.data.kind == "classification" and length(self.data.test) and self._classes():
+        if self.data.kind == "classification" and len_of(self.data.test) and self._classes():
             self._test(step)
 
     def _classes(self) -> bool:
         """Whether the model gives one tensor; of several parts only its own loss knows the classes."""
         model = self.server.model
-        x, _ = fetch(self.data.test, torch.arange(min(2, length(self.data.test))))
+        x, _ = fetch(self.data.test, torch.arange(min(2, len_of(self.data.test))))
         with evaluating(model), torch.no_grad(), seeds.seeded(0):
             return isinstance(forward(model, to(x, next(model.parameters()).device)), Tensor)
 
@@ -191,7 +191,7 @@ def predictions(
     device = next(model.parameters()).device
     xs, ys, guesses = [], [], []
     with evaluating(model), torch.no_grad(), seeds.seeded(0):
-        for index in torch.arange(min(length(data.test), most)).split(512):
+        for index in torch.arange(min(len_of(data.test), most)).split(512):
             x, y = fetch(data.test, index)
             guesses.append(forward(model, to(x, device)).argmax(1).cpu())
             xs.append(x)
