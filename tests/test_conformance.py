@@ -144,7 +144,7 @@ def the_adaptive_clip_goes_to_the_median() -> None:
 def local_noise_covers_a_replacement() -> None:
     """Epsilon of what is seen: how far the two worst updates are apart, over the spread of each."""
     plan = LocalDP(clip=1.0, epsilon=1.0, delta=1e-5, rounds=1)
-    task = SimpleNamespace(privacy={"clip": 1.0, "noise": plan.calibrated(1)}, round=0)
+    task = SimpleNamespace(privacy={"clip": 1.0, "noise": plan.calibrated(1)}, round=0, draw=(0,))
     seen = []
     for worst in (1e6, -1e6):
         sent = {"delta": {"w": torch.full((10_000, 1), worst).double()}}
@@ -163,7 +163,7 @@ def low_bits_do_not_give_the_update_away() -> None:
     """
     for rng in ("aes", "os"):
         plan = LocalDP(clip=1.0, rounds=1, rng=rng)
-        task = SimpleNamespace(privacy={"clip": 1.0, "noise": 3.0}, round=0)
+        task = SimpleNamespace(privacy={"clip": 1.0, "noise": 3.0}, round=0, draw=(0,))
         update = torch.full((1, 1000), 0.01).double()
         sent = plan.client({"delta": {"w": update}}, torch.ones(1), task, ["c"])["delta"]["w"]
         rests = [(sent - candidate) / 6 for candidate in (update, -update)]
@@ -348,7 +348,9 @@ def half_the_sensitivity(patch: pytest.MonkeyPatch) -> None:
 
     def once(self, sent, examples, task, ids):
         numbers = task.privacy | {"noise": task.privacy["noise"] / 2}
-        return client(self, sent, examples, SimpleNamespace(privacy=numbers, round=0), ids)
+        return client(
+            self, sent, examples, SimpleNamespace(privacy=numbers, round=0, draw=(0,)), ids
+        )
 
     patch.setattr(LocalDP, "client", once)
 

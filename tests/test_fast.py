@@ -284,15 +284,18 @@ def test_a_strategy_with_its_own_correction_is_not_guessed_at():
 
 
 def test_a_strategy_that_sends_more_than_the_delta_sees_every_client():
+    seen = set()
+
     class Keeps(FedAvg):
         def upload(self, params, ctx):
-            assert all(len(v) == len(SIZES) for v in params.values())
+            seen.update(len(v) for v in params.values())
             sent, _ = super().upload(params, ctx)
             return sent, {"last": sent["delta"]}
 
     who = clients()
     server = Server(mlp(), who, Recipe(Keeps(), lr=0.1), engine=Local(solver="fast"))
     server.round()
+    assert seen == {1, len(SIZES)}  # once for names and shapes, then for all of them
     assert all(c.memory["last"]["1.weight"].shape == (25, 30) for c in who)
 
 

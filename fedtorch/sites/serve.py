@@ -59,6 +59,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
     with seeds.seeded(seeds.derive(config.seed, "model")):
         model, recipe = plan.build()
     files.savable(model)
+    test = own_test(config)
     keys = Path(config.credentials) if config.credentials else None
     engine = Sites(
         plan=plan,
@@ -99,7 +100,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
             here.report.say(f"listening at {config.address}, waiting for {', '.join(config.sites)}")
             for line in promise(server.private) if server.private else ["no privacy: no noise"]:
                 here.report.say(line)
-            scores = loop.Scores(here, own_test(config), metrics)
+            scores = loop.Scores(here, test, metrics)
             starting_score(here.record, here.report, scores.last, server)
 
             # who looks at each round, in this order: the end is seen first, and saving comes last

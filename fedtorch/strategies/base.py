@@ -91,5 +91,5 @@ def uploads(strategy: Strategy, params: Params, extras: dict[str, Params]) -> di
     """What a client sends, in names and shapes: an upload of a visit that changed nothing."""
     own = {g: expand(m) for g, m in strategy.remember(params).items()}
     shared = {g: expand(e) for g, e in extras.items()}
-    ctx = Context(expand(params), shared, own, torch.ones(1), 1.0)
+    ctx = Context(expand(params), shared, own, torch.ones(1), 1.0, (0,))
     return {g: row(s, 0) for g, s in strategy.upload(expand(params), ctx)[0].items()}
