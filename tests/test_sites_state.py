@@ -6,9 +6,10 @@ import logging
 import pytest
 import torch
 
-from fedtorch import Scaffold
+from fedtorch import FedPer, Scaffold
+from fedtorch.channel.topk import TopK
 from fedtorch.engines.wire import Message
-from fedtorch.privacy import SampleLevel
+from fedtorch.privacy import LocalDP, SampleLevel
 from fedtorch.sites.offer import Plan
 from fedtorch.sites.state import AGAIN, FORMAT, Answered, VisitMemory
 from fedtorch.types import ConfigError
@@ -105,12 +106,26 @@ def test_the_owners_limit_counts_over_restarts(data, tmp_path):  # noqa: F811
         assert len(server.reports) == done
 
 
-def test_memory_of_another_run_is_never_trained_from(data, tmp_path, caplog):  # noqa: F811
+@pytest.mark.parametrize("other", [{"model": "mlp"}, {"run": "other"}], ids=["model", "run"])
+def test_memory_of_another_run_is_never_trained_from(data, tmp_path, caplog, other):  # noqa: F811
+    # nor where it would fit: what another run left was perhaps never noised
     assert play(ask(1, strategy=Scaffold()), data, tmp_path)[0] == 0
-    other = Played(offer(run="other", model="mlp", strategy=Scaffold()))
-    other.tasks = [other.task(1, after=f"{0:032x}")]
-    assert play(other, data, tmp_path)[0] == 1
-    assert other.reports == [] and "a visit of another run" in caplog.text
+    server = Played(offer(strategy=Scaffold(), **other))
+    server.tasks = [server.task(1, after=f"{0:032x}")]
+    assert play(server, data, tmp_path)[0] == 1
+    assert server.reports == [] and "a visit of another run" in caplog.text
+
+
+def test_a_site_that_was_never_finite_goes_on_from_what_its_code_left_out(data, tmp_path):  # noqa: F811
+    local = LocalDP(noise_multiplier=9.0, rounds=3)
+    mine = FedPer(personal=("*.bias",))
+    plan = {"strategy": mine, "privacy": local, "channel": TopK(share=0.1), "model": "mlp"}
+    server, first = Played(offer(**plan)), f"{0:032x}"
+    server.tasks = [server.task(0, visit=first), server.task(1, after=first)]
+    for task in server.tasks:
+        task.groups["state"] = {k: v * float("nan") for k, v in task.groups["state"].items()}
+    assert play(server, data, tmp_path)[0] == 0
+    assert answers(server) == [True, True]
 
 
 def test_ledgers_that_lack_charges_of_visits_that_were_answered_are_refused(data, tmp_path, caplog):  # noqa: F811

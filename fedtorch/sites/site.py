@@ -205,7 +205,7 @@ class Site:
         if outcome is None:
             self.answered.enter(self.plan)
             outcome = self._train(task)
-        self.memory.keep(visit, self.client.memory, after)
+        self.memory.keep(self._named(visit), self.client.memory, self._named(after))
         facts = {"run": self.plan.run, "visit": visit, "round": task.round}
         reply = messages.outcome_message(outcome, [self.client.id], **facts)
         self._send(Message("report", reply.facts, reply.groups), task)
@@ -245,12 +245,19 @@ class Site:
         """Of what this site's model has beside what every task brings."""
         return messages.digest({k: self.given[k] for k in self.schema["rest"]})
 
+    def _named(self, visit: str) -> str:
+        # what another plan left unnoised, as weights that are this site's own, must not come into this run
+        assert self.plan is not None
+        return f"{self.plan.run} {visit}" if visit else ""
+
     def _memory(self, task: Task, after: str) -> dict[str, Params]:
         """What this site remembers; raises ConfigError where its state folder is another than it was."""
-        kept = self.memory.after(after)
+        kept = self.memory.after(self._named(after))
+        # a client that is never finite may have nothing but what its codes left out
+        fits = all(messages.schema(t) == self.remembered.get(g) for g, t in (kept or {}).items())
+        if not fits or (kept is None and self.memory.elsewhere(after)):
+            raise MessageError(f"round {task.round + 1} goes on from a visit of another run")
         if kept is not None:
-            if kept and {g: messages.schema(t) for g, t in kept.items()} != self.remembered:
-                raise MessageError(f"round {task.round + 1} goes on from a visit of another run")
             return kept
         told = (
             f"the server goes on from a visit that this site's state folder {self.config.state!r} does not "

@@ -32,7 +32,7 @@ AGAIN = 10
 
 
 class VisitMemory:
-    """Memory groups by visit, newest last."""
+    """Memory groups by visit, "run visit" each, newest last."""
 
     def __init__(self, folder: Path) -> None:
         """Read what an earlier process of this site has left; raises ConfigError when it is damaged."""
@@ -46,6 +46,10 @@ class VisitMemory:
     def after(self, visit: str) -> dict[str, Params] | None:
         """Memory as it was after ``visit`` ("": before any); None when that is gone."""
         return {} if not visit else self.visits.get(visit)
+
+    def elsewhere(self, visit: str) -> bool:
+        """Whether a run, whichever, has a visit of this name."""
+        return any(kept.endswith(f" {visit}") for kept in self.visits)
 
     def keep(self, visit: str, memory: dict[str, Params], after: str = "") -> None:
         """Remember what a visit left, before the server hears of it; raises ConfigError if that fails.
