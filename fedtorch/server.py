@@ -14,7 +14,7 @@ from torch import nn
 
 from fedtorch.aggregation.mean import Gathering, moved
 from fedtorch.channel import base as channel
-from fedtorch.checks import combination
+from fedtorch.checks import combination, strategies
 from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
 from fedtorch.options import NOT_NEGATIVE, fit, shown, within
@@ -121,6 +121,7 @@ class Server:
                 "strategy.personal: each client keeps weights of its own; server.model has the shared ones "
                 "and those that clients start with, and a client's own model is server.model_of(id)"
             )
+        strategies.check(self.recipe.strategy, params, self.extras)
         groups = partial(uploads, self.recipe.strategy, params, self.extras)
         self._like = groups() if self.recipe.channel else {}
         self._coded = 0
@@ -172,7 +173,10 @@ class Server:
         }
         figures = self.mark(figures) | self.books.figures()
         for observer in self.observers:
-            figures |= observer.round(figures) or {}
+            own = observer.round(figures) or {}
+            # who was shown the work of clients may tell what the guarantee does not cover
+            looked = type(observer).sent is not Observer.sent
+            figures |= self.mark(dict(own)) if looked else own
         return figures
 
     def own(self) -> dict[str, Params]:

@@ -147,6 +147,11 @@ def test_every_visit_is_charged_as_it_begins_and_noised_by_itself():
     "options, pace, why",
     [
         ({"privacy": ClientLevel(rounds=1)}, PACE, "voids the claim of client-level privacy"),
+        (
+            {"privacy": LocalDP(rounds=1, strict=True)},
+            PACE,
+            "privacy.strict keeps to itself how many",
+        ),
         ({"strategy": Scaffold()}, PACE, "Scaffold also needs c"),
         ({"aggregator": Median()}, PACE, "needs the aggregator mean"),
         ({}, replace(PACE, concurrency=7), "more than the 6 clients"),

@@ -21,7 +21,7 @@ from fedtorch import (
     ServerAdam,
     ServerSGD,
 )
-from fedtorch.privacy import LocalDP
+from fedtorch.privacy import ClientLevel, LocalDP
 from fedtorch.run.console import Report
 from fedtorch.types import Released
 
@@ -279,6 +279,20 @@ def test_an_observer_sees_clipped_and_noised_updates_alone():
         for sent in seen
     ]
     assert norms[0] > 0.05 and norms[1] < 0.05  # a thousandth of the update, and noise of that size
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_an_observer_makes_of_clients_work_is_marked_as_not_covered(strict):
+    class Tells(Observer):
+        def round(self, figures):
+            return {"public": 1.0}
+
+    model, plan = mlp(), ClientLevel(noise_multiplier=1.0, rounds=1, strict=strict)
+    looks = [Look(model), Tells()]
+    server = Server(model, make_clients([5] * 4), Recipe(privacy=plan), observers=looks)
+    figures = server.round()
+    assert "weights_norm" not in figures and figures["public"] == 1.0
+    assert ("nonprivate_weights_norm" in figures) is not strict
 
 
 def test_fit_draws_one_line_on_a_terminal(capsys, monkeypatch):

@@ -63,6 +63,11 @@ class Buffered:
                 "pace buffered voids the claim of client-level privacy: who arrives is not drawn by secret "
                 "coins, and may arrive twice in one step; use sample or local privacy, or pace synchronous"
             )
+        if recipe.privacy.strict and not recipe.privacy.per_example:
+            raise ConfigError(
+                "privacy.strict keeps to itself how many examples a client has, but with pace buffered "
+                "the model depends on who is first, and who has more takes longer; leave one of them out"
+            )
         if not recipe.aggregator.linear:
             raise ConfigError(
                 "pace buffered weighs each change by its age, and needs the aggregator mean"

@@ -18,4 +18,8 @@ class Observer:
         """Work of some clients has arrived: what their privacy plan let go, and nothing else."""
 
     def round(self, figures: Metrics) -> Mapping[str, Any] | None:
-        """A round is over. Figures that are returned join the round's, for later observers too."""
+        """A round is over. Figures that are returned join the round's, for later observers too.
+
+        Of an observer that has ``sent`` they are marked, or left out, as those of clients that no guarantee
+        covers (``Server.mark``).
+        """
