@@ -37,12 +37,26 @@ COMMANDS = {
 The module is imported when the command is run, so that no command waits for another's imports.
 """
 
+TAKES = {
+    "runs": "[FOLDER] [--json]",
+    "compare": "RUN RUN [--json] [--png FILE]",
+    "eval": "RUN [--json] [--trust-code]",
+    "predict": "RUN FILE [--json] [--length N] [--trust-code]",
+    "models": "[--json]",
+    "datasets": "[--json]",
+    "strategies": "[--json]",
+    "completion": "bash|zsh",
+    "version": "",
+}
+"""What the small commands take; the others have a help of their own."""
+
 
 def usage() -> str:
     """What there is, one line each."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (text, _) in COMMANDS.items()]
-    return "\n".join(["usage: fedtorch COMMAND [options]", "", *lines])
+    more = "fedtorch COMMAND --help says what a command takes."
+    return "\n".join(["usage: fedtorch COMMAND [options]", "", *lines, "", more])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise ConfigError(f"unknown command {command!r}; there are {', '.join(COMMANDS)}")
-        module, _, name = COMMANDS[command][1].partition(":")
+        about, place = COMMANDS[command]
+        if command in TAKES and not {"-h", "--help"}.isdisjoint(rest):
+            print(f"usage: fedtorch {command} {TAKES[command]}".rstrip() + f"\n\n{about}")
+            return 0
+        module, _, name = place.partition(":")
         return int(getattr(importlib.import_module(module), name)(rest))
     except (ConfigError, ClientError) as e:
         print(f"fedtorch: {e}", file=sys.stderr)

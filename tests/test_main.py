@@ -27,6 +27,13 @@ def test_help_names_every_command(capsys):
     assert all(name in out and text in out for name, (text, _) in COMMANDS.items())
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    out, err = capsys.readouterr()
+    assert f"fedtorch {command}" in out and not err
+
+
 @pytest.mark.parametrize(
     "argv, said",
     [

@@ -154,7 +154,7 @@ def test_every_visit_is_charged_as_it_begins_and_noised_by_itself():
         ),
         ({"strategy": Scaffold()}, PACE, "Scaffold also needs c"),
         ({"aggregator": Median()}, PACE, "needs the aggregator mean"),
-        ({}, replace(PACE, concurrency=7), "more than the 6 clients"),
+        ({}, replace(PACE, concurrency=7), "more than the 6 clients there are: use 6 or fewer"),
     ],
 )
 def test_what_it_cannot_keep_is_refused_in_a_sentence(options, pace, why):

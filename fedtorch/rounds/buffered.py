@@ -52,7 +52,8 @@ class Buffered:
             )
         if self.concurrency > len(sizes):
             raise ConfigError(
-                f"pace.concurrency {self.concurrency} is more than the {len(sizes)} clients there are"
+                f"pace.concurrency {self.concurrency} is more than the {len(sizes)} clients there are: "
+                f"use {len(sizes)} or fewer"
             )
         if asked.participation != Everyone():
             raise ConfigError(

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedtorch.recipe import Recipe
+from fedtorch.rounds.synchronous import Synchronous
 from fedtorch.run import cli, files, trust
 from fedtorch.run.console import Report
 from fedtorch.run.report import promise, statement, text
@@ -16,6 +18,8 @@ def introduce(report: Report, opening: str, server: Server, who_has_what: Any) -
     model, private = server.model, server.private
     size = sum(p.numel() for p in model.parameters())
     report.say(f"{opening}, {size:,} parameters, {server.recipe.strategy}")
+    for part in _parts(server):
+        report.say(part)
     for line in promise(private) if private else ["no privacy: nothing is noised"]:
         report.say(line)
     for note in server.notes:
@@ -28,6 +32,16 @@ def introduce(report: Report, opening: str, server: Server, who_has_what: Any) -
         report.say(f"resumed after round {server.round_number}")
     elif not strict(server):  # who has what is nobody's to know
         report.say(who_has_what)
+
+
+def _parts(server: Server) -> list[str]:
+    """Aggregator, channel and pace, a line each, where they are not the usual ones."""
+    recipe, usual = server.recipe, Recipe()
+    return [
+        *([f"aggregator {recipe.aggregator}"] if recipe.aggregator != usual.aggregator else []),
+        *(f"channel {stage}" for stage in recipe.channel),
+        *([f"pace {server.pace}"] if server.pace != Synchronous() else []),
+    ]
 
 
 def starting_score(

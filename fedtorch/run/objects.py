@@ -35,7 +35,8 @@ def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
         if key not in takes:
             known = ", ".join(takes) or "none"
             label = f"{where} {getattr(cls, '__name__', cls)}" if where else "the config"
-            raise ConfigError(f"{label} has no option {key!r}; it has {known}")
+            others = _others(where, key)
+            raise ConfigError(f"{label} has no option {key!r}; it has {known}{others}")
         if full in CHOICES:
             args[key] = choose(full, value, takes[key].default)
         elif full in FREE:
@@ -51,6 +52,13 @@ def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
             plain[key] = value
     skip = {k for k in takes if (f"{where}.{k}" if where else k) in CHOICES or k in FREE} | {*args}
     return cls(**_checked(cls, plain, skip, where), **args)
+
+
+def _others(choice: str, option: str) -> str:
+    """Which names of a choice have an option, in words; nothing where none has."""
+    table = CHOICES.get(choice, {})
+    names = [n for n, path in table.items() if option in inspect.signature(find(path)).parameters]
+    return f" (--{choice} {' or '.join(names)} has it)" if names else ""
 
 
 def home(value: Any) -> Any:

@@ -7,9 +7,7 @@ from fedtorch.strategies.base import Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class FedPer(Strategy):
-    """Body and head are trained together, and only the body is averaged (Arivazhagan et al. 2019,
-    arXiv:1912.00818, Alg. 1 and 2).
-    """
+    """FedAvg of the body; a client keeps its head (Arivazhagan et al. 2019, arXiv:1912.00818, Alg. 1)."""
 
     personal: tuple[str, ...] = ("head.*",)
     """The head's weights, by name."""

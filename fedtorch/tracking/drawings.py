@@ -152,6 +152,7 @@ def curves(runs: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> b
             axes.plot(
                 *zip(*points, strict=True), label=name, marker="." if len(points) < 30 else ""
             )
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("round")
         axes.set_ylabel(metric.replace("_", " "))
         axes.grid(alpha=0.3)
