@@ -6,9 +6,8 @@ import pytest
 
 from fedtorch.kernels.compile import available, compiled, loops
 
-pytest.importorskip(
-    "numba", exc_type=ImportError, reason="what is tested here is machine code by numba"
-)
+if not available():
+    pytest.skip("what is tested here is machine code by numba", allow_module_level=True)
 from numba.core.caching import IndexDataCacheFile
 
 

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llvmlite.binding import get_host_cpu_features
-from numba import njit
 from scipy import stats
 
-from fedtorch.kernels.compile import compiled
+from fedtorch.kernels.compile import available, compiled
 from fedtorch.privacy.noise import normals
 
 EXACT = np.longdouble
@@ -21,6 +19,8 @@ PI = 4 * np.arctan(EXACT(1))
 
 @pytest.fixture(params=["machine code", "NumPy"])
 def way(request, monkeypatch):
+    if request.param == "machine code" and not available():
+        pytest.skip("without numba there is no loop")
     if request.param == "NumPy":
         monkeypatch.setattr(normals, "compiled", lambda loop, exact: None)
     return request.param
@@ -167,7 +167,11 @@ def test_another_number_of_words_than_needed_is_refused(way, given):
         normals.add(words(6)[:given], np.zeros(3), 1.0)
 
 
+@pytest.mark.skipif(not available(), reason="without numba there is no loop")
 def test_the_loop_is_compiled_and_takes_pairs_side_by_side():
+    from llvmlite.binding import get_host_cpu_features
+    from numba import njit
+
     normals.add(words(4), np.zeros(4, np.float32), 1.0)
     assert compiled(normals.fused, exact=True).signatures and normals.way() == "a compiled loop"
     fresh = njit(normals.fused, error_model="numpy")  # of one that was kept there is no listing
