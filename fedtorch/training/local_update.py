@@ -56,11 +56,7 @@ def local_update(
         released, unsent = encode(stage, released, earlier, raw.groups)
     remember(clients, memory, ctx, good)
     keep_unsent(members, unsent, ctx)
-    lost = (
-        []
-        if privacy.always_reports
-        else [i for i, k in zip(ids, good.tolist(), strict=True) if not k]
-    )
+    lost = [i for i in ids if i not in released.ids]
     return released, [Failure(i, "nonfinite", "its update is not finite") for i in lost]
 
 
@@ -101,7 +97,8 @@ def context(
     ]
     memory = [m or recipe.strategy.remember(anchor) for m in kept]
     # who is here for the first time starts from the model's
-    start = {k: v for k, v in task.state.items() if k in personal(model, patterns)}
+    kept_names = personal(model, patterns)
+    start = {k: v for k, v in task.state.items() if k in kept_names}
     own = [start | to(c.memory.get(GROUP, {}), device) for c in clients]
     return Context(
         anchor=expand(anchor),

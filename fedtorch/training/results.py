@@ -87,11 +87,9 @@ class Stacked:
     def mean_buffers(self, weight: Tensor) -> Stack:
         """The mean, in float64."""
         total, used = Params(), weight != 0
-        add_weighted(
-            total, {k: v[used] for k, v in self.buffers.items()}, weight[used] / weight.sum()
-        )
-        kept = moving({k: v[used] for k, v in self.buffers.items()}, self.task.state)
-        return expand({k: total[k] for k in kept})
+        buffers = moving({k: v[used] for k, v in self.buffers.items()}, self.task.state)
+        add_weighted(total, buffers, weight[used] / weight.sum())
+        return expand(total)
 
     @cached_property
     def _changes(self) -> Stack:
