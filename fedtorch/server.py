@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from fedtorch.privacy.run import BudgetSpent, PrivateRun, opened
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics, Reports, norm, traffic
 from fedtorch.rounds.history import History
-from fedtorch.rounds.observers import Observer
+from fedtorch.rounds.observers import Observer, looks
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.progress import Bar
 from fedtorch.rounds.schedules import Constant, Schedule
@@ -175,8 +176,7 @@ class Server:
         for observer in self.observers:
             own = observer.round(figures) or {}
             # who was shown the work of clients may tell what the guarantee does not cover
-            looked = type(observer).sent is not Observer.sent
-            figures |= self.mark(dict(own)) if looked else own
+            figures |= self.mark(dict(own)) if looks(observer) else own
         return figures
 
     def own(self) -> dict[str, Params]:
@@ -363,13 +363,14 @@ class Server:
                 if isinstance(outcome, Failure):
                     failed.append(outcome)
                     continue
-                for stage in self.recipe.channel:
-                    self._coded += channel.size({g: outcome.sent[g] for g in self._like})
-                    outcome = channel.decode(stage, outcome, self._like)
+                self._coded += channel.size(outcome, self._like)
+                outcome = channel.decode(self.recipe.channel, outcome, self._like)
+                outcome = self.recipe.privacy.taken(outcome, self._like, task)
                 gathered.add(outcome if group.factor == 1 else outcome.scaled(group.factor))
                 chunks.append(Reports(outcome.ids, outcome.weight, outcome.metrics))
                 for observer in self.observers:
-                    observer.sent(outcome)
+                    if looks(observer):  # at a copy: nothing stands between a clip and its noise
+                        observer.sent(deepcopy(outcome))
         return gathered, Reports.of(chunks)
 
     def _move(self, state: Params, gathered: Gathering) -> tuple[dict[str, Params], Params]:

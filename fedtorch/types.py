@@ -1,6 +1,7 @@
 """What crosses each boundary: server -> client, client -> server, and nothing else."""
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -90,9 +91,9 @@ _SEAL = object()
 class Released:
     """What K clients send: the only thing of theirs that reaches another process.
 
-    ``Privacy.release`` makes it of what visits left; nobody else can. Sent tensors are float64, so that a
-    sum loses nothing; a sum that the fast path took in the weights' own type is of that type.
-    Raises TypeError where anybody else makes one.
+    ``Privacy.release`` makes it of what visits left; nobody else can, and nobody can exchange a part of it.
+    Sent tensors are float64, so that a sum loses nothing; a sum that the fast path took in the weights' own
+    type is of that type. Raises TypeError where anybody else makes one.
     """
 
     ids: tuple[str, ...]
@@ -107,11 +108,11 @@ class Released:
     summed: bool = False
     """``sent`` and ``buffers`` are one row, the weighted mean of the K clients: a strategy that only
     averages deltas never needs them one by one, and K copies of a model are slow to write and read."""
-    seal: object = field(default=None, repr=False, compare=False)
+    seal: InitVar[object] = None
 
-    def __post_init__(self) -> None:
-        """Nothing leaves a client past its plan."""
-        if self.seal is not _SEAL:
+    def __post_init__(self, seal: object) -> None:
+        """Nothing leaves a client past its plan; ``dataclasses.replace`` has no seal to give."""
+        if seal is not _SEAL:
             raise TypeError(
                 "only Privacy.release makes what a client may send (fedtorch.types.Released)"
             )
@@ -131,8 +132,13 @@ class Released:
 
     def scaled(self, factor: float) -> "Released":
         """The same with every number sent multiplied by ``factor``; buffers are as they are."""
-        sent = {g: {k: v * factor for k, v in s.items()} for g, s in self.sent.items()}
-        return replace(self, sent=sent)
+        return self.mapped(lambda _, s: {k: v * factor for k, v in s.items()}, self.sent)
+
+    def mapped(self, change: Callable[[str, Stack], Stack], groups: Iterable[str]) -> "Released":
+        """The same with these groups of what is sent as ``change`` makes them."""
+        return replace(
+            self, sent=self.sent | {g: change(g, self.sent[g]) for g in groups}, seal=_SEAL
+        )
 
 
 @dataclass(frozen=True)

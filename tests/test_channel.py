@@ -1,11 +1,14 @@
 """What goes through a channel, by hand; and the same on every engine, and when a run goes on."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from conftest import make_clients, mlp, watched, weights
-from fedtorch import Client, ConfigError, FedProx, Local, Median, Recipe, Server, TopK
+from fedtorch import Client, ConfigError, FedProx, Local, Median, Recipe, Server, Stage, TopK
 from fedtorch.channel.base import UNSENT, decode, encode, size
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.types import Released
@@ -26,23 +29,27 @@ def numbers(tree: dict[str, Tensor]) -> list[float]:
 
 def test_the_largest_number_is_sent_and_the_rest_is_kept_for_later():
     """By hand: the second update is sent with what the first left out, (.2, -2.5, 1.5, 2.1)."""
-    stage, found = TopK(share=0.25), []
-    left = {
-        "delta": {k: torch.zeros_like(v) for k, v in released(UPDATES[0]).sent["delta"].items()}
-    }
+    channel, found, left = (TopK(share=0.25),), [], {}
     for values in UPDATES:
         update = released(values)
         like = {"delta": {k: v[0] for k, v in update.sent["delta"].items()}}
-        code, left = encode(stage, update, left, ["delta"])
-        assert size(code.sent) == 8 and code.sent["delta"]["value"].dtype == torch.float32
-        found.append(numbers(decode(stage, code, like).sent["delta"]))
+        code, (left,) = encode(channel, update, ["delta"], [left])
+        assert size(code, ["delta"]) == 8 and code.sent["delta"]["value"].dtype == torch.float32
+        found.append(numbers(decode(channel, code, like).sent["delta"]))
     assert found == [[3, 0, 0, 0], [0, -2.5, 0, 0]]
-    assert numbers(left["delta"]) == [0.2, 0, 1.5, 2.1]
+    assert numbers(left[UNSENT + "delta"]) == [0.2, 0, 1.5, 2.1]
 
 
 def test_without_feedback_nothing_is_kept():
-    code, left = encode(TopK(share=0.5, feedback=False), released(UPDATES[0]), {}, ["delta"])
-    assert left == {} and code.sent["delta"]["place"].tolist() == [[0, 3]]
+    channel = (TopK(share=0.5, feedback=False),)
+    code, left = encode(channel, released(UPDATES[0]), ["delta"], [{}])
+    assert left == [{}] and code.sent["delta"]["place"].tolist() == [[0, 3]]
+
+
+def test_a_channel_of_no_stage_is_the_identity():
+    whole = released(UPDATES[0])
+    code, left = encode((), whole, ["delta"], [{}])
+    assert code is whole and left == [{}] and decode((), code, {"delta": {}}) is whole
 
 
 def test_shares_are_rounded_and_a_value_is_never_longer_for_it():
@@ -58,7 +65,7 @@ def test_shares_are_rounded_and_a_value_is_never_longer_for_it():
 
 def test_only_what_is_released_is_encoded():
     with pytest.raises(TypeError, match="for what is released"):
-        encode(TopK(), {"delta": {}}, {}, ["delta"])
+        encode((TopK(),), {"delta": {}}, ["delta"], [{}])
 
 
 def test_what_is_no_stage_and_what_is_no_share_is_refused():
@@ -151,17 +158,33 @@ def test_what_a_plan_has_noised_may_be_held_back_and_sent_later(plan):
     assert all(UNSENT + "delta" in m for m in server.session.memory().values())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Longer(Stage):
+    """Says that no update comes out longer, and makes each nine times as long."""
+
+    contracts: ClassVar[bool] = True
+    feedback: bool = False
+
+    def encode(self, sent):
+        return sent
+
+    def decode(self, code, like):
+        return {name: 9 * v for name, v in code.items()}
+
+
+@pytest.mark.parametrize("stage", [TopK(feedback=False), Longer()], ids=["topk", "longer"])
 @pytest.mark.parametrize("adaptive", [None, AdaptiveClip(start=0.5)], ids=["fixed", "adaptive"])
-def test_under_client_level_privacy_a_code_is_no_longer_than_the_clip(adaptive):
+def test_under_client_level_privacy_no_client_moves_the_sum_by_more_than_the_clip(adaptive, stage):
     plan = ClientLevel(clip=0.1, noise_multiplier=0.3, rounds=2, adaptive=adaptive, insecure_seed=1)
-    recipe = Recipe(privacy=plan, channel=(TopK(feedback=False),))
+    recipe = Recipe(privacy=plan, channel=(stage,))
     server = Server(mlp(), make_clients([9, 5, 12, 7, 8]), recipe)
     seen = watched(server)
     server.round()
     norms = torch.cat(
         [sum(v.square().flatten(1).sum(1) for v in u.sent["delta"].values()) for u in seen]
     )
-    assert len(norms) == 5 and bool((norms.sqrt() <= (0.5 if adaptive else 0.1)).all())
+    clip = (0.5 if adaptive else 0.1) * (1 + 1e-12)
+    assert len(norms) == 5 and bool((norms.sqrt() <= clip).all())
     assert server.session.memory() == {}
 
 

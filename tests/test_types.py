@@ -1,10 +1,12 @@
 """Nothing of a client's leaves it but what its plan released."""
 
+from dataclasses import FrozenInstanceError, replace
+
 import pytest
 import torch
 
 from conftest import make_clients, mlp
-from fedtorch import FedAvg, Recipe
+from fedtorch import FedAvg, Local, Observer, Recipe, Server
 from fedtorch.privacy import ClientLevel, LocalDP, Nothing, SampleLevel
 from fedtorch.privacy.base import Privacy
 from fedtorch.training.local_update import context, raw_of
@@ -32,6 +34,31 @@ def raw(plan: Privacy, **more: torch.Tensor) -> tuple[Raw, Task]:
 def test_nobody_but_a_plan_makes_what_is_sent():
     with pytest.raises(TypeError, match=r"only Privacy\.release makes"):
         Released(("c0",), {}, {}, torch.ones(1))
+
+
+def test_nobody_exchanges_a_part_of_what_is_sent():
+    released, _ = Nothing().release(*raw(Nothing()))
+    with pytest.raises(TypeError, match=r"only Privacy\.release makes"):
+        replace(released, sent={})
+    with pytest.raises(FrozenInstanceError):
+        released.sent = {}
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_an_observer_is_shown_a_copy(chunk):
+    class Swaps(Observer):
+        def sent(self, released):
+            for v in released.sent["delta"].values():
+                v.mul_(1e6)
+            released.sent.clear()
+            released.weight.zero_()
+
+    found = []
+    for who in ([], [Swaps()]):
+        server = Server(mlp(), make_clients([5, 7]), engine=Local(chunk=chunk), observers=who)
+        server.round()
+        found.append(server.last_step)
+    assert all(torch.equal(v, found[1][k]) for k, v in found[0].items())
 
 
 def test_what_was_not_released_is_not_sent():

@@ -1,8 +1,9 @@
 """A stage of the channel: after the privacy plan, before the wire. What is raw it never sees."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -26,8 +27,6 @@ class Stage(ABC):
 
     linear: ClassVar[bool] = False
     """Whether the sum of codes decodes to the sum of updates."""
-    contracts: ClassVar[bool] = False
-    """Whether no update is ever longer decoded than before it was encoded, not even by rounding."""
 
     feedback: bool = True
     """Clients keep what was left out, and add it to their next update."""
@@ -52,32 +51,48 @@ class Stage(ABC):
 
 
 def encode(
-    stage: Stage, released: Released, unsent: Mapping[str, Stack], groups: Collection[str]
-) -> tuple[Released, dict[str, Stack]]:
-    """What is sent in place of ``released``, and what of it stays unsent, by group, [K, ...].
+    channel: Sequence[Stage],
+    released: Released,
+    groups: Collection[str],
+    memory: Sequence[Mapping[str, Params]],
+) -> tuple[Released, list[dict[str, Params]]]:
+    """What K clients send in place of ``released``, and what each has to remember of it, [K].
 
-    ``groups``: the strategy's; what a plan sends besides goes as it is. Raises TypeError for anything that
-    no plan has released.
+    ``groups``: the strategy's; what a plan sends besides goes as it is. ``memory``: of each client. Raises
+    TypeError for anything that no plan has released.
     """
     if not isinstance(released, Released):
         raise TypeError(f"a channel is for what is released, not for {type(released).__name__}")
-    sent, left = dict(released.sent), dict[str, Stack]()
-    for group in groups:
-        whole = sent[group]
+    left: list[dict[str, Params]] = [{} for _ in memory]
+
+    def code(stage: Stage, group: str, whole: Stack) -> Stack:
+        name = UNSENT + group
+        for n, v in whole.items() if stage.feedback else ():
+            earlier = [m[name][n].to(v) if name in m else torch.zeros_like(v[0]) for m in memory]
+            whole = whole | {n: v + torch.stack(earlier)}
+        made = stage.encode(whole)
         if stage.feedback:
-            whole = tmap(torch.add, whole, unsent[group])
-        sent[group] = stage.encode(whole)
-        if stage.feedback:
-            left[group] = tmap(torch.sub, whole, stage.decode(sent[group], row(whole, 0)))
-    return replace(released, sent=sent), left
+            over = tmap(torch.sub, whole, stage.decode(made, row(whole, 0)))
+            for k, mine in enumerate(left):
+                mine[name] = row(over, k)
+        return made
+
+    for stage in channel:
+        released = released.mapped(partial(code, stage), groups)
+    return released, left
 
 
-def decode(stage: Stage, coded: Released, like: Mapping[str, Params]) -> Released:
+def decode(channel: Sequence[Stage], coded: Released, like: Mapping[str, Params]) -> Released:
     """What was sent, as the aggregator takes it; ``like``: a group's names and shapes."""
-    own = {group: stage.decode(coded.sent[group], shapes) for group, shapes in like.items()}
-    return replace(coded, sent={**coded.sent, **own})
+    for stage in channel:
+        coded = coded.mapped(partial(_decoded, stage, like), like)
+    return coded
 
 
-def size(code: Mapping[str, Stack]) -> int:
-    """Bytes of all tensors, each in its own type."""
-    return sum(v.numel() * v.element_size() for group in code.values() for v in group.values())
+def _decoded(stage: Stage, like: Mapping[str, Params], group: str, code: Stack) -> Stack:
+    return stage.decode(code, like[group])
+
+
+def size(coded: Released, groups: Collection[str]) -> int:
+    """Bytes of all tensors of these groups, each in its own type."""
+    return sum(v.numel() * v.element_size() for g in groups for v in coded.sent[g].values())

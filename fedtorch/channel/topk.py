@@ -1,7 +1,6 @@
 """Only the largest numbers of an update are sent, with their places."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -18,8 +17,6 @@ class TopK(Stage):
     Of each group as one vector the k largest numbers, by size, are sent: 4 bytes each as float32, and 4
     for its place. Values are rounded towards zero, and what rounding leaves out is kept like the rest.
     """
-
-    contracts: ClassVar[bool] = True
 
     share: float = 0.1
     """Of a group's d numbers, k = share x d to the nearest, at least one, are sent."""

@@ -35,13 +35,8 @@ REFUSED: tuple[Row, ...] = (
     ),
     (
         lambda r, _: r.privacy.central and any(stage.feedback for stage in r.channel),
-        "channel.feedback voids the claim of client-level privacy: what earlier codes left out is added to "
-        "an update after it was clipped; use channel.feedback false",
-    ),
-    (
-        lambda r, _: r.privacy.central and not all(stage.contracts for stage in r.channel),
-        "channel {channel} voids the claim of client-level privacy: decoded, an update may be longer than "
-        "it was clipped to; use topk without feedback, or no channel",
+        "channel.feedback is of no use under client-level privacy: what earlier codes left out makes an "
+        "update longer than the clipping norm, and the server cuts that off; use channel.feedback false",
     ),
     (
         lambda r, _: len(r.channel) > 1,
@@ -59,7 +54,6 @@ REFUSED: tuple[Row, ...] = (
 def refusal(recipe: Recipe, participation: Participation) -> str | None:
     """The sentence that these are refused with, or None."""
     words = {
-        "channel": " ".join(type(stage).__name__.lower() for stage in recipe.channel),
         "aggregator": type(recipe.aggregator).__name__.lower(),
         "participation": type(participation).__name__.lower(),
     }

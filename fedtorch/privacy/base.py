@@ -6,7 +6,7 @@ is charged with: what is accounted is what is done.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, final
 
@@ -356,6 +356,10 @@ class Privacy(ABC):
         delta = expand(raw.results.weighted_sum(share * part))
         buffers = raw.results.mean_buffers(share) if self.statistics else {}
         return {"delta": delta}, buffers, norms * part, good
+
+    def taken(self, update: Released, groups: Collection[str], task: Task) -> Released:
+        """What the server takes of an update of which a channel has decoded these groups."""
+        return update
 
     def server(
         self, sums: dict[str, Params], state: State, noise: float, population: int

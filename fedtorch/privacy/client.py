@@ -5,7 +5,7 @@ at most the clipping norm and the divisor not at all.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -25,7 +25,7 @@ from fedtorch.privacy.base import (
 )
 from fedtorch.privacy.noise.streams import noised
 from fedtorch.tree import tmap
-from fedtorch.types import ConfigError, Params, Stack, Task
+from fedtorch.types import ConfigError, Params, Released, Stack, Task
 
 CLIP_BIT = "below"
 """Group in which a client says whether its norm was below the clipping norm (adaptive clipping)."""
@@ -141,6 +141,14 @@ class ClientLevel(Privacy):
         factor = torch.where(norms.isfinite(), clip / norms.clamp(min=clip), 0)
         weight = (examples / self.weight_cap).clamp(max=1) if self.weight_cap else 1.0
         return factor * weight
+
+    def taken(self, update: Released, groups: Collection[str], task: Task) -> Released:
+        """Clipped once more: no code makes longer what noise is made for."""
+        if not groups:
+            return update
+        sent = {g: update.sent[g] for g in groups}
+        short = clipped(sent, joint_norms(sent), task.privacy["clip"])
+        return update.mapped(lambda g, _: short[g], groups)
 
     def server(
         self, sums: dict[str, Params], state: State, noise: float, population: int

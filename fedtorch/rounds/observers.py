@@ -23,3 +23,8 @@ class Observer:
         Of an observer that has ``sent`` they are marked, or left out, as those of clients that no guarantee
         covers (``Server.mark``).
         """
+
+
+def looks(observer: Observer) -> bool:
+    """Whether it is to be shown the work of clients."""
+    return type(observer).sent is not Observer.sent

@@ -85,17 +85,18 @@ class Reader:
         norm = float(joint_norms({g: s for g, s in whole.sent.items() if g != CLIP_BIT}))
         if not norm <= LONGEST:
             raise MessageError(f"its update has norm {norm:.3g}; at most {LONGEST:g} is taken")
-        if self.recipe.privacy.central:
-            _clipped(update, norm, task.privacy["clip"])
+        # what a channel has decoded the server clips itself
+        if self.recipe.privacy.central and not self.recipe.channel:
+            _clipped(norm, task.privacy["clip"])
+        if CLIP_BIT in update.sent and abs(float(update.sent[CLIP_BIT]["bit"])) != 0.5:
+            raise MessageError("its bit for the clipping norm is neither 1/2 nor -1/2")
         return update
 
     def _decoded(self, update: Released) -> Released:
         try:
-            for stage in self.recipe.channel:
-                update = channel.decode(stage, update, self.like)
+            return channel.decode(self.recipe.channel, update, self.like)
         except (ValueError, RuntimeError, IndexError) as e:
             raise MessageError(f"its code cannot be decoded: {wire.short(str(e))}") from e
-        return update
 
     def _sane(self, update: Released) -> None:
         """Figures and weight must be such as a visit has."""
@@ -120,12 +121,10 @@ class Reader:
             raise MessageError(f"its weight is not {'its number of examples' if sized else '1'}")
 
 
-def _clipped(update: Released, norm: float, clip: float) -> None:
+def _clipped(norm: float, clip: float) -> None:
     """Under client-level privacy nobody moves the sum by more than the clipping norm."""
     if norm > clip * (1 + 1e-6):
         raise MessageError(f"its update has norm {norm:.6g}, above the clipping norm {clip:.6g}")
-    if CLIP_BIT in update.sent and abs(float(update.sent[CLIP_BIT]["bit"])) != 0.5:
-        raise MessageError("its bit for the clipping norm is neither 1/2 nor -1/2")
 
 
 def figures(recipe: Recipe) -> frozenset[str]:

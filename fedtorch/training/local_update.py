@@ -20,7 +20,7 @@ from fedtorch.training.module import to, to_device
 from fedtorch.training.personal import GROUP, personal, shared
 from fedtorch.training.results import Results, exact_weights
 from fedtorch.training.sequential import naming_client, train_sequentially
-from fedtorch.tree import expand, near, row, settled, stack, to_float64
+from fedtorch.tree import expand, near, row, settled, stack, tmap, to_float64
 from fedtorch.types import Context, Failure, Raw, Released, Stack, Task
 
 
@@ -49,13 +49,13 @@ def local_update(
     raw, memory = raw_of(clients, order, task, recipe, ctx, trained)
     released, good = privacy.release(raw, task)
     # made smaller where the recipe has a channel
-    members, unsent = [c for c in clients if c.id in released.ids], dict[str, Stack]()
-    if members and raw.groups and recipe.channel:
-        (stage,) = recipe.channel
-        earlier = unsent_by(members, {g: released.sent[g] for g in raw.groups})
-        released, unsent = encode(stage, released, earlier, raw.groups)
+    members = [c for c in clients if c.id in released.ids]
+    groups = raw.groups if raw.groups and members else {}
+    released, unsent = encode(recipe.channel, released, groups, [c.memory for c in members])
     remember(clients, memory, ctx, good)
-    keep_unsent(members, unsent, ctx)
+    dtype = next(iter(ctx.anchor.values())).dtype
+    for client, left in zip(members, unsent, strict=True):
+        client.memory = client.memory | {g: tmap(lambda v: v.to(dtype), m) for g, m in left.items()}
     lost = [i for i in ids if i not in released.ids]
     return released, [Failure(i, "nonfinite", "its update is not finite") for i in lost]
 
@@ -161,32 +161,6 @@ def remember(
             client.memory = {
                 g: {n: v.to(like[n].dtype) for n, v in row(m, k).items()} for g, m in memory.items()
             }
-
-
-def unsent_by(clients: Sequence[Client], sent: dict[str, Stack]) -> dict[str, Stack]:
-    """What each client's earlier codes left out, like ``sent``; zeros before the first."""
-    return {
-        g: {
-            n: torch.stack(
-                [
-                    c.memory[UNSENT + g][n].to(v)
-                    if UNSENT + g in c.memory
-                    else torch.zeros_like(v[0])
-                    for c in clients
-                ]
-            )
-            for n, v in stack.items()
-        }
-        for g, stack in sent.items()
-    }
-
-
-def keep_unsent(clients: Sequence[Client], unsent: dict[str, Stack], ctx: Context) -> None:
-    """Each keeps what its code has left out, in the weights' own type."""
-    dtype = next(iter(ctx.anchor.values())).dtype
-    for k, client in enumerate(clients):
-        kept = {g: {n: v[k].to(dtype) for n, v in stack.items()} for g, stack in unsent.items()}
-        client.memory = client.memory | {UNSENT + g: left for g, left in kept.items()}
 
 
 def visited(order: Sequence[Tensor]) -> Tensor:
