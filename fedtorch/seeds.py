@@ -9,8 +9,9 @@ Noise and everything else that must stay secret never does: see ``fedtorch.priva
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,35 @@ def seeded(seed: int) -> Iterator[None]:
     with kept():
         set_global(seed)
         yield
+
+
+class Draws:
+    """The global generators as one party has them, call after call; all others go on as they were."""
+
+    def __init__(self, *purpose: str | int) -> None:
+        """``purpose``: seeds and words, as of ``derive``."""
+        self._seed, self._left = derive(0, *purpose), list[Any]()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """From where they were last left in here."""
+        with kept():
+            set_global(self._seed)
+            for (_, put), left in zip(_generators(), self._left, strict=False):
+                put(left)
+            yield
+            self._left = [take() for take, _ in _generators()]
+
+
+def _generators() -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
+    """How the state of each is taken and put back."""
+    cuda = (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
+    return [
+        (random.getstate, random.setstate),
+        (np.random.get_state, np.random.set_state),
+        (torch.get_rng_state, torch.set_rng_state),
+        *([cuda] if torch.cuda.is_initialized() else []),
+    ]
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """A correction of gradients that a user declares: the same steps on every solver, by hand and by torch."""
 
+import random
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ from fedtorch import (
     Server,
 )
 from fedtorch.engines import Processes
-from fedtorch.privacy import SampleLevel
+from fedtorch.privacy import Nothing, SampleLevel
 from fedtorch.training.correction import correction
 from fedtorch.tree import expand, per_client, tmap
 from fedtorch.types import Context
@@ -177,3 +179,69 @@ def test_the_papers_corrections():
     pull, shift = Scaffold().correction(ctx)
     assert pull == 0 and shift["w"].tolist() == [[0.0, -1.0], [-4.0, -4.0]]
     assert FedAvg().correction(ctx) == (0.0, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Careless(FedAvg):
+    """Draws from the generators that everybody shares, and uses none of it but in ``noise``."""
+
+    noise: float = 0.0
+    silent: bool = False
+
+    def correction(self, ctx):
+        self.draw()
+        return Correction(0.1)
+
+    def correct(self, grads, params, ctx):
+        return tmap(lambda g: g + self.noise * self.draw(), grads)
+
+    def upload(self, params, ctx):
+        self.draw()
+        return super().upload(params, ctx)
+
+    def draw(self):
+        return 0.0 if self.silent else float(torch.rand(())) + random.random() + np.random.rand()
+
+
+PLANS = [Nothing(), SampleLevel(noise_multiplier=1.0, rounds=3, insecure_seed=1, steps=2)]
+ENGINES = [Local(solver="general"), Local(chunk=1, solver="general"), Local(solver="stacked")]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=["plain", "private"])
+@pytest.mark.parametrize("engine", ENGINES, ids=["sequential", "general", "stacked"])
+def test_what_a_strategy_draws_moves_no_dropout_mask_and_repeats(engine, plan):
+    def run(strategy):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(6, 12), nn.Dropout(0.5), nn.Linear(12, 4))
+        torch.seed()  # from here on nobody knows what the global generators give
+        recipe = Recipe(strategy, lr=0.1, privacy=plan)
+        server = Server(model, make_clients(SIZES), recipe, engine=engine, seed=3)
+        server.round()
+        return weights(model)
+
+    drawn, silent = run(Careless()), run(Careless(silent=True))
+    assert all(torch.equal(v, silent[k]) for k, v in drawn.items())
+    if (
+        engine.solver == "stacked" and not plan.claims
+    ):  # who gets which number would hang on who is there
+        with pytest.raises(ConfigError, match=r"draws from torch\.rand"):
+            run(Careless(noise=0.1))
+        return
+    one, other = run(Careless(noise=0.1)), run(Careless(noise=0.1))
+    assert all(torch.equal(v, other[k]) for k, v in one.items())
+    assert not torch.equal(one["0.weight"], silent["0.weight"])
+
+
+def test_each_call_draws_anew():
+    found = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Told(FedAvg):
+        def correct(self, grads, params, ctx):
+            found.append(float(torch.rand(())))
+            return grads
+
+    Server(
+        mlp(), make_clients([8]), Recipe(Told(), batch_size=4), engine=Local(solver="general")
+    ).round()
+    assert len({*found[-4:]}) == 4

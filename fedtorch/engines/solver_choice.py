@@ -184,7 +184,10 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
     private = recipe.privacy.per_example  # whose mode has been tried
     if private or stacks(stacked.stacked, model, largest.data, recipe):
         return None
-    return "alone a client learns something else, as where a forward puts a buffer in a new place"
+    return (
+        "alone a client learns something else, as where a forward puts a buffer in a new place, "
+        "or a strategy draws from torch.rand and not from ctx.seeds"
+    )
 
 
 def mixes(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:

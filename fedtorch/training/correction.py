@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedtorch import seeds
 from fedtorch.strategies import Correction, Strategy
 from fedtorch.types import Context, Stack
 
@@ -17,7 +18,8 @@ def correction(strategy: Strategy, ctx: Context) -> tuple[float, Stack]:
     """
     if type(strategy).correction is Strategy.correction:
         return 0.0, {}
-    found, who = strategy.correction(ctx), f"{type(strategy).__name__}.correction"
+    with seeds.seeded(seeds.derive(0, "correction", *ctx.seeds)):
+        found, who = strategy.correction(ctx), f"{type(strategy).__name__}.correction"
     if not isinstance(found, Correction):
         raise ValueError(f"{who} must return a Correction, not {type(found).__name__}")
     pull, shift = float(found.pull), found.shift or {}
@@ -47,6 +49,7 @@ class Corrector:
         self.strategy, self.ctx = strategy, ctx
         self.pull, self.shift = correction(strategy, ctx)
         self.own = type(strategy).correct is not Strategy.correct
+        self.draws = seeds.Draws("correct", *ctx.seeds)
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
@@ -69,7 +72,8 @@ class Corrector:
                 shown = {
                     k: grads[k] if k in grads else torch.zeros_like(w) for k, w in weights.items()
                 }
-                grads = self.strategy.correct(shown, weights, self.ctx)
+                with self.draws():  # not from dropout's, which may be a secret of the client's
+                    grads = self.strategy.correct(shown, weights, self.ctx)
             for k in known:
                 params[k].grad = grads[k] if stacked else grads[k][0]
 

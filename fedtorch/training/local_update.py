@@ -141,7 +141,8 @@ def raw_of(
         with torch.no_grad():
             rows, floats = trained.rows()
             params = {k: rows[k].to(torch.float64, copy=True) for k in ctx.anchor}
-            groups, memory = recipe.strategy.upload(params, exact)
+            with seeds.seeded(seeds.derive(0, "upload", *ctx.seeds)):
+                groups, memory = recipe.strategy.upload(params, exact)
         if ctx.own:
             now = rows | floats
             memory = memory | {GROUP: {k: now[k].detach().cpu().clone() for k in ctx.own}}
