@@ -30,6 +30,7 @@ from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.progress import Bar
 from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.rounds.synchronous import Asked, Due, Rounds, Step, Synchronous
+from fedtorch.strategies import lora
 from fedtorch.strategies.base import Strategy, uploads
 from fedtorch.training.module import load, snapshot, statistics, to
 from fedtorch.training.outline import copied
@@ -84,6 +85,8 @@ class Server:
         combination.check(self.recipe, participation)
         if self.recipe.privacy.fix_model:
             model = models.fixed(model)
+        strategy = self.recipe.strategy.prepare(model)
+        self.recipe = replace(self.recipe, strategy=strategy)
         self.model = model
         self.round_number = 0
         self._drawn: Step | None = None
@@ -112,7 +115,7 @@ class Server:
         """Whether no client counted in the last round, and nothing was released."""
         self.observers = [fit("an observer", o, Observer) for o in observers]
         """Shown what clients send as it arrives, and each round's figures."""
-        self.notes = [*ignored(model), *self.session.notes]
+        self.notes = [*ignored(model), *lora.notes(model, strategy), *self.session.notes]
         if self.recipe.privacy.fix_model:
             self.notes.append(
                 "privacy.fix_model: server.model is a copy, without the layers that void the guarantee"
@@ -366,6 +369,9 @@ class Server:
                 self._coded += channel.size(outcome, self._like)
                 outcome = channel.decode(self.recipe.channel, outcome, self._like)
                 outcome = self.recipe.privacy.taken(outcome, self._like, task)
+                if not self.recipe.strategy.only_delta:
+                    seen = self.recipe.strategy.arrived(outcome.sent)
+                    outcome = outcome.beside(seen)
                 gathered.add(outcome if group.factor == 1 else outcome.scaled(group.factor))
                 chunks.append(Reports(outcome.ids, outcome.weight, outcome.metrics))
                 for observer in self.observers:
@@ -395,7 +401,7 @@ class Server:
             kept = self.optimizer_state
             if strategy.server is not None:
                 delta, kept = strategy.server.step(delta, kept)
-            new = moved(state, delta, buffers, self.trainable)
+            new = moved(state, delta, buffers)
             # one infinite moment would keep the optimizer from ever moving again
             if new is None or not all(map(all_finite, [*extras.values(), *kept.values()])):
                 self.failed_step, delta = True, {}

@@ -136,9 +136,11 @@ class Released:
 
     def mapped(self, change: Callable[[str, Stack], Stack], groups: Iterable[str]) -> "Released":
         """The same with these groups of what is sent as ``change`` makes them."""
-        return replace(
-            self, sent=self.sent | {g: change(g, self.sent[g]) for g in groups}, seal=_SEAL
-        )
+        return self.beside({g: change(g, self.sent[g]) for g in groups})
+
+    def beside(self, groups: dict[str, Stack]) -> "Released":
+        """The same with these groups, which are made of what was sent, in it."""
+        return replace(self, sent=self.sent | groups, seal=_SEAL)
 
 
 @dataclass(frozen=True)

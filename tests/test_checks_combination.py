@@ -19,6 +19,7 @@ from fedtorch import (
     Scaffold,
     Server,
     Stage,
+    Strategy,
     TopK,
     Uniform,
 )
@@ -32,6 +33,8 @@ SUMMED = "median voids the claim of client-level privacy"
 ONCE = "median counts every client once"
 HELD = "channel.feedback is of no use under client-level privacy"
 SINGLE = "a channel has one stage"
+SEEN = "looks at each client's own update"
+TURNS = "sends other weights from round to round"
 VARIATES = "Scaffold needs the mean of what clients send"
 
 
@@ -48,6 +51,22 @@ class Longer(Stage):
         return {name: v.double() / 4 for name, v in code.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Turns(Strategy):
+    """Weights that rest by turns, of which there are none."""
+
+    def rests(self, names, extras):
+        return set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen(Strategy):
+    """Each client's update is looked at, and no more."""
+
+    def arrived(self, sent):
+        return dict(sent)
+
+
 PARTS = {
     "strategy": {
         "fedavg": FedAvg(),
@@ -55,6 +74,8 @@ PARTS = {
         "fedprox": FedProx(mu=0.1),
         "personal": FedAvg(personal=("2.*",)),
         "scaffold": Scaffold(),
+        "turns": Turns(),
+        "seen": Seen(),
     },
     "aggregator": {"mean": Mean(), "median": Median()},
     "channel": {
@@ -88,6 +109,10 @@ REFUSED = {
     ("scaffold", "topk"): VARIATES,
     ("scaffold", "plain topk"): VARIATES,
     ("scaffold", "longer"): VARIATES,
+    ("seen", "client"): SEEN,
+    ("turns", "topk"): TURNS,
+    ("turns", "plain topk"): TURNS,
+    ("turns", "longer"): TURNS,
     **{(name, "two"): SINGLE for name in PARTS["strategy"] | PARTS["aggregator"]},
     **{("two", name): SINGLE for name in PARTS["privacy"] | PARTS["participation"]},
     ("topk", "client"): HELD,
@@ -131,7 +156,7 @@ def test_every_sentence_of_the_table_is_met_by_some_recipe():
         with pytest.raises(ConfigError, match=why):
             Server(mlp(), make_clients([9, 7]), Recipe(privacy=plan, **given))
     found = {*REFUSED.values(), "owns the steps", "no meaning for Poisson"} - {VARIATES}
-    words = {"aggregator": "median", "participation": ""}
+    words = {"aggregator": "median", "participation": "", "strategy": ""}
     for _, sentence in combination.REFUSED:
         assert sum(word in sentence.format(**words) for word in found) == 1
 

@@ -1,6 +1,5 @@
 """The weighted mean of what clients send, built up as updates arrive, and the step it leads to."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -107,12 +106,12 @@ def _only(stack: Stack) -> Params:
     return {k: v[0].cpu() for k, v in stack.items()}
 
 
-def moved(state: Params, delta: Params, buffers: Params, trainable: Sequence[str]) -> Params | None:
-    """``state`` with ``delta`` added to the ``trainable`` and ``buffers`` in place of its own.
+def moved(state: Params, delta: Params, buffers: Params) -> Params | None:
+    """``state`` with ``delta`` added and ``buffers`` in place of its own.
 
     None when the result is not finite.
     """
-    new = {k: _sum(state[k], delta[k]) for k in trainable}
+    new = {k: _sum(state[k], v) for k, v in delta.items()}
     if not all_finite(new):
         return None
     # float statistics are averaged; integer counters keep the server's value

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.participation import Everyone, Participation
+from fedtorch.strategies import Strategy
 from fedtorch.types import ConfigError
 
 Row = tuple[Callable[[Recipe, Participation], object], str]
@@ -47,6 +48,17 @@ REFUSED: tuple[Row, ...] = (
         "aggregator {aggregator} counts every client once, so strategy.weighting examples would do "
         "nothing: use uniform (or auto)",
     ),
+    (
+        lambda r, _: r.privacy.central and type(r.strategy).arrived is not Strategy.arrived,
+        "strategy {strategy} looks at each client's own update, and the noise of client-level privacy is "
+        "made for their sum: take sample or local privacy, or a strategy that only averages (of LoRA, "
+        "FFALoRA)",
+    ),
+    (
+        lambda r, _: r.channel and type(r.strategy).rests is not Strategy.rests,
+        "strategy {strategy} sends other weights from round to round, and a channel has one list of them: "
+        "use no channel",
+    ),
 )
 """What is refused, and why."""
 
@@ -55,6 +67,7 @@ def refusal(recipe: Recipe, participation: Participation) -> str | None:
     """The sentence that these are refused with, or None."""
     words = {
         "aggregator": type(recipe.aggregator).__name__.lower(),
+        "strategy": type(recipe.strategy).__name__,
         "participation": type(participation).__name__.lower(),
     }
     for applies, why in REFUSED:

@@ -31,6 +31,11 @@ class Expected(NamedTuple):
     sent: dict[str, dict[str, tuple[torch.Size, torch.dtype]]]
     buffers: dict[str, tuple[torch.Size, torch.dtype]]
 
+    def without(self, names: set[str]) -> "Expected":
+        """Of a visit in which some weights rest."""
+        kept = {g: {k: v for k, v in t.items() if k not in names} for g, t in self.sent.items()}
+        return Expected(kept, self.buffers) if names else self
+
 
 def task_message(task: Task, **facts: Any) -> Message:
     """A task, and whatever else the engine wants to say with it."""

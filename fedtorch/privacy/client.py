@@ -176,7 +176,7 @@ class ClientLevel(Privacy):
             new["past"] = [fresh, *state["past"]][: self.bands.count - 1]
         mean = {
             g: {
-                k: noised(sums[g][k] if g in sums else zeros[g][k], n) / denominator
+                k: noised(sums.get(g, {}).get(k, zeros[g][k]), n) / denominator
                 for k, n in p.items()
             }
             for g, p in fresh.items()

@@ -4,6 +4,18 @@ from fedtorch.strategies.base import Correction, FedAvg, Strategy
 from fedtorch.strategies.fedbn import FedBN
 from fedtorch.strategies.fedper import FedPer
 from fedtorch.strategies.fedprox import FedProx
+from fedtorch.strategies.lora import FedExLoRA, FFALoRA, RoLoRA
 from fedtorch.strategies.scaffold import Scaffold
 
-__all__ = ["Correction", "FedAvg", "FedBN", "FedPer", "FedProx", "Scaffold", "Strategy"]
+__all__ = [
+    "Correction",
+    "FFALoRA",
+    "FedAvg",
+    "FedBN",
+    "FedExLoRA",
+    "FedPer",
+    "FedProx",
+    "RoLoRA",
+    "Scaffold",
+    "Strategy",
+]

@@ -1,9 +1,11 @@
 """A strategy is a frozen dataclass of hyper-parameters with pure methods; every default is FedAvg."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from fedtorch.options import check
 from fedtorch.training.optimizer import ServerOptimizer
@@ -43,7 +45,8 @@ class Strategy:
     @property
     def only_delta(self) -> bool:
         """Whether clients send the change of their weights and no more, of which the mean will do."""
-        return type(self).upload is Strategy.upload and not self.personal
+        own = type(self).upload, type(self).arrived
+        return own == (Strategy.upload, Strategy.arrived) and not self.personal
 
     def admits(self, linear: bool) -> str | None:
         """One sentence why it cannot do with such a run; None: it can.
@@ -51,6 +54,17 @@ class Strategy:
         ``linear``: the server gets the very mean of what clients sent, not a median or a part of it.
         """
         return None
+
+    def prepare(self, model: nn.Module) -> "Strategy":
+        """Freeze what is not to be trained, and return the strategy with what it must know of the model.
+
+        Asked once by ``Server``, before anything else. Raises ConfigError where the model does not suit.
+        """
+        return self
+
+    def rests(self, names: Iterable[str], extras: dict[str, Params]) -> set[str]:
+        """Which of the trained weights a visit leaves frozen, by what the server broadcasts."""
+        return set()
 
     def init(self, params: Params) -> dict[str, Params]:
         """Groups the server keeps and broadcasts beside the weights."""
@@ -75,10 +89,20 @@ class Strategy:
         """What is sent (``"delta"`` and own groups) and the new memory, each group [K, ...]."""
         return {"delta": tmap(torch.sub, params, ctx.anchor)}, {}
 
+    def arrived(self, sent: dict[str, Stack]) -> dict[str, Stack]:
+        """On the server, before the mean: what is made of each client's own update, [K, ...].
+
+        Only what needs no noise of the server's any more: client-level privacy refuses it.
+        """
+        return sent
+
     def step(
         self, mean: dict[str, Params], extras: dict[str, Params], share: float
     ) -> tuple[Params, dict[str, Params]]:
-        """Mean of what was sent -> the server's update and its new groups; share = cohort / all."""
+        """Mean of what was sent -> the server's update and its new groups; share = cohort / all.
+
+        An update may leave out weights, which stay, and move frozen ones, which travel from then on.
+        """
         return mean["delta"], extras
 
 

@@ -16,7 +16,7 @@ from fedtorch.channel.base import UNSENT, encode
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training import stacked
-from fedtorch.training.module import to, to_device
+from fedtorch.training.module import resting, to, to_device
 from fedtorch.training.personal import GROUP, personal, shared
 from fedtorch.training.results import Results, exact_weights
 from fedtorch.training.sequential import naming_client, train_sequentially
@@ -37,9 +37,20 @@ def local_update(
     (stacked) and one alone through the module itself. A client whose result is not finite is a
     Failure, keeps its memory as it was, and is left out of what is sent, which may then be empty.
     """
+    recipe.privacy.check_numbers(task.privacy)
+    trained = (k for k, p in model.named_parameters() if p.requires_grad)
+    with resting(model, recipe.strategy.rests(trained, task.extras)):
+        return _visits(clients, to_device(task, model), recipe, model, solve)
+
+
+def _visits(
+    clients: Sequence[Client],
+    task: Task,
+    recipe: Recipe,
+    model: nn.Module,
+    solve: stacked.Solver | None,
+) -> tuple[Released, list[Failure]]:
     privacy, ids = recipe.privacy, [c.id for c in clients]
-    privacy.check_numbers(task.privacy)
-    task = to_device(task, model)
     # which examples each client sees in which step, and what it starts from
     order = privacy.batches([len(c) for c in clients], recipe, task, ids)
     ctx = context(clients, order, task, recipe, model)

@@ -1,6 +1,6 @@
 """Small services around one ``nn.Module``: weights in and out, inputs to it, tensors to its device."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -89,6 +89,19 @@ def training(model: nn.Module) -> nn.Module:
     for m in () if whole else off:
         m.training = False
     return model
+
+
+@contextmanager
+def resting(model: nn.Module, names: Set[str]) -> Iterator[None]:
+    """The model with these weights frozen."""
+    still = [p for k, p in model.named_parameters() if k in names] if names else []
+    try:
+        for p in still:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in still:
+            p.requires_grad_(True)
 
 
 @contextmanager
