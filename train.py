@@ -56,7 +56,8 @@ class Config(RunOptions):
     validation: float = 0.0
     """Share of each client's examples held out of training to validate the global model on."""
     metrics: list[str] = field(default_factory=lambda: ["auto"])
-    """accuracy, binary_accuracy, mae, or package.module:function."""
+    """accuracy, binary_accuracy, mae, r2, perplexity; auroc, average_precision, f1, f1_macro, f1_micro,
+    balanced_accuracy, mean_iou, top5 (extra metrics); or package.module:function."""
     pace: Rounds = Synchronous()
     """What a round waits for: synchronous (its whole cohort) or buffered (FedBuff on a simulated clock)."""
     engine: Engine = Local()
@@ -190,7 +191,16 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         "seed": config.seed,
     }
     write_results(report, kept.path, summary, server)
-    report.attempt("the report", conclude, report, kept.path, summary, here.stop.asked > 0, server)
+    report.attempt(
+        "the report",
+        conclude,
+        report,
+        kept.path,
+        summary,
+        here.stop.asked > 0,
+        server,
+        scores.table(),
+    )
     ended(config, server, here.stop)
     return summary
 

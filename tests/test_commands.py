@@ -131,7 +131,10 @@ def test_compare_shows_what_differs(swept, tmp_path, capsys):
 def test_eval_gives_the_figures_the_run_ended_with(swept, capsys):
     figures = json.loads(output(capsys, "eval", str(swept / A), "--json"))
     last = History.load(swept / A)[-1]
+    each = figures.pop("validation_by_client")
     assert figures == pytest.approx({k: last[k] for k in figures}, rel=1e-6)
+    for client, scores in last["validation_by_client"].items():
+        assert each[client] == pytest.approx(scores, rel=1e-6)
     assert {"test_loss", "test_accuracy", "validation_accuracy_min"} <= figures.keys()
     assert "test accuracy" in output(capsys, "eval", str(swept / A))
 

@@ -140,7 +140,8 @@ def test_two_clients_have_runs_of_their_own(finished):
     folders = list((finished / "clients").iterdir())
     assert len(folders) == 2 and all(f.name.startswith("client-") for f in folders)
     record = accumulate(folders[0])
-    assert sorted(record.Tags()["scalars"]) == ["loss", "update_norm"]
+    scores = [f"validation_{name}" for name in ("accuracy", "loss")]
+    assert sorted(record.Tags()["scalars"]) == ["loss", "update_norm", *scores]
     assert [s.step for s in record.Scalars("loss")] == [1, 2, 3, 4]
 
 

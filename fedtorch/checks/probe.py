@@ -18,7 +18,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, least, len_of
 from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
-from fedtorch.training.losses import Loss, reduce
+from fedtorch.training.losses import Loss, gathers, reduce
 from fedtorch.training.module import training, undropped
 from fedtorch.training.outline import put_back as put_back
 from fedtorch.training.outline import untouched
@@ -277,12 +277,14 @@ def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) ->
     Returns those that only the whole set can try: they give one number, or fail on a few (a score of
     classes, of examples that are all of one class).
     """
-    whole: dict[str, Loss] = {}
+    whole = {k: m for k, m in metrics.items() if gathers(m)}
     if not len_of(data):
-        return whole
+        return {}
     for few in {min(2, len_of(data)), min(3, len_of(data))}:
         with _output(model, data, few) as (output, y):
             for name, metric in metrics.items():
+                if gathers(metric):
+                    continue
                 try:
                     value = reduce(metric(output, y)).cpu().double()
                 except ConfigError:

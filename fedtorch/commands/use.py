@@ -17,7 +17,8 @@ from fedtorch.commands.train import train_module
 from fedtorch.data import Data, partition, prepared
 from fedtorch.data.prepared import Prepared
 from fedtorch.privacy.run import mark
-from fedtorch.run import checkpoint, cli, files, objects, results, setup, trust
+from fedtorch.run import by_client, checkpoint, cli, files, objects, results, setup, trust
+from fedtorch.run.console import show_table
 from fedtorch.run.evaluate import evaluate, evaluate_clients
 from fedtorch.training.personal import GROUP
 from fedtorch.training.stacked import forward
@@ -82,7 +83,9 @@ def evaluate_run(argv: Sequence[str]) -> int:
     run = trained(words[0], TRUST in given, judged=True)
     config, data = run.config, run.data
     _, metrics = setup.loss_and_metrics(data.kind, config.loss, config.metrics)
-    figures = {f"test_{k}": v for k, v in evaluate(run.model, data.test, metrics).items()}
+    scores = evaluate(run.model, data.test, metrics)
+    figures: dict[str, Any] = {f"test_{k}": v for k, v in scores.items()}
+    table: list[dict[str, Any]] = []
     private = config.privacy
     if config.validation and not (
         private and private.strict
@@ -95,12 +98,18 @@ def evaluate_run(argv: Sequence[str]) -> int:
         ):  # each client with what it keeps, which the last checkpoint has
             saved = checkpoint.load(Path(words[0]) / "checkpoints")["memory"]
             own = {i: m[GROUP] for i, m in saved.items() if GROUP in m}
-        of_clients = setup.validation(evaluate_clients(run.model, clients, metrics, own))
+        each = evaluate_clients(run.model, clients, metrics, own)
+        of_clients = by_client.figures(each)
         figures |= mark(private, of_clients) if private else of_clients
+        table = by_client.rows(each, metrics, len(each))
     if "json" in given:
-        print(json.dumps(figures))
-    else:
-        print("\n".join(f"{k.replace('_', ' '):<28} {v:.4f}" for k, v in figures.items()))
+        print(json.dumps({k: None if v != v else v for k, v in figures.items()}))
+        return 0
+    for k, v in figures.items():
+        if isinstance(v, float):
+            print(f"{k.replace('_', ' '):<28} {by_client.word(v)}")
+    if table:
+        show_table(table)
     return 0
 
 

@@ -37,7 +37,9 @@ def summary(figures: Mapping[str, Any]) -> str:
         **{k.replace("_", " "): k for k in figures if k.startswith("test_")},
     }
     parts = [
-        f"{label} {figures[k]:.4f}" for label, k in shown.items() if figures.get(k) is not None
+        f"{label} {figures[k]:.4f}".replace(" nan", " -")
+        for label, k in shown.items()
+        if figures.get(k) is not None
     ]
     speed = _either(figures, "clients_per_second")
     return "  ".join(parts if speed is None else [*parts, f"{speed:.1f} clients/s"])

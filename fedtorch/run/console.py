@@ -148,14 +148,19 @@ def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000
-    table = Table(box=None, pad_edge=False)
+    console.print(table_of(rows))
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
+    """Rows of named values as a table."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
         numbers = all(isinstance(r.get(name), (int, float, type(None))) for r in rows)
         table.add_column(name.replace("_", " "), justify="right" if numbers else "left")
     for row in rows:
         table.add_row(*(Text(_word(row.get(name))) for name in names))
-    console.print(table)
+    return table
 
 
 def _word(value: Any) -> str:

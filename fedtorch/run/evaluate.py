@@ -1,7 +1,8 @@
 """How good a model is on data: a mean over examples, or a figure of all of them together."""
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,30 +11,41 @@ from torch.utils.data import Dataset
 
 from fedtorch import seeds
 from fedtorch.client import Client
+from fedtorch.run.metrics import by_name
 from fedtorch.training.batches import fetch, len_of
-from fedtorch.training.losses import Loss, counted, reduce
+from fedtorch.training.losses import Loss, counted, gathers, reduce
 from fedtorch.training.module import channels_last, evaluating, load, snapshot
 from fedtorch.training.stacked import forward, to
 from fedtorch.tree import joined, size
 from fedtorch.types import ConfigError, Params
 
+CPU = torch.device("cpu")
+
 
 def evaluate(
     model: nn.Module,
     data: Dataset,
-    metrics: Mapping[str, Loss],
+    metrics: Mapping[str, Loss | str] | Sequence[str],
     batch_size: int | None = 512,
 ) -> dict[str, float]:
     """Each metric over ``data``, in eval mode; the model's mode is put back. No figures of no data.
 
-    A metric that gives one number for each example is averaged over examples, whatever the batches are. One
-    that gives a single number (F1, AUC, concordance), or says so by ``whole_set = True``, sees all outputs
-    and targets at once. Raises ConfigError where a metric does neither, or fails on the whole set.
+    ``metrics``: names (``["accuracy", "auroc"]``; a wrong one is told the list), or functions by what to
+    call them. One that gives a number for each example is averaged over examples, whatever the batches are.
+    One that gives a single number (F1, AUC, concordance), or says so by ``whole_set = True``, sees all
+    outputs and targets at once. One with ``reset``, ``update`` and ``compute``, as torchmetrics' have, is
+    copied and takes in batch after batch. NaN: the data have no such figure. Raises ConfigError where a
+    metric does none of these, or fails.
     """
-    n = len_of(data)
+    n, metrics = len_of(data), by_name(metrics)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     laid: bool | None = None
-    means = {name: Mean() for name, m in metrics.items() if not getattr(m, "whole_set", False)}
+    running = {name: _fresh(m) for name, m in metrics.items() if gathers(m)}
+    means = {
+        k: Mean()
+        for k, m in metrics.items()
+        if k not in running and not getattr(m, "whole_set", False)
+    }
     kept: list[tuple[Any, Any]] = []
     with evaluating(model), torch.no_grad(), seeds.seeded(0):
         for index in torch.arange(n).split(batch_size or max(n, 1)) if n else ():
@@ -44,10 +56,15 @@ def evaluate(
             for name in [*means]:
                 if not means[name].add(name, metrics[name], output, y, len(index)):
                     del means[name]
-            if len(means) < len(metrics):
-                kept.append((output, y))
-        whole = {k: m for k, m in metrics.items() if k not in means}
-        found = _of_all(whole, kept) if n else {}
+            for name, metric in running.items():
+                _try(name, len(index), metric.update, output, y)
+            if len(means) + len(running) < len(metrics):
+                kept.append(
+                    to((output, y), CPU)
+                )  # a whole set may be more than an accelerator holds
+        whole = {k: m for k, m in metrics.items() if k not in means and k not in running}
+        found = _of_all(whole, kept, device) if n else {}
+        found |= {k: float(_number(k, _try(k, n, m.compute))) for k, m in running.items() if n}
     return {k: means[k].value() if k in means else found[k] for k in metrics} if n else {}
 
 
@@ -85,23 +102,42 @@ class Mean:
         return self.total / self.count if self.count else math.nan
 
 
-def _of_all(metrics: Mapping[str, Loss], kept: list[tuple[Any, Any]]) -> dict[str, float]:
+def _fresh(metric: Any) -> Any:
+    metric = copy.deepcopy(metric)
+    metric.reset()
+    return metric
+
+
+def _number(name: str, value: Any) -> Tensor:
+    if not isinstance(value, (Tensor, int, float)) or torch.as_tensor(value).numel() != 1:
+        kind = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(f"metric {name} must give one number for all examples, got {kind}")
+    return torch.as_tensor(value)
+
+
+def _of_all(
+    metrics: Mapping[str, Loss], kept: list[tuple[Any, Any]], device: torch.device
+) -> dict[str, float]:
     if not metrics:
         return {}
-    output, target = (
-        kept[0] if len(kept) == 1 else [joined(parts) for parts in zip(*kept, strict=True)]
-    )
-    found = {}
-    for name, metric in metrics.items():
-        try:
-            found[name] = float(reduce(metric(output, target)).cpu().double().mean())
-        except ConfigError:
-            raise
-        except Exception as e:
-            raise ConfigError(
-                f"metric {name} fails on a set of {size(target)} examples: {type(e).__name__}: {e}"
-            ) from e
-    return found
+    parts = kept[0] if len(kept) == 1 else [joined(p) for p in zip(*kept, strict=True)]
+    output, target = to(tuple(parts), device)  # where a metric's own tensors are
+    n = size(target)
+    return {
+        k: float(_try(k, n, lambda m=m: reduce(m(output, target)).cpu().double().mean()))
+        for k, m in metrics.items()
+    }
+
+
+def _try(name: str, n: int, act: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return act(*args)
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(
+            f"metric {name} fails on a set of {n} examples: {type(e).__name__}: {e}"
+        ) from e
 
 
 def convolves(model: nn.Module, x: Any) -> bool:
@@ -121,7 +157,7 @@ def convolves(model: nn.Module, x: Any) -> bool:
 def evaluate_clients(
     model: nn.Module,
     clients: Sequence[Client],
-    metrics: Mapping[str, Loss],
+    metrics: Mapping[str, Loss | str] | Sequence[str],
     own: Mapping[str, Params] | None = None,
 ) -> dict[str, dict[str, float]]:
     """The global model on each client's own validation data, by client id.

@@ -13,7 +13,7 @@ from fedtorch.client import Client
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.rounds.figures import Metrics
 from fedtorch.rounds.observers import Observer
-from fedtorch.run import files, objects, setup
+from fedtorch.run import by_client, files, objects
 from fedtorch.run import folder as folders
 from fedtorch.run.console import Report, StopSignal
 from fedtorch.run.evaluate import evaluate, evaluate_clients
@@ -23,6 +23,9 @@ from fedtorch.run.options import RunOptions
 from fedtorch.server import Server
 from fedtorch.tracking import Record, Tracking
 from fedtorch.training.losses import Loss
+
+MOST_SHOWN, MOST_TOLD = 10, 200
+"""Clients in the table of scores on a screen, and in a tracker's text; ``metrics.jsonl`` has all."""
 
 
 @dataclass(eq=False)
@@ -102,7 +105,7 @@ class Scores(Observer):
     last: dict[str, float] = field(default_factory=dict)
     """On the test data."""
     by_client: dict[str, dict[str, float]] = field(default_factory=dict)
-    """On each client's validation data."""
+    """On each client's validation data, with the weights that it keeps."""
 
     def __post_init__(self) -> None:
         """How good it is before training."""
@@ -119,10 +122,21 @@ class Scores(Observer):
             return {}
         start, server = time.perf_counter(), self.loop.server
         self.look()
-        self.by_client = evaluate_clients(server.model, self.clients, self.metrics)
-        own = setup.validation(self.by_client)
-        own["seconds_evaluate"] = time.perf_counter() - start
-        return {f"test_{k}": v for k, v in self.last.items()} | server.mark(own)
+        kept = server.own() if server.recipe.strategy.personal and self.clients else None
+        self.by_client = evaluate_clients(server.model, self.clients, self.metrics, kept)
+        own = server.mark(by_client.figures(self.by_client))
+        if self.loop.last and own and self.by_client:
+            family = "nonprivate" if server.private else "validation"
+            table = by_client.markdown(self.table(MOST_TOLD))
+            self.loop.record.text(f"{family}/by_client", table, server.round_number)
+        own |= server.mark({"seconds_evaluate": time.perf_counter() - start})
+        return {f"test_{k}": v for k, v in self.last.items()} | own
+
+    def table(self, most: int = MOST_SHOWN) -> list[dict[str, Any]]:
+        """Mean, worst and each client's scores, none of which strict privacy tells."""
+        if not self.by_client or strict(self.loop.server):
+            return []
+        return by_client.rows(self.by_client, self.metrics, most)
 
 
 @dataclass(eq=False)

@@ -1,13 +1,14 @@
 """What a run says to the person who started it: before the first round, and after the last."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.synchronous import Synchronous
 from fedtorch.run import cli, files, trust
-from fedtorch.run.console import Report
+from fedtorch.run.by_client import word
+from fedtorch.run.console import Report, table_of
 from fedtorch.run.report import promise, statement, text
 from fedtorch.server import Server
 from fedtorch.tracking import Record
@@ -85,12 +86,22 @@ def _write_statement(path: Path, server: Server) -> None:
 
 
 def conclude(
-    report: Report, folder: Path, summary: dict[str, Any], stopped: bool, server: Server
+    report: Report,
+    folder: Path,
+    summary: dict[str, Any],
+    stopped: bool,
+    server: Server,
+    clients: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """The last lines: how good, how long, where."""
+    """The last lines: how good, how long, where; ``clients``: their scores, a row each."""
+    if clients:
+        note = "(not private) " if server.private else ""
+        report.say(table_of(clients, f"{note}clients on their own validation data"))
     state = "stopped, saved" if stopped else "done" if server.moved() else "nothing learned"
     figures = "  ".join(
-        f"{k.replace('_', ' ')} {v:.4f}" for k, v in summary.items() if k.startswith("test_") and v
+        f"{k.replace('_', ' ')} {word(v)}"
+        for k, v in summary.items()
+        if k.startswith("test_") and v
     )
     took = f" in {summary['seconds']:.1f} s" if "seconds" in summary else ""
     report.say(f"{state}: {summary['rounds']} rounds{took}  {figures}")

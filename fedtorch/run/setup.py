@@ -1,6 +1,6 @@
 """From names and numbers of a config to the clients, loss and metrics of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from fedtorch.data.content import coins
 from fedtorch.options import find
 from fedtorch.run import files
 from fedtorch.run.evaluate import evaluate, evaluate_clients
+from fedtorch.run.metrics import NAMES, known
 from fedtorch.server import Server
 from fedtorch.training import losses
 from fedtorch.training.losses import Loss
@@ -53,19 +54,18 @@ def clients(
 def loss_and_metrics(kind: str, loss: str, metrics: Sequence[str]) -> tuple[Loss, dict[str, Loss]]:
     """The loss, and the metrics by name with the loss among them; ``auto`` follows the data's kind."""
     default_loss, default_metric = losses.DEFAULTS[kind]
-    made = named("loss", default_loss if loss == "auto" else loss, losses.LOSSES)
+    loss = default_loss if loss == "auto" else loss
+    made = losses.LOSSES.get(loss) or imported("loss", loss, losses.LOSSES)
     names = [default_metric if m == "auto" else m for m in metrics]
-    chosen = {n.rpartition(":")[2]: named("metric", n, losses.METRICS) for n in names}
+    chosen = {n.rpartition(":")[2]: known(n) or imported("metric", n, NAMES) for n in names}
     return made, {"loss": made, **chosen}
 
 
-def named(role: str, name: str, known: Mapping[str, Loss]) -> Loss:
-    """A built-in loss or metric, a function, or a class such as torch.nn:HuberLoss made once."""
-    if name in known:
-        return known[name]
+def imported(role: str, name: str, others: Iterable[str]) -> Loss:
+    """A loss or metric of a user's own: a function, or a class such as torch.nn:HuberLoss made once."""
     if ":" not in name and "." not in name:
         raise ConfigError(
-            f"unknown {role} {name!r}; there are {', '.join(known)}, or give package.module:function"
+            f"unknown {role} {name!r}; there are {', '.join(others)}, or give package.module:function"
         )
     found = find(name)
     fits = issubclass(found, nn.Module) if isinstance(found, type) else callable(found)
@@ -84,14 +84,3 @@ def check(
     if whole := probe.metrics_fit(server.model, data.test, metrics):
         evaluate(server.model, data.test, whole)
         evaluate_clients(server.model, clients, whole)
-
-
-def validation(by_client: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Scores of the global model by client -> mean over clients, lowest and highest."""
-    figures = {}
-    for name in next(iter(by_client.values()), {}):
-        values = [s[name] for s in by_client.values()]
-        figures[f"validation_{name}"] = sum(values) / len(values)
-        figures[f"validation_{name}_min"] = min(values)
-        figures[f"validation_{name}_max"] = max(values)
-    return figures

@@ -79,6 +79,11 @@ def counted(metric: Loss, target: Tensor) -> Tensor | None:
     return kept.flatten(1).sum(1) if target.dim() > 1 else kept.long()
 
 
+def gathers(metric: object) -> bool:
+    """Whether a metric takes in batch after batch, as those of torchmetrics do."""
+    return all(callable(getattr(metric, k, None)) for k in ("reset", "update", "compute"))
+
+
 def _weights(target: Tensor) -> Tensor:
     # [B, ...]: 1 where everything counts, so that no bit changes there
     kept = (target != IGNORED).flatten(1)

@@ -87,7 +87,7 @@ class Pictures(Observer):
         """After a round; the last one gets everything."""
         step, last = self.server.round_number, self.ended()
         if self.followed:
-            self.record.pass_on("scalars", self._single(), step)
+            self.record.pass_on("scalars", self._single(figures), step)
         if self.options is not None and (last or self.record.due(step, self.rounds, SETS)):
             if self.options.histograms:
                 self._histograms(self.scores(), step)
@@ -119,10 +119,16 @@ class Pictures(Observer):
             name = f"nonprivate_{name}" if self.under == "nonprivate" else name
             self.record.pass_on("points", name, points, rows, step)
 
-    def _single(self) -> dict[str, float]:
+    def _single(self, figures: Metrics) -> dict[str, float]:
         visits = self.server.visits
         mark = "nonprivate/" if self.under == "nonprivate" else ""
+        scores = figures.get(mark.replace("/", "_") + "validation_by_client", {})
         return {
+            f"clients/client-{_safe(i)}/{mark}validation_{name}": value
+            for i in self.followed & {*scores}
+            for name, value in scores[i].items()
+            if value is not None
+        } | {
             f"clients/client-{_safe(i)}/{mark}{name}": float(visits.values[figure][k])
             for k, i in enumerate(visits.ids)
             if i in self.followed
@@ -137,8 +143,10 @@ class Pictures(Observer):
         names = next(iter(scores.values()), {}) if not self.strict else ()
         for name in names:
             values = torch.tensor([s[name] for s in scores.values()])
+            values = values[~values.isnan()]  # of data of one class, say
             tag = "nonprivate" if self.under == "nonprivate" else "validation"
-            self.record.pass_on("histogram", f"{tag}/{name}_by_client", values, step)
+            if len(values):
+                self.record.pass_on("histogram", f"{tag}/{name}_by_client", values, step)
 
     def _participation(self, step: int) -> None:
         rounds = {}

@@ -1,0 +1,67 @@
+"""Scores of clients on their own validation data: each client's, their mean, and the worst."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedtorch.run.metrics import worse
+from fedtorch.training.losses import Loss
+
+Scores = Mapping[str, Mapping[str, float]]
+"""Client -> name of a metric -> figure; NaN where a client's data have none."""
+
+
+def figures(scores: Scores) -> dict[str, Any]:
+    """Mean, lowest and highest of the clients that have the figure, and ``validation_by_client``."""
+    if not scores:
+        return {}
+    found: dict[str, Any] = {}
+    for name in _names(scores):
+        values = _values(scores, name) or [math.nan]
+        found[f"validation_{name}"] = sum(values) / len(values)
+        found[f"validation_{name}_min"] = min(values)
+        found[f"validation_{name}_max"] = max(values)
+    # JSON has no NaN
+    each = {
+        i: {k: v if math.isfinite(v) else None for k, v in s.items()} for i, s in scores.items()
+    }
+    return found | {"validation_by_client": each}
+
+
+def rows(scores: Scores, metrics: Mapping[str, Loss], most: int) -> list[dict[str, Any]]:
+    """A table: the mean, the worst (both ends where it is not known which), and ``most`` clients."""
+    mean, worst = {"client": "(mean)"}, {"client": "(worst)"}
+    for name in _names(scores):
+        values = _values(scores, name) or [math.nan]
+        low, high = min(values), max(values)
+        mean[name] = word(sum(values) / len(values))
+        ends = {"low": word(low), "high": word(high), None: f"{word(low)} to {word(high)}"}
+        worst[name] = ends[worse(metrics[name])]
+    each = [
+        {"client": i[:40], **{k: word(v) for k, v in s.items()}}
+        for i, s in list(scores.items())[:most]
+    ]
+    more = [{"client": f"... {len(scores) - most} more"}] if len(scores) > most else []
+    return [mean, worst, *each, *more]
+
+
+def word(value: float) -> str:
+    """A figure in four digits; - where there is none."""
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
+def markdown(table: Sequence[Mapping[str, Any]]) -> str:
+    """The same table for a text panel."""
+    names = list(table[0])
+    lines = [names, ["---"] * len(names), *([r.get(n, "") for n in names] for r in table)]
+    return "\n".join(
+        "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
+    )
+
+
+def _names(scores: Scores) -> list[str]:
+    return list(dict.fromkeys(k for s in scores.values() for k in s))
+
+
+def _values(scores: Scores, name: str) -> list[float]:
+    return [s[name] for s in scores.values() if not math.isnan(s.get(name, math.nan))]
