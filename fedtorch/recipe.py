@@ -1,17 +1,20 @@
 """The recipe: how every client trains, and how their work is combined."""
 
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtorch.aggregation.mean import Aggregator, Mean
 from fedtorch.channel.base import Stage
 from fedtorch.options import TrainingOptions, fit
 from fedtorch.privacy import Nothing, Privacy
 from fedtorch.strategies import FedAvg, Strategy
-from fedtorch.training.losses import Loss, cross_entropy
+from fedtorch.training.losses import Loss, cross_entropy, no_loss, reduce
 from fedtorch.training.optimizer import ClientOptimizer
+from fedtorch.training.step import Step, Supervised
+from fedtorch.types import ConfigError
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,10 @@ class Recipe(TrainingOptions):
 
     strategy: Strategy = FedAvg()
     _: KW_ONLY
-    loss: Loss = cross_entropy
+    loss: Loss = no_loss
+    """``loss(output, target)``, of batches (x, y); left out it is cross entropy, or there is a step."""
+    step: Step | None = None
+    """``step(model, batch)`` -> losses [B], or one number: in place of a loss, for batches of any kind."""
     optimizer: ClientOptimizer = field(default_factory=ClientOptimizer)
     privacy: Privacy = Nothing()
     """SampleLevel, ClientLevel or LocalDP; Nothing() or None: nothing is noised."""
@@ -33,9 +39,24 @@ class Recipe(TrainingOptions):
         """Refuse what cannot train, by name."""
         object.__setattr__(self, "privacy", self.privacy or Nothing())
         super().__post_init__()
+        if self.loss is not no_loss and self.step is not None:
+            raise ConfigError(
+                "a recipe has a loss or a step, which returns the losses itself: leave out one"
+            )
+        if self.loss is no_loss and self.step is None:
+            object.__setattr__(self, "loss", cross_entropy)
         self.optimizer.check()
         for stage in self.channel:
             fit("each stage of channel", stage, Stage)
+
+    @property
+    def asked(self) -> Step:
+        """What is asked for the losses of a batch: the step, or that of the loss."""
+        return Supervised(self.loss) if self.step is None else self.step
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """Of each example of a batch, [B], or one number for the whole of it."""
+        return reduce(self.asked(model, batch))
 
     @property
     def learning_rate(self) -> float:

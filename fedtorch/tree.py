@@ -1,7 +1,9 @@
 """Arithmetic on ``dict[str, Tensor]``, with or without the leading client axis."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
 import torch
@@ -184,32 +186,54 @@ def _rows(v: Tensor) -> Tensor:
     return v.reshape(len(v), -1)
 
 
-def rows(batch: Any, index: Tensor | slice) -> Any:
-    """Some examples of a batch: a tensor, a list of texts, or a tuple, list or dict of such."""
-    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], str):
-        return [batch[i] for i in torch.arange(len(batch))[index].tolist()]
-    if isinstance(batch, (dict, list, tuple)):
-        parts = batch.items() if isinstance(batch, dict) else enumerate(batch)
-        return rebuilt(batch, [rows(v, index) for _, v in parts])
-    return batch[index] if isinstance(batch, Tensor) else batch
+def parts(batch: Any) -> list[Any] | None:
+    """What a nesting holds, in order: a tuple, list, mapping or dataclass; None: it is no nesting."""
+    if isinstance(batch, Mapping):
+        return [*batch.values()]
+    if isinstance(batch, (tuple, list)):
+        return [*batch]
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, f.name) for f in fields(batch)]
+    return None
 
 
-def rebuilt(batch: Any, parts: list[Any]) -> Any:
-    """A tuple, named or not, list or dict like ``batch`` of other parts."""
-    if isinstance(batch, dict):
+def rebuilt(batch: Any, parts: Sequence[Any]) -> Any:
+    """A nesting like ``batch`` of other parts, of the same type with whatever else it carries."""
+    if type(batch) is dict:
         return dict(zip(batch, parts, strict=True))
-    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    made = copy.copy(batch)
+    if isinstance(batch, Mapping):
+        for key, part in zip(batch, parts, strict=True):
+            made[key] = part
+    else:
+        for field, part in zip(fields(batch), parts, strict=True):
+            object.__setattr__(made, field.name, part)  # also of one that is frozen
+    return made
+
+
+def mapped(fn: Callable[..., Any], batch: Any, *others: Any) -> Any:
+    """``fn`` of the tensors at each place of nestings of one build; what is no tensor is the first's."""
+    if isinstance(batch, Tensor):
+        return fn(batch, *others)
+    if (inside := parts(batch)) is None:
+        return batch
+    beside = [parts(other) or [] for other in others]
+    return rebuilt(batch, [mapped(fn, *each) for each in zip(inside, *beside, strict=True)])
 
 
 def leaves(batch: Any) -> list[Tensor]:
     """Every tensor of a batch, or of a model's output, in order."""
     if isinstance(batch, Tensor):
         return [batch]
-    if isinstance(batch, dict):
-        batch = batch.values()
-    elif not isinstance(batch, (list, tuple)):
-        return []
-    return [t for part in batch for t in leaves(part)]
+    return [t for part in parts(batch) or () for t in leaves(part)]
+
+
+def filled(batch: Any, tensors: Sequence[Tensor]) -> Any:
+    """A nesting like ``batch`` with these tensors in the place of its own."""
+    each = iter(tensors)
+    return mapped(lambda _: next(each), batch)
 
 
 def size(batch: Any) -> int:
@@ -217,13 +241,22 @@ def size(batch: Any) -> int:
     return next((len(t) for t in leaves(batch) if t.dim()), len(batch))
 
 
+def rows(batch: Any, index: Tensor | slice) -> Any:
+    """Some examples of a batch: a tensor, a list of texts, or a nesting of such."""
+    if isinstance(batch, Tensor):
+        return batch[index] if batch.dim() else batch
+    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], str):
+        return [batch[i] for i in torch.arange(len(batch))[index].tolist()]
+    inside = parts(batch)
+    return batch if inside is None else rebuilt(batch, [rows(v, index) for v in inside])
+
+
 def joined(batches: Sequence[Any]) -> Any:
-    """Batches as one: tensors, or tuples, lists or dicts of such."""
+    """Batches as one: tensors, or nestings of such."""
     first = batches[0]
-    if isinstance(first, dict):
-        return type(first)(**{k: joined([b[k] for b in batches]) for k in first})
-    if isinstance(first, (tuple, list)):
-        return rebuilt(first, [joined(p) for p in zip(*batches, strict=True)])
-    if not isinstance(first, Tensor):  # a cache, a name: nobody knows what they are together
+    if isinstance(first, Tensor):
+        return torch.cat([b if b.dim() else b[None] for b in batches])
+    if parts(first) is None:  # a cache, a name: nobody knows what they are together
         return [*batches]
-    return torch.cat([b if b.dim() else b[None] for b in batches])
+    each = zip(*(parts(b) or () for b in batches), strict=True)
+    return rebuilt(first, [joined(p) for p in each])

@@ -20,7 +20,7 @@ def net() -> nn.Module:
 
 def found(loss=cross_entropy, model: nn.Module | None = None, **plan) -> str | None:
     recipe = Recipe(loss=loss, privacy=SampleLevel(rounds=1, **plan))
-    return mixes(model or net(), X, Y, recipe)
+    return mixes(model or net(), (X, Y), recipe)
 
 
 def same_class(z, y, weight=1.0):

@@ -135,12 +135,18 @@ class Single(Unread):
         return k
 
 
-@pytest.mark.parametrize("data", [Unread(), Single()])
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (Unread(), "taking the first examples of its dataset failed"),
+        (Single(), r"a dataset must give \(x, y\) pairs, or the recipe a step .* Tensor"),
+    ],
+)
 @pytest.mark.parametrize(
     "plan", [SampleLevel(rounds=1), ClientLevel(rounds=1)], ids=["sample", "client"]
 )
-def test_data_without_pairs_are_refused_by_the_clients_name(data, plan):
-    with pytest.raises(ConfigError, match=r"client odd: a dataset must give \(x, y\) pairs"):
+def test_data_without_pairs_are_refused_by_the_clients_name(data, why, plan):
+    with pytest.raises(ConfigError, match=f"client odd: {why}"):
         Server(mlp(), [Client("odd", data)], Recipe(privacy=plan))
 
 

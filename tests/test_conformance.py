@@ -253,34 +253,34 @@ def one_seed_for_all_rounds(patch: pytest.MonkeyPatch) -> None:
 
 
 def clip_by_layer_with_flat_noise(patch: pytest.MonkeyPatch) -> None:
-    def by_layer(net, loss, params, rest, batch, steps):
-        grads, losses = per_example(net, loss, params, rest, batch)
+    def by_layer(stepping, params, rest, batch, mask, steps):
+        grads, losses = per_example(stepping, params, rest, batch)
         total = {}
         for k, g in grads.items():
             factors = steps.factors(g.reshape(*g.shape[:2], -1).square().sum(2))
-            total[k] = torch.einsum("kb,kb...->k...", factors * batch[2], g)
+            total[k] = torch.einsum("kb,kb...->k...", factors * mask, g)
         return steps.finish(total), losses
 
     patch.setattr("fedtorch.training.stacked.stacked_gradients", by_layer)
 
 
-def per_example(net, loss, params, rest, batch):
-    from torch.func import functional_call, grad_and_value, vmap
+def per_example(stepping, params, rest, batch):
+    from torch.func import grad_and_value, vmap
 
     def one(w, b, x, y):
-        return loss(functional_call(net, (w, b), (x[None],)), y[None])[0]
+        return stepping.losses(w, b, (x[None], y[None]))[0]
 
     fixed = {k: v.detach() for k, v in params.items()}
-    x, y, _ = batch
+    x, y = batch
     return vmap(vmap(grad_and_value(one), (None, None, 0, 0)))(fixed, rest, x, y)
 
 
 def divide_by_the_batch_there_was(patch: pytest.MonkeyPatch) -> None:
     real = gradients.stacked_gradients
 
-    def by_actual(net, loss, params, rest, batch, steps):
-        n = float(batch[2].sum(1).max())
-        return real(net, loss, params, rest, batch, dataclasses.replace(steps, divisor=n))
+    def by_actual(stepping, params, rest, batch, mask, steps):
+        n = float(mask.sum(1).max())
+        return real(stepping, params, rest, batch, mask, dataclasses.replace(steps, divisor=n))
 
     patch.setattr("fedtorch.training.stacked.stacked_gradients", by_actual)
 

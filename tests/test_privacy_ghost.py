@@ -11,6 +11,7 @@ from fedtorch.privacy.ghost import Ghosts, apart
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.training.losses import cross_entropy
+from fedtorch.training.step import Supervised
 
 
 class Words(nn.Module):
@@ -30,8 +31,8 @@ X, Y = torch.tensor([[1, 1, 2, 0], [0, 0, 0, 0], [8, 8, 8, 8], [3, 4, 5, 1]]), t
 
 def summed(net: nn.Module, x, y, mode: str, clip: float) -> torch.Tensor:
     steps = PrivateSteps(clip, 0.0, 1.0, [stream("aes", 0, "test")], mode)
-    with private_gradients(net, cross_entropy, steps, lambda m, x: m(x)) as found:
-        found.backward(x, y)
+    with private_gradients(net, Supervised(cross_entropy), steps) as found:
+        found.backward((x, y))
         return torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad]).double()
 
 

@@ -16,6 +16,7 @@ from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.training.losses import cross_entropy
 from fedtorch.training.stacked import snapshot
+from fedtorch.training.step import Stepping, Supervised
 from fedtorch.tree import exact_sq_norms
 from fedtorch.types import Task
 from private_case import clients, flat, model, visit
@@ -174,10 +175,10 @@ def test_examples_alone_are_the_brute_force_too(clip, make):
     want = brute_force(make(), x, torch.cat([y, y[:1]]), clip)
     net = make()
     steps = PrivateSteps(clip, 0.0, 7.0, [stream("aes", 0, "test")], "alone")
-    with private_gradients(net, cross_entropy, steps, lambda m, x: m(x)) as found:
-        assert not found.backward(x, torch.cat([y, y[:1]])).isfinite()
+    with private_gradients(net, Supervised(cross_entropy), steps) as found:
+        assert not found.backward((x, torch.cat([y, y[:1]]))).isfinite()
         got = [7.0 * p.grad for p in net.parameters()]
-        assert found.backward(x[:0], y[:0]) == 0
+        assert found.backward((x[:0], y[:0])) == 0
     for g, w in zip(got, want, strict=True):
         assert torch.allclose(g, w, atol=1e-6, rtol=1e-5)
     assert all(bool((p.grad == 0).all()) for p in net.parameters())
@@ -235,21 +236,21 @@ def test_no_row_however_small_or_large_moves_the_sum_by_more_than_the_clip(mode,
 
 @pytest.mark.parametrize("mode", ["stacked", "hooks", "ghost", "alone"])
 def test_gradients_at_the_ends_of_float32_are_clipped_in_every_mode(mode):
-    # a row is its own gradient, so each size is seen by itself
+    def first(net, x):  # a row is its own gradient, so each size is seen by itself
+        return net(x)[:, 0]
+
     net = nn.Linear(6, 1, bias=False)
     for clip in (1e-6, 1.0, 1e9):
         for name, row in extremes(6).items():
             steps = PrivateSteps(clip, 0.0, 1.0, [stream("aes", 0, "test")], mode)
             if mode == "stacked":
                 params = {"weight": net.weight[None]}
-                batch = row[None], torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
-                grads, _ = stacked_gradients(net, lambda z, y: z[:, 0], params, {}, batch, steps)
+                mask, stepping = torch.ones(1, 1, dtype=torch.bool), Stepping(net, first)
+                grads, _ = stacked_gradients(stepping, params, {}, row[None], mask, steps)
                 got = grads["weight"]
             else:
-                with private_gradients(
-                    net, lambda z, y: z[:, 0], steps, lambda m, x: m(x)
-                ) as found:
-                    found.backward(row, torch.zeros(1))
+                with private_gradients(net, first, steps) as found:
+                    found.backward(row)
                 got = net.weight.grad
             norm, want = float(got.double().norm()), float(row.double().norm())
             assert norm <= clip * (1 + 1e-6), name

@@ -71,7 +71,7 @@ def test_side_by_side_masks_what_a_client_does_not_have():
     plans = [batch_order(len(d), Order(epochs=2, batch_size=3), k) for k, d in enumerate(datasets)]
     for these in (datasets, tables):
         seen = [[], []]
-        for x, y, mask in side_by_side(these, plans):
+        for (x, y), mask in side_by_side(these, plans):
             assert x.shape[:2] == y.shape == mask.shape == (2, 3)
             for k in range(2):
                 seen[k] += y[k][mask[k]].tolist()
@@ -88,10 +88,10 @@ def test_clients_alike_are_never_filled_up():
     assert not alike([plans[0], plans[1][:2]])
     assert alike([batch_order(9, Order(steps=2), 0), batch_order(11, Order(steps=2), 0)])
     steps = [*side_by_side(data, plans, cut=True)]
-    assert [tuple(x.shape) for x, _, _ in steps] == [(2, 3), (2, 2)] * 2
-    assert all(bool(mask.all()) for _, _, mask in steps)
+    assert [tuple(x.shape) for (x, _), _ in steps] == [(2, 3), (2, 2)] * 2
+    assert all(bool(mask.all()) for _, mask in steps)
     for k in range(2):
-        seen = torch.cat([x[k] for x, _, _ in steps[:2]])
+        seen = torch.cat([x[k] for (x, _), _ in steps[:2]])
         assert sorted(seen.tolist()) == data[k].tensors[0].tolist()
 
 

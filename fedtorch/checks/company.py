@@ -4,7 +4,7 @@ That costs next to nothing however large the model is, so that batches may be as
 run, of one class after the other, and of all classes at once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedtorch import seeds
 from fedtorch.training.losses import Loss, reduce
-from fedtorch.tree import leaves, rebuilt, rows, size
+from fedtorch.tree import filled, leaves, mapped, rows, size
 
 WATCHED = 4
 """Examples that are looked at, alone and in company."""
@@ -59,10 +59,11 @@ def meets(
     """
     draw = seeds.generator(0, "outputs")
     noise = [
-        torch.randn(t.shape, generator=draw).to(t) for t in leaves(output) if t.is_floating_point()
+        torch.randn(t.shape, generator=draw).to(t) if t.is_floating_point() else t
+        for t in leaves(output)
     ]
     for scale in scales:
-        given = filled(output, [scale * t for t in noise])
+        given = filled(output, [scale * t if t.is_floating_point() else t for t in noise])
         limits = (LARGEST, CLASSES) if scale == 1 else (LARGE, 2)
         with tolerant(0.0):
             for batch in _batches(output, y, min(many, limits[0]), limits[1]):
@@ -131,7 +132,7 @@ def _slope(loss: Loss, output: Any, n: int, index: Tensor, y: Any) -> tuple[Tens
         return part.requires_grad_() if part.is_floating_point() else part
 
     with torch.enable_grad():
-        part = mapped(output, row)
+        part = mapped(row, output)
         losses = reduce(loss(part, y))
         given = [t for t in leaves(part) if t.requires_grad and t.dim() and len(t) == len(index)]
         found: Sequence[Tensor | None] = [None] * len(given)
@@ -159,19 +160,3 @@ def tolerant(scale: float) -> Iterator[None]:
     except Exception:
         if scale == 1:
             raise
-
-
-def filled(output: Any, numbers: list[Tensor]) -> Any:
-    """Other numbers in an output's place."""
-    parts = iter(numbers)
-    return mapped(output, lambda t: next(parts) if t.is_floating_point() else t)
-
-
-def mapped(batch: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """``fn`` of all tensors in tuples, lists and dicts."""
-    if isinstance(batch, Tensor):
-        return fn(batch)
-    if isinstance(batch, (dict, list, tuple)):
-        parts = batch.values() if isinstance(batch, dict) else batch
-        return rebuilt(batch, [mapped(v, fn) for v in parts])
-    return batch

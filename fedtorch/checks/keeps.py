@@ -6,7 +6,7 @@ outside.
 
 import functools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from types import FunctionType, MethodType
 from typing import Any
@@ -16,8 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.checks.company import mapped
-from fedtorch.training.losses import reduce
 from fedtorch.training.module import snapshot
 from fedtorch.training.outline import Outline, untouched
 from fedtorch.tree import same
@@ -44,21 +42,21 @@ DATA = (
 """What is compared by what is in it."""
 
 
-def nothing(loss: Any, output: Any, target: Any) -> None:
-    """Raises ConfigError naming what a loss keeps; what it makes once, at the first call, is no matter.
+def nothing(loss: Any, ask: Callable[[Any], Tensor], given: Any, other: Any) -> None:
+    """Raises ConfigError naming what a loss, or a step, keeps; what it makes once, at first, is no matter.
 
-    ``output`` and ``target`` are of a batch. What is drawn is the same at each call here. Modules are
-    left as they were; of a function that keeps something, what it kept is left.
+    ``ask`` asks it for the losses of ``given``, and of something ``other``. What is drawn is the same at
+    each call here. Modules are left as they were; of a function that keeps something, what it kept is left.
     """
     with ExitStack() as stack:
         first = [v for _, v in _inside(loss) if isinstance(v, nn.Module)]
         for module in first:
             stack.enter_context(untouched(module))
-        own = _value(loss, output, target)
+        own = _value(ask, given)
         outlines, before = [(Outline(m), m, snapshot(m)) for m in first], _held(loss)
-        _value(loss, output, target)
+        _value(ask, given)
         what = next(_moved(outlines), None) or _changed(before, _held(loss))
-        if not what and not _repeats(loss, own, output, target):
+        if not what and not _repeats(ask, own, given, other):
             what = "the same batch has another loss after others"
     if what:
         raise ConfigError(
@@ -81,21 +79,20 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     return next((k for k in now if k not in before or not _equal(before[k], now[k])), None)
 
 
-def _repeats(loss: Any, own: Tensor, output: Any, target: Any) -> bool:
+def _repeats(ask: Callable[[Any], Tensor], own: Tensor, given: Any, other: Any) -> bool:
     """Whether a batch has the loss that it had before some of another kind."""
-    other = mapped(output, lambda t: 0.5 * t if t.is_floating_point() else t)
     try:
         for _ in range(CALLS):
-            _value(loss, other, target)
+            _value(ask, other)
     except Exception:  # half of an output may be none
         return True
-    again = _value(loss, output, target)
+    again = _value(ask, given)
     return torch.allclose(own, again, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
-def _value(loss: Any, output: Any, target: Any) -> Tensor:
+def _value(ask: Callable[[Any], Tensor], given: Any) -> Tensor:
     with seeds.seeded(0):
-        return reduce(loss(output, target)).detach().clone()
+        return ask(given).detach().clone()
 
 
 def _held(loss: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ many kinds, in float64 where they can be, and each example's numbers are held to
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.checks.company import LARGEST, SCALES, WATCHED, Near, mapped, meets, tolerant
+from fedtorch.checks.company import LARGEST, SCALES, WATCHED, Near, meets, tolerant
 from fedtorch.recipe import Recipe
-from fedtorch.training.losses import Loss, reduce
 from fedtorch.training.module import forward, training, undropped
 from fedtorch.training.outline import copied, untouched
-from fedtorch.tree import leaves, rows, size
+from fedtorch.tree import leaves, mapped, rebuilt, rows, size
 from fedtorch.types import ConfigError
 
 HEAVY = 1 << 20
@@ -40,24 +39,23 @@ class Tried(NamedTuple):
     """A model and a batch in one type of numbers."""
 
     model: nn.Module
-    x: Any
-    y: Any
+    batch: Any
     near: Near
 
 
-def mixes(model: nn.Module, x: Any, y: Any, recipe: Recipe) -> str | None:
-    """What of model and loss depends on other examples, or None; ``x`` and ``y`` are a batch of a few.
+def mixes(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
+    """What of model and loss depends on other examples, or None; ``batch`` is of a few.
 
     The labels must be of two classes at least, each there more than once. Model and loss are left as they
     were, but for a loss that is a function and keeps something. Raises ConfigError where a trial fails.
     """
-    recipe = replace(recipe, loss=_another(recipe.loss))  # it may count or keep
+    recipe = _another(recipe)  # it may count or keep
     with seeds.seeded(0), untouched(model), undropped(model):
         try:
-            own = Tried(model, x, y, Near(1e-3, 1e-5))
-            fine = _wide(own, recipe.loss)
+            own = Tried(model, batch, Near(1e-3, 1e-5))
+            fine = _wide(own, recipe)
             with untouched(fine.model), undropped(fine.model):
-                work = products(model, x)
+                work = products(model, batch, recipe)
                 return _found(fine, own if work > HEAVY else fine, recipe, work)
         except ConfigError:
             raise
@@ -73,36 +71,38 @@ def mixes(model: nn.Module, x: Any, y: Any, recipe: Recipe) -> str | None:
 def _found(fine: Tried, rough: Tried, recipe: Recipe, work: int) -> str | None:
     """``fine`` shows little mixing; ``rough`` takes the many examples, where a model is large."""
     # first: what a loss keeps of numbers of any size, as the others show it, hides what it keeps of these
-    if remembers := _remembers(rough, recipe.loss):
+    if remembers := _remembers(rough, recipe):
         return remembers
-    with torch.no_grad():
-        output = forward(fine.model, fine.x)
-    if meets(recipe.loss, output, fine.y, fine.near, LARGEST):
-        return "an example's loss depends on its neighbours"
+    if recipe.step is None:  # the loss by itself
+        x, y = fine.batch
+        with torch.no_grad():
+            output = forward(fine.model, x)
+        if meets(recipe.loss, output, y, fine.near, LARGEST):
+            return "an example's loss depends on its neighbours"
     return (
-        _neighbours(fine, recipe, (1.0,), size(fine.y))
+        _neighbours(fine, recipe, (1.0,), size(fine.batch))
         or _neighbours(rough, recipe, SCALES[1:], _most(recipe))
-        or _neighbours(rough, recipe, (1.0,), _affordable(rough.x, recipe, work))
+        or _neighbours(rough, recipe, (1.0,), _affordable(rough.batch, recipe, work))
         or _unlike(rough, recipe)
         or _gradients(fine, recipe, SCALES[:2], WATCHED)
         or _gradients(rough, recipe, (1.0,), _most(recipe))
     )
 
 
-def _wide(own: Tried, loss: Loss) -> Tried:
+def _wide(own: Tried, recipe: Recipe) -> Tried:
     """The same in float64, where a little mixing is no rounding; as it is where that is not taken."""
     try:
         wide = copied(own.model).double()
-        x, y = _doubled(own.x), _doubled(own.y)
+        batch = mapped(lambda t: t.double() if t.is_floating_point() else t, own.batch)
         with torch.no_grad(), untouched(wide):
-            if reduce(copy.deepcopy(loss)(forward(training(wide), x), y)).dtype != torch.float64:
+            if _copied(recipe).losses(training(wide), batch).dtype != torch.float64:
                 return own
     except Exception:
         return own
-    return Tried(wide, x, y, Near(1e-6, 1e-9))
+    return Tried(wide, batch, Near(1e-6, 1e-9))
 
 
-def products(model: nn.Module, x: Any) -> int:
+def products(model: nn.Module, batch: Any, recipe: Recipe) -> int:
     """About how many numbers a forward of one example multiplies, by the weights and outputs of layers."""
     found: list[int] = []
 
@@ -114,7 +114,9 @@ def products(model: nn.Module, x: Any) -> int:
     hooks = [m.register_forward_hook(count) for m in model.modules()]
     try:
         with torch.no_grad():
-            forward(model, rows(x, _index([0])))
+            one = rows(batch, _index([0]))
+            # a loss, which may keep what it is given, is not asked
+            forward(model, one[0]) if recipe.step is None else recipe.step(model, one)
     finally:
         for hook in hooks:
             hook.remove()
@@ -124,25 +126,25 @@ def products(model: nn.Module, x: Any) -> int:
 def _neighbours(t: Tried, recipe: Recipe, scales: Sequence[float], most: int) -> str | None:
     """Losses of examples alone and in batches, at several sizes of the inputs."""
     for scale in scales:
-        given = _scaled(t.x, scale)
+        given = _scaled(t.batch, scale)
         with torch.no_grad(), tolerant(scale):
-            alone = _alone(t, recipe.loss, given)
-            for index in _batches(size(t.y), most):
-                if _differ(alone, _losses(t, recipe.loss, given, index), index, t.near):
+            alone = _alone(t, recipe, given)
+            for index in _batches(size(given), most):
+                if _differ(alone, _losses(t, recipe, given, index), index, t.near):
                     return "one example's result depends on its neighbours"
     return None
 
 
 def _unlike(t: Tried, recipe: Recipe) -> str | None:
     """Losses of examples as they are among others of another size or sign, as one extreme row is."""
-    n = size(t.y)
+    n = size(t.batch)
     index = _index([*range(n)])
     with torch.no_grad():
-        alone = _alone(t, recipe.loss, t.x)
+        alone = _alone(t, recipe, t.batch)
         for scale in (10.0, *SCALES[1:]):
             for factor in (scale, -scale):
                 with tolerant(scale):
-                    found = _losses(t, recipe.loss, _among(t.x, n, factor), index)
+                    found = _losses(t, recipe, _among(t.batch, n, factor), index)
                     if _differ(alone, found, index[: len(alone)], t.near):
                         return "one example's result depends on its neighbours"
     return None
@@ -150,34 +152,45 @@ def _unlike(t: Tried, recipe: Recipe) -> str | None:
 
 def _gradients(t: Tried, recipe: Recipe, scales: Sequence[float], most: int) -> str | None:
     """The gradient of a batch must be the sum of those of its examples."""
-    watched = [*_watched(t.y)]
+    watched = [*_watched(t.batch)]
     times = -(-most // len(watched))
     for scale in scales:
-        given = _scaled(t.x, scale)
+        given = _scaled(t.batch, scale)
         with tolerant(scale):
-            alone = [_gradient(t, recipe.loss, given, _index([k])) for k in watched]
+            alone = [_gradient(t, recipe, given, _index([k])) for k in watched]
             whole = float(torch.stack([a.norm() for a in alone]).sum())
-            found = _gradient(t, recipe.loss, given, _index(watched * times))
+            found = _gradient(t, recipe, given, _index(watched * times))
             least = times * (t.near.rtol * whole + t.near.atol)
             if math.isfinite(whole) and not float((found - times * sum(alone)).norm()) <= least:
                 return "an example's gradient depends on its neighbours"
     return None
 
 
-def _remembers(t: Tried, loss: Loss) -> str | None:
+def _remembers(t: Tried, recipe: Recipe) -> str | None:
     """Losses of one batch, after others of two kinds: a count of calls may change them, other data not."""
-    many = _index([k % size(t.y) for k in range(4 * size(t.y))])
+    n = size(t.batch)
+    many = _index([k % n for k in range(4 * n)])
     ends = []
     with torch.no_grad():
         for scale in (1.0, 0.5):
-            own = _another(loss)
-            labels = rows(t.y, many if scale == 1 else many.flip(0))
+            own, order = _another(recipe), many if scale == 1 else many.flip(0)
             for _ in range(STATEFUL):
-                own(_each(forward(t.model, _scaled(t.x, scale)), size(t.y), many), labels)
-            ends.append(reduce(own(forward(t.model, t.x), t.y)))
+                _again(t, own, _scaled(t.batch, scale), many, order)
+            ends.append(own.losses(t.model, t.batch))
     if torch.allclose(ends[0], ends[1], rtol=t.near.rtol, atol=t.near.atol, equal_nan=True):
         return None
     return "a loss depends on batches before"
+
+
+def _again(t: Tried, recipe: Recipe, batch: Any, places: Tensor, order: Tensor) -> None:
+    """Ask for the losses of more rows, made of a model's outputs where it is the loss that is asked."""
+    if recipe.step is not None:
+        recipe.losses(t.model, rows(batch, order))
+        return
+    x, y = batch
+    n = size(y)
+    output = mapped(lambda v: v[places] if v.dim() and len(v) == n else v, forward(t.model, x))
+    recipe.loss(output, rows(y, order))
 
 
 def _max_batch(recipe: Recipe) -> int:
@@ -193,9 +206,9 @@ def _most(recipe: Recipe) -> int:
     return min(2 * expected + 1, _max_batch(recipe))
 
 
-def _affordable(x: Any, recipe: Recipe, work: int) -> int:
+def _affordable(batch: Any, recipe: Recipe, work: int) -> int:
     """Examples of the largest batch: as many as a step may take, if there is memory and time for them."""
-    room = ROOM // max(1, sum(t[:1].numel() for t in leaves(x)))
+    room = ROOM // max(1, sum(t[:1].numel() for t in leaves(batch)))
     return max(_most(recipe), min(_max_batch(recipe), room, AFFORD // work))
 
 
@@ -213,37 +226,40 @@ def _batches(count: int, most: int) -> Iterator[Tensor]:
         yield _index([k % count for k in places])
 
 
-def _watched(y: Any) -> range:
-    return range(min(WATCHED, size(y)))
+def _watched(batch: Any) -> range:
+    return range(min(WATCHED, size(batch)))
 
 
-def _another(loss: Loss) -> Loss:
+def _copied(recipe: Recipe) -> Recipe:
+    """With a copy of the loss, or of the step."""
+    if recipe.step is None:
+        return replace(recipe, loss=copy.deepcopy(recipe.loss))
+    return replace(recipe, step=copy.deepcopy(recipe.step))
+
+
+def _another(recipe: Recipe) -> Recipe:
+    """The same where it can be copied."""
     try:
-        return copy.deepcopy(loss)
+        return _copied(recipe)
     except Exception:
-        return loss
+        return recipe
 
 
 def _index(places: list[int]) -> Tensor:
     return torch.tensor(places)
 
 
-def _alone(t: Tried, loss: Loss, x: Any) -> list[Tensor]:
-    return [_losses(t, loss, x, _index([k])) for k in _watched(t.y)]
+def _alone(t: Tried, recipe: Recipe, batch: Any) -> list[Tensor]:
+    return [_losses(t, recipe, batch, _index([k])) for k in _watched(batch)]
 
 
-def _losses(t: Tried, loss: Loss, x: Any, index: Tensor) -> Tensor:
-    return reduce(loss(forward(t.model, rows(x, index)), rows(t.y, index)))
+def _losses(t: Tried, recipe: Recipe, batch: Any, index: Tensor) -> Tensor:
+    return recipe.losses(t.model, rows(batch, index))
 
 
-def _each(output: Any, n: int, index: Tensor) -> Any:
-    """Some of the ``n`` rows of an output, whatever it is in."""
-    return mapped(output, lambda t: t[index] if t.dim() and len(t) == n else t)
-
-
-def _gradient(t: Tried, loss: Loss, x: Any, index: Tensor) -> Tensor:
+def _gradient(t: Tried, recipe: Recipe, batch: Any, index: Tensor) -> Tensor:
     t.model.zero_grad()
-    _losses(t, loss, x, index).sum().backward()
+    _losses(t, recipe, batch, index).sum().backward()
     # a weight that the examples do not reach, as an expert not chosen, has no gradient
     every = [(p, p.grad) for p in t.model.parameters() if p.requires_grad]
     found = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in every]
@@ -262,11 +278,13 @@ def _differ(alone: list[Tensor], found: Tensor, index: Tensor, near: Near) -> bo
     return False
 
 
-def _scaled(x: Any, scale: float) -> Any:
-    return x if scale == 1 else mapped(x, lambda t: t * scale if t.is_floating_point() else t)
+def _scaled(batch: Any, scale: float) -> Any:
+    if scale == 1:
+        return batch
+    return inputs(lambda t: t * scale if t.is_floating_point() else t, batch)
 
 
-def _among(x: Any, n: int, factor: float) -> Any:
+def _among(batch: Any, n: int, factor: float) -> Any:
     """The examples behind the watched ones so many times as large."""
     scale = torch.where(torch.arange(n) < WATCHED, 1.0, factor)
 
@@ -274,8 +292,11 @@ def _among(x: Any, n: int, factor: float) -> Any:
         own = t.is_floating_point() and t.dim() and len(t) == n
         return t * scale.to(t).view(-1, *[1] * (t.dim() - 1)) if own else t
 
-    return mapped(x, scaled)
+    return inputs(scaled, batch)
 
 
-def _doubled(value: Any) -> Any:
-    return mapped(value, lambda t: t.double() if t.is_floating_point() else t)
+def inputs(fn: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """``fn`` of the inputs: of a pair the first part, of anything else all."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return rebuilt(batch, [mapped(fn, batch[0]), batch[1]])
+    return mapped(fn, batch)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,19 +10,20 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fedtorch import seeds
+from fedtorch.checks.mixing import inputs
 from fedtorch.checks.mixing import mixes as mixes_examples
-from fedtorch.checks.probe import put_back, two_examples
+from fedtorch.checks.probe import put_back, two_examples, uneven
 from fedtorch.client import Client
 from fedtorch.privacy import Privacy, models
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, len_of
-from fedtorch.training.losses import reduce
 from fedtorch.training.module import training, undropped
 from fedtorch.training.outline import untouched
-from fedtorch.training.stacked import forward, snapshot, to
-from fedtorch.tree import expand, rows, same, size
+from fedtorch.training.stacked import snapshot, to
+from fedtorch.training.step import Stepping
+from fedtorch.tree import expand, leaves, mapped, rows, same, size
 from fedtorch.types import ConfigError
 
 SIDE_BY_SIDE = 8
@@ -102,25 +104,25 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
     """Why one step in this mode fails, or None."""
     if mode == "ghost" and (name := models.tied(model)):
         return f"parameter {name} is shared by two layers, which ghost clipping cannot see"
-    x, y = to(two_examples(_largest(clients)), next(model.parameters()).device)
-    if mode == "stacked" and not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-        return "the data is not a plain pair of tensors (x, y)"
+    batch = to(two_examples(_largest(clients)), next(model.parameters()).device)
+    if mode == "stacked" and (why := uneven(batch)):
+        return why
     before = snapshot(model)
     training(model)
-    if mode == "ghost" and (name := _over_sequences(model, x)):
+    if mode == "ghost" and (name := _over_sequences(model, batch, recipe)):
         put_back(model, before)
         return (
             f"layer {name} sees several rows of an example, whose gradient has to be written out for its "
             "norm: that is mode hooks"
         )
     try:
-        _one_step(model, x, y, recipe, mode, 1.0)
+        _one_step(model, batch, recipe, mode, 1.0)
         with undropped(model):
-            alone = [_alone(model, x, y, k, recipe) for k in range(size(y))]
+            alone = [_alone(model, batch, k, recipe) for k in range(size(batch))]
             alone = [a for a in alone if bool(a.isfinite().all())]
             clip = min((float(a.norm()) for a in alone if bool(a.any())), default=2.0) / 2
             want = sum(a * (clip / a.norm().clamp(min=clip)) for a in alone)
-            got = _one_step(model, x, y, recipe, mode, clip)
+            got = _one_step(model, batch, recipe, mode, clip)
     except Exception as e:
         return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
     finally:
@@ -135,7 +137,7 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
     return None
 
 
-def _over_sequences(model: nn.Module, x: Any) -> str | None:
+def _over_sequences(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
     """Name of a linear layer that sees more than one row of each example, if there is one."""
     found: list[str] = []
 
@@ -150,38 +152,40 @@ def _over_sequences(model: nn.Module, x: Any) -> str | None:
     ]
     try:
         with torch.no_grad(), seeds.seeded(0):
-            forward(model, x)
+            recipe.losses(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
     return found[0] if found else None
 
 
-def _alone(model: nn.Module, x: Any, y: Any, k: int, recipe: Recipe) -> Tensor:
+def _alone(model: nn.Module, batch: Any, k: int, recipe: Recipe) -> Tensor:
     """One example's gradient without any machinery, flat: what every mode is held to."""
     model.zero_grad()
     with seeds.seeded(0):
-        part = slice(k, k + 1)
-        reduce(recipe.loss(forward(model, rows(x, part)), rows(y, part))).sum().backward()
+        recipe.losses(model, rows(batch, slice(k, k + 1))).sum().backward()
     return _gradients(model)
 
 
-def _one_step(model: nn.Module, x: Any, y: Any, recipe: Recipe, mode: str, clip: float) -> Tensor:
+def _one_step(model: nn.Module, batch: Any, recipe: Recipe, mode: str, clip: float) -> Tensor:
     """The sum of clipped gradients in ``mode``, flat, without noise."""
     steps = PrivateSteps(clip, 0.0, 1.0, [stream("aes", 0, "probe")], mode)
     model.zero_grad()
     with seeds.seeded(0):
         if mode != "stacked":
-            with private_gradients(model, recipe.loss, steps, forward) as gradients:
-                gradients.backward(x, y)
+            with private_gradients(model, recipe.losses, steps) as gradients:
+                gradients.backward(batch)
             return _gradients(model)
         state = snapshot(model)
         names = [k for k, p in model.named_parameters() if p.requires_grad]
         params = expand({k: state[k] for k in names})
         rest = expand({k: v for k, v in state.items() if k not in params})
-        mask = torch.ones(1, len(y), dtype=torch.bool, device=y.device)
-        batch = x[None], y[None], mask
-        grads, _ = stacked_gradients(model, recipe.loss, params, rest, batch, steps)
+        batch = mapped(lambda t: t[None], batch)
+        mask = torch.ones(
+            1, len(leaves(batch)[0][0]), dtype=torch.bool, device=leaves(batch)[0].device
+        )
+        stepping = Stepping(model, recipe.asked)
+        grads, _ = stacked_gradients(stepping, params, rest, batch, mask, steps)
         return torch.cat([grads[k].flatten() for k in names]).double()
 
 
@@ -200,13 +204,14 @@ def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) ->
     """Each example must have a loss of its own, and each parameter a gradient."""
     data, name = _largest(clients), type(model).__name__
     some = torch.arange(min(len_of(data), SOME)) if len_of(data) > 1 else torch.tensor([0, 0])
-    x, y = to(fetch(data, some), next(model.parameters()).device)
+    batch = to(fetch(data, some), next(model.parameters()).device)
     with untouched(model), seeds.seeded(0):
-        loss = reduce(recipe.loss(forward(training(model), x), y))
+        loss = recipe.losses(training(model), batch)
         if loss.dim() == 0:
             raise ConfigError(
-                "sample-level privacy needs a loss with one number for each example "
-                "(reduction='none'); this loss gives one for the whole batch"
+                "sample-level privacy needs a loss with one number for each example, and this "
+                f"{'loss' if recipe.step is None else 'step'} gives one for the whole batch: return "
+                "one loss for each example (reduction='none')"
             )
         loss.sum().backward()
         grads = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
@@ -217,52 +222,56 @@ def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) ->
             "sparse=True"
         )
     unused = [k for k, g in grads.items() if g is None]
-    if unused and (unused := [k for k in unused if k not in _reached(model, x, y, recipe)]):
+    if unused and (unused := [k for k in unused if k not in _reached(model, batch, recipe)]):
         raise ConfigError(
             f"parameter {unused[0]} has no part in the loss of any example tried: call "
             "requires_grad_(False) on it, or it would be trained on noise alone"
         )
-    if _draws(model, x, y, recipe):
+    if _draws(model, batch, recipe):
         raise ConfigError(
             f"model {name} or its loss draws random numbers other than by dropout, so that nothing shows "
             "that an example's result is its own: draw them in the dataset, or protect clients (privacy "
             "client)"
         )
-    if why := mixes_examples(model, x, y, recipe):
+    if why := mixes_examples(model, batch, recipe):
         raise ConfigError(
             f"model {name} or its loss mixes the examples of a batch ({why}), so that "
             "clipping by example protects nobody"
         )
 
 
-def _draws(model: nn.Module, x: Any, y: Any, recipe: Recipe) -> bool:
+def _draws(model: nn.Module, batch: Any, recipe: Recipe) -> bool:
     """Whether losses differ from call to call when nothing is dropped."""
     losses = []
     with untouched(model), torch.no_grad(), undropped(model):
         for seed in (0, 1):
             with seeds.seeded(seed):
-                losses.append(reduce(recipe.loss(forward(model, x), y)))
+                losses.append(recipe.losses(model, batch))
     return not torch.allclose(losses[0], losses[1], rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
-def _reached(model: nn.Module, x: Any, y: Any, recipe: Recipe) -> set[str]:
-    """Names of parameters that get a gradient from these examples, or from others where x is numbers.
+def _reached(model: nn.Module, batch: Any, recipe: Recipe) -> set[str]:
+    """Names of parameters that get a gradient from these examples, or from others of other numbers.
 
     Which expert of a mixture an example goes to hangs on its numbers.
     """
     found: set[str] = set()
     draw = seeds.generator(0, "experts")
     for k in range(VARIED):
-        if k and not (isinstance(x, Tensor) and x.is_floating_point()):
-            break
-        given = torch.randn(x.shape, generator=draw).to(x) * k if k else x
+        given = inputs(partial(_noise, k, draw), batch) if k else batch
         with untouched(model), seeds.seeded(0):
             try:
-                reduce(recipe.loss(forward(training(model), given), y)).sum().backward()
+                recipe.losses(training(model), given).sum().backward()
             except Exception:  # numbers that mean nothing to the model
                 break
             found |= {n for n, p in model.named_parameters() if p.grad is not None}
     return found
+
+
+def _noise(scale: float, draw: torch.Generator, like: Tensor) -> Tensor:
+    if not like.is_floating_point():
+        return like
+    return torch.randn(like.shape, generator=draw).to(like) * scale
 
 
 def _largest(clients: Sequence[Client]) -> Dataset:
@@ -272,10 +281,10 @@ def _largest(clients: Sequence[Client]) -> Dataset:
 
 def _frozen_buffers(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     """Buffers that follow the data would leave the client un-noised, or stay behind; weights, likewise."""
-    x, _ = to(two_examples(_largest(clients)), next(model.parameters()).device)
+    batch = to(two_examples(_largest(clients)), next(model.parameters()).device)
     before = snapshot(model)
     with torch.no_grad(), seeds.seeded(0):
-        forward(training(model), x)
+        recipe.losses(training(model), batch)
     after = snapshot(model)
     put_back(model, before)
     for k, _ in model.named_buffers():

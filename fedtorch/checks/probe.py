@@ -23,7 +23,8 @@ from fedtorch.training.module import training, undropped
 from fedtorch.training.outline import put_back as put_back
 from fedtorch.training.outline import untouched
 from fedtorch.training.stacked import forward, snapshot, to, vmapped_losses
-from fedtorch.tree import expand, leaves, rows
+from fedtorch.training.step import Stepping, pair
+from fedtorch.tree import expand, leaves, mapped, parts, rows, size
 from fedtorch.types import ConfigError, Context, Params
 
 
@@ -159,35 +160,22 @@ def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -
     """Leave the gradient of a batch in the model, or say what does not fit."""
     name, device = type(model).__name__, next(model.parameters()).device
     try:
-        x, y = to(fetch(client.data, index % len_of(client.data)), device)
+        batch = to(fetch(client.data, index % len_of(client.data)), device)
     except Exception as e:
         raise ConfigError(
-            f"client {client.id}: a dataset must give (x, y) pairs, but taking a batch failed: {_first(e)}"
+            f"client {client.id}: taking a batch of its dataset failed: {_first(e)}"
         ) from e
-    if any(t.requires_grad for t in leaves((x, y))):
+    if any(t.requires_grad for t in leaves(batch)):
         raise ConfigError(
             f"client {client.id}: its dataset gives tensors that require grad, and what made them is not "
             "trained here: give them detached, x.detach()"
         )
-    try:
-        output = forward(model, x)
-    except Exception as e:
-        whole = isinstance(x, Tensor) and x.dtype == torch.int64
-        fix = "; x is int64, as of a vocabulary: amounts must be float32" if whole else ""
-        raise ConfigError(f"model {name} cannot take a batch {_shape(x)}: {_first(e)}{fix}") from e
-    try:
-        loss = reduce(recipe.loss(output, y))
-    except ConfigError:
-        raise
-    except Exception as e:
-        raise ConfigError(
-            f"the loss does not fit model {name} (output {_shape(output)}) and the labels "
-            f"{_shape(y)}: {_first(e)}"
-        ) from e
+    loss = _asked(model, batch, recipe, client.id)
+    what = "loss" if recipe.step is None else "step"
     if not isinstance(loss, Tensor) or (loss.dim() and len(loss) != len(index)):
         raise ConfigError(
-            "the loss must return a scalar or one number for each example, got "
-            f"{_shape(loss)} for labels {_shape(y)}"
+            f"the {what} must return a scalar or one number for each example, got "
+            f"{_shape(loss)} for {len(index)} examples"
         )
     if not loss.requires_grad:
         raise ConfigError(f"the loss does not depend on the parameters of model {name}")
@@ -196,6 +184,40 @@ def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -
         loss.mean().backward()
     except Exception as e:
         raise ConfigError(f"the loss of model {name} has no gradient: {_first(e)}") from e
+
+
+def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
+    """Losses of a batch, or what part of them does not fit."""
+    name = type(model).__name__
+    if recipe.step is not None:
+        try:
+            return recipe.losses(model, batch)
+        except ConfigError:
+            raise
+        except Exception as e:
+            raise ConfigError(
+                f"the step fails for model {name} and a batch {_shape(batch)} of client {who}: "
+                f"{type(e).__name__}: {_first(e)}"
+            ) from e
+    try:
+        x, y = pair(batch)
+    except ConfigError as e:
+        raise ConfigError(f"client {who}: {e}") from e
+    try:
+        output = forward(model, x)
+    except Exception as e:
+        whole = isinstance(x, Tensor) and x.dtype == torch.int64
+        fix = "; x is int64, as of a vocabulary: amounts must be float32" if whole else ""
+        raise ConfigError(f"model {name} cannot take a batch {_shape(x)}: {_first(e)}{fix}") from e
+    try:
+        return reduce(recipe.loss(output, y))
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(
+            f"the loss does not fit model {name} (output {_shape(output)}) and the labels "
+            f"{_shape(y)}: {_first(e)}"
+        ) from e
 
 
 def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
@@ -311,18 +333,38 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
     """Why these clients cannot train side by side, or None when they can."""
     if not recipe.optimizer.elementwise:
         return f"optimizer {recipe.optimizer.name} does not work element by element"
-    x, y = to(two_examples(clients[0].data), next(model.parameters()).device)
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        return "the data is not a plain pair of tensors (x, y)"
-    shapes = {tuple(c.data[0][0].shape) if hasattr(c.data[0][0], "shape") else () for c in clients}
+    batch = to(two_examples(clients[0].data), next(model.parameters()).device)
+    if why := uneven(batch):
+        return why
+    shapes = {_shapes(c.data[0]): None for c in clients}
     if len(shapes) > 1:
-        return f"examples of clients differ in shape ({', '.join(map(str, sorted(shapes)))})"
+        some = ", ".join(str(s[0] if len(s) == 1 else s) for s in [*shapes][:2])
+        return f"examples of clients differ in shape ({some})"
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         return "it is scripted, which torch.func cannot follow"
-    return _no_vmap(model, x, y, recipe)
+    return _no_vmap(model, batch, recipe)
 
 
-def _no_vmap(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> str | None:
+def uneven(batch: Any) -> str | None:
+    """Why a batch cannot be laid beside others, or None where it is tensors with a row for each example."""
+    if other := [v for v in _inmost(batch) if not isinstance(v, Tensor)]:
+        return f"a batch holds a {type(other[0]).__name__}, and not tensors alone"
+    n = size(batch)
+    if odd := [t for t in leaves(batch) if not t.dim() or len(t) != n]:
+        return f"a batch of {n} holds a tensor {_shape(odd[0])}, without a row for each example"
+    return None
+
+
+def _inmost(batch: Any) -> list[Any]:
+    inside = parts(batch)
+    return [batch] if inside is None else [v for part in inside for v in _inmost(part)]
+
+
+def _shapes(item: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(getattr(v, "shape", ())) for v in _inmost(item))
+
+
+def _no_vmap(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
     """Why a step of two clients side by side fails or differs from one alone, or None."""
     state = snapshot(model)
     names = {k for k, p in model.named_parameters() if p.requires_grad}
@@ -337,12 +379,14 @@ def _no_vmap(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> str | No
         for n, m in model.named_modules()
     ]
 
-    alike = x.device.type == "cpu" and not recipe.privacy.per_example
+    device = next(model.parameters()).device
+    alike = device.type == "cpu" and not recipe.privacy.per_example
     drawing = Drawing((0, 1) if alike else ())
-    batch = x.expand(2, *x.shape), y.expand(2, *y.shape), torch.ones(2, len(x)).bool()
+    twice = mapped(lambda t: t.expand(2, *t.shape), batch)
+    mask, stepping = torch.ones(2, size(batch)).bool(), Stepping(training(model), recipe.asked)
     try:
         with untouched(model), seeds.seeded(0):
-            each = vmapped_losses(training(model), recipe.loss, params, rest, batch, drawing)
+            each = vmapped_losses(stepping, params, rest, twice, mask, drawing)
         each.sum().backward()
     except Exception as e:
         where = entered[-1] if entered else "the model"
@@ -350,17 +394,17 @@ def _no_vmap(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe) -> str | No
     finally:
         for hook in hooks:
             hook.remove()
-    if alike and not _same_alone(model, x, y, recipe, each):
+    if alike and not _same_alone(model, batch, recipe, each):
         return "alone a client's losses differ, as where something other than dropout draws numbers"
     return None
 
 
-def _same_alone(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, losses: Tensor) -> bool:
+def _same_alone(model: nn.Module, batch: Any, recipe: Recipe, losses: Tensor) -> bool:
     """Whether the losses of clients seeded with 0, 1, ... are those that were found side by side."""
     with untouched(model), torch.no_grad():
         for seed, found in enumerate(losses):
             with seeds.seeded(seed):
-                alone = reduce(recipe.loss(forward(training(model), x), y))
+                alone = recipe.losses(training(model), batch)
             if not _close(alone, found):
                 return False
     return True
@@ -368,11 +412,10 @@ def _same_alone(model: nn.Module, x: Tensor, y: Tensor, recipe: Recipe, losses: 
 
 def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
     """Whether an example's result depends on its neighbours (BatchNorm, a whole-batch loss)."""
-    x, y = to(two_examples(data), next(model.parameters()).device)
+    batch = to(two_examples(data), next(model.parameters()).device)
     full = min(recipe.batch_size or len_of(data), len_of(data))
     with untouched(model), torch.no_grad(), seeds.seeded(0), undropped(model):
-        output = forward(model, x)
-        losses = reduce(recipe.loss(output, y))
+        output, losses = _given(model, batch, recipe)
         if losses.dim() == 0:
             return True
         # a longer batch shows a mean over it; a neighbour gone shows a maximum over it; a full one, what
@@ -380,7 +423,7 @@ def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
         each = [True] * len(leaves(output))
         for index in ([0, 1, 0], [0, 0], [1, 1], [k % 2 for k in range(max(full, 2))]):
             part = torch.tensor(index, device=losses.device)
-            other = forward(model, rows(x, part))
+            other, found = _given(model, rows(batch, part), recipe)
             pairs = [*zip(leaves(other), leaves(output), strict=True)]
             # what else a model gives, a mean or a constant, has other sizes than the batch
             each = [
@@ -388,10 +431,19 @@ def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
                 for e, (n, o) in zip(each, pairs, strict=True)
             ]
             pairs = [pair for e, pair in zip(each, pairs, strict=True) if e]
-            pairs.append((reduce(recipe.loss(other, rows(y, part))), losses))
+            pairs.append((found, losses))
             if not all(_close(new[:2], old[part[:2]]) for new, old in pairs):
                 return True
         return False
+
+
+def _given(model: nn.Module, batch: Any, recipe: Recipe) -> tuple[Any, Tensor]:
+    """What the model gives, where that is to be seen, and the losses."""
+    if recipe.step is not None:
+        return (), recipe.losses(model, batch)
+    x, y = pair(batch)
+    output = forward(model, x)
+    return output, reduce(recipe.loss(output, y))
 
 
 def _close(new: Tensor, old: Tensor) -> bool:
@@ -412,7 +464,7 @@ def _output(model: nn.Module, data: Dataset, few: int = 2) -> Iterator[tuple[Any
         yield output, y
 
 
-def two_examples(data: Dataset) -> tuple[Any, Any]:
+def two_examples(data: Dataset) -> Any:
     """A batch of two, or twice the only one."""
     # two examples even of a client that has one: BatchNorm cannot train on a single value
     return fetch(data, torch.tensor([0, len_of(data) - 1]))

@@ -1,6 +1,7 @@
 """What a loss reaches beside the weights that clients train: it would stay as it is without a word."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from fedtorch.recipe import Recipe
 from fedtorch.training.losses import reduce
 from fedtorch.training.module import forward, to, training
 from fedtorch.training.outline import untouched
+from fedtorch.tree import leaves as tensors
+from fedtorch.tree import mapped
 from fedtorch.types import ConfigError
 
 
@@ -26,24 +29,43 @@ def others(given: nn.Module, worker: nn.Module, clients: Sequence[Client], recip
         for name, p in recipe.loss.named_parameters():
             if p.requires_grad and not any(p is own for own in given.parameters()):
                 _refuse_loss(f"{name} {list(p.shape)}")
-    x, y = to(two_examples(clients[0].data), next(worker.parameters()).device)
+    batch = to(two_examples(clients[0].data), next(worker.parameters()).device)
     with untouched(worker), seeds.seeded(0):
-        loss = reduce(recipe.loss(forward(training(worker), x), y))
+        loss = recipe.losses(training(worker), batch)
         own = {id(p) for p in worker.parameters()}
         found = [t for t in leaves(loss) if id(t) not in own]
         if not recipe.privacy.per_example:  # whose trials say what it would void
             with torch.no_grad():
-                keeps.nothing(recipe.loss, forward(worker, x), y)
+                _keeps(worker, batch, recipe)
     for t in found:
         t.grad = None  # what the trial before left there
         if isinstance(t, nn.Parameter):
             _refuse_loss(f"of shape {list(t.shape)}")
-        if t is not x and t is not y:
+        if not any(t is part for part in tensors(batch)):
             raise ConfigError(
                 f"the loss reaches a tensor of shape {list(t.shape)} that requires a gradient and is no "
                 "parameter of the model, so that nobody trains it: make it an nn.Parameter of the model, "
                 "or detach it"
             )
+
+
+def _keeps(model: nn.Module, batch: Any, recipe: Recipe) -> None:
+    """Raises ConfigError where the loss is another after it was asked for others."""
+    if recipe.step is None:  # the model's own part is left out
+        x, y = batch
+        loss, given = recipe.loss, forward(model, x)
+        keeps.nothing(loss, lambda output: reduce(loss(output, y)), given, _halved(given))
+        return
+
+    def ask(batch: Any) -> Tensor:
+        with untouched(model):
+            return recipe.losses(model, batch)
+
+    keeps.nothing(recipe.step, ask, batch, _halved(batch))
+
+
+def _halved(given: Any) -> Any:
+    return mapped(lambda t: 0.5 * t if t.is_floating_point() else t, given)
 
 
 def leaves(loss: Tensor) -> Iterator[Tensor]:

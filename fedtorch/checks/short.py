@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, least, len_of
-from fedtorch.training.losses import reduce
-from fedtorch.training.module import forward, to, training
+from fedtorch.training.module import to, training
 from fedtorch.training.outline import untouched
 from fedtorch.tree import rows
 from fedtorch.types import ConfigError
@@ -67,7 +66,7 @@ def _fails(model: nn.Module, client: Client, recipe: Recipe, size: int) -> str |
     for k in range(_draws(size)):
         index = order.roll(-k * size)[:size]
         try:
-            loss = _loss(model, batch, index, recipe)
+            loss = recipe.losses(model, rows(batch, index))
         except Exception as e:
             return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:300]}"
         if loss.dim() and len(loss) != size:
@@ -80,14 +79,9 @@ def _fails(model: nn.Module, client: Client, recipe: Recipe, size: int) -> str |
 def _sound(model: nn.Module, batch: Any, many: int, recipe: Recipe) -> bool:
     """Whether the same examples have a loss together."""
     try:
-        return bool(_loss(model, batch, torch.arange(many), recipe).isfinite().all())
+        return bool(recipe.losses(model, rows(batch, torch.arange(many))).isfinite().all())
     except Exception:  # more than a batch, for a model of one size
         return False
-
-
-def _loss(model: nn.Module, batch: Any, index: Tensor, recipe: Recipe) -> Tensor:
-    x, y = (rows(part, index) for part in batch)
-    return reduce(recipe.loss(forward(model, x), y))
 
 
 def _sentence(

@@ -18,9 +18,9 @@ from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import len_of
-from fedtorch.training.losses import reduce
 from fedtorch.training.module import forward, to, training
 from fedtorch.training.outline import untouched
+from fedtorch.tree import parts, rebuilt
 from fedtorch.types import ConfigError
 
 COUNT = 16
@@ -64,8 +64,7 @@ def _all(clients: Sequence[Client], make: Any) -> list[Shown]:
             found.append(Shown(c, _once(known, c.data, make)))
         except Exception as e:  # the owner's own code gives examples, whatever they are
             raise ConfigError(
-                f"client {c.id}: a dataset must give (x, y) pairs, but taking its first examples failed "
-                f"({type(e).__name__}: {e})"
+                f"client {c.id}: taking the first examples of its dataset failed ({type(e).__name__}: {e})"
             ) from e
     return found
 
@@ -150,8 +149,7 @@ def _fits(model: nn.Module, client: Client, recipe: Recipe) -> bool:
     try:
         with untouched(model), torch.no_grad(), seeds.seeded(0):
             batch = default_collate([client.data[k] for k in range(COUNT)])
-            x, y = to(batch, next(model.parameters()).device)
-            reduce(recipe.loss(forward(training(model), x), y))
+            recipe.losses(training(model), to(batch, next(model.parameters()).device))
     except Exception:
         return False
     return True
@@ -181,18 +179,20 @@ def _laid(new: Tensor, like: Tensor) -> Tensor:
 def _like(item: Any, k: int, classes: int = 2) -> Any:
     """An example like this one, the k-th that is made up."""
     draw = seeds.generator(0, "stand-in", k)
+
+    def target(v: Tensor) -> Tensor:
+        return _drawn(v, False, classes, draw) if v.dim() else v * 0 + labels(classes)[k]
+
+    def either(v: Tensor) -> Tensor:  # a number for a whole example may be its class
+        whole = not (v.dim() or v.is_floating_point() or v.is_complex())
+        return target(v) if whole else _drawn(v, True, draw=draw)
+
+    if not isinstance(item, (tuple, list)):
+        return _mapped(item, either)
     x, *others = item
-    return (
-        _mapped(x, lambda v: _drawn(v, True, draw=draw)),
-        *(
-            _mapped(
-                v,
-                lambda v: (
-                    _drawn(v, False, classes, draw) if v.dim() else v * 0 + labels(classes)[k]
-                ),
-            )
-            for v in others
-        ),
+    return rebuilt(
+        item,
+        [_mapped(x, lambda v: _drawn(v, True, draw=draw)), *(_mapped(v, target) for v in others)],
     )
 
 
@@ -204,13 +204,8 @@ def _mapped(value: Any, fn: Any) -> Any:
         return fn(torch.from_numpy(value)).numpy()
     if isinstance(value, (bool, int, float, np.number)):
         return type(value)(fn(torch.tensor(value)).item())
-    if isinstance(value, dict):
-        return {k: _mapped(v, fn) for k, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(v, fn) for v in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_mapped(v, fn) for v in value)
-    return value
+    inside = parts(value)
+    return value if inside is None else rebuilt(value, [_mapped(v, fn) for v in inside])
 
 
 def _bounded(value: Tensor) -> Tensor:

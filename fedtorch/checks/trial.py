@@ -1,7 +1,7 @@
 """Two steps on a few examples, trained in one way and in the plainest: what shows that a way is right."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import batch_order, fetch, len_of
-from fedtorch.training.module import forward, load, snapshot, to, training
+from fedtorch.training.module import load, snapshot, to, training
 from fedtorch.training.stacked import Chunk, Solver, general, normalises
-from fedtorch.tree import expand, near, row, same, sq_norms, tmap
+from fedtorch.tree import expand, near, parts, row, same, sq_norms, tmap
 from fedtorch.types import Context, Params, Task
 
 SEED = 0
@@ -58,7 +58,7 @@ def pooled(datasets: Sequence[Dataset]) -> Dataset:
         pool = ConcatDataset(parts)
     first: dict[object, int] = {}
     for k in range(len_of(pool)):
-        first.setdefault(_class(pool[k][1]), k)
+        first.setdefault(_class(pool[k]), k)
     found = [*first.values()]
     chosen = [found[k] for k in spread(len(found), FEW).tolist()]
     others = [k for k in range(len_of(pool)) if k not in chosen]
@@ -71,11 +71,21 @@ def spread(n: int, most: int) -> Tensor:
     return torch.linspace(0, n - 1, min(n, most)).long()
 
 
-def _class(target: Any) -> object:
-    """What tells the class of an example from another's; None where it has no number."""
-    if isinstance(target, Tensor):
-        return None if target.is_floating_point() or target.dim() else int(target)
-    return target if isinstance(target, (int, str)) else None
+def _class(item: Any) -> object:
+    """What tells the class of an example from another's: its whole numbers and names, but for its input."""
+    inside = (parts(item) or [])[isinstance(item, (tuple, list)) :]
+    return tuple(label for part in inside for label in _labels(part))
+
+
+def _labels(value: Any) -> Iterator[object]:
+    if isinstance(value, Tensor):
+        if not (value.is_floating_point() or value.dim()):
+            yield int(value)
+    elif isinstance(value, (int, str)):
+        yield value
+    else:
+        for part in parts(value) or ():
+            yield from _labels(part)
 
 
 def stacks(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
@@ -83,7 +93,7 @@ def stacks(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> b
 
     So that nothing has to be filled up. Statistics that a forward puts in a new place would stay behind.
     """
-    if random(model, data):
+    if random(model, data, recipe):
         return True
     n = min(len_of(data), FEW)
     n -= n == 6  # no batch of one, which some models cannot take
@@ -103,7 +113,7 @@ def filled(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> b
     n = min(len_of(data), FEW)
     if n < 2 or normalises(training(model)):
         return True
-    if random(model, data):
+    if random(model, data, recipe):
         return False
     few = some(data, spread(len_of(data), n))
     # no batch of one, which some models cannot take, where there are others
@@ -117,17 +127,17 @@ def filled(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> b
         return True
 
 
-def random(model: nn.Module, data: Dataset) -> bool:
+def random(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
     """Whether clients alone and together may differ by what is drawn: on an accelerator they do."""
     device = next(model.parameters()).device
     if device.type == "cpu":
         return False
-    x, _ = to(fetch(data, torch.tensor([0, len_of(data) - 1])), device)
+    batch = to(fetch(data, torch.tensor([0, len_of(data) - 1])), device)
     found, before = [], snapshot(model)
     with torch.no_grad():
         for seed in (SEED, SEED + 1):
             with seeds.seeded(seed):
-                found.append(forward(training(model), x))
+                found.append(recipe.losses(training(model), batch))
             load(model, before)
     return not torch.equal(*found)
 

@@ -205,7 +205,7 @@ def mixes(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
 
 def crowds(model: nn.Module, clients: Sequence[Client], recipe: Recipe, many: int) -> bool:
     """Whether a loss of the user's own lets examples meet in a batch of up to ``many``, of any classes."""
-    if recipe.loss in LOSSES.values():
+    if recipe.step is not None or recipe.loss in LOSSES.values():
         return False
     data = pooled([c.data for c in clients])
     x, y = to(fetch(data, torch.arange(len_of(data))), next(model.parameters()).device)

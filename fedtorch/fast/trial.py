@@ -27,7 +27,8 @@ def offer(
     half: bool = False,
 ) -> Fast | str:
     """A solver for this model (``half``: in bfloat16), or one clause that says why there is none."""
-    why = optimizer(recipe) or strategy(recipe) or tables(model, datasets)
+    why = "the recipe has a step of its own" if recipe.step is not None else None
+    why = why or optimizer(recipe) or strategy(recipe) or tables(model, datasets)
     plan = privacy.per_example if privacy else None
     if privacy and privacy.claims and torch.get_float32_matmul_precision() != "highest":
         why = (

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 
 from fedtorch.privacy.ghost import Ghosts
 from fedtorch.privacy.noise.keystream import Scratch
 from fedtorch.privacy.noise.streams import Stream
 from fedtorch.training.dropout import Drawing, Replaying
-from fedtorch.training.losses import Loss, reduce
-from fedtorch.tree import exact_sq_norms, rows, size, split, tmap
+from fedtorch.training.step import Step, Stepping
+from fedtorch.tree import exact_sq_norms, filled, leaves, rows, size, split, tmap
 from fedtorch.types import Params, Stack
 
 ROOM = 1 << 28
@@ -79,33 +79,37 @@ def rounded(factors: Tensor, like: Tensor) -> Tensor:
 
 
 def stacked_gradients(
-    model: nn.Module,
-    loss: Loss,
+    stepping: Stepping,
     params: Stack,
     rest: Stack,
-    batch: tuple[Tensor, Tensor, Tensor],
+    batch: Any,
+    mask: Tensor,
     steps: PrivateSteps,
 ) -> tuple[Stack, Tensor]:
-    """K clients' private gradients [K, ...] and per-example losses [K, B] from x, y, mask [K, B, ...]."""
+    """K clients' private gradients [K, ...] and per-example losses [K, B] from a batch [K, B, ...].
 
-    def one(params: Params, rest: Params, x: Tensor, y: Tensor, k: Tensor, b: Tensor) -> Tensor:
+    Of it the examples in ``mask`` [K, B] count.
+    """
+
+    def one(params: Params, rest: Params, example: list[Tensor], k: Tensor, b: Tensor) -> Tensor:
         with steps.drawing.at(k, b):
-            return reduce(loss(functional_call(model, (params, rest), (x[None],)), y[None]))[0]
+            return stepping.losses(params, rest, filled(batch, [t[None] for t in example]))[0]
 
     fixed = {k: v.detach() for k, v in params.items()}
     total, losses = tmap(torch.zeros_like, fixed), []
-    for x, y, mask in zip(*(t.split(steps.max_batch, 1) for t in batch), strict=True):
-        kind = steps.drawing.begin(mask)
+    pieces = (t.split(steps.max_batch, 1) for t in (mask, *leaves(batch)))
+    for real, *tensors in zip(*pieces, strict=True):
+        kind = steps.drawing.begin(real)
         per_example = vmap(
-            vmap(grad_and_value(one), (None, None, 0, 0, None, 0), randomness=kind),
-            (0, 0, 0, 0, 0, None),
+            vmap(grad_and_value(one), (None, None, 0, None, 0), randomness=kind),
+            (0, 0, 0, 0, None),
             randomness=kind,
         )
         grads, values = per_example(
-            fixed, rest, x, y, *(torch.arange(n, device=x.device) for n in mask.shape)
+            fixed, rest, tensors, *(torch.arange(n, device=mask.device) for n in real.shape)
         )
-        sq = _joint_sq_norms(g.flatten(0, 1) for g in grads.values()).view(mask.shape)
-        weight = torch.where(mask, rounded(steps.factors(sq), values), 0)
+        sq = _joint_sq_norms(g.flatten(0, 1) for g in grads.values()).view(real.shape)
+        weight = torch.where(real, rounded(steps.factors(sq), values), 0)
         for k, g in grads.items():
             total[k] += torch.einsum("kb,kb...->k...", weight, _only(weight > 0, g, sq))
         losses.append(values)
@@ -127,17 +131,15 @@ def _only(used: Tensor, grads: Tensor, sq_norms: Tensor) -> Tensor:
 class Gradients(Protocol):
     """One client's private gradients."""
 
-    def backward(self, x: Any, y: Any) -> Tensor:
+    def backward(self, batch: Any) -> Tensor:
         """Leave the private gradient of a batch in ``p.grad``; returns the mean loss (0 when empty)."""
 
 
 @contextmanager
-def private_gradients(
-    model: nn.Module, loss: Loss, steps: PrivateSteps, forward: Callable[[nn.Module, Any], Any]
-) -> Iterator[Gradients]:
-    """For one visit; afterwards the model is as it was, with its plain state_dict keys."""
+def private_gradients(model: nn.Module, losses: Step, steps: PrivateSteps) -> Iterator[Gradients]:
+    """For one visit, by a recipe's ``losses``; afterwards the model is as it was, with its plain keys."""
     if steps.mode == "alone":
-        yield Alone(model, loss, steps, forward)
+        yield Alone(model, losses, steps)
         return
     from opacus.grad_sample import GradSampleHooks
 
@@ -145,7 +147,7 @@ def private_gradients(
     ghosts = Ghosts(model if steps.mode == "ghost" else nn.Sequential())
     moved = _listen(model, hooks, ghosts.layers)
     try:
-        yield OpacusGradients(model, hooks, ghosts, loss, steps, forward)
+        yield OpacusGradients(model, hooks, ghosts, losses, steps)
     finally:
         ghosts.close()
         for handle in moved:
@@ -162,20 +164,18 @@ class Alone:
     """Example after example, with nothing but autograd: as slow as it is plain."""
 
     model: nn.Module
-    loss: Loss
+    losses: Step
     steps: PrivateSteps
-    forward: Callable[[nn.Module, Any], Any]
 
-    def backward(self, x: Any, y: Any) -> Tensor:
+    def backward(self, batch: Any) -> Tensor:
         """The gradient in ``p.grad``, and the mean loss."""
         params = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         total, losses = {k: torch.zeros_like(p) for k, p in params.items()}, []
-        masks = Replaying(size(y))
-        for part in torch.arange(size(y)).view(-1, 1):
+        masks = Replaying(size(batch))
+        for part in torch.arange(size(batch)).view(-1, 1):
             self.model.zero_grad()
             with masks.of(int(part)):
-                output = self.forward(self.model, rows(x, part))
-            value = reduce(self.loss(output, rows(y, part)))
+                value = self.losses(self.model, rows(batch, part))
             value.sum().backward()
             # a weight an example does not reach (an expert not chosen) has no gradient
             grads = {k: p.grad for k, p in params.items() if p.grad is not None}
@@ -197,11 +197,10 @@ class OpacusGradients:
     model: nn.Module
     hooks: Any
     ghosts: Ghosts
-    loss: Loss
+    losses: Step
     steps: PrivateSteps
-    forward: Callable[[nn.Module, Any], Any]
 
-    def backward(self, x: Any, y: Any) -> Tensor:
+    def backward(self, batch: Any) -> Tensor:
         """The gradient in ``p.grad``, and the mean loss."""
         params: Params = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         total = {k: torch.zeros_like(p) for k, p in params.items()}
@@ -211,8 +210,8 @@ class OpacusGradients:
         if apart and (numbers := sum(p.numel() for p in written.values())):
             most = max(1, min(most, ROOM // numbers))
         losses = [
-            self._part(rows(x, part), rows(y, part), params, written, total)
-            for part in torch.arange(size(y)).split(most)
+            self._part(rows(batch, part), params, written, total)
+            for part in torch.arange(size(batch)).split(most)
             if len(part)
         ]
         done = self.steps.finish({k: v[None] for k, v in total.items()})
@@ -220,13 +219,13 @@ class OpacusGradients:
             p.grad = done[k][0]
         return torch.cat(losses).mean() if losses else torch.zeros(())
 
-    def _part(self, x: Any, y: Any, params: Params, written: Params, total: Params) -> Tensor:
+    def _part(self, batch: Any, params: Params, written: Params, total: Params) -> Tensor:
         self.ghosts.forget()
         for module in (
             self.model.modules()
         ):  # Opacus keeps the size of the first batch of a layer called twice
             vars(module).pop("max_batch_len", None)
-        values = reduce(self.loss(self.forward(self.model, x), y))
+        values = self.losses(self.model, batch)
         values.sum().backward()
         grads: Params = {k: getattr(p, "grad_sample") for k, p in written.items()}  # noqa: B009
         sq = torch.stack([*map(exact_sq_norms, grads.values()), *self.ghosts.sq_norms()]).sum(0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from fedtorch.options import TrainingOptions
-from fedtorch.tree import rows
+from fedtorch.tree import mapped, rows
 
 
 def len_of(data: Dataset) -> int:
@@ -42,20 +42,17 @@ def least(n: int, order: TrainingOptions) -> int:
     return rest if rest and comes else size
 
 
-def fetch(data: Dataset, index: Tensor) -> tuple[Any, Any]:
-    """The examples at ``index`` as one batch ``(x, y)``; datasets are collated as DataLoader does."""
+def fetch(data: Dataset, index: Tensor) -> Any:
+    """The examples at ``index`` as one batch: tables' rows, or what a DataLoader would collate of them."""
     if isinstance(data, TensorDataset):
-        x, y = (_pick(t, index) for t in data.tensors)
-        return x, y
+        return tuple(_pick(t, index) for t in data.tensors)
     if len(index) == 0:  # a Poisson batch may be empty, but nothing cannot be collated
-        x, y = fetch(data, torch.tensor([0]))
-        return rows(x, slice(0)), rows(y, slice(0))
+        return rows(fetch(data, torch.tensor([0])), slice(0))
     if hasattr(data, "__getitems__"):
         items = data.__getitems__(index.tolist())
     else:
         items = [data[i] for i in index.tolist()]
-    x, y = default_collate(items)
-    return x, y
+    return default_collate(items)
 
 
 def _pick(table: Tensor, index: Tensor) -> Tensor:
@@ -65,7 +62,7 @@ def _pick(table: Tensor, index: Tensor) -> Tensor:
     return table[index]
 
 
-def batches(data: Dataset, plan: Tensor) -> Iterator[tuple[Any, Any]]:
+def batches(data: Dataset, plan: Tensor) -> Iterator[Any]:
     """One client's batches in order. Tensors are gathered a pass at a time, not batch by batch."""
     full = bool(plan.min() >= 0)
     counts = [plan.shape[1]] * len(plan) if full else (plan >= 0).sum(1).tolist()
@@ -76,8 +73,8 @@ def batches(data: Dataset, plan: Tensor) -> Iterator[tuple[Any, Any]]:
     per_gather = max(1, len_of(data) // plan.shape[1])
     for t in range(0, len(plan), per_gather):
         steps, sizes = plan[t : t + per_gather], counts[t : t + per_gather]
-        x, y = fetch(data, steps.flatten() if full else steps[steps >= 0])
-        yield from zip(x.split(sizes), y.split(sizes), strict=True)
+        tables = fetch(data, steps.flatten() if full else steps[steps >= 0])
+        yield from zip(*(table.split(sizes) for table in tables), strict=True)
 
 
 def alike(plans: Sequence[Tensor]) -> bool:
@@ -88,8 +85,8 @@ def alike(plans: Sequence[Tensor]) -> bool:
 
 def side_by_side(
     datasets: Sequence[Dataset], plans: Sequence[Tensor], cut: bool = False
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Step by step, K clients' batches as one: x [K, B, ...], y [K, B, ...], mask [K, B].
+) -> Iterator[tuple[Any, Tensor]]:
+    """Step by step, K clients' batches as one: tensors [K, B, ...] in a batch's nesting, mask [K, B].
 
     Where a client has no example (a short batch, or its steps are over) the mask is False and one of
     its own examples stands in, so that every row is real data of that client. With ``cut`` a step is
@@ -102,15 +99,15 @@ def side_by_side(
     longest = (index >= 0).sum(2).amax(0).tolist() if cut else [size] * steps
     if all(isinstance(d, TensorDataset) for d in datasets):
         tables = [d.tensors for d in datasets if isinstance(d, TensorDataset)]
-        xs, ys = torch.cat([t[0] for t in tables]), torch.cat([t[1] for t in tables])
+        whole = [torch.cat(t) for t in zip(*tables, strict=True)]
         sizes = torch.tensor([len(t[0]) for t in tables])
         start = (sizes.cumsum(0) - sizes)[:, None]
         for t in range(steps):
             i = index[:, t, : longest[t]]
             at = start + i.clamp(min=0)
-            yield xs[at], ys[at], i >= 0
+            yield tuple(table[at] for table in whole), i >= 0
     else:
         for t in range(steps):
             i = index[:, t, : longest[t]]
-            pairs = [fetch(d, i[k].clamp(min=0)) for k, d in enumerate(datasets)]
-            yield torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs]), i >= 0
+            each = [fetch(d, i[k].clamp(min=0)) for k, d in enumerate(datasets)]
+            yield mapped(lambda *tensors: torch.stack(tensors), *each), i >= 0

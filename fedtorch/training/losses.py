@@ -109,27 +109,15 @@ def _like(output: Tensor, target: Tensor) -> Tensor:
     return output.reshape(target.shape)
 
 
+def no_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Stands where a recipe has a step, which nobody asks for a loss of outputs."""
+    raise ConfigError("this recipe has a step in place of a loss")
+
+
 def reduce(values: Tensor) -> Tensor:
     """A loss or metric's return value -> one number for each example [B], or a scalar as it is."""
     values = torch.as_tensor(values)  # a metric of the user's own may give a plain number
     return values if values.dim() < 2 else values.flatten(1).mean(1)
-
-
-def backward(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
-    """Leave the gradient of a batch's mean loss in the leaves, like ``reduce(...).mean().backward()``.
-
-    Returns the mean loss. To start with a gradient of 1/B spares the nodes of the mean, a tenth of a
-    small model's step. Cross entropy takes it as the weight of every class: the first backward that is
-    given a gradient to start with imports sympy, a third of a second.
-    """
-    if loss is cross_entropy and output.dim() == 2 and target.dim() == 1:
-        each = output.new_full((output.shape[1],), 1 / len(output))
-        value = F.cross_entropy(output, target, each, reduction="sum")
-        value.backward()
-        return value.detach()
-    values = reduce(loss(output, target))
-    values.backward(torch.full_like(values, 1 / values.numel()))
-    return values.detach().mean()
 
 
 LOSSES: dict[str, Loss] = {

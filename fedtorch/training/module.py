@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-from fedtorch.tree import rebuilt
+from fedtorch.tree import mapped
 from fedtorch.types import Params, Task
 
 
@@ -61,20 +61,15 @@ def buffers(model: nn.Module) -> set[str]:
 
 
 def forward(model: nn.Module, x: Any) -> Any:
-    """Call the model: a tuple of inputs is spread, a dict goes by keyword."""
+    """Call the model: a tuple of inputs is spread, a mapping goes by keyword."""
     if isinstance(x, (tuple, list)):
         return model(*x)
-    return model(**x) if isinstance(x, dict) else model(x)
+    return model(**x) if isinstance(x, Mapping) else model(x)
 
 
 def to(value: Any, device: torch.device) -> Any:
-    """Move tensors, also inside tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (dict, tuple, list)):
-        parts = value.values() if isinstance(value, dict) else value
-        return rebuilt(value, [to(v, device) for v in parts])
-    return value
+    """Move tensors, also inside tuples, lists, mappings and dataclasses."""
+    return mapped(lambda t: t.to(device), value)
 
 
 def training(model: nn.Module) -> nn.Module:

@@ -7,11 +7,11 @@ torch.func.vmap run K clients as one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
@@ -20,15 +20,15 @@ from fedtorch.recipe import Recipe
 from fedtorch.training.batches import alike, side_by_side
 from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
-from fedtorch.training.losses import Loss, reduce
 from fedtorch.training.module import buffers, training
 from fedtorch.training.module import forward as forward
 from fedtorch.training.module import load as load
 from fedtorch.training.module import snapshot as snapshot
 from fedtorch.training.module import to as to
 from fedtorch.training.results import Results, Stacked
+from fedtorch.training.step import Stepping
 from fedtorch.training.trainee import Trainee
-from fedtorch.tree import expand, near, per_client, row
+from fedtorch.tree import expand, filled, leaves, near, per_client, row
 from fedtorch.types import Context, Params, Stack, Task
 
 UNEVEN = (
@@ -117,25 +117,24 @@ def averaged(losses: Tensor, mask: Tensor, even: bool) -> Tensor:
 
 
 def vmapped_losses(
-    model: nn.Module,
-    loss: Loss,
+    stepping: Stepping,
     params: Stack,
     rest: Stack,
-    batch: tuple[Tensor, Tensor, Tensor],
+    batch: Any,
+    mask: Tensor,
     drawing: Drawing,
 ) -> Tensor:
-    """Losses of K clients in training from x, y, mask [K, B, ...]: [K, B], or [K] for whole batches.
+    """Losses of K clients in training from a batch [K, B, ...]: [K, B], or [K] for whole batches.
 
-    Each client has the masks that ``drawing`` draws for it.
+    Each client has the masks that ``drawing`` draws for it, for the examples in ``mask`` [K, B].
     """
 
-    def one(params: Params, rest: Params, x: Tensor, y: Tensor, client: Tensor) -> Tensor:
+    def one(params: Params, rest: Params, tensors: list[Tensor], client: Tensor) -> Tensor:
         with drawing.at(client):
-            return reduce(loss(functional_call(model, (params, rest), (x,)), y))
+            return stepping.losses(params, rest, filled(batch, tensors))
 
-    x, y, mask = batch
-    clients = torch.arange(len(x), device=x.device)
-    return vmap(one, randomness=drawing.begin(mask))(params, rest, x, y, clients)
+    clients = torch.arange(len(mask), device=mask.device)
+    return vmap(one, randomness=drawing.begin(mask))(params, rest, leaves(batch), clients)
 
 
 def stacked(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stacked:
@@ -163,16 +162,17 @@ def stacked(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stack
     if private is not None:
         private = replace(private, drawing=drawing)
 
-    for t, (x, y, mask) in enumerate(side_by_side(chunk.datasets, chunk.order, cut=even)):
-        x, y, mask = x.to(device), y.to(device), mask.to(device)
+    stepping = Stepping(model, recipe.asked)
+
+    for t, (batch, mask) in enumerate(side_by_side(chunk.datasets, chunk.order, cut=even)):
+        batch, mask = to(batch, device), mask.to(device)
         live = t < ctx.steps
         before = None if live.all() else {k: v.detach().clone() for k, v in state.items()}
         optimizer.zero_grad()
-        batch = x, y, mask
         if private is None:
-            each = vmapped_losses(model, recipe.loss, params, rest, batch, drawing)
+            each = vmapped_losses(stepping, params, rest, batch, mask, drawing)
         else:
-            grads, each = stacked_gradients(model, recipe.loss, params, rest, batch, private)
+            grads, each = stacked_gradients(stepping, params, rest, batch, mask, private)
             for k, v in params.items():
                 v.grad = grads[k]
         each = averaged(each, mask, even)

@@ -10,9 +10,9 @@ from fedtorch.privacy.gradients import Gradients, PrivateSteps, private_gradient
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import batches
 from fedtorch.training.correction import Corrector
-from fedtorch.training.losses import backward
-from fedtorch.training.module import forget, forward, to, training
+from fedtorch.training.module import forget, to, training
 from fedtorch.training.outline import Outline
+from fedtorch.training.step import backward
 from fedtorch.tree import expand
 from fedtorch.types import Context, Params, Task
 
@@ -26,6 +26,7 @@ class Trainee:
     def __init__(self, model: nn.Module, task: Task, recipe: Recipe) -> None:
         training(model)
         self.model, self.recipe, self.lr = model, recipe, task.lr
+        self._asked = recipe.asked
         self.params = {k: p for k, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.params.values())).device
         self._parameters: list[Tensor] = [*model.parameters()]
@@ -50,18 +51,16 @@ class Trainee:
         step = self.recipe.optimizer.stepper([*self.params.values()], self.lr)
         losses = []
         found: AbstractContextManager[Gradients | None] = (
-            private_gradients(self.model, self.recipe.loss, private, forward)
-            if private
-            else nullcontext()
+            private_gradients(self.model, self.recipe.losses, private) if private else nullcontext()
         )
         with found as gradients:
-            for x, y in batches(data, steps):
-                x, y = to(x, self.device), to(y, self.device)
+            for batch in batches(data, steps):
+                batch = to(batch, self.device)
                 forget(self.params)
                 if gradients is None:
-                    loss = backward(self.recipe.loss, forward(self.model, x), y)
+                    loss = backward(self._asked, self.model, batch)
                 else:
-                    loss = gradients.backward(x, y)
+                    loss = gradients.backward(batch)
                 if correct:
                     correct(self.params, weights)
                 step()

@@ -82,7 +82,7 @@ def pack(
         )
     parts = {
         f"model {type(model).__name__}": model,
-        "the recipe (strategy, loss, optimizer)": recipe,
+        "the recipe (strategy, loss or step, optimizer)": recipe,
         "a client's dataset": bare,
     }
     for what, part in parts.items():
@@ -138,7 +138,7 @@ def _bare(client: Client) -> Client:
 def _loose_modules(model: nn.Module, recipe: Recipe) -> list[tuple[str, str]]:
     # a model file of the zoo is a module that no import statement would find: send where it is
     owners = {type(m).__module__ for m in model.modules()}
-    owners |= {getattr(recipe.loss, "__module__", "")}
+    owners |= {getattr(f, "__module__", "") for f in (recipe.loss, recipe.step)}
     owners |= {
         type(part).__module__ for part in (recipe.strategy, recipe.aggregator, *recipe.channel)
     }

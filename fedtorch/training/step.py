@@ -1,0 +1,90 @@
+"""Steps: what the losses of a batch are. Whoever trains or tries a model asks a step, and nothing else.
+
+A batch is whatever the dataset yields, collated: any nesting of tensors. What is in it is a step's to know.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedtorch.training.losses import Loss, cross_entropy, reduce
+from fedtorch.training.module import forward
+from fedtorch.types import ConfigError, Params
+
+Step = Callable[[nn.Module, Any], Tensor]
+"""``step(model, batch)`` -> a loss for each example [B], or one number for the batch."""
+
+PAIRS = (
+    "a dataset must give (x, y) pairs, or the recipe a step that knows its batches: Recipe(step=fn)"
+)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The step of a recipe with a loss: the batch is (x, y), and the model's output is held to y."""
+
+    loss: Loss
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """What the loss returns."""
+        x, y = pair(batch)
+        return self.loss(forward(model, x), y)
+
+
+def pair(batch: Any) -> tuple[Any, Any]:
+    """Inputs and targets; raises ConfigError where a batch is no pair."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        what = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise ConfigError(f"{PAIRS} (here a batch is a {what})")
+    x, y = batch
+    return x, y
+
+
+class Stepping(nn.Module):
+    """A model whose forward is the step, so that all a step takes of it may be put in another's place."""
+
+    step: Step
+
+    def __init__(self, model: nn.Module, step: Step) -> None:
+        super().__init__()
+        self.model = model
+        self.__dict__["step"] = step  # a module of its own is no part of the model
+
+    def forward(self, batch: Any) -> Tensor:
+        """Losses of a batch."""
+        return reduce(self.step(self.model, batch))
+
+    def losses(self, params: Params, rest: Params, batch: Any) -> Tensor:
+        """The same with other weights and buffers."""
+        named = {f"model.{k}": v for k, v in (params | rest).items()}
+        found: Tensor = functional_call(self, named, (batch,))
+        return found
+
+
+def backward(step: Step, model: nn.Module, batch: Any) -> Tensor:
+    """Leave the gradient of a batch's mean loss in the leaves, like ``losses.mean().backward()``.
+
+    Returns the mean loss. To start with a gradient of 1/B spares the nodes of the mean, a tenth of a
+    small model's step. Cross entropy takes it as the weight of every class: the first backward that is
+    given a gradient to start with imports sympy, a third of a second.
+    """
+    if not (isinstance(step, Supervised) and step.loss is cross_entropy):
+        return _backward(reduce(step(model, batch)))
+    x, target = pair(batch)
+    output = forward(model, x)
+    if not isinstance(output, Tensor) or output.dim() != 2 or target.dim() != 1:
+        return _backward(reduce(cross_entropy(output, target)))
+    each = output.new_full((output.shape[1],), 1 / len(output))
+    value = F.cross_entropy(output, target, each, reduction="sum")
+    value.backward()
+    return value.detach()
+
+
+def _backward(values: Tensor) -> Tensor:
+    values.backward(torch.full_like(values, 1 / values.numel()))
+    return values.detach().mean()
