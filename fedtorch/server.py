@@ -18,6 +18,7 @@ from fedtorch.channel import base as channel
 from fedtorch.checks import combination, strategies
 from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
+from fedtorch.engines.messages import digest
 from fedtorch.options import NOT_NEGATIVE, fit, shown, within
 from fedtorch.privacy import models
 from fedtorch.privacy.accounting.ledger import Ledger
@@ -97,6 +98,7 @@ class Server:
         own = personal(model, self.recipe.strategy.personal)
         self.trainable = shared(model, self.recipe.strategy.personal)
         self._first = to(snapshot(model), CPU)
+        self._digests: dict[tuple[str, ...], str] = {}
         self._parameters = parameters(model)
         self._sent = {*self.trainable}
         if self.recipe.privacy.statistics:
@@ -237,11 +239,17 @@ class Server:
         return history
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a later run needs to go on exactly as this one would."""
+        """Everything a later run needs to go on exactly as this one would.
+
+        Of the model only what has changed or will: a run goes on from the same frozen weights, whose digest
+        says so.
+        """
+        model = self._travels()
         return {
             "round": self.round_number,
             "seed": self.seed,
-            "model": self._state(),
+            "model": model,
+            "base": self._digest(model),
             "extras": self.extras,
             "optimizer": self.optimizer_state,
             "memory": self.session.memory(),
@@ -254,12 +262,18 @@ class Server:
 
         ``ledger`` is the privacy ledger where the run kept it in a file (``Ledger.resume``).
         """
-        missing = [k for k in self.state_dict() if k not in state]
+        missing = [k for k in self.state_dict() if k not in {"base", *state}]
         if missing:
             raise ConfigError(f"the checkpoint has no {missing[0]!r}: another version wrote it")
-        _same_shapes(self._state(), state["model"])
+        model = self._first | state["model"]
+        _same_shapes(self._first, model)
+        if "base" in state and state["base"] != self._digest(state["model"]):
+            raise ConfigError(
+                "the checkpoint is of another model: its frozen weights or constants are not these; make "
+                "the Server with the model as it was before training"
+            )
         self.books.load_state_dict(state["privacy"], ledger)
-        load(self.model, state["model"])
+        load(self.model, model)
         self.round_number, self.seed, self._drawn = state["round"], state["seed"], None
         self.extras, self.optimizer_state = state["extras"], state["optimizer"]
         self.session.restore(state["memory"])
@@ -343,7 +357,12 @@ class Server:
 
         A buffer that a forward made is nobody's state; of one that it made larger, the first is.
         """
-        now = to(snapshot(self.model), CPU)
+        return {k: v.clone() for k, v in self._now().items()}
+
+    def _now(self) -> Params:
+        """The same, not copied where the model is on the CPU."""
+        model = (*self.model.named_parameters(), *self.model.named_buffers())
+        now = {k: v.detach().to(CPU) for k, v in model}
         return {k: now[k] if now[k].shape == v.shape else v for k, v in self._first.items()}
 
     def _travels(self) -> Params:
@@ -352,7 +371,15 @@ class Server:
         Running statistics travel from the start, as they are about to move.
         """
         first = self._first
-        return {k: v for k, v in self._state().items() if k in self._sent or not alike(v, first[k])}
+        now = self._now()
+        return {k: v.clone() for k, v in now.items() if k in self._sent or not alike(v, first[k])}
+
+    def _digest(self, model: Params) -> str:
+        """Of the rest of the model as it was given, which ``model`` lacks."""
+        rest = tuple(k for k in self._first if k not in model)
+        if rest not in self._digests:  # they are the same from round to round
+            self._digests[rest] = digest({k: self._first[k] for k in rest})
+        return self._digests[rest]
 
     def _train(self, due: list[Due], failed: list[Failure]) -> tuple[Gathering, Reports]:
         """Let them train; who has no usable update is added to ``failed``."""

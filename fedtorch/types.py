@@ -1,6 +1,6 @@
 """What crosses each boundary: server -> client, client -> server, and nothing else."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -48,10 +48,16 @@ class Task:
         """What every draw of the visit is made from, beside the client: no two visits share one."""
         return (self.round, self.visit) if self.visit else (self.round,)
 
+    def exact(self, names: Sequence[str]) -> Params:
+        """These of the state in float64, each converted once for all clients of the round."""
+        for k in names:
+            if k not in self._exact:
+                self._exact[k] = self.state[k].double()
+        return {k: self._exact[k] for k in names}
+
     @cached_property
-    def exact(self) -> Params:
-        """The state in float64, converted once for all clients of the round; not what is complex."""
-        return {k: v if v.is_complex() else v.double() for k, v in self.state.items()}
+    def _exact(self) -> Params:
+        return {}
 
     def filled(self, own: Params) -> "Task":
         """With every parameter and buffer: what did not travel is as in ``own``, the model as given."""

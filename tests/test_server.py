@@ -126,6 +126,31 @@ def test_state_goes_out_and_comes_back_bit_for_bit(strategy):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_of_frozen_weights_a_state_has_the_digest_alone():
+    def server(seed: int = 1) -> Server:
+        model = mlp()
+        torch.manual_seed(seed)
+        nn.init.normal_(model[0].weight).requires_grad_(False)
+        return Server(model, make_clients([12, 5]), Recipe(batch_size=4), seed=5)
+
+    whole, first, second = server(), server(), server()
+    assert len([*whole.rounds(4)]) == len([*first.rounds(2)]) + 2
+    state = first.state_dict()
+    assert {*state["model"]} == {"0.bias", "2.weight", "2.bias"}
+    second.load_state_dict(state)
+    assert len([*second.rounds(2)]) == 2
+    a, b = weights(whole.model), weights(second.model)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(
+        ConfigError, match=r"its frozen weights or constants are not these; make the"
+    ):
+        server(seed=2).load_state_dict(state)
+    complete = {k: v for k, v in state.items() if k != "base"} | {"model": a}
+    other = server(seed=2)
+    other.load_state_dict(complete)  # as earlier versions wrote it
+    assert torch.equal(other.model[0].weight, a["0.weight"])
+
+
 def test_state_of_another_model_is_refused():
     other = Server(mlp(classes=7), make_clients([12]), Recipe()).state_dict()
     with pytest.raises(ConfigError, match="checkpoint is of another model"):

@@ -8,12 +8,14 @@ import torch
 
 from fedtorch import FedPer, Scaffold
 from fedtorch.channel.topk import TopK
+from fedtorch.disk import whole
+from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message
 from fedtorch.privacy import LocalDP, SampleLevel
 from fedtorch.sites.offer import Plan
 from fedtorch.sites.state import AGAIN, FORMAT, Answered, VisitMemory
 from fedtorch.types import ConfigError
-from test_sites_site import PRIVATE, Played, data, offer, play  # noqa: F401
+from test_sites_site import PRIVATE, Played, data, full, offer, play  # noqa: F401
 
 FEW = SampleLevel(noise_multiplier=9.0, rounds=3, steps=2, batch_size=8.0)
 MORE = SampleLevel(noise_multiplier=9.0, rounds=5, steps=2, batch_size=8.0)
@@ -174,3 +176,58 @@ def test_a_count_that_cannot_be_written_ends_the_visit(tmp_path):
     made = Answered(tmp_path / "gone")
     with pytest.raises(ConfigError, match="cannot be written"):
         made.enter(Plan("r"))
+
+
+HALF = """
+from torch import nn
+def build(in_features: int, num_outputs: int) -> nn.Module:
+    base = nn.Linear(in_features, 16).requires_grad_(False)
+    return nn.Sequential(base, nn.Tanh(), nn.Linear(16, num_outputs))
+"""
+
+
+class Bringing(Played):
+    """A server whose base is other than what a site builds, as pretrained weights are."""
+
+    def __init__(self, plan):
+        super().__init__(plan)
+        self.brought = []
+        self.base = {"0.weight": torch.full((16, 6), 0.5), "0.bias": torch.zeros(16)}
+
+    def call(self, method, data, seconds):  # noqa: F811
+        if method != "fetch" or not self.tasks:
+            return super().call(method, data, seconds)
+        task = self.tasks.pop(0)
+        groups = {"state": {k: v for k, v in task.groups["state"].items() if k not in self.base}}
+        lacks = wire.decode(data).facts["has"] != messages.digest(self.base)
+        self.brought.append(lacks)
+        more = {"rest": self.base} if lacks else {}
+        return wire.encode(Message("task", task.facts, groups | more))
+
+
+def test_a_base_that_was_sent_once_is_kept_over_restarts(data, tmp_path, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/half.py").write_text(HALF)
+    plan = offer(model="half")
+    server = Bringing(plan)
+    for k in range(2):  # the second process of the site has the base on its disk
+        server.tasks = [server.task(2 * k), server.task(2 * k + 1, after="")]
+        code, site = play(server, data, tmp_path / "state")
+        assert code == 0 and torch.equal(site.given["0.weight"], server.base["0.weight"])
+    assert server.brought == [True, False, False, False] and len(server.reports) == 4
+    assert all(set(r.groups["sent/delta"]) == {"2.weight", "2.bias"} for r in server.reports)
+    # of another run, damaged, or on a full disk: it is sent again, and the work goes on
+    kept = tmp_path / "state/base.pt"
+    for spoil in (lambda: kept.write_bytes(b"PK"), lambda: server.base["0.bias"].fill_(1.0)):
+        spoil()
+        server.brought, server.tasks = [], [server.task(0)]
+        assert play(server, data, tmp_path / "state")[0] == 0 and server.brought == [True]
+    monkeypatch.setattr(
+        "fedtorch.sites.state.disk.whole",
+        lambda path, **_: full() if path.name == "base.pt" else whole(path),
+    )
+    kept.unlink()
+    server.tasks = [server.task(0)]
+    assert play(server, data, tmp_path / "state")[0] == 0
+    assert "base.pt cannot be written, and is fetched again" in caplog.text

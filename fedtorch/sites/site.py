@@ -26,7 +26,7 @@ from fedtorch.sites.ends import ENDS
 from fedtorch.sites.limits import accept
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.rpc import Line, Refused, Unreachable
-from fedtorch.sites.state import Answered, VisitMemory
+from fedtorch.sites.state import Answered, Base, VisitMemory
 from fedtorch.strategies.base import uploads
 from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS
 from fedtorch.training.module import load
@@ -72,6 +72,7 @@ class Site:
                 log.warning("%s", warning)
             self.memory = VisitMemory(self.folder)
             self.answered = Answered(self.folder)
+            self.base = Base(self.folder)
         except (OSError, ValueError) as e:
             raise ConfigError(f"state folder {config.state!r}: {e}") from e
         self.budget = Budget(self.folder, config.name, config.max_epsilon, config.max_delta)
@@ -154,6 +155,7 @@ class Site:
         whole = messages.schema(self.given)
         rest = {k: v for k, v in whole.items() if k not in params}
         self.schema = {"state": whole, "rest": rest}
+        self.given |= self.base.of(rest)
         self.has = self._digest()
         for group, tree in plan.strategy.init(params).items():
             self.schema[f"extras/{group}"] = messages.schema(tree)
@@ -226,6 +228,7 @@ class Site:
         if "rest" in groups:
             self.given |= groups["rest"]
             self.has = self._digest()
+            self.base.keep({k: self.given[k] for k in self.schema["rest"]})
         task = task.filled(self.given)
         if task.lr <= 0:
             raise MessageError(f"the learning rate is {task.lr:g}")

@@ -11,6 +11,8 @@ afresh.
 """
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,16 @@ import torch
 from torch import Tensor
 
 from fedtorch import disk
+from fedtorch.engines import messages
+from fedtorch.engines.wire import MessageError
 from fedtorch.run import checkpoint, objects
 from fedtorch.sites.offer import MOST_ROUNDS, Plan
 from fedtorch.types import ConfigError, Params
 
 FORMAT = "fedtorch site memory 1"
+BASE = "fedtorch site base 1"
+
+log = logging.getLogger("fedtorch.site")
 
 KEPT = 4
 """Newest visits whose memory is kept, beside the one that the server went on from."""
@@ -70,6 +77,37 @@ class VisitMemory:
                 f"{self.path} cannot be written ({reason}): make room and start this site again; it is "
                 "given the same visit, which is charged again"
             ) from e
+
+
+class Base:
+    """What a server sent once, the frozen part of a model; of the newest run, and never missed if gone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "base.pt"
+
+    def of(self, names: Mapping[str, tuple[torch.Size, torch.dtype]]) -> Params:
+        """The tensors of these shapes and types, where they are what is kept; else none."""
+        if not names or not self.path.exists():
+            return {}
+        try:
+            found = checkpoint.read(self.path, BASE).get("base", {})
+            messages.same_schema(found, dict(names))
+        except (ConfigError, MessageError, AttributeError) as e:
+            log.info(
+                "%s is not of this run, or damaged (%s): the server sends it again", self.path, e
+            )
+            return {}
+        return dict(found)
+
+    def keep(self, base: Params) -> None:
+        """Write it; a site whose disk is full asks for it again when it is started again."""
+        try:
+            with disk.whole(self.path, private=True) as file:
+                torch.save({"format": BASE, "base": base}, file)
+        except (OSError, RuntimeError) as e:
+            log.warning(
+                "%s cannot be written, and is fetched again after a restart: %s", self.path, e
+            )
 
 
 def _sound(visits: Any) -> bool:

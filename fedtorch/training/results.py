@@ -187,5 +187,5 @@ def rounded_up(sq_norms: Tensor, numbers: int) -> Tensor:
 def exact_weights(task: Task, names: Sequence[str]) -> Params:
     """The task's weights in float64, where that can be had."""
     if has_float64(task.state[names[0]].device):
-        return {k: task.exact[k] for k in names}
+        return task.exact(names)
     return to_float64(near({k: task.state[k] for k in names}))
