@@ -2,7 +2,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import StackDataset, TensorDataset
 
 from fedtorch import Client, ConfigError, evaluate
 from fedtorch.run.evaluate import convolves, evaluate_clients
@@ -194,3 +194,33 @@ def test_a_model_that_writes_on_its_images_is_tried_on_images_of_its_own():
 
     x = torch.rand(4, 3, 6, 6)
     assert convolves(Writes(3, 2, 3), x) and float(x.max()) <= 1
+
+
+def test_a_step_judges_batches_of_any_kind():
+    x, y = data(37).tensors
+    held, model = StackDataset(features=x, label=y), nn.Linear(4, 3)
+    asked = {"loss": cross_entropy, "hit": accuracy}
+    want = evaluate(model, TensorDataset(x, y), asked)
+
+    def output(model, batch):
+        return model(batch["features"]), batch["label"]
+
+    def figures(model, batch):
+        each = cross_entropy(*output(model, batch))
+        return {"loss": each, "mean": each.mean()}
+
+    for size in (None, 5):
+        assert evaluate(model, held, asked, size, step=output) == pytest.approx(want)
+        got = evaluate(model, held, batch_size=size, step=figures)
+        assert got == pytest.approx({"loss": want["loss"], "mean": want["loss"]})
+    client = Client("c", held, held)
+    assert evaluate_clients(model, [client], step=figures)["c"]["loss"] == pytest.approx(
+        want["loss"]
+    )
+    for step, why in {
+        figures: "no output to judge",
+        lambda model, batch: 3.0: "output, target",
+        lambda model, batch: {"loss": torch.ones(2)}: r"figure|metric",
+    }.items():
+        with pytest.raises(ConfigError, match=why):
+            evaluate(model, held, asked if step is figures else (), step=step)

@@ -16,17 +16,23 @@ from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.losses import Loss, counted, gathers, reduce
 from fedtorch.training.module import channels_last, evaluating, load, snapshot
 from fedtorch.training.stacked import forward, to
+from fedtorch.training.step import pair
 from fedtorch.tree import joined, size
 from fedtorch.types import ConfigError, Params
 
 CPU = torch.device("cpu")
 
+Judge = Callable[[nn.Module, Any], Any]
+"""``step(model, batch)`` -> (output, target), or figures by name: [B] each, or the mean of the batch."""
+
 
 def evaluate(
     model: nn.Module,
     data: Dataset,
-    metrics: Mapping[str, Loss | str] | Sequence[str],
+    metrics: Mapping[str, Loss | str] | Sequence[str] = (),
     batch_size: int | None = 512,
+    *,
+    step: Judge | None = None,
 ) -> dict[str, float]:
     """Each metric over ``data``, in eval mode; the model's mode is put back. No figures of no data.
 
@@ -34,12 +40,15 @@ def evaluate(
     call them. One that gives a number for each example is averaged over examples, whatever the batches are.
     One that gives a single number (F1, AUC, concordance), or says so by ``whole_set = True``, sees all
     outputs and targets at once. One with ``reset``, ``update`` and ``compute``, as torchmetrics' have, is
-    copied and takes in batch after batch. NaN: the data have no such figure. Raises ConfigError where a
-    metric does none of these, or fails.
+    copied and takes in batch after batch. NaN: the data have no such figure.
+
+    ``step(model, batch)`` is for batches that are not (x, y), or a model that is not called so: it returns
+    the output and the target that metrics get, or by name figures of its own, each a number for each
+    example or the mean of the batch. Raises ConfigError where a metric or figure does none of these.
     """
     n, metrics = len_of(data), by_name(metrics)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    laid: bool | None = None
+    judged, figures = _Judged(model, step), dict[str, Mean]()
     running = {name: _fresh(m) for name, m in metrics.items() if gathers(m)}
     means = {
         k: Mean()
@@ -49,10 +58,11 @@ def evaluate(
     kept: list[tuple[Any, Any]] = []
     with evaluating(model), torch.no_grad(), seeds.seeded(0):
         for index in torch.arange(n).split(batch_size or max(n, 1)) if n else ():
-            x, y = to(fetch(data, index), device)  # a copy: a model may write on what it is given
-            if laid is None:
-                laid = convolves(model, x)
-            output = forward(model, channels_last(x) if laid else x)
+            given = judged(to(fetch(data, index), device))
+            if isinstance(given, Mapping):
+                _add(figures, given, len(index), metrics)
+                continue
+            output, y = given
             for name in [*means]:
                 if not means[name].add(name, metrics[name], output, y, len(index)):
                     del means[name]
@@ -65,7 +75,48 @@ def evaluate(
         whole = {k: m for k, m in metrics.items() if k not in means and k not in running}
         found = _of_all(whole, kept, device) if n else {}
         found |= {k: float(_number(k, _try(k, n, m.compute))) for k, m in running.items() if n}
+    if figures:
+        return {k: m.value() for k, m in figures.items()}
     return {k: means[k].value() if k in means else found[k] for k in metrics} if n else {}
+
+
+class _Judged:
+    """What a batch is judged by: a pair of output and target, or figures."""
+
+    def __init__(self, model: nn.Module, step: Judge | None) -> None:
+        self.model, self.step = model, step
+        self.laid: bool | None = None
+
+    def __call__(self, batch: Any) -> Any:
+        """Of a batch that is a copy, as a model may write on what it is given."""
+        if self.step is not None:
+            found = self.step(self.model, batch)
+            if isinstance(found, Mapping) or (isinstance(found, (tuple, list)) and len(found) == 2):
+                return found
+            raise ConfigError(
+                "a step of an evaluation must return (output, target) for the metrics, or figures by name, "
+                f"not a {type(found).__name__}"
+            )
+        x, y = pair(batch)
+        if self.laid is None:
+            self.laid = convolves(self.model, x)
+        return forward(self.model, channels_last(x) if self.laid else x), y
+
+
+def _add(
+    means: dict[str, "Mean"], figures: Mapping[str, Any], n: int, metrics: Mapping[str, Loss]
+) -> None:
+    """A step's own figures of a batch of n examples."""
+    if metrics:
+        raise ConfigError(
+            f"the step returns figures ({', '.join(figures)}), so that metric {next(iter(metrics))} has no "
+            "output to judge: return (output, target), or leave the metrics out"
+        )
+    for name, value in figures.items():
+        each = torch.as_tensor(value)
+        means.setdefault(name, Mean()).add(
+            name, lambda v, _: v, each if each.dim() else each.expand(n), each, n
+        )
 
 
 class Mean:
@@ -157,19 +208,20 @@ def convolves(model: nn.Module, x: Any) -> bool:
 def evaluate_clients(
     model: nn.Module,
     clients: Sequence[Client],
-    metrics: Mapping[str, Loss | str] | Sequence[str],
+    metrics: Mapping[str, Loss | str] | Sequence[str] = (),
     own: Mapping[str, Params] | None = None,
+    step: Judge | None = None,
 ) -> dict[str, dict[str, float]]:
     """The global model on each client's own validation data, by client id.
 
-    ``own``: what clients keep (``Server.own``); each is judged with its own in place.
+    ``own``: what clients keep (``Server.own``); each is judged with its own in place. ``step``: as above.
     """
     found, before = {}, snapshot(model) if own else {}
     for client in clients:
         if client.validation is not None:
             if own:
                 load(model, before | own.get(client.id, {}))
-            found[client.id] = evaluate(model, client.validation, metrics)
+            found[client.id] = evaluate(model, client.validation, metrics, step=step)
     if own:
         load(model, before)
     return found

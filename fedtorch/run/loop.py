@@ -16,7 +16,7 @@ from fedtorch.rounds.observers import Observer
 from fedtorch.run import by_client, files, objects
 from fedtorch.run import folder as folders
 from fedtorch.run.console import Report, StopSignal
-from fedtorch.run.evaluate import evaluate, evaluate_clients
+from fedtorch.run.evaluate import Judge, evaluate, evaluate_clients
 from fedtorch.run.folder import Folder
 from fedtorch.run.messages import record_privacy, strict
 from fedtorch.run.options import RunOptions
@@ -102,6 +102,8 @@ class Scores(Observer):
     clients: Sequence[Client] = ()
     every: int = 1
     """Rounds between two evaluations."""
+    step: Judge | None = None
+    """What a batch is judged by, where that is not the metrics of (x, y)."""
     last: dict[str, float] = field(default_factory=dict)
     """On the test data."""
     by_client: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -114,7 +116,7 @@ class Scores(Observer):
     def look(self) -> None:
         """Test it as it is now."""
         if self.test is not None:
-            self.last = evaluate(self.loop.server.model, self.test, self.metrics)
+            self.last = evaluate(self.loop.server.model, self.test, self.metrics, step=self.step)
 
     def round(self, figures: Metrics) -> Metrics:
         """Scores of a round in which they are due."""
@@ -123,7 +125,7 @@ class Scores(Observer):
         start, server = time.perf_counter(), self.loop.server
         self.look()
         kept = server.own() if server.recipe.strategy.personal and self.clients else None
-        self.by_client = evaluate_clients(server.model, self.clients, self.metrics, kept)
+        self.by_client = evaluate_clients(server.model, self.clients, self.metrics, kept, self.step)
         own = server.mark(by_client.figures(self.by_client))
         if self.loop.last and own and self.by_client:
             family = "nonprivate" if server.private else "validation"

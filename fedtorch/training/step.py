@@ -39,8 +39,12 @@ class Supervised:
 def pair(batch: Any) -> tuple[Any, Any]:
     """Inputs and targets; raises ConfigError where a batch is no pair."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        what = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
-        raise ConfigError(f"{PAIRS} (here a batch is a {what})")
+        what = (
+            f"has {len(batch)} parts"
+            if isinstance(batch, (tuple, list))
+            else f"is a {type(batch).__name__}"
+        )
+        raise ConfigError(f"{PAIRS} (here a batch {what})")
     x, y = batch
     return x, y
 
