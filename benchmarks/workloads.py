@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
+from fedtorch.data import Digits, Idx
 from fedtorch.data.base import Data
-from fedtorch.data.images import Digits, Idx
 from fedtorch.recipe import Recipe
 from fedtorch.run.zoo import find
 from fedtorch.training.batches import batch_order

@@ -55,6 +55,27 @@ def test_a_folder_of_pictures_becomes_image_tensors(offline):
     assert float(x.max()) == 1.0
 
 
+@pytest.mark.parametrize("parts", [("train", "test"), ("train",), ("alone",), ("validation",)])
+def test_a_folder_that_save_to_disk_wrote_is_loaded(offline, parts):
+    import datasets
+
+    label = datasets.ClassLabel(names=["cat", "dog"])
+    features = datasets.Features(x=datasets.List(datasets.Value("float32")), label=label)
+    rows = {"x": [[float(k), 1.0] for k in range(20)], "label": [k % 2 for k in range(20)]}
+    made = datasets.Dataset.from_dict(rows, features)
+    path = str(offline / "saved")
+    (
+        made if parts == ("alone",) else datasets.DatasetDict(dict.fromkeys(parts, made))
+    ).save_to_disk(path)
+    if parts == ("validation",):
+        with pytest.raises(ConfigError, match="has no part 'train'; it has validation"):
+            HuggingFace(path, x="x").load(0)
+        return
+    data = HuggingFace(path, x="x").load(0)
+    assert len(data.train) + len(data.test) == (40 if "test" in parts else 20)
+    assert data.preparation.classes == ("cat", "dog") and data.name == "saved"
+
+
 def test_a_picture_of_any_kind_is_read_by_its_colours():
     image = pytest.importorskip("PIL.Image")
     grey = image.fromarray(np.array([[5, 200]], np.uint8))

@@ -3,7 +3,8 @@
 from fedtorch.data.base import Data, from_tensors
 from fedtorch.data.content import split
 from fedtorch.data.hub import Custom, HuggingFace
-from fedtorch.data.images import Digits, Idx
+from fedtorch.data.idx import Idx
+from fedtorch.data.images import Digits
 from fedtorch.data.partition import (
     Dirichlet,
     Iid,

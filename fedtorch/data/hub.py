@@ -1,6 +1,7 @@
 """Data from elsewhere: Hugging Face ``datasets`` by name, or a function of the user's own."""
 
 from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ class HuggingFace:
     """A dataset of the Hugging Face hub, or a local folder it can load (extra ``hf``)."""
 
     path: str = ""
-    """Name on the hub (``ylecun/mnist``) or a local folder."""
+    """Name on the hub (``ylecun/mnist``), a local folder, or one that ``save_to_disk`` wrote."""
     _: KW_ONLY
     config: str = ""
     """Configuration of the dataset, where it has several."""
@@ -45,9 +46,15 @@ class HuggingFace:
                 "dataset hf needs the package datasets: pip install 'fedtorch[hf]'"
             ) from e
         try:
-            found = datasets.load_dataset(self.path, self.config or None)
+            if saved(self.path):
+                found = datasets.load_from_disk(self.path)
+                found = found if isinstance(found, dict) else {"train": found}
+            else:
+                found = datasets.load_dataset(self.path, self.config or None)
         except Exception as e:
             raise ConfigError(f"Hugging Face dataset {self.path!r} cannot be loaded: {e}") from e
+        if "train" not in found:
+            raise ConfigError(f"{self.path} has no part 'train'; it has {', '.join(found)}")
         train = found["train"]
         for column in filter(None, (self.x, self.y, self.client)):
             if column not in train.column_names:
@@ -105,6 +112,11 @@ class HuggingFace:
         images = x.ndim > 2 and x.dtype.name in ("uint8", "uint16")
         given, done = inputs(self.path, x, None if images else 1.0, x.ndim == 4 if images else None)
         return given.float(), y, done
+
+
+def saved(path: str) -> bool:
+    """Whether this folder is what ``save_to_disk`` of a dataset, or of a dict of them, wrote."""
+    return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def _array(value: Any) -> np.ndarray:

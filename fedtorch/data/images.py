@@ -1,10 +1,6 @@
-"""Image data: scikit-learn's digits (offline, the default) and MNIST-style IDX files."""
+"""Image data: scikit-learn's digits (offline, the default), and how arrays of pixels are laid out."""
 
-import gzip
-import math
-import re
-import zlib
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +11,6 @@ from torch import Tensor
 from fedtorch import seeds
 from fedtorch.data import units
 from fedtorch.data.base import Data, Preparation, from_tensors
-from fedtorch.data.content import split
 from fedtorch.options import SHARE, check
 from fedtorch.types import ConfigError
 
@@ -52,49 +47,6 @@ class Digits:
         )
 
 
-@dataclass(frozen=True)
-class Idx:
-    """A folder of MNIST-style IDX files (MNIST, Fashion-MNIST, EMNIST, KMNIST), gzipped or not.
-
-    With ``train-*`` and ``t10k-*`` the files' own split is used; with one pair alone about
-    ``test_fraction`` of its images are the test set, each by its content.
-    """
-
-    path: str = ""
-    """Folder with ...-images-idx3-ubyte and ...-labels-idx1-ubyte."""
-    _: KW_ONLY
-    test_fraction: float = 0.2
-    """Share kept for the test where only one pair of files is there."""
-
-    def __post_init__(self) -> None:
-        """Refuse shares that leave nothing."""
-        check(self, "dataset", test_fraction=SHARE)
-
-    def load(self, seed: int) -> Data:
-        """X [N, 1, rows, columns] in 0..1, y [N] as numbered in the files."""
-        folder = Path(self.path)
-        if not self.path or not folder.is_dir():
-            raise ConfigError(f"dataset.path must be a folder with IDX files, got {self.path!r}")
-        pairs = {p: found for p in ("train", "t10k", "test") if (found := _pair(folder, p))}
-        if len(pairs) == 3:
-            raise ConfigError(f"{folder} has both t10k and test files: which are the test set?")
-        if len(pairs) == 2 and "train" in pairs:
-            train, test = pairs.pop("train"), next(iter(pairs.values()))
-        elif pairs:
-            (x, y) = next(iter(pairs.values()))
-            keep, held = split((x, y), self.test_fraction, seed)
-            train, test = (x[keep], y[keep]), (x[held], y[held])
-        else:
-            raise ConfigError(
-                f"no IDX files in {self.path!r}: expected e.g. train-images-idx3-ubyte.gz and "
-                "train-labels-idx1-ubyte.gz"
-            )
-        classes = int(torch.cat([train[1], test[1]]).max()) + 1
-        done = Preparation(scale=255, pixels=True, dtype="uint8")
-        name = folder.name or "idx"
-        return from_tensors(name, train, test, "classification", classes, preparation=done)
-
-
 def _digits() -> np.ndarray:
     # 64 pixels and a label a row. Its table lies in the package: importing scikit-learn takes a second
     found = find_spec("sklearn")
@@ -105,36 +57,6 @@ def _digits() -> np.ndarray:
 
     digits = load_digits()
     return np.column_stack([digits.data, digits.target])
-
-
-def _pair(folder: Path, prefix: str) -> tuple[Tensor, Tensor] | None:
-    images, labels = (
-        sorted(
-            p
-            for p in folder.glob(f"*{prefix}-{what}*")
-            if p.suffix in (".gz", "", f".{end}") and re.search(rf"(^|[-_.]){prefix}-", p.name)
-        )
-        for what, end in (("images", "idx3-ubyte"), ("labels", "idx1-ubyte"))
-    )
-    if not images and not labels:
-        return None
-    if not images or not labels:
-        raise ConfigError(f"{folder}: {prefix} needs both an images and a labels file")
-    sets = {p.name.partition(prefix)[0] for p in (*images, *labels)}
-    if len(sets) > 1:
-        names = ", ".join(sorted(p.name for p in images))
-        raise ConfigError(
-            f"{folder} holds several data sets ({names}): give each a folder of its own"
-        )
-    x, y = read_idx(images[0]), read_idx(labels[0])
-    if x.dim() != 3 or y.dim() != 1 or not x.numel():
-        raise ConfigError(
-            f"{images[0]} must hold images [N, rows, columns] and {labels[0].name} a label for each, "
-            f"[N], not {list(x.shape)} and {list(y.shape)}"
-        )
-    if len(x) != len(y):
-        raise ConfigError(f"{images[0]} has {len(x)} images but {labels[0]} {len(y)} labels")
-    return x.float().div_(255).unsqueeze(1), y.long()
 
 
 def inputs(
@@ -186,25 +108,3 @@ def inputs(
         numbers=units.look(array),
         notes=tuple(notes),
     )
-
-
-def read_idx(path: Path) -> Tensor:
-    """One IDX file as a uint8 tensor; raises ConfigError when it is cut short or something else."""
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except (EOFError, OSError, zlib.error) as e:
-        raise ConfigError(f"{path} cannot be read ({e}); it may be cut short") from e
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise ConfigError(f"{path} is not an IDX file of unsigned bytes")
-    dims = raw[3]
-    if len(raw) < 4 + 4 * dims:
-        raise ConfigError(f"{path} is cut short within its header")
-    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
-    body = np.frombuffer(raw, np.uint8, offset=4 + 4 * dims)
-    if len(body) != math.prod(shape):
-        raise ConfigError(
-            f"{path} is cut short or damaged: {shape} needs {math.prod(shape)} bytes, "
-            f"there are {len(body)}"
-        )
-    return torch.from_numpy(body.reshape(shape).copy())
