@@ -56,10 +56,24 @@ class TrainingOptions:
     """Examples in a local step; null (None): all of a client's."""
     drop_last: bool = False
     """Leave out the last, smaller batch of each pass (clients smaller than a batch keep theirs)."""
+    accumulate: int = 1
+    """Batches that make one local step, by the mean gradient of all their examples: a large batch in the
+    memory of a small one."""
+    clip_norm: float | None = None
+    """Largest norm of a local step's gradient, as clip_grad_norm_ of torch; not privacy.clip: it hides
+    nothing."""
+    lr_warmup: int = 0
+    """Local steps at the start of each visit over which the learning rate rises to its full size."""
+    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls over the rest of a visit; schedule is over rounds."""
+    lr_floor: float = 0.0
+    """What share of the learning rate is left at a visit's end."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot train, by name."""
-        check(self, "", lr=POSITIVE, epochs=COUNT, steps=COUNT, batch_size=COUNT)
+        counts = dict.fromkeys(("epochs", "steps", "batch_size", "accumulate"), COUNT)
+        rates = {"lr": POSITIVE, "lr_warmup": NOT_NEGATIVE, "lr_floor": PART}
+        check(self, "", clip_norm=POSITIVE, **counts, **rates)
 
     def training(self) -> dict[str, Any]:
         """These options by name, to hand on."""

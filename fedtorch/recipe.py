@@ -1,10 +1,13 @@
 """The recipe: how every client trains, and how their work is combined."""
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from fedtorch.aggregation.mean import Aggregator, Mean
 from fedtorch.channel.base import Stage
@@ -12,7 +15,7 @@ from fedtorch.options import TrainingOptions, fit
 from fedtorch.privacy import Nothing, Privacy
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.training.losses import Loss, cross_entropy, no_loss, reduce
-from fedtorch.training.optimizer import ClientOptimizer
+from fedtorch.training.optimizer import ClientOptimizer, Maker
 from fedtorch.training.step import Step, Supervised
 from fedtorch.types import ConfigError
 
@@ -27,7 +30,13 @@ class Recipe(TrainingOptions):
     """``loss(output, target)``, of batches (x, y); left out it is cross entropy, or there is a step."""
     step: Step | None = None
     """``step(model, batch)`` -> losses [B], or one number: in place of a loss, for batches of any kind."""
-    optimizer: ClientOptimizer = field(default_factory=ClientOptimizer)
+    optimizer: ClientOptimizer | str | type[Optimizer] | Maker = field(
+        default_factory=ClientOptimizer
+    )
+    """A name or class of torch.optim, or ``fn(model, lr)``; fresh in every visit (ClientOptimizer)."""
+    scheduler: Callable[[Optimizer, int], LRScheduler] | type[LRScheduler] | None = None
+    """``fn(optimizer, steps)``: a scheduler of torch, stepped after each of a visit's so many local steps;
+    in place of lr_warmup and lr_decay."""
     privacy: Privacy = Nothing()
     """SampleLevel, ClientLevel or LocalDP; Nothing() or None: nothing is noised."""
     aggregator: Aggregator = Mean()
@@ -38,6 +47,7 @@ class Recipe(TrainingOptions):
     def __post_init__(self) -> None:
         """Refuse what cannot train, by name."""
         object.__setattr__(self, "privacy", self.privacy or Nothing())
+        self.client_optimizer.check()
         super().__post_init__()
         if self.loss is not no_loss and self.step is not None:
             raise ConfigError(
@@ -45,9 +55,13 @@ class Recipe(TrainingOptions):
             )
         if self.loss is no_loss and self.step is None:
             object.__setattr__(self, "loss", cross_entropy)
-        self.optimizer.check()
         for stage in self.channel:
             fit("each stage of channel", stage, Stage)
+
+    @property
+    def client_optimizer(self) -> ClientOptimizer:
+        """What steps the clients' weights."""
+        return ClientOptimizer.of(self.optimizer)
 
     @property
     def asked(self) -> Step:

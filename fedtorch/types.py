@@ -5,6 +5,7 @@ from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
@@ -81,12 +82,21 @@ class Context:
     """What a strategy may draw from for each client in this visit, [K]; never a client's secret."""
     own: Stack = field(default_factory=dict)
     """Weights and buffers that each client keeps, as its visit starts from them, [K, ...]."""
+    lr_sum: Tensor = field(default=torch.empty(0))
+    """Learning rates of each client's steps, summed, [K]: steps times lr, but where it changes within a
+    visit; NaN under a scheduler of one's own."""
+
+    def __post_init__(self) -> None:
+        """Unless told otherwise, all steps are alike."""
+        if not len(self.lr_sum):
+            object.__setattr__(self, "lr_sum", self.steps.double() * self.lr)
 
     def of(self, k: int) -> "Context":
         """Client ``k`` alone, as K = 1."""
         own = slice(k, k + 1)
         memory = {g: {name: v[own] for name, v in m.items()} for g, m in self.memory.items()}
-        return replace(self, memory=memory, steps=self.steps[own], seeds=self.seeds[own])
+        steps, lr_sum = self.steps[own], self.lr_sum[own]
+        return replace(self, memory=memory, steps=steps, lr_sum=lr_sum, seeds=self.seeds[own])
 
 
 _SEAL = object()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import ConstantLR
 
 from conftest import make_clients, mlp
 from fedtorch import (
@@ -122,6 +123,22 @@ REFUSED = {
 }
 """Of all pairs those that do not go together; every other one trains."""
 
+PLAN = {"privacy": SampleLevel(**NOISE)}
+OVERRULED = [
+    ({"steps": 3, **PLAN}, "owns the steps"),
+    ({"drop_last": True, **PLAN}, "drop_last has no meaning for Poisson"),
+    ({"accumulate": 2, **PLAN}, "accumulate has no meaning for Poisson"),
+    ({"clip_norm": 1.0, **PLAN}, "clips each example's gradient, by privacy.clip"),
+    ({"accumulate": 2, "batch_size": None}, "accumulate needs a batch_size"),
+    ({"lr_floor": 0.1}, "lr_floor needs lr_decay linear or cosine"),
+    ({"scheduler": ConstantLR, "lr_warmup": 2}, "scheduler takes the place of lr_warmup"),
+    (
+        {"scheduler": ConstantLR, "strategy": Scaffold()},
+        "Scaffold needs the sum of a visit's",
+    ),
+]
+"""Options that do nothing, or nothing right, beside others."""
+
 PAIRS = [
     ((a, x), (b, y))
     for a, b in itertools.combinations(PARTS, 2)
@@ -147,16 +164,12 @@ def test_each_pair_trains_a_round_or_says_why_not(one, other):
 
 
 def test_every_sentence_of_the_table_is_met_by_some_recipe():
-    """And options that a plan overrules are refused like parts."""
-    plan = SampleLevel(**NOISE)
-    for given, why in [
-        ({"steps": 3}, "owns the steps"),
-        ({"drop_last": True}, "no meaning for Poisson"),
-    ]:
+    """And options that a plan or another option overrules are refused like parts."""
+    for given, why in OVERRULED:
         with pytest.raises(ConfigError, match=why):
-            Server(mlp(), make_clients([9, 7]), Recipe(privacy=plan, **given))
-    found = {*REFUSED.values(), "owns the steps", "no meaning for Poisson"} - {VARIATES}
-    words = {"aggregator": "median", "participation": "", "strategy": ""}
+            Server(mlp(), make_clients([9, 7]), Recipe(**given))
+    found = {*REFUSED.values(), *(why for _, why in OVERRULED)} - {VARIATES}
+    words = {"aggregator": "median", "participation": "", "strategy": "Scaffold"}
     for _, sentence in combination.REFUSED:
         assert sum(word in sentence.format(**words) for word in found) == 1
 

@@ -114,7 +114,7 @@ def test_contributing_fits_on_a_page():
 
 
 def test_parts_of_ones_own_train_alike_on_every_engine(tmp_path, monkeypatch):
-    *parts, run = blocks(ROOT / "docs" / "own.md", "python")
+    parts, run, _ = own()
     assert [len(defined(part)) <= 15 for part in parts] == [True] * len(parts)
     (tmp_path / "own_parts.py").write_text("\n".join(parts))
     monkeypatch.syspath_prepend(tmp_path)
@@ -133,6 +133,23 @@ def test_parts_of_ones_own_train_alike_on_every_engine(tmp_path, monkeypatch):
         ends.append(weights(names["server"].model))
     for end in ends[1:]:
         assert all(torch.allclose(v, ends[0][k], atol=1e-5) for k, v in end.items())
+
+
+def own() -> tuple[list[str], str, list[str]]:
+    """Parts of one's own, the run that has them all, and set-ups that go on from there."""
+    found = blocks(ROOT / "docs" / "own.md", "python")
+    at = next(k for k, block in enumerate(found) if block.startswith("import torch"))
+    return found[:at], found[at], found[at + 1 :]
+
+
+def test_set_ups_of_ones_own_are_short_and_train():
+    parts, run, setups = own()
+    names: dict[str, object] = {"__name__": "documentation"}
+    exec("\n".join([*parts, run]), names)
+    for setup in setups:
+        lines = [line for line in setup.splitlines() if line.strip()]
+        assert len(lines) <= 15 and "Server(" in setup
+        exec(setup, dict(names))
 
 
 def defined(block: str) -> list[str]:

@@ -16,7 +16,14 @@ def test_recipes_configs_and_offers_have_one_set_of_defaults():
 
 
 def test_a_recipe_has_what_the_config_says():
-    own = {"lr": 0.3, "epochs": 3, "steps": 2, "batch_size": None, "drop_last": True}
+    own = {"lr": 0.3, "epochs": 3, "steps": 2, "batch_size": 5, "drop_last": True}
+    own |= {
+        "accumulate": 2,
+        "clip_norm": 1.5,
+        "lr_warmup": 1,
+        "lr_decay": "linear",
+        "lr_floor": 0.2,
+    }
     plan = SampleLevel(noise_multiplier=1.0)
     config = Config(**own, rounds=7, privacy=plan, optimizer="adam", optimizer_args={"eps": 1e-3})
     recipe = config.recipe(LOSSES["mse"])

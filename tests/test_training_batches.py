@@ -14,6 +14,7 @@ class Order:
     steps: int | None = None
     batch_size: int | None = 4
     drop_last: bool = False
+    accumulate: int = 1
 
 
 @given(st.integers(1, 50), st.integers(1, 3), st.integers(1, 60), st.integers(0, 2**31))

@@ -1,10 +1,12 @@
 """What goes together: strategy, aggregator, channel, plan and cohort; a sentence for all that does not."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.strategies import Strategy
+from fedtorch.training.local_steps import varies
 from fedtorch.types import ConfigError
 
 Row = tuple[Callable[[Recipe, Participation], object], str]
@@ -22,6 +24,33 @@ REFUSED: tuple[Row, ...] = (
     (
         lambda r, _: r.privacy.per_example and r.drop_last,
         "drop_last has no meaning for Poisson batches: leave it out",
+    ),
+    (
+        lambda r, _: r.privacy.per_example and r.accumulate > 1,
+        "accumulate has no meaning for Poisson batches: set their expected size by privacy.batch_size and "
+        "privacy.sample_rate (privacy.max_batch is how many examples are in memory at once)",
+    ),
+    (
+        lambda r, _: r.privacy.per_example and r.clip_norm is not None,
+        "sample-level privacy clips each example's gradient, by privacy.clip: leave out clip_norm, which "
+        "would clip the noised mean once more",
+    ),
+    (
+        lambda r, _: r.accumulate > 1 and r.batch_size is None,
+        "accumulate needs a batch_size: without one a batch is all of a client's examples",
+    ),
+    (
+        lambda r, _: r.lr_floor and r.lr_decay == "constant",
+        "lr_floor needs lr_decay linear or cosine: a constant learning rate falls to no floor",
+    ),
+    (
+        lambda r, _: r.scheduler and varies(replace(r, scheduler=None)),
+        "scheduler takes the place of lr_warmup and lr_decay: leave them out, or the scheduler",
+    ),
+    (
+        lambda r, _: r.scheduler and r.strategy.needs_rates,
+        "{strategy} needs the sum of a visit's learning rates, which a scheduler of your own does not "
+        "tell beforehand: use lr_warmup and lr_decay, or FedAvg",
     ),
     (
         lambda r, who: r.privacy.central and type(who) is not Everyone,

@@ -19,6 +19,7 @@ from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, len_of
+from fedtorch.training.local_steps import one_by_one
 from fedtorch.training.module import training, undropped
 from fedtorch.training.outline import untouched
 from fedtorch.training.stacked import snapshot, to
@@ -102,6 +103,8 @@ def _first(
 
 def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: str) -> str | None:
     """Why one step in this mode fails, or None."""
+    if mode == "stacked" and (why := one_by_one(recipe)):
+        return why
     if mode == "ghost" and (name := models.tied(model)):
         return f"parameter {name} is shared by two layers, which ghost clipping cannot see"
     batch = to(two_examples(_largest(clients)), next(model.parameters()).device)

@@ -18,6 +18,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, least, len_of
 from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
+from fedtorch.training.local_steps import one_by_one, stepper
 from fedtorch.training.losses import Loss, gathers, reduce
 from fedtorch.training.module import training, undropped
 from fedtorch.training.outline import put_back as put_back
@@ -223,7 +224,8 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
 def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
     """What takes an optimizer's step as training will, with what the strategy makes of the gradient."""
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    name, optimizer, strategy = type(model).__name__, recipe.optimizer, recipe.strategy
+    name, strategy = type(model).__name__, recipe.strategy
+    client = f"client optimizer {recipe.client_optimizer.words}"
     start = {k: p.detach().clone() for k, p in params.items()}
     extras = {g: expand(e) for g, e in strategy.init(start).items()}
     memory = {g: expand(m) for g, m in strategy.remember(start).items()}
@@ -236,11 +238,16 @@ def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
             f"strategy {type(strategy).__name__} cannot correct gradients of model {name}: {_first(e)}"
         ) from e
     try:
-        step = optimizer.stepper([*params.values()], recipe.learning_rate)
+        step = stepper(recipe, model, params, recipe.learning_rate, 2)
+    except ConfigError:
+        raise
     except Exception as e:
-        raise ConfigError(
-            f"client optimizer {optimizer.name} cannot train model {name}: {_first(e)}"
-        ) from e
+        fix = (
+            ""
+            if callable(recipe.optimizer)
+            else "; a function fn(model, lr) may give several optimizers"
+        )
+        raise ConfigError(f"{client} cannot train model {name}: {_first(e)}{fix}") from e
 
     def take() -> None:
         sparse = [k for k, p in params.items() if p.grad is not None and p.grad.is_sparse]
@@ -248,7 +255,7 @@ def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
         try:
             if correct:
                 correct(params, views)
-            who = f"client optimizer {optimizer.name}"
+            who = client
             step()
         except Exception as e:
             fix = (
@@ -331,8 +338,8 @@ def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) ->
 
 def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | None:
     """Why these clients cannot train side by side, or None when they can."""
-    if not recipe.optimizer.elementwise:
-        return f"optimizer {recipe.optimizer.name} does not work element by element"
+    if why := one_by_one(recipe):
+        return why
     batch = to(two_examples(clients[0].data), next(model.parameters()).device)
     if why := uneven(batch):
         return why

@@ -13,6 +13,7 @@ from fedtorch.client import Client
 from fedtorch.engines.solver_choice import Choice, choose
 from fedtorch.options import COUNT, check
 from fedtorch.recipe import Recipe
+from fedtorch.training import local_steps
 from fedtorch.training.local_update import local_update
 from fedtorch.training.outline import copied, untouched
 from fedtorch.training.personal import given
@@ -50,8 +51,9 @@ class Local:
             choice = choose(
                 worker, clients, recipe, self.chunk, self.solver, self.dtype, found.changes
             )
+        said = local_steps.notes(worker, [len(c) for c in clients], recipe)
         by_id = {c.id: c for c in clients}
-        notes = (*probe.modes(model), *found.notes, *choice.notes)
+        notes = (*probe.modes(model), *found.notes, *said, *choice.notes)
         session = LocalSession(worker, by_id, choice.recipe, choice, notes)
         session.restore({})  # memory of an earlier run would poison this one
         return session

@@ -282,5 +282,5 @@ class Visit:
 
 def linear(recipe: Recipe, ctx: Context, lr: float) -> tuple[Rule, Params]:
     """Optimizer and strategy as one rule that is linear in gradient and weights, and the clients' shift."""
-    args, (pull, shift) = recipe.optimizer.args, correction(recipe.strategy, ctx)
+    args, (pull, shift) = recipe.client_optimizer.args, correction(recipe.strategy, ctx)
     return Rule(lr, args.get("momentum", 0.0), args.get("weight_decay", 0.0), pull), shift

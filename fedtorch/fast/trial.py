@@ -16,6 +16,7 @@ from fedtorch.privacy.base import PerExample, Privacy
 from fedtorch.recipe import Recipe
 from fedtorch.strategies import Strategy
 from fedtorch.training.batches import len_of
+from fedtorch.training.local_steps import VARIES, varies
 from fedtorch.training.losses import LOSSES, reduce
 
 
@@ -48,7 +49,7 @@ def offer(
         return chain
     if plan:
         why = noise(chain, model, datasets, recipe, plan)
-    if why := why or draws(chain, model, datasets):
+    if why := why or draws(chain, model, datasets, recipe.accumulate):
         return why
     return tried(Fast(chain), (x, y), model, datasets, recipe, plan is not None) or Fast(
         chain, half
@@ -99,10 +100,14 @@ def noise(
     return unknown(model, chain.front, math.ceil(privacy.batch_size))
 
 
-def draws(chain: Chain, model: nn.Module, datasets: Sequence[Dataset]) -> str | None:
+def draws(
+    chain: Chain, model: nn.Module, datasets: Sequence[Dataset], accumulate: int
+) -> str | None:
     """Why dropout would draw other numbers than on the general path; None where it draws the same."""
     if not chain.drops:
         return None
+    if accumulate > 1:
+        return "dropout draws for each of the batches that make a step (accumulate)"
     if next(model.parameters()).device.type != "cpu":
         return "dropout draws the masks of the general path on a CPU alone"
     apart = [d for d in datasets if not d.tensors[0].is_contiguous()]  # type: ignore[attr-defined]
@@ -112,17 +117,22 @@ def draws(chain: Chain, model: nn.Module, datasets: Sequence[Dataset]) -> str | 
 
 
 def optimizer(recipe: Recipe) -> str | None:
-    """SGD, with momentum and weight decay."""
-    if recipe.optimizer.cls() is not torch.optim.SGD:
-        return f"the client optimizer is {recipe.optimizer.name}, not SGD"
-    args = recipe.optimizer.args
+    """SGD, with momentum and weight decay, by one rate and by gradients as they are."""
+    client = recipe.client_optimizer
+    if client.maker() is not torch.optim.SGD:
+        return f"the client optimizer is {client.words}, not SGD"
+    if recipe.clip_norm is not None:
+        return "gradients are clipped (clip_norm)"
+    if varies(recipe):
+        return VARIES
+    args = client.args
     other = sorted(k for k, v in args.items() if v and k not in ("momentum", "weight_decay"))
     return f"SGD with {other[0]}" if other else None
 
 
 def plain(recipe: Recipe) -> bool:
     """SGD without momentum and weight decay, and gradients as they are."""
-    args, kind = recipe.optimizer.args, type(recipe.strategy)
+    args, kind = recipe.client_optimizer.args, type(recipe.strategy)
     corrected = kind.correction is not Strategy.correction
     return not (args.get("momentum") or args.get("weight_decay") or corrected)
 

@@ -159,5 +159,6 @@ def work_of(recipe: Any, examples: int) -> int:
     if plan is not None:
         return int(plan.steps * plan.batch_size)
     if recipe.steps is not None:
-        return int(recipe.steps * min(recipe.batch_size or examples, examples))
+        taken = (recipe.batch_size or examples) * recipe.accumulate
+        return int(recipe.steps * min(taken, examples))
     return int(recipe.epochs * examples)

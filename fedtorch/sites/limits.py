@@ -43,6 +43,7 @@ def check_work(plan: plans.Plan, limits: SiteConfig) -> None:
         ("epochs", plan.epochs, "max_epochs"),
         ("steps", plan.steps, "max_steps"),
         ("batch_size", plan.batch_size, "max_batch"),
+        ("accumulate", plan.accumulate * (plan.batch_size or 1), "max_batch"),
     ]
     if plan.privacy is not None:
         asked.append(("privacy.rounds", plan.privacy.rounds, "max_rounds"))

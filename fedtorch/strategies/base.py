@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -37,6 +37,9 @@ class Strategy:
     personal: tuple[str, ...] = ()
     """Weights and buffers that stay with each client, by name ("head.*") or kind of layer ("@BatchNorm"):
     they are in its memory, in no task, upload or mean, and in nothing that the methods below are given."""
+
+    needs_rates: ClassVar[bool] = False
+    """Whether it computes with ``ctx.lr_sum``, which a scheduler of the user's own does not tell."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""

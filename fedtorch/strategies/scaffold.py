@@ -1,7 +1,7 @@
 """SCAFFOLD: control variates correct each client's drift."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -14,12 +14,14 @@ from fedtorch.types import Context, Params, Stack
 class Scaffold(Strategy):
     """Local gradients are shifted by c - c_k (Karimireddy et al. 2020, arXiv:1910.06378, Alg. 1).
 
-    Control variates follow option II: c_k+ = c_k - c + (w_t - w_k) / (steps * lr). The paper averages
+    Control variates follow option II: c_k+ = c_k - c + (w_t - w_k) / (steps * lr), where the learning rate
+    changes within a visit by the sum of its steps'. The paper averages
     clients alike and steps with plain SGD; other client optimizers run, outside its analysis.
     """
 
     weighting: Literal["auto", "examples", "uniform"] = "uniform"
     """The paper's mean; 'examples' weighs deltas and control variates by client size."""
+    needs_rates: ClassVar[bool] = True
 
     def admits(self, linear: bool) -> str | None:
         """The server's control variate must stay the mean of the clients'."""
@@ -45,9 +47,7 @@ class Scaffold(Strategy):
     def upload(self, params: Stack, ctx: Context) -> tuple[dict[str, Stack], dict[str, Stack]]:
         """Paper's lines 12-14: delta and the change of c_k are sent, the new c_k is kept."""
         delta = tmap(torch.sub, params, ctx.anchor)
-        rate = -1 / (
-            ctx.steps.double() * ctx.lr
-        )  # one pass of a product, where a quotient takes three
+        rate = -1 / ctx.lr_sum  # one pass of a product, where a quotient takes three
         change = tmap(lambda d, c: (d * per_client(rate, d)).sub_(c), delta, ctx.extras["c"])
         if ctx.lr == 0:  # a schedule's end: no step was taken, so none says anything of the drift
             change = tmap(torch.zeros_like, delta)

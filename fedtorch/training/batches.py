@@ -1,6 +1,7 @@
 """Which examples a client sees, in which order: the only place data order is decided."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -18,27 +19,39 @@ def len_of(data: Dataset) -> int:
 
 
 def batch_order(n: int, order: TrainingOptions, seed: int) -> Tensor:
-    """Shuffled batches of ``n`` examples, [steps, batch], short ones padded with -1 at the end."""
+    """What local steps take of ``n`` examples, shuffled, [steps, examples], padded with -1 at the end.
+
+    That is a batch, or as many batches as are accumulated.
+    """
     generator = torch.Generator().manual_seed(seed)
     size = min(order.batch_size or n, n)
-    per_epoch = n // size if order.drop_last else -(-n // size)
-    steps = order.steps or order.epochs * per_epoch
+    used = n // size * size if order.drop_last else n
+    taken = min(size * order.accumulate, used)
+    per_epoch = -(-used // taken)
+    steps = steps_of(n, order)
     if size == n:  # every step sees everything: shuffling would only reorder the sum
         return torch.arange(n).expand(steps, n)
     passes = []
     for _ in range(-(-steps // per_epoch)):
-        perm = torch.randperm(n, generator=generator)[: per_epoch * size]
-        if short := per_epoch * size - len(perm):
+        perm = torch.randperm(n, generator=generator)[:used]
+        if short := per_epoch * taken - used:
             perm = F.pad(perm, (0, short), value=-1)
-        passes.append(perm.view(-1, size))
+        passes.append(perm.view(-1, taken))
     return (torch.cat(passes) if len(passes) > 1 else passes[0])[:steps]
+
+
+def steps_of(n: int, order: TrainingOptions) -> int:
+    """Local steps of a visit to ``n`` examples."""
+    size = min(order.batch_size or n, n)
+    many = n // size if order.drop_last else -(-n // size)
+    return order.steps or order.epochs * -(-many // order.accumulate)
 
 
 def least(n: int, order: TrainingOptions) -> int:
     """Size of the smallest batch that a client of ``n`` examples takes in a visit."""
     size = min(order.batch_size or n, n)
     rest = 0 if order.drop_last else n % size
-    comes = order.steps is None or order.steps > n // size
+    comes = order.steps is None or order.steps * order.accumulate > n // size
     return rest if rest and comes else size
 
 
@@ -75,6 +88,16 @@ def batches(data: Dataset, plan: Tensor) -> Iterator[Any]:
         steps, sizes = plan[t : t + per_gather], counts[t : t + per_gather]
         tables = fetch(data, steps.flatten() if full else steps[steps >= 0])
         yield from zip(*(table.split(sizes) for table in tables), strict=True)
+
+
+def in_parts(data: Dataset, plan: Tensor, size: int) -> Iterator[Iterator[tuple[Any, float]]]:
+    """Each step's batches of at most ``size``, to be taken in turn, and their shares of its examples."""
+    parts = F.pad(plan, (0, -plan.shape[1] % size), value=-1).view(len(plan), -1, size)
+    counts = (parts >= 0).sum(2)
+    shares = (counts.double() / counts.sum(1, keepdim=True))[counts > 0].tolist()
+    both = zip(batches(data, parts[counts > 0]), shares, strict=True)
+    for many in (counts > 0).sum(1).tolist():
+        yield islice(both, many)
 
 
 def alike(plans: Sequence[Tensor]) -> bool:

@@ -16,6 +16,7 @@ from fedtorch.channel.base import UNSENT, encode
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training import stacked
+from fedtorch.training.local_steps import rates
 from fedtorch.training.module import resting, to, to_device
 from fedtorch.training.personal import GROUP, personal, shared
 from fedtorch.training.results import Results, exact_weights
@@ -111,14 +112,16 @@ def context(
     kept_names = personal(model, patterns)
     start = {k: v for k, v in task.state.items() if k in kept_names}
     own = [start | to(c.memory.get(GROUP, {}), device) for c in clients]
+    steps = torch.tensor([len(p) for p in order])
     return Context(
         anchor=expand(anchor),
         extras={g: expand(e) for g, e in task.extras.items()},
         memory={g: to(stack([m[g] for m in memory]), device) for g in memory[0]},
-        steps=torch.tensor([len(p) for p in order]),
+        steps=steps,
         lr=task.lr,
         seeds=tuple(recipe.privacy.strategy_seed(task, c.id) for c in clients),
         own=stack(own),
+        lr_sum=rates(recipe, task.lr, steps),
     )
 
 

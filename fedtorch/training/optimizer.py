@@ -4,15 +4,15 @@ A server optimizer treats the clients' mean delta as a step direction. State goe
 of it is float64, so that a run does not depend on the order of small additions.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedtorch.options import POSITIVE, SHARE, check, find
+from fedtorch.options import POSITIVE, SHARE, check, find, fit, shown
 from fedtorch.tree import tmap
 from fedtorch.types import ConfigError, Params
 
@@ -117,66 +117,96 @@ class ServerYogi(_Adaptive):
         return v - (1 - self.beta2) * square * torch.sign(v - square)
 
 
+Maker = Callable[..., Any]
+"""A class of optimizers, or ``fn(model, lr)``."""
+
+
 @dataclass(frozen=True)
 class ClientOptimizer:
-    """Any ``torch.optim`` optimizer by name or dotted path, made anew for each visit."""
+    """A torch optimizer by name, by class or from a function, made anew for each visit.
 
-    name: str = "SGD"
-    """Class in torch.optim (any case), or ``package.module.Class``."""
+    What it keeps of earlier gradients does not outlive the visit.
+    """
+
+    name: str | Maker = "SGD"
+    """Class in torch.optim (any case), ``package.module.Class``, a class, or ``fn(model, lr)``: it gives
+    an optimizer, or several, of all trainable parameters, by ``lr`` of the round."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Constructor arguments other than lr, e.g. ``{"momentum": 0.9}``."""
+    """Other arguments of the class or function, e.g. ``{"momentum": 0.9}``."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no name and no arguments."""
-        check(self, "optimizer")
+        """Refuse what is no optimizer and no arguments."""
+        if isinstance(self.name, torch.optim.Optimizer):
+            raise ConfigError(
+                f"optimizer is an object of {type(self.name).__name__}, made for one model's weights, but "
+                "every visit makes its own: give the class, or a function fn(model, lr)"
+            )
+        if not (isinstance(self.name, str) or callable(self.name)):
+            raise ConfigError(
+                f"optimizer must be a name, a class or a function fn(model, lr), got {shown(self.name)}"
+            )
+        fit("optimizer.args", self.args, dict)
+
+    @classmethod
+    def of(cls, given: "ClientOptimizer | str | Maker") -> "ClientOptimizer":
+        """What a recipe was given; a ``functools.partial`` of a class is the class and its arguments."""
+        if isinstance(given, ClientOptimizer):
+            return given
+        if isinstance(given, partial) and isinstance(given.func, type) and not given.args:
+            return cls(given.func, given.keywords)
+        return cls(given)
+
+    @property
+    def words(self) -> str:
+        """What it is called in messages."""
+        if isinstance(self.name, str):
+            return self.name
+        return getattr(self.name, "__name__", type(self.name).__name__)
+
+    def maker(self) -> Maker:
+        """The class or function; raises ConfigError for what cannot step by a gradient alone."""
+        found = self.name
+        if isinstance(found, str):
+            known, key = by_name(), found.lower()
+            if key not in known and not {".", ":"} & {*key}:
+                for kind in NEED_MORE:
+                    fits_not(kind if kind.__name__.lower() == key else None)
+                raise ConfigError(
+                    f"unknown client optimizer {found!r}; there are {', '.join(sorted(known))}, "
+                    "or give package.module.Class"
+                )
+            found = known.get(key) or find(found)
+        if not callable(found) or (
+            isinstance(found, type) and not issubclass(found, torch.optim.Optimizer)
+        ):
+            raise ConfigError(
+                f"{self.words!r} is no optimizer: it must subclass torch.optim.Optimizer, or be a "
+                "function fn(model, lr)"
+            )
+        fits_not(found)
+        return found
 
     def build(self, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-        """An optimizer over ``params``."""
-        return self.cls()(params, lr=lr, **self.args)  # type: ignore[call-arg]
-
-    def stepper(self, params: Sequence[Tensor], lr: float) -> Callable[[], Any]:
-        """What moves ``params`` along their gradients: a fresh optimizer's ``step``.
-
-        SGD on a CPU is done here: the same arithmetic without the profiler and compiler entries around
-        torch's own, which take longer than the step of a small model.
-        """
-        asked = {k: v for k, v in self.args.items() if v}
-        here = asked.keys() <= {"momentum", "dampening", "weight_decay", "nesterov"}
-        if here and self.cls() is torch.optim.SGD and params[0].device.type == "cpu":
-            return Descent(params, lr, **asked)
-        return self.build(params, lr).step
-
-    def cls(self) -> type[torch.optim.Optimizer]:
-        """The optimizer class; raises ConfigError for what cannot run without a closure."""
-        found = by_name()
-        key = self.name.lower()
-        if key in found:
-            return found[key]
-        if "." not in key and ":" not in key:
-            raise ConfigError(
-                f"unknown client optimizer {self.name!r}; there are {', '.join(sorted(found))}, "
-                "or give package.module.Class"
-            )
-        cls = find(self.name)
-        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-            raise ConfigError(
-                f"{self.name!r} is no optimizer: it must subclass torch.optim.Optimizer"
-            )
-        return cls
+        """The class's optimizer over ``params``."""
+        made: torch.optim.Optimizer = self.maker()(params, lr=lr, **self.args)
+        return made
 
     def check(self) -> None:
         """Try the constructor on one number, so that a wrong option is named before training."""
-        if self.cls() is torch.optim.SGD and not self.args:
+        made = self.maker()
+        if made is torch.optim.SGD and not self.args:
             return  # torch's first optimizer imports torch._dynamo: a second that this one never needs
+        if not isinstance(made, type):
+            return  # a function needs the model
         try:
             self.build([torch.zeros(1, 1, requires_grad=True)], lr=0.1)  # Muon takes matrices alone
         except (TypeError, ValueError) as e:
-            raise ConfigError(f"client optimizer {self.name}: {e}") from e
+            raise ConfigError(f"client optimizer {self.words}: {e}") from e
 
     @property
     def elementwise(self) -> bool:
         """Whether a step on stacked weights is the K clients' own steps."""
-        return self.cls() in ELEMENTWISE
+        return self.maker() in ELEMENTWISE
 
 
 ELEMENTWISE = {
@@ -194,46 +224,20 @@ ELEMENTWISE = {
 }
 """Each number's step depends on that number's own history alone."""
 
-NEED_MORE = {"LBFGS", "SparseAdam", "Optimizer"}
-"""LBFGS wants a closure, SparseAdam sparse gradients: neither fits a local step."""
+NEED_MORE = {
+    torch.optim.LBFGS: "computes the loss anew within a step (a closure)",
+    torch.optim.SparseAdam: "takes sparse gradients alone",
+}
+"""What a local step has not."""
 
 
-class Descent:
-    """``torch.optim.SGD``, bit for bit; parameters without a gradient stay as they are."""
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        lr: float,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-    ) -> None:
-        self.params, self.lr, self.weight_decay = params, lr, weight_decay
-        self.momentum, self.fresh, self.nesterov = momentum, 1 - dampening, nesterov
-        self.velocity: dict[int, Tensor] = {}
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        """One step."""
-        for k, p in enumerate(self.params):
-            g = p.grad
-            if g is None:
-                continue
-            if self.weight_decay:
-                g = g.add(p, alpha=self.weight_decay)
-            if self.momentum:
-                g = self._heavy(k, g)
-            p.add_(g, alpha=-self.lr)
-
-    def _heavy(self, k: int, g: Tensor) -> Tensor:
-        if k not in self.velocity:
-            self.velocity[k] = g.clone()
-        else:
-            self.velocity[k].mul_(self.momentum).add_(g, alpha=self.fresh)
-        v = self.velocity[k]
-        return g.add(v, alpha=self.momentum) if self.nesterov else v
+def fits_not(kind: Any) -> None:
+    """Raises ConfigError for a class that cannot step by a gradient alone."""
+    if kind in NEED_MORE:
+        raise ConfigError(
+            f"client optimizer {kind.__name__} {NEED_MORE[kind]}, which a local step does not offer: take "
+            "another"
+        )
 
 
 @cache
@@ -242,7 +246,9 @@ def by_name() -> dict[str, type[torch.optim.Optimizer]]:
     return {
         n.lower(): c
         for n, c in vars(torch.optim).items()
-        if isinstance(c, type) and issubclass(c, torch.optim.Optimizer) and n not in NEED_MORE
+        if isinstance(c, type)
+        and issubclass(c, torch.optim.Optimizer)
+        and c not in (*NEED_MORE, torch.optim.Optimizer)
     }
 
 

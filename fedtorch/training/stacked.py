@@ -20,6 +20,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.training.batches import alike, side_by_side
 from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
+from fedtorch.training.local_steps import clip
 from fedtorch.training.module import buffers, training
 from fedtorch.training.module import forward as forward
 from fedtorch.training.module import load as load
@@ -153,7 +154,7 @@ def stacked(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stack
     params = {k: v.requires_grad_() for k, v in state.items() if k in names}
     rest = {k: v for k, v in state.items() if k not in names}
     views = {k: v.detach() for k, v in params.items()}
-    optimizer = recipe.optimizer.build(params.values(), task.lr)
+    optimizer = recipe.client_optimizer.build(params.values(), task.lr)
     correct = Corrector(recipe.strategy, ctx)
     device = next(iter(params.values())).device
     total = torch.zeros(K, dtype=torch.float64)
@@ -178,6 +179,8 @@ def stacked(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stack
         each = averaged(each, mask, even)
         if private is None:
             each.sum().backward()
+        if recipe.clip_norm is not None:
+            clip(params, recipe.clip_norm)
         if correct:
             correct(params, views, stacked=True)
         optimizer.step()

@@ -70,25 +70,26 @@ class Stepping(nn.Module):
         return found
 
 
-def backward(step: Step, model: nn.Module, batch: Any) -> Tensor:
+def backward(step: Step, model: nn.Module, batch: Any, share: float = 1.0) -> Tensor:
     """Leave the gradient of a batch's mean loss in the leaves, like ``losses.mean().backward()``.
 
-    Returns the mean loss. To start with a gradient of 1/B spares the nodes of the mean, a tenth of a
-    small model's step. Cross entropy takes it as the weight of every class: the first backward that is
-    given a gradient to start with imports sympy, a third of a second.
+    Of that only the ``share``, as of a batch that is a part of a step; returns the mean loss, likewise.
+    To start with a gradient of 1/B spares the nodes of the mean, a tenth of a small model's step. Cross
+    entropy takes it as the weight of every class: the first backward that is given a gradient to start
+    with imports sympy, a third of a second.
     """
     if not (isinstance(step, Supervised) and step.loss is cross_entropy):
-        return _backward(reduce(step(model, batch)))
+        return _backward(reduce(step(model, batch)), share)
     x, target = pair(batch)
     output = forward(model, x)
     if not isinstance(output, Tensor) or output.dim() != 2 or target.dim() != 1:
-        return _backward(reduce(cross_entropy(output, target)))
-    each = output.new_full((output.shape[1],), 1 / len(output))
+        return _backward(reduce(cross_entropy(output, target)), share)
+    each = output.new_full((output.shape[1],), share / len(output))
     value = F.cross_entropy(output, target, each, reduction="sum")
     value.backward()
     return value.detach()
 
 
-def _backward(values: Tensor) -> Tensor:
-    values.backward(torch.full_like(values, 1 / values.numel()))
-    return values.detach().mean()
+def _backward(values: Tensor, share: float) -> Tensor:
+    values.backward(torch.full_like(values, share / values.numel()))
+    return values.detach().mean() * share

@@ -1,6 +1,9 @@
 """One module on which client after client trains, set up once for all of them."""
 
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,8 +11,9 @@ from torch.utils.data import Dataset
 
 from fedtorch.privacy.gradients import Gradients, PrivateSteps, private_gradients
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import batches
+from fedtorch.training.batches import batches, in_parts
 from fedtorch.training.correction import Corrector
+from fedtorch.training.local_steps import stepper
 from fedtorch.training.module import forget, to, training
 from fedtorch.training.outline import Outline
 from fedtorch.training.step import backward
@@ -48,25 +52,40 @@ class Trainee:
             training(self.model)
         correct = Corrector(self.recipe.strategy, ctx)
         weights = expand(self.weights()) if correct else {}
-        step = self.recipe.optimizer.stepper([*self.params.values()], self.lr)
+        step = stepper(self.recipe, self.model, self.params, self.lr, len(steps))
+        trained, clip_norm = [*self.params.values()], self.recipe.clip_norm
         losses = []
         found: AbstractContextManager[Gradients | None] = (
             private_gradients(self.model, self.recipe.losses, private) if private else nullcontext()
         )
         with found as gradients:
-            for batch in batches(data, steps):
-                batch = to(batch, self.device)
+            learn: Callable[[Any], Tensor] = self._learn
+            if gradients is not None:
+                learn = partial(self._privately, gradients)
+            taken: Iterator[Any] = batches(data, steps)
+            if self.recipe.accumulate > 1:
+                learn, taken = self._by_parts, in_parts(data, steps, self.recipe.batch_size or 1)
+            for batch in taken:
                 forget(self.params)
-                if gradients is None:
-                    loss = backward(self._asked, self.model, batch)
-                else:
-                    loss = gradients.backward(batch)
+                loss = learn(batch)
+                if clip_norm is not None:
+                    nn.utils.clip_grad_norm_(trained, clip_norm)
                 if correct:
                     correct(self.params, weights)
                 step()
                 losses.append(loss)
         forget(self.params)  # a gradient left behind would be seen by the next client
         return torch.stack(losses).cpu().double().mean()
+
+    def _learn(self, batch: Any, share: float = 1.0) -> Tensor:
+        """Add the gradient of a batch that is a ``share`` of a step's; returns that of its loss."""
+        return backward(self._asked, self.model, to(batch, self.device), share)
+
+    def _by_parts(self, parts: Iterable[tuple[Any, float]]) -> Tensor:
+        return torch.stack([self._learn(batch, share) for batch, share in parts]).sum()
+
+    def _privately(self, gradients: Gradients, batch: Any) -> Tensor:
+        return gradients.backward(to(batch, self.device))
 
     def weights(self) -> Params:
         """The trainable weights, the module's own: whoever wants to keep them copies them."""
