@@ -6,7 +6,8 @@ from fedtorch.run.interrupts import reading
 
 with reading():
     from fedtorch.aggregation.mean import Mean
-    from fedtorch.aggregation.robust import Median, Robust
+    from fedtorch.aggregation.robust import Median
+    from fedtorch.aggregation.rows import Robust
     from fedtorch.channel.base import Stage
     from fedtorch.channel.topk import TopK
     from fedtorch.client import Client

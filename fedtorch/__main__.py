@@ -23,6 +23,10 @@ COMMANDS = {
     "models": ("models that --model can name", "fedtorch.commands.listing:models"),
     "datasets": ("datasets that --dataset can name", "fedtorch.commands.listing:datasets"),
     "strategies": ("strategies that --strategy can name", "fedtorch.commands.listing:strategies"),
+    "aggregators": (
+        "aggregators that --aggregator can name",
+        "fedtorch.commands.listing:aggregators",
+    ),
     "epsilon": ("what a private run with given noise costs", "fedtorch.commands.privacy:epsilon"),
     "noise": ("noise of a run that may cost a given epsilon", "fedtorch.commands.privacy:noise"),
     "plan": ("table of epsilon over rounds and noises", "fedtorch.commands.privacy:plan"),
@@ -45,6 +49,7 @@ TAKES = {
     "models": "[--json]",
     "datasets": "[--json]",
     "strategies": "[--json]",
+    "aggregators": "[--json]",
     "completion": "bash|zsh",
     "version": "",
 }

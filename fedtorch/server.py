@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedtorch.aggregation.mean import Gathering, moved
+from fedtorch import seeds
+from fedtorch.aggregation.mean import Gathering, Held, moved
+from fedtorch.aggregation.rows import Robust
 from fedtorch.channel import base as channel
 from fedtorch.checks import combination, strategies
 from fedtorch.client import Client
@@ -84,6 +86,8 @@ class Server:
             raise ConfigError(f"client ids must differ, but {twice[0]!r} is there twice")
         participation.check(len(clients))
         combination.check(self.recipe, participation)
+        if isinstance(self.recipe.aggregator, Robust):
+            self.recipe.aggregator.check(participation.most(len(clients)), self.ids)
         if self.recipe.privacy.fix_model:
             model = models.fixed(model)
         strategy = self.recipe.strategy.prepare(model)
@@ -107,6 +111,8 @@ class Server:
         self.extras = self.recipe.strategy.init(params)
         optimizer = self.recipe.strategy.server
         self.optimizer_state = optimizer.init(params) if optimizer else {}
+        self.held: Held = {}
+        """What the aggregator keeps from round to round."""
         self.visits = Reports()
         """What each client of the last round reported."""
         self.last_step: Params = {}
@@ -138,7 +144,8 @@ class Server:
         """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
         self.notes += self.books.check()
         if not self.recipe.aggregator.linear:
-            size = 8 * len(self.ids) * sum(v.numel() for p in groups().values() for v in p.values())
+            sent = [v for p in groups().values() for v in p.values()]
+            size = len(self.ids) * sum(v.numel() * v.element_size() for v in sent)
             self.notes.append(
                 f"{type(self.recipe.aggregator).__name__} keeps every client's update until the round "
                 f"ends: up to {size / 1e6:,.1f} MB"
@@ -172,6 +179,7 @@ class Server:
             "round": self.round_number,
             **self._figures(task, failed, means, buffers, sum(map(len, step.asked))),
             **step.figures,
+            **gathered.figures,
             "seconds_sample": sampled - start,
             "seconds_train": trained - sampled,
             "seconds_aggregate": time.perf_counter() - trained,
@@ -255,6 +263,7 @@ class Server:
             "memory": self.session.memory(),
             "privacy": self.books.state_dict(),
             **({"pace": self._under_way()} if self._flights is not None else {}),
+            **({"aggregator": self.held} if self.held else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any], ledger: Ledger | None = None) -> None:
@@ -277,6 +286,7 @@ class Server:
         self.round_number, self.seed, self._drawn = state["round"], state["seed"], None
         self.extras, self.optimizer_state = state["extras"], state["optimizer"]
         self.session.restore(state["memory"])
+        self.held = state.get("aggregator", {})
         pace = state.get("pace", {"flights": None, "tasks": {}})
         self._flights = pace["flights"]
         self._tasks = {
@@ -383,7 +393,10 @@ class Server:
 
     def _train(self, due: list[Due], failed: list[Failure]) -> tuple[Gathering, Reports]:
         """Let them train; who has no usable update is added to ``failed``."""
-        gathered, chunks = self.recipe.aggregator.start(), []
+        draw = seeds.derive(self.seed, "aggregator", self.round_number)
+        dtype = self._first[self.trainable[0]].dtype
+        gathered = self.recipe.aggregator.start(self.held, draw, dtype)
+        chunks: list[Reports] = []
         self._coded = 0
         for group in due:
             task = self._tasks[group.version]
@@ -416,9 +429,9 @@ class Server:
         # noise comes first: all that the strategy and the server optimizer do is post-processing
         released = self.books.release(gathered.sums)
         means, buffers = came = gathered.result(state) if reported else ({}, {})
-        self.nobody = not (reported or released)
+        self.nobody = not (means or released)
         delta: Params = {}
-        if reported or released:
+        if means or released:
             sent, buffers = (released, {}) if released else (means, buffers)
             share = self.recipe.privacy.share()
             if strategy.server is not None or type(strategy).step is not Strategy.step:
@@ -433,7 +446,7 @@ class Server:
             if new is None or not all(map(all_finite, [*extras.values(), *kept.values()])):
                 self.failed_step, delta = True, {}
             else:
-                self.extras, self.optimizer_state = extras, kept
+                self.extras, self.optimizer_state, self.held = extras, kept, gathered.held
                 load(self.model, new)
         self.last_step = delta
         return came

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import torch
 
 from fedtorch.aggregation.mean import RunningMean
@@ -57,6 +55,7 @@ def test_a_summed_update_alone_and_among_others():
 def test_a_buffer_that_a_client_did_not_send_counts_with_its_start_value():
     mean = RunningMean()
     mean.add(update("a", [3.0], [1.0]))
-    mean.add(replace(update("bc", [1.0, 1.0], [2.0, 5.0]), buffers={}))
+    came = update("bc", [1.0, 1.0], [2.0, 5.0])
+    mean.add(Released.received(came.ids, came.sent, {}, came.weight))
     _, buffers = mean.result({"s": torch.tensor([11.0]), "other": torch.zeros(1)})
     assert buffers["s"].item() == (1 * 3 + 7 * 11) / 8 and set(buffers) == {"s"}

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from conftest import make_clients, mlp, weights
 from fedtorch import Client, FedAvg, FedProx, Local, Mean, Median, Recipe, Robust, Server
-from fedtorch.aggregation import robust
+from fedtorch.aggregation import table
+from fedtorch.aggregation.robust import TrimmedMean
 from fedtorch.privacy import LocalDP, SampleLevel
 from fedtorch.types import Released
 
@@ -62,14 +63,21 @@ def test_the_median_of_five_of_whom_one_lies_and_of_four(engine):
     assert abs(ends(FIVE, Mean(), **engine)[0]) > 1e5
 
 
-def test_a_median_in_blocks_of_columns_of_any_shape(monkeypatch):
-    rows = torch.randn(6, 3, 5, dtype=torch.float64)
-    whole = robust.median(rows)
-    monkeypatch.setattr(robust, "COLUMNS", 4)
-    assert torch.equal(robust.median(rows), whole) and whole.shape == (3, 5)
-    numbers = sorted(rows[:, 1, 2].tolist())
-    assert float(whole[1, 2]) == (numbers[2] + numbers[3]) / 2
-    assert robust.median(rows[:, 0, 0]).shape == () and robust.median(rows[:, :0]).shape == (0, 5)
+def test_columns_in_blocks_of_any_size_come_to_the_same(monkeypatch):
+    values = {"a": torch.randn(6, 3, 5), "s": torch.randn(6), "none": torch.zeros(6, 0)}
+
+    def found() -> dict[str, Tensor]:
+        rows = TrimmedMean().start()
+        ids = tuple("abcdef")
+        rows.add(Released.received(ids, {"delta": values}, {}, torch.ones(6)))
+        return rows.result({})[0]["delta"]
+
+    whole = found()
+    monkeypatch.setattr(table, "CELLS", 20)
+    assert all(torch.equal(v, whole[k]) for k, v in found().items())
+    assert {k: v.shape for k, v in whole.items()} == {k: v.shape[1:] for k, v in values.items()}
+    numbers = sorted(values["a"][:, 1, 2].tolist())
+    assert whole["a"][1, 2].item() == pytest.approx(sum(numbers[1:5]) / 4)
 
 
 def update(ids: str, values: list[float], buffers: list[float] | None = None) -> Released:
@@ -107,7 +115,8 @@ def test_rows_come_by_id_however_chunks_arrive_and_are_copies():
 def test_a_mean_of_several_clients_is_no_row_and_rows_give_no_sum():
     rows = Median().start()
     with pytest.raises(TypeError, match="does not show"):
-        rows.add(replace(update("ab", [1.0, 2.0]), summed=True))
+        came = update("ab", [1.0, 2.0])
+        rows.add(Released.received(came.ids, came.sent, {}, came.weight, summed=True))
     with pytest.raises(TypeError, match="no sum"):
         rows.sums()
 

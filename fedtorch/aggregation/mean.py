@@ -1,16 +1,25 @@
 """The weighted mean of what clients send, built up as updates arrive, and the step it leads to."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from fedtorch.tree import add_weighted, all_finite
 from fedtorch.types import Params, Released, Stack
 
+Held = dict[str, Params]
+"""What an aggregator keeps on the server from round to round, by group."""
+
 
 class Gathering(Protocol):
     """One round's updates, as they arrive, and what comes of them."""
+
+    held: Held
+    """What the next round is to start with."""
+    figures: dict[str, Any]
+    """What else there is to tell of the round: ids of clients that were left out, and the like."""
 
     def add(self, update: Released) -> None:
         """Add the clients of one chunk."""
@@ -28,8 +37,14 @@ class Aggregator(Protocol):
     linear: ClassVar[bool]
     """A weighted sum will do: no client's update is needed by itself (``Recipe.needs_rows``)."""
 
-    def start(self) -> Gathering:
-        """Nothing gathered yet, for one round."""
+    def start(
+        self, held: Held | None = None, seed: int = 0, dtype: torch.dtype = torch.float64
+    ) -> Gathering:
+        """Nothing gathered yet, for one round.
+
+        ``held``: of the round before; ``seed`` for draws; ``dtype``: of the weights, in which updates may
+        be kept.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +53,9 @@ class Mean:
 
     linear: ClassVar[bool] = True
 
-    def start(self) -> "RunningMean":
+    def start(
+        self, held: Held | None = None, seed: int = 0, dtype: torch.dtype = torch.float64
+    ) -> "RunningMean":
         """An empty sum."""
         return RunningMean()
 
@@ -48,6 +65,7 @@ class RunningMean:
 
     def __init__(self) -> None:
         """Nothing added yet."""
+        self.held, self.figures = Held(), dict[str, Any]()
         self.weight = 0.0
         self.sent: dict[str, Params] = {}
         self.buffers: Params = {}

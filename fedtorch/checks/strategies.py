@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedtorch import seeds
-from fedtorch.aggregation.robust import BUFFERS
+from fedtorch.aggregation.rows import BUFFERS
 from fedtorch.channel.base import UNSENT
 from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.strategies.base import Strategy

@@ -45,6 +45,11 @@ def strategies(argv: Sequence[str]) -> int:
     return show(described("strategy"), argv, "strategies")
 
 
+def aggregators(argv: Sequence[str]) -> int:
+    """Every aggregator by its short name."""
+    return show(described("aggregator"), argv, "aggregators")
+
+
 def version(argv: Sequence[str]) -> int:
     """The version installed."""
     only(argv, "version")

@@ -24,7 +24,10 @@ PUBLIC = frozenset(
 
 COVERED = {
     "example": frozenset(
-        ("cohort", "failed", "clients", "dropped", "update_norm", "bytes_down", "bytes_up")
+        (
+            *("cohort", "failed", "clients", "dropped", "update_norm", "bytes_down", "bytes_up"),
+            *("left_out", "far", "too_few"),
+        )
     ),
     "client": frozenset[str](),
 }

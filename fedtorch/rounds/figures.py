@@ -16,6 +16,9 @@ Metrics = dict[str, Any]
 PART = 1 << 16
 """Squares that are added up in float32: of ten million that sum can be off by a hundredth."""
 
+FAR = 10.0
+"""An update is named that is so many times as long as the usual one."""
+
 QUARTILES = {"min": 0.0, "q1": 0.25, "median": 0.5, "q3": 0.75, "max": 1.0}
 
 
@@ -57,7 +60,14 @@ class Reports:
             loss = spread("client_loss", self.values["train_loss"])
             found = {"train_loss": self.mean("train_loss"), **loss, **found}
             found["examples"] = int(self.values["examples"].sum())
-        return found
+        return found | self.far()
+
+    def far(self) -> Metrics:
+        """Clients whose update is far longer than most: so it is far from them in any direction."""
+        norms = self.values["update_norm"]
+        usual = float(norms.median())
+        away = [i for i, n in zip(self.ids, norms.tolist(), strict=True) if n > FAR * usual > 0]
+        return {"far": sorted(away)} if away else {}
 
     def speed(self, seconds: float) -> Metrics:
         """Clients and examples (every pass counted) in a second of training."""

@@ -47,6 +47,10 @@ class Participation:
         """Indices of this round's clients, ascending."""
         return list(range(len(who)))
 
+    def most(self, population: int) -> int:
+        """Clients of the largest cohort there can be."""
+        return population
+
     def check(self, population: int) -> None:
         """Refuse a choice that this population cannot meet."""
 
@@ -72,6 +76,10 @@ class Uniform(Participation):
         """A uniformly random subset."""
         generator = seeds.generator(seed, "cohort", round)
         return sorted(torch.randperm(len(who), generator=generator)[: self.cohort_size].tolist())
+
+    def most(self, population: int) -> int:
+        """All of them alike."""
+        return self.cohort_size
 
     def check(self, population: int) -> None:
         """The cohort must fit into the population."""

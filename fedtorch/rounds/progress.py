@@ -3,11 +3,14 @@
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 WIDTH = 20
 """Characters of the bar."""
+
+SHOWN = 5
+"""Clients that a line names; the record has all."""
 
 
 def troubles(figures: Mapping[str, Any]) -> list[str]:
@@ -18,6 +21,12 @@ def troubles(figures: Mapping[str, Any]) -> list[str]:
         for who, kind in failed.items()
         if kind == "nonfinite"
     ]
+    if few := _either(figures, "too_few"):
+        return [*said, f"round {number}: {few}; the model stays as it was"]
+    if left := _either(figures, "left_out"):
+        said.append(f"round {number}: the aggregator left out {_some(left)}")
+    if far := _either(figures, "far"):
+        said.append(f"round {number}: far from all others is the update of {_some(far)}")
     if _either(figures, "nobody"):
         said.append(f"round {number}: no client counted, the model stays as it was")
     if figures.get("step_failed"):
@@ -26,6 +35,12 @@ def troubles(figures: Mapping[str, Any]) -> list[str]:
             "kept: lower lr or the server's learning rate"
         )
     return said
+
+
+def _some(ids: Sequence[str]) -> str:
+    """The first few ids, and how many more."""
+    more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
+    return ", ".join(ids[:SHOWN]) + more
 
 
 def summary(figures: Mapping[str, Any]) -> str:

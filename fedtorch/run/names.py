@@ -42,6 +42,18 @@ CHOICES: dict[str, dict[str, str]] = {
     "aggregator": {
         "mean": "fedtorch.aggregation.mean.Mean",
         "median": "fedtorch.aggregation.robust.Median",
+        "trimmed-mean": "fedtorch.aggregation.robust.TrimmedMean",
+        "krum": "fedtorch.aggregation.vectors.Krum",
+        "multi-krum": "fedtorch.aggregation.vectors.MultiKrum",
+        "bulyan": "fedtorch.aggregation.vectors.Bulyan",
+        "geometric-median": "fedtorch.aggregation.vectors.GeometricMedian",
+        "centred-clip": "fedtorch.aggregation.vectors.CentredClip",
+        "norm-bound": "fedtorch.aggregation.vectors.NormBound",
+        "fltrust": "fedtorch.aggregation.vectors.FLTrust",
+    },
+    "aggregator.pre": {
+        "nnm": "fedtorch.aggregation.mixing.NNM",
+        "bucketing": "fedtorch.aggregation.mixing.Bucketing",
     },
     "channel": {"topk": "fedtorch.channel.topk.TopK"},
     "participation": {
@@ -89,6 +101,10 @@ WANTED = {
         "it must be a subclass of fedtorch.training.optimizer.ServerOptimizer",
     ),
     "aggregator": ("start", "it must be a dataclass with a method start(), as of fedtorch.Robust"),
+    "aggregator.pre": (
+        "fedtorch.aggregation.mixing.Mixing",
+        "it must be a subclass of fedtorch.aggregation.mixing.Mixing",
+    ),
     "channel": ("fedtorch.channel.base.Stage", "it must be a subclass of fedtorch.Stage"),
     "participation": (
         "fedtorch.rounds.participation.Participation",
