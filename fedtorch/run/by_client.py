@@ -36,7 +36,7 @@ def rows(scores: Scores, metrics: Mapping[str, Loss], most: int) -> list[dict[st
         low, high = min(values), max(values)
         mean[name] = word(sum(values) / len(values))
         ends = {"low": word(low), "high": word(high), None: f"{word(low)} to {word(high)}"}
-        worst[name] = ends[worse(metrics[name])]
+        worst[name] = ends[worse(metrics[name]) if name in metrics else None]
     each = [
         {"client": i[:40], **{k: word(v) for k, v in s.items()}}
         for i, s in list(scores.items())[:most]

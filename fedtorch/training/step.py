@@ -39,12 +39,9 @@ class Supervised:
 def pair(batch: Any) -> tuple[Any, Any]:
     """Inputs and targets; raises ConfigError where a batch is no pair."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        what = (
-            f"has {len(batch)} parts"
-            if isinstance(batch, (tuple, list))
-            else f"is a {type(batch).__name__}"
-        )
-        raise ConfigError(f"{PAIRS} (here a batch {what})")
+        kind = type(batch).__name__
+        parts = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise ConfigError(f"{PAIRS} (here a batch is a {kind}{parts})")
     x, y = batch
     return x, y
 
