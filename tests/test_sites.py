@@ -306,6 +306,9 @@ def test_who_has_no_right_key_is_turned_away_and_the_log_says_so(folder, caplog,
 def test_without_keys_only_loopback_is_served():
     with pytest.raises(ConfigError, match="only this machine"):
         Sites(plan=offer(), address="0.0.0.0:0").open(offer().build()[0], remotes(NAMES), Recipe())
+    with pytest.raises(ConfigError, match="loss of their plan"):
+        asked = Recipe(step=lambda model, batch: model(batch).mean())
+        Sites(plan=offer(), address="127.0.0.1:0").open(offer().build()[0], remotes(NAMES), asked)
     with pytest.raises(ConfigError, match="insecure"):
         SiteConfig(name="north")
 

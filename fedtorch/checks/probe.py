@@ -135,9 +135,9 @@ def aside(model: nn.Module) -> Iterator[None]:
         for _, q, old, was in before:
             q.grad = old if old is None or was is None else old.copy_(was)
         raise ConfigError(
-            f"the loss, or a function that model {type(model).__name__} keeps, uses parameter {name} of "
-            "the very model handed over, but clients train copies of it, which it would not touch: make it "
-            "a method, or part of the output, or use the optimizer's weight_decay for a penalty"
+            f"the loss or step, or a function that model {type(model).__name__} keeps, uses parameter "
+            f"{name} of the very model handed over, but clients train copies of it, which it would not "
+            "touch: let a step, Recipe(step=fn), use the model that it is given, or make it a method"
         )
 
 

@@ -21,6 +21,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.sites import offer as plans
 from fedtorch.sites.reports import Reader, Visit, check_enough, judge
 from fedtorch.sites.rpc import Listener, log
+from fedtorch.training.losses import LOSSES
 from fedtorch.training.module import snapshot
 from fedtorch.training.personal import shared
 from fedtorch.types import ConfigError, Failure, Params, Released, Task
@@ -67,6 +68,11 @@ class Sites:
         """Listen for the sites."""
         if not 1 <= self.minimum <= len(clients):
             raise ConfigError(f"minimum must be between 1 and {len(clients)}, got {self.minimum}")
+        if recipe.loss is not LOSSES[self.plan.loss]:
+            raise ConfigError(
+                f"sites train by the loss of their plan, {self.plan.loss}, and take no code from a server: "
+                "a loss or step of your own needs engine local, processes or ray"
+            )
         if self.deadline <= 0:
             raise ConfigError(f"deadline must be positive, got {self.deadline}")
         if self.most_examples < 1:
