@@ -325,6 +325,45 @@ def test_a_loss_for_the_whole_batch_is_refused():
         Server(model(), clients(), recipe)
 
 
+class Experts(nn.Module):
+    """Each example goes to one of two layers, which see a part of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.choice, self.experts = nn.Linear(6, 2), nn.ModuleList(nn.Linear(6, 4) for _ in "ab")
+
+    def forward(self, x):
+        share, place = self.choice(x).softmax(1).max(1)
+        out = x.new_zeros(len(x), 4)
+        for k, expert in enumerate(self.experts):
+            mine = place == k
+            out = out.index_put((mine,), expert(x[mine]) * share[mine, None])
+        return out
+
+
+def test_layers_that_see_a_part_of_a_batch_are_trained_example_by_example():
+    from fedtorch import Recipe, Server
+
+    plan = SampleLevel(rounds=1, noise_multiplier=1.0, sample_rate=0.5, steps=2, batch_size=8)
+    server = Server(Experts(), clients(), Recipe(privacy=plan))
+    assert server.session.recipe.privacy.mode == "alone"
+    server.round()
+
+
+def test_batchnorm_in_evaluation_mode_neither_mixes_nor_keeps_anything():
+    from fedtorch import Recipe, Server
+
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
+    net[1].eval().requires_grad_(False)
+    recipe = Recipe(privacy=SampleLevel(rounds=1, noise_multiplier=1.0))
+    server = Server(net, clients(), recipe)
+    server.round()
+    assert not net[1].running_mean.any()
+    with pytest.raises(ConfigError, match="BatchNorm1d"):  # it would train as a whole
+        Server(net.eval(), clients(), recipe)
+
+
 def test_the_fix_keeps_groups_that_say_something():
     net = nn.Sequential(
         nn.Conv2d(1, 7, 3),

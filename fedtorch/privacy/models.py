@@ -19,7 +19,7 @@ def refuse(model: nn.Module) -> None:
     """Layers that keep or use statistics of many examples; all modules are looked at, frozen or not."""
     for name, module in model.named_modules():
         where = f"layer {name or 'model'} ({type(module).__name__})"
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and not rests(module, model):
             raise ConfigError(
                 f"{where} mixes the examples of a batch and keeps statistics nobody noises: use "
                 f"GroupNorm{FIX}"
@@ -28,6 +28,15 @@ def refuse(model: nn.Module) -> None:
             raise ConfigError(
                 f"{where} keeps statistics nobody noises: set track_running_stats=False{FIX}"
             )
+
+
+def rests(module: _BatchNorm, model: nn.Module) -> bool:
+    """Whether its owner left it in evaluation mode, with statistics that neither use nor follow the data.
+
+    A model that is so as a whole trains as a whole.
+    """
+    off = not module.training and any(m.training for m in model.modules())
+    return off and module.running_mean is not None
 
 
 def renorming(model: nn.Module) -> None:
@@ -70,7 +79,7 @@ def fixed(model: nn.Module) -> nn.Module:
     fixers = {k: v for k, v in ModuleValidator.FIXERS.items() if k in RECURRENT}
     model = copied(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, _BatchNorm) and name:
+        if isinstance(module, _BatchNorm) and name and not rests(module, model):
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, _group_norm(module))
         elif isinstance(module, _InstanceNorm) and module.track_running_stats:
