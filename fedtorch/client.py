@@ -1,68 +1,80 @@
 """Clients: data that stays with its owner. ``training/local_update.py`` is what they do with it."""
 
 from collections.abc import Sized
-from typing import cast
+from typing import Any, cast
 
-from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Sampler
 
 from fedtorch.options import fit
-from fedtorch.training.batches import len_of
+from fedtorch.training.batches import Collate, Collated, Drawn, drawn
+from fedtorch.training.datasets import Loader, as_dataset, taken_apart
 from fedtorch.types import ConfigError, Params
 
 
 class Client:
     """One data owner: an id, data that stays here, and memory that never leaves.
 
-    ``data`` is ``(x, y)`` tensors with one row for each example, or any map-style
-    ``torch.utils.data.Dataset`` of ``(x, y)`` pairs. ``validation`` is held out of training.
+    ``data`` is ``(x, y)`` with one row for each example (tensors, NumPy arrays, DataFrames, nestings of
+    them), any map-style dataset, or a DataLoader, which is taken apart. ``validation``, of the same kinds,
+    is held out of training.
     """
 
     def __init__(
         self,
         id: str,
-        data: Dataset | tuple[Tensor, ...],
-        validation: Dataset | tuple[Tensor, ...] | None = None,
+        data: Any,
+        validation: Any = None,
+        *,
+        collate: Collate | None = None,
+        sampler: Drawn | None = None,
+        num_workers: int = 0,
     ) -> None:
-        """Raises ConfigError when there is no data or its length is unknown."""
+        """What a DataLoader has, of the client's own.
+
+        ``collate``: a list of examples -> a batch, for examples of unequal size. ``sampler``: ``fn(seed,
+        round)`` -> places of the examples that each pass of a visit takes, in order, cut into batches; the
+        client weighs as many examples as it has all the same. ``num_workers``: processes that read ahead;
+        a dataset that draws at random draws other numbers with them, the same for any number of them.
+        Raises ConfigError when there is no data or its length is unknown.
+        """
         self.id = str(fit("the id of a client, which comes before its data,", id, str | int))
-        self.data = as_dataset(data, f"client {id!r}")
-        self.validation = None if validation is None else as_dataset(validation, f"client {id!r}")
+        owner = f"client {id!r}"
+        self.loader: Loader | None = None
+        """What the data came in, if it was a DataLoader."""
+        if isinstance(data, DataLoader):
+            self.loader = found = taken_apart(data, owner)
+            if collate is not None and found.collate is not None:
+                raise ConfigError(
+                    f"{owner}: its DataLoader has a collate_fn already: give one of the two"
+                )
+            if sampler is not None and found.sampler is not None:
+                raise ConfigError(
+                    f"{owner}: its DataLoader has a sampler already: give one of the two"
+                )
+            data, collate = found.dataset, collate or found.collate
+            sampler, num_workers = sampler or found.sampler, num_workers or found.num_workers
+        if sampler is not None and not (callable(sampler) or isinstance(sampler, Sampler)):
+            raise ConfigError(
+                f"{owner}: its sampler must be fn(seed, round) -> places of examples, or a torch Sampler, "
+                f"got {type(sampler).__name__}"
+            )
+        self.data = as_dataset(data, owner, collate, num_workers)
+        if validation is not None:
+            own = collate if not isinstance(validation, DataLoader | Collated) else None
+            validation = as_dataset(validation, owner, own)
+        self.validation = validation
+        self.sampler = sampler
         self.memory: dict[str, Params] = {}
 
     def __len__(self) -> int:
         """Number of training examples."""
         return len(cast(Sized, self.data))
 
+    def taken(self) -> int:
+        """Number of examples that the first pass takes: all, but for a sampler's."""
+        n = len(self)
+        return n if self.sampler is None else len(drawn(self.sampler, n, 0, 0))
+
     def __repr__(self) -> str:
         """Id and size, never data."""
         return f"Client({self.id!r}, {len(self)} examples)"
-
-
-def as_dataset(data: Dataset | tuple[Tensor, ...], owner: str) -> Dataset:
-    """Tensors or a map-style dataset -> a dataset of known, positive length."""
-    if isinstance(data, (tuple, list)):
-        if not all(isinstance(t, Tensor) and t.dim() for t in data):
-            kinds = ", ".join(type(t).__name__ for t in data)
-            arrays = "" if "ndarray" not in kinds else "; torch.from_numpy makes one of an array"
-            raise ConfigError(
-                f"{owner}: data must be tensors (x, y) with one row each, got {kinds}{arrays}"
-            )
-        sizes = [len(t) for t in data]
-        if len(set(sizes)) != 1:
-            raise ConfigError(f"{owner}: tensors of different lengths {sizes}")
-        data = TensorDataset(*data)
-    if type(data) is TensorDataset and any(t.requires_grad for t in data.tensors):
-        if not all(t.is_leaf for t in data.tensors):
-            raise ConfigError(
-                f"{owner}: its data requires grad, and what it was computed from is not trained here: give "
-                "x.detach()"
-            )
-        data = TensorDataset(*(t.detach() for t in data.tensors))  # nothing asks for its gradient
-    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        raise ConfigError(
-            f"{owner}: {type(data).__name__} is not map-style (it needs __len__ and __getitem__)"
-        )
-    if len_of(data) == 0:
-        raise ConfigError(f"{owner} has no examples; leave it out")
-    return data

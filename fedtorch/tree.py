@@ -186,6 +186,10 @@ def _rows(v: Tensor) -> Tensor:
     return v.reshape(len(v), -1)
 
 
+class Apart(list[Any]):
+    """Batches of one example each, where a batch of several would not be their rows together."""
+
+
 def parts(batch: Any) -> list[Any] | None:
     """What a nesting holds, in order: a tuple, list, mapping or dataclass; None: it is no nesting."""
     if isinstance(batch, Mapping):
@@ -238,6 +242,8 @@ def filled(batch: Any, tensors: Sequence[Tensor]) -> Any:
 
 def size(batch: Any) -> int:
     """Examples of a batch, by the first tensor in it that has any rows."""
+    if isinstance(batch, Apart):
+        return len(batch)
     return next((len(t) for t in leaves(batch) if t.dim()), len(batch))
 
 
@@ -247,6 +253,9 @@ def rows(batch: Any, index: Tensor | slice) -> Any:
         return batch[index] if batch.dim() else batch
     if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], str):
         return [batch[i] for i in torch.arange(len(batch))[index].tolist()]
+    if isinstance(batch, Apart):
+        found = [batch[i] for i in torch.arange(len(batch))[index].tolist()]
+        return found[0] if len(found) == 1 else Apart(found)
     inside = parts(batch)
     return batch if inside is None else rebuilt(batch, [rows(v, index) for v in inside])
 

@@ -15,7 +15,7 @@ from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.privacy import Nothing
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import fetch, least, len_of
+from fedtorch.training.batches import Collated, fetch, least, len_of
 from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
 from fedtorch.training.local_steps import one_by_one, stepper
@@ -340,6 +340,10 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
     """Why these clients cannot train side by side, or None when they can."""
     if why := one_by_one(recipe):
         return why
+    if any(isinstance(c.data, Collated) for c in clients):
+        return "data has a collate or num_workers of its own"
+    if any(c.sampler for c in clients):
+        return "clients have a sampler"
     batch = to(two_examples(clients[0].data), next(model.parameters()).device)
     if why := uneven(batch):
         return why

@@ -9,10 +9,10 @@ from torch import nn
 from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import fetch, least, len_of
+from fedtorch.training.batches import Collated, fetch, least, len_of
 from fedtorch.training.module import to, training
 from fedtorch.training.outline import untouched
-from fedtorch.tree import rows
+from fedtorch.tree import mapped, rows
 from fedtorch.types import ConfigError
 
 FEW = 16
@@ -46,7 +46,7 @@ def _sizes(clients: Sequence[Client], recipe: Recipe) -> dict[int, list[Client]]
     """Sizes of batches, and who has them."""
     found: dict[int, list[Client]] = {}
     for c in clients:
-        n = len(c)
+        n = c.taken()  # a sampler's first stand for all
         for size in {min(recipe.batch_size or n, n), least(n, recipe)}:
             found.setdefault(size, []).append(c)
     return found
@@ -60,26 +60,29 @@ def _fails(model: nn.Module, client: Client, recipe: Recipe, size: int) -> str |
     """What goes wrong with a batch of so many, if anything."""
     n = len(client)
     many = max(min(n, max(FEW, size)), 2)  # twice the only example of a client that has one
-    index = torch.arange(many) % min(n, len_of(client.data))
-    batch = to(fetch(client.data, index), next(model.parameters()).device)
+    given = torch.arange(many) % min(n, len_of(client.data))
+    device = next(model.parameters()).device
+    batch = to(fetch(client.data, given), device)
     order = torch.randperm(many, generator=seeds.generator(0, "short", size))
     for k in range(_draws(size)):
         index = order.roll(-k * size)[:size]
         try:
-            loss = recipe.losses(model, rows(batch, index))
+            own = isinstance(client.data, Collated)  # rows of such a batch may be no batch
+            few = to(fetch(client.data, given[index]), device) if own else rows(batch, index)
+            loss = recipe.losses(model, few)
         except Exception as e:
             return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:300]}"
         if loss.dim() and len(loss) != size:
             return f"the loss gives {list(loss.shape)}"
-        if not bool(loss.isfinite().all()) and _sound(model, batch, many, recipe):
+        if not bool(loss.isfinite().all()) and _sound(model, batch, recipe):
             return f"the loss is {float(loss.mean())}, which it is not for {many}"
     return None
 
 
-def _sound(model: nn.Module, batch: Any, many: int, recipe: Recipe) -> bool:
+def _sound(model: nn.Module, batch: Any, recipe: Recipe) -> bool:
     """Whether the same examples have a loss together."""
     try:
-        return bool(recipe.losses(model, rows(batch, torch.arange(many))).isfinite().all())
+        return bool(recipe.losses(model, mapped(torch.clone, batch)).isfinite().all())
     except Exception:  # more than a batch, for a model of one size
         return False
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, TensorDataset
 
 from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import len_of
+from fedtorch.training.batches import Collated, fetch, len_of
 from fedtorch.training.module import forward, to, training
 from fedtorch.training.outline import untouched
 from fedtorch.tree import parts, rebuilt
@@ -35,7 +35,7 @@ class Shown(Client):
 
     def __init__(self, client: Client, data: Dataset) -> None:
         """``data`` in place of the client's own."""
-        super().__init__(client.id, data)
+        super().__init__(client.id, data, sampler=client.sampler)
         self.size = len(client)
 
     def __len__(self) -> int:
@@ -74,6 +74,8 @@ def made(data: Dataset, classes: int = 2) -> Dataset:
 
     Targets are numbers of ``classes``.
     """
+    if isinstance(data, Collated):
+        return Collated(_unlike(data.data, classes), data.collate)
     if isinstance(data, TensorDataset):
         tables = [
             _drawn(t[:1].expand(COUNT, *t.shape[1:]), k == 0, classes)
@@ -81,6 +83,13 @@ def made(data: Dataset, classes: int = 2) -> Dataset:
         ]
         return TensorDataset(*(_laid(new, t) for new, t in zip(tables, data.tensors, strict=True)))
     return Items([_like(data[0], k, classes) for k in range(COUNT)])
+
+
+def _unlike(data: Dataset, classes: int) -> Dataset:
+    """The same of the shapes of several: what a collate makes of unequal ones has to be tried."""
+    n = len_of(data)
+    places = torch.linspace(0, n - 1, min(n, COUNT)).long().tolist()
+    return Items([_like(data[places[k % len(places)]], k, classes) for k in range(COUNT)])
 
 
 def labels(classes: int) -> list[int]:
@@ -99,6 +108,8 @@ def labels(classes: int) -> list[int]:
 def limited(data: Dataset) -> Dataset:
     """The first examples, with nothing in them that is not finite or larger than ``BOUND``."""
     n = min(COUNT, len_of(data))
+    if isinstance(data, Collated):
+        return Collated(limited(data.data), data.collate)
     if isinstance(data, TensorDataset):
         return TensorDataset(*(_bounded(t[:n]) for t in data.tensors))
     return Items([_mapped(data[k], _bounded) for k in range(n)])
@@ -133,8 +144,7 @@ def _classes(model: nn.Module, client: Client) -> int:
     """As many classes as the model has outputs on axis 1 for targets that are whole numbers; else 0."""
     try:
         with untouched(model), torch.no_grad(), seeds.seeded(0):
-            batch = default_collate([client.data[k] for k in (0, 1)])
-            x, y = to(batch, next(model.parameters()).device)
+            x, y = to(fetch(client.data, torch.arange(2)), next(model.parameters()).device)
             output = forward(training(model), x)
             whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
             if not (whole and output.is_floating_point() and output.dim() == y.dim() + 1):
@@ -148,7 +158,7 @@ def _fits(model: nn.Module, client: Client, recipe: Recipe) -> bool:
     """Whether model and loss take made-up examples at all, whatever their targets."""
     try:
         with untouched(model), torch.no_grad(), seeds.seeded(0):
-            batch = default_collate([client.data[k] for k in range(COUNT)])
+            batch = fetch(client.data, torch.arange(COUNT))
             recipe.losses(training(model), to(batch, next(model.parameters()).device))
     except Exception:
         return False

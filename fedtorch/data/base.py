@@ -8,6 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from fedtorch.training.batches import Collated
+from fedtorch.training.datasets import as_dataset
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -57,6 +60,12 @@ class Data:
     """Facts that a model may ask for by name: input_shape, in_features, in_channels, vocab_size, ..."""
     preparation: Preparation = Preparation()
 
+    def __post_init__(self) -> None:
+        """Take examples in whatever a client may be given them; raises ConfigError for anything else."""
+        for part, empty in (("train", False), ("test", True)):
+            found = as_dataset(getattr(self, part), f"{self.name}, {part} examples", empty=empty)
+            object.__setattr__(self, part, found)
+
 
 def from_tensors(
     name: str,
@@ -100,4 +109,6 @@ def subset(data: Dataset, index: Tensor) -> Dataset:
     """Some examples of a dataset; tensors stay tensors, so that batches stay cheap."""
     if isinstance(data, TensorDataset):
         return TensorDataset(*(t[index] for t in data.tensors))
+    if isinstance(data, Collated):
+        return Collated(subset(data.data, index), data.collate, data.num_workers)
     return Subset(data, index.tolist())

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from fedtorch.checks import probe, reached, short
+from fedtorch.checks import data, probe, reached, short
 from fedtorch.checks.standins import shown
 from fedtorch.client import Client
 from fedtorch.engines.solver_choice import Choice, choose
@@ -40,6 +40,7 @@ class Local:
     def open(self, model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> "LocalSession":
         """Try one batch and choose how to train."""
         usable(self.device)
+        said = data.check(clients, recipe)
         probe.trainable(model)
         worker = copied(model).to(self.device)
         tried = shown(worker, clients, recipe)
@@ -51,7 +52,7 @@ class Local:
             choice = choose(
                 worker, clients, recipe, self.chunk, self.solver, self.dtype, found.changes
             )
-        said = local_steps.notes(worker, [len(c) for c in clients], recipe)
+        said += local_steps.notes(worker, [c.taken() for c in clients], recipe)
         by_id = {c.id: c for c in clients}
         notes = (*probe.modes(model), *found.notes, *said, *choice.notes)
         session = LocalSession(worker, by_id, choice.recipe, choice, notes)

@@ -110,6 +110,8 @@ def offered(
         return f"device {device.type} has no float64"
     if changes:
         return f"{changes} changes while the model runs"
+    if any(c.sampler for c in clients):
+        return "clients have a sampler"
     with untouched(model):  # to read a model is to run it with something other than tensors
         found = fast.offer(model, [c.data for c in clients], recipe, recipe.privacy, half)
     # the loss is given the examples of all clients of a chunk at once

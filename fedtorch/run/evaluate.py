@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.run.metrics import by_name
 from fedtorch.training.batches import fetch, len_of
+from fedtorch.training.datasets import as_dataset
 from fedtorch.training.losses import Loss, counted, gathers, reduce
 from fedtorch.training.module import channels_last, evaluating, load, snapshot
 from fedtorch.training.stacked import forward, to
@@ -28,7 +28,7 @@ Judge = Callable[[nn.Module, Any], Any]
 
 def evaluate(
     model: nn.Module,
-    data: Dataset,
+    data: Any,
     metrics: Mapping[str, Loss | str] | Sequence[str] = (),
     batch_size: int | None = 512,
     *,
@@ -46,6 +46,7 @@ def evaluate(
     the output and the target that metrics get, or by name figures of its own, each a number for each
     example or the mean of the batch. Raises ConfigError where a metric or figure does none of these.
     """
+    data = as_dataset(data, "the data to evaluate on", empty=True)
     n, metrics = len_of(data), by_name(metrics)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     judged, figures = _Judged(model, step), dict[str, Mean]()

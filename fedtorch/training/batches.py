@@ -1,16 +1,50 @@
 """Which examples a client sees, in which order: the only place data order is decided."""
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
+from multiprocessing import current_process
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    Sampler,
+    StackDataset,
+    TensorDataset,
+    default_collate,
+)
 
+from fedtorch import seeds
 from fedtorch.options import TrainingOptions
-from fedtorch.tree import mapped, rows
+from fedtorch.tree import Apart, mapped, rows
+
+Collate = Callable[[list[Any]], Any]
+"""Examples, as the dataset gives them, -> one batch."""
+
+Drawn = Callable[[int, int], Any] | Sampler[int]
+"""``fn(seed, round)`` -> places of the examples that a pass takes, in order; or a sampler of torch."""
+
+
+class Collated(Dataset[Any]):
+    """A dataset with its own way to make a batch of examples, and processes that read ahead."""
+
+    def __init__(
+        self, data: Dataset[Any], collate: Collate | None = None, num_workers: int = 0
+    ) -> None:
+        """``collate``: none, as DataLoader does; ``num_workers``: none, read as training needs it."""
+        self.data, self.collate, self.num_workers = data, collate, num_workers
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len_of(self.data)
+
+    def __getitem__(self, k: int) -> Any:
+        """One example, not collated."""
+        return self.data[k]
 
 
 def len_of(data: Dataset) -> int:
@@ -55,17 +89,78 @@ def least(n: int, order: TrainingOptions) -> int:
     return rest if rest and comes else size
 
 
-def fetch(data: Dataset, index: Tensor) -> Any:
-    """The examples at ``index`` as one batch: tables' rows, or what a DataLoader would collate of them."""
+def drawn(sampler: Drawn, n: int, seed: int, round: int) -> Tensor:
+    """Places that a sampler gives for one pass; raises ValueError where they are none of ``n`` examples.
+
+    Global generators are seeded meanwhile, so that one that draws from them repeats.
+    """
+    with seeds.seeded(seed):
+        given = sampler if isinstance(sampler, Sampler) else sampler(seed, round)
+        given = given if isinstance(given, (Tensor, np.ndarray)) else [*given]
+    if not len(given):
+        raise ValueError("its sampler gives no examples")
+    index = torch.as_tensor(given)
+    if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        kind = f"{str(index.dtype).removeprefix('torch.')} of {index.dim()} axes"
+        raise ValueError(f"its sampler must give a list of whole numbers (places), not {kind}")
+    if len(odd := index[(index < 0) | (index >= n)]):
+        raise ValueError(f"its sampler gives place {int(odd[0])}, but it has places 0 to {n - 1}")
+    return index.long()
+
+
+def sampled_order(n: int, order: TrainingOptions, sampler: Drawn, seed: int, round: int) -> Tensor:
+    """What local steps take of what ``sampler`` gives for each pass, [steps, examples], padded with -1."""
+    found: list[Tensor] = []
+    for k in count():
+        index = drawn(sampler, n, seeds.derive(seed, "pass", k), round)
+        size = min(order.batch_size or len(index), len(index))
+        used = index[: len(index) // size * size] if order.drop_last else index
+        found += used.split(size * order.accumulate)
+        if len(found) >= order.steps if order.steps else k + 1 == order.epochs:
+            break
+    steps = found[: order.steps]
+    widest = max(map(len, steps))
+    return torch.stack([F.pad(s, (0, widest - len(s)), value=-1) for s in steps])
+
+
+def fetch(data: Dataset, index: Tensor, apart: bool = False) -> Any:
+    """The examples at ``index`` as one batch: rows of tables, or what a DataLoader would collate.
+
+    ``apart``: where a dataset has its own way to collate, each example is a batch of its own.
+    """
     if isinstance(data, TensorDataset):
         return tuple(_pick(t, index) for t in data.tensors)
+    if isinstance(cast(Any, data), Tensor):
+        return _pick(cast(Any, data), index)
+    if type(data) is StackDataset and all(isinstance(d, TABLES) for d in _inside(data)):
+        each = [fetch(d, index) for d in _inside(data)]
+        return (
+            dict(zip(data.datasets, each, strict=True)) if isinstance(data.datasets, dict) else each
+        )
+    if isinstance(data, Collated) and data.collate:
+        collate = data.collate
+        if apart:
+            return Apart(collate([item]) for item in _items(data.data, index))
+    else:
+        collate = default_collate
     if len(index) == 0:  # a Poisson batch may be empty, but nothing cannot be collated
         return rows(fetch(data, torch.tensor([0])), slice(0))
+    return collate(_items(data, index))
+
+
+TABLES = Tensor, TensorDataset, StackDataset
+"""What rows can be picked from without a look at single examples."""
+
+
+def _inside(data: StackDataset) -> list[Any]:
+    return [*(data.datasets.values() if isinstance(data.datasets, dict) else data.datasets)]
+
+
+def _items(data: Any, index: Tensor) -> list[Any]:
+    data = data.data if isinstance(data, Collated) else data
     if hasattr(data, "__getitems__"):
-        items = data.__getitems__(index.tolist())
-    else:
-        items = [data[i] for i in index.tolist()]
-    return default_collate(items)
+        return [*data.__getitems__(index.tolist())]
+    return [data[i] for i in index.tolist()]
 
 
 def _pick(table: Tensor, index: Tensor) -> Tensor:
@@ -75,13 +170,19 @@ def _pick(table: Tensor, index: Tensor) -> Tensor:
     return table[index]
 
 
-def batches(data: Dataset, plan: Tensor) -> Iterator[Any]:
-    """One client's batches in order. Tensors are gathered a pass at a time, not batch by batch."""
+def batches(data: Dataset, plan: Tensor, apart: bool = False) -> Iterator[Any]:
+    """One client's batches in order. Tensors are gathered a pass at a time, not batch by batch.
+
+    ``apart``: as ``fetch`` has it.
+    """
     full = bool(plan.min() >= 0)
     counts = [plan.shape[1]] * len(plan) if full else (plan >= 0).sum(1).tolist()
     if not isinstance(data, TensorDataset):
-        for index, count in zip(plan, counts, strict=True):
-            yield fetch(data, index[:count])
+        each = [index[:count] for index, count in zip(plan, counts, strict=True)]
+        if isinstance(data, Collated) and data.num_workers:
+            yield from _ahead(data, each, apart)
+        else:
+            yield from (fetch(data, index, apart) for index in each)
         return
     per_gather = max(1, len_of(data) // plan.shape[1])
     for t in range(0, len(plan), per_gather):
@@ -98,6 +199,43 @@ def in_parts(data: Dataset, plan: Tensor, size: int) -> Iterator[Iterator[tuple[
     both = zip(batches(data, parts[counts > 0]), shares, strict=True)
     for many in (counts > 0).sum(1).tolist():
         yield islice(both, many)
+
+
+def _ahead(data: Collated, each: list[Tensor], apart: bool) -> Iterator[Any]:
+    """Batches that other processes make while training goes on.
+
+    A batch is seeded by its number, so that whoever makes it a dataset that draws gives the same; a
+    worker process may have no children, and makes each as it is needed.
+    """
+    jobs = Jobs(data, each, apart, torch.initial_seed())
+    if current_process().daemon:
+        yield from (jobs[k] for k in range(len(each)))
+        return
+    # a generator of its own: the loader would draw from the one that masks of dropout come from
+    own = torch.Generator().manual_seed(0)
+    yield from DataLoader(
+        jobs, None, num_workers=data.num_workers, collate_fn=_as_it_is, generator=own
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+class Jobs(Dataset[Any]):
+    """A visit's batches by number, each made under a seed of its own."""
+
+    def __init__(self, data: Dataset[Any], each: list[Tensor], apart: bool, seed: int) -> None:
+        self.data, self.each, self.apart, self.seed = data, each, apart, seed
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.each)
+
+    def __getitem__(self, k: int) -> Any:
+        """One of them."""
+        with seeds.seeded(seeds.derive(self.seed, "ahead", k)):
+            return fetch(self.data, self.each[k], self.apart)
 
 
 def alike(plans: Sequence[Tensor]) -> bool:

@@ -16,6 +16,7 @@ from fedtorch.channel.base import UNSENT, encode
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training import stacked
+from fedtorch.training.batches import sampled_order
 from fedtorch.training.local_steps import rates
 from fedtorch.training.module import resting, to, to_device
 from fedtorch.training.personal import GROUP, personal, shared
@@ -53,7 +54,7 @@ def _visits(
 ) -> tuple[Released, list[Failure]]:
     privacy, ids = recipe.privacy, [c.id for c in clients]
     # which examples each client sees in which step, and what it starts from
-    order = privacy.batches([len(c) for c in clients], recipe, task, ids)
+    order = _order(clients, recipe, task)
     ctx = context(clients, order, task, recipe, model)
     # local steps, clipped and noised where the plan says so
     trained = _solved(clients, order, task, recipe, model, ctx, solve)
@@ -70,6 +71,17 @@ def _visits(
         client.memory = client.memory | {g: tmap(lambda v: v.to(dtype), m) for g, m in left.items()}
     lost = [i for i in ids if i not in released.ids]
     return released, [Failure(i, "nonfinite", "its update is not finite") for i in lost]
+
+
+def _order(clients: Sequence[Client], recipe: Recipe, task: Task) -> list[Tensor]:
+    """Which examples each client takes in which step, [steps, batch]; a sampler of its own says."""
+    order = recipe.privacy.batches([len(c) for c in clients], recipe, task, [c.id for c in clients])
+    for k, client in enumerate(clients):
+        if client.sampler is not None:
+            seed = seeds.derive(task.seed, "sampler", *task.draw, client.id)
+            with naming_client([client.id], task):
+                order[k] = sampled_order(len(client), recipe, client.sampler, seed, task.round)
+    return order
 
 
 def _solved(

@@ -1,6 +1,6 @@
 """One module on which client after client trains, set up once for all of them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -62,7 +62,7 @@ class Trainee:
             learn: Callable[[Any], Tensor] = self._learn
             if gradients is not None:
                 learn = partial(self._privately, gradients)
-            taken: Iterator[Any] = batches(data, steps)
+            taken = batches(data, steps, apart=private is not None and private.mode == "alone")
             if self.recipe.accumulate > 1:
                 learn, taken = self._by_parts, in_parts(data, steps, self.recipe.batch_size or 1)
             for batch in taken:

@@ -83,7 +83,7 @@ def pack(
     parts = {
         f"model {type(model).__name__}": model,
         "the recipe (strategy, loss or step, optimizer)": recipe,
-        "a client's dataset": bare,
+        "a client's dataset, collate or sampler": bare,
     }
     for what, part in parts.items():
         try:
@@ -129,7 +129,7 @@ def read_memory(message: wire.Message, asked: Sequence[str]) -> Memory:
 
 def _bare(client: Client) -> Client:
     bare = copy.copy(client)
-    bare.validation, bare.memory = None, {}
+    bare.validation, bare.loader, bare.memory = None, None, {}
     if isinstance(client.data, TensorDataset):
         bare.data = TensorDataset(torch.empty(0))
     return bare
