@@ -5,9 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,23 +14,23 @@ from torch import nn
 from fedtorch import seeds
 from fedtorch.aggregation.mean import Gathering, Held, moved
 from fedtorch.aggregation.rows import Robust
-from fedtorch.channel import base as channel
-from fedtorch.checks import combination, strategies
+from fedtorch.checks import combination, handed, strategies
 from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
 from fedtorch.engines.messages import digest
-from fedtorch.options import NOT_NEGATIVE, fit, shown, within
+from fedtorch.options import NOT_NEGATIVE, fit, within
 from fedtorch.privacy import models
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent, PrivateRun, opened
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics, Reports, norm, traffic
+from fedtorch.rounds.gather import Arrival, Gathered, UnderWay, gather
 from fedtorch.rounds.history import History
 from fedtorch.rounds.observers import Observer, looks
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.progress import Bar
 from fedtorch.rounds.schedules import Constant, Schedule
-from fedtorch.rounds.synchronous import Asked, Due, Rounds, Step, Synchronous
+from fedtorch.rounds.synchronous import Asked, Rounds, Step, Synchronous
 from fedtorch.strategies import lora
 from fedtorch.strategies.base import Strategy, uploads
 from fedtorch.training.module import load, snapshot, statistics, to
@@ -42,7 +40,6 @@ from fedtorch.tree import alike, all_finite, to_float64
 from fedtorch.types import ConfigError, Failure, Params, Task
 
 CPU = torch.device("cpu")
-
 
 NOBODY = "a round in which no client counted, and the model stays as it was"
 
@@ -75,42 +72,53 @@ class Server:
         self.schedule: Schedule = fit("schedule", schedule, Schedule)
         self.seed: int = fit("seed", seed, int)
         runs_on: Engine = fit("engine", engine or Local(), Engine)
-        odd = [c for c in fit("the clients", clients, Sequence) if not hasattr(c, "id")]
-        if odd:
-            raise ConfigError(f"each of the clients must be a Client, got {shown(odd[0])}")
-        self.ids = [c.id for c in clients]
-        if not clients:
-            raise ConfigError("there are no clients")
-        twice = [i for i, n in Counter(self.ids).items() if n > 1]
-        if twice:
-            raise ConfigError(f"client ids must differ, but {twice[0]!r} is there twice")
+        self.ids = handed.names(fit("the clients", clients, Sequence))
+        self.observers = [
+            fit("an observer", o, Observer) for o in fit("observers", observers, Sequence)
+        ]
+        """Shown what clients send as it arrives, and each round's figures."""
         participation.check(len(clients))
-        combination.check(self.recipe, participation)
+        combination.check(self.recipe, participation, pace)
         if isinstance(self.recipe.aggregator, Robust):
             self.recipe.aggregator.check(participation.most(len(clients)), self.ids)
         if self.recipe.privacy.fix_model:
             model = models.fixed(model)
-        strategy = self.recipe.strategy.prepare(model)
+        strategy = combination.settled(self.recipe.strategy, pace).prepare(model)
         self.recipe = replace(self.recipe, strategy=strategy)
         self.model = model
-        self.round_number = 0
-        self._drawn: Step | None = None
-        self._flights: Any = None
-        self._tasks: dict[int, Task] = {}
-        """What those under way were sent, by round."""
         self.session = runs_on.open(model, clients, self.recipe)
-        own = personal(model, self.recipe.strategy.personal)
-        self.trainable = shared(model, self.recipe.strategy.personal)
+        # what is trained, what travels, and what the server keeps
+        own = personal(model, strategy.personal)
+        self.trainable = shared(model, strategy.personal)
         self._first = to(snapshot(model), CPU)
         self._digests: dict[tuple[str, ...], str] = {}
-        self._parameters = parameters(model)
+        self._parameters = handed.parameters(model)
         self._sent = {*self.trainable}
         if self.recipe.privacy.statistics:
             self._sent |= statistics(model) - own
         params = {k: self._first[k] for k in self.trainable}
-        self.extras = self.recipe.strategy.init(params)
-        optimizer = self.recipe.strategy.server
-        self.optimizer_state = optimizer.init(params) if optimizer else {}
+        self._dtype = params[self.trainable[0]].dtype
+        self.extras = strategy.init(params)
+        self.optimizer_state = strategy.server.init(params) if strategy.server else {}
+        strategies.check(strategy, params, self.extras)
+        like = uploads(strategy, params, self.extras)
+        self._coded = like if self.recipe.channel else {}
+        # of a client that is elsewhere the server knows the name alone
+        sizes = [len(c) for c in clients] if all(hasattr(c, "__len__") for c in clients) else None
+        groups = {*like, *self.extras, *strategy.remember(params)} - {"delta"}
+        combination.check(self.recipe, participation, pace, groups)
+        size = 2 * sum(v.numel() * v.element_size() for v in params.values())
+        self.under_way = UnderWay(pace, Asked(self.recipe, participation, sizes, size))
+        self.books = opened(self.recipe.privacy, self.ids, like)
+        """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
+        self.notes = [
+            *lora.notes(model, strategy),
+            *self.session.notes,
+            *handed.notes(model, self.recipe, like, len(clients)),
+            *pace.check(self.under_way.asked),
+            *self.books.check(),
+        ]
+        self.round_number = 0
         self.held: Held = {}
         """What the aggregator keeps from round to round."""
         self.visits = Reports()
@@ -121,35 +129,6 @@ class Server:
         """Whether the last round's step was not finite, and the round before stands."""
         self.nobody = False
         """Whether no client counted in the last round, and nothing was released."""
-        self.observers = [fit("an observer", o, Observer) for o in observers]
-        """Shown what clients send as it arrives, and each round's figures."""
-        self.notes = [*ignored(model), *lora.notes(model, strategy), *self.session.notes]
-        if self.recipe.privacy.fix_model:
-            self.notes.append(
-                "privacy.fix_model: server.model is a copy, without the layers that void the guarantee"
-            )
-        if own:
-            self.notes.append(
-                "strategy.personal: each client keeps weights of its own; server.model has the shared ones "
-                "and those that clients start with, and a client's own model is server.model_of(id)"
-            )
-        strategies.check(self.recipe.strategy, params, self.extras)
-        groups = partial(uploads, self.recipe.strategy, params, self.extras)
-        self._like = groups() if self.recipe.channel else {}
-        self._coded = 0
-        """Bytes of the last round's updates as they were encoded."""
-        self._asked = self._seen(clients, {*groups()} - {"delta"})
-        self.notes += pace.check(self._asked)
-        self.books = opened(self.recipe.privacy, self.ids, groups)
-        """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
-        self.notes += self.books.check()
-        if not self.recipe.aggregator.linear:
-            sent = [v for p in groups().values() for v in p.values()]
-            size = len(self.ids) * sum(v.numel() * v.element_size() for v in sent)
-            self.notes.append(
-                f"{type(self.recipe.aggregator).__name__} keeps every client's update until the round "
-                f"ends: up to {size / 1e6:,.1f} MB"
-            )
 
     @property
     def private(self) -> PrivateRun | None:
@@ -162,24 +141,25 @@ class Server:
         Raises BudgetSpent, before anybody trains, when the privacy budget has no room for it.
         """
         start = time.perf_counter()
-        self._same_model()
+        handed.unchanged(self.model, self._parameters)
         step = self._step()
-        self._drawn = None  # coins serve one round: one that fails and is tried again draws anew
+        self.under_way.drawn = None  # coins serve one round: one that is tried again draws anew
         self._charge(step.asked)
-        task = self._tasks[self.round_number] = self._task()
+        task = self.under_way.tasks[self.round_number] = self._task()
         sampled = time.perf_counter()
-        failed = [Failure(self.ids[i], "dropped", "it dropped out") for i in step.lost]
-        gathered, self.visits = self._train(step.due, failed)
+        draw = seeds.derive(self.seed, "aggregator", self.round_number)
+        total = self.recipe.aggregator.start(self.held, draw, self._dtype)
+        came = gather(total, self._arrivals(step), self.recipe, self._coded, self.observers)
+        self.visits = came.reports
         trained = time.perf_counter()
-        means, buffers = self._move(self._first | task.state, gathered)
+        means, buffers = self._move(self._first | task.state, total)
         self.round_number += 1
-        self._flights = step.flights
-        self._tasks = {v: t for v, t in self._tasks.items() if v in step.versions}
+        self.under_way.land(step)
         figures = {
             "round": self.round_number,
-            **self._figures(task, failed, means, buffers, sum(map(len, step.asked))),
+            **self._figures(task, step, came, means, buffers),
             **step.figures,
-            **gathered.figures,
+            **total.figures,
             "seconds_sample": sampled - start,
             "seconds_train": trained - sampled,
             "seconds_aggregate": time.perf_counter() - trained,
@@ -262,7 +242,7 @@ class Server:
             "optimizer": self.optimizer_state,
             "memory": self.session.memory(),
             "privacy": self.books.state_dict(),
-            **({"pace": self._under_way()} if self._flights is not None else {}),
+            **self.under_way.state_dict(),
             **({"aggregator": self.held} if self.held else {}),
         }
 
@@ -275,7 +255,7 @@ class Server:
         if missing:
             raise ConfigError(f"the checkpoint has no {missing[0]!r}: another version wrote it")
         model = self._first | state["model"]
-        _same_shapes(self._first, model)
+        handed.same_shapes(self._first, model)
         if "base" in state and state["base"] != self._digest(state["model"]):
             raise ConfigError(
                 "the checkpoint is of another model: its frozen weights or constants are not these; make "
@@ -283,16 +263,11 @@ class Server:
             )
         self.books.load_state_dict(state["privacy"], ledger)
         load(self.model, model)
-        self.round_number, self.seed, self._drawn = state["round"], state["seed"], None
+        self.round_number, self.seed = state["round"], state["seed"]
         self.extras, self.optimizer_state = state["extras"], state["optimizer"]
         self.session.restore(state["memory"])
+        self.under_way.load_state_dict(state, self.seed)
         self.held = state.get("aggregator", {})
-        pace = state.get("pace", {"flights": None, "tasks": {}})
-        self._flights = pace["flights"]
-        self._tasks = {
-            v: Task(sent, extras, v, self.seed, lr, numbers)
-            for v, (sent, extras, lr, numbers) in pace["tasks"].items()
-        }
 
     def close(self) -> None:
         """Let the engine's workers go."""
@@ -305,47 +280,15 @@ class Server:
             f"{self.recipe.strategy}, round {self.round_number})"
         )
 
-    def _under_way(self) -> dict[str, Any]:
-        tasks = {v: (t.state, t.extras, t.lr, t.privacy) for v, t in self._tasks.items()}
-        return {"flights": self._flights, "tasks": tasks}
-
-    def _seen(self, clients: Sequence[Client], groups: set[str]) -> Asked:
-        """What the pace is told of this run."""
-        params = {k: self._first[k] for k in self.trainable}
-        groups = groups | {*self.extras} | {*self.recipe.strategy.remember(params)}
-        # of a client that is elsewhere the server knows the name alone
-        sizes = [len(c) for c in clients] if all(hasattr(c, "__len__") for c in clients) else None
-        size = 2 * sum(v.numel() * v.element_size() for v in params.values())
-        return Asked(self.recipe, self.participation, sizes, groups, size)
-
     def _step(self) -> Step:
         """Whom this round asks and whose work it takes, found once."""
-        if self._drawn is None:
-            at = self.round_number, self.seed
-            self._drawn = self.pace.step(self._flights, *at, self._cohort, self._asked)
-        return self._drawn
+        return self.under_way.step(self.round_number, self.seed, self._cohort)
 
     def _cohort(self) -> tuple[list[int], list[int]]:
         # client-level privacy draws by coins nobody can foresee, once a round; others come from the seed
         n = len(self.ids)
         chosen = self.recipe.privacy.cohort(n, self.round_number)
         return self.participation.cohort(n, self.seed, self.round_number, chosen, self.ids)
-
-    def _same_model(self) -> None:
-        """Refuse a model whose parameters are no longer those that the engine was given a copy of."""
-        now = parameters(self.model)
-        if now == self._parameters:
-            return
-        changed = {**self._parameters, **now}
-        name = next(k for k in changed if now.get(k) != self._parameters.get(k))
-        was, what = self._parameters.get(name), now.get(name)
-        how = "is new" if was is None else "is gone" if what is None else "has another shape"
-        if was and what and was[0] == what[0]:
-            how = "was unfrozen" if what[1] else "was frozen"
-        raise ConfigError(
-            f"parameter {name} of server.model {how} after Server() was made, and clients still train "
-            "the model as it was then: make a new Server with the changed model"
-        )
 
     def _charge(self, asked: list[list[int]]) -> None:
         # before anything is sent: what is asked for is paid for, whatever comes back
@@ -391,33 +334,14 @@ class Server:
             self._digests[rest] = digest({k: self._first[k] for k in rest})
         return self._digests[rest]
 
-    def _train(self, due: list[Due], failed: list[Failure]) -> tuple[Gathering, Reports]:
-        """Let them train; who has no usable update is added to ``failed``."""
-        draw = seeds.derive(self.seed, "aggregator", self.round_number)
-        dtype = self._first[self.trainable[0]].dtype
-        gathered = self.recipe.aggregator.start(self.held, draw, dtype)
-        chunks: list[Reports] = []
-        self._coded = 0
-        for group in due:
-            task = self._tasks[group.version]
-            task = replace(task, visit=group.visit) if group.visit else task
-            self.session.submit([self.ids[i] for i in group.who], task)
+    def _arrivals(self, step: Step) -> Iterator[Arrival]:
+        """Let them train; first who was lost on the way."""
+        for i, why in step.lost.items():
+            yield Arrival(Failure(self.ids[i], *why), self.under_way.tasks[self.round_number], 1.0)
+        for ids, task, factor in self.under_way.visits(step, self.ids):
+            self.session.submit(ids, task)
             for outcome in self.session.collect():
-                if isinstance(outcome, Failure):
-                    failed.append(outcome)
-                    continue
-                self._coded += channel.size(outcome, self._like)
-                outcome = channel.decode(self.recipe.channel, outcome, self._like)
-                outcome = self.recipe.privacy.taken(outcome, self._like, task)
-                if not self.recipe.strategy.only_delta:
-                    seen = self.recipe.strategy.arrived(outcome.sent)
-                    outcome = outcome.beside(seen)
-                gathered.add(outcome if group.factor == 1 else outcome.scaled(group.factor))
-                chunks.append(Reports(outcome.ids, outcome.weight, outcome.metrics))
-                for observer in self.observers:
-                    if looks(observer):  # at a copy: nothing stands between a clip and its noise
-                        observer.sent(deepcopy(outcome))
-        return gathered, Reports.of(chunks)
+                yield Arrival(outcome, task, factor)
 
     def _move(self, state: Params, gathered: Gathering) -> tuple[dict[str, Params], Params]:
         """Step from ``state``; returns what was sent as one, before any noise, and the buffers so.
@@ -452,25 +376,22 @@ class Server:
         return came
 
     def _figures(
-        self,
-        task: Task,
-        failed: list[Failure],
-        means: dict[str, Params],
-        buffers: Params,
-        asked: int,
+        self, task: Task, step: Step, came: Gathered, means: dict[str, Params], buffers: Params
     ) -> Metrics:
-        kinds = [f.kind for f in failed]
+        kinds = [f.kind for f in came.failed]
         reported, mean = len(self.visits.ids), means.get("delta")
         step_norm = norm(self.last_step)
         # the step often is the mean
         mean_norm = step_norm if mean is self.last_step else norm(mean) if mean else None
         if not self.recipe.aggregator.linear:
             mean_norm = None  # a cosine to the mean is one of a weighted mean
+        sent = {"buffers": buffers} | ({} if self._coded else means)
+        asked = sum(map(len, step.asked))
         return {
             "lr": task.lr,
             # in the order of their ids: chunks are formed by size, which is nobody's to know
             "cohort": sorted(self.visits.ids),
-            "failed": {f.id: f.kind for f in sorted(failed, key=lambda f: f.id)},
+            "failed": {f.id: f.kind for f in sorted(came.failed, key=lambda f: f.id)},
             "clients": reported,
             "dropped": kinds.count("dropped"),
             "nonfinite": kinds.count("nonfinite"),
@@ -478,39 +399,11 @@ class Server:
             "step_norm": step_norm,
             **({"step_failed": 1} if self.failed_step else {}),
             **({"nobody": 1} if self.nobody else {}),
-            **traffic(
-                task,
-                self._first,
-                {"buffers": buffers} | ({} if self._like else means),
-                asked=asked,
-                reported=reported,
-                coded=self._coded,
-            ),
+            **traffic(task, self._first, sent, asked=asked, reported=reported, coded=came.coded),
         }
-
-
-def parameters(model: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
-    """Shape of each parameter, and whether it is trained."""
-    return {k: (p.shape, p.requires_grad) for k, p in model.named_parameters()}
 
 
 def _why(figures: Metrics) -> str:
     failed = figures.get("failed") or figures.get("nonprivate_failed") or {}
     kinds = Counter(failed.values())
     return ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "nobody was there"
-
-
-def _same_shapes(own: Params, other: Params) -> None:
-    for k in {**own, **other}:
-        if k not in own or k not in other or own[k].shape != other[k].shape:
-            raise ConfigError(f"the checkpoint is of another model: {k!r} does not match")
-
-
-def ignored(model: nn.Module) -> list[str]:
-    """A sentence for a model that brings a training loop of its own, as Lightning's do."""
-    if not (hasattr(model, "training_step") and hasattr(model, "configure_optimizers")):
-        return []
-    return [
-        f"training_step and configure_optimizers of model {type(model).__name__} are not used: clients "
-        "train its forward by the recipe's loss and optimizer"
-    ]

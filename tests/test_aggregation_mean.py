@@ -4,11 +4,10 @@ from fedtorch.aggregation.mean import RunningMean
 from fedtorch.types import Released
 
 
-def update(ids: str, values: list[float], weight: list[float]) -> Released:
+def update(ids: str, values: list[float], weight: list[float], moved: bool = True) -> Released:
     v = torch.tensor(values, dtype=torch.float64)[:, None]
-    return Released.received(
-        tuple(ids), {"delta": {"w": v}}, {"s": v.float()}, torch.tensor(weight)
-    )
+    buffers = {"s": v.float()} if moved else {}
+    return Released.received(tuple(ids), {"delta": {"w": v}}, buffers, torch.tensor(weight))
 
 
 def test_mean_is_weighted_and_does_not_depend_on_how_clients_are_chunked():
@@ -55,7 +54,6 @@ def test_a_summed_update_alone_and_among_others():
 def test_a_buffer_that_a_client_did_not_send_counts_with_its_start_value():
     mean = RunningMean()
     mean.add(update("a", [3.0], [1.0]))
-    came = update("bc", [1.0, 1.0], [2.0, 5.0])
-    mean.add(Released.received(came.ids, came.sent, {}, came.weight))
+    mean.add(update("bc", [1.0, 1.0], [2.0, 5.0], moved=False))
     _, buffers = mean.result({"s": torch.tensor([11.0]), "other": torch.zeros(1)})
     assert buffers["s"].item() == (1 * 3 + 7 * 11) / 8 and set(buffers) == {"s"}

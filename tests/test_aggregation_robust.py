@@ -6,7 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from conftest import make_clients, mlp, weights
-from fedtorch import Client, FedAvg, FedProx, Local, Mean, Median, Recipe, Robust, Server
+from fedtorch import (
+    Client,
+    ConfigError,
+    FedAvg,
+    FedProx,
+    Local,
+    Mean,
+    Median,
+    Recipe,
+    Robust,
+    Server,
+    Uniform,
+)
 from fedtorch.aggregation import table
 from fedtorch.aggregation.robust import TrimmedMean
 from fedtorch.privacy import LocalDP, SampleLevel
@@ -115,8 +127,7 @@ def test_rows_come_by_id_however_chunks_arrive_and_are_copies():
 def test_a_mean_of_several_clients_is_no_row_and_rows_give_no_sum():
     rows = Median().start()
     with pytest.raises(TypeError, match="does not show"):
-        came = update("ab", [1.0, 2.0])
-        rows.add(Released.received(came.ids, came.sent, {}, came.weight, summed=True))
+        rows.add(Released.received(("a", "b"), {"delta": {}}, {}, torch.ones(2), summed=True))
     with pytest.raises(TypeError, match="no sum"):
         rows.sums()
 
@@ -163,3 +174,25 @@ def test_batchnorm_statistics_go_through_the_rule_too():
     # each client's statistic is the mean of its only batch
     means = torch.stack([x.mean(0) for x, _ in data])
     assert torch.allclose(model[0].running_mean, means.median(0).values, atol=1e-5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trimmed(Robust):
+    """Without so many at each end, whom it counts by itself."""
+
+    trim: int = 2
+
+    def combine(self, sent):
+        cut = slice(self.trim, -self.trim)
+        return {
+            g: {n: v.sort(0).values[cut].mean(0) for n, v in s.items()} for g, s in sent.items()
+        }
+
+
+def test_a_rule_of_ones_own_that_leaves_nobody_is_refused_by_name():
+    who, recipe = make_clients([5] * 5), Recipe(aggregator=Trimmed())
+    assert Server(mlp(), who, recipe).round()["step_norm"] > 0
+    with pytest.raises(ConfigError, match="aggregator Trimmed makes no number of 4 finite updates"):
+        Server(mlp(), who[:4], recipe)
+    with pytest.raises(ConfigError, match="no number of 3 finite"):
+        Server(mlp(), who, recipe, participation=Uniform(cohort_size=3))

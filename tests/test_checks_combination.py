@@ -27,6 +27,9 @@ from fedtorch import (
 from fedtorch.aggregation.vectors import Krum
 from fedtorch.checks import combination
 from fedtorch.privacy import ClientLevel, LocalDP, Nothing, SampleLevel
+from fedtorch.rounds.buffered import Buffered
+from fedtorch.rounds.clock import Clock
+from fedtorch.rounds.synchronous import Synchronous
 
 NOISE = dict(noise_multiplier=0.5, rounds=1, insecure_seed=1)
 SIZED = "voids the privacy claim: it releases how many examples"
@@ -37,7 +40,13 @@ HELD = "channel.feedback is of no use under client-level privacy"
 SINGLE = "a channel has one stage"
 SEEN = "looks at each client's own update"
 TURNS = "sends other weights from round to round"
-VARIATES = "Scaffold needs the mean of what clients send"
+VARIATES = "strategy scaffold needs the mean of what clients send"
+KEPT = "privacy.strict keeps to itself how many examples a client has"
+OVERLAPPED = "pace buffered takes changes of weights alone: strategy scaffold also needs c"
+ADDED = "pace buffered adds up changes of one list of weights"
+FREE = "pace buffered asks whoever is free"
+AGED = "pace buffered weighs each change by its age"
+FIRST_IN = "pace buffered voids the claim of client-level privacy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +107,10 @@ PARTS = {
         "uniform": Uniform(cohort_size=3),
         "poisson": Poisson(rate=0.9),
     },
+    "pace": {
+        "synchronous": Synchronous(),
+        "buffered": Buffered(size=2, concurrency=3, clock=Clock(spread=0.5)),
+    },
 }
 FIRST = {kind: next(iter(choices)) for kind, choices in PARTS.items()}
 
@@ -119,11 +132,19 @@ REFUSED = {
     ("turns", "plain topk"): TURNS,
     ("turns", "longer"): TURNS,
     **{(name, "two"): SINGLE for name in PARTS["strategy"] | PARTS["aggregator"]},
-    **{("two", name): SINGLE for name in PARTS["privacy"] | PARTS["participation"]},
+    **{("two", n): SINGLE for kind in ("privacy", "participation", "pace") for n in PARTS[kind]},
     ("topk", "client"): HELD,
     ("two", "client"): HELD,
     ("client", "uniform"): DRAWN,
     ("client", "poisson"): DRAWN,
+    ("scaffold", "buffered"): OVERLAPPED,
+    ("seen", "buffered"): ADDED,
+    ("turns", "buffered"): ADDED,
+    ("median", "buffered"): AGED,
+    ("krum", "buffered"): AGED,
+    ("client", "buffered"): FIRST_IN,
+    ("uniform", "buffered"): FREE,
+    ("poisson", "buffered"): FREE,
 }
 """Of all pairs those that do not go together; every other one trains."""
 
@@ -138,7 +159,7 @@ OVERRULED = [
     ({"scheduler": ConstantLR, "lr_warmup": 2}, "scheduler takes the place of lr_warmup"),
     (
         {"scheduler": ConstantLR, "strategy": Scaffold()},
-        "Scaffold needs the sum of a visit's",
+        "scaffold needs the sum of a visit's",
     ),
 ]
 """Options that do nothing, or nothing right, beside others."""
@@ -154,17 +175,18 @@ PAIRS = [
 def test_each_pair_trains_a_round_or_says_why_not(one, other):
     names = FIRST | dict([one, other])
     chosen = {kind: PARTS[kind][name] for kind, name in names.items()}
-    participation = chosen.pop("participation")
+    order = {k: chosen.pop(k) for k in ("participation", "pace")}
+    groups = ["c"] if "scaffold" in (one[1], other[1]) else []
     recipe = Recipe(chosen.pop("strategy"), epochs=1, **chosen)
     why = REFUSED.get((one[1], other[1]))
     if why is None:
-        server = Server(mlp(), make_clients([9, 7, 8, 6]), recipe, participation=participation)
+        server = Server(mlp(), make_clients([9, 7, 8, 6]), recipe, **order)
         assert server.round()["round"] == 1
-        assert combination.refusal(recipe, participation) is None
+        assert combination.refusal(recipe, **order, groups=groups) is None
         return
     with pytest.raises(ConfigError, match=why) as refused:
-        Server(mlp(), make_clients([9, 7, 8, 6]), recipe, participation=participation)
-    assert str(refused.value) == combination.refusal(recipe, participation)
+        Server(mlp(), make_clients([9, 7, 8, 6]), recipe, **order)
+    assert str(refused.value) == combination.refusal(recipe, **order, groups=groups)
 
 
 def test_every_sentence_of_the_table_is_met_by_some_recipe():
@@ -172,9 +194,17 @@ def test_every_sentence_of_the_table_is_met_by_some_recipe():
     for given, why in OVERRULED:
         with pytest.raises(ConfigError, match=why):
             Server(mlp(), make_clients([9, 7]), Recipe(**given))
-    found = {*REFUSED.values(), *(why for _, why in OVERRULED)} - {VARIATES}
+    shy = LocalDP(strict=True, **NOISE)
+    with pytest.raises(ConfigError, match=KEPT):
+        Server(mlp(), make_clients([9, 7]), Recipe(privacy=shy), pace=Buffered())
+    found = {KEPT, *REFUSED.values(), *(why for _, why in OVERRULED)} - {VARIATES, OVERLAPPED}
     found = {why.replace("krum", "median") for why in found}
-    words = {"aggregator": "median", "participation": "", "strategy": "Scaffold"}
+    words = {
+        "aggregator": "median",
+        "participation": "",
+        "pace": "buffered",
+        "strategy": "scaffold",
+    }
     for _, sentence in combination.REFUSED:
         assert sum(word in sentence.format(**words) for word in found) == 1
 

@@ -58,9 +58,7 @@ def test_fedbuff_nguyen_2022_algorithm_1(chunk):
         Client(str(k), (torch.zeros(N[k], 1), torch.tensor([[A[k], B[k]]] * N[k]).double()))
         for k in range(2)
     ]
-    recipe = Recipe(
-        FedAvg(weighting="uniform"), loss=quadratic, lr=LR, steps=STEPS, batch_size=None
-    )
+    recipe = Recipe(loss=quadratic, lr=LR, steps=STEPS, batch_size=None)
     # a visit takes as many seconds as it has examples: client 0 is three times as slow
     pace = Buffered(size=2, concurrency=2, clock=Clock(example=1 / STEPS))
     server = Server(Scalar(), two, recipe, pace=pace, engine=Local(chunk=chunk))
@@ -152,7 +150,7 @@ def test_every_visit_is_charged_as_it_begins_and_noised_by_itself():
             PACE,
             "privacy.strict keeps to itself how many",
         ),
-        ({"strategy": Scaffold()}, PACE, "Scaffold also needs c"),
+        ({"strategy": Scaffold()}, PACE, "scaffold also needs c"),
         ({"aggregator": Median()}, PACE, "needs the aggregator mean"),
         ({}, replace(PACE, concurrency=7), "more than the 6 clients there are: use 6 or fewer"),
     ],
@@ -161,6 +159,24 @@ def test_what_it_cannot_keep_is_refused_in_a_sentence(options, pace, why):
     recipe = Recipe(options.pop("strategy", FedAvg()), **options)
     with pytest.raises(ConfigError, match=why):
         Server(net(), clients(), recipe, pace=pace)
+
+
+@pytest.mark.parametrize(
+    "weighting, words", [("auto", "alike, as in FedBuff"), ("examples", "by their")]
+)
+def test_clients_count_alike_unless_asked_and_no_more_are_under_way_than_there_are(
+    weighting, words
+):
+    server = Server(net(), clients(3), Recipe(FedAvg(weighting=weighting)), pace=Buffered(size=2))
+    assert f"pace buffered: 3 clients are under way at any time, and count {words}" in "".join(
+        server.notes
+    )
+    sent = watched(server)
+    server.round()
+    assert len({float(w) for u in sent for w in u.weight}) == (1 if weighting == "auto" else 2)
+    assert (
+        len(server.state_dict()["pace"]["flights"]["under_way"]) == 2
+    )  # the third not asked as yet
 
 
 def test_who_takes_part_is_the_paces_to_say():

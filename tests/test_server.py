@@ -288,6 +288,8 @@ def test_observers_see_what_was_sent_and_each_round_in_order_and_change_nothing(
     assert second.figures[1]["weights_norm"] == history[1]["weights_norm"] > 0
     with pytest.raises(ConfigError, match="an observer must be an Observer, got function"):
         Server(mlp(), make_clients([5]), observers=[print_it])
+    with pytest.raises(ConfigError, match="observers must be a list, got Observer"):
+        Server(mlp(), make_clients([5]), observers=Observer())
 
 
 def print_it(figures):

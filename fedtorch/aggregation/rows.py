@@ -1,6 +1,7 @@
 """Rules that see each client's update, so that no single one moves the model as far as it likes."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -67,6 +68,16 @@ class Robust:
             raise ConfigError(
                 f"aggregator {type(self).__name__} needs client {self.trusts!r} in every round: name one "
                 "that there is (aggregator.trusted), and take participation everyone"
+            )
+        made = torch.zeros(())
+        if type(self).combine is not Robust.combine:
+            with suppress(Exception):  # of a rule that is made for some model's groups alone
+                rows = torch.arange(3.0 * most).double().view(most, 3)
+                made = self.combine({"delta": {"w": rows}})["delta"]["w"]
+        if not bool(made.isfinite().all()):
+            raise ConfigError(
+                f"aggregator {type(self).__name__} makes no number of {most} finite updates, as where it "
+                "leaves all of them out: let it leave out fewer, or let more clients take part"
             )
 
     def short(self, clients: int) -> str:

@@ -195,8 +195,6 @@ class PrivateRun:
             self.state["past"] = []
 
 
-def opened(
-    plan: Privacy, ids: Sequence[str], groups: Callable[[], dict[str, Params]]
-) -> "PrivateRun | OpenRun":
-    """The books of a run under ``plan``; ``groups`` gives the shapes of what a client sends."""
-    return PrivateRun(plan, ids, groups()) if plan.claims else OpenRun()
+def opened(plan: Privacy, ids: Sequence[str], groups: dict[str, Params]) -> "PrivateRun | OpenRun":
+    """The books of a run under ``plan``; ``groups`` has the shapes of what a client sends."""
+    return PrivateRun(plan, ids, groups) if plan.claims else OpenRun()

@@ -7,14 +7,13 @@ and all that were sent the same model train in one call.
 import heapq
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from fedtorch import seeds
 from fedtorch.options import COUNT, NOT_NEGATIVE, check
 from fedtorch.rounds.clock import Clock
-from fedtorch.rounds.participation import Everyone
 from fedtorch.rounds.synchronous import Asked, Draw, Due, Step
 from fedtorch.types import ConfigError
 
@@ -27,13 +26,17 @@ class Buffered:
     """``concurrency`` clients are always under way, and the server steps on the next ``size`` to arrive.
 
     FedBuff (Nguyen et al. 2022, arXiv:2106.06639, Alg. 1): w <- w + (1/size) sum_i s(tau_i) delta_i with
-    s(tau) = (1 + tau)^-staleness, tau being the server's steps since client i was sent the model.
+    s(tau) = (1 + tau)^-staleness, tau being the server's steps since client i was sent the model. Clients
+    count alike unless ``strategy.weighting`` is ``examples``.
     """
+
+    timed: ClassVar[bool] = True
+    overlaps: ClassVar[bool] = True
 
     size: int = 10
     """Visits that a step is made of (the paper's K)."""
-    concurrency: int = 20
-    """Clients under way at any time (the paper's M_c)."""
+    concurrency: int | None = None
+    """Clients under way at any time (the paper's M_c); none: 20, or all where there are fewer."""
     staleness: float = 0.5
     """Power by which older work counts less; 0: all alike."""
     clock: Clock = Clock()
@@ -44,56 +47,43 @@ class Buffered:
         check(self, "pace", size=COUNT, concurrency=COUNT, staleness=NOT_NEGATIVE)
 
     def check(self, asked: Asked) -> list[str]:
-        """Raises ConfigError where visits cannot overlap soundly; notes on privacy."""
+        """Raises ConfigError where there are too few clients; notes on weights and privacy."""
         recipe, sizes = asked.recipe, asked.sizes
         if sizes is None:
             raise ConfigError(
                 "pace buffered simulates when clients arrive, and sites arrive by themselves: leave it out"
             )
-        if self.concurrency > len(sizes):
+        if (self.concurrency or 0) > len(sizes):
             raise ConfigError(
                 f"pace.concurrency {self.concurrency} is more than the {len(sizes)} clients there are: "
                 f"use {len(sizes)} or fewer"
             )
-        if asked.participation != Everyone():
-            raise ConfigError(
-                "pace buffered asks whoever is free: leave participation out (everyone, none lost)"
-            )
-        if recipe.privacy.central:
-            raise ConfigError(
-                "pace buffered voids the claim of client-level privacy: who arrives is not drawn by secret "
-                "coins, and may arrive twice in one step; use sample or local privacy, or pace synchronous"
-            )
-        if recipe.privacy.strict and not recipe.privacy.per_example:
-            raise ConfigError(
-                "privacy.strict keeps to itself how many examples a client has, but with pace buffered "
-                "the model depends on who is first, and who has more takes longer; leave one of them out"
-            )
-        if not recipe.aggregator.linear:
-            raise ConfigError(
-                "pace buffered weighs each change by its age, and needs the aggregator mean"
-            )
-        if asked.groups:
-            raise ConfigError(
-                f"pace buffered takes changes of weights alone: strategy {type(recipe.strategy).__name__} "
-                f"also needs {', '.join(sorted(asked.groups))}, which belongs to one round"
-            )
+        alike = "alike, as in FedBuff (or --strategy.weighting examples)"
+        notes = [
+            f"pace buffered: {self.at_once(len(sizes))} clients are under way at any time, and count "
+            f"{'by their examples' if recipe.weighting == 'examples' else alike}"
+        ]
         if not recipe.privacy.claims:
-            return []
+            return notes
         end = "more may be spent than was planned for so many rounds"
         if recipe.privacy.target is not None:
             end = "the run ends when one of them has spent its epsilon"
         return [
+            *notes,
             "pace buffered: a fast client may visit more often than there are rounds, and each visit is "
-            f"charged as it begins: {end}"
+            f"charged as it begins: {end}",
         ]
+
+    def at_once(self, clients: int) -> int:
+        """How many of so many clients are under way."""
+        return min(20, clients) if self.concurrency is None else self.concurrency
 
     def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> Step:
         """Let the clock run until the buffer is full."""
         sky = Sky(self, **(flights or {}))
         arrived = []
         for _ in range(self.size):
-            while len(sky.under_way) < self.concurrency:
+            while len(sky.under_way) < self.at_once(len(asked.sizes or ())):
                 sky.ask(round, seed, asked)
             arrived.append(sky.land())
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -111,7 +101,7 @@ class Buffered:
         }
         kept = {"now": sky.now, "sent": sky.sent, "under_way": sorted(sky.under_way)}
         versions = frozenset(flight[3] for flight in sky.under_way)
-        return Step([*sky.asked.values()], due, [], kept, versions, figures)
+        return Step([*sky.asked.values()], due, {}, kept, versions, figures)
 
 
 @dataclass

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from fedtorch.rounds.participation import Participation
 from fedtorch.types import ConfigError
+
+DROPPED = "dropped", "it dropped out"
 
 Draw = Callable[[], tuple[list[int], list[int]]]
 """Draws a cohort: who reports, and who was chosen and drops out."""
@@ -31,8 +33,8 @@ class Step:
     asked: list[list[int]]
     """Who is sent the model as it is now: once each, and in further lists those that are asked again."""
     due: list[Due]
-    lost: list[int] = field(default_factory=list)
-    """Who was asked and will not report."""
+    lost: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Who was asked and will not report, and why: the kind of failure, and words."""
     flights: Any = None
     """Who is under way after it, as plain values."""
     versions: frozenset[int] = frozenset()
@@ -47,14 +49,17 @@ class Asked(NamedTuple):
     participation: Participation
     sizes: Sequence[int] | None
     """Examples of each client; None: its server does not know them."""
-    groups: set[str]
-    """What the strategy sends, broadcasts or remembers beside the change of the weights."""
     bytes: int
     """Of one visit, down and up."""
 
 
 class Rounds(Protocol):
     """When the server steps: a frozen dataclass of options."""
+
+    timed: ClassVar[bool]
+    """Who counts hangs on how long visits take."""
+    overlaps: ClassVar[bool]
+    """Whoever is free is asked, and visits to several models are under way together."""
 
     def check(self, asked: Asked) -> list[str]:
         """Raises ConfigError where it cannot be kept; notes for whoever starts the run."""
@@ -67,6 +72,9 @@ class Rounds(Protocol):
 class Synchronous:
     """A step takes the whole cohort, however long its slowest client needs."""
 
+    timed: ClassVar[bool] = False
+    overlaps: ClassVar[bool] = False
+
     def check(self, asked: Asked) -> list[str]:
         """It always can."""
         return []
@@ -75,7 +83,7 @@ class Synchronous:
         """All that were asked and do not drop out."""
         if flights is not None:
             raise ConfigError(
-                "visits are under way from before: go on with the pace that the run had (buffered)"
+                "a clock has run from before: go on with the pace that the run had (--pace)"
             )
         reporting, lost = draw()
-        return Step([[*reporting, *lost]], [Due(reporting, round)], lost)
+        return Step([[*reporting, *lost]], [Due(reporting, round)], dict.fromkeys(lost, DROPPED))

@@ -28,8 +28,9 @@ class Scaffold(Strategy):
         if linear:
             return None
         return (
-            "Scaffold needs the mean of what clients send: control variates that are no more the mean of "
-            "the clients' draw the model away; take aggregator mean and no channel, or FedAvg or FedProx"
+            "strategy scaffold needs the mean of what clients send: control variates that are no more the "
+            "mean of the clients' draw the model away; take aggregator mean and no channel, or strategy "
+            "fedavg or fedprox"
         )
 
     def init(self, params: Params) -> dict[str, Params]:

@@ -1,0 +1,111 @@
+"""What is under way between a server and its clients, and what of it arrives in a round."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from fedtorch.aggregation.mean import Gathering
+from fedtorch.channel import base as channel
+from fedtorch.recipe import Recipe
+from fedtorch.rounds.figures import Reports
+from fedtorch.rounds.observers import Observer, looks
+from fedtorch.rounds.synchronous import Asked, Draw, Rounds, Step
+from fedtorch.types import Failure, Params, Released, Task
+
+
+class Arrival(NamedTuple):
+    """What came back of some clients' visits."""
+
+    outcome: Released | Failure
+    task: Task
+    """What they were sent."""
+    factor: float
+    """What their changes are multiplied by."""
+
+
+@dataclass
+class UnderWay:
+    """A pace at work: the step that it has found, who is under way, and what those were sent."""
+
+    pace: Rounds
+    asked: Asked
+    flights: Any = None
+    """As the pace left them, plain values."""
+    tasks: dict[int, Task] = field(default_factory=dict)
+    """What those under way were sent, by round."""
+    drawn: Step | None = None
+
+    def step(self, round: int, seed: int, draw: Draw) -> Step:
+        """Whom this round asks and whose work it takes, found once."""
+        if self.drawn is None:
+            self.drawn = self.pace.step(self.flights, round, seed, draw, self.asked)
+        return self.drawn
+
+    def visits(self, step: Step, ids: Sequence[str]) -> Iterator[tuple[list[str], Task, float]]:
+        """Who trains on what for this step, and what their changes are multiplied by."""
+        for due in step.due:
+            task = self.tasks[due.version]
+            task = replace(task, visit=due.visit) if due.visit else task
+            yield [ids[i] for i in due.who], task, due.factor
+
+    def land(self, step: Step) -> None:
+        """The round is over: who is still under way keeps what it was sent."""
+        self.flights = step.flights
+        self.tasks = {v: t for v, t in self.tasks.items() if v in step.versions}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint; nothing of a pace that keeps nobody under way."""
+        if self.flights is None:
+            return {}
+        tasks = {v: (t.state, t.extras, t.lr, t.privacy) for v, t in self.tasks.items()}
+        return {"pace": {"flights": self.flights, "tasks": tasks}}
+
+    def load_state_dict(self, state: Mapping[str, Any], seed: int) -> None:
+        """Go on from a checkpoint of a run with this seed."""
+        pace = state.get("pace", {"flights": None, "tasks": {}})
+        self.flights, self.drawn = pace["flights"], None
+        self.tasks = {
+            v: Task(sent, extras, v, seed, lr, numbers)
+            for v, (sent, extras, lr, numbers) in pace["tasks"].items()
+        }
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What came of a round's visits."""
+
+    reports: Reports
+    failed: list[Failure]
+    """Who has no usable update, and why."""
+    coded: int = 0
+    """Bytes of the updates as a channel has encoded them."""
+
+
+def gather(
+    total: Gathering,
+    arrivals: Iterable[Arrival],
+    recipe: Recipe,
+    coded: Mapping[str, Params],
+    observers: Sequence[Observer],
+) -> Gathered:
+    """Decode what clients send as it arrives, show it to who looks on, and add it to ``total``.
+
+    ``coded``: names and shapes of what a channel encodes, by group.
+    """
+    chunks, failed, size = [], list[Failure](), 0
+    for outcome, task, factor in arrivals:
+        if isinstance(outcome, Failure):
+            failed.append(outcome)
+            continue
+        size += channel.size(outcome, coded)
+        outcome = channel.decode(recipe.channel, outcome, coded)
+        outcome = recipe.privacy.taken(outcome, coded, task)
+        if not recipe.strategy.only_delta:
+            outcome = outcome.beside(recipe.strategy.arrived(outcome.sent))
+        total.add(outcome if factor == 1 else outcome.scaled(factor))
+        chunks.append(Reports(outcome.ids, outcome.weight, outcome.metrics))
+        for observer in observers:
+            if looks(observer):  # at a copy: nothing stands between a clip and its noise
+                observer.sent(deepcopy(outcome))
+    return Gathered(Reports.of(chunks), failed, size)
