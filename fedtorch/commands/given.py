@@ -3,18 +3,16 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.data import units
+from fedtorch.data import pictures, units
+from fedtorch.data.pictures import Frame
 from fedtorch.data.prepared import Prepared
 from fedtorch.data.tables import unlabelled
 from fedtorch.types import ConfigError
-
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 
 
 def examples(known: Prepared, path: Path) -> Tensor:
@@ -30,15 +28,23 @@ def examples(known: Prepared, path: Path) -> Tensor:
                 array = archive["x"]
         elif path.suffix == ".npy":
             array = np.load(path, allow_pickle=False)
-        elif path.suffix.lower() in PICTURES:
+        elif path.suffix.lower() in pictures.KINDS:
             return torch.tensor(picture(path, shape, known)).view(1, *shape)
         else:
             raise ConfigError(
-                f"{path}: this run takes .npy, .npz (array x), or images .png, .jpg, .bmp"
+                f"{path}: this run takes .npy, .npz (array x), images .png, .jpg, .bmp, or a folder of them"
             )
     except (OSError, ValueError, KeyError, EOFError) as e:
         raise ConfigError(f"{path} cannot be read: {e}") from e
     return arranged(path, array, shape, known)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Every picture of a folder and below, by name."""
+    files = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in pictures.KINDS)
+    if not files:
+        raise ConfigError(f"there are no pictures in {folder} ({', '.join(pictures.KINDS)})")
+    return files
 
 
 def arranged(path: Path, array: np.ndarray, shape: tuple[int, ...], known: Prepared) -> Tensor:
@@ -90,41 +96,16 @@ def _scaled(path: Path, x: Tensor, whole: bool, scale: float, pixels: bool) -> T
 
 
 def picture(path: Path, shape: tuple[int, ...], known: Prepared) -> np.ndarray:
-    """An image scaled to what the model takes, in 0..1; light on dark, as the training data."""
-    from PIL import Image
-
+    """An image as the model takes it, in 0..1; light on dark, as the training data."""
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise ConfigError(f"{path}: the model takes {list(shape)}, which is no image")
-    if not known.preparation.pixels:
+    done = known.preparation
+    if not done.pixels:
         raise ConfigError(
             f"{path}: the model was not trained on images in 0..1, so that a picture cannot be scaled for "
             "it: give the array it takes as .npy"
         )
-    with Image.open(path) as image:
-        if image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info:
-            alpha = image.convert("RGBA").getchannel("A")
-            if alpha.getextrema() != (255, 255):
-                raise ConfigError(
-                    f"{path} is see-through in places: flatten it onto a background first"
-                )
-        if image.mode.startswith("I") or image.mode == "F":
-            return _deep(path, image, shape)
-        # a palette's numbers are no brightness: its colours are
-        plain = image.convert("RGB") if image.mode in ("P", "PA") else image
-        sized = plain.convert("L" if shape[0] == 1 else "RGB").resize((shape[2], shape[1]))
-    array = np.asarray(sized, np.float32) / 255
-    return array[None] if shape[0] == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
-def _deep(path: Path, image: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A 16-bit image, which Pillow would cut off at 255."""
-    from PIL import Image
-
-    array = np.asarray(image).astype(np.float32)
-    if image.mode == "F" or array.min() < 0 or array.max() > 65535 or shape[0] != 1:
-        raise ConfigError(
-            f"{path} is an image of kind {image.mode!r}, which has no largest value here: save it as 8-bit "
-            "or 16-bit grey, or 8-bit colour"
-        )
-    sized = Image.fromarray(array / 65535).resize((shape[2], shape[1]))
-    return np.asarray(sized, np.float32)[None]
+    array = pictures.read(path, Frame(*shape, resize=done.resize, background=done.background))
+    largest = 65535 if array.dtype == np.uint16 else 255
+    by = done.scale if array.dtype.name == done.dtype else largest
+    return array.astype(np.float32) / np.float32(by)

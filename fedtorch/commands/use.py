@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedtorch.commands.given import examples
+from fedtorch.commands.given import examples, pictures_in
 from fedtorch.commands.options import words_and_options
 from fedtorch.commands.runs import tell
 from fedtorch.commands.train import train_module
@@ -114,7 +114,7 @@ def evaluate_run(argv: Sequence[str]) -> int:
 
 
 def predict(argv: Sequence[str]) -> int:
-    """A prediction for each example of a file; a text model writes on."""
+    """A prediction for each example of a file, or each picture of a folder; a text model writes on."""
     words, given = words_and_options(argv, "predict", {"json": False, "length": True, TRUST: False})
     if len(words) != 2:
         raise ConfigError(f"fedtorch predict takes a run folder and a file, but got {len(words)}")
@@ -123,16 +123,17 @@ def predict(argv: Sequence[str]) -> int:
         more = write_on(run, _text(path), _whole(given.get("length", str(LENGTH))))
         print(json.dumps({"continuation": more}) if "json" in given else more)
         return 0
-    x = examples(run.known, path)
-    parts = outputs(run.model, x, path)
-    if not all(isinstance(p, Tensor) for p in parts):
-        raise ConfigError(
-            f"the model gives a {type(parts[0]).__name__}, and predict tells of one tensor alone: load the "
-            "model file in Python, or let the model return what is to be predicted in evaluation"
-        )
-    output = torch.cat(parts)
-    for row in described(output, run.known.kind, run.known.preparation.classes):
-        print(json.dumps(row) if "json" in given else row["prediction"])
+    for file in pictures_in(path) if path.is_dir() else [path]:
+        parts = outputs(run.model, examples(run.known, file), file)
+        if not all(isinstance(p, Tensor) for p in parts):
+            raise ConfigError(
+                f"the model gives a {type(parts[0]).__name__}, and predict tells of one tensor alone: load "
+                "the model file in Python, or let the model return what is to be predicted in evaluation"
+            )
+        name = {"file": str(file.relative_to(path))} if file != path else {}
+        for row in described(torch.cat(parts), run.known.kind, run.known.preparation.classes):
+            words = [*name.values(), str(row["prediction"])]
+            print(json.dumps(name | row) if "json" in given else "\t".join(words))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from fedtorch.data.base import Data, from_tensors
 from fedtorch.data.content import split
+from fedtorch.data.folders import ImageFolder
 from fedtorch.data.hub import Custom, HuggingFace
 from fedtorch.data.idx import Idx
 from fedtorch.data.images import Digits
@@ -26,6 +27,7 @@ __all__ = [
     "HuggingFace",
     "Idx",
     "Iid",
+    "ImageFolder",
     "Natural",
     "Npz",
     "Partition",

@@ -30,6 +30,10 @@ class Preparation:
     client: str = ""
     dropped: tuple[str, ...] = ()
     decimal: str = "."
+    resize: int = 0
+    """Length that the shorter side of a picture gets before its middle is cut out; 0: it is stretched."""
+    background: str = ""
+    """Colour behind what is see-through in a picture."""
     mean: tuple[float, ...] = ()
     """Subtracted from each feature, where a table was standardised."""
     deviation: tuple[float, ...] = ()

@@ -11,6 +11,7 @@ from fedtorch import seeds
 from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
 from fedtorch.data.images import inputs
+from fedtorch.data.pictures import numbers
 from fedtorch.options import SHARE, check, find
 from fedtorch.types import ConfigError
 
@@ -121,16 +122,8 @@ def saved(path: str) -> bool:
 
 def _array(value: Any) -> np.ndarray:
     """One input; an image by its colours: a palette's numbers are no brightness."""
-    mode = getattr(value, "mode", None)
-    if isinstance(mode, str) and hasattr(value, "convert"):
-        if mode.startswith("I"):  # 16-bit grey, which Pillow may hold in 32
-            deep = np.asarray(value)
-            if deep.min() < 0 or deep.max() > 65535:
-                raise ValueError(f"an image of kind {mode!r} goes beyond 16 bits")
-            return deep.astype(np.uint16)
-        if mode not in ("L", "RGB"):
-            value = value.convert("L" if mode == "1" else "RGB")
-    return np.asarray(value)
+    picture = isinstance(getattr(value, "mode", None), str) and hasattr(value, "convert")
+    return numbers(value) if picture else np.asarray(value)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "digits": "fedtorch.data.Digits",
         "idx": "fedtorch.data.Idx",
         "mnist": "fedtorch.data.Idx",
+        "folder": "fedtorch.data.ImageFolder",
         "text": "fedtorch.data.Text",
         "csv": "fedtorch.data.Csv",
         "npz": "fedtorch.data.Npz",

@@ -159,7 +159,7 @@ class Pictures(Observer):
         self.record.picture(f"{self.under}/participation", step, drawings.participation_map, *args)
 
     def _test(self, step: int) -> None:
-        x, true, predicted = predictions(self.server.model, self.data)
+        true, predicted = predictions(self.server.model, self.data)
         if true.dim() != 1:
             return  # a class for each position (text) makes no readable matrix of its vocabulary
         classes = self.data.outputs
@@ -169,10 +169,11 @@ class Pictures(Observer):
         wrong = (predicted != true).nonzero().flatten()[:MISTAKES]
         if self.strict:
             return  # a picture of a test example is a row of somebody's data
-        if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] in (1, 3) and len(wrong):
+        x = fetch(self.data.test, wrong)[0] if len(wrong) else None
+        if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] in (1, 3):
             titles = [f"{predicted[i]}, is {true[i]}" for i in wrong.tolist()]
             heading = f"Test images taken for another class (round {step})"
-            args = (x[wrong].cpu(), titles, heading)
+            args = (x.cpu(), titles, heading)
             self.record.picture("test/mistakes", step, drawings.image_grid, *args)
 
     def sent(self, released: Released) -> None:
@@ -192,20 +193,16 @@ class Pictures(Observer):
         self.points = self.points[-MOST_POINTS:]
 
 
-def predictions(
-    model: torch.nn.Module, data: Data, most: int = 10_000
-) -> tuple[Any, Tensor, Tensor]:
-    """Inputs, true and predicted classes of the test set, its first ``most`` examples."""
+def predictions(model: torch.nn.Module, data: Data, most: int = 10_000) -> tuple[Tensor, Tensor]:
+    """True and predicted classes of the test set, its first ``most`` examples."""
     device = next(model.parameters()).device
-    xs, ys, guesses = [], [], []
+    ys, guesses = [], []
     with evaluating(model), torch.no_grad(), seeds.seeded(0):
         for index in torch.arange(min(len_of(data.test), most)).split(512):
             x, y = fetch(data.test, index)
             guesses.append(forward(model, to(x, device)).argmax(1).cpu())
-            xs.append(x)
             ys.append(y.cpu())
-    inputs = torch.cat(xs) if all(isinstance(x, Tensor) for x in xs) else xs
-    return inputs, torch.cat(ys), torch.cat(guesses)
+    return torch.cat(ys), torch.cat(guesses)
 
 
 def _safe(client: str) -> str:
