@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
@@ -203,7 +203,9 @@ def parts(batch: Any) -> list[Any] | None:
 
 def rebuilt(batch: Any, parts: Sequence[Any]) -> Any:
     """A nesting like ``batch`` of other parts, of the same type with whatever else it carries."""
-    if type(batch) is dict:
+    if isinstance(batch, Mapping) and (
+        type(batch) is dict or not isinstance(batch, MutableMapping)
+    ):
         return dict(zip(batch, parts, strict=True))
     if isinstance(batch, (tuple, list)):
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
@@ -244,7 +246,8 @@ def size(batch: Any) -> int:
     """Examples of a batch, by the first tensor in it that has any rows."""
     if isinstance(batch, Apart):
         return len(batch)
-    return next((len(t) for t in leaves(batch) if t.dim()), len(batch))
+    found = next((len(t) for t in leaves(batch) if t.dim()), None)
+    return len(batch) if found is None else found
 
 
 def rows(batch: Any, index: Tensor | slice) -> Any:

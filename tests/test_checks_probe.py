@@ -1,8 +1,10 @@
 import copy
+import json
 import math
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -570,3 +572,9 @@ def test_a_command_trains_and_pictures_a_model_of_several_outputs(fedtorch):
         "--privacy", "none", "--rounds", 1, "--clients", 3, "--run-dir", "run",
     )  # fmt: skip
     assert (code, err) == (0, "")
+    np.save("x.npy", np.eye(3, 64, dtype=np.float32).reshape(3, 1, 8, 8))
+    code, out, _ = fedtorch("predict", "run", "x.npy", "--json", "--trust-code")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(rows) == 3
+    assert all(r["prediction"]["0"] == r["prediction"]["1"] in range(10) for r in rows)
+    assert all(r["probability"]["0"] < r["probability"]["1"] for r in rows)

@@ -1,3 +1,8 @@
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,3 +72,52 @@ def test_finite_holds_where_a_float32_square_does_not():
 def test_norms_of_an_empty_stack_are_empty():
     for width in (3, tree.SHORT + 1):  # an empty Poisson batch has none
         assert tree.exact_sq_norms(torch.zeros(0, width)).shape == (0,)
+
+
+class Odd(OrderedDict):
+    """Whose items are attributes too, as those of Hugging Face's outputs."""
+
+    def __init__(self, **given):
+        super().__init__()
+        for k, v in given.items():
+            self[k] = v
+
+    def __setitem__(self, k, v):
+        super().__setitem__(k, v)
+        self.__dict__[k] = v
+
+
+@dataclass(frozen=True)
+class Held:
+    x: torch.Tensor
+    name: str = "held"
+
+
+def nestings():
+    x, y = torch.arange(6.0).view(3, 2), torch.arange(3)
+    pair = namedtuple("pair", "x y")
+    return [
+        (x, y), [x, (y, None)], {"x": x, "y": {"z": y}}, pair(x, y), Odd(x=x, y=y),
+        UserDict(x=x, y=y), MappingProxyType({"x": x}), Held(x), x.max(1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", nestings(), ids=lambda b: type(b).__name__)
+def test_nestings_of_every_kind_are_cut_joined_and_filled(batch):
+    assert tree.size(batch) == 3
+    few = [tree.rows(batch, torch.tensor([k])) for k in range(3)]
+    whole = tree.joined([tree.rows(f, slice(None)) for f in few])
+    found = [tree.leaves(b) for b in (batch, whole)]
+    assert found[0] and all(map(torch.equal, *found))
+    doubled = tree.filled(batch, [2 * t for t in tree.leaves(batch)])
+    kinds = (type(batch), dict) if isinstance(batch, MappingProxyType) else type(batch)
+    assert isinstance(doubled, kinds) and isinstance(whole, kinds)
+    assert all(
+        torch.equal(2 * t, u) for t, u in zip(*map(tree.leaves, (batch, doubled)), strict=True)
+    )
+    stacked = tree.mapped(lambda *each: torch.stack(each), batch, doubled)
+    assert all(t.shape[0] == 2 for t in tree.leaves(stacked))
+    if isinstance(batch, Odd):
+        assert torch.equal(doubled.x, 2 * batch.x)
+    if isinstance(batch, Held):
+        assert doubled.name == "held"

@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from fedtorch.run.console import show_table
 from fedtorch.run.evaluate import evaluate, evaluate_clients
 from fedtorch.training.personal import GROUP
 from fedtorch.training.stacked import forward
+from fedtorch.tree import joined, leaves, parts
 from fedtorch.types import ConfigError
 
 TRUST = trust.FLAG.removeprefix("--")
@@ -124,14 +125,10 @@ def predict(argv: Sequence[str]) -> int:
         print(json.dumps({"continuation": more}) if "json" in given else more)
         return 0
     for file in pictures_in(path) if path.is_dir() else [path]:
-        parts = outputs(run.model, examples(run.known, file), file)
-        if not all(isinstance(p, Tensor) for p in parts):
-            raise ConfigError(
-                f"the model gives a {type(parts[0]).__name__}, and predict tells of one tensor alone: load "
-                "the model file in Python, or let the model return what is to be predicted in evaluation"
-            )
+        x = examples(run.known, file)
+        output = joined(outputs(run.model, x, file))
         name = {"file": str(file.relative_to(path))} if file != path else {}
-        for row in described(torch.cat(parts), run.known.kind, run.known.preparation.classes):
+        for row in described(output, run.known, len(x)):
             words = [*name.values(), str(row["prediction"])]
             print(json.dumps(name | row) if "json" in given else "\t".join(words))
     return 0
@@ -150,12 +147,30 @@ def outputs(model: nn.Module, x: Tensor, path: Path) -> list[Any]:
         ) from e
 
 
-def described(output: Any, kind: str, classes: Sequence[Any] = ()) -> list[dict[str, Any]]:
-    """The class, by its name, and its probability, or the number predicted; of maps, for each position."""
+def described(output: Any, known: Prepared, n: int) -> list[dict[str, Any]]:
+    """The class, by its name, and its probability, or the number predicted; of maps, for each position.
+
+    Of several outputs the one named logits, or each by its name: as it is, if it is not of the data's kind.
+    Raises ConfigError where there is none for each of the ``n`` examples.
+    """
+    kind, classes = known.kind, known.preparation.classes
     if not isinstance(output, Tensor):
-        raise ConfigError(
-            f"the model gives a {type(output).__name__} and not a tensor: no part is the prediction"
-        )
+        named = {k: v for k, v in names(output).items() if _has_rows(v, n)}
+        if "logits" in named:
+            return described(named["logits"], known, n)
+        if not named:
+            what = type(output).__name__
+            raise ConfigError(
+                f"the model gives a {what} without a tensor that has a row for each example"
+            )
+        each = {k: described(v, _told(v, known), n) for k, v in named.items()}
+        asked = [
+            w for w in ("prediction", "probability") if any(w in rows[0] for rows in each.values())
+        ]
+        return [
+            {w: {k: rows[i][w] for k, rows in each.items() if w in rows[i]} for w in asked}
+            for i in range(n)
+        ]
     if kind == "classification":
         chance, label = output.softmax(1).max(1)
     elif kind == "binary":
@@ -165,6 +180,27 @@ def described(output: Any, kind: str, classes: Sequence[Any] = ()) -> list[dict[
         return [{"prediction": v} for v in output.flatten(1).squeeze(-1).tolist()]
     pairs = zip(label.tolist(), chance.tolist(), strict=True)
     return [{"prediction": _named(y, classes), "probability": p} for y, p in pairs]
+
+
+def names(output: Any) -> dict[str, Any]:
+    """Parts of a model's output by name, or by place."""
+    keys = list(output) if isinstance(output, Mapping) else getattr(output, "_fields", None)
+    if keys is None and is_dataclass(output):
+        keys = [f.name for f in fields(output)]
+    inside = parts(output) or []
+    return dict(zip(map(str, keys or range(len(inside))), inside, strict=True))
+
+
+def _told(value: Any, known: Prepared) -> Prepared:
+    """What is known, but that a part with another number of columns than there are classes is numbers."""
+    columns = value.shape[1:2].numel() if isinstance(value, Tensor) and value.dim() > 1 else 0
+    fits = not isinstance(value, Tensor) or columns == known.outputs
+    return known if fits else replace(known, kind="regression")
+
+
+def _has_rows(value: Any, n: int) -> bool:
+    """Whether there is a tensor with a row for each example, and none without."""
+    return bool(found := leaves(value)) and all(t.dim() and len(t) == n for t in found)
 
 
 def _named(label: Any, classes: Sequence[Any]) -> Any:
