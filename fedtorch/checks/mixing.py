@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedtorch import seeds
 from fedtorch.checks.company import LARGEST, SCALES, WATCHED, Near, meets, tolerant
+from fedtorch.checks.held import Held
 from fedtorch.recipe import Recipe
 from fedtorch.training.module import forward, training, undropped
 from fedtorch.training.outline import copied, untouched
@@ -31,6 +32,9 @@ AFFORD = 6 << 30
 ROOM = 1 << 21
 """Numbers that the examples of the largest batch for a model may have."""
 
+DRAWS = 4
+"""Times that a model which draws is tried, each time with other numbers."""
+
 STATEFUL = 4
 """Batches after which a loss must not remember what they were."""
 
@@ -41,6 +45,8 @@ class Tried(NamedTuple):
     model: nn.Module
     batch: Any
     near: Near
+    held: Held
+    """What it draws, other than by dropout."""
 
 
 def mixes(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
@@ -52,11 +58,19 @@ def mixes(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
     recipe = _another(recipe)  # it may count or keep
     with seeds.seeded(0), untouched(model), undropped(model):
         try:
-            own = Tried(model, batch, Near(1e-3, 1e-5))
+            own = Tried(model, batch, Near(1e-3, 1e-5), Held(0, size(batch)))
             fine = _wide(own, recipe)
             with untouched(fine.model), undropped(fine.model):
                 work = products(model, batch, recipe)
-                return _found(fine, own if work > HEAVY else fine, recipe, work)
+                rough = own if work > HEAVY else fine
+                why = _found(fine, rough, recipe, work)
+                # whether examples mix may hang on what is drawn
+                for seed in range(1, DRAWS if own.held.calls else 1):
+                    held = Held(seed, size(batch))
+                    why = why or _found(
+                        fine._replace(held=held), rough._replace(held=held), recipe, work
+                    )
+                return why
         except ConfigError:
             raise
         except Exception as e:
@@ -99,7 +113,7 @@ def _wide(own: Tried, recipe: Recipe) -> Tried:
                 return own
     except Exception:
         return own
-    return Tried(wide, batch, Near(1e-6, 1e-9))
+    return Tried(wide, batch, Near(1e-6, 1e-9), own.held)
 
 
 def products(model: nn.Module, batch: Any, recipe: Recipe) -> int:
@@ -176,7 +190,7 @@ def _remembers(t: Tried, recipe: Recipe) -> str | None:
             own, order = _another(recipe), many if scale == 1 else many.flip(0)
             for _ in range(STATEFUL):
                 _again(t, own, _scaled(t.batch, scale), many, order)
-            ends.append(own.losses(t.model, t.batch))
+            ends.append(_losses(t, own, t.batch, torch.arange(n)))
     if torch.allclose(ends[0], ends[1], rtol=t.near.rtol, atol=t.near.atol, equal_nan=True):
         return None
     return "a loss depends on batches before"
@@ -254,7 +268,8 @@ def _alone(t: Tried, recipe: Recipe, batch: Any) -> list[Tensor]:
 
 
 def _losses(t: Tried, recipe: Recipe, batch: Any, index: Tensor) -> Tensor:
-    return recipe.losses(t.model, rows(batch, index))
+    with t.held.of(index):
+        return recipe.losses(t.model, rows(batch, index))
 
 
 def _gradient(t: Tried, recipe: Recipe, batch: Any, index: Tensor) -> Tensor:

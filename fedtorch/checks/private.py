@@ -1,6 +1,7 @@
 """Try one private step before training starts: what would void the claim is refused by name."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fedtorch import seeds
+from fedtorch.checks.held import alike
 from fedtorch.checks.mixing import inputs
 from fedtorch.checks.mixing import mixes as mixes_examples
 from fedtorch.checks.probe import put_back, two_examples, uneven
@@ -116,6 +118,9 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
     batch = to(two_examples(_largest(clients)), next(model.parameters()).device)
     if mode == "stacked" and (why := uneven(batch)):
         return why
+    draws = _draws(model, batch, recipe)
+    if mode == "stacked" and draws:
+        return "it draws random numbers other than by dropout"
     before = snapshot(model)
     training(model)
     if mode == "ghost" and (name := _over_sequences(model, batch, recipe)):
@@ -126,6 +131,8 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
         )
     try:
         _one_step(model, batch, recipe, mode, 1.0)
+        if mode == "alone" and draws:  # each example has numbers of its own
+            return None
         wrong = any(
             _differs(model, b, recipe, mode) for b in (batch, _varied(model, clients, recipe))
         )
@@ -198,7 +205,7 @@ def _over_sequences(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
 def _alone(model: nn.Module, batch: Any, k: int, recipe: Recipe) -> Tensor:
     """One example's gradient without any machinery, flat: what every mode is held to."""
     model.zero_grad()
-    with seeds.seeded(0):
+    with seeds.seeded(0), alike(1):
         recipe.losses(model, rows(batch, slice(k, k + 1))).sum().backward()
     return _gradients(model)
 
@@ -209,7 +216,7 @@ def _one_step(model: nn.Module, batch: Any, recipe: Recipe, mode: str, clip: flo
     model.zero_grad()
     with seeds.seeded(0):
         if mode != "stacked":
-            with private_gradients(model, recipe.losses, steps) as gradients:
+            with private_gradients(model, recipe.losses, steps) as gradients, alike(size(batch)):
                 gradients.backward(batch)
             return _gradients(model)
         state = snapshot(model)
@@ -263,11 +270,12 @@ def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) ->
             f"parameter {unused[0]} has no part in the loss of any example tried: call "
             "requires_grad_(False) on it, or it would be trained on noise alone"
         )
-    if _draws(model, batch, recipe):
+    if _draws(model, batch, recipe, held=True):
         raise ConfigError(
-            f"model {name} or its loss draws random numbers other than by dropout, so that nothing shows "
-            "that an example's result is its own: draw them in the dataset, or protect clients (privacy "
-            "client)"
+            f"model {name} or its loss draws random numbers that no trial can hold still (torch.randperm, "
+            "NumPy, a generator of its own), so that nothing shows that an example's result is its own: "
+            "draw by torch.randn, rand, normal, bernoulli or randint, or in the dataset, or protect "
+            "clients (privacy client)"
         )
     if why := mixes_examples(model, batch, recipe):
         raise ConfigError(
@@ -276,12 +284,12 @@ def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) ->
         )
 
 
-def _draws(model: nn.Module, batch: Any, recipe: Recipe) -> bool:
-    """Whether losses differ from call to call when nothing is dropped."""
+def _draws(model: nn.Module, batch: Any, recipe: Recipe, held: bool = False) -> bool:
+    """Whether losses differ from call to call when nothing is dropped, or with what is drawn ``held``."""
     losses = []
     with untouched(model), torch.no_grad(), undropped(model):
         for seed in (0, 1):
-            with seeds.seeded(seed):
+            with seeds.seeded(seed), alike(size(batch)) if held else nullcontext():
                 losses.append(recipe.losses(model, batch))
     return not torch.allclose(losses[0], losses[1], rtol=1e-4, atol=1e-6, equal_nan=True)
 
