@@ -47,7 +47,7 @@ class Config(RunOptions):
     """Every option of a run. ``--config run.toml`` sets them, flags override."""
 
     dataset: Any = Digits()
-    """Data: digits, idx (or mnist), folder (of pictures), text, csv, npz, hf, custom; with
+    """Data: digits, idx (or mnist), folder (of pictures), text, labelled-text, csv, npz, hf, custom; with
     --dataset.path FOLDER or FILE."""
     partition: Partition | None = None
     """How examples become clients: iid, dirichlet, shards, quantity, natural; none given: by owner

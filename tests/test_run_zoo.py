@@ -79,7 +79,7 @@ def test_paths_and_modules(tmp_path):
 @pytest.mark.parametrize(
     "spec, args, message",
     [
-        ("cnnn", {}, r"unknown model 'cnnn'; there are cnn, .*or give path/file\.py:Name"),
+        ("cnnn", {}, r"unknown model 'cnnn'; there are bag, cnn, .*or give path/file\.py:Name"),
         ("torch.nn:Nothing", {}, "torch.nn has no 'Nothing'"),
         ("no.module:Net", {}, "No module named 'no'"),
         ("mlp", {"hiden": 3}, "no argument 'hiden'; it takes in_features"),

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.data import pictures, units
+from fedtorch.data import labelled, pictures, sheet, units
+from fedtorch.data.base import Preparation
 from fedtorch.data.pictures import Frame
 from fedtorch.data.prepared import Prepared
 from fedtorch.data.tables import unlabelled
@@ -20,6 +21,8 @@ def examples(known: Prepared, path: Path) -> Tensor:
     if known.preparation.columns:
         return unlabelled(path, known.preparation)
     shape = tuple(known.facts.get("input_shape", ()))
+    if known.preparation.vocabulary:
+        return written(path, known.preparation, shape[0])
     if not shape:
         raise ConfigError(f"{path}: the model takes inputs of its own kind, which no file holds")
     try:
@@ -37,6 +40,19 @@ def examples(known: Prepared, path: Path) -> Tensor:
     except (OSError, ValueError, KeyError, EOFError) as e:
         raise ConfigError(f"{path} cannot be read: {e}") from e
     return arranged(path, array, shape, known)
+
+
+def written(path: Path, done: Preparation, length: int) -> Tensor:
+    """Texts of a table's column, or the lines of another file, as numbers of the vocabulary."""
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return labelled.encoded(labelled.texts(sheet.read(path), done.text), done, length)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} cannot be read as text: {e}") from e
+    if not any(map(str.strip, lines)):
+        raise ConfigError(f"{path} holds no text")
+    return labelled.encoded([line for line in lines if line.strip()], done, length)
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from fedtorch.data.folders import ImageFolder
 from fedtorch.data.hub import Custom, HuggingFace
 from fedtorch.data.idx import Idx
 from fedtorch.data.images import Digits
+from fedtorch.data.labelled import LabelledText
 from fedtorch.data.partition import (
     Dirichlet,
     Iid,
@@ -28,6 +29,7 @@ __all__ = [
     "Idx",
     "Iid",
     "ImageFolder",
+    "LabelledText",
     "Natural",
     "Npz",
     "Partition",

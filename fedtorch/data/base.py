@@ -30,6 +30,12 @@ class Preparation:
     client: str = ""
     dropped: tuple[str, ...] = ()
     decimal: str = "."
+    text: str = ""
+    """Column with the texts, where each has a class."""
+    vocabulary: str = ""
+    """What their numbers stand for: bytes, hashed:4096 (words), or words."""
+    words: tuple[str, ...] = ()
+    """Words of the vocabulary, from 2 on; 1 is any other, 0 fills up."""
     resize: int = 0
     """Length that the shorter side of a picture gets before its middle is cut out; 0: it is stretched."""
     background: str = ""

@@ -15,6 +15,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "mnist": "fedtorch.data.Idx",
         "folder": "fedtorch.data.ImageFolder",
         "text": "fedtorch.data.Text",
+        "labelled-text": "fedtorch.data.LabelledText",
         "csv": "fedtorch.data.Csv",
         "npz": "fedtorch.data.Npz",
         "hf": "fedtorch.data.HuggingFace",
