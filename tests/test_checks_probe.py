@@ -520,7 +520,7 @@ def test_what_holds_the_model_handed_over_is_refused():
         return cross_entropy(output, target) + plain[0].weight.square().sum()
 
     with pytest.raises(
-        ConfigError, match=r"the loss, .* uses parameter 0\.weight of the very model"
+        ConfigError, match=r"the loss or step, .* uses parameter 0\.weight of the very model"
     ):
         Server(plain, make_clients([5]), Recipe(loss=loss))
 
