@@ -16,6 +16,7 @@ from fedtorch.privacy import Nothing, Privacy
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.training.losses import Loss, cross_entropy, no_loss, reduce
 from fedtorch.training.optimizer import ClientOptimizer, Maker
+from fedtorch.training.own_update import OwnUpdate
 from fedtorch.training.step import Step, Supervised
 from fedtorch.types import ConfigError
 
@@ -30,6 +31,9 @@ class Recipe(TrainingOptions):
     """``loss(output, target)``, of batches (x, y); left out it is cross entropy, or there is a step."""
     step: Step | None = None
     """``step(model, batch)`` -> losses [B], or one number: in place of a loss, for batches of any kind."""
+    local: OwnUpdate | None = None
+    """``fn(model, batches, lr)`` that trains the model in place, and returns the visit's loss or None: in
+    place of loss, optimizer and local steps."""
     optimizer: ClientOptimizer | str | type[Optimizer] | Maker = field(
         default_factory=ClientOptimizer
     )
@@ -53,10 +57,25 @@ class Recipe(TrainingOptions):
             raise ConfigError(
                 "a recipe has a loss or a step, which returns the losses itself: leave out one"
             )
-        if self.loss is no_loss and self.step is None:
+        if self.local is not None:
+            self._only_local()
+        elif self.loss is no_loss and self.step is None:
             object.__setattr__(self, "loss", cross_entropy)
         for stage in self.channel:
             fit("each stage of channel", stage, Stage)
+
+    def _only_local(self) -> None:
+        plain = TrainingOptions()
+        names = ("clip_norm", "accumulate", "lr_warmup", "lr_decay", "lr_floor")
+        given = [k for k in names if getattr(self, k) != getattr(plain, k)]
+        given += [k for k in ("step", "scheduler") if getattr(self, k) is not None]
+        given += ["loss"] * (self.loss is not no_loss)
+        given += ["optimizer"] * (self.client_optimizer != ClientOptimizer())
+        if given:
+            raise ConfigError(
+                f"local takes a visit's steps itself, so {', '.join(given)} would do nothing: leave out "
+                "one or the other"
+            )
 
     @property
     def client_optimizer(self) -> ClientOptimizer:

@@ -148,6 +148,11 @@ REFUSED = {
 }
 """Of all pairs those that do not go together; every other one trains."""
 
+
+def untrained(model, batches, lr):
+    """A local update that leaves the model as it is."""
+
+
 PLAN = {"privacy": SampleLevel(**NOISE)}
 OVERRULED = [
     ({"steps": 3, **PLAN}, "owns the steps"),
@@ -155,6 +160,8 @@ OVERRULED = [
     ({"accumulate": 2, **PLAN}, "accumulate has no meaning for Poisson"),
     ({"clip_norm": 1.0, **PLAN}, "clips each example's gradient, by privacy.clip"),
     ({"accumulate": 2, "batch_size": None}, "accumulate needs a batch_size"),
+    ({"local": untrained, **PLAN}, "nobody clips and noises what it learns of each example"),
+    ({"local": untrained, "strategy": Scaffold()}, "scaffold changes the gradients of local steps"),
     ({"lr_floor": 0.1}, "lr_floor needs lr_decay linear or cosine"),
     ({"scheduler": ConstantLR, "lr_warmup": 2}, "scheduler takes the place of lr_warmup"),
     (

@@ -21,6 +21,11 @@ def _turns(strategy: Strategy) -> bool:
     return type(strategy).rests is not Strategy.rests
 
 
+def _corrects(strategy: Strategy) -> bool:
+    kind = type(strategy)
+    return kind.correction is not Strategy.correction or kind.correct is not Strategy.correct
+
+
 REFUSED: tuple[Row, ...] = (
     (
         lambda r, who, pace: r.privacy.claims and r.strategy.weighting == "examples",
@@ -52,6 +57,16 @@ REFUSED: tuple[Row, ...] = (
     (
         lambda r, who, pace: r.lr_floor and r.lr_decay == "constant",
         "lr_floor needs lr_decay linear or cosine: a constant learning rate falls to no floor",
+    ),
+    (
+        lambda r, who, pace: r.privacy.per_example and r.local,
+        "local trains as it likes, so that nobody clips and noises what it learns of each example: use a "
+        "step (Recipe(step=fn)), or protect clients (privacy client)",
+    ),
+    (
+        lambda r, who, pace: r.local and (_corrects(r.strategy) or r.strategy.needs_rates),
+        "strategy {strategy} changes the gradients of local steps, which a local update of your own takes "
+        "itself: use FedAvg, or a step (Recipe(step=fn)) in place of local",
     ),
     (
         lambda r, who, pace: r.scheduler and varies(replace(r, scheduler=None)),

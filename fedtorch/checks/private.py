@@ -14,7 +14,7 @@ from fedtorch import seeds
 from fedtorch.checks.held import alike
 from fedtorch.checks.mixing import inputs
 from fedtorch.checks.mixing import mixes as mixes_examples
-from fedtorch.checks.probe import put_back, two_examples, uneven
+from fedtorch.checks.probe import put_back, two_examples, uneven, visit_alone
 from fedtorch.client import Client
 from fedtorch.privacy import Privacy, models
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
@@ -328,7 +328,11 @@ def _frozen_buffers(model: nn.Module, clients: Sequence[Client], recipe: Recipe)
     batch = to(two_examples(_largest(clients)), next(model.parameters()).device)
     before = snapshot(model)
     with torch.no_grad(), seeds.seeded(0):
-        recipe.losses(training(model), batch)
+        if recipe.local is None:
+            recipe.losses(training(model), batch)
+        else:
+            client = max(clients, key=len)
+            visit_alone(model, client, torch.tensor([0, len(client) - 1]), recipe)
     after = snapshot(model)
     put_back(model, before)
     for k, _ in model.named_buffers():

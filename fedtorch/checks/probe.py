@@ -23,6 +23,7 @@ from fedtorch.training.losses import Loss, gathers, reduce
 from fedtorch.training.module import training, undropped
 from fedtorch.training.outline import put_back as put_back
 from fedtorch.training.outline import untouched
+from fedtorch.training.own_update import Visit, own_update
 from fedtorch.training.stacked import forward, snapshot, to, vmapped_losses
 from fedtorch.training.step import Stepping, pair
 from fedtorch.tree import expand, leaves, mapped, parts, rows, size
@@ -47,8 +48,11 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Found:
     trained = {k for k, p in model.named_parameters() if p.requires_grad}
     before = snapshot(model)
     with untouched(model) as outline, seeds.seeded(0):
-        take = _stepper(training(model), recipe)
+        take = _stepper(training(model), recipe) if recipe.local is None else None
         for client, index in _full_and_short(clients, recipe):
+            if take is None:
+                visit_alone(model, client, index, recipe)
+                continue
             _backward(model, client, index, recipe)
             take()
         change, stay = outline.changed(), _not_averaged(model, before)
@@ -119,11 +123,13 @@ def hooks(p: Tensor) -> bool:
 
 
 @contextmanager
-def aside(model: nn.Module) -> Iterator[None]:
+def aside(model: nn.Module, local: bool = False) -> Iterator[None]:
     """While a copy is tried, no gradient may reach the model itself; raises ConfigError where one does.
 
     A lambda that it keeps, or a loss, may hold the model that was handed over: training would not move it.
+    A ``local`` update may even train it, which is undone.
     """
+    weights = snapshot(model) if local else {}
     before = [
         (k, p, p.grad, p.grad.clone() if p.grad is not None else None)
         for k, p in model.named_parameters()
@@ -134,6 +140,12 @@ def aside(model: nn.Module) -> Iterator[None]:
             continue
         for _, q, old, was in before:
             q.grad = old if old is None or was is None else old.copy_(was)
+        put_back(model, weights)
+        if local:
+            raise ConfigError(
+                f"local trains parameter {name} of the very model handed over, but clients train copies: "
+                "take the model from its first argument"
+            )
         raise ConfigError(
             f"the loss or step, or a function that model {type(model).__name__} keeps, uses parameter "
             f"{name} of the very model handed over, but clients train copies of it, which it would not "
@@ -218,6 +230,22 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
         raise ConfigError(
             f"the loss does not fit model {name} (output {_shape(output)}) and the labels "
             f"{_shape(y)}: {_first(e)}"
+        ) from e
+
+
+def visit_alone(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -> None:
+    """A visit of two batches by a local update of the user's own; raises ConfigError where it fails."""
+    plan = (index % len_of(client.data)).expand(2, -1)
+    visit = Visit(client.data, plan, next(model.parameters()).device)
+    assert recipe.local is not None
+    try:
+        own_update(recipe.local, training(model), visit, recipe.learning_rate)
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(
+            f"local fails for model {type(model).__name__} and two batches of {len(index)} of client "
+            f"{client.id}: {type(e).__name__}: {_first(e)}"
         ) from e
 
 

@@ -25,6 +25,8 @@ def others(given: nn.Module, worker: nn.Module, clients: Sequence[Client], recip
     Parameters of the loss, a tensor that is no parameter. Raises ConfigError naming it. ``probe.aside``
     refuses what reaches the model that was handed over.
     """
+    if recipe.local is not None:  # it may ask for any losses
+        return
     if isinstance(recipe.loss, nn.Module):
         for name, p in recipe.loss.named_parameters():
             if p.requires_grad and not any(p is own for own in given.parameters()):

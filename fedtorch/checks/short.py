@@ -30,7 +30,7 @@ def batches(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None
 
     A loss that is no number for the larger batch as well is a matter of the data, not of the size.
     """
-    if recipe.privacy.per_example:  # whose batches are drawn by chance
+    if recipe.privacy.per_example or recipe.local:  # batches drawn by chance; losses nobody knows
         return
     spent = 0
     for size, those in sorted(_sizes(clients, recipe).items()):

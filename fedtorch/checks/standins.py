@@ -20,6 +20,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.training.batches import Collated, fetch, len_of
 from fedtorch.training.module import forward, to, training
 from fedtorch.training.outline import untouched
+from fedtorch.training.own_update import Visit, own_update
 from fedtorch.tree import parts, rebuilt
 from fedtorch.types import ConfigError
 
@@ -158,6 +159,11 @@ def _fits(model: nn.Module, client: Client, recipe: Recipe) -> bool:
     """Whether model and loss take made-up examples at all, whatever their targets."""
     try:
         with untouched(model), torch.no_grad(), seeds.seeded(0):
+            if recipe.local is not None:
+                place = torch.arange(COUNT)[None]
+                visit = Visit(client.data, place, next(model.parameters()).device)
+                own_update(recipe.local, training(model), visit, recipe.learning_rate)
+                return True
             batch = fetch(client.data, torch.arange(COUNT))
             recipe.losses(training(model), to(batch, next(model.parameters()).device))
     except Exception:

@@ -44,7 +44,7 @@ class Local:
         probe.trainable(model)
         worker = copied(model).to(self.device)
         tried = shown(worker, clients, recipe)
-        with probe.aside(model):
+        with probe.aside(model, local=recipe.local is not None):
             found = probe.fits(worker, tried, recipe)
         short.batches(worker, tried, recipe)
         reached.others(model, worker, tried, recipe)

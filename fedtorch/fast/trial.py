@@ -16,7 +16,7 @@ from fedtorch.privacy.base import PerExample, Privacy
 from fedtorch.recipe import Recipe
 from fedtorch.strategies import Strategy
 from fedtorch.training.batches import len_of
-from fedtorch.training.local_steps import VARIES, varies
+from fedtorch.training.local_steps import OWN, VARIES, varies
 from fedtorch.training.losses import LOSSES, reduce
 
 
@@ -118,6 +118,8 @@ def draws(
 
 def optimizer(recipe: Recipe) -> str | None:
     """SGD, with momentum and weight decay, by one rate and by gradients as they are."""
+    if recipe.local is not None:
+        return OWN
     client = recipe.client_optimizer
     if client.maker() is not torch.optim.SGD:
         return f"the client optimizer is {client.words}, not SGD"

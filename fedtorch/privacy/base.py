@@ -292,6 +292,8 @@ class Privacy(ABC):
             self.strict and self.per_client
         ):  # nobody else is trusted: what is not noised does not leave
             return {k: v for k, v in figures.items() if k == "update_norm"}
+        if "train_loss" not in figures:
+            return {k: v for k, v in figures.items() if k in FIGURES}
         loss = figures["train_loss"]
         # a server takes a figure that is not finite for a broken message: one row would leave a client out
         loss = loss.nan_to_num(LARGEST_LOSS).clamp(-LARGEST_LOSS, LARGEST_LOSS)

@@ -17,6 +17,7 @@ from fedtorch.training.optimizer import ClientOptimizer, fits_not
 from fedtorch.tree import per_client
 from fedtorch.types import ConfigError
 
+OWN = "a visit is a local update of your own (local)"
 VARIES = "the learning rate changes within a visit"
 
 
@@ -108,6 +109,8 @@ def varies(recipe: Recipe) -> bool:
 
 def one_by_one(recipe: Recipe) -> str | None:
     """Why clients must train one after another, whatever their model; None: they need not."""
+    if recipe.local is not None:
+        return OWN
     if not recipe.client_optimizer.elementwise:
         return f"optimizer {recipe.client_optimizer.words} does not work element by element"
     if recipe.accumulate > 1:

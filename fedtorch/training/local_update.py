@@ -153,6 +153,8 @@ def raw_of(
         "visited": visited(order),
         "steps": torch.tensor([float(len(p)) for p in order], dtype=torch.float64),
     }
+    if recipe.local is not None and bool(trained.loss.isnan().any()):
+        del figures["train_loss"]  # a local update of one's own tells it or not
     groups: dict[str, Stack] | None = None
     memory: dict[str, Stack] | None = None
     fine = trained.settled() if recipe.privacy.statistics else None

@@ -138,7 +138,8 @@ def _bare(client: Client) -> Client:
 def _loose_modules(model: nn.Module, recipe: Recipe) -> list[tuple[str, str]]:
     # a model file of the zoo is a module that no import statement would find: send where it is
     owners = {type(m).__module__ for m in model.modules()}
-    owners |= {getattr(f, "__module__", "") for f in (recipe.loss, recipe.step)}
+    own = recipe.loss, recipe.step, recipe.local, recipe.scheduler, recipe.client_optimizer.name
+    owners |= {getattr(f, "__module__", "") for f in own}
     owners |= {
         type(part).__module__ for part in (recipe.strategy, recipe.aggregator, *recipe.channel)
     }
