@@ -266,7 +266,7 @@ def test_what_cannot_be_read_trains_on_the_general_path_and_says_why(why):
 def test_the_note_says_if_loops_are_compiled_or_how_they_could_be(numba, how, monkeypatch):
     monkeypatch.setattr("fedtorch.engines.solver_choice.available", lambda: numba)
     (note,) = Server(mlp(), clients(), Recipe(lr=0.01)).notes
-    assert note.startswith(f"fast path, {len(SIZES)} clients at once{how}")
+    assert note.startswith(f"fast path, up to {len(SIZES)} clients at once{how}")
     slow = Recipe(lr=0.01, optimizer=ClientOptimizer("Adam"))
     assert "pip" not in " ".join(Server(mlp(), clients(), slow).notes)  # it would not help
     private = Recipe(lr=0.01, privacy=SampleLevel(noise_multiplier=1.0, rounds=1, mode="stacked"))

@@ -296,6 +296,9 @@ def test_the_report_names_the_client_that_paid_most():
     for round, who in enumerate((["c0", "c1"], ["c0", "c1"], ["c0", "c2"], ["c0"])):
         run.private.ledger.charge(round, one, who)
     told = statement(run.private)["epsilon_spent_per_client"]
+    assert statement(run.private)["plan"].startswith(
+        "SampleLevel(clip=1.0, noise_multiplier=1.0, d"
+    )
     price = [epsilon([one] * n, delta) for n in (1, 2, 4)]
     assert (told["min"], told["median"], told["max"]) == pytest.approx(tuple(price))
     assert price[2] > price[1] + 0.5

@@ -20,7 +20,10 @@ def said(recipe, **options):
 
 def test_what_is_not_usual_is_said():
     assert not any(line.startswith(("aggregator", "channel", "pace")) for line in said(Recipe()))
-    assert "channel TopK(feedback=True, share=0.2)" in said(Recipe(channel=(TopK(share=0.2),)))
-    assert "aggregator Median(f=0, pre=None)" in said(Recipe(aggregator=Median()))
+    assert "channel topk (feedback True, share 0.2)" in said(Recipe(channel=(TopK(share=0.2),)))
+    assert "aggregator median (f 0)" in said(Recipe(aggregator=Median()))
     late = said(Recipe(), pace=Buffered(size=2, concurrency=3))
-    assert any(line.startswith("pace Buffered(size=2, concurrency=3") for line in late)
+    assert any(
+        line.startswith("pace buffered (size 2, concurrency 3, staleness 0.5, clock simulated (")
+        for line in late
+    )

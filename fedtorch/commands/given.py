@@ -38,7 +38,8 @@ def examples(known: Prepared, path: Path) -> Tensor:
                 f"{path}: this run takes .npy, .npz (array x), images .png, .jpg, .bmp, or a folder of them"
             )
     except (OSError, ValueError, KeyError, EOFError) as e:
-        raise ConfigError(f"{path} cannot be read: {e}") from e
+        why = getattr(e, "strerror", None) or e
+        raise ConfigError(f"{path} cannot be read: {why}") from e
     return arranged(path, array, shape, known)
 
 

@@ -23,7 +23,8 @@ def runs(argv: Sequence[str]) -> int:
     if "json" in given:
         print(json.dumps(table, indent=2))
     else:
-        show_table(table)
+        differ = saved.differing([r.options for r in found])
+        show_table(table, sorted(differ, key=lambda name: name.count(".")))
     tell_prices(found, "json" in given)
     return 0
 

@@ -77,7 +77,7 @@ def choose(
             found = unless_small(found, model, tried, recipe)
         if not isinstance(found, str):
             size = chunk or found.chunk(max(len(c) for c in clients), recipe)
-            how = f"fast path, {min(size, len(clients))} clients at once"
+            how = f"fast path, up to {min(size, len(clients))} clients at once"
             if asked.strict:  # how many at once hangs on the largest client's examples
                 how = "fast path"
             how += ", large products in bf16" if half else ""

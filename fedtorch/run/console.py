@@ -143,12 +143,22 @@ def partition_table(
     return table
 
 
-def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of named values; in full when piped, fitted to the window on a terminal."""
+def show_table(rows: Sequence[Mapping[str, Any]], spare: Sequence[str] = ()) -> None:
+    """Rows of named values; in full when piped, fitted to the window on a terminal.
+
+    ``spare``: columns that are left out of a narrow window, the last first.
+    """
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 10_000
-    console.print(table_of(rows))
+    left, shown = 0, table_of(rows)
+    free = console.options.update(width=10_000)
+    while left < len(spare) and console.measure(shown, options=free).maximum > console.width:
+        left += 1
+        shown = table_of([{k: r[k] for k in r if k not in spare[-left:]} for r in rows])
+    console.print(shown)
+    if left:
+        console.print(f"({left} more options differ: widen the window, or fedtorch runs --json)")
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:

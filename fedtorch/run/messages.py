@@ -9,6 +9,7 @@ from fedtorch.rounds.synchronous import Synchronous
 from fedtorch.run import cli, files, trust
 from fedtorch.run.by_client import word
 from fedtorch.run.console import Report, table_of
+from fedtorch.run.names import worded
 from fedtorch.run.report import promise, statement, text
 from fedtorch.server import Server
 from fedtorch.tracking import Record
@@ -18,7 +19,7 @@ def introduce(report: Report, opening: str, server: Server, who_has_what: Any) -
     """Model, privacy promise, the engine's choices, and who got what."""
     model, private = server.model, server.private
     size = sum(p.numel() for p in model.parameters())
-    report.say(f"{opening}, {size:,} parameters, {server.recipe.strategy}")
+    report.say(f"{opening}, {size:,} parameters, {worded(server.recipe.strategy)}")
     for part in _parts(server):
         report.say(part)
     for line in promise(private) if private else ["no privacy: nothing is noised"]:
@@ -39,9 +40,13 @@ def _parts(server: Server) -> list[str]:
     """Aggregator, channel and pace, a line each, where they are not the usual ones."""
     recipe, usual = server.recipe, Recipe()
     return [
-        *([f"aggregator {recipe.aggregator}"] if recipe.aggregator != usual.aggregator else []),
-        *(f"channel {stage}" for stage in recipe.channel),
-        *([f"pace {server.pace}"] if server.pace != Synchronous() else []),
+        *(
+            [f"aggregator {worded(recipe.aggregator)}"]
+            if recipe.aggregator != usual.aggregator
+            else []
+        ),
+        *(f"channel {worded(stage)}" for stage in recipe.channel),
+        *([f"pace {worded(server.pace)}"] if server.pace != Synchronous() else []),
     ]
 
 

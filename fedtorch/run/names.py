@@ -130,6 +130,17 @@ FREE = {"model", "optimizer"}
 """Choices whose options belong to a function that is only found later: a table ``<name>_args``."""
 
 
+def worded(part: Any) -> str:
+    """A choice and its options by the names that flags have, without what is left open."""
+    given = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    options = [
+        f"{k.replace('_', ' ')} {worded(v) if dataclasses.is_dataclass(v) else _shown(v)}"
+        for k, v in given.items()
+        if v is not None and v not in ((), "auto")
+    ]
+    return _shown(part).lower() + (f" ({', '.join(options)})" if options else "")
+
+
 def help_text(cls: type, command: str) -> str:
     """Every option of the config dataclass ``cls``, with its default and, for a choice, the names."""
     lines = [

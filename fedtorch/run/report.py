@@ -1,8 +1,10 @@
 """The privacy report: in plain words before training, in figures afterwards."""
 
 import statistics
+from dataclasses import fields, replace
 from typing import Any
 
+from fedtorch.privacy import Privacy
 from fedtorch.privacy.noise.normals import way
 from fedtorch.privacy.run import PrivateRun
 from fedtorch.run.versions import installed
@@ -35,7 +37,7 @@ def statement(run: PrivateRun) -> dict[str, Any]:
     values = sorted(min(v, run.spent()) for v in spent.values())
     return {
         **plan.describe(),
-        "plan": repr(plan),
+        "plan": _written(replace(plan, epsilon=plan.target)),
         "noise_multiplier": run.noise,
         "delta": run.delta,
         "epsilon_planned": plan.planned(run.noise, run.rounds),
@@ -56,6 +58,13 @@ def statement(run: PrivateRun) -> dict[str, Any]:
         if plan.strict
         else "figures tagged nonprivate/, the table and picture of who got what, console lines of them",
     }
+
+
+def _written(plan: Privacy) -> str:
+    """As Python code, without what is left open."""
+    given = {f.name: getattr(plan, f.name) for f in fields(plan)}
+    options = ", ".join(f"{k}={v!r}" for k, v in given.items() if v is not None)
+    return f"{type(plan).__name__}({options})"
 
 
 def randomness(run: PrivateRun) -> str:

@@ -32,7 +32,8 @@ def personal(model: nn.Module, patterns: Sequence[str]) -> set[str]:
         if not names:
             raise ConfigError(
                 f"strategy.personal {pattern!r} fits nothing that model {type(model).__name__} trains: it "
-                f'has {", ".join(sorted(trained)[:6])}, ... ("head.*" goes by name, "@BatchNorm" by layer)'
+                f"has {', '.join(sorted(trained)[:6])}, ...; name some of these in strategy.personal "
+                '("head.*" goes by name, "@BatchNorm" by layer), or take a model that has such'
             )
         found |= names
     if not trained - found:
