@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from fedtorch.checks import probe
 from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.engines import Engine, Local
 from fedtorch.options import COUNT, SHARE, check
+from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.privacy.run import BudgetSpent
 from fedtorch.rounds.synchronous import Rounds, Synchronous
 from fedtorch.run import cli, loop, objects, setup, sweep, zoo
@@ -32,6 +33,7 @@ from fedtorch.run.messages import (
     conclude,
     introduce,
     starting_score,
+    strict,
     write_results,
 )
 from fedtorch.run.names import help_text
@@ -93,11 +95,20 @@ class Config(RunOptions):
                 f"tracking {type(self.tracking).__name__} sends times and figures of its own, which "
                 "privacy.strict keeps back: use tensorboard or none"
             )
-        if plan and getattr(self.dataset, "standardize", False):
+        if plan and getattr(self.dataset, "standardize", False) is True:
             raise ConfigError(
                 "dataset.standardize voids the privacy claim: every example moves the mean and deviation "
-                "all are scaled by, and nobody noises them; scale by public numbers beforehand"
+                "all are scaled by, and nobody noises them; give public numbers, --dataset.bounds "
+                "age=20:90, or with rough bounds --dataset.standardize private"
             )
+
+    @property
+    def plan(self) -> Privacy:
+        """The privacy plan, which pays for statistics of columns where the data are scaled by them."""
+        plan = super().plan
+        asked = getattr(self.dataset, "standardize", False) == "private"
+        noise = plan.statistics_noise or (STATISTICS_NOISE if asked and plan.claims else None)
+        return replace(plan, statistics_noise=noise) if noise != plan.statistics_noise else plan
 
 
 FREE_ON_RESUME = {
@@ -133,6 +144,8 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     # who has which data
     data = config.dataset.load(config.seed)
     ids, parts = partition(data, config.partition, config.clients, config.seed)
+    kept_steps = prepared.paid(Path(config.run_dir or "."), data) if config.resume else None
+    data = setup.settled(data, ids, parts, config.plan, kept_steps)
     private = config.privacy is not None
     clients = setup.clients(data, ids, parts, config.validation, config.seed, private)
 
@@ -168,7 +181,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
             record, server, data, config.rounds, lambda: here.last, lambda: scores.by_client
         )
         opening = f"{data.name}: {len(parts)} clients, {config.model}, {config.rounds} rounds"
-        report.say(prepared.said(data))
+        report.say(prepared.said(data, strict(server)))
         introduce(report, opening, server, partition_table(ids, parts, data.labels))
         options = cli.flat(objects.describe(config)) | {"lr": server.recipe.learning_rate}
         pictures.start(options, metrics, ids, parts)

@@ -11,11 +11,13 @@ with reading():
     from fedtorch.channel.base import Stage
     from fedtorch.channel.topk import TopK
     from fedtorch.client import Client
+    from fedtorch.data.tables import from_pandas
     from fedtorch.engines import Local
     from fedtorch.recipe import Recipe
     from fedtorch.rounds.observers import Observer
     from fedtorch.rounds.participation import Everyone, Poisson, Uniform
     from fedtorch.run.evaluate import evaluate
+    from fedtorch.run.setup import divide
     from fedtorch.server import Server
     from fedtorch.strategies import Correction, FedAvg, FedBN, FedPer, FedProx, Scaffold, Strategy
     from fedtorch.training.local_update import local_update
@@ -69,6 +71,8 @@ __all__ = [
     "Strategy",
     "TopK",
     "Uniform",
+    "divide",
     "evaluate",
+    "from_pandas",
     "local_update",
 ]

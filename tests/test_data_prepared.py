@@ -352,9 +352,10 @@ def test_grey_images_may_lack_the_axis_of_their_channel(tmp_path):
 
 
 def test_a_table_with_numbers_that_are_none_is_not_predicted(tmp_path):
-    (tmp_path / "x.csv").write_text("a,b\n1,2\nnan,3\n")
-    with pytest.raises(ConfigError, match="NaN or infinite"):
-        given.examples(known((2,), columns=("a", "b")), tmp_path / "x.csv")
+    for value, message in (("nan", "line 3: column 'a' holds 'nan'"), ("inf", "NaN or infinite")):
+        (tmp_path / "x.csv").write_text(f"a,b\n1,2\n{value},3\n")
+        with pytest.raises(ConfigError, match=message):
+            given.examples(known((2,), columns=("a", "b")), tmp_path / "x.csv")
 
 
 def test_whole_numbers_are_scaled_where_the_model_has_no_vocabulary():

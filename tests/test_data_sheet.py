@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 
 from fedtorch import ConfigError
 from fedtorch.data import sheet
+from fedtorch.data.sheet import Format
 
 
 def file(tmp_path, text: str, encoding: str = "utf-8"):
@@ -17,8 +19,12 @@ def test_separators_and_spaces_around_values(tmp_path, separator, end):
     text = end.join(separator.join(line) for line in lines)
     found = sheet.read(file(tmp_path, text))
     assert found.header == lines[0] and found.rows == lines[1:] and found.lines == [2, 3]
-    assert found.numbers(["b", "a"]) == [[2.0, 1.5], [0.5, -300.0]]
-    assert found.separator == separator.strip(" ")
+    assert found.numbers("b").tolist() == [2.0, 0.5] and found.numbers("a").tolist() == [
+        1.5,
+        -300.0,
+    ]
+    said = [] if separator[0] == "," else [f"columns are separated by {separator.strip(' ')!r}"]
+    assert list(found.notes) == said
 
 
 def test_a_name_with_an_accent_a_mark_of_byte_order_and_blank_lines(tmp_path):
@@ -28,26 +34,35 @@ def test_a_name_with_an_accent_a_mark_of_byte_order_and_blank_lines(tmp_path):
 
 def test_decimal_commas_where_they_are_said(tmp_path):
     path = file(tmp_path, "a;y\n0,25;1\n7;0\n")
-    assert sheet.read(path, ",").numbers(["a"]) == [[0.25], [7.0]]
+    assert sheet.read(path, Format(decimal=",")).numbers("a").tolist() == [0.25, 7.0]
     with pytest.raises(
         ConfigError, match=r"'0,25', not a number; a decimal comma.*--dataset.decimal"
     ):
-        sheet.read(path).numbers(["a"])
+        sheet.read(path).numbers("a")
     with pytest.raises(ConfigError, match=r"dataset\.decimal must be"):
-        sheet.read(path, "x")
+        sheet.read(path, Format(decimal="x"))
 
 
 @pytest.mark.parametrize("text", ["1_0", "\uff11\uff12", "0x10", "1,5", "one", "True", "1e", "--1"])
 def test_what_is_no_number_is_named_with_its_line(tmp_path, text):
     path = file(tmp_path, f'a,y\n1,0\n"{text}",1\n')
     with pytest.raises(ConfigError, match=r"line 3: column 'a' holds .* not a number"):
-        sheet.read(path).numbers(["a"])
+        sheet.read(path).numbers("a")
 
 
-@pytest.mark.parametrize("mark", ["", "?", "NA", "null", "-"])
+@pytest.mark.parametrize("mark", ["", "?", "NA", "null", "-", "NaN", "#N/A", "<NA>"])
 def test_a_missing_value_is_called_one(tmp_path, mark):
-    with pytest.raises(ConfigError, match="missing value: fill it or drop that row"):
-        sheet.read(file(tmp_path, f"a,y\n1,0\n{mark},1\n")).numbers(["a"])
+    found = sheet.read(file(tmp_path, f"a,y\n1,0\n{mark},1\n"))
+    assert np.isnan(found.numbers("a")).tolist() == [False, True]
+    assert "a missing value: --dataset.missing drop" in str(found.wrong(1, "a", mark))
+    more = sheet.read(file(tmp_path, "a,y\n-9,0\n"), Format(na=("-9",)))
+    assert np.isnan(more.numbers("a")).all()
+
+
+@pytest.mark.parametrize("day", ["2021-03-04", "4.3.2021", "04/03/21", "2021-03-04T10:00", "10:30"])
+def test_a_date_is_called_one(tmp_path, day):
+    with pytest.raises(ConfigError, match=r"line 2: column 'a' .* a date or time: .*drop a"):
+        sheet.read(file(tmp_path, f"a,y\n{day},0\n")).numbers("a")
 
 
 @pytest.mark.parametrize(
@@ -74,10 +89,54 @@ def test_numbers_may_be_part_of_names(tmp_path):
         ).header == header.split(",")
 
 
-@pytest.mark.parametrize("encoding, hint", [("utf-16", "UTF-16"), ("latin-1", "Latin-1")])
-def test_other_encodings_are_named(tmp_path, encoding, hint):
-    with pytest.raises(ConfigError, match=f"CSV file in UTF-8: .*{hint}.*: save it as UTF-8"):
-        sheet.read(file(tmp_path, "\u00e2ge,y\n1,2\n", encoding))
+def test_other_encodings_are_named_or_known_by_their_mark(tmp_path):
+    path = file(tmp_path, "\u00e2ge,y\n1,2\n", "latin-1")
+    with pytest.raises(ConfigError, match=r"CSV file in UTF-8: .*give --dataset.encoding latin-1"):
+        sheet.read(path)
+    found = sheet.read(path, Format(encoding="latin-1"))
+    assert found.header == ["\u00e2ge", "y"] and found.notes == ("read as latin-1",)
+    marked = sheet.read(file(tmp_path, "\u00e2ge\ty\n1\t2\n", "utf-16"))
+    assert marked.header == ["\u00e2ge", "y"] and "read as utf-16" in marked.notes
+    with pytest.raises(ConfigError, match=r"dataset.encoding 'klingon'"):
+        sheet.read(path, Format(encoding="klingon"))
+    with pytest.raises(ConfigError, match=r"CSV file in ascii: .*; save it as UTF-8"):
+        sheet.read(path, Format(encoding="ascii"))
+
+
+@pytest.mark.parametrize("decimal", [".", ","])
+@pytest.mark.parametrize("separator", [";", "\t", "|", "  ", " "])
+def test_files_without_a_header_are_read_by_the_names_given(tmp_path, separator, decimal):
+    names = ("a", "b", "y")
+    lines = [
+        [f"{i},25" if decimal == "," else f"{i}.25", str(i % 7), "NPA"[i % 3]] for i in range(70)
+    ]
+    path = file(tmp_path, "\n".join(separator.join(line) for line in lines))
+    if decimal == ".":
+        with pytest.raises(
+            ConfigError, match=r"has no header: .* its 3 columns .*--dataset.columns"
+        ):
+            sheet.read(path)
+    found = sheet.read(path, Format(columns=names, decimal=decimal))
+    assert found.header == [*names] and len(found.rows) == 70 and found.lines[0] == 1
+    assert found.numbers("a").tolist() == [i + 0.25 for i in range(70)]
+    assert "columns are separated by" in found.notes[0]
+    with pytest.raises(ConfigError, match=r"line 1: 3 values, but dataset.columns names 2"):
+        sheet.read(path, Format(columns=names[:2], decimal=decimal))
+
+
+def test_separators_that_are_given_and_quoted_ones(tmp_path):
+    path = file(tmp_path, 'a;b;y\n1;"x; y";0\n2;"p\nq; r";1\n')
+    assert sheet.read(path).column("b") == ["x; y", "p\nq; r"]
+    assert sheet.read(path, Format(separator=";")).header == ["a", "b", "y"]
+    with pytest.raises(ConfigError, match=r"dataset.separator must be one character"):
+        Format(separator="ab")
+    with pytest.raises(
+        ConfigError, match=r"dataset.columns must name each column once, but has 'a'"
+    ):
+        Format(columns=("a", "a"))
+    named = file(tmp_path, "a,y\n1,0\n")
+    with pytest.raises(ConfigError, match="names its columns in its first line: leave out"):
+        sheet.read(named, Format(columns=("a", "y")))
 
 
 def test_other_columns_without_a_name_are_refused(tmp_path):

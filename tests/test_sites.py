@@ -248,8 +248,8 @@ def test_a_site_with_a_budget_joins_only_runs_whose_noise_it_adds(tmp_path):
         (SampleLevel(), "how many rounds"),
     ):
         with pytest.raises(ConfigError, match=why):
-            budget.admit(Recipe(privacy=privacy), insecure=False, standardized=False)
-    budget.admit(Recipe(privacy=LocalDP(rounds=1)), insecure=False, standardized=False)
+            budget.admit(Recipe(privacy=privacy), insecure=False, derived=False)
+    budget.admit(Recipe(privacy=LocalDP(rounds=1)), insecure=False, derived=False)
 
 
 def test_a_server_that_falls_back_to_a_checkpoint_repeats_the_rounds_bit_for_bit(folder, tmp_path):

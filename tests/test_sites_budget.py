@@ -33,15 +33,15 @@ def budget(folder, most=10.0, site="north") -> Budget:
 )
 def test_a_site_refuses_what_a_server_refuses(tmp_path, recipe, why, most):
     with pytest.raises(ConfigError, match=why):
-        budget(tmp_path, most).admit(recipe, insecure=False, standardized=False)
+        budget(tmp_path, most).admit(recipe, insecure=False, derived=False)
 
 
 def test_a_scale_that_every_row_moves_is_refused_where_rows_are_hidden(tmp_path):
     free = budget(tmp_path, None)
     with pytest.raises(ConfigError, match="standardize"):
-        free.admit(Recipe(privacy=PLAN), insecure=False, standardized=True)
+        free.admit(Recipe(privacy=PLAN), insecure=False, derived=True)
     for privacy in (None, LocalDP(rounds=1), ClientLevel(rounds=1)):
-        free.admit(Recipe(privacy=privacy), insecure=False, standardized=True)
+        free.admit(Recipe(privacy=privacy), insecure=False, derived=True)
 
 
 @pytest.mark.parametrize("most", [None, 10.0], ids=["no budget", "budget"])

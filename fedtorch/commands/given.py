@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fedtorch.data import labelled, pictures, sheet, units
+from fedtorch.data.assembly import unlabelled
 from fedtorch.data.base import Preparation
 from fedtorch.data.pictures import Frame
 from fedtorch.data.prepared import Prepared
-from fedtorch.data.tables import unlabelled
 from fedtorch.types import ConfigError
 
 

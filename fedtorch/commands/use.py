@@ -65,6 +65,9 @@ def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool 
     config = objects.build(train.Config, table)
     kept = prepared.load(Path(folder))
     data = config.dataset.load(config.seed) if load or kept is None or kept.missing else None
+    if data is not None and data.asks:
+        paid = cast(Prepared, prepared.paid(Path(folder), data))
+        data = data.asks.settled(paid.preparation)
     known = kept if data is None and kept is not None else Prepared.of(cast(Data, data))
     if load and kept is not None and not kept.same(known):
         print(

@@ -7,6 +7,7 @@ from fedtorch.data.hub import Custom, HuggingFace
 from fedtorch.data.idx import Idx
 from fedtorch.data.images import Digits
 from fedtorch.data.labelled import LabelledText
+from fedtorch.data.npz import Npz
 from fedtorch.data.partition import (
     Dirichlet,
     Iid,
@@ -16,7 +17,7 @@ from fedtorch.data.partition import (
     Shards,
     partition,
 )
-from fedtorch.data.tables import Csv, Npz
+from fedtorch.data.tables import Csv, from_pandas
 from fedtorch.data.text import Text
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "QuantitySkew",
     "Shards",
     "Text",
+    "from_pandas",
     "from_tensors",
     "partition",
     "split",

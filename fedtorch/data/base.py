@@ -1,10 +1,11 @@
 """What a dataset is once loaded: train and test examples, and the facts a model is built from."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
@@ -26,6 +27,18 @@ class Preparation:
     """Images came as [N, rows, columns, channels]."""
     columns: tuple[str, ...] = ()
     """Features of a table, in order."""
+    categories: tuple[tuple[str, ...], ...] = ()
+    """Of each column; empty ones are numbers. None at all: every column is one."""
+    missing: str = ""
+    """What was done with missing values; empty: there may be none."""
+    fill: tuple[float | None, ...] = ()
+    """What stands for a missing number of each column."""
+    header: tuple[str, ...] = ()
+    """Names of the columns of a file that has no line of them."""
+    separator: str = ""
+    encoding: str = ""
+    na: tuple[str, ...] = ()
+    """Further spellings of a missing value."""
     target: str = ""
     client: str = ""
     dropped: tuple[str, ...] = ()
@@ -41,14 +54,38 @@ class Preparation:
     background: str = ""
     """Colour behind what is see-through in a picture."""
     mean: tuple[float, ...] = ()
-    """Subtracted from each feature, where a table was standardised."""
+    """Subtracted from each column, where a table was scaled."""
     deviation: tuple[float, ...] = ()
+    scaled: str = ""
+    """How it was scaled, in words."""
     dtype: str = ""
     """NumPy's name of the type that inputs were stored in; empty: a table of text, or not known."""
     numbers: str = ""
     """Kind of the inputs' numbers before preparation; see ``fedtorch.data.units``."""
     notes: tuple[str, ...] = ()
     """Further steps of the preparation, in words."""
+    remarks: tuple[str, ...] = ()
+    """What looks odd in the rows; as it tells of them, a strict run keeps it back."""
+    found: tuple[str, ...] = ()
+    """Columns whose categories are those that the rows held."""
+    derived: tuple[str, ...] = ()
+    """Steps whose numbers were taken from the rows, which no noise covers, and what to give instead."""
+
+
+@dataclass(frozen=True)
+class Asks:
+    """Columns that wait for statistics which a privacy plan releases; see ``fedtorch.privacy.columns``."""
+
+    rows: np.ndarray
+    """Of the training examples, [N, columns], NaN where a value is missing."""
+    bounds: tuple[tuple[float, float], ...]
+    """Public: what lies beyond counts as the bound."""
+    kind: str
+    """``quartiles`` or ``sums``."""
+    answer: Callable[[Sequence[float], Sequence[float], str], "Data"]
+    """Centers and widths of the columns, and what is to be said of them -> the data, scaled."""
+    settled: Callable[[Preparation], "Data"]
+    """The preparation of an earlier run -> the data as they were then."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +106,8 @@ class Data:
     facts: dict[str, Any] = field(default_factory=dict)
     """Facts that a model may ask for by name: input_shape, in_features, in_channels, vocab_size, ..."""
     preparation: Preparation = Preparation()
+    asks: Asks | None = None
+    """What is still to be released before the data are as they will be; none: nothing."""
 
     def __post_init__(self) -> None:
         """Take examples in whatever a client may be given them; raises ConfigError for anything else."""

@@ -94,6 +94,22 @@ def load(folder: Path) -> Prepared | None:
         raise ConfigError(f"{path} is damaged: {e}") from e
 
 
+def paid(folder: Path, data: Data) -> Prepared | None:
+    """The preparation of the run that goes on, where ``data`` wait for statistics; None: they do not.
+
+    Raises ConfigError where it is gone: what was released, and paid for, is in it.
+    """
+    if data.asks is None:
+        return None
+    kept = load(folder)
+    if kept is None:
+        raise ConfigError(
+            f"{folder / FILE} is gone, which holds the private statistics that the run's data are scaled "
+            "by: put it back, or start a new run"
+        )
+    return kept
+
+
 def resumed(folder: Path, data: Data) -> None:
     """Raises ConfigError unless ``data`` are those the run in ``folder`` was trained on so far."""
     kept = load(folder)
@@ -110,8 +126,27 @@ def resumed(folder: Path, data: Data) -> None:
         )
 
 
+def covered(preparation: Preparation) -> None:
+    """Raises ConfigError where a step was taken from the rows themselves: no noise covers that."""
+    if preparation.derived:
+        raise ConfigError(
+            f"{preparation.derived[0]} voids the privacy claim: every example moves what all are prepared "
+            "by, and nobody noises it"
+        )
+
+
 def agreed(data: Data, dataset: Any) -> None:
-    """Raises ConfigError where classes were numbered by this file alone, which others do not have."""
+    """Raises ConfigError where a file decided alone what sites must agree on: classes, inputs."""
+    if data.asks:
+        raise ConfigError(
+            "dataset.standardize private is for simulations: sites release no statistics of columns; leave "
+            "it out, and dataset.bounds scale by themselves"
+        )
+    if data.preparation.found:
+        raise ConfigError(
+            f"{data.name}: the categories of {', '.join(data.preparation.found)} would be those of this "
+            "file alone, and sites must agree: give every site the same --dataset.categories NAME=A|B"
+        )
     if data.preparation.classes and not getattr(dataset, "classes", None):
         names = ",".join(str(c) for c in data.preparation.classes)
         raise ConfigError(
@@ -120,8 +155,8 @@ def agreed(data: Data, dataset: Any) -> None:
         )
 
 
-def said(data: Data) -> str:
-    """The one line that says what the data were taken for."""
+def said(data: Data, strict: bool = False) -> str:
+    """The one line that says what the data were taken for; ``strict`` leaves out what tells of rows."""
     p = data.preparation
     classes = f" ({_some([*p.classes] or [f'0 to {data.outputs - 1}'])})"
     task = {
@@ -131,7 +166,8 @@ def said(data: Data) -> str:
     }[data.kind]
     shape = "x".join(map(str, data.facts.get("input_shape", ()))) or "of their own kind"
     scaled = f"divided by {p.scale:g}" if p.scale != 1 else "taken as they are"
-    scaled = "scaled to mean 0 and deviation 1" if p.mean else scaled
+    if p.mean:
+        scaled = p.scaled or "scaled to mean 0 and deviation 1"
     parts = [f"data: {task}", f"inputs {shape} {scaled}"]
     if p.columns:
         parts.append(f"features {_some(p.columns)}")
@@ -141,7 +177,7 @@ def said(data: Data) -> str:
         parts.append("the data name clients" if data.keys else "the data name no clients")
     if p.dropped:
         parts.append(f"left out {_some([d or '(a column without a name)' for d in p.dropped])}")
-    return "; ".join([*parts, *p.notes])
+    return "; ".join([*parts, *p.notes, *(() if strict else p.remarks)])
 
 
 def _sum(table: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.training.losses import IGNORED
 from fedtorch.types import ConfigError
 
@@ -56,6 +57,25 @@ def understood(where: str, values: np.ndarray, kind: str, names: Sequence[str] =
         return _many(where, values, kind)
     found = _one(where, values, kind, tuple(names))
     return Targets(found.kind, found.y, found.outputs, found.classes, (*notes, *found.notes))
+
+
+def from_targets(
+    name: str,
+    x: Tensor,
+    y: Targets,
+    keys: Sequence[str] | None,
+    parts: tuple[Tensor, Tensor],
+    done: Preparation,
+) -> Data:
+    """Data of inputs and targets; ``parts``: which examples train, and which are the central test."""
+    if not bool(torch.isfinite(x.double()).all()):
+        raise ConfigError(f"{name} has NaN or infinite values; fill or drop those rows first")
+    train, test = parts
+    owners = [keys[i] for i in train.tolist()] if keys else None
+    facts = {"num_outputs": y.outputs, "out_features": y.outputs} if y.kind == "binary" else {}
+    return from_tensors(
+        name, (x[train], y.y[train]), (x[test], y.y[test]), y.kind, y.outputs, owners, done, **facts
+    )
 
 
 def _one(where: str, values: np.ndarray, kind: str, names: tuple[str, ...]) -> Targets:

@@ -2,7 +2,7 @@
 
 from fedtorch.privacy.adaptive import AdaptiveClip
 from fedtorch.privacy.bands import Bands
-from fedtorch.privacy.base import Privacy
+from fedtorch.privacy.base import STATISTICS_NOISE, Privacy
 from fedtorch.privacy.client import ClientLevel
 from fedtorch.privacy.local import LocalDP
 from fedtorch.privacy.nothing import Nothing
@@ -10,6 +10,7 @@ from fedtorch.privacy.sample import SampleLevel
 
 __all__ = [
     "DEFAULT",
+    "STATISTICS_NOISE",
     "AdaptiveClip",
     "Bands",
     "ClientLevel",

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,9 @@ State = dict[str, Any]
 """What a plan carries from round to round: public numbers, and noise already released."""
 
 DEFAULT_EPSILON = 8.0
+
+STATISTICS_NOISE = 10.0
+"""Noise multiplier of statistics of columns: the noise of a usual run grows by 0.1 % for them."""
 
 CLIPS = (1e-6, 1e9)
 """Clipping norms there may be: beyond them noise, or what is clipped, meets the ends of float32."""
@@ -106,6 +110,9 @@ class Privacy(ABC):
     """Chance the guarantee may fail; well below one over the number of units."""
     rounds: int | None = None
     """Rounds the plan is calibrated for; none: the run's rounds."""
+    statistics_noise: float | None = None
+    """Noise multiplier of statistics of columns (dataset.standardize private), which are released once
+    before round 0 and are part of the budget; none: 10 where they are asked for."""
     accountant: Literal["prv", "rdp"] = "prv"
     """prv (tight) or rdp."""
     budget: Literal["stop", "error"] = "stop"
@@ -130,7 +137,7 @@ class Privacy(ABC):
     def __post_init__(self) -> None:
         """Refuse what gives no guarantee, by name."""
         check_accountant(self.accountant)
-        numbers = ("clip", "epsilon", "noise_multiplier", "batch_size")
+        numbers = ("clip", "epsilon", "noise_multiplier", "batch_size", "statistics_noise")
         counts = ("rounds", "steps", "max_batch", "weight_cap")
         ranges = dict.fromkeys(numbers, POSITIVE) | dict.fromkeys(counts, COUNT)
         check(self, "privacy", sample_rate=RATE, rate=RATE, **ranges)
@@ -169,7 +176,13 @@ class Privacy(ABC):
             return self.noise_multiplier
         one = self.event(1.0)
         steps = one.steps * self.releases(rounds)
-        return calibrate(self.target or 0.0, self.delta, one.rate, steps, self.accountant)
+        target = self.target or 0.0
+        return calibrate(target, self.delta, one.rate, steps, self.accountant, self.once)
+
+    @property
+    def once(self) -> tuple[Event, ...]:
+        """What is released before round 0, and charged to everyone."""
+        return (Event("gaussian", self.statistics_noise),) if self.statistics_noise else ()
 
     def planned_for(self, rounds: int) -> "Privacy":
         """The same plan of a run of ``rounds`` rounds, unless it names its own."""
@@ -179,7 +192,7 @@ class Privacy(ABC):
         """Epsilon of ``rounds`` rounds for the unit that takes part most."""
         one = self.event(noise)
         whole = replace(one, steps=one.steps * self.releases(rounds))
-        return epsilon([whole], self.delta, self.accountant)
+        return epsilon([whole, *self.once], self.delta, self.accountant)
 
     @abstractmethod
     def event(self, noise: float) -> Event:
@@ -196,6 +209,16 @@ class Privacy(ABC):
     @abstractmethod
     def describe(self) -> dict[str, str]:
         """In words: unit, neighbouring relation, who is trusted, mechanism."""
+
+    def total(self, vectors: Sequence[np.ndarray], ids: Sequence[str], norm: float) -> np.ndarray:
+        """Noised sum [m] of the clients' vectors, [n, m] each, none longer than ``norm``: ``once``.
+
+        Raises ConfigError where the plan has no such release.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} releases no statistics of columns: scale by public numbers, with "
+            "dataset.bounds alone"
+        )
 
     # the round; what a plan does not do is the identity
 
@@ -368,6 +391,13 @@ class Privacy(ABC):
     ) -> tuple[dict[str, Params], State] | None:
         """The server's half: noised mean from the sum over clients; None: an ordinary mean will do."""
         return None
+
+
+def bounded(vectors: np.ndarray, norm: float) -> np.ndarray:
+    """Vectors [n, m], each scaled down to ``norm`` at most; one that is not finite is zero."""
+    lengths = np.sqrt((vectors * vectors).sum(1, keepdims=True))
+    good = np.isfinite(lengths)
+    return np.where(good, vectors, 0) * np.where(good, norm / np.maximum(lengths, norm), 0)
 
 
 def check_clip(name: str, clip: float) -> None:

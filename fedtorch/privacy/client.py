@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from fedtorch.privacy.base import (
     CLIPS,
     Privacy,
     State,
+    bounded,
     check_clip,
     clipped,
     joint_norms,
@@ -186,6 +188,14 @@ class ClientLevel(Privacy):
             clip = self.adaptive.next(state["clip"], total, denominator, draw)
             new["clip"] = min(max(clip, CLIPS[0]), CLIPS[1])
         return mean, new
+
+    def total(self, vectors: Sequence[np.ndarray], ids: Sequence[str], norm: float) -> np.ndarray:
+        """Every client sends the mean of its examples' vectors; the server noises the sum."""
+        means = np.stack([bounded(rows, norm).sum(0) / max(len(rows), 1) for rows in vectors])
+        exact = torch.from_numpy(bounded(means, norm).sum(0))
+        std = norm * (self.statistics_noise or 0.0)
+        noise = std * self.stream("statistics").normal(tuple(exact.shape))
+        return noised(exact, noise).numpy()
 
     def check(self, population: int, noise: float) -> list[str]:
         """Sums of few clients are refused."""

@@ -34,6 +34,12 @@ class LocalDP(Privacy):
     mechanism: Literal["gaussian", "laplace"] = "gaussian"
     """gaussian (L2) or laplace (L1)."""
 
+    def __post_init__(self) -> None:
+        """Nobody sums up what others may not see."""
+        super().__post_init__()
+        if self.statistics_noise:
+            self.total((), (), 0.0)
+
     def calibrated(self, rounds: int) -> float:
         """Laplace scales add up: rounds / epsilon; Gaussian: closed form."""
         if self.mechanism == "laplace" and self.noise_multiplier is None:

@@ -1,12 +1,17 @@
 """Privacy of one run at the server: the calibrated plan, its state, and the ledger it is charged to."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.base import Privacy
 from fedtorch.privacy.nothing import DISAGREE, OpenRun
 from fedtorch.types import ConfigError, Params
+
+BEFORE = -1
+"""Round that the ledger names for what is released before round 0."""
 
 PUBLIC = frozenset(
     (
@@ -71,7 +76,13 @@ class PrivateRun:
         self.noise = plan.calibrated(plan.rounds)
         self.size = sum(v.numel() for p in groups.values() for v in p.values())
         self.state = plan.start(groups)
-        self.ledger = Ledger(unit=plan.unit)
+        self.keep(Ledger(unit=plan.unit))
+
+    def keep(self, ledger: Ledger) -> None:
+        """Charge to this ledger, a new one, from now on: first what is released before round 0."""
+        self.ledger = ledger
+        for event in self.plan.once:
+            ledger.charge(BEFORE, event)
 
     def check(self) -> list[str]:
         """Refuse what would void the claim; notes for the person who starts the run."""
@@ -100,7 +111,7 @@ class PrivateRun:
             return round < self.rounds
         charged = self.charged(cohort, round)
         event = plan.event(self.noise)
-        if self._planned() <= plan.target and self.ledger.within(event, self._most(), charged):
+        if self._planned() <= plan.target and self.ledger.within(self._whole(), event, charged):
             return True  # a part of the plan costs no more than the plan, whatever its own bound is
         return self.ledger.fits(event, charged, plan.target, plan.delta, plan.accountant)
 
@@ -145,16 +156,18 @@ class PrivateRun:
     def spent(self) -> float:
         """Epsilon of the run so far, at the plan's delta; a part of the plan costs no more than it all."""
         spent = self.ledger.spent(self.plan.delta, self.plan.accountant)
-        part = self.ledger.within(self.plan.event(self.noise), self._most())
+        part = self.ledger.within(self._whole())
         return min(spent, self._planned()) if part else spent
 
     def _planned(self) -> float:
         """Epsilon of all rounds of the plan."""
         return self.plan.planned(self.noise, self.rounds)
 
-    def _most(self) -> int:
-        """Releases in them that one unit is charged for."""
-        return self.plan.releases(self.rounds) * self.plan.event(self.noise).steps
+    def _whole(self) -> tuple[Event, ...]:
+        """All that one unit is charged for in them."""
+        one = self.plan.event(self.noise)
+        rounds = replace(one, steps=one.steps * self.plan.releases(self.rounds))
+        return (rounds, *self.plan.once)
 
     @property
     def delta(self) -> float:
@@ -185,6 +198,11 @@ class PrivateRun:
                 f"{type(self.plan).__name__}: one run has one plan"
             )
         self.ledger = Ledger.resume(None, saved["ledger"]) if ledger is None else ledger
+        if [e.event for e in self.ledger.entries if e.round == BEFORE] != [*self.plan.once]:
+            raise ConfigError(
+                "the run's ledger and privacy.statistics_noise do not agree on what was released before "
+                "round 0: go on with the plan that the run began with"
+            )
         self.noise, self.rounds = saved["noise"], saved["rounds"]
         if self.plan.target is None:  # no budget ends such a run: what is promised is all of it
             self.rounds = max(self.rounds, self.plan.rounds or 0)

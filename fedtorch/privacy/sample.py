@@ -15,9 +15,9 @@ from torch import Tensor
 from fedtorch import seeds
 from fedtorch.options import TrainingOptions
 from fedtorch.privacy.accounting.events import Event
-from fedtorch.privacy.base import Privacy
+from fedtorch.privacy.base import Privacy, bounded
 from fedtorch.privacy.gradients import PrivateSteps
-from fedtorch.privacy.noise.streams import Stream
+from fedtorch.privacy.noise.streams import Stream, noised
 from fedtorch.types import Task
 
 
@@ -105,6 +105,15 @@ class SampleLevel(Privacy):
         for batch, row in zip(batches, rows, strict=True):
             batch[: len(row)] = row
         return torch.from_numpy(batches)
+
+    def total(self, vectors: Sequence[np.ndarray], ids: Sequence[str], norm: float) -> np.ndarray:
+        """Each client noises the sum of its own examples' vectors: nobody else is trusted."""
+        std = norm * (self.statistics_noise or 0.0)
+        found = torch.zeros(vectors[0].shape[1], dtype=torch.float64)
+        for rows, id in zip(vectors, ids, strict=True):
+            own = torch.from_numpy(bounded(rows, norm).sum(0))
+            found += noised(own, std * self.stream("statistics", id).normal(tuple(own.shape)))
+        return found.numpy()
 
     def check(self, population: int, noise: float) -> list[str]:
         """The plan draws the batches."""

@@ -180,8 +180,8 @@ def open_folder(
         return kept
     table = {k: v for k, v in objects.describe(options).items() if k not in ("resume", "run_dir")}
     kept = folders.start(folder, table, held)
+    if server.private:  # what keep() writes may be a release of its own
+        server.private.keep(Ledger(folder / files.LEDGER, server.private.plan.unit))
     keep(folder)
-    if server.private:
-        server.private.ledger = Ledger(folder / files.LEDGER, server.private.plan.unit)
     kept.begin(server.state_dict())
     return kept

@@ -32,8 +32,7 @@ def planned(configs: Sequence[Any]) -> list[str]:
         over = source(type(c.dataset).__name__, getattr(c.dataset, "path", ""))
         kinds[over]["" if c.privacy is None else type(c.privacy).__name__] += 1
         if c.privacy is not None:
-            plan = replace(c.privacy, rounds=c.privacy.rounds or c.rounds)
-            groups[over, type(plan)].append(plan)
+            groups[over, type(c.plan)].append(c.plan)
     alike = [_promised(plans) for plans in groups.values() if len(plans) > 1]
     return alike + [line for found in kinds.values() for line in _apart(found)]
 
@@ -96,7 +95,7 @@ def _promised(plans: Sequence[Privacy]) -> str:
         rounds = plan.rounds or 0
         noise = plan.calibrated(rounds)
         one = plan.event(noise)
-        events.append(replace(one, steps=one.steps * plan.releases(rounds)))
+        events += [replace(one, steps=one.steps * plan.releases(rounds)), *plan.once]
         alone = max(alone, plan.planned(noise, rounds))
     delta = max(p.delta for p in plans)
     accountant = "prv" if all(p.accountant == "prv" for p in plans) else "rdp"

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedtorch.privacy import Privacy
 from fedtorch.privacy.noise.normals import way
-from fedtorch.privacy.run import PrivateRun
+from fedtorch.privacy.run import BEFORE, PrivateRun
 from fedtorch.run.versions import installed
 
 
@@ -15,14 +15,25 @@ def promise(run: PrivateRun) -> list[str]:
     plan, words = run.plan, run.plan.describe()
     epsilon = plan.planned(run.noise, run.rounds)
     seen = "all this run releases" + ("" if plan.strict else " but what is marked not private")
+    before = statistics_of(run)
     return [
         f"privacy of {words['unit']}: {words['mechanism']}",
+        *([f"before round 0: {before}; a part of the budget"] if before else []),
         f"trusted: {words['trusted']}; neighbouring: {words['neighbouring']}",
         f"noise multiplier {run.noise:.4g}, planned epsilon {epsilon:.3f} at delta {run.delta:g} over "
         f"{run.rounds} rounds ({plan.accountant} accountant)",
         f"in plain words: whatever anybody knew before, seeing {seen} can change the odds "
         f"that {words['unit']} took part at most {_odds(epsilon)}, but for a chance of {run.delta:g}",
     ]
+
+
+def statistics_of(run: PrivateRun) -> str:
+    """What is released beside the rounds, in words; empty: nothing."""
+    noise = run.plan.statistics_noise
+    if noise is None:
+        return ""
+    who = "each client" if run.plan.per_client else "the server"
+    return f"centers and widths of columns, once, noise multiplier {noise:g} by {who}"
 
 
 def _odds(epsilon: float) -> str:
@@ -50,7 +61,8 @@ def statement(run: PrivateRun) -> dict[str, Any]:
         if values
         else None,
         "rounds_planned": run.rounds,
-        "rounds_charged": len(run.ledger.entries),
+        "rounds_charged": sum(e.round != BEFORE for e in run.ledger.entries),
+        "released_before_round_0": statistics_of(run) or None,
         "accountant": plan.accountant,
         "versions": {p: installed(p) for p in ("fedtorch", "torch", "opacus", "numpy", "scipy")},
         "randomness": randomness(run),

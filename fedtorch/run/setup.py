@@ -4,12 +4,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from fedtorch.checks import probe
 from fedtorch.client import Client
+from fedtorch.data import Partition, prepared
+from fedtorch.data import partition as cut
 from fedtorch.data.base import Data, subset
 from fedtorch.data.content import coins
+from fedtorch.data.prepared import Prepared
 from fedtorch.options import find
+from fedtorch.privacy import Nothing, Privacy, columns
 from fedtorch.run import files
 from fedtorch.run.evaluate import evaluate, evaluate_clients
 from fedtorch.run.metrics import NAMES, known
@@ -17,6 +22,55 @@ from fedtorch.server import Server
 from fedtorch.training import losses
 from fedtorch.training.losses import Loss
 from fedtorch.types import ConfigError
+
+
+def settled(
+    data: Data, ids: Sequence[str], parts: Sequence[Tensor], plan: Privacy, kept: Prepared | None
+) -> Data:
+    """The data as they are trained on: scaled by statistics of ``plan``, where they ask for some.
+
+    ``kept``: the preparation of the run that goes on, which is taken in their place: nothing is released
+    twice. Raises ConfigError where rows that a plan protects decided of the preparation.
+    """
+    if plan.claims:
+        prepared.covered(data.preparation)
+    if data.asks is None:
+        if plan.statistics_noise:
+            raise ConfigError(
+                "privacy.statistics_noise pays for statistics of columns, but the data ask for none: leave "
+                "it out, or give --dataset.standardize private"
+            )
+        return data
+    if not plan.claims:
+        raise ConfigError(
+            "dataset.standardize private needs a privacy plan, which pays for it; without one give "
+            "--dataset.standardize true"
+        )
+    if kept is not None:
+        return data.asks.settled(kept.preparation)
+    asks, rows = data.asks, [data.asks.rows[part.numpy()] for part in parts]
+    center, width, warning = columns.released(plan, asks.kind, asks.bounds, rows, ids)
+    return asks.answer(center.tolist(), width.tolist(), warning)
+
+
+def divide(
+    data: Data,
+    partition: Partition | None = None,
+    count: int | None = None,
+    *,
+    plan: Privacy = Nothing(),
+    validation: float = 0.0,
+    seed: int = 0,
+) -> tuple[list[Client], Dataset]:
+    """Clients and the central test set of loaded data, cut as the command cuts them.
+
+    ``count``: number of clients. ``plan``: the recipe's, where the data are to be scaled by private
+    statistics (``standardize="private"``); its ``statistics_noise`` is charged by the ``Server``. Raises
+    ConfigError where the data cannot be cut so.
+    """
+    ids, parts = cut(data, partition, count, seed)
+    data = settled(data, ids, parts, plan, None)
+    return clients(data, ids, parts, validation, seed, plan.claims), data.test
 
 
 def clients(

@@ -43,15 +43,15 @@ class Budget:
         ]
         self.ledgers = {u: self._open(u) for u in dict.fromkeys(kept)}
 
-    def admit(self, recipe: Recipe, insecure: bool, standardized: bool) -> None:
+    def admit(self, recipe: Recipe, insecure: bool, derived: bool) -> None:
         """Refuse a run whose privacy this site could not vouch for; raises ConfigError.
 
-        The checks are those of a server: what it would refuse, a site refuses too. ``standardized`` says
-        whether this site's examples were scaled by their own mean and deviation.
+        The checks are those of a server: what it would refuse, a site refuses too. ``derived`` says
+        whether this site's examples were scaled, or filled, by numbers of their own.
         """
         privacy = recipe.privacy
         if privacy.claims:
-            _check(recipe, privacy, insecure, standardized)
+            _check(recipe, privacy, insecure, derived)
         if self.most is None:
             return
         if not privacy.per_client:
@@ -143,7 +143,7 @@ class Budget:
         return self.folder / f"ledger-{unit}.jsonl"
 
 
-def _check(recipe: Recipe, privacy: Privacy, insecure: bool, standardized: bool) -> None:
+def _check(recipe: Recipe, privacy: Privacy, insecure: bool, derived: bool) -> None:
     if privacy.insecure_seed is not None and not insecure:
         raise ConfigError("the run's noise comes from a known seed: this site will not join it")
     if privacy.rounds is None:
@@ -151,8 +151,9 @@ def _check(recipe: Recipe, privacy: Privacy, insecure: bool, standardized: bool)
     combination.check(recipe)
     if not privacy.central:  # its other checks are about the cohort
         privacy.check(1, privacy.calibrated(privacy.rounds))
-    if standardized and privacy.unit == "example":
+    if derived and privacy.unit == "example":
         raise ConfigError(
-            "dataset.standardize voids the privacy claim: every example moves the mean and deviation all "
-            "are scaled by, and nobody noises them; scale by public numbers beforehand"
+            "dataset.standardize, or a mean or median in place of missing values, voids the privacy claim: "
+            "every example moves what all are prepared by, and nobody noises it; give public numbers, by "
+            "dataset.bounds and dataset.fill"
         )

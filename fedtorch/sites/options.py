@@ -117,6 +117,11 @@ class ServeConfig(RunOptions):
         times = dict.fromkeys(("deadline", "patience"), POSITIVE)
         counts = dict.fromkeys(("outputs", "minimum", "enough", "most_examples"), COUNT)
         check(self, "", **times, **counts)
+        if self.privacy and self.privacy.statistics_noise:
+            raise ConfigError(
+                "sites release no statistics of columns: leave out privacy.statistics_noise, and let sites "
+                "scale by public numbers with dataset.bounds"
+            )
         if bool(self.credentials) == self.insecure:
             raise ConfigError(
                 "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"

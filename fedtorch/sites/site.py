@@ -143,8 +143,8 @@ class Site:
         if plan.kind == "classification" and self.data.outputs > 1:
             # else a step would fail where a row of another class is in it, and tell that there is one
             probe.classes_fit(self.model, self.data.train, self.data.labels, self.data.outputs)
-        standardized = bool(getattr(self.config.dataset, "standardize", False))
-        self.budget.admit(recipe, self.config.insecure, standardized)
+        derived = bool(self.data.preparation.derived)
+        self.budget.admit(recipe, self.config.insecure, derived)
         self.answered.agree(plan, self.budget.most is not None)
         engine = Local(chunk=1, device=self.config.device)
         self.session = engine.open(self.model, [self.client], self.budget.told(recipe))

@@ -65,11 +65,17 @@ def epsilon(events: Iterable[Event], delta: float, accountant: str = "prv") -> f
 
 @lru_cache(maxsize=512)
 def calibrate(
-    target_epsilon: float, delta: float, rate: float, steps: int, accountant: str = "prv"
+    target_epsilon: float,
+    delta: float,
+    rate: float,
+    steps: int,
+    accountant: str = "prv",
+    beside: tuple[Event, ...] = (),
 ) -> float:
     """Smallest Gaussian noise with which ``steps`` releases cost at most ``target_epsilon``.
 
-    ``steps`` is the whole run, never one round. The epsilon of the result lies in (target - 0.02, target].
+    ``beside``: what is released besides, and paid from the same target. ``steps`` is the whole run, never
+    one round. The epsilon of the result lies in (target - 0.02, target].
     Raises ConfigError, naming the smallest epsilon that can be reached, for a target below it.
     """
     check_epsilon(target_epsilon)
@@ -80,19 +86,21 @@ def calibrate(
     full = gaussian_noise(target_epsilon, delta) * math.sqrt(steps)
 
     def cost(noise: float) -> float:
-        return epsilon([Event("gaussian", noise, rate, steps)], delta, accountant)
+        return epsilon([Event("gaussian", noise, rate, steps), *beside], delta, accountant)
 
-    if rate == 1 and full <= MAX_NOISE:
+    if rate == 1 and full <= MAX_NOISE and not beside:
         return full * (1 + 1e-12)  # so that rounding cannot put its epsilon above the target
     if (least := cost(MAX_NOISE)) > target_epsilon:
+        more = " beside what is released before them" if beside else ""
         raise ConfigError(
             f"epsilon {target_epsilon:g} at delta {delta:g} cannot be reached over {steps} steps at rate "
-            f"{rate:g}: {least:.4g} is the smallest ({accountant} accountant); ask for more, or train less"
+            f"{rate:g}{more}: {least:.4g} is the smallest ({accountant} accountant); ask for more, or "
+            "train less"
         )
     start = min(full, MAX_NOISE)
     if accountant == "prv":  # RDP is quick and a little above
         with suppress(ConfigError):
-            start = calibrate(target_epsilon, delta, rate, steps, "rdp")
+            start = calibrate(target_epsilon, delta, rate, steps, "rdp", beside)
     return _smallest(cost, target_epsilon, start)
 
 

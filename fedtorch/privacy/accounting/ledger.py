@@ -88,13 +88,15 @@ class Ledger:
         """Epsilon of the run if this were charged too."""
         return _largest(self._all(event, clients), delta, accountant)
 
-    def within(self, event: Event, most: int, clients: Iterable[str] | None = ()) -> bool:
-        """Whether nobody is charged for more than ``most`` releases like ``event``, or for any other.
+    def within(
+        self, plan: Iterable[Event], more: Event | None = None, clients: Iterable[str] | None = ()
+    ) -> bool:
+        """Whether nobody is charged for anything that is not in ``plan``.
 
-        ``clients``: as if they (None: everyone) were charged for ``event`` once more.
+        As if they (``clients``; None: everyone) were charged for one event ``more``.
         """
-        plan = {key: most for key, _ in _history(event)}
-        return all(_within(dict(history), plan) for history in self._all(event, clients))
+        most = dict(_joined(map(_history, plan)))
+        return all(_within(dict(history), most) for history in self._all(more, clients))
 
     def fits(
         self,
@@ -235,6 +237,13 @@ def _both(one: History, other: History) -> History:
     for key, more in other:
         steps[key] = steps.get(key, 0) + more
     return frozenset(steps.items())
+
+
+def _joined(histories: Iterable[History]) -> History:
+    found = NOTHING
+    for one in histories:
+        found = _both(found, one)
+    return found
 
 
 def _events(history: Iterable[tuple[tuple[str, float, float], int]]) -> tuple[Event, ...]:

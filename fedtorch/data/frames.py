@@ -1,0 +1,54 @@
+"""Tables of typed columns: parquet files, and data frames of pandas or what looks like them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedtorch.data.sheet import Format, Sheet
+from fedtorch.types import ConfigError
+
+SUFFIX = ".parquet"
+
+
+def parquet(path: Path, how: Format = Format()) -> Sheet:
+    """A parquet file (extra ``tables``)."""
+    try:
+        from pyarrow import parquet as reader
+    except ImportError as e:
+        raise ConfigError(f"{path}: parquet needs pyarrow: pip install 'fedtorch[tables]'") from e
+    try:
+        columns = reader.read_table(path).to_pydict()
+    except (OSError, ValueError, NotImplementedError) as e:  # pyarrow's own errors are among these
+        raise ConfigError(f"dataset.path must be a parquet file: {e}") from e
+    return written(str(path), columns, how)
+
+
+def frame(df: Any, name: str) -> Sheet:
+    """A data frame: its index is left out, categories and names are text."""
+    if not all(hasattr(df, a) for a in ("columns", "__getitem__")):
+        raise ConfigError(f"a data frame is asked for, but got a {type(df).__name__}")
+    names = [str(c) for c in df.columns]
+    if twice := [c for c in names if names.count(c) > 1]:
+        raise ConfigError(f"{name} names column {twice[0]!r} twice")
+    return written(name, {str(c): df[c].to_list() for c in df.columns}, Format())
+
+
+def declared(df: Any) -> dict[str, list[str]]:
+    """Categories of the columns whose type names them."""
+    found = {str(c): getattr(df[c].dtype, "categories", None) for c in df.columns}
+    return {c: [text(v) for v in names] for c, names in found.items() if names is not None}
+
+
+def written(path: str, columns: Mapping[str, Sequence[Any]], how: Format) -> Sheet:
+    """Columns by name as text; rows count from 0."""
+    if not columns or not len(next(iter(columns.values()))):
+        raise ConfigError(f"{path} is empty")
+    texts = [[text(v) for v in values] for values in columns.values()]
+    rows = [list(row) for row in zip(*texts, strict=True)]
+    # a number is written with a point here, whatever other files do
+    return Sheet(path, list(columns), rows, [0] * len(rows), Format(na=how.na))
+
+
+def text(value: Any) -> str:
+    """One value as a file would have it; none, NaN and the like are spelled so."""
+    return str(value.item() if hasattr(value, "item") else value).strip()
