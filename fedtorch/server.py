@@ -32,7 +32,7 @@ from fedtorch.rounds.progress import Bar
 from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.rounds.synchronous import Asked, Rounds, Step, Synchronous
 from fedtorch.strategies import lora
-from fedtorch.strategies.base import Strategy, uploads
+from fedtorch.strategies.base import Strategy, sends, uploads
 from fedtorch.training.module import load, snapshot, statistics, to
 from fedtorch.training.outline import copied
 from fedtorch.training.personal import GROUP, personal, shared
@@ -98,11 +98,12 @@ class Server:
             self._sent |= statistics(model) - own
         params = {k: self._first[k] for k in self.trainable}
         self._dtype = params[self.trainable[0]].dtype
-        self.extras = strategy.init(params)
+        self.extras, self.hidden = strategy.init(params), strategy.hold(params)
+        """Groups of the strategy: those that are broadcast, and those that are not."""
         self.optimizer_state = strategy.server.init(params) if strategy.server else {}
         strategies.check(strategy, params, self.extras)
-        like = uploads(strategy, params, self.extras)
-        self._coded = like if self.recipe.channel else {}
+        like = sends(strategy, params, self.extras)
+        self._coded = uploads(strategy, params, self.extras) if self.recipe.channel else {}
         # of a client that is elsewhere the server knows the name alone
         sizes = [len(c) for c in clients] if all(hasattr(c, "__len__") for c in clients) else None
         groups = {*like, *self.extras, *strategy.remember(params)} - {"delta"}
@@ -244,6 +245,7 @@ class Server:
             "privacy": self.books.state_dict(),
             **self.under_way.state_dict(),
             **({"aggregator": self.held} if self.held else {}),
+            **({"hidden": self.hidden} if self.hidden else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any], ledger: Ledger | None = None) -> None:
@@ -267,7 +269,7 @@ class Server:
         self.extras, self.optimizer_state = state["extras"], state["optimizer"]
         self.session.restore(state["memory"])
         self.under_way.load_state_dict(state, self.seed)
-        self.held = state.get("aggregator", {})
+        self.held, self.hidden = state.get("aggregator", {}), state.get("hidden", self.hidden)
 
     def close(self) -> None:
         """Let the engine's workers go."""
@@ -361,16 +363,19 @@ class Server:
             if strategy.server is not None or type(strategy).step is not Strategy.step:
                 # to be computed with, not only added
                 sent = {g: to_float64(v) for g, v in sent.items()}
-            delta, extras = strategy.step(sent, self.extras, share or reported / len(self.ids))
+            known = self.extras | self.hidden
+            delta, extras = strategy.step(sent, known, share or reported / len(self.ids))
             kept = self.optimizer_state
             if strategy.server is not None:
-                delta, kept = strategy.server.step(delta, kept)
+                delta, kept = strategy.server.step_from(state, delta, kept)
             new = moved(state, delta, buffers)
             # one infinite moment would keep the optimizer from ever moving again
             if new is None or not all(map(all_finite, [*extras.values(), *kept.values()])):
                 self.failed_step, delta = True, {}
             else:
-                self.extras, self.optimizer_state, self.held = extras, kept, gathered.held
+                self.optimizer_state, self.held = kept, gathered.held
+                self.hidden = {g: extras[g] for g in self.hidden}
+                self.extras = {g: v for g, v in extras.items() if g not in self.hidden}
                 load(self.model, new)
         self.last_step = delta
         return came

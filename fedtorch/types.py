@@ -15,6 +15,10 @@ Stack = dict[str, Tensor]
 """K models: name -> [K, ...]. The leading axis is the client, always, even when K = 1."""
 
 
+NUMBERS = "numbers"
+"""The group of what is sent that has a strategy's numbers, one for each client."""
+
+
 class ConfigError(ValueError):
     """Something the user asked for cannot be done; the message names it and the fix."""
 
@@ -86,6 +90,10 @@ class Context:
     """Learning rates of each client's steps, summed, [K]: steps times lr, but where it changes within a
     visit; NaN under a scheduler of one's own."""
 
+    reach: Callable[[float], Tensor] | None = None
+    """With a pull: how far each client's SGD goes in its steps where every gradient is 1, over lr, [K];
+    none: as far as it has steps."""
+
     def __post_init__(self) -> None:
         """Unless told otherwise, all steps are alike."""
         if not len(self.lr_sum):
@@ -93,10 +101,21 @@ class Context:
 
     def of(self, k: int) -> "Context":
         """Client ``k`` alone, as K = 1."""
-        own = slice(k, k + 1)
-        memory = {g: {name: v[own] for name, v in m.items()} for g, m in self.memory.items()}
-        steps, lr_sum = self.steps[own], self.lr_sum[own]
-        return replace(self, memory=memory, steps=steps, lr_sum=lr_sum, seeds=self.seeds[own])
+        return self.among([k])
+
+    def among(self, places: Sequence[int]) -> "Context":
+        """These clients alone."""
+        at = slice(places[0], places[0] + 1) if len(places) == 1 else [*places]
+        memory = {g: {name: v[at] for name, v in m.items()} for g, m in self.memory.items()}
+        steps, lr_sum, whole = self.steps[at], self.lr_sum[at], self.reach
+        return replace(
+            self,
+            memory=memory,
+            steps=steps,
+            lr_sum=lr_sum,
+            seeds=tuple(self.seeds[k] for k in places),
+            reach=whole and (lambda pull: whole(pull)[at]),
+        )
 
 
 _SEAL = object()
@@ -178,6 +197,8 @@ class Raw:
     """Whether float buffers and what is personal are finite or as they were, [K]; None: nothing to ask."""
     personal: frozenset[str] = frozenset()
     """Names that stay with the client."""
+    measured: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] | None = None
+    """From the lengths of the changes: what each is multiplied by, and numbers that go along, [K] each."""
 
 
 @dataclass(frozen=True)

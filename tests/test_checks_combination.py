@@ -30,6 +30,7 @@ from fedtorch.privacy import ClientLevel, LocalDP, Nothing, SampleLevel
 from fedtorch.rounds.buffered import Buffered
 from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.synchronous import Synchronous
+from fedtorch.strategies import FedDyn, FedNova
 
 NOISE = dict(noise_multiplier=0.5, rounds=1, insecure_seed=1)
 SIZED = "voids the privacy claim: it releases how many examples"
@@ -40,6 +41,9 @@ HELD = "channel.feedback is of no use under client-level privacy"
 SINGLE = "a channel has one stage"
 SEEN = "looks at each client's own update"
 TURNS = "sends other weights from round to round"
+HELD_BACK = "strategy feddyn needs the mean of what clients send"
+SENT = "sends numbers that no noise is made for"
+MEASURED = "aggregator median takes of clients what it trusts"
 VARIATES = "strategy scaffold needs the mean of what clients send"
 KEPT = "privacy.strict keeps to itself how many examples a client has"
 OVERLAPPED = "pace buffered takes changes of weights alone: strategy scaffold also needs c"
@@ -87,6 +91,8 @@ PARTS = {
         "scaffold": Scaffold(),
         "turns": Turns(),
         "seen": Seen(),
+        "nova": FedNova(),
+        "dyn": FedDyn(),
     },
     "aggregator": {"mean": Mean(), "median": Median(), "krum": Krum(f=0)},
     "channel": {
@@ -128,6 +134,11 @@ REFUSED = {
     ("scaffold", "plain topk"): VARIATES,
     ("scaffold", "longer"): VARIATES,
     ("seen", "client"): SEEN,
+    **{("nova", name): SENT for name in ("sample", "client", "local")},
+    **{("nova", name): MEASURED.replace("median", name) for name in ("median", "krum")},
+    **{("dyn", name): HELD_BACK for name in ("median", "krum", "topk", "plain topk", "longer")},
+    ("nova", "buffered"): OVERLAPPED.replace("scaffold also needs c", "fednova also needs numbers"),
+    ("dyn", "buffered"): OVERLAPPED.replace("scaffold also needs c", "feddyn also needs g"),
     ("turns", "topk"): TURNS,
     ("turns", "plain topk"): TURNS,
     ("turns", "longer"): TURNS,
@@ -162,6 +173,8 @@ OVERRULED = [
     ({"accumulate": 2, "batch_size": None}, "accumulate needs a batch_size"),
     ({"local": untrained, **PLAN}, "nobody clips and noises what it learns of each example"),
     ({"local": untrained, "strategy": Scaffold()}, "scaffold changes the gradients of local steps"),
+    ({"strategy": FedNova(), "optimizer": "Adam"}, "holds for clients that train with SGD"),
+    ({"strategy": FedNova(), "scheduler": ConstantLR}, "scheduler says it to nobody"),
     ({"lr_floor": 0.1}, "lr_floor needs lr_decay linear or cosine"),
     ({"scheduler": ConstantLR, "lr_warmup": 2}, "scheduler takes the place of lr_warmup"),
     (
@@ -183,7 +196,8 @@ def test_each_pair_trains_a_round_or_says_why_not(one, other):
     names = FIRST | dict([one, other])
     chosen = {kind: PARTS[kind][name] for kind, name in names.items()}
     order = {k: chosen.pop(k) for k in ("participation", "pace")}
-    groups = ["c"] if "scaffold" in (one[1], other[1]) else []
+    beside = {"scaffold": ["c"], "nova": ["numbers"], "dyn": ["g"]}
+    groups = beside.get(one[1], beside.get(other[1], []))
     recipe = Recipe(chosen.pop("strategy"), epochs=1, **chosen)
     why = REFUSED.get((one[1], other[1]))
     if why is None:
@@ -204,7 +218,8 @@ def test_every_sentence_of_the_table_is_met_by_some_recipe():
     shy = LocalDP(strict=True, **NOISE)
     with pytest.raises(ConfigError, match=KEPT):
         Server(mlp(), make_clients([9, 7]), Recipe(privacy=shy), pace=Buffered())
-    found = {KEPT, *REFUSED.values(), *(why for _, why in OVERRULED)} - {VARIATES, OVERLAPPED}
+    found = {KEPT, *REFUSED.values(), *(why for _, why in OVERRULED)} - {VARIATES, HELD_BACK}
+    found = {why for why in found if "also needs" not in why}
     found = {why.replace("krum", "median") for why in found}
     words = {
         "aggregator": "median",

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
+from torch.optim import SGD
+
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.synchronous import Rounds, Synchronous
@@ -107,6 +109,26 @@ REFUSED: tuple[Row, ...] = (
         "strategy {strategy} looks at each client's own update, and the noise of client-level privacy is "
         "made for their sum: take sample or local privacy, or a strategy that only averages (of LoRA, "
         "FFALoRA)",
+    ),
+    (
+        lambda r, who, pace: r.privacy.claims and r.strategy.measures,
+        "strategy {strategy} sends numbers that no noise is made for, such as lengths or steps, which void "
+        "the privacy claim: use fedavg, which is the same where all take equally many steps",
+    ),
+    (
+        lambda r, who, pace: not r.aggregator.linear and r.strategy.measures,
+        "aggregator {aggregator} takes of clients what it trusts, and {strategy} needs the mean of the "
+        "numbers that all of them send: use aggregator mean, or fedavg",
+    ),
+    (
+        lambda r, who, pace: r.strategy.sgd and r.client_optimizer.maker() is not SGD,
+        "strategy {strategy} holds for clients that train with SGD, whose steps it knows the reach of: use "
+        "--optimizer SGD (with momentum, if you like), or fedavg",
+    ),
+    (
+        lambda r, who, pace: r.strategy.sgd and r.scheduler,
+        "strategy {strategy} must know how far a client's steps go, and scheduler says it to nobody: use "
+        "lr_warmup and lr_decay",
     ),
     (
         lambda r, who, pace: r.channel and _turns(r.strategy),

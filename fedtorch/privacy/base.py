@@ -27,7 +27,7 @@ from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import Stream, stream
 from fedtorch.training.batches import batch_order
 from fedtorch.tree import expand, finite_per_client, moving, per_client, sq_norms, tmap
-from fedtorch.types import ConfigError, Params, Raw, Released, Stack, Task
+from fedtorch.types import NUMBERS, ConfigError, Params, Raw, Released, Stack, Task
 
 State = dict[str, Any]
 """What a plan carries from round to round: public numbers, and noise already released."""
@@ -360,6 +360,10 @@ class Privacy(ABC):
         if self.claims:
             groups = self.client(groups, raw.examples, task, raw.ids)
             norms["delta"] = sq_norms(groups["delta"])
+        if raw.measured:  # which a plan that claims anything refuses
+            scale, numbers = raw.measured(norms["delta"].sqrt().cpu())
+            delta = tmap(lambda v: v * per_client(scale, v), groups["delta"])
+            groups = groups | {"delta": delta} | ({NUMBERS: numbers} if numbers else {})
         buffers = raw.results.rows()[1] if self.statistics else {}
         buffers = {k: v for k, v in buffers.items() if k not in raw.personal}
         return groups, buffers, norms["delta"].sqrt().cpu(), good
@@ -378,9 +382,12 @@ class Privacy(ABC):
             return {"delta": {}}, {}, norms, good
         share = torch.where(counted, raw.weight.double(), 0)
         share = share / share.sum()
-        delta = expand(raw.results.weighted_sum(share * part))
+        scale, numbers = raw.measured(norms) if raw.measured else (torch.ones_like(norms), {})
+        sent = {"delta": expand(raw.results.weighted_sum(share * part * scale))}
+        if numbers:
+            sent[NUMBERS] = {n: (share @ v)[None] for n, v in numbers.items()}
         buffers = raw.results.mean_buffers(share) if self.statistics else {}
-        return {"delta": delta}, buffers, norms * part, good
+        return sent, buffers, norms * part, good
 
     def taken(self, update: Released, groups: Collection[str], task: Task) -> Released:
         """What the server takes of an update of which a channel has decoded these groups."""

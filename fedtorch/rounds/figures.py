@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtorch.types import Params, Task
+from fedtorch.types import NUMBERS, Params, Task
 
 Metrics = dict[str, Any]
 """One round's figures: numbers, plus ``cohort`` and ``failed`` (lists of client ids)."""
@@ -123,6 +123,7 @@ def traffic(
     """
     down = [*task.state.values(), *(v for g in task.extras.values() for v in g.values())]
     up = [model[k] for g in sent.values() for k in g if k in model]
+    up += sent.get(NUMBERS, {}).values()
     return {"bytes_down": asked * _bytes(down), "bytes_up": reported * _bytes(up) + coded}
 
 

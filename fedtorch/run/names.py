@@ -34,12 +34,16 @@ CHOICES: dict[str, dict[str, str]] = {
         "scaffold": "fedtorch.strategies.Scaffold",
         "fedbn": "fedtorch.strategies.FedBN",
         "fedper": "fedtorch.strategies.FedPer",
+        "fednova": "fedtorch.strategies.FedNova",
+        "fedexp": "fedtorch.strategies.FedExP",
+        "feddyn": "fedtorch.strategies.FedDyn",
     },
     "strategy.server": {
         "sgd": "fedtorch.training.optimizer.ServerSGD",
         "adam": "fedtorch.training.optimizer.ServerAdam",
         "yogi": "fedtorch.training.optimizer.ServerYogi",
         "adagrad": "fedtorch.training.optimizer.ServerAdagrad",
+        "lamb": "fedtorch.training.optimizer.ServerLAMB",
     },
     "aggregator": {
         "mean": "fedtorch.aggregation.mean.Mean",

@@ -16,7 +16,7 @@ from fedtorch.privacy import Privacy
 from fedtorch.privacy.base import FIGURES, joint_norms
 from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.recipe import Recipe
-from fedtorch.strategies.base import uploads
+from fedtorch.strategies.base import sends, uploads
 from fedtorch.training.personal import personal, shared
 from fedtorch.tree import expand, row, to_float64
 from fedtorch.types import ConfigError, Failure, Params, Released, Task
@@ -138,7 +138,8 @@ def figures(recipe: Recipe) -> frozenset[str]:
 def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
     """Names, shapes and dtypes of an honest update: an upload of a visit that changed nothing."""
     like = uploads(recipe.strategy, params, recipe.strategy.init(params))
-    sent = {g: to_float64(expand(p)) for g, p in like.items()}
+    whole = sends(recipe.strategy, params, recipe.strategy.init(params))
+    sent = {g: to_float64(expand(p)) for g, p in whole.items()}
     if recipe.privacy.claims:  # adaptive clipping sends one number more
         task = Task({}, {}, 0, 0, 1.0, {"clip": 1.0, "noise": 1.0})
         sent = recipe.privacy.client(sent, torch.ones(1), task, ["nobody"])

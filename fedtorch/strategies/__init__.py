@@ -2,6 +2,9 @@
 
 from fedtorch.strategies.base import Correction, FedAvg, Strategy
 from fedtorch.strategies.fedbn import FedBN
+from fedtorch.strategies.feddyn import FedDyn
+from fedtorch.strategies.fedexp import FedExP
+from fedtorch.strategies.fednova import FedNova
 from fedtorch.strategies.fedper import FedPer
 from fedtorch.strategies.fedprox import FedProx
 from fedtorch.strategies.lora import FedExLoRA, FFALoRA, RoLoRA
@@ -12,7 +15,10 @@ __all__ = [
     "FFALoRA",
     "FedAvg",
     "FedBN",
+    "FedDyn",
     "FedExLoRA",
+    "FedExP",
+    "FedNova",
     "FedPer",
     "FedProx",
     "RoLoRA",

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedtorch.options import check
 from fedtorch.training.optimizer import ServerOptimizer
 from fedtorch.tree import expand, row, tmap
-from fedtorch.types import Context, Params, Stack
+from fedtorch.types import NUMBERS, Context, Params, Stack
 
 
 class Correction(NamedTuple):
@@ -29,6 +29,9 @@ class Strategy:
     Override the methods that differ; a method never stores to ``self``. Client methods see K clients
     at once: everything that varies per client has a leading axis.
     """
+
+    sgd: ClassVar[bool] = False
+    """Whether its equations hold for clients that train with SGD alone."""
 
     server: ServerOptimizer | None = None
     """Server optimizer fed with the mean delta; none: the mean delta is simply added."""
@@ -50,6 +53,12 @@ class Strategy:
         """Whether clients send the change of their weights and no more, of which the mean will do."""
         own = type(self).upload, type(self).arrived
         return own == (Strategy.upload, Strategy.arrived) and not self.personal
+
+    @property
+    def measures(self) -> bool:
+        """Whether clients scale what they send, or send numbers beside it."""
+        kind = type(self)
+        return kind.scale is not Strategy.scale or kind.numbers is not Strategy.numbers
 
     def admits(self, linear: bool) -> str | None:
         """One sentence why it cannot do with such a run; None: it can.
@@ -73,6 +82,10 @@ class Strategy:
         """Groups the server keeps and broadcasts beside the weights."""
         return {}
 
+    def hold(self, params: Params) -> dict[str, Params]:
+        """Groups that the server keeps for itself; ``step`` is given them among ``extras``."""
+        return {}
+
     def remember(self, params: Params) -> dict[str, Params]:
         """A client's memory before its first visit; it never leaves the client."""
         return {}
@@ -92,6 +105,26 @@ class Strategy:
         """What is sent (``"delta"`` and own groups) and the new memory, each group [K, ...]."""
         return {"delta": tmap(torch.sub, params, ctx.anchor)}, {}
 
+    def scale(self, ctx: Context, norms: Tensor) -> Tensor | None:
+        """What each client's change is multiplied by before it is sent, [K]; None: nothing.
+
+        ``norms``: length of each change, [K], float64. Unlike an upload of one's own it leaves a sum a sum.
+        """
+        return None
+
+    def numbers(self, ctx: Context, norms: Tensor) -> dict[str, Tensor]:
+        """Numbers that are averaged along, [K] each: ``step`` has their means in group ``"numbers"``."""
+        return {}
+
+    def confirm(
+        self, sent: dict[str, Stack], memory: dict[str, Stack], ctx: Context
+    ) -> dict[str, Stack]:
+        """The new memory, [K, ...], after what was really sent: clipped, noised, and as it is decoded.
+
+        ``memory``: what ``upload`` would have remembered.
+        """
+        return memory
+
     def arrived(self, sent: dict[str, Stack]) -> dict[str, Stack]:
         """On the server, before the mean: what is made of each client's own update, [K, ...].
 
@@ -104,6 +137,8 @@ class Strategy:
     ) -> tuple[Params, dict[str, Params]]:
         """Mean of what was sent -> the server's update and its new groups; share = cohort / all.
 
+        ``extras``: the groups that are broadcast, and those that the server holds.
+
         An update may leave out weights, which stay, and move frozen ones, which travel from then on.
         """
         return mean["delta"], extras
@@ -115,8 +150,19 @@ class FedAvg(Strategy):
 
 
 def uploads(strategy: Strategy, params: Params, extras: dict[str, Params]) -> dict[str, Params]:
-    """What a client sends, in names and shapes: an upload of a visit that changed nothing."""
+    """What a client uploads, in names and shapes: an upload of a visit that changed nothing."""
+    ctx = _still(strategy, params, extras)
+    return {g: row(s, 0) for g, s in strategy.upload(expand(params), ctx)[0].items()}
+
+
+def sends(strategy: Strategy, params: Params, extras: dict[str, Params]) -> dict[str, Params]:
+    """All that a client sends, in names and shapes: what it uploads, and its numbers."""
+    found = uploads(strategy, params, extras)
+    numbers = strategy.numbers(_still(strategy, params, extras), torch.ones(1).double())
+    return found | ({NUMBERS: {n: v.double()[0] for n, v in numbers.items()}} if numbers else {})
+
+
+def _still(strategy: Strategy, params: Params, extras: dict[str, Params]) -> Context:
     own = {g: expand(m) for g, m in strategy.remember(params).items()}
     shared = {g: expand(e) for g, e in extras.items()}
-    ctx = Context(expand(params), shared, own, torch.ones(1), 1.0, (0,))
-    return {g: row(s, 0) for g, s in strategy.upload(expand(params), ctx)[0].items()}
+    return Context(expand(params), shared, own, torch.ones(1), 1.0, (0,))

@@ -54,6 +54,12 @@ class Scaffold(Strategy):
             change = tmap(torch.zeros_like, delta)
         return {"delta": delta, "c": change}, {"c": tmap(torch.add, ctx.memory["c"], change)}
 
+    def confirm(
+        self, sent: dict[str, Stack], memory: dict[str, Stack], ctx: Context
+    ) -> dict[str, Stack]:
+        """c_k moves by what the server really has, so that c stays the mean of all c_k."""
+        return {"c": tmap(torch.add, ctx.memory["c"], sent["c"])}
+
     def step(
         self, mean: dict[str, Params], extras: dict[str, Params], share: float
     ) -> tuple[Params, dict[str, Params]]:

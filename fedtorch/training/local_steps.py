@@ -153,6 +153,33 @@ def rates(recipe: Recipe, lr: float, steps: Tensor) -> Tensor:
     return torch.tensor([sums[n] for n in steps.tolist()], dtype=torch.float64)
 
 
+def reach(recipe: Recipe, lr: float, steps: Tensor, pull: float) -> Tensor:
+    """How far each client's SGD goes in its ``steps`` where every gradient is 1 + pull w, over lr, [K].
+
+    FedNova's norm of a, for any momentum, decay and rates (Wang et al. 2020, arXiv:2007.07481, section 4).
+    """
+    args = recipe.client_optimizer.args
+    found = {
+        n: _walk(args, [factor(recipe, t, n) for t in range(n)], lr, pull)
+        for n in {*steps.tolist()}
+    }
+    return torch.tensor([found[n] for n in steps.tolist()], dtype=torch.float64)
+
+
+def _walk(args: Mapping[str, Any], rates: Sequence[float], lr: float, pull: float) -> float:
+    """``Descent`` on one number, away from 0, in units of lr."""
+    momentum, fresh = args.get("momentum", 0), 1 - args.get("dampening", 0)
+    held = lr * (pull + args.get("weight_decay", 0))
+    x = velocity = 0.0
+    for t, rate in enumerate(rates):
+        g = 1 - held * x
+        if momentum:
+            velocity = momentum * velocity + fresh * g if t else g
+            g = g + momentum * velocity if args.get("nesterov") else velocity
+        x += rate * g
+    return x
+
+
 def clip(params: Mapping[str, Tensor], most: float) -> None:
     """Scale gradients [K, ...] so that no client's are together longer than ``most``, as torch does."""
     grads = [p.grad for p in params.values() if p.grad is not None]

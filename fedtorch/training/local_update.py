@@ -7,17 +7,19 @@ Behind it stand solvers with one meaning: ``general`` (one client after another,
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.channel.base import UNSENT, encode
+from fedtorch.channel.base import UNSENT, decode, encode
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
+from fedtorch.strategies.base import Strategy
 from fedtorch.training import stacked
 from fedtorch.training.batches import sampled_order
-from fedtorch.training.local_steps import rates
+from fedtorch.training.local_steps import rates, reach
 from fedtorch.training.module import resting, to, to_device
 from fedtorch.training.personal import GROUP, personal, shared
 from fedtorch.training.results import Results, exact_weights
@@ -59,12 +61,15 @@ def _visits(
     # local steps, clipped and noised where the plan says so
     trained = _solved(clients, order, task, recipe, model, ctx, solve)
     # what the strategy makes of them, and what of that may leave the clients
-    raw, memory = raw_of(clients, order, task, recipe, ctx, trained)
+    precise = exact(task, ctx) if recipe.needs_rows else ctx
+    raw, memory = raw_of(clients, order, task, recipe, precise, trained)
     released, good = privacy.release(raw, task)
     # made smaller where the recipe has a channel
     members = [c for c in clients if c.id in released.ids]
     groups = raw.groups if raw.groups and members else {}
     released, unsent = encode(recipe.channel, released, groups, [c.memory for c in members])
+    if memory is not None and members and (privacy.claims or recipe.channel):
+        memory = confirmed(recipe, ids, released, groups, memory, precise)
     remember(clients, memory, ctx, good)
     dtype = next(iter(ctx.anchor.values())).dtype
     for client, left in zip(members, unsent, strict=True):
@@ -134,6 +139,7 @@ def context(
         seeds=tuple(recipe.privacy.strategy_seed(task, c.id) for c in clients),
         own=stack(own),
         lr_sum=rates(recipe, task.lr, steps),
+        reach=partial(reach, recipe, task.lr, steps),
     )
 
 
@@ -159,25 +165,60 @@ def raw_of(
     memory: dict[str, Stack] | None = None
     fine = trained.settled() if recipe.privacy.statistics else None
     if recipe.needs_rows:
-        # in float64 the delta is exact, so anchor + delta gives back the very weights of the client
-        exact = replace(
-            ctx,
-            anchor=expand(exact_weights(task, [*ctx.anchor])),
-            extras={g: to_float64(near(e)) for g, e in ctx.extras.items()},
-            memory={g: to_float64(near(m)) for g, m in ctx.memory.items()},
-        )
         with torch.no_grad():
             rows, floats = trained.rows()
             params = {k: rows[k].to(torch.float64, copy=True) for k in ctx.anchor}
             with seeds.seeded(seeds.derive(0, "upload", *ctx.seeds)):
-                groups, memory = recipe.strategy.upload(params, exact)
+                groups, memory = recipe.strategy.upload(params, ctx)
         if ctx.own:
             now = rows | floats
             memory = memory | {GROUP: {k: now[k].detach().cpu().clone() for k in ctx.own}}
             good = settled(memory[GROUP], task.state)
             fine = good if fine is None else fine & good
     ids, weight, own = tuple(c.id for c in clients), recipe.weights(examples), frozenset(ctx.own)
-    return Raw(ids, examples, weight, figures, trained, groups, fine, own), memory
+    beside = partial(measured, recipe.strategy, ctx) if recipe.strategy.measures else None
+    return Raw(ids, examples, weight, figures, trained, groups, fine, own, beside), memory
+
+
+def measured(strategy: Strategy, ctx: Context, norms: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """By the lengths of changes: what each is multiplied by, and the strategy's numbers, [K] each."""
+    scale = strategy.scale(ctx, norms)
+    numbers = {n: v.double() for n, v in strategy.numbers(ctx, norms).items()}
+    return torch.ones_like(norms) if scale is None else scale.to(norms), numbers
+
+
+def exact(task: Task, ctx: Context) -> Context:
+    """In float64 a delta is exact, so that anchor + delta gives back the very weights of the client."""
+    return replace(
+        ctx,
+        anchor=expand(exact_weights(task, [*ctx.anchor])),
+        extras={g: to_float64(near(e)) for g, e in ctx.extras.items()},
+        memory={g: to_float64(near(m)) for g, m in ctx.memory.items()},
+    )
+
+
+def confirmed(
+    recipe: Recipe,
+    ids: Sequence[str],
+    released: Released,
+    groups: dict[str, Stack],
+    memory: dict[str, Stack],
+    ctx: Context,
+) -> dict[str, Stack]:
+    """The memory of those that send something, after what they really send; of others as it was."""
+    if type(recipe.strategy).confirm is Strategy.confirm:
+        return memory
+    like = {g: row(s, 0) for g, s in groups.items()} if recipe.channel else {}
+    sent = decode(recipe.channel, released, like).sent
+    places = [ids.index(i) for i in released.ids]
+    chosen = {g: {n: v[places] for n, v in m.items()} for g, m in memory.items() if g != GROUP}
+    with torch.no_grad():
+        found = recipe.strategy.confirm(sent, chosen, ctx.among(places))
+    whole = {g: {n: v.clone() for n, v in memory[g].items()} for g in found}
+    for group, kept in found.items():
+        for name, v in kept.items():
+            whole[group][name][places] = v
+    return memory | whole
 
 
 def remember(

@@ -39,6 +39,10 @@ class ServerOptimizer:
         """Mean delta and state -> what to add to the weights, and the next state."""
         raise ConfigError(f"{type(self).__name__} has no step; choose sgd, adam, yogi or adagrad")
 
+    def step_from(self, params: Params, delta: Params, state: State) -> tuple[Params, State]:
+        """The same for what also looks at the weights."""
+        return self.step(delta, state)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSGD(ServerOptimizer):
@@ -103,6 +107,21 @@ class ServerAdam(_Adaptive):
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         """Exponential mean."""
         return self.beta2 * v + (1 - self.beta2) * square
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerLAMB(ServerAdam):
+    """FedLAMB: Adam's direction u in steps lr |w| / |u| of each tensor (arXiv:1904.00962, 2110.00532)."""
+
+    def step_from(self, params: Params, delta: Params, state: State) -> tuple[Params, State]:
+        """The ratio is 1 where a tensor or its direction is zero."""
+        found, state = self.step(delta, state)
+
+        def step(w: Tensor, u: Tensor) -> Tensor:
+            length, way = w.double().norm(), u.norm() / self.lr
+            return u * (length / way) if length > 0 and way > 0 else u
+
+        return tmap(step, {k: params[k] for k in found}, found), state
 
 
 @dataclass(frozen=True, kw_only=True)

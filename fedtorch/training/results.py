@@ -151,9 +151,11 @@ class Summed:
     """Squared norm of each change, [K], float64; NaN where it or a float buffer is not finite."""
     used: Tensor
     """What each change was multiplied by, [K]; 0: it is not in the sum."""
+    counted: Tensor
+    """The same without the strategy's scale, [K]: what each client's buffers were multiplied by."""
     total: RunningSum
     floats: Params
-    """The same sum of the float buffers that any client moved."""
+    """The sum of the float buffers that any client moved."""
 
     def rows(self) -> tuple[Stack, Stack]:
         """Raises TypeError: a sum does not show each client's weights."""
@@ -175,8 +177,8 @@ class Summed:
         return self.total.params(factor)
 
     def mean_buffers(self, weight: Tensor) -> Stack:
-        """The mean by the weights used."""
-        return expand({k: v / self.used.sum() for k, v in self.floats.items()})
+        """The mean by the weights they were counted with."""
+        return expand({k: v / self.counted.sum() for k, v in self.floats.items()})
 
 
 def rounded_up(sq_norms: Tensor, numbers: int) -> Tensor:

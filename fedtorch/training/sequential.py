@@ -42,7 +42,7 @@ def train_sequentially(
     examples = torch.tensor([float(len(c)) for c in clients])
     weight = recipe.weights(examples)
     share = (weight.double() / weight.sum()).tolist()
-    loss, squares, used, moved = [], [], [], set[str]()
+    loss, squares, counted, used, moved = [], [], [], [], set[str]()
     with seeds.kept():
         for k, client in enumerate(clients):
             # one visit
@@ -57,14 +57,17 @@ def train_sequentially(
                 squares[k] = math.nan
             norm = total.bound(_float64(squares[k:])).sqrt()
             part = float(privacy.scale(norm, examples[k : k + 1], task))
-            used.append(share[k] * part if math.isfinite(squares[k]) else 0.0)
-            if used[k]:
+            counted.append(share[k] * part if math.isfinite(squares[k]) else 0.0)
+            scale = recipe.strategy.scale(ctx.of(k), norm) if counted[k] else None
+            used.append(counted[k] * (1.0 if scale is None else float(scale)))
+            if counted[k]:
                 total.add(used[k])
-                add_weighted(floats, buffers, _float64(used[k:]))
+                add_weighted(floats, buffers, _float64(counted[k:]))
                 moved |= moving(buffers, task.state).keys()
     trainee.put_back()
     floats = {k: v for k, v in floats.items() if k in moved}
-    return Summed(torch.stack(loss), _float64(squares), _float64(used), total, floats)
+    both = _float64(used), _float64(counted)
+    return Summed(torch.stack(loss), _float64(squares), *both, total, floats)
 
 
 def _float64(values: Sequence[float]) -> Tensor:

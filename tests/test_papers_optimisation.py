@@ -1,0 +1,226 @@
+"""FedNova, FedDyn, FedExP, SCAFFOLD and LAMB on the two quadratic clients of test_papers.
+
+Numbers were computed in plain Python from the papers' equations, never by fedtorch.
+"""
+
+import pytest
+import torch
+
+from conftest import make_clients, mlp, weights
+from fedtorch import (
+    Client,
+    ConfigError,
+    FedAvg,
+    Local,
+    Median,
+    Recipe,
+    Scaffold,
+    Server,
+    TopK,
+    Uniform,
+)
+from fedtorch.privacy import ClientLevel, SampleLevel
+from fedtorch.strategies import FedDyn, FedExP, FedNova
+from fedtorch.training.local_steps import reach, stepper
+from fedtorch.training.optimizer import ClientOptimizer, ServerLAMB, ServerSGD
+from test_papers import A, B, N, Scalar, quadratic
+
+WHOLE = {"steps": 4, "batch_size": None}
+SINGLE = {"epochs": 2, "batch_size": 1}  # 6 and 2 steps
+HEAVY = {"optimizer": ClientOptimizer("SGD", {"momentum": 0.9})}
+
+KNOWN = {
+    "nova": (FedNova(), SINGLE, [0.461149, 0.446059]),
+    "nova momentum": (FedNova(), SINGLE | HEAVY, [0.195867, 0.406657]),
+    "nova mu": (FedNova(mu=0.5), SINGLE, [0.468672, 0.454428]),
+    "nova both": (FedNova(mu=0.5), SINGLE | HEAVY, [0.227941, 0.344108]),
+    "avg, same steps": (FedAvg(), SINGLE, [0.835879, 1.010899]),
+    "dyn": (FedDyn(alpha=0.5), WHOLE, [-0.0782125, -0.306342, -0.302410]),
+    "exp uniform": (FedExP(weighting="uniform"), WHOLE, [-0.741540, -0.124680]),
+    "exp": (FedExP(), WHOLE, [2.846557, 1.689085]),
+    "scaffold": (Scaffold(), WHOLE, [0.188000, -0.045561, -0.166637]),
+    "lamb": (FedAvg(server=ServerLAMB(lr=0.1)), WHOLE, [0.55, 0.605]),
+}
+
+
+def clients() -> list[Client]:
+    return [
+        Client(str(k), (torch.zeros(N[k], 1), torch.tensor([[A[k], B[k]]] * N[k]).double()))
+        for k in range(2)
+    ]
+
+
+def path(strategy: object, rounds: int, engine: Local, **options: object) -> list[float]:
+    model = Scalar()
+    recipe = Recipe(strategy, loss=quadratic, lr=0.1, **options)
+    server = Server(model, clients(), recipe, engine=engine)
+    return [float(model.w.detach()) for _ in server.rounds(rounds)]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize(
+    "engine", [{"chunk": 1}, {"chunk": 2}, {"chunk": 2, "solver": "general"}], ids=str
+)
+def test_each_algorithm_is_its_papers(name, engine):
+    strategy, options, want = KNOWN[name]
+    assert path(strategy, len(want), Local(**engine), **options) == pytest.approx(want, abs=6e-7)
+
+
+def test_the_limits_are_those_of_the_papers():
+    engine = Local(chunk=2)
+    assert path(FedNova(), 120, engine, **SINGLE)[-1] == pytest.approx(0.436476, abs=1e-6)
+    assert path(FedAvg(), 120, engine, **SINGLE)[-1] == pytest.approx(1.201327, abs=1e-6)
+    assert path(FedDyn(alpha=0.5), 120, engine, **WHOLE)[-1] == pytest.approx(-0.25, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "args, mu, want",
+    [
+        ({}, 0.0, [6.0, 2.0]),
+        ({"momentum": 0.9}, 0.0, [17.829690, 2.9]),
+        ({}, 0.5, [5.298162, 1.95]),
+        ({"momentum": 0.9}, 0.5, [15.028518, 2.85]),
+    ],
+)
+def test_how_far_steps_go(args, mu, want):
+    recipe = Recipe(optimizer=ClientOptimizer("SGD", args))
+    assert reach(recipe, 0.1, torch.tensor([6, 2]), mu).tolist() == pytest.approx(want, abs=6e-7)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"momentum": 0.9, "dampening": 0.5, "weight_decay": 0.01},
+        {"momentum": 0.8, "nesterov": True},
+        {"weight_decay": 0.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("more", [{}, {"lr_warmup": 3, "lr_decay": "cosine"}], ids=str)
+def test_how_far_steps_go_is_how_far_the_same_optimizer_goes(args, more):
+    recipe, pull, lr = Recipe(optimizer=ClientOptimizer("SGD", args), **more), 0.4, 0.2
+    w = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    step = stepper(recipe, torch.nn.Module(), {"w": w}, lr, 7)
+    for _ in range(7):
+        w.grad = 1 + pull * w.detach()
+        step()
+    found = reach(recipe, lr, torch.tensor([7]), pull)
+    assert -float(w.detach()) / lr == pytest.approx(float(found), rel=1e-12)
+
+
+SIZES = [37, 5, 18, 64, 1, 23]
+
+
+@pytest.mark.parametrize("strategy", [FedNova(mu=0.1), FedExP(), FedDyn()], ids=str)
+@pytest.mark.parametrize("options", [{}, HEAVY], ids=["sgd", "momentum"])
+def test_every_solver_comes_to_the_same(strategy, options):
+    found = []
+    for engine in (
+        Local(chunk=1, solver="general"),
+        Local(chunk=6, solver="general"),
+        Local(chunk=4, solver="stacked"),
+        Local(solver="fast"),
+    ):
+        recipe = Recipe(strategy, lr=0.05, epochs=2, batch_size=8, **options)
+        cohort = Uniform(cohort_size=4)
+        server = Server(
+            mlp(), make_clients(SIZES), recipe, participation=cohort, engine=engine, seed=3
+        )
+        assert recipe.needs_rows is isinstance(strategy, FedDyn), "sums stay sums"
+        [*server.rounds(3)]
+        found.append(weights(server.model))
+    for other in found[1:]:
+        assert all(torch.allclose(v, found[0][k], atol=1e-6) for k, v in other.items())
+
+
+def test_buffers_are_weighed_by_examples_and_not_by_steps():
+    def ends(strategy: object, chunk: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 4))
+        recipe = Recipe(strategy, epochs=1, batch_size=6, lr=1e-9)
+        server = Server(
+            model, make_clients([12, 6]), recipe, engine=Local(chunk=chunk, solver="general")
+        )
+        server.round()
+        return model[0].running_mean.clone()
+
+    for chunk in (1, 2):
+        assert torch.allclose(ends(FedNova(), chunk), ends(FedAvg(), chunk), atol=1e-7)
+
+
+def test_numbers_are_sent_and_counted_as_traffic():
+    servers = [Server(mlp(), make_clients(SIZES), Recipe(s)) for s in (FedAvg(), FedNova())]
+    plain, nova = (server.round()["bytes_up"] for server in servers)
+    assert nova == plain + 8 * len(SIZES)
+
+
+@pytest.mark.parametrize("strategy", [FedDyn(), Scaffold(), FedNova()], ids=str)
+def test_a_run_goes_on_from_its_checkpoint_to_the_bit(strategy):
+    def server() -> Server:
+        cohort = Uniform(cohort_size=3)
+        return Server(mlp(), make_clients(SIZES), Recipe(strategy), participation=cohort, seed=2)
+
+    whole, first, second = server(), server(), server()
+    [*whole.rounds(4)]
+    [*first.rounds(2)]
+    second.load_state_dict(first.state_dict())
+    [*second.rounds(2)]
+    own = weights(second.model)
+    assert all(torch.equal(v, own[k]) for k, v in weights(whole.model).items())
+
+
+def test_what_the_server_holds_is_not_broadcast():
+    server = Server(mlp(), make_clients(SIZES), Recipe(FedDyn()))
+    figures, plain = server.round(), Server(mlp(), make_clients(SIZES), Recipe()).round()
+    assert figures["bytes_down"] == plain["bytes_down"]
+    assert server.hidden["h"]["0.weight"].abs().sum() > 0 and not server.extras
+
+
+@pytest.mark.parametrize("strategy, group", [(Scaffold(), "c"), (FedDyn(), "g")])
+def test_clients_remember_what_was_really_sent(strategy, group):
+    """Clipped far below what they learned, their memory moves no further than what the server has."""
+    clip = 1e-3
+    plan = ClientLevel(clip=clip, noise_multiplier=1e-6, rounds=1, rate=1.0, insecure_seed=1)
+    server = Server(mlp(), make_clients(SIZES), Recipe(strategy, privacy=plan))
+    server.round()
+    for memory in server.session.memory().values():
+        length = float(torch.cat([v.flatten() for v in memory[group].values()]).norm())
+        assert 0 < length <= clip * (1 + 1e-5)
+    if group == "c":  # the invariant: c is the mean of all c_k
+        mean = sum(m["c"]["0.weight"] for m in server.session.memory().values()) / len(SIZES)
+        assert torch.allclose(server.extras["c"]["0.weight"], mean, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (
+            lambda: Recipe(FedNova(), optimizer="Adam"),
+            "fednova holds for clients that train with SGD",
+        ),
+        (
+            lambda: Recipe(FedNova(), scheduler=torch.optim.lr_scheduler.LinearLR),
+            "scheduler says it to nobody",
+        ),
+        (lambda: Recipe(FedNova(), aggregator=Median()), "fednova needs the mean of the numbers"),
+        (
+            lambda: Recipe(FedExP(), privacy=SampleLevel(noise_multiplier=1.0, rounds=1)),
+            "fedexp sends numbers that no noise is made for",
+        ),
+        (lambda: Recipe(FedExP(), channel=(TopK(),)), "fedexp compares the lengths"),
+        (lambda: Recipe(FedDyn(), aggregator=Median()), "feddyn needs the mean"),
+        (lambda: Recipe(FedExP(server=ServerSGD())), "fedexp sets the server's rate itself"),
+        (lambda: Recipe(FedDyn(alpha=0.0)), "strategy.alpha must be a positive number"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_by_name(make, why):
+    with pytest.raises(ConfigError, match=why):
+        Server(mlp(), make_clients([9, 7]), make())
+
+
+def test_a_channel_takes_scaled_changes_and_leaves_numbers_alone():
+    recipe = Recipe(FedNova(), channel=(TopK(share=0.5),))
+    server = Server(mlp(), make_clients(SIZES), recipe)
+    before = weights(server.model)
+    [*server.rounds(2)]
+    assert not torch.equal(before["0.weight"], server.model[0].weight)
