@@ -348,3 +348,89 @@ def test_graphs_train_and_are_judged_by_their_collate():
     assert found["accuracy"] == pytest.approx(float(hits))
     loader = DataLoader(Graphs(5, 8), 3, collate_fn=offset)
     assert evaluate(server.model, loader, ["accuracy"]) == found
+
+
+def clipped_by_hand(model: nn.Module, made: list[Client], collate, clip: float, lr: float) -> dict:
+    """One step of every example of every client, each clipped by the gradient it has alone."""
+    start, total = copy.deepcopy(model), None
+    for c in made:
+        part = [torch.zeros_like(p) for p in start.parameters()]
+        for i in range(len(c)):
+            x, y = collate([c.data[i]])
+            output = start(*x) if isinstance(x, tuple) else start(x)
+            grads = torch.autograd.grad(F.cross_entropy(output, y), [*start.parameters()])
+            norm = float(torch.cat([g.flatten() for g in grads]).norm())
+            for s, g in zip(part, grads, strict=True):
+                s += min(1.0, clip / norm) * g
+        total = part if total is None else [t + s for t, s in zip(total, part, strict=True)]
+    names = [k for k, _ in start.named_parameters()]
+    steps = zip(names, start.parameters(), total, strict=True)
+    return {k: p - lr * t / 8.0 / len(made) for k, p, t in steps}
+
+
+@pytest.mark.parametrize(
+    "make, model, collate, mode",
+    [
+        (lambda: clients(), lambda: reader(), padded, "ghost"),
+        (lambda: clients(), lambda: reader(masked=False), padded, "alone"),
+        (graph_clients, net, offset, "alone"),
+    ],
+    ids=["padding that is masked", "padding that is seen", "graphs"],
+)
+def test_private_gradients_are_those_of_examples_collated_alone(make, model, collate, mode):
+    plan = SampleLevel(
+        noise_multiplier=1e-6, sample_rate=1.0, steps=1, batch_size=8.0, clip=0.2, rounds=1
+    )
+    made = make()
+    server = Server(model(), made, Recipe(lr=1.0, privacy=plan))
+    wanted = clipped_by_hand(server.model, made, collate, 0.2, 1.0)
+    server.round()
+    for k, v in wanted.items():
+        assert torch.allclose(server.model.get_parameter(k), v, atol=1e-5), k
+    assert server.session.recipe.privacy.mode == mode
+    said = [n for n in server.notes if "each collated alone: rows of a batch" in n]
+    assert bool(said) == (mode == "alone")
+    server = Server(
+        model(), made, Recipe(privacy=SampleLevel(noise_multiplier=1.0, rounds=1, sample_rate=0.1))
+    )
+    server.round()  # some batches are empty
+    if mode == "alone":
+        plan = SampleLevel(noise_multiplier=1.0, rounds=1, mode="hooks")
+        with pytest.raises(
+            ConfigError, match=r"mode hooks cannot train: rows of .*; take mode alone"
+        ):
+            Server(model(), made, Recipe(privacy=plan))
+
+
+class Square(Dataset):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int):
+        return torch.tensor([float(i), 1.0]), i % 2
+
+
+def test_a_collate_whose_examples_are_all_alike_is_not_trusted_and_one_that_mixes_is_found():
+    def mixing(items):
+        x, y = default_collate(items)
+        return x - x.mean(0) if len(x) > 1 else x, y
+
+    for collate in (lambda items: default_collate(items), mixing):
+        made = [Client("a", Square(), collate=collate)]
+        plan = SampleLevel(noise_multiplier=1.0, rounds=1)
+        server = Server(nn.Linear(2, 2), made, Recipe(privacy=plan))
+        assert server.session.recipe.privacy.mode == "alone"
+        assert "the examples looked at are all of one size" in str(server.notes)
+
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = None
+
+        def forward(self, output, target):
+            self.last = output.detach()
+            return F.cross_entropy(output, target, reduction="none")
+
+    plan = SampleLevel(noise_multiplier=1.0, rounds=1)
+    with pytest.raises(ConfigError, match="keeps something from call to call"):
+        Server(net(), graph_clients(), Recipe(loss=Kept(), privacy=plan))

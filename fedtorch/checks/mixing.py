@@ -59,7 +59,7 @@ def mixes(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
     with seeds.seeded(0), untouched(model), undropped(model):
         try:
             own = Tried(model, batch, Near(1e-3, 1e-5), Held(0, size(batch)))
-            fine = _wide(own, recipe)
+            fine = wide(own, recipe)
             with untouched(fine.model), undropped(fine.model):
                 work = products(model, batch, recipe)
                 rough = own if work > HEAVY else fine
@@ -103,7 +103,7 @@ def _found(fine: Tried, rough: Tried, recipe: Recipe, work: int) -> str | None:
     )
 
 
-def _wide(own: Tried, recipe: Recipe) -> Tried:
+def wide(own: Tried, recipe: Recipe) -> Tried:
     """The same in float64, where a little mixing is no rounding; as it is where that is not taken."""
     try:
         wide = copied(own.model).double()

@@ -15,6 +15,7 @@ from fedtorch.checks.held import alike
 from fedtorch.checks.mixing import inputs
 from fedtorch.checks.mixing import mixes as mixes_examples
 from fedtorch.checks.probe import put_back, two_examples, uneven, visit_alone
+from fedtorch.checks.reached import kept
 from fedtorch.client import Client
 from fedtorch.privacy import Privacy, models
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
@@ -49,8 +50,13 @@ MISSED = 1e-4
 UNCLIPPED = 1e12
 
 
-def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
-    """Raises ConfigError when model or loss would void the plan's claim, however it is trained."""
+def fits(
+    model: nn.Module, clients: Sequence[Client], recipe: Recipe, alone: str | None = None
+) -> None:
+    """Raises ConfigError when model or loss would void the plan's claim, however it is trained.
+
+    ``alone``: why examples are each collated alone, if they are (``checks.apart``).
+    """
     if not recipe.privacy.claims:
         return
     models.refuse(model)
@@ -59,11 +65,15 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
         models.renorming(model)
     _frozen_buffers(model, clients, recipe)
     if recipe.privacy.per_example:
-        _per_example(model, clients, recipe)
+        _per_example(model, clients, recipe, alone)
 
 
 def with_mode(
-    model: nn.Module, clients: Sequence[Client], recipe: Recipe, chunk: int
+    model: nn.Module,
+    clients: Sequence[Client],
+    recipe: Recipe,
+    chunk: int,
+    alone: str | None = None,
 ) -> tuple[Recipe, int]:
     """The recipe with the way to per-example gradients chosen, and clients side by side.
 
@@ -73,7 +83,11 @@ def with_mode(
     if not plan:
         return recipe, chunk
     mode: str = plan.mode
-    if mode == "auto":
+    if alone:
+        if mode not in ("auto", "alone"):
+            raise ConfigError(f"privacy.mode {mode} cannot train: {alone}; take mode alone")
+        mode = "alone"
+    elif mode == "auto":
         small = chunk >= SIDE_BY_SIDE and stacks(model, clients, recipe)
         mode = (
             "stacked"
@@ -243,7 +257,9 @@ def _gradients(model: nn.Module) -> Tensor:
     )
 
 
-def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
+def _per_example(
+    model: nn.Module, clients: Sequence[Client], recipe: Recipe, alone: str | None
+) -> None:
     """Each example must have a loss of its own, and each parameter a gradient."""
     data, name = _largest(clients), type(model).__name__
     some = torch.arange(min(len_of(data), SOME)) if len_of(data) > 1 else torch.tensor([0, 0])
@@ -277,7 +293,10 @@ def _per_example(model: nn.Module, clients: Sequence[Client], recipe: Recipe) ->
             "draw by torch.randn, rand, normal, bernoulli or randint, or in the dataset, or protect "
             "clients (privacy client)"
         )
-    if why := mixes_examples(model, batch, recipe):
+    if alone:  # nothing is mixed, unless it is kept
+        with torch.no_grad(), untouched(model), seeds.seeded(0):
+            kept(training(model), batch, recipe)
+    elif why := mixes_examples(model, batch, recipe):
         raise ConfigError(
             f"model {name} or its loss mixes the examples of a batch ({why}), so that "
             "clipping by example protects nobody"

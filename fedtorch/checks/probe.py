@@ -375,7 +375,7 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
     batch = to(two_examples(clients[0].data), next(model.parameters()).device)
     if why := uneven(batch):
         return why
-    shapes = {_shapes(c.data[0]): None for c in clients}
+    shapes = {shapes_in(c.data[0]): None for c in clients}
     if len(shapes) > 1:
         some = ", ".join(str(s[0] if len(s) == 1 else s) for s in [*shapes][:2])
         return f"examples of clients differ in shape ({some})"
@@ -399,7 +399,8 @@ def _inmost(batch: Any) -> list[Any]:
     return [batch] if inside is None else [v for part in inside for v in _inmost(part)]
 
 
-def _shapes(item: Any) -> tuple[tuple[int, ...], ...]:
+def shapes_in(item: Any) -> tuple[tuple[int, ...], ...]:
+    """The shape of everything in an example; of what is no tensor, none."""
     return tuple(tuple(getattr(v, "shape", ())) for v in _inmost(item))
 
 

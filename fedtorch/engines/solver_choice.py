@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fedtorch import fast, seeds
+from fedtorch.checks import apart, probe
 from fedtorch.checks import private as probe_private
-from fedtorch.checks import probe
 from fedtorch.checks.company import LARGEST, Near, meets
 from fedtorch.checks.standins import shown
 from fedtorch.checks.trial import filled, pooled, stacks
@@ -68,7 +68,8 @@ def choose(
     size = min(chunk or _automatic(model), len(clients))
     notes = kept(model, asked, changes)
     tried = shown(model, clients, recipe)
-    probe_private.fits(model, tried, recipe)
+    alone = apart.needed(model, tried, recipe)
+    probe_private.fits(model, tried, recipe, alone)
     notes += probe_private.warnings(clients, recipe.privacy)
     if solver in ("auto", "fast"):
         found = offered(model, tried, recipe, half, changes)
@@ -89,11 +90,12 @@ def choose(
         notes.append(f"the fast path is not used: {found}")
     if plan and not available():
         notes.append(f"noise in every step is drawn by NumPy: {FASTER}")
-    recipe, size = probe_private.with_mode(model, tried, recipe, size)
+    recipe, size = probe_private.with_mode(model, tried, recipe, size, alone)
     plan = recipe.privacy.per_example
     if plan and plan.mode == "alone":
         notes.append(
             "private gradients are taken example after example, which is slow but suits any model"
+            + (f", each collated alone: {alone}" if alone else "")
         )
     if half:
         notes.append("clients train one after another under autocast to bf16")
