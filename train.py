@@ -238,7 +238,8 @@ def make_model(config: Config, data: Data | prepared.Prepared) -> nn.Module:
     """Build the model with initial weights that depend on the seed alone."""
     with seeds.seeded(seeds.derive(config.seed, "model")):
         model = zoo.build(config.model, data.facts, config.model_args)
-    if isinstance(data, Data) and data.kind == "classification":
+    built_in = config.loss in ("auto", "cross_entropy")  # another may take outputs of any shape
+    if isinstance(data, Data) and data.kind == "classification" and built_in:
         probe.classes_fit(model, data.train, data.labels, data.outputs)
     return model
 

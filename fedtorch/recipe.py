@@ -18,6 +18,7 @@ from fedtorch.training.losses import Loss, cross_entropy, no_loss, reduce
 from fedtorch.training.optimizer import ClientOptimizer, Maker
 from fedtorch.training.own_update import OwnUpdate
 from fedtorch.training.step import Step, Supervised
+from fedtorch.tree import mapped
 from fedtorch.types import ConfigError
 
 
@@ -89,7 +90,14 @@ class Recipe(TrainingOptions):
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """Of each example of a batch, [B], or one number for the whole of it."""
+        if self.step is not None:  # which may take parts out of a batch, or ask for its gradient
+            batch = mapped(torch.detach, batch)
         return reduce(self.asked(model, batch))
+
+    def tried(self, model: nn.Module, batch: Any) -> Tensor:
+        """The same where nothing is trained; a step may take gradients of its own all the same."""
+        with torch.set_grad_enabled(self.step is not None):
+            return self.losses(model, batch).detach()
 
     @property
     def learning_rate(self) -> float:

@@ -42,7 +42,7 @@ DATA = (
 """What is compared by what is in it."""
 
 
-def nothing(loss: Any, ask: Callable[[Any], Tensor], given: Any, other: Any) -> None:
+def nothing(word: str, loss: Any, ask: Callable[[Any], Tensor], given: Any, other: Any) -> None:
     """Raises ConfigError naming what a loss, or a step, keeps; what it makes once, at first, is no matter.
 
     ``ask`` asks it for the losses of ``given``, and of something ``other``. What is drawn is the same at
@@ -60,7 +60,7 @@ def nothing(loss: Any, ask: Callable[[Any], Tensor], given: Any, other: Any) -> 
             what = "the same batch has another loss after others"
     if what:
         raise ConfigError(
-            f"the loss keeps something from call to call ({what}), which would go from client to client: "
+            f"the {word} keeps something from call to call ({what}), which would go from client to client: "
             "let the model keep it (in a buffer, and return it beside the output), or compute it from each "
             "batch alone"
         )

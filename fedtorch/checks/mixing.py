@@ -77,7 +77,7 @@ def mixes(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
             raise ConfigError(
                 f"sample-level privacy tries model {type(model).__name__} and its loss on examples "
                 "alone and in company, without recording gradients, where they fail "
-                f"({type(e).__name__}: {e}): "
+                f"({type(e).__name__}: {e}): each must have a loss by itself, and "
                 "one that takes gradients in its own forward cannot train so; client-level privacy can"
             ) from e
 
@@ -109,7 +109,7 @@ def wide(own: Tried, recipe: Recipe) -> Tried:
         wide = copied(own.model).double()
         batch = mapped(lambda t: t.double() if t.is_floating_point() else t, own.batch)
         with torch.no_grad(), untouched(wide):
-            if _copied(recipe).losses(training(wide), batch).dtype != torch.float64:
+            if _copied(recipe).tried(training(wide), batch).dtype != torch.float64:
                 return own
     except Exception:
         return own
@@ -130,7 +130,7 @@ def products(model: nn.Module, batch: Any, recipe: Recipe) -> int:
         with torch.no_grad():
             one = rows(batch, _index([0]))
             # a loss, which may keep what it is given, is not asked
-            forward(model, one[0]) if recipe.step is None else recipe.step(model, one)
+            forward(model, one[0]) if recipe.step is None else recipe.tried(model, one)
     finally:
         for hook in hooks:
             hook.remove()
@@ -199,7 +199,7 @@ def _remembers(t: Tried, recipe: Recipe) -> str | None:
 def _again(t: Tried, recipe: Recipe, batch: Any, places: Tensor, order: Tensor) -> None:
     """Ask for the losses of more rows, made of a model's outputs where it is the loss that is asked."""
     if recipe.step is not None:
-        recipe.losses(t.model, rows(batch, order))
+        recipe.tried(t.model, rows(batch, order))
         return
     x, y = batch
     n = size(y)
@@ -269,12 +269,13 @@ def _alone(t: Tried, recipe: Recipe, batch: Any) -> list[Tensor]:
 
 def _losses(t: Tried, recipe: Recipe, batch: Any, index: Tensor) -> Tensor:
     with t.held.of(index):
-        return recipe.losses(t.model, rows(batch, index))
+        return recipe.tried(t.model, rows(batch, index))
 
 
 def _gradient(t: Tried, recipe: Recipe, batch: Any, index: Tensor) -> Tensor:
     t.model.zero_grad()
-    _losses(t, recipe, batch, index).sum().backward()
+    with t.held.of(index):
+        recipe.losses(t.model, rows(batch, index)).sum().backward()
     # a weight that the examples do not reach, as an expert not chosen, has no gradient
     every = [(p, p.grad) for p in t.model.parameters() if p.requires_grad]
     found = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in every]

@@ -189,7 +189,7 @@ def _varied(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Any:
     other = inputs(partial(_noise, 1.0, seeds.generator(0, "experts")), batch)
     try:
         with torch.no_grad(), seeds.seeded(0):
-            return other if bool(recipe.losses(model, other).isfinite().all()) else batch
+            return other if bool(recipe.tried(model, other).isfinite().all()) else batch
     except Exception:  # numbers that mean nothing to the model
         return batch
 
@@ -209,7 +209,7 @@ def _over_sequences(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
     ]
     try:
         with torch.no_grad(), seeds.seeded(0):
-            recipe.losses(model, batch)
+            recipe.tried(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -309,7 +309,7 @@ def _draws(model: nn.Module, batch: Any, recipe: Recipe, held: bool = False) -> 
     with untouched(model), torch.no_grad(), undropped(model):
         for seed in (0, 1):
             with seeds.seeded(seed), alike(size(batch)) if held else nullcontext():
-                losses.append(recipe.losses(model, batch))
+                losses.append(recipe.tried(model, batch))
     return not torch.allclose(losses[0], losses[1], rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
@@ -348,7 +348,7 @@ def _frozen_buffers(model: nn.Module, clients: Sequence[Client], recipe: Recipe)
     before = snapshot(model)
     with torch.no_grad(), seeds.seeded(0):
         if recipe.local is None:
-            recipe.losses(training(model), batch)
+            recipe.tried(training(model), batch)
         else:
             client = max(clients, key=len)
             visit_alone(model, client, torch.tensor([0, len(client) - 1]), recipe)

@@ -444,7 +444,7 @@ def _same_alone(model: nn.Module, batch: Any, recipe: Recipe, losses: Tensor) ->
     with untouched(model), torch.no_grad():
         for seed, found in enumerate(losses):
             with seeds.seeded(seed):
-                alone = recipe.losses(training(model), batch)
+                alone = recipe.tried(training(model), batch)
             if not _close(alone, found):
                 return False
     return True
@@ -480,7 +480,7 @@ def mixes_examples(model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
 def _given(model: nn.Module, batch: Any, recipe: Recipe) -> tuple[Any, Tensor]:
     """What the model gives, where that is to be seen, and the losses."""
     if recipe.step is not None:
-        return (), recipe.losses(model, batch)
+        return (), recipe.tried(model, batch)
     x, y = pair(batch)
     output = forward(model, x)
     return output, reduce(recipe.loss(output, y))

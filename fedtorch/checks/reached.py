@@ -14,7 +14,6 @@ from fedtorch.recipe import Recipe
 from fedtorch.training.losses import reduce
 from fedtorch.training.module import forward, to, training
 from fedtorch.training.outline import untouched
-from fedtorch.tree import leaves as tensors
 from fedtorch.tree import mapped
 from fedtorch.types import ConfigError
 
@@ -30,25 +29,26 @@ def others(given: nn.Module, worker: nn.Module, clients: Sequence[Client], recip
     if isinstance(recipe.loss, nn.Module):
         for name, p in recipe.loss.named_parameters():
             if p.requires_grad and not any(p is own for own in given.parameters()):
-                _refuse_loss(f"{name} {list(p.shape)}")
+                _refuse("loss", f"{name} {list(p.shape)}")
+    word = "loss" if recipe.step is None else "step"
     batch = to(two_examples(clients[0].data), next(worker.parameters()).device)
     with untouched(worker), seeds.seeded(0):
-        loss = recipe.losses(training(worker), batch)
+        first, again = ([*leaves(recipe.losses(training(worker), batch))] for _ in range(2))
         own = {id(p) for p in worker.parameters()}
-        found = [t for t in leaves(loss) if id(t) not in own]
+        # what a step makes for itself is another each time
+        found = [t for t in first if id(t) not in own and any(t is other for other in again)]
         if not recipe.privacy.per_example:  # whose trials say what it would void
             with torch.no_grad():
                 kept(worker, batch, recipe)
     for t in found:
         t.grad = None  # what the trial before left there
         if isinstance(t, nn.Parameter):
-            _refuse_loss(f"of shape {list(t.shape)}")
-        if not any(t is part for part in tensors(batch)):
-            raise ConfigError(
-                f"the loss reaches a tensor of shape {list(t.shape)} that requires a gradient and is no "
-                "parameter of the model, so that nobody trains it: make it an nn.Parameter of the model, "
-                "or detach it"
-            )
+            _refuse(word, f"of shape {list(t.shape)}")
+        raise ConfigError(
+            f"the {word} reaches a tensor of shape {list(t.shape)} that requires a gradient and is no "
+            "parameter of the model, so that nobody trains it: make it an nn.Parameter of the model, "
+            "or detach it"
+        )
 
 
 def kept(model: nn.Module, batch: Any, recipe: Recipe) -> None:
@@ -56,14 +56,14 @@ def kept(model: nn.Module, batch: Any, recipe: Recipe) -> None:
     if recipe.step is None:  # the model's own part is left out
         x, y = batch
         loss, given = recipe.loss, forward(model, x)
-        keeps.nothing(loss, lambda output: reduce(loss(output, y)), given, _halved(given))
+        keeps.nothing("loss", loss, lambda output: reduce(loss(output, y)), given, _halved(given))
         return
 
     def ask(batch: Any) -> Tensor:
         with untouched(model):
-            return recipe.losses(model, batch)
+            return recipe.tried(model, batch)
 
-    keeps.nothing(recipe.step, ask, batch, _halved(batch))
+    keeps.nothing("step", recipe.step, ask, batch, _halved(batch))
 
 
 def _halved(given: Any) -> Any:
@@ -84,9 +84,9 @@ def leaves(loss: Tensor) -> Iterator[Tensor]:
         nodes += [before for before, _ in node.next_functions]
 
 
-def _refuse_loss(which: str) -> None:
+def _refuse(word: str, which: str) -> None:
     raise ConfigError(
-        f"the loss has a trainable parameter ({which}), and clients train the model's alone: make it a "
+        f"the {word} has a trainable parameter ({which}), and clients train the model's alone: make it a "
         "parameter of the model, which may return it beside its output (layers in a plain list are in "
         "none: nn.ModuleList), or freeze it with requires_grad_(False)"
     )

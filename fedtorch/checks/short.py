@@ -69,7 +69,7 @@ def _fails(model: nn.Module, client: Client, recipe: Recipe, size: int) -> str |
         try:
             own = isinstance(client.data, Collated)  # rows of such a batch may be no batch
             few = to(fetch(client.data, given[index]), device) if own else rows(batch, index)
-            loss = recipe.losses(model, few)
+            loss = recipe.tried(model, few)
         except Exception as e:
             return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:300]}"
         if loss.dim() and len(loss) != size:
@@ -82,7 +82,7 @@ def _fails(model: nn.Module, client: Client, recipe: Recipe, size: int) -> str |
 def _sound(model: nn.Module, batch: Any, recipe: Recipe) -> bool:
     """Whether the same examples have a loss together."""
     try:
-        return bool(recipe.losses(model, mapped(torch.clone, batch)).isfinite().all())
+        return bool(recipe.tried(model, mapped(torch.clone, batch)).isfinite().all())
     except Exception:  # more than a batch, for a model of one size
         return False
 

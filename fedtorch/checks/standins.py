@@ -165,7 +165,7 @@ def _fits(model: nn.Module, client: Client, recipe: Recipe) -> bool:
                 own_update(recipe.local, training(model), visit, recipe.learning_rate)
                 return True
             batch = fetch(client.data, torch.arange(COUNT))
-            recipe.losses(training(model), to(batch, next(model.parameters()).device))
+            recipe.tried(training(model), to(batch, next(model.parameters()).device))
     except Exception:
         return False
     return True
