@@ -1,11 +1,13 @@
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fedtorch import ConfigError
+from fedtorch.commands.use import write_on
 from fedtorch.data import Text, partition
-from fedtorch.data.text import by_speaker
+from fedtorch.data.text import BYTES, by_speaker
 
 PLAY = (
     "ROMEO:\n"
@@ -113,3 +115,37 @@ def test_the_shared_shakespeare(shared):
     assert data.facts["vocab_size"] == 65
     assert data.train.tensors[0].dtype == torch.int64
     assert len(set(data.keys)) > 100
+
+
+def test_bytes_are_a_vocabulary_that_tells_nothing_of_the_text(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text(
+        "\u00c9LISE:\n" + "\u00e9t\u00e9 " * 40 + "\nBOB:\n" + "no " * 60, encoding="utf-8"
+    )
+    data = Text(str(path), length=10, vocabulary="bytes", test_fraction=0).load(0)
+    assert (
+        data.outputs == 256
+        and data.facts["vocabulary"] == BYTES
+        and {*data.keys} == {"\u00c9LISE", "BOB"}
+    )
+    x, y = data.train.tensors
+    assert (
+        bytes(x[0].tolist()) + bytes([int(y[0, -1])])
+        == "\u00e9t\u00e9 \u00e9t\u00e9 ".encode()[:11]
+    )
+    assert data.preparation.notes == ("the vocabulary is all bytes",)
+    assert "characters of this text" in Text(str(path), length=10).load(0).preparation.notes[0]
+
+
+class Next(torch.nn.Module):
+    """After each byte the one of "\u00e9 " that follows it."""
+
+    def forward(self, x):
+        after = torch.zeros(256, dtype=torch.int64)
+        after[0xC3], after[0xA9], after[0x20] = 0xA9, 0x20, 0xC3
+        return torch.nn.functional.one_hot(after[x], 256).float().transpose(1, 2)
+
+
+def test_a_model_of_bytes_writes_on_in_characters():
+    known = SimpleNamespace(facts={"vocabulary": BYTES, "input_shape": (4,)})
+    assert write_on(SimpleNamespace(known=known, model=Next()), "\u00e9 ", 6) == "\u00e9 \u00e9 "

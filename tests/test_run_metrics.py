@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedtorch import Client, ConfigError, evaluate
+from fedtorch.checks.probe import metrics_fit
 from fedtorch.run import metrics
 from fedtorch.run.evaluate import evaluate_clients
 from fedtorch.run.setup import loss_and_metrics
@@ -172,6 +173,19 @@ def test_metrics_of_torchmetrics_itself_gather_and_stay_as_they_were():
         ConfigError, match=r"recall must give one number for all examples, got \[3\]"
     ):
         scores(output, y, {"recall": MulticlassRecall(3, average=None)})
+
+
+def test_before_training_a_name_is_tried_on_a_few_and_a_metric_of_others_on_all():
+    from torchmetrics.classification import MulticlassF1Score
+
+    held = TensorDataset(torch.randn(9, 3), torch.zeros(9).long())
+    own = {"f": MulticlassF1Score(3)}
+    chosen = own | metrics.by_name(["auroc", "top2"])
+    assert metrics_fit(nn.Linear(3, 3), held, chosen) == own
+    with pytest.raises(ConfigError, match="f1 is of two classes"):
+        metrics_fit(nn.Linear(3, 3), held, metrics.by_name(["f1"]))
+    with pytest.raises(ConfigError, match="not dict and Tensor: give evaluate a step"):
+        metrics.known("auroc")({"logits": held.tensors[0]}, held.tensors[1])
 
 
 def test_a_client_of_one_class_spoils_no_other():

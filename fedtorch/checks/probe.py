@@ -334,13 +334,16 @@ def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) ->
     Returns those that only the whole set can try: they give one number, or fail on a few (a score of
     classes, of examples that are all of one class).
     """
-    whole = {k: m for k, m in metrics.items() if gathers(m)}
+    # those by name know of sets what one batch cannot have, those of others may not
+    gathering = {k: m for k, m in metrics.items() if gathers(m)}
+    named = {k for k, m in gathering.items() if hasattr(m, "whole_set")}
+    whole = {k: m for k, m in gathering.items() if k not in named}
     if not len_of(data):
         return {}
     for few in {min(2, len_of(data)), min(3, len_of(data))}:
         with _output(model, data, few) as (output, y):
             for name, metric in metrics.items():
-                if gathers(metric):
+                if name in gathering and name not in named:
                     continue
                 try:
                     value = reduce(metric(output, y)).cpu().double()
@@ -359,7 +362,7 @@ def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) ->
                         f"metric {name} must give one number for each example or one for all of them, got "
                         f"{_shape(value)} for {few} examples"
                     )
-                if not value.dim():
+                if not value.dim() and name not in named:
                     whole[name] = metric
     return whole
 

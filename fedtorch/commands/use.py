@@ -16,6 +16,7 @@ from fedtorch.commands.runs import tell
 from fedtorch.commands.train import train_module
 from fedtorch.data import Data, partition, prepared
 from fedtorch.data.prepared import Prepared
+from fedtorch.data.text import BYTES, as_bytes
 from fedtorch.privacy.run import mark
 from fedtorch.run import by_client, checkpoint, cli, files, objects, results, setup, trust
 from fedtorch.run.console import show_table
@@ -113,6 +114,7 @@ def evaluate_run(argv: Sequence[str]) -> int:
         if isinstance(v, float):
             print(f"{k.replace('_', ' '):<28} {by_client.word(v)}")
     if table:
+        print(by_client.title(private is not None))
         show_table(table)
     return 0
 
@@ -215,6 +217,7 @@ def _named(label: Any, classes: Sequence[Any]) -> Any:
 def write_on(run: Trained, start: str, length: int) -> str:
     """The most likely next character, again and again."""
     vocabulary = run.known.facts["vocabulary"]
+    start = as_bytes(start) if vocabulary == BYTES else start
     unknown = sorted(set(start) - set(vocabulary))
     if unknown or not start:
         what = f"characters the model never saw: {unknown[:5]}" if unknown else "no text"
@@ -225,7 +228,8 @@ def write_on(run: Trained, start: str, length: int) -> str:
         for _ in range(length):
             output = forward(run.model, torch.tensor([codes[-window:]]))
             codes.append(int(output[0, :, -1].argmax()))
-    return "".join(vocabulary[c] for c in codes[len(start) :])
+    more = "".join(vocabulary[c] for c in codes[len(start) :])
+    return more.encode("latin-1").decode(errors="replace") if vocabulary == BYTES else more
 
 
 def _text(path: Path) -> str:

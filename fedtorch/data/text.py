@@ -4,16 +4,20 @@ import re
 import unicodedata
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from fedtorch.data.base import Data, from_tensors
+from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
 from fedtorch.options import COUNT, SHARE, check
 from fedtorch.types import ConfigError
 
 NAME = re.compile(r"^([^\n:]{1,60}):[ \t]*\n", re.MULTILINE)
 """``NAME:`` on a line of its own may start that speaker's lines; see ``is_speaker``."""
+
+BYTES = "".join(map(chr, range(256)))
+"""The vocabulary of bytes, each as the character of its number."""
 
 BETWEEN = set(" '\u2019.-&")
 """Characters of a speaker's name beside letters, their accents and digits."""
@@ -27,7 +31,9 @@ class Text:
     """The text file (UTF-8)."""
     _: KW_ONLY
     length: int = 80
-    """Characters in a window."""
+    """Characters, or bytes, in a window."""
+    vocabulary: Literal["characters", "bytes"] = "characters"
+    """characters: those that the text holds; bytes: all 256, which tells nothing of the text."""
     test_fraction: float = 0.1
     """Share of windows kept for the central test, each by its content; 0: none."""
 
@@ -38,9 +44,12 @@ class Text:
     def load(self, seed: int) -> Data:
         """X [N, length] characters, y [N, length] the next ones; keys are speakers if there are any."""
         text = read(Path(self.path))
-        vocabulary = sorted(set(text))
+        parts, vocabulary = by_speaker(text), sorted(set(text))
+        note = "the vocabulary is the characters of this text (public: --dataset.vocabulary bytes)"
+        if self.vocabulary == "bytes":
+            parts = {name: as_bytes(said) for name, said in parts.items()}
+            vocabulary, note = [*BYTES], "the vocabulary is all bytes"
         number = {c: i for i, c in enumerate(vocabulary)}
-        parts = by_speaker(text)
         windows, speakers = [], []
         for name, said in parts.items():
             codes = torch.tensor([number[c] for c in said], dtype=torch.int64)
@@ -62,6 +71,7 @@ class Text:
             "classification",
             len(vocabulary),
             keys if len(parts) > 1 else None,
+            Preparation(notes=(note,)),
             vocab_size=len(vocabulary),
             vocabulary="".join(vocabulary),
         )
@@ -77,6 +87,11 @@ def read(path: Path) -> str:
         raise ConfigError(
             f"dataset.path must be a text file in UTF-8: {path} is not (byte {e.start}): save it as UTF-8"
         ) from e
+
+
+def as_bytes(text: str) -> str:
+    """A text in UTF-8, each byte as the character of its number."""
+    return text.encode().decode("latin-1")
 
 
 def is_speaker(name: str) -> bool:

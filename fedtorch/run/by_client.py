@@ -45,6 +45,11 @@ def rows(scores: Scores, metrics: Mapping[str, Loss], most: int) -> list[dict[st
     return [mean, worst, *each, *more]
 
 
+def title(private: bool) -> str:
+    """What stands above the table."""
+    return f"{'(not private) ' if private else ''}clients on their own validation data"
+
+
 def word(value: float) -> str:
     """A figure in four digits; - where there is none."""
     return "-" if math.isnan(value) else f"{value:.4f}"

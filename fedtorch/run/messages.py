@@ -7,7 +7,7 @@ from typing import Any
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.synchronous import Synchronous
 from fedtorch.run import cli, files, trust
-from fedtorch.run.by_client import word
+from fedtorch.run.by_client import title, word
 from fedtorch.run.console import Report, table_of
 from fedtorch.run.names import worded
 from fedtorch.run.report import promise, statement, text
@@ -100,8 +100,7 @@ def conclude(
 ) -> None:
     """The last lines: how good, how long, where; ``clients``: their scores, a row each."""
     if clients:
-        note = "(not private) " if server.private else ""
-        report.say(table_of(clients, f"{note}clients on their own validation data"))
+        report.say(table_of(clients, title(server.private is not None)))
     state = "stopped, saved" if stopped else "done" if server.moved() else "nothing learned"
     figures = "  ".join(
         f"{k.replace('_', ' ')} {word(v)}"

@@ -70,7 +70,10 @@ class WholeSet:
         """Take in a batch; raises ConfigError where it does not fit."""
         if not isinstance(output, Tensor) or not isinstance(target, Tensor):
             kinds = f"{type(output).__name__} and {type(target).__name__}"
-            raise ConfigError(f"metric {self.name} takes one output and one target, not {kinds}")
+            raise ConfigError(
+                f"metric {self.name} takes one output and one target, not {kinds}: give evaluate a step "
+                "that returns (output, target)"
+            )
         self.add(output.detach(), target.detach())
 
     def __call__(self, output: Any, target: Any) -> Tensor:
