@@ -94,7 +94,7 @@ Pair = namedtuple("Pair", "left right")
         StackDataset(StackDataset(X, Y), TensorDataset(X, Y)),
         (X,),
     ],
-    ids=str,
+    ids=["dict", "inner dict", "named tuple", "three", "stacked", "one"],
 )
 def test_nestings_come_as_a_loader_would_collate_them(data):
     made = as_dataset(data, "client a")
