@@ -116,8 +116,9 @@ def test_a_loss_that_is_no_number_for_a_short_batch_is_refused_before_training(p
     Server(mlp(), clients[1:2], Recipe())
 
 
+@pytest.mark.parametrize("solver", ["general", "stacked"])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64, torch.float32])
-def test_a_buffer_that_changes_and_is_not_averaged_is_named(dtype):
+def test_a_buffer_that_changes_and_is_not_averaged_is_named(dtype, solver):
     class Seen(nn.Sequential):
         def forward(self, x):
             self.seen.copy_(self.seen + x.new_ones(()).to(dtype))
@@ -126,7 +127,7 @@ def test_a_buffer_that_changes_and_is_not_averaged_is_named(dtype):
     model = Seen(*mlp(), nn.BatchNorm1d(4))
     model.register_buffer("seen", torch.zeros((), dtype=dtype))
     model.register_buffer("constant", torch.ones(3, dtype=torch.bool))
-    server = Server(model, make_clients([8, 8]))
+    server = Server(model, make_clients([8, 8]), engine=Local(solver=solver))
     named = [n for n in server.notes if "is not averaged" in n]
     server.round()
     assert bool(model.seen) == (dtype == torch.float32)
@@ -134,6 +135,36 @@ def test_a_buffer_that_changes_and_is_not_averaged_is_named(dtype):
     assert [n.startswith(f"buffer seen ({kind}) changes") for n in named] == [True] * (
         dtype != torch.float32
     )
+
+
+@pytest.mark.parametrize("plan", [None, SampleLevel(rounds=1)], ids=["plain", "private"])
+def test_a_loss_that_drops_the_axis_of_a_batch_of_one_is_told_how_not_to(plan):
+    def careless(z, y):
+        return F.binary_cross_entropy_with_logits(z.squeeze(), y.float(), reduction="none")
+
+    clients = make_clients([9, 9], classes=2)
+    with pytest.raises(ConfigError, match=r"one.* squeeze\(-1\)"):
+        Server(mlp(classes=1), clients, Recipe(loss=careless, privacy=plan, batch_size=8))
+
+
+def test_a_loss_that_only_records_is_told_where_to():
+    seen = []
+
+    def recording(z, y):
+        seen.append(float(z.detach().mean()))
+        return cross_entropy(z, y)
+
+    with pytest.raises(
+        ConfigError, match=r"\(seen\).* to be looked at, let a metric or an observer"
+    ):
+        Server(mlp(), make_clients([9]), Recipe(loss=recording))
+
+
+def test_an_optimizer_that_steps_on_rounding_is_named_as_the_reason():
+    layers = [nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4)]
+    recipe = Recipe(optimizer=ClientOptimizer("Adam"), lr=0.01, batch_size=6)
+    server = Server(nn.Sequential(*layers), make_clients([12, 12]), recipe)
+    assert any("optimizer Adam makes steps of what is only rounding" in n for n in server.notes)
 
 
 def test_every_size_of_batch_that_comes_is_tried():

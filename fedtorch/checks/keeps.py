@@ -61,8 +61,8 @@ def nothing(word: str, loss: Any, ask: Callable[[Any], Tensor], given: Any, othe
     if what:
         raise ConfigError(
             f"the {word} keeps something from call to call ({what}), which would go from client to client: "
-            "let the model keep it (in a buffer, and return it beside the output), or compute it from each "
-            "batch alone"
+            "let the model keep it (in a buffer, and return it beside the output), compute it from each "
+            "batch alone or, if it is only to be looked at, let a metric or an observer of Server do that"
         )
 
 

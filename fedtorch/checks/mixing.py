@@ -74,12 +74,28 @@ def mixes(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
         except ConfigError:
             raise
         except Exception as e:
+            if why := _fails_alone(model, batch, recipe):
+                raise ConfigError(why) from e
             raise ConfigError(
                 f"sample-level privacy tries model {type(model).__name__} and its loss on examples "
                 "alone and in company, without recording gradients, where they fail "
                 f"({type(e).__name__}: {e}): each must have a loss by itself, and "
                 "one that takes gradients in its own forward cannot train so; client-level privacy can"
             ) from e
+
+
+def _fails_alone(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
+    """What goes wrong with one example, gradients recorded; None: nothing does."""
+    try:
+        with torch.enable_grad():
+            recipe.losses(model, rows(batch, slice(0, 1)))
+    except Exception as e:
+        return (
+            f"sample-level privacy looks at each example alone, where model {type(model).__name__} or its "
+            f"loss fails ({type(e).__name__}: {e}): let them take a batch of one (squeeze() drops its axis "
+            "too, squeeze(-1) does not)"
+        )
+    return None
 
 
 def _found(fine: Tried, rough: Tried, recipe: Recipe, work: int) -> str | None:

@@ -97,6 +97,10 @@ def _sentence(
         fix = "leave that client out"
     elif size == recipe.batch_size:
         fix = "take a larger batch_size"
+    if size == 1 and "[]" in why:
+        fix = (
+            f"write squeeze(-1) for squeeze(), which drops the axis of a batch of one too, or {fix}"
+        )
     return (
         f"client {client.id} has a batch of {words} ({n} examples, batch_size {recipe.batch_size})"
         f"{f', as have {others} more' if others else ''}, and model {type(model).__name__} or its loss "

@@ -5,7 +5,7 @@ The rules stand on the measurements in ``benchmarks/RESULTS.md``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from fedtorch.training import stacked
 from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.losses import LOSSES
 from fedtorch.training.module import forward, to, undropped
+from fedtorch.training.optimizer import ClientOptimizer
 from fedtorch.training.outline import untouched
 from fedtorch.tree import has_float64
 from fedtorch.types import ConfigError
@@ -188,6 +189,13 @@ def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> 
     private = recipe.privacy.per_example  # whose mode has been tried
     if private or stacks(stacked.stacked, model, largest.data, recipe):
         return None
+    plain = replace(recipe, optimizer=ClientOptimizer())
+    adapts = recipe.client_optimizer != plain.client_optimizer
+    if adapts and stacks(stacked.stacked, model, largest.data, plain):
+        return (
+            f"optimizer {recipe.client_optimizer.words} makes steps of what is only rounding, as in the "
+            "gradient of a bias before BatchNorm, which is zero"
+        )
     return (
         "alone a client learns something else, as where a forward puts a buffer in a new place, "
         "or a strategy draws from torch.rand and not from ctx.seeds"
