@@ -20,7 +20,10 @@ from torch.utils.data import (
     default_collate,
 )
 
-from fedtorch import Client, ConfigError, evaluate
+from fedtorch import Client, ConfigError, Recipe, Server, evaluate
+from fedtorch.data import Data
+from fedtorch.data.base import subset
+from fedtorch.privacy import SampleLevel
 from fedtorch.training.batches import Collated, fetch
 from fedtorch.training.datasets import as_dataset
 from fedtorch.tree import leaves
@@ -194,3 +197,47 @@ def test_a_loader_is_taken_apart_and_what_would_be_lost_is_refused():
     for loader in (DataLoader(data, 3, drop_last=True), DataLoader(data, 4, sampler=weighted)):
         with pytest.raises(ConfigError, match="would change the figure"):
             Client("a", data, validation=loader)
+
+
+def test_numbers_of_another_type_than_the_model_s_are_named_with_the_fix():
+    frame, double = table().astype("float64")[["age", "dose", "weight"]], X.numpy().astype("f8")
+    model = nn.Linear(3, 2)
+    for x in (frame, double, X.double()):
+        for take in (
+            lambda: Server(model, [Client("a", (x, Y))]),  # noqa: B023
+            lambda: evaluate(model, (x, Y), ["accuracy"]),  # noqa: B023
+        ):
+            with pytest.raises(
+                ConfigError, match=r"holds float64 and .* float32: .*astype\('float32'\)"
+            ):
+                take()
+    server = Server(model, [Client("a", (frame.astype("float32"), table()["sick"]))])
+    assert server.round()["examples"] == 8
+    assert Server(nn.Linear(3, 2).double(), [Client("a", (double, Y))]).round()["examples"] == 8
+    codes = pd.Series(["ill", "well"] * 4).astype("category").cat.codes
+    with pytest.raises(ConfigError, match=r"holds int8: classes .* must be int64"):
+        Server(model, [Client("a", (X, codes))])
+    assert Server(model, [Client("a", (X, codes.astype("int64")))]).round()["examples"] == 8
+
+
+@pytest.mark.parametrize("privacy", [None, SampleLevel(noise_multiplier=1.0, rounds=1)], ids=str)
+def test_examples_of_unequal_size_are_told_that_they_need_a_collate(privacy):
+    ragged = [(torch.zeros(2 + k % 2), 0) for k in range(6)]
+    with pytest.raises(ConfigError, match=r"client a: .*Client\(\.\.\., collate=fn\)"):
+        Server(nn.Linear(2, 2), [Client("a", ragged)], Recipe(privacy=privacy))
+
+
+def test_a_test_set_is_read_ahead_and_judged_alike():
+    model = nn.Linear(3, 2)
+    plain = evaluate(model, (X, Y), ["accuracy", "auroc"], batch_size=3)
+    loader = DataLoader(TensorDataset(X, Y), num_workers=1)
+    assert evaluate(model, loader, ["accuracy", "auroc"], batch_size=3) == plain
+
+
+def test_data_of_ones_own_may_come_in_loaders():
+    loader = DataLoader([*zip(X, Y, strict=True)], collate_fn=pad)
+    data = Data("mine", loader, loader, "classification", 2)
+    part = subset(data.train, torch.tensor([1, 2]))
+    assert isinstance(part, Collated) and part.collate is pad and len(part) == 2
+    with pytest.raises(ConfigError, match=r"mine, train examples: .*give list\(data\)"):
+        Data("mine", Stream(), loader, "classification", 2)

@@ -15,12 +15,12 @@ from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.privacy import Nothing
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import Collated, fetch, least, len_of
+from fedtorch.training.batches import Collated, fetch, least, len_of, uncollated
 from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
 from fedtorch.training.local_steps import one_by_one, stepper
 from fedtorch.training.losses import Loss, gathers, reduce
-from fedtorch.training.module import training, undropped
+from fedtorch.training.module import other_types, training, undropped
 from fedtorch.training.outline import put_back as put_back
 from fedtorch.training.outline import untouched
 from fedtorch.training.own_update import Visit, own_update
@@ -176,7 +176,7 @@ def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -
         batch = to(fetch(client.data, index % len_of(client.data)), device)
     except Exception as e:
         raise ConfigError(
-            f"client {client.id}: taking a batch of its dataset failed: {_first(e)}"
+            f"client {client.id}: taking a batch of its dataset failed: {_first(e)}{uncollated(e)}"
         ) from e
     if any(t.requires_grad for t in leaves(batch)):
         raise ConfigError(
@@ -210,7 +210,7 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
         except Exception as e:
             raise ConfigError(
                 f"the step fails for model {name} and a batch {_shape(batch)} of client {who}: "
-                f"{type(e).__name__}: {_first(e)}"
+                f"{type(e).__name__}: {_first(e)}{other_types(model, batch)}"
             ) from e
     try:
         x, y = pair(batch)
@@ -221,6 +221,7 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
     except Exception as e:
         whole = isinstance(x, Tensor) and x.dtype == torch.int64
         fix = "; x is int64, as of a vocabulary: amounts must be float32" if whole else ""
+        fix = fix or other_types(model, x)
         raise ConfigError(f"model {name} cannot take a batch {_shape(x)}: {_first(e)}{fix}") from e
     try:
         return reduce(recipe.loss(output, y))
@@ -229,7 +230,7 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
     except Exception as e:
         raise ConfigError(
             f"the loss does not fit model {name} (output {_shape(output)}) and the labels "
-            f"{_shape(y)}: {_first(e)}"
+            f"{_shape(y)}: {_first(e)}{other_types(model, y)}"
         ) from e
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import Collated, fetch, len_of
+from fedtorch.training.batches import Collated, fetch, len_of, uncollated
 from fedtorch.training.module import forward, to, training
 from fedtorch.training.outline import untouched
 from fedtorch.training.own_update import Visit, own_update
@@ -66,6 +66,7 @@ def _all(clients: Sequence[Client], make: Any) -> list[Shown]:
         except Exception as e:  # the owner's own code gives examples, whatever they are
             raise ConfigError(
                 f"client {c.id}: taking the first examples of its dataset failed ({type(e).__name__}: {e})"
+                f"{uncollated(e)}"
             ) from e
     return found
 
@@ -83,6 +84,7 @@ def made(data: Dataset, classes: int = 2) -> Dataset:
             for k, t in enumerate(data.tensors)
         ]
         return TensorDataset(*(_laid(new, t) for new, t in zip(tables, data.tensors, strict=True)))
+    fetch(data, torch.tensor([0, len_of(data) - 1]))  # fails where they are of unequal size
     return Items([_like(data[0], k, classes) for k in range(COUNT)])
 
 

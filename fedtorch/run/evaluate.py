@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.run.metrics import by_name
-from fedtorch.training.batches import fetch, len_of
+from fedtorch.training.batches import in_order, len_of
 from fedtorch.training.datasets import as_dataset
 from fedtorch.training.losses import Loss, counted, gathers, reduce
-from fedtorch.training.module import channels_last, evaluating, load, snapshot
+from fedtorch.training.module import channels_last, evaluating, load, other_types, snapshot
 from fedtorch.training.stacked import forward, to
 from fedtorch.training.step import pair
 from fedtorch.tree import joined, size
@@ -58,8 +58,15 @@ def evaluate(
     }
     kept: list[tuple[Any, Any]] = []
     with evaluating(model), torch.no_grad(), seeds.seeded(0):
-        for index in torch.arange(n).split(batch_size or max(n, 1)) if n else ():
-            given = judged(to(fetch(data, index), device))
+        for index, batch in in_order(data, batch_size or n) if n else ():
+            try:
+                given = judged(to(batch, device))
+            except RuntimeError as e:
+                if fix := other_types(model, batch):
+                    raise ConfigError(
+                        f"model {type(model).__name__} fails on the data: {e}{fix}"
+                    ) from e
+                raise
             if isinstance(given, Mapping):
                 _add(figures, given, len(index), metrics)
                 continue

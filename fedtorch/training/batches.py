@@ -148,6 +148,15 @@ def fetch(data: Dataset, index: Tensor, apart: bool = False) -> Any:
     return collate(_items(data, index))
 
 
+def uncollated(error: Exception) -> str:
+    """The fix, where torch's own collate cannot put these examples together."""
+    if not any(words in str(error) for words in ("equal size", "default_collate")):
+        return ""
+    return (
+        "; such examples need a collate of their own, as a DataLoader has: Client(..., collate=fn)"
+    )
+
+
 TABLES = Tensor, TensorDataset, StackDataset
 """What rows can be picked from without a look at single examples."""
 
@@ -199,6 +208,14 @@ def in_parts(data: Dataset, plan: Tensor, size: int) -> Iterator[Iterator[tuple[
     both = zip(batches(data, parts[counts > 0]), shares, strict=True)
     for many in (counts > 0).sum(1).tolist():
         yield islice(both, many)
+
+
+def in_order(data: Dataset, size: int) -> Iterator[tuple[Tensor, Any]]:
+    """All examples in batches of ``size``: their places, and what they are."""
+    each = [*torch.arange(len_of(data)).split(size)]
+    if isinstance(data, Collated) and data.num_workers and each:
+        return zip(each, _ahead(data, each, False), strict=True)
+    return ((index, fetch(data, index)) for index in each)
 
 
 def _ahead(data: Collated, each: list[Tensor], apart: bool) -> Iterator[Any]:

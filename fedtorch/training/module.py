@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-from fedtorch.tree import mapped
+from fedtorch.tree import leaves, mapped
 from fedtorch.types import Params, Task
 
 
@@ -65,6 +65,23 @@ def forward(model: nn.Module, x: Any) -> Any:
     if isinstance(x, (tuple, list)):
         return model(*x)
     return model(**x) if isinstance(x, Mapping) else model(x)
+
+
+def other_types(model: nn.Module, batch: Any) -> str:
+    """The fix, where numbers are of other types than a model takes; nothing where they are not."""
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    found = [t.dtype for t in leaves(batch)]
+    name = str(own).removeprefix("torch.")
+    if odd := [d for d in found if d.is_floating_point and d != own]:
+        kind = str(odd[0]).removeprefix("torch.")
+        return (
+            f"; a batch holds {kind} and the weights are {name}: give the data as {name}, by "
+            f"astype('{name}') of arrays and DataFrames, by to(torch.{name}) of tensors"
+        )
+    if odd := [d for d in found if d in (torch.int8, torch.int16, torch.int32, torch.uint8)]:
+        kind = str(odd[0]).removeprefix("torch.")
+        return f"; a batch holds {kind}: classes and places in a vocabulary must be int64, amounts {name}"
+    return ""
 
 
 def to(value: Any, device: torch.device) -> Any:
