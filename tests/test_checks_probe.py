@@ -530,6 +530,8 @@ def test_a_training_step_of_the_models_own_is_said_to_be_ignored():
     said = "training_step and configure_optimizers of model Lit are not used"
     assert any(note.startswith(said) for note in server.notes)
     assert not any("training_step" in n for n in Server(mlp(), make_clients([8])).notes)
+    own = Recipe(step=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+    assert not any("training_step" in n for n in Server(Lit(6, 4), make_clients([8]), own).notes)
 
 
 def test_what_holds_the_model_handed_over_is_refused():

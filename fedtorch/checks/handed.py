@@ -55,10 +55,11 @@ def same_shapes(own: Params, other: Params) -> None:
 def notes(model: nn.Module, recipe: Recipe, sent: dict[str, Params], clients: int) -> list[str]:
     """What is to be said of model and recipe; ``sent``: what a client sends, in names and shapes."""
     found = []
-    if hasattr(model, "training_step") and hasattr(model, "configure_optimizers"):  # as Lightning's
+    lightning = hasattr(model, "training_step") and hasattr(model, "configure_optimizers")
+    if lightning and recipe.step is None and recipe.local is None:
         found.append(
             f"training_step and configure_optimizers of model {type(model).__name__} are not used: "
-            "clients train its forward by the recipe's loss and optimizer"
+            "clients train its forward by the recipe's loss and optimizer (docs/own.md: A step of your own)"
         )
     if recipe.privacy.fix_model:
         found.append(

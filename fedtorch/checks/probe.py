@@ -271,11 +271,8 @@ def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
     except ConfigError:
         raise
     except Exception as e:
-        fix = (
-            ""
-            if callable(recipe.optimizer)
-            else "; a function fn(model, lr) may give several optimizers"
-        )
+        fix = "; a function fn(model, lr) may give several optimizers"
+        fix = fix if isinstance(recipe.client_optimizer.maker(), type) else ""
         raise ConfigError(f"{client} cannot train model {name}: {_first(e)}{fix}") from e
 
     def take() -> None:

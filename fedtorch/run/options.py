@@ -38,7 +38,8 @@ class RunOptions(TrainingOptions):
     rounds: int = 30
     """Rounds to train in all."""
     optimizer: str = "sgd"
-    """Client optimizer, any of torch.optim; options as --optimizer.momentum 0.9."""
+    """Client optimizer, any of torch.optim, or package.module:name of a class or of a function (model, lr)
+    -> optimizer; options as --optimizer.momentum 0.9."""
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     schedule: Schedule = Constant()
     """Learning rate over rounds: constant, exponential, step, cosine."""

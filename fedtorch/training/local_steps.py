@@ -112,7 +112,10 @@ def one_by_one(recipe: Recipe) -> str | None:
     if recipe.local is not None:
         return OWN
     if not recipe.client_optimizer.elementwise:
-        return f"optimizer {recipe.client_optimizer.words} does not work element by element"
+        words = recipe.client_optimizer.words
+        if not isinstance(recipe.client_optimizer.maker(), type):
+            return f"optimizer {words} is made for one model"
+        return f"optimizer {words} does not work element by element"
     if recipe.accumulate > 1:
         return "a step is made of several batches (accumulate)"
     return VARIES if varies(recipe) else None

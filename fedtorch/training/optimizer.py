@@ -255,7 +255,7 @@ def fits_not(kind: Any) -> None:
     if kind in NEED_MORE:
         raise ConfigError(
             f"client optimizer {kind.__name__} {NEED_MORE[kind]}, which a local step does not offer: take "
-            "another"
+            "another, or a local update of your own (Recipe(local=fn))"
         )
 
 
