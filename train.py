@@ -22,7 +22,7 @@ from fedtorch import disk, seeds
 from fedtorch.checks import probe
 from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.engines import Engine, Local
-from fedtorch.options import COUNT, SHARE, check
+from fedtorch.options import COUNT, NOT_NEGATIVE, SHARE, check
 from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.privacy.run import BudgetSpent
 from fedtorch.rounds.synchronous import Rounds, Synchronous
@@ -58,6 +58,9 @@ class Config(RunOptions):
     """Number of clients; none: 10, or every owner with a natural partition."""
     validation: float = 0.0
     """Share of each client's examples held out of training to validate the global model on."""
+    finetune_steps: int = 0
+    """In the end each client takes so many local steps from the model on its own examples, and is judged
+    once more on its validation share: what a personal model has to be better than."""
     metrics: list[str] = field(default_factory=lambda: ["auto"])
     """accuracy, binary_accuracy, mae, r2, perplexity; auroc, average_precision, f1, f1_macro, f1_micro,
     balanced_accuracy, mean_iou, top5 (extra metrics); or package.module:function."""
@@ -80,7 +83,13 @@ class Config(RunOptions):
         """Refuse what no run can do."""
         super().__post_init__()
         counts = ("eval_every", "checkpoint_every", "threads", "clients")
-        check(self, "", validation=SHARE, **dict.fromkeys(counts, COUNT))
+        ranges = {"validation": SHARE, "finetune_steps": NOT_NEGATIVE}
+        check(self, "", **ranges, **dict.fromkeys(counts, COUNT))
+        if self.finetune_steps and not self.validation:
+            raise ConfigError(
+                "finetune_steps judges each client on its validation share, and there is none: add "
+                "--validation 0.2"
+            )
         if self.resume and not self.run_dir:
             raise ConfigError("--resume needs --run-dir, the folder of the run to continue")
         plan = self.privacy
@@ -176,7 +185,9 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     with closing(server), loop.around(config, server, kept, config.tracking, began) as here:
         # before the first round: what is trained, by whom, and how good it is untrained
         record, report = here.record, here.report
-        scores = loop.Scores(here, data.test, metrics, clients, config.eval_every)
+        scores = loop.Scores(
+            here, data.test, metrics, clients, config.eval_every, config.finetune_steps
+        )
         pictures = Pictures(
             record, server, data, config.rounds, lambda: here.last, lambda: scores.by_client
         )

@@ -35,7 +35,7 @@ from fedtorch.strategies import lora
 from fedtorch.strategies.base import Strategy, sends, uploads
 from fedtorch.training.module import load, snapshot, statistics, to
 from fedtorch.training.outline import copied
-from fedtorch.training.personal import GROUP, personal, shared
+from fedtorch.training.personal import personal, shared
 from fedtorch.tree import alike, all_finite, to_float64
 from fedtorch.types import ConfigError, Failure, Params, Task
 
@@ -178,7 +178,9 @@ class Server:
 
         Empty where clients live elsewhere, as sites do. Nothing noised them on the client's way here.
         """
-        return {i: m[GROUP] for i, m in self.session.memory().items() if GROUP in m}
+        shared, strategy = self._now(), self.recipe.strategy
+        found = {i: strategy.own(shared, m) for i, m in self.session.memory().items()}
+        return {i: own for i, own in found.items() if own}
 
     def model_of(self, id: str) -> nn.Module:
         """A copy of the model with this client's own weights and buffers in it."""

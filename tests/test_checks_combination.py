@@ -30,7 +30,7 @@ from fedtorch.privacy import ClientLevel, LocalDP, Nothing, SampleLevel
 from fedtorch.rounds.buffered import Buffered
 from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.synchronous import Synchronous
-from fedtorch.strategies import FedDyn, FedNova
+from fedtorch.strategies import Ditto, FedDyn, FedNova
 
 NOISE = dict(noise_multiplier=0.5, rounds=1, insecure_seed=1)
 SIZED = "voids the privacy claim: it releases how many examples"
@@ -42,6 +42,7 @@ SINGLE = "a channel has one stage"
 SEEN = "looks at each client's own update"
 TURNS = "sends other weights from round to round"
 HELD_BACK = "strategy feddyn needs the mean of what clients send"
+PASSES = "trains in two passes a visit"
 SENT = "sends numbers that no noise is made for"
 MEASURED = "aggregator median takes of clients what it trusts"
 VARIATES = "strategy scaffold needs the mean of what clients send"
@@ -93,6 +94,7 @@ PARTS = {
         "seen": Seen(),
         "nova": FedNova(),
         "dyn": FedDyn(),
+        "ditto": Ditto(),
     },
     "aggregator": {"mean": Mean(), "median": Median(), "krum": Krum(f=0)},
     "channel": {
@@ -134,6 +136,8 @@ REFUSED = {
     ("scaffold", "plain topk"): VARIATES,
     ("scaffold", "longer"): VARIATES,
     ("seen", "client"): SEEN,
+    ("ditto", "sample"): PASSES,
+    ("ditto", "buffered"): OVERLAPPED.replace("scaffold also needs c", "ditto also needs v"),
     **{("nova", name): SENT for name in ("sample", "client", "local")},
     **{("nova", name): MEASURED.replace("median", name) for name in ("median", "krum")},
     **{("dyn", name): HELD_BACK for name in ("median", "krum", "topk", "plain topk", "longer")},
@@ -173,6 +177,7 @@ OVERRULED = [
     ({"accumulate": 2, "batch_size": None}, "accumulate needs a batch_size"),
     ({"local": untrained, **PLAN}, "nobody clips and noises what it learns of each example"),
     ({"local": untrained, "strategy": Scaffold()}, "scaffold changes the gradients of local steps"),
+    ({"local": untrained, "strategy": Ditto()}, "takes them in two passes: leave out"),
     ({"strategy": FedNova(), "optimizer": "Adam"}, "holds for clients that train with SGD"),
     ({"strategy": FedNova(), "scheduler": ConstantLR}, "scheduler says it to nobody"),
     ({"lr_floor": 0.1}, "lr_floor needs lr_decay linear or cosine"),
@@ -196,7 +201,7 @@ def test_each_pair_trains_a_round_or_says_why_not(one, other):
     names = FIRST | dict([one, other])
     chosen = {kind: PARTS[kind][name] for kind, name in names.items()}
     order = {k: chosen.pop(k) for k in ("participation", "pace")}
-    beside = {"scaffold": ["c"], "nova": ["numbers"], "dyn": ["g"]}
+    beside = {"scaffold": ["c"], "nova": ["numbers"], "dyn": ["g"], "ditto": ["v"]}
     groups = beside.get(one[1], beside.get(other[1], []))
     recipe = Recipe(chosen.pop("strategy"), epochs=1, **chosen)
     why = REFUSED.get((one[1], other[1]))

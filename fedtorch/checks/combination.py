@@ -111,6 +111,16 @@ REFUSED: tuple[Row, ...] = (
         "FFALoRA)",
     ),
     (
+        lambda r, who, pace: r.privacy.per_example and r.strategy.trains,
+        "strategy {strategy} trains in two passes a visit, and sample-level privacy clips and noises one: "
+        "use strategy fedper or fedbabu, or client-level or local privacy",
+    ),
+    (
+        lambda r, who, pace: r.local is not None and r.strategy.trains,
+        "local takes the place of local steps, and strategy {strategy} takes them in two passes: leave out "
+        "one of them",
+    ),
+    (
         lambda r, who, pace: r.privacy.claims and r.strategy.measures,
         "strategy {strategy} sends numbers that no noise is made for, such as lengths or steps, which void "
         "the privacy claim: use fedavg, which is the same where all take equally many steps",

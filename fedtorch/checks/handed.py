@@ -70,6 +70,10 @@ def notes(model: nn.Module, recipe: Recipe, sent: dict[str, Params], clients: in
             "strategy.personal: each client keeps weights of its own; server.model has the shared ones "
             "and those that clients start with, and a client's own model is server.model_of(id)"
         )
+    elif recipe.strategy.keeps:
+        found.append(
+            "each client keeps a model of its own, server.model_of(id); server.model is the shared one"
+        )
     if not recipe.aggregator.linear:
         each = sum(v.numel() * v.element_size() for p in sent.values() for v in p.values())
         found.append(

@@ -144,6 +144,8 @@ def strategy(recipe: Recipe) -> str | None:
     kind = type(recipe.strategy)
     if recipe.strategy.personal:
         return "weights stay with the clients (strategy.personal)"
+    if recipe.strategy.trains:
+        return f"{kind.__name__} trains in more than one pass"
     if kind.rests is not Strategy.rests:
         return f"{kind.__name__} lets weights rest by turns"
     if kind.correct is Strategy.correct:

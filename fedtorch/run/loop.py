@@ -17,6 +17,7 @@ from fedtorch.run import by_client, files, objects
 from fedtorch.run import folder as folders
 from fedtorch.run.console import Report, StopSignal
 from fedtorch.run.evaluate import Judge, evaluate, evaluate_clients
+from fedtorch.run.finetune import finetuned
 from fedtorch.run.folder import Folder
 from fedtorch.run.messages import record_privacy, strict
 from fedtorch.run.options import RunOptions
@@ -102,12 +103,16 @@ class Scores(Observer):
     clients: Sequence[Client] = ()
     every: int = 1
     """Rounds between two evaluations."""
+    finetune: int = 0
+    """Local steps that each client takes from the last model before it is judged once more."""
     step: Judge | None = None
     """What a batch is judged by, where that is not the metrics of (x, y)."""
     last: dict[str, float] = field(default_factory=dict)
     """On the test data."""
     by_client: dict[str, dict[str, float]] = field(default_factory=dict)
     """On each client's validation data, with the weights that it keeps."""
+    beside: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """The same in the end, of models to compare with."""
 
     def __post_init__(self) -> None:
         """How good it is before training."""
@@ -124,9 +129,9 @@ class Scores(Observer):
             return {}
         start, server = time.perf_counter(), self.loop.server
         self.look()
-        kept = server.own() if server.recipe.strategy.personal and self.clients else None
+        kept = server.own() if server.recipe.strategy.keeps and self.clients else None
         self.by_client = evaluate_clients(server.model, self.clients, self.metrics, kept, self.step)
-        own = server.mark(by_client.figures(self.by_client))
+        own = server.mark(by_client.figures(self.by_client) | self._beside(kept))
         if self.loop.last and own and self.by_client:
             family = "nonprivate" if server.private else "validation"
             table = by_client.markdown(self.table(MOST_TOLD))
@@ -134,11 +139,36 @@ class Scores(Observer):
         own |= server.mark({"seconds_evaluate": time.perf_counter() - start})
         return {f"test_{k}": v for k, v in self.last.items()} | own
 
+    def _beside(self, kept: Mapping[str, Any] | None) -> Metrics:
+        """In the end: the shared model where clients keep their own, and the shared one fine-tuned."""
+        if not (self.loop.last and self.by_client):
+            return {}
+        server, judged = self.loop.server, (self.metrics, self.step)
+        if kept is not None:
+            found = evaluate_clients(server.model, self.clients, judged[0], None, judged[1])
+            self.beside["shared"] = found
+        if self.finetune:
+            own = finetuned(server, self.clients, self.finetune)
+            self.beside["finetuned"] = evaluate_clients(
+                server.model, self.clients, judged[0], own, judged[1]
+            )
+        return {
+            k.replace("validation", name, 1): v
+            for name, scores in self.beside.items()
+            for k, v in by_client.figures(scores).items()
+        }
+
     def table(self, most: int = MOST_SHOWN) -> list[dict[str, Any]]:
         """Mean, worst and each client's scores, none of which strict privacy tells."""
         if not self.by_client or strict(self.loop.server):
             return []
-        return by_client.rows(self.by_client, self.metrics, most)
+        whole = {i: dict(s) for i, s in self.by_client.items()}
+        known = dict(self.metrics)
+        for what, scores in self.beside.items():
+            for i, found in scores.items():
+                whole[i] |= {f"{what} {k}": v for k, v in found.items()}
+            known |= {f"{what} {k}": m for k, m in self.metrics.items()}
+        return by_client.rows(whole, known, most)
 
 
 @dataclass(eq=False)

@@ -159,7 +159,8 @@ class Site:
         self.has = self._digest()
         for group, tree in plan.strategy.init(params).items():
             self.schema[f"extras/{group}"] = messages.schema(tree)
-        memory = plan.strategy.remember(params)
+        floats = {k: b for k, b in self.model.named_buffers() if b.is_floating_point()}
+        memory = plan.strategy.remember(params | (floats if plan.strategy.floats else {}))
         memory |= {GROUP: {k: self.given[k] for k in own}} if own else {}
         if plan.channel is not None and plan.channel.feedback:
             sends = uploads(plan.strategy, params, plan.strategy.init(params))

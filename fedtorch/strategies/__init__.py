@@ -1,19 +1,25 @@
 """Federated algorithms: one file each, client half and server half together."""
 
 from fedtorch.strategies.base import Correction, FedAvg, Strategy
+from fedtorch.strategies.ditto import Ditto
+from fedtorch.strategies.fedbabu import FedBABU
 from fedtorch.strategies.fedbn import FedBN
 from fedtorch.strategies.feddyn import FedDyn
 from fedtorch.strategies.fedexp import FedExP
 from fedtorch.strategies.fednova import FedNova
 from fedtorch.strategies.fedper import FedPer
 from fedtorch.strategies.fedprox import FedProx
+from fedtorch.strategies.fedrep import FedRep
+from fedtorch.strategies.lg import LGFedAvg
 from fedtorch.strategies.lora import FedExLoRA, FFALoRA, RoLoRA
 from fedtorch.strategies.scaffold import Scaffold
 
 __all__ = [
     "Correction",
+    "Ditto",
     "FFALoRA",
     "FedAvg",
+    "FedBABU",
     "FedBN",
     "FedDyn",
     "FedExLoRA",
@@ -21,6 +27,8 @@ __all__ = [
     "FedNova",
     "FedPer",
     "FedProx",
+    "FedRep",
+    "LGFedAvg",
     "RoLoRA",
     "Scaffold",
     "Strategy",

@@ -1,8 +1,8 @@
 """A strategy is a frozen dataclass of hyper-parameters with pure methods; every default is FedAvg."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,26 @@ class Correction(NamedTuple):
     """By the weights' names, [K, ...] or, for all clients alike, [1, ...]; none: a weight left out."""
 
 
+class Solve(Protocol):
+    """A visit's local steps, as often as a strategy asks for them."""
+
+    def __call__(
+        self,
+        *,
+        start: Stack | None = None,
+        strategy: "Strategy | None" = None,
+        rests: Collection[str] = (),
+        epochs: int | None = None,
+        steps: int | None = None,
+    ) -> Any:
+        """The clients' weights and float buffers after it: ``rows()`` gives both, [K, ...].
+
+        ``start``: weights and buffers to start from in place of those that a visit starts from.
+        ``strategy``: whose ``correction`` steps follow. ``rests``: weights that stay. ``epochs`` or
+        ``steps``: in place of the run's.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
     """What a federated algorithm decides, on the client and on the server.
@@ -30,6 +50,8 @@ class Strategy:
     at once: everything that varies per client has a leading axis.
     """
 
+    floats: ClassVar[bool] = False
+    """Whether ``remember`` is given float buffers beside the weights."""
     sgd: ClassVar[bool] = False
     """Whether its equations hold for clients that train with SGD alone."""
 
@@ -52,7 +74,18 @@ class Strategy:
     def only_delta(self) -> bool:
         """Whether clients send the change of their weights and no more, of which the mean will do."""
         own = type(self).upload, type(self).arrived
-        return own == (Strategy.upload, Strategy.arrived) and not self.personal
+        sums = own == (Strategy.upload, Strategy.arrived) and not self.trains
+        return sums and not self.personal
+
+    @property
+    def trains(self) -> bool:
+        """Whether a visit is more than one pass of local steps."""
+        return type(self).train is not Strategy.train
+
+    @property
+    def keeps(self) -> bool:
+        """Whether clients have a model of their own, or a part of one."""
+        return bool(self.personal) or type(self).own is not Strategy.own
 
     @property
     def measures(self) -> bool:
@@ -74,6 +107,9 @@ class Strategy:
         """
         return self
 
+    def thaw(self, model: nn.Module) -> None:
+        """Let what ``prepare`` froze train again, in a model that a client fine-tunes for itself."""
+
     def rests(self, names: Iterable[str], extras: dict[str, Params]) -> set[str]:
         """Which of the trained weights a visit leaves frozen, by what the server broadcasts."""
         return set()
@@ -89,6 +125,14 @@ class Strategy:
     def remember(self, params: Params) -> dict[str, Params]:
         """A client's memory before its first visit; it never leaves the client."""
         return {}
+
+    def train(self, solve: Solve, ctx: Context) -> tuple[Any, dict[str, Stack]]:
+        """Local training: the result that is uploaded, and groups of the new memory, [K, ...]."""
+        return solve(), {}
+
+    def own(self, params: Params, memory: dict[str, Params]) -> Params:
+        """What a client uses for itself in place of the shared weights and buffers."""
+        return memory.get("personal", {})
 
     def correction(self, ctx: Context) -> Correction:
         """What is added to each local step's gradient, after clipping and noise; asked once a visit."""

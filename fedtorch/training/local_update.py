@@ -4,7 +4,7 @@ Behind it stand solvers with one meaning: ``general`` (one client after another,
 (K clients at once through torch.func) and the fast path. Strategies never know which one ran.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,11 +20,12 @@ from fedtorch.strategies.base import Strategy
 from fedtorch.training import stacked
 from fedtorch.training.batches import sampled_order
 from fedtorch.training.local_steps import rates, reach
-from fedtorch.training.module import resting, to, to_device
+from fedtorch.training.module import buffers, resting, to, to_device
+from fedtorch.training.passes import Passes
 from fedtorch.training.personal import GROUP, personal, shared
 from fedtorch.training.results import Results, exact_weights
 from fedtorch.training.sequential import naming_client, train_sequentially
-from fedtorch.tree import expand, near, row, settled, stack, tmap, to_float64
+from fedtorch.tree import expand, finite_per_client, near, row, settled, stack, tmap, to_float64
 from fedtorch.types import Context, Failure, Raw, Released, Stack, Task
 
 
@@ -59,10 +60,10 @@ def _visits(
     order = _order(clients, recipe, task)
     ctx = context(clients, order, task, recipe, model)
     # local steps, clipped and noised where the plan says so
-    trained = _solved(clients, order, task, recipe, model, ctx, solve)
+    trained, kept = _trained(clients, order, task, recipe, model, ctx, solve)
     # what the strategy makes of them, and what of that may leave the clients
     precise = exact(task, ctx) if recipe.needs_rows else ctx
-    raw, memory = raw_of(clients, order, task, recipe, precise, trained)
+    raw, memory = raw_of(clients, order, task, recipe, precise, trained, kept)
     released, good = privacy.release(raw, task)
     # made smaller where the recipe has a channel
     members = [c for c in clients if c.id in released.ids]
@@ -87,6 +88,26 @@ def _order(clients: Sequence[Client], recipe: Recipe, task: Task) -> list[Tensor
             with naming_client([client.id], task):
                 order[k] = sampled_order(len(client), recipe, client.sampler, seed, task.round)
     return order
+
+
+def _trained(
+    clients: Sequence[Client],
+    order: Sequence[Tensor],
+    task: Task,
+    recipe: Recipe,
+    model: nn.Module,
+    ctx: Context,
+    solve: stacked.Solver | None,
+) -> tuple[Results, dict[str, Stack]]:
+    """What local steps leave, and what a strategy of several passes remembers of them."""
+
+    def run(order: Sequence[Tensor], asked: Recipe, ctx: Context) -> Results:
+        return _solved(clients, order, task, asked, model, ctx, solve)
+
+    if not recipe.strategy.trains:
+        return run(order, recipe, ctx), {}
+    again = partial(_order, clients, task=task)
+    return recipe.strategy.train(Passes(task, recipe, model, ctx, again, run), ctx)
 
 
 def _solved(
@@ -124,7 +145,9 @@ def context(
         {g: m for g, m in c.memory.items() if g != GROUP and not g.startswith(UNSENT)}
         for c in clients
     ]
-    memory = [m or recipe.strategy.remember(anchor) for m in kept]
+    floats = {k: task.state[k] for k in buffers(model)} if recipe.strategy.floats else {}
+    floats = {k: v for k, v in floats.items() if v.is_floating_point()}
+    memory = [m or recipe.strategy.remember(anchor | floats) for m in kept]
     # who is here for the first time starts from the model's
     kept_names = personal(model, patterns)
     start = {k: v for k, v in task.state.items() if k in kept_names}
@@ -150,6 +173,7 @@ def raw_of(
     recipe: Recipe,
     ctx: Context,
     trained: Results,
+    kept: Mapping[str, Stack] = {},
 ) -> tuple[Raw, dict[str, Stack] | None]:
     """What visits left, with each client's own upload where that is needed, and the new memory."""
     examples = torch.tensor([float(len(c)) for c in clients])
@@ -170,6 +194,10 @@ def raw_of(
             params = {k: rows[k].to(torch.float64, copy=True) for k in ctx.anchor}
             with seeds.seeded(seeds.derive(0, "upload", *ctx.seeds)):
                 groups, memory = recipe.strategy.upload(params, ctx)
+            memory = {**memory, **{g: near(m) for g, m in kept.items()}}
+        for group in kept.values():
+            good = finite_per_client(group).cpu()
+            fine = good if fine is None else fine & good
         if ctx.own:
             now = rows | floats
             memory = memory | {GROUP: {k: now[k].detach().cpu().clone() for k in ctx.own}}
@@ -229,7 +257,8 @@ def remember(
         if good[k] and memory is not None:
             like = ctx.anchor | ctx.own
             client.memory = {
-                g: {n: v.to(like[n].dtype) for n, v in row(m, k).items()} for g, m in memory.items()
+                g: {n: v.to(like[n].dtype) if n in like else v for n, v in row(m, k).items()}
+                for g, m in memory.items()
             }
 
 

@@ -1,0 +1,43 @@
+"""FedBABU: the head stays as it was drawn, so that clients agree on the body."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from fedtorch.strategies.base import Strategy
+from fedtorch.types import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedBABU(Strategy):
+    """FedAvg of the body, the head frozen at its random start (Oh et al. 2022, arXiv:2106.06042, Alg. 1).
+
+    In the end each client fine-tunes for itself, head and all: ``finetune_steps``.
+    """
+
+    head: tuple[str, ...] = ("head.*",)
+    """The head's weights, by name."""
+
+    def prepare(self, model: nn.Module) -> "FedBABU":
+        """Freeze the head; raises ConfigError where there is none, or nothing else."""
+        names = [k for k, p in model.named_parameters() if p.requires_grad]
+        found = self._found(names)
+        if not found or len(found) == len(names):
+            which = "every weight" if found else "no weight"
+            raise ConfigError(
+                f"strategy.head {', '.join(self.head)} fits {which} that model {type(model).__name__} "
+                f"trains: it has {', '.join(names[:6])}, ...; name the last layer's, such as "
+                f"{names[-1].rpartition('.')[0]}.*"
+            )
+        for name in found:
+            model.get_parameter(name).requires_grad_(False)
+        return self
+
+    def thaw(self, model: nn.Module) -> None:
+        """Head and all."""
+        for name in self._found([k for k, _ in model.named_parameters()]):
+            model.get_parameter(name).requires_grad_(True)
+
+    def _found(self, names: list[str]) -> list[str]:
+        return [k for k in names if any(fnmatchcase(k, pattern) for pattern in self.head)]

@@ -1,0 +1,62 @@
+"""Visits of more than one pass of local steps, as ``Strategy.train`` asks for them."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fedtorch.recipe import Recipe
+from fedtorch.strategies.base import Strategy
+from fedtorch.training.module import resting
+from fedtorch.training.results import Results, Stacked
+from fedtorch.tree import near
+from fedtorch.types import Context, Stack, Task
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A strategy's ``solve``: runs local steps from where it says, and copies what they leave."""
+
+    task: Task
+    recipe: Recipe
+    model: nn.Module
+    ctx: Context
+    order: Callable[[Recipe], Sequence[Tensor]]
+    """Which examples each client takes in which step of a pass."""
+    run: Callable[[Sequence[Tensor], Recipe, Context], Results]
+    """The solver."""
+
+    def __call__(
+        self,
+        *,
+        start: Stack | None = None,
+        strategy: Strategy | None = None,
+        rests: Collection[str] = (),
+        epochs: int | None = None,
+        steps: int | None = None,
+    ) -> Stacked:
+        """One pass; of weights that rest it has those that it started from."""
+        asked = replace(self.recipe, strategy=strategy or self.recipe.strategy)
+        if steps is not None:
+            asked = replace(asked, steps=steps)
+        elif epochs is not None:
+            asked = replace(asked, steps=None, epochs=epochs)
+        order = self.order(asked)
+        own = self.ctx.own | (start or {})
+        ctx = replace(self.ctx, own=own, steps=torch.tensor([len(p) for p in order]))
+        with resting(self.model, {*rests}):
+            found = self.run(order, asked, ctx)
+        rows, floats = found.rows()
+        # copies: the next pass writes over them in the same module
+        params = {k: rows[k] if k in rows else self._still(k, own) for k in self._trained()}
+        copies = [{k: v.detach().clone() for k, v in near(s).items()} for s in (params, floats)]
+        return Stacked(copies[0], copies[1], found.loss, self.task)
+
+    def _trained(self) -> list[str]:
+        return [k for k, p in self.model.named_parameters() if p.requires_grad]
+
+    def _still(self, name: str, own: Stack) -> Tensor:
+        clients = len(self.ctx.steps)
+        value = own.get(name, self.task.state[name][None])
+        return value.expand(clients, *value.shape[1:])

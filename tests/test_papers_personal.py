@@ -1,0 +1,195 @@
+"""Ditto, FedRep, FedBABU and LG-FedAvg on the two quadratic clients of test_papers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import make_clients, mlp, weights
+from fedtorch import ConfigError, FedAvg, Local, Recipe, Server, Uniform
+from fedtorch.engines import Processes
+from fedtorch.privacy import ClientLevel, SampleLevel
+from fedtorch.run.finetune import finetuned
+from fedtorch.strategies import Ditto, FedBABU, FedRep, LGFedAvg
+from test_papers import Scalar, Summed, quadratic
+from test_papers_optimisation import clients
+
+ENGINES = [{"chunk": 1}, {"chunk": 2}, {"chunk": 2, "solver": "stacked"}]
+WHOLE = {"loss": quadratic, "lr": 0.1, "steps": 4, "batch_size": None}
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_ditto_li_2021(engine):
+    server = Server(Scalar(), clients(), Recipe(Ditto(lam=1.0), **WHOLE), engine=Local(**engine))
+    want = [(0.601925, 0.942800, -0.479200), (0.658198, 1.154259, -0.583925)]
+    for shared, *own in want:
+        server.round()
+        assert float(server.model.w.detach()) == pytest.approx(shared, abs=6e-7)
+        found = [float(server.model_of(i).w.detach()) for i in "01"]
+        assert found == pytest.approx(own, abs=6e-7)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_fedrep_collins_2021(engine):
+    recipe = Recipe(FedRep(head_steps=2), **WHOLE)
+    server = Server(Summed(), clients(), recipe, engine=Local(**engine))
+    want = [(0.673747, 0.285000, -0.765000), (0.806692, 0.482838, -1.228461)]
+    for body, *heads in want:
+        server.round()
+        assert float(server.model.body.detach()) == pytest.approx(body, abs=6e-7)
+        found = [float(server.own()[i]["head.h"]) for i in "01"]
+        assert found == pytest.approx(heads, abs=6e-7)
+
+
+def test_fedbabu_trains_the_body_alone_and_the_head_stays():
+    server = Server(Summed(), clients(), Recipe(FedBABU(), **WHOLE))
+    body = Server(Scalar(), clients(), Recipe(FedAvg(), **WHOLE))
+    for _ in range(2):
+        server.round(), body.round()
+    assert float(server.model.body.detach()) == pytest.approx(float(body.model.w.detach()))
+    assert float(server.model.head["h"]) == 0 and server.trainable == ["body"]
+    with pytest.raises(ConfigError, match=r"fits no weight .* such as 2\.\*"):
+        Server(mlp(), make_clients([5]), Recipe(FedBABU()))
+    with pytest.raises(ConfigError, match="fits every weight"):
+        Server(mlp(), make_clients([5]), Recipe(FedBABU(head=("*",))))
+
+
+def test_lg_keeps_the_lower_layers():
+    recipe = Recipe(LGFedAvg(personal=("0.*",)), epochs=1)
+    server = Server(mlp(), make_clients([9, 7]), recipe)
+    server.round()
+    assert server.own()["c0"].keys() == {"0.weight", "0.bias"}
+
+
+def normed() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+
+
+SIZES = [12, 8, 16, 12, 20]
+
+
+@pytest.mark.parametrize(
+    "strategy", [Ditto(lam=0.3), FedRep(personal=("3.*",), head_epochs=2)], ids=str
+)
+@pytest.mark.parametrize("model", [mlp, normed], ids=["mlp", "batchnorm"])
+def test_every_engine_comes_to_the_same(strategy, model):
+    if isinstance(strategy, FedRep) and model is mlp:
+        strategy = FedRep(personal=("2.*",), head_epochs=2)
+    found = []
+    engines = [Local(chunk=1, solver="general"), Local(chunk=3, solver="stacked")]
+    if model is mlp:
+        engines.append(Processes(workers=2, chunk=2))
+    for engine in engines:
+        recipe = Recipe(strategy, lr=0.05, epochs=2, batch_size=4)
+        cohort = Uniform(cohort_size=4)
+        server = Server(
+            model(), make_clients(SIZES), recipe, participation=cohort, engine=engine, seed=3
+        )
+        [*server.rounds(3)]
+        own = server.own()
+        found.append(
+            weights(server.model) | {f"{i}/{k}": v for i in own for k, v in own[i].items()}
+        )
+        server.close()
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(torch.allclose(v, found[0][k], atol=2e-6) for k, v in other.items())
+
+
+def test_ditto_moves_the_shared_model_as_fedavg_and_keeps_statistics_of_its_own():
+    ends = {}
+    for strategy in (FedAvg(), Ditto()):
+        server = Server(normed(), make_clients(SIZES), Recipe(strategy, epochs=1, batch_size=4))
+        [*server.rounds(2)]
+        ends[type(strategy)] = weights(server.model)
+    assert all(torch.equal(v, ends[Ditto][k]) for k, v in ends[FedAvg].items())
+    own = server.own()
+    assert own.keys() == {f"c{k}" for k in range(5)}
+    assert not torch.allclose(own["c0"]["1.running_mean"], own["c1"]["1.running_mean"])
+
+
+def test_a_run_of_ditto_goes_on_from_its_checkpoint_to_the_bit():
+    def server() -> Server:
+        cohort = Uniform(cohort_size=3)
+        recipe = Recipe(Ditto(), epochs=1, batch_size=4)
+        return Server(normed(), make_clients(SIZES), recipe, participation=cohort, seed=2)
+
+    whole, first, second = server(), server(), server()
+    [*whole.rounds(4)]
+    [*first.rounds(2)]
+    second.load_state_dict(first.state_dict())
+    [*second.rounds(2)]
+    one, other = (s.own() | {"": weights(s.model)} for s in (whole, second))
+    assert all(torch.equal(v, other[i][k]) for i, m in one.items() for k, v in m.items())
+
+
+def test_personal_passes_and_privacy():
+    noise = dict(noise_multiplier=0.5, rounds=1, insecure_seed=1)
+    with pytest.raises(ConfigError, match="strategy ditto trains in two passes"):
+        Server(mlp(), make_clients([9, 7]), Recipe(Ditto(), privacy=SampleLevel(**noise)))
+    server = Server(
+        mlp(), make_clients(SIZES), Recipe(Ditto(), privacy=ClientLevel(rate=1.0, **noise))
+    )
+    server.round()
+    assert len(server.own()) == 5
+
+
+def test_who_never_trained_uses_the_shared_model():
+    server = Server(
+        mlp(), make_clients(SIZES), Recipe(Ditto()), participation=Uniform(cohort_size=2), seed=1
+    )
+    server.round()
+    away = next(i for i in server.ids if i not in server.own())
+    assert torch.equal(server.model_of(away)[0].weight, server.model[0].weight)
+
+
+def test_fine_tuning_goes_on_from_the_shared_model_and_leaves_it_and_memory_alone():
+    """By hand: client k steps 3 times by 0.1 a_k (w - b_k) from w = 0.601925."""
+    server = Server(Scalar(), clients(), Recipe(Ditto(), **WHOLE))
+    server.round()
+    before, w = server.own(), float(server.model.w.detach())
+    found = finetuned(server, clients(), 3)
+    for k, (a, b) in enumerate([(1, 2), (3, -1)]):
+        v = w
+        for _ in range(3):
+            v -= 0.1 * a * (v - b)
+        assert float(found[str(k)]["w"]) == pytest.approx(v, abs=1e-12)
+    assert float(server.model.w.detach()) == w and server.own() == before
+    plan = SampleLevel(noise_multiplier=1.0, rounds=1, insecure_seed=1)
+    server = Server(mlp(), make_clients([9, 7]), Recipe(privacy=plan))
+    assert finetuned(server, make_clients([9, 7]), 2).keys() == {"c0", "c1"}
+
+
+def test_fine_tuning_trains_the_head_that_fedbabu_froze():
+    server = Server(Summed(), clients(), Recipe(FedBABU(), **WHOLE))
+    server.round()
+    found = finetuned(server, clients(), 1)["0"]
+    assert float(found["head.h"]) != 0 and not server.model.head["h"].requires_grad
+
+
+def test_a_run_judges_own_shared_and_fine_tuned_models_side_by_side(fedtorch):
+    small = [
+        "train",
+        "--privacy",
+        "none",
+        "--tracking",
+        "none",
+        "--model",
+        "logistic",
+        "--rounds",
+        2,
+    ]
+    given = ["--strategy", "ditto", "--validation", 0.3, "--finetune-steps", 5, "--run-dir", "run"]
+    code, out, _ = fedtorch(*small, *given)
+    assert code == 0 and "shared" in out and "finetuned" in out
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    last = lines[-1]
+    kinds = ("validation", "shared", "finetuned")
+    assert all(0 < last[f"{kind}_accuracy_min"] <= last[f"{kind}_accuracy"] for kind in kinds)
+    assert last["finetuned_by_client"].keys() == last["validation_by_client"].keys()
+    assert not any("finetuned" in name for line in lines[:-1] for name in line)
+    code, _, err = fedtorch(*small, "--finetune-steps", 5)
+    assert code == 2 and "add --validation 0.2" in err
