@@ -351,6 +351,28 @@ def test_layers_that_see_a_part_of_a_batch_are_trained_example_by_example():
     server.round()
 
 
+class Compiled(nn.Module):
+    """Calls its layers, and so hooks, only while it is watched, as torch.compile does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 4) for _ in "ab")
+
+    def forward(self, x):
+        if torch.overrides._len_torch_function_stack():
+            return sum(layer(x) for layer in self.layers)
+        return sum(nn.functional.linear(x, m.weight, m.bias) for m in self.layers)
+
+
+def test_a_compiled_model_that_calls_no_hooks_trains_without_them():
+    from fedtorch import Recipe, Server
+
+    plan = SampleLevel(rounds=1, noise_multiplier=1.0, sample_rate=0.5, steps=2, batch_size=8)
+    server = Server(Compiled(), clients(), Recipe(privacy=plan))
+    server.round()
+    assert server.session.recipe.privacy.mode == "stacked"
+
+
 def test_batchnorm_in_evaluation_mode_neither_mixes_nor_keeps_anything():
     from fedtorch import Recipe, Server
 

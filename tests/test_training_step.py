@@ -323,7 +323,7 @@ def test_a_step_of_whole_batches_protects_clients_and_not_examples(kind):
 
 def test_no_mode_leaves_out_a_penalty_that_it_cannot_see():
     for mode in ("hooks", "ghost"):
-        with pytest.raises(ConfigError, match="a weight used outside"):
+        with pytest.raises(ConfigError, match="as by a penalty"):
             trained("penalised", sample(mode=mode))
     for mode in ("stacked", "alone"):
         assert trained("penalised", sample(mode=mode)) < 1e-4
