@@ -142,3 +142,16 @@ def test_separators_that_are_given_and_quoted_ones(tmp_path):
 def test_other_columns_without_a_name_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="column 3 has no name"):
         sheet.read(file(tmp_path, "a,y,\n1,2,\n"))
+
+
+def test_columns_of_plain_numbers_are_those_that_are_looked_at_one_by_one(tmp_path):
+    cells = ["1", "+.5", "-3e2", "2E-3", "7.", "-0"]
+    plain = sheet.read(file(tmp_path, "a,y\n" + "".join(f"{c},0\n" for c in cells)))
+    mixed = sheet.read(file(tmp_path, "a,y\n" + "".join(f"{c},0\n" for c in [*cells, "inf", "?"])))
+    assert (
+        plain.plain("a").tolist() == mixed.numbers("a")[:6].tolist() == [1, 0.5, -300, 0.002, 7, 0]
+    )
+    assert mixed.plain("a") is None
+    for odd in ("1e", "--1", "e5", ".", "1-2"):
+        with pytest.raises(ConfigError, match=r"line 3: column 'a' holds .* not a number"):
+            sheet.read(file(tmp_path, f"a,y\n1,0\n{odd},1\n")).numbers("a")

@@ -103,6 +103,8 @@ def categories(
 
 def _words(table: Sheet, name: str) -> bool:
     """Whether most of a column's values are names; raises ConfigError where they are dates."""
+    if table.plain(name) is not None:
+        return False
     values = [v for v in table.column(name) if not table.missing(v)]
     others = [v for v in values if table.number(v) is None]
     if not others or all(v.lower() in TRUTH for v in others):
@@ -113,7 +115,7 @@ def _words(table: Sheet, name: str) -> bool:
 
 
 def _truth(table: Sheet, name: str) -> bool:
-    return any(v.lower() in TRUTH for v in table.column(name))
+    return table.plain(name) is None and any(v.lower() in TRUTH for v in table.column(name))
 
 
 def _there(table: Sheet, name: str) -> tuple[str, ...]:
@@ -154,6 +156,8 @@ def codes(table: Sheet, names: Sequence[str], known: Categories) -> np.ndarray:
                 math.nan if table.missing(v) else place.get(key(table, v), len(place))
                 for v in table.column(name)
             ]
+        elif (plain := table.plain(name)) is not None:
+            found[:, j] = plain
         elif _truth(table, name):
             found[:, j] = [_yes(table, v, i, name) for i, v in enumerate(table.column(name))]
         else:

@@ -17,6 +17,9 @@ NUMBER = re.compile(
 )
 """Pattern of a number; Python's float() takes more (1_000)."""
 
+DIGITS = frozenset("0123456789.+-eE")
+"""Of these characters float() reads what NUMBER matches."""
+
 COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
 DATE = re.compile(
@@ -88,6 +91,8 @@ class Sheet:
 
         Raises ConfigError that names line and column of what is none.
         """
+        if (plain := self.plain(name)) is not None:
+            return plain
         found = np.empty(len(self.rows))
         for i, text in enumerate(self.column(name)):
             value = self.number(text)
@@ -95,6 +100,16 @@ class Sheet:
                 raise self.wrong(i, name, text)
             found[i] = np.nan if value is None else value
         return found
+
+    def plain(self, name: str) -> np.ndarray | None:
+        """A column in which every value is a number and looks like one at once; None: look at each."""
+        values = self.column(name)
+        if self.how.na or not DIGITS.issuperset("".join(values)):
+            return None
+        try:
+            return np.array([float(v) for v in values])
+        except ValueError:
+            return None
 
     def number(self, text: str) -> float | None:
         """The number that is written, or None."""
