@@ -53,7 +53,7 @@ def test_declared_categories_are_one_input_each_and_one_for_any_other(tmp_path):
 
 def test_names_that_nobody_declared_are_asked_for_with_the_answer_at_hand(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"'ward' hold names .* --dataset.categories 'ward=a\|b\|c'"
+        ConfigError, match=r"'ward' holds names .* --dataset.categories 'ward=a\|b\|c'"
     ):
         csv(tmp_path).load(0)
     found = csv(tmp_path, categories=["found"]).load(0)

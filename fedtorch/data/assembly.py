@@ -260,8 +260,9 @@ def _scaling(
         by = "median and quartiles" if given.statistics == "quartiles" else "mean and deviation"
         words = f"with {', '.join(bounds)} scaled by private {by}"
     if found:
+        public = ",".join(f"{n}={'|'.join(known[n])}" for n in found)
         derived.append(
-            f"the categories of {', '.join(found)} (declare them: --dataset.categories NAME=A|B)"
+            f"the categories of {', '.join(found)} (declare: --dataset.categories {public!r})"
         )
     fill, taken = _fill(given, names, known, rows, scaling)
     if taken:

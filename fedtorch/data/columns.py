@@ -135,11 +135,13 @@ def _there(table: Sheet, name: str) -> tuple[str, ...]:
 def _undeclared(table: Sheet, words: Sequence[str]) -> ConfigError:
     flags = ",".join(f"{n}={'|'.join(_there(table, n))}" for n in words)
     first = next(v for v in table.column(words[0]) if table.number(v) is None)
+    many = len(words) > 1
     return ConfigError(
-        f"{table.path}: {'columns' if words[1:] else 'column'} {', '.join(map(repr, words))} hold names "
-        f"such as {first[:SHOWN]!r}, not a number: declare the categories with --dataset.categories "
-        f"{flags!r}, leave them out with --dataset.drop {','.join(words)}, or, without privacy, take those "
-        f"that are there with --dataset.categories {FOUND}"
+        f"{table.path}: {'columns' if many else 'column'} {', '.join(map(repr, words))} "
+        f"{'hold' if many else 'holds'} names such as {first[:SHOWN]!r}, not a number: declare the "
+        f"categories with --dataset.categories {flags!r}, leave them out with --dataset.drop "
+        f"{','.join(words)}, or, without privacy, take those that are there with --dataset.categories "
+        f"{FOUND}"
     )
 
 

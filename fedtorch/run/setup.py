@@ -65,8 +65,8 @@ def divide(
     """Clients and the central test set of loaded data, cut as the command cuts them.
 
     ``count``: number of clients. ``plan``: the recipe's, where the data are to be scaled by private
-    statistics (``standardize="private"``); its ``statistics_noise`` is charged by the ``Server``. Raises
-    ConfigError where the data cannot be cut so.
+    statistics (``standardize="private"``). Each call releases them, and the ``Server`` charges once: divide
+    once for each server. Raises ConfigError where the data cannot be cut so.
     """
     ids, parts = cut(data, partition, count, seed)
     data = settled(data, ids, parts, plan, None)
