@@ -69,6 +69,8 @@ def test_noise_has_the_claimed_size_also_where_there_is_nothing_to_hide(plan):
     for found in drawn:
         assert found.std() == pytest.approx(std, rel=0.05) and abs(found.mean()) < std / 15
     assert abs(np.corrcoef(*drawn)[0, 1]) < 0.08  # fresh each time
+    known = plan(rounds=1, statistics_noise=5.0, insecure_seed=1).total(empty, "abc", norm)
+    assert known.std() == pytest.approx(std, rel=0.05)  # no two clients share a stream
     alone = one.total(empty[:1], "a", norm)
     assert alone.std() == pytest.approx(5.0 * norm, rel=0.05)
 
