@@ -21,12 +21,13 @@ from torch import nn
 from fedtorch import disk, seeds
 from fedtorch.checks import probe
 from fedtorch.data import Data, Digits, Partition, partition, prepared
+from fedtorch.data.tokens import PREFIX
 from fedtorch.engines import Engine, Local
 from fedtorch.options import COUNT, NOT_NEGATIVE, SHARE, check
 from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.privacy.run import BudgetSpent
 from fedtorch.rounds.synchronous import Rounds, Synchronous
-from fedtorch.run import cli, loop, objects, setup, sweep, zoo
+from fedtorch.run import cli, huggingface, loop, objects, setup, sweep, zoo
 from fedtorch.run import folder as folders
 from fedtorch.run.console import StopSignal, partition_table
 from fedtorch.run.messages import (
@@ -90,6 +91,10 @@ class Config(RunOptions):
                 "finetune_steps judges each client on its validation share, and there is none: add "
                 "--validation 0.2"
             )
+        words, usual = (getattr(d, "vocabulary", None) for d in (self.dataset, type(self.dataset)))
+        if self.model.startswith(PREFIX) and words is not None and words == usual:
+            # none is named: the model's own tokens
+            object.__setattr__(self, "dataset", replace(self.dataset, vocabulary=self.model))
         if self.resume and not self.run_dir:
             raise ConfigError("--resume needs --run-dir, the folder of the run to continue")
         plan = self.privacy
@@ -248,7 +253,10 @@ def ended(config: Config, server: Server, stop: StopSignal) -> None:
 def make_model(config: Config, data: Data | prepared.Prepared) -> nn.Module:
     """Build the model with initial weights that depend on the seed alone."""
     with seeds.seeded(seeds.derive(config.seed, "model")):
-        model = zoo.build(config.model, data.facts, config.model_args)
+        if config.model.startswith(PREFIX):
+            model = huggingface.build(config.model, data.facts, config.lora)
+        else:
+            model = zoo.build(config.model, data.facts, config.model_args)
     built_in = config.loss in ("auto", "cross_entropy")  # another may take outputs of any shape
     if isinstance(data, Data) and data.kind == "classification" and built_in:
         probe.classes_fit(model, data.train, data.labels, data.outputs)

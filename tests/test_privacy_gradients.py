@@ -58,6 +58,36 @@ def channels_last() -> nn.Module:
     return net.to(memory_format=torch.channels_last)
 
 
+class Positions(nn.Module):
+    """Tokens of which 0 fills up, and positions that are looked up once for all examples, as in BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.words, self.places = nn.Embedding(5, 4, padding_idx=0), nn.Embedding(8, 4)
+        self.register_buffer("order", torch.arange(8)[None])
+        with torch.no_grad():  # one that counts as it is, and learns nothing
+            self.words.weight[0] = 1.0
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.words(x) + self.places(self.order[:, : x.shape[1]])
+        return self.out(seen.tanh().mean(1))
+
+
+def test_one_row_of_positions_for_all_and_tokens_that_fill_up_are_clipped_example_by_example():
+    net, draw = Positions(), torch.Generator().manual_seed(0)
+    x = torch.randint(0, 5, (6, 7), generator=draw)
+    y = torch.randint(0, 3, (6,), generator=draw)
+    want = brute_force(net, x, y, 0.5)
+    steps = PrivateSteps(0.5, 0.0, 1.0, [stream("aes", 0, "test")], "hooks", max_batch=4)
+    with private_gradients(net, Supervised(cross_entropy), steps) as gradients:
+        gradients.backward((x, y))
+    assert not want[0][0].any() and want[1].any()
+    for p, total in zip(net.parameters(), want, strict=True):
+        assert torch.allclose(p.grad, total, atol=1e-6)
+
+
 class Scaled(nn.Module):
     """With a parameter that is a single number, which flattening can forget."""
 

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from fedtorch.commands.given import examples, pictures_in
 from fedtorch.commands.options import words_and_options
 from fedtorch.commands.runs import tell
 from fedtorch.commands.train import train_module
-from fedtorch.data import Data, partition, prepared
+from fedtorch.data import Data, partition, prepared, tokens
 from fedtorch.data.prepared import Prepared
 from fedtorch.data.text import BYTES, as_bytes
 from fedtorch.privacy.run import mark
@@ -29,6 +30,10 @@ from fedtorch.types import ConfigError
 TRUST = trust.FLAG.removeprefix("--")
 LENGTH = 200
 """Characters a text model adds unless told otherwise."""
+
+
+Encode = Callable[[str], list[int]]
+Decode = Callable[[list[int]], str]
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def predict(argv: Sequence[str]) -> int:
     if len(words) != 2:
         raise ConfigError(f"fedtorch predict takes a run folder and a file, but got {len(words)}")
     run, path = trained(words[0], TRUST in given, load=False), Path(words[1])
-    if "vocabulary" in run.known.facts:
+    if "vocabulary" in run.known.facts or run.known.facts.get("language"):
         more = write_on(run, _text(path), _whole(given.get("length", str(LENGTH))))
         print(json.dumps({"continuation": more}) if "json" in given else more)
         return 0
@@ -215,21 +220,39 @@ def _named(label: Any, classes: Sequence[Any]) -> Any:
 
 
 def write_on(run: Trained, start: str, length: int) -> str:
-    """The most likely next character, again and again."""
-    vocabulary = run.known.facts["vocabulary"]
-    start = as_bytes(start) if vocabulary == BYTES else start
-    unknown = sorted(set(start) - set(vocabulary))
-    if unknown or not start:
-        what = f"characters the model never saw: {unknown[:5]}" if unknown else "no text"
-        raise ConfigError(f"the file to write on from has {what}")
-    codes = [vocabulary.index(c) for c in start]
-    window = run.known.facts["input_shape"][0]
+    """The most likely next character or token, again and again."""
+    encode, decode = _language(run.known.facts)
+    codes = encode(start)
+    if not codes:
+        raise ConfigError("the file to write on from has no text")
+    first, window = len(codes), run.known.facts["input_shape"][0]
     with torch.no_grad():
         for _ in range(length):
             output = forward(run.model, torch.tensor([codes[-window:]]))
             codes.append(int(output[0, :, -1].argmax()))
-    more = "".join(vocabulary[c] for c in codes[len(start) :])
-    return more.encode("latin-1").decode(errors="replace") if vocabulary == BYTES else more
+    return decode(codes[first:])
+
+
+def _language(facts: Mapping[str, Any]) -> tuple[Encode, Decode]:
+    """Text to numbers and back: by a tokenizer, or by the characters that were trained on."""
+    if "tokenizer" in facts:
+        known = tokens.tokenizer(facts["tokenizer"])
+        return partial(known.encode, add_special_tokens=False), known.decode
+    vocabulary = facts["vocabulary"]
+
+    def encode(text: str) -> list[int]:
+        text = as_bytes(text) if vocabulary == BYTES else text
+        if unknown := sorted(set(text) - set(vocabulary)):
+            raise ConfigError(
+                f"the file to write on from has characters the model never saw: {unknown[:5]}"
+            )
+        return [vocabulary.index(c) for c in text]
+
+    def decode(codes: list[int]) -> str:
+        more = "".join(vocabulary[c] for c in codes)
+        return more.encode("latin-1").decode(errors="replace") if vocabulary == BYTES else more
+
+    return encode, decode
 
 
 def _text(path: Path) -> str:

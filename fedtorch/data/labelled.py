@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.data import sheet
+from fedtorch.data import sheet, tokens
 from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
 from fedtorch.data.sheet import Sheet
@@ -42,7 +42,8 @@ class LabelledText:
     client: str = ""
     """Column that names each text's owner; empty: none."""
     vocabulary: str = "bytes"
-    """bytes; hashed (words, of which some share a number); or a file with a word a line (others are 1)."""
+    """bytes; hashed (words, of which some share a number); or a file with a word a line (others are 1);
+    or hf:FOLDER, the tokens of a model of Hugging Face."""
     buckets: int = 4096
     """Numbers that words are hashed to."""
     length: int = 128
@@ -60,7 +61,7 @@ class LabelledText:
         """X [N, length] int64, y [N]."""
         words = words_of(self.vocabulary)
         kind = f"hashed:{self.buckets}" if self.vocabulary == "hashed" else self.vocabulary
-        what = "bytes" if self.vocabulary == "bytes" else "words"
+        what = {"bytes": "bytes", "hf": "tokens"}.get(self.vocabulary.partition(":")[0], "words")
         done = Preparation(
             target=self.target,
             client=self.client,
@@ -90,7 +91,7 @@ class LabelledText:
             y.outputs,
             [keys[i] for i in keep.tolist()] if keys else None,
             done,
-            vocab_size=size(done),
+            **(tokens.facts(kind, False) if what == "tokens" else {"vocab_size": size(done)}),
         )
 
     def _file(self, path: str, done: Preparation) -> tuple[Tensor, list[str], list[str]]:
@@ -115,13 +116,13 @@ class LabelledText:
 
 def words_of(vocabulary: str) -> tuple[str, ...]:
     """The words of a vocabulary that is a file; none of one that is a name."""
-    if vocabulary in ("bytes", "hashed"):
+    if vocabulary in ("bytes", "hashed") or vocabulary.startswith(tokens.PREFIX):
         return ()
     try:
         lines = Path(vocabulary).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(
-            f"dataset.vocabulary must be bytes, hashed or a file with a word a line: {e}"
+            f"dataset.vocabulary must be bytes, hashed or a file with a word a line (or hf:FOLDER): {e}"
         ) from e
     found = tuple(dict.fromkeys(_plain(line.split()[0]) for line in lines if line.strip()))
     if not found:
@@ -144,6 +145,8 @@ def size(done: Preparation) -> int:
 
 def encoded(texts: Sequence[str], done: Preparation, length: int) -> Tensor:
     """Numbers of the vocabulary, [N, length] int64, with 0 after the end of a short text."""
+    if done.vocabulary.startswith(tokens.PREFIX):
+        return tokens.encoded(tokens.tokenizer(done.vocabulary), texts, length)
     codes = torch.zeros(len(texts), length, dtype=torch.int64)
     encode = _encoder(done)
     for row, text in zip(codes, texts, strict=True):

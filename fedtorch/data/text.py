@@ -2,12 +2,15 @@
 
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
+from fedtorch.data import tokens
 from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
 from fedtorch.options import COUNT, SHARE, check
@@ -31,9 +34,10 @@ class Text:
     """The text file (UTF-8)."""
     _: KW_ONLY
     length: int = 80
-    """Characters, or bytes, in a window."""
-    vocabulary: Literal["characters", "bytes"] = "characters"
-    """characters: those that the text holds; bytes: all 256, which tells nothing of the text."""
+    """Characters, bytes or tokens in a window."""
+    vocabulary: str = "characters"
+    """characters: those that the text holds; bytes: all 256, which tells nothing of the text; or hf:FOLDER,
+    the tokens of a model of Hugging Face."""
     test_fraction: float = 0.1
     """Share of windows kept for the central test, each by its content; 0: none."""
 
@@ -44,21 +48,18 @@ class Text:
     def load(self, seed: int) -> Data:
         """X [N, length] characters, y [N, length] the next ones; keys are speakers if there are any."""
         text = read(Path(self.path))
-        parts, vocabulary = by_speaker(text), sorted(set(text))
-        note = "the vocabulary is the characters of this text (public: --dataset.vocabulary bytes)"
-        if self.vocabulary == "bytes":
-            parts = {name: as_bytes(said) for name, said in parts.items()}
-            vocabulary, note = [*BYTES], "the vocabulary is all bytes"
-        number = {c: i for i, c in enumerate(vocabulary)}
+        encode, size, facts, note = self._encoder(text)
+        parts = by_speaker(text)
         windows, speakers = [], []
         for name, said in parts.items():
-            codes = torch.tensor([number[c] for c in said], dtype=torch.int64)
+            codes = torch.tensor(encode(said), dtype=torch.int64)
             if len(codes) > self.length:
                 windows.append(codes.unfold(0, self.length + 1, self.length))
                 speakers += [name] * len(windows[-1])
         if len(speakers) < 2:
             raise ConfigError(
-                f"{self.path!r} is too short: no training and test windows of {self.length} characters"
+                f"{self.path!r} is too short: no training and test windows of {self.length} "
+                f"{'characters' if 'vocabulary' in facts else 'tokens'}"
             )
         cut = torch.cat(windows)
         keep, out = split((cut, speakers), self.test_fraction, seed)
@@ -69,12 +70,37 @@ class Text:
             (fit[:, :-1], fit[:, 1:]),
             (held[:, :-1], held[:, 1:]),
             "classification",
-            len(vocabulary),
+            size,
             keys if len(parts) > 1 else None,
             Preparation(notes=(note,)),
-            vocab_size=len(vocabulary),
-            vocabulary="".join(vocabulary),
+            **facts,
         )
+
+    def _encoder(self, text: str) -> tuple[Callable[[str], list[int]], int, dict[str, Any], str]:
+        """What makes numbers of a text, how many there are, facts for a model, and a note."""
+        if self.vocabulary.startswith(tokens.PREFIX):
+            known = tokens.tokenizer(self.vocabulary)
+            facts = tokens.facts(self.vocabulary, language=True)
+            numbers = partial(known.encode, add_special_tokens=False, verbose=False)
+            return numbers, len(known), facts, f"tokens of {self.vocabulary}"
+        if self.vocabulary not in ("characters", "bytes"):
+            raise ConfigError(
+                f"dataset.vocabulary must be characters, bytes or hf:FOLDER, not {self.vocabulary!r}"
+            )
+        letters, note = (
+            sorted(set(text)),
+            "the characters of this text (public: --dataset.vocabulary bytes)",
+        )
+        plain = self.vocabulary == "characters"
+        if not plain:
+            letters, note = [*BYTES], "all bytes"
+        number = {c: i for i, c in enumerate(letters)}
+        facts = {"vocab_size": len(letters), "vocabulary": "".join(letters)}
+
+        def encode(said: str) -> list[int]:
+            return [number[c] for c in (said if plain else as_bytes(said))]
+
+        return encode, len(letters), facts, f"the vocabulary is {note}"
 
 
 def read(path: Path) -> str:

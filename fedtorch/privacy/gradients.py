@@ -146,8 +146,10 @@ def private_gradients(model: nn.Module, losses: Step, steps: PrivateSteps) -> It
     hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
     ghosts = Ghosts(model if steps.mode == "ghost" else nn.Sequential())
     moved = _listen(model, hooks, ghosts.layers)
+    gradients = OpacusGradients(model, hooks, ghosts, losses, steps)
+    moved += [m.register_forward_pre_hook(gradients.alike) for m in model.modules() if _looks_up(m)]
     try:
-        yield OpacusGradients(model, hooks, ghosts, losses, steps)
+        yield gradients
     finally:
         ghosts.close()
         for handle in moved:
@@ -199,6 +201,15 @@ class OpacusGradients:
     ghosts: Ghosts
     losses: Step
     steps: PrivateSteps
+    many: int = 0
+    """Examples of the forward that is running."""
+
+    def alike(self, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """One row looked up for all examples, as positions are in transformers, becomes one for each."""
+        index = inputs[0] if inputs else None
+        if isinstance(index, Tensor) and index.dim() > 1 and len(index) == 1:
+            return index.expand(self.many, *index.shape[1:]), *inputs[1:]
+        return None
 
     def backward(self, batch: Any) -> Tensor:
         """The gradient in ``p.grad``, and the mean loss."""
@@ -221,6 +232,7 @@ class OpacusGradients:
 
     def _part(self, batch: Any, params: Params, written: Params, total: Params) -> Tensor:
         self.ghosts.forget()
+        self.many = size(batch)
         for module in (
             self.model.modules()
         ):  # Opacus keeps the size of the first batch of a layer called twice
@@ -238,6 +250,10 @@ class OpacusGradients:
         self.hooks.set_grad_sample_to_none()
         self.model.zero_grad()
         return values.detach()
+
+
+def _looks_up(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Embedding) and layer.weight.requires_grad
 
 
 def _listen(model: nn.Module, opacus: Any, others: Sequence[nn.Module]) -> list[Any]:
@@ -262,6 +278,14 @@ def _listen(model: nn.Module, opacus: Any, others: Sequence[nn.Module]) -> list[
     return handles
 
 
+def _counted(layer: Any, inputs: Any) -> Tensor | None:
+    """Rows of an embedding's output that reach its weight: all but the padding's; None: all."""
+    if not isinstance(layer, nn.Embedding) or layer.padding_idx is None:
+        return None
+    kept: Tensor = inputs[0] != layer.padding_idx
+    return kept[..., None]
+
+
 def _on_output(hook: Callable[..., Any]) -> Callable[[nn.Module, Any, Any], None]:
     def listen(module: Any, args: Any, output: Any) -> None:
         first: Tensor = output if isinstance(output, Tensor) else output[0]
@@ -270,6 +294,9 @@ def _on_output(hook: Callable[..., Any]) -> Callable[[nn.Module, Any, Any], None
         if seen := getattr(module, "activations", None):
             module.activations = [[a.contiguous() for a in inputs] for inputs in seen]
         if first.requires_grad:
-            first.register_hook(lambda grad: hook(module, None, (grad,)))
+            kept = _counted(module, args)
+            first.register_hook(
+                lambda grad: hook(module, None, (grad if kept is None else grad * kept,))
+            )
 
     return listen

@@ -13,7 +13,7 @@ from fedtorch.client import Client
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.rounds.figures import Metrics
 from fedtorch.rounds.observers import Observer
-from fedtorch.run import by_client, files, objects
+from fedtorch.run import by_client, files, huggingface, objects
 from fedtorch.run import folder as folders
 from fedtorch.run.console import Report, StopSignal
 from fedtorch.run.evaluate import Judge, evaluate, evaluate_clients
@@ -61,6 +61,8 @@ class Loop(Observer):
         files.write_model(
             self.kept.path, self.server.model, command
         )  # all that comes later can fail
+        made = self.kept.path, self.server.model, self.server.recipe.strategy
+        self.report.attempt("model of Hugging Face", huggingface.keep, *made)
         if self.server.private:
             self.report.attempt("privacy report", record_privacy, self.record, self.server)
 

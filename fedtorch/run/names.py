@@ -21,6 +21,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "hf": "fedtorch.data.HuggingFace",
         "custom": "fedtorch.data.Custom",
     },
+    "lora": {"on": "fedtorch.run.huggingface.LoRA"},
     "partition": {
         "iid": "fedtorch.data.Iid",
         "dirichlet": "fedtorch.data.Dirichlet",
@@ -104,6 +105,7 @@ CHOICES: dict[str, dict[str, str]] = {
 
 WANTED = {
     "dataset": ("load", "it must be a dataclass with a method load(seed)"),
+    "lora": ("fedtorch.run.huggingface.LoRA", "it must be a subclass of LoRA"),
     "partition": ("fedtorch.data.Partition", "it must be a subclass of fedtorch.data.Partition"),
     "strategy": ("fedtorch.strategies.Strategy", "it must be a subclass of fedtorch.Strategy"),
     "strategy.server": (

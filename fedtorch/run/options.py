@@ -5,14 +5,17 @@ from typing import Any
 
 from fedtorch.aggregation.mean import Aggregator, Mean
 from fedtorch.channel.base import Stage
+from fedtorch.data.tokens import PREFIX
 from fedtorch.options import COUNT, TrainingOptions, check
 from fedtorch.privacy import DEFAULT, Nothing, Privacy
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.schedules import Constant, Schedule
+from fedtorch.run.huggingface import LoRA
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.training.losses import Loss
 from fedtorch.training.optimizer import ClientOptimizer
+from fedtorch.types import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +23,11 @@ class RunOptions(TrainingOptions):
     """The model, how it is trained over how many rounds, and whose data it hides."""
 
     model: str = "small"
-    """A file of models/, path/file.py:Name or package.module:Name; options as --model.hidden 64."""
+    """A file of models/, path/file.py:Name, package.module:Name, or hf:FOLDER or hf:NAME of Hugging Face;
+    options as --model.hidden 64."""
     model_args: dict[str, Any] = field(default_factory=dict)
+    lora: LoRA | None = None
+    """Adapters in place of the whole of a model hf:FOLDER: --lora.rank 8."""
     loss: str = "auto"
     """cross_entropy, bce, mse, or package.module:function (output, target) -> Tensor."""
     strategy: Strategy = FedAvg()
@@ -52,6 +58,10 @@ class RunOptions(TrainingOptions):
         """Refuse what no run can do."""
         super().__post_init__()
         check(self, "", rounds=COUNT)
+        if self.lora and not self.model.startswith(PREFIX):
+            raise ConfigError(
+                f"lora is for models of Hugging Face, hf:FOLDER, and not for {self.model!r}"
+            )
 
     @property
     def plan(self) -> Privacy:
@@ -61,7 +71,7 @@ class RunOptions(TrainingOptions):
     def recipe(self, loss: Loss) -> Recipe:
         """What every client does."""
         return Recipe(
-            self.strategy,
+            self.lora.strategy(self.strategy) if self.lora else self.strategy,
             loss=loss,
             optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
             privacy=self.plan,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedtorch.strategies.base import Strategy
+from fedtorch.strategies.base import FedAvg, Strategy
 from fedtorch.types import ConfigError, Params, Stack
 
 TURN = "turn"
@@ -123,6 +123,20 @@ class FedExLoRA(Strategy):
         rest = {x: mean["products"][x.name] - delta[x.b] @ delta[x.a] for x in self.adapters}
         folded = {x.weight: x.scale * (r.T if x.transposed else r) for x, r in rest.items()}
         return delta | folded, extras
+
+
+def chosen(aggregation: str, given: Strategy) -> Strategy:
+    """The strategy of an aggregation by name; raises ConfigError where another is given beside it."""
+    kinds: dict[str, type[Strategy]] = {"rolora": RoLoRA, "fedex": FedExLoRA}
+    own = kinds.get(aggregation)
+    if own is None:
+        return given
+    if type(given) is not FedAvg:
+        raise ConfigError(
+            f"lora.aggregation {aggregation} is a strategy itself, and cannot be had with "
+            f"{type(given).__name__}: take lora.aggregation ffa, which goes with any"
+        )
+    return own(weighting=given.weighting, server=given.server, personal=given.personal)
 
 
 def freeze(model: nn.Module) -> None:

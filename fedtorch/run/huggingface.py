@@ -1,0 +1,191 @@
+"""Models of Hugging Face: loaded, given LoRA adapters, asked for losses of each example, and saved.
+
+Nothing of transformers and peft is imported before a model of theirs is there.
+"""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedtorch.data.tokens import PREFIX, loading, tokenizer
+from fedtorch.options import COUNT, NOT_NEGATIVE, POSITIVE, check
+from fedtorch.strategies import Strategy
+from fedtorch.strategies import lora as adapters
+from fedtorch.training.losses import cross_entropy, reduce
+from fedtorch.training.outline import copied
+from fedtorch.types import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank adapters, W + alpha/rank B A, in place of the whole model (extra ``hf``)."""
+
+    rank: int = 8
+    """Rows of A and columns of B."""
+    alpha: float | None = None
+    """BA is scaled by alpha / rank; none: twice the rank."""
+    targets: tuple[str, ...] = ()
+    """Layers, by the ends of their names; none: those that peft takes for the kind of model."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs dropped in training."""
+    aggregation: Literal["ffa", "rolora", "fedex", "plain"] = "ffa"
+    """How adapters are averaged: ffa (B alone is trained), rolora (B and A in turn), fedex (what the means
+    leave out goes into W) or plain (A and B each by itself)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no adapter."""
+        check(self, "lora", rank=COUNT, alpha=POSITIVE, dropout=NOT_NEGATIVE)
+
+    def adapted(self, model: nn.Module) -> nn.Module:
+        """The model with adapters in it, all else frozen but a head; raises ConfigError where none fit."""
+        try:
+            import peft
+        except ImportError as e:
+            raise ConfigError("lora needs the package peft: pip install 'fedtorch[hf]'") from e
+        config: Any = peft.LoraConfig(
+            r=self.rank,
+            lora_alpha=cast(int, self.alpha or 2 * self.rank),
+            target_modules=list(self.targets) or None,
+            lora_dropout=self.dropout,
+            task_type=_task(model),
+        )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # GPT-2's layers lie the other way: it finds out
+                made: nn.Module = peft.get_peft_model(cast(Any, model), config)
+        except ValueError as e:
+            kinds = {n.rpartition(".")[2] for n, m in model.named_modules() if hasattr(m, "weight")}
+            raise ConfigError(
+                f"lora.targets {','.join(self.targets) or '(none given)'}: {str(e).split(chr(10))[0]}; the "
+                f"model has layers {', '.join(sorted(kinds))}"
+            ) from e
+        if self.aggregation == "ffa":
+            adapters.freeze(made)
+        return made
+
+    def strategy(self, given: Strategy) -> Strategy:
+        """The strategy of this aggregation; raises ConfigError where another one is given beside it."""
+        return adapters.chosen(self.aggregation, given)
+
+
+class Logits(nn.Module):
+    """A model of transformers, from tokens [B, L] to logits: [B, C], or [B, V, L] of a language model."""
+
+    def __init__(self, model: nn.Module, facts: Mapping[str, Any]) -> None:
+        """``facts``: of ``fedtorch.data.tokens``."""
+        super().__init__()
+        self.model = model
+        self.language, self.padding = bool(facts["language"]), facts["padding"]
+        self.tokenizer = str(facts["tokenizer"])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens that fill up are seen by none."""
+        if self.language:
+            found: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+            return found.transpose(1, 2)
+        seen = (tokens != self.padding).long()
+        logits: Tensor = self.model(input_ids=tokens, attention_mask=seen).logits
+        return logits
+
+
+def build(spec: str, facts: Mapping[str, Any], lora: LoRA | None) -> nn.Module:
+    """The model ``hf:FOLDER`` or ``hf:NAME`` for data of tokens; raises ConfigError where it cannot be."""
+    where = spec.removeprefix(PREFIX)
+    if "language" not in facts:
+        raise ConfigError(
+            f"model {spec} takes tokens: use --dataset text, or labelled-text for texts with a class"
+        )
+    with loading("model", where) as more:
+        import transformers
+
+        if facts["language"]:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                where, use_safetensors=True, **more
+            )
+        else:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                where, use_safetensors=True, num_labels=facts["num_classes"], **more
+            )
+            model.config.pad_token_id = facts["padding"]
+    most = model.get_input_embeddings().num_embeddings
+    if facts["vocab_size"] > most:
+        raise ConfigError(
+            f"model {spec} knows {most:,} tokens and the tokenizer has {facts['vocab_size']:,}: give the "
+            "tokenizer that belongs to it, --dataset.vocabulary hf:FOLDER"
+        )
+    longest, length = (
+        getattr(model.config, "max_position_embeddings", None),
+        facts["input_shape"][0],
+    )
+    if longest is not None and length > longest:
+        raise ConfigError(f"model {spec} takes {longest} tokens: --dataset.length {longest}")
+    whole: nn.Module = model.float().train()  # it comes in evaluation mode, which would be left so
+    return Logits(whole if lora is None else lora.adapted(whole), facts)
+
+
+def keep(folder: Path, model: nn.Module, strategy: Strategy) -> None:
+    """Save a model that was built here as transformers or peft load it: ``pretrained/`` or ``adapter/``.
+
+    Where the strategy has moved weights under the adapters too, the model without adapters is in ``base/``.
+    """
+    if not isinstance(model, Logits):
+        return
+    inner: Any = model.model
+    with loading("tokenizer", model.tokenizer):
+        if not hasattr(inner, "peft_config"):
+            inner.save_pretrained(folder / "pretrained")
+            tokenizer(model.tokenizer).save_pretrained(folder / "pretrained")
+            return
+        if getattr(strategy, "adapters", ()):
+            inner.active_peft_config.base_model_name_or_path = str(folder / "base")
+            cast(Any, copied(inner)).unload().save_pretrained(folder / "base")
+        inner.save_pretrained(folder / "adapter")
+
+
+def step(model: nn.Module, batch: Any) -> Tensor:
+    """Losses of each example of a batch as transformers takes it: inputs by name, and ``labels``, [B].
+
+    As ``model(**batch).loss``, but of each example by itself: of a language model or a token classifier the
+    mean over its own tokens, of which those of label -100 do not count.
+    """
+    output, target = eval_step(model, batch)
+    if not target.is_floating_point():
+        return reduce(cross_entropy(output, target))
+    if output.shape[-1] == 1:
+        return F.mse_loss(output.reshape(target.shape), target, reduction="none")
+    return reduce(F.binary_cross_entropy_with_logits(output, target, reduction="none"))
+
+
+def eval_step(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Logits with classes on axis 1 and their targets, as metrics take them; of texts the next tokens."""
+    if not isinstance(batch, Mapping) or "labels" not in batch:
+        raise ConfigError(
+            "a batch must be a dict of the model's inputs and 'labels', as transformers collates them"
+        )
+    target: Tensor = batch["labels"]
+    logits: Tensor = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    if logits.dim() < 3:
+        return logits, target
+    if causal(model):
+        logits, target = logits[:, :-1], target[:, 1:]
+    return logits.movedim(-1, 1), target
+
+
+def causal(model: nn.Module) -> bool:
+    """Whether a model of transformers, with or without adapters, predicts the next token."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _task(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    return "CAUSAL_LM" if causal(model) else None
