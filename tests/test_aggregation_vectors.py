@@ -315,7 +315,7 @@ def test_rules_and_mixtures_have_short_names(fedtorch):
     ]
     given = ["--aggregator", "trimmed-mean", "--aggregator.f", 2, "--aggregator.pre", "nnm"]
     code, out, _ = fedtorch(*small, *given, "--run-dir", "run")
-    assert code == 0 and "aggregator TrimmedMean(f=2, pre=NNM())" in out
+    assert code == 0 and "aggregator trimmed-mean (f 2, pre nnm)" in out
     code, out, _ = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 2)
     assert code == 0
     code, out, _ = fedtorch(*small, "--aggregator", "krum", "--aggregator.f", 2)

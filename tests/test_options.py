@@ -213,8 +213,7 @@ def test_clients_whose_id_and_data_are_swapped_and_data_of_numpy() -> None:
     with pytest.raises(ConfigError, match=r"id of a client.* must be text.*, got Tensor"):
         Client(x, y)  # type: ignore[arg-type]
     assert Client(7, (x, y)).id == "7"
-    with pytest.raises(ConfigError, match=r"got ndarray, ndarray.*torch\.from_numpy"):
-        Client("a", (x.numpy(), y.numpy()))  # type: ignore[arg-type]
+    assert len(Client("a", (x.numpy(), y.numpy()))) == 4
 
 
 @dataclass(frozen=True)

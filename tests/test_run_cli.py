@@ -157,6 +157,8 @@ def test_a_class_that_is_not_what_a_choice_asks_for_is_never_made(choice):
     cli.put(table, choice.split("."), f"{__name__}.Touch")
     if choice.startswith("privacy."):
         table["privacy"]["name"] = "client"
+    if choice == "aggregator.pre":
+        table["aggregator"]["name"] = "krum"
     if choice == "pace.clock":
         table["pace"]["name"] = "buffered"
     with pytest.raises(ConfigError, match=f"Touch' is no {choice}: it must be a"):

@@ -23,6 +23,7 @@ from fedtorch import (
 )
 from fedtorch.privacy import ClientLevel, LocalDP
 from fedtorch.run.console import Report
+from fedtorch.training.optimizer import ServerOptimizer
 from fedtorch.types import Released
 
 
@@ -73,15 +74,14 @@ def test_when_every_client_is_nan_the_model_stays_as_it_was():
     assert all(torch.equal(before[k], v) for k, v in weights(model).items())
 
 
-class Spike:
+class Spike(ServerOptimizer):
     """A server optimizer whose second step is as bad as it can be."""
 
     def __init__(self, optimizer, where):
-        self.optimizer, self.where, self.steps = optimizer, where, 0
-        self.init = optimizer.init
+        vars(self).update(optimizer=optimizer, where=where, steps=0, init=optimizer.init)
 
     def step(self, delta, state):
-        self.steps += 1
+        vars(self)["steps"] += 1
         if self.steps == 2 and self.where == "step":
             return {k: v * float("inf") for k, v in delta.items()}, state
         if self.steps == 2:  # squares overflow in the moments, and the step itself is 0

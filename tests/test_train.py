@@ -97,7 +97,7 @@ CSV = "a,b,label\n" + "".join(f"{i},{i * 2},{i % 2}\n" for i in range(20))
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--model", "cnnn"], "unknown model 'cnnn'; there are cnn, logistic, lstm, mlp"),
+        (["--model", "cnnn"], "unknown model 'cnnn'; there are bag, cnn, logistic, lstm, mlp"),
         (["--dataset", "digit"], "unknown dataset 'digit'; there are digits, idx"),
         (
             ["--strategy", "fedagv"],
@@ -239,7 +239,7 @@ def test_own_loss_metric_strategy_and_data_come_from_the_working_folder(fedtorch
     )  # fmt: skip
     sys.modules.pop("ward", None)
     assert (code, err) == (0, "")
-    assert "strength=0.25" in out
+    assert "strength 0.25" in out
     last = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
     assert last["test_error"] == pytest.approx(1 - last["test_accuracy"])
 

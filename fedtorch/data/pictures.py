@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
+from fedtorch import disk
 from fedtorch.types import ConfigError
 
 KINDS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
@@ -171,7 +172,8 @@ def _opened(path: str | Path) -> Any:
     except (
         Exception
     ) as e:  # no such file, no picture, one of a size that is meant to fill the memory
-        raise ConfigError(f"{path} cannot be read as a picture: {e}") from e
+        why = disk.reason(e) if isinstance(e, OSError) and e.strerror else e
+        raise ConfigError(f"{path} cannot be read as a picture: {why}") from e
     # a phone keeps a preview in the same file, which is no picture of its own
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         image.close()

@@ -74,6 +74,8 @@ def _entries(table: Mapping[str, Any] | Sequence[str], written: Callable[[Any], 
 
 def _files(path: str, how: Format) -> Sheet:
     """The table in a file, or in those of a folder or a pattern."""
+    if not path:
+        raise ConfigError("dataset.path must be a CSV file, or a folder of them")
     place = Path(path).expanduser()
     found = [place]
     if place.is_dir():
