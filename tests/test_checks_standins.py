@@ -139,7 +139,7 @@ class Single(Unread):
     ("data", "why"),
     [
         (Unread(), "taking the first examples of its dataset failed"),
-        (Single(), r"a dataset must give \(x, y\) pairs, or the recipe a step .* Tensor"),
+        (Single(), r"a dataset must give \(x, y\) pairs, unless a step .* Tensor"),
     ],
 )
 @pytest.mark.parametrize(

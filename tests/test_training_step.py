@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, StackDataset, Subset, TensorDataset
 
 from conftest import mlp
-from fedtorch import Client, ConfigError, Local, Recipe, Server
+from fedtorch import Client, ConfigError, Local, Recipe, Server, evaluate
 from fedtorch.engines import Processes
 from fedtorch.privacy import ClientLevel, SampleLevel
 from fedtorch.training.batches import fetch
@@ -334,6 +334,16 @@ def test_a_step_travels_to_worker_processes():
     with pytest.raises(ConfigError, match="top level of a module"):
         recipe = Recipe(step=lambda model, batch: segments(model, batch))
         Server(Maps(), clients(KINDS["segments"][2]), recipe, engine=Processes(workers=1))
+
+
+def test_data_that_are_no_pairs_ask_for_a_step():
+    who = clients(KINDS["answers"][2])
+    with pytest.raises(
+        ConfigError, match=r"client 0: a dataset must give .*Recipe\(step=fn\).* a dict"
+    ):
+        Server(Reader(), who)
+    with pytest.raises(ConfigError, match=r"evaluate\(..., step=fn\)"):
+        evaluate(Reader(), who[0].data, {"loss": cross_entropy})
 
 
 def test_a_step_uses_the_model_that_it_is_given():

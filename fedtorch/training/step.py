@@ -20,7 +20,8 @@ Step = Callable[[nn.Module, Any], Tensor]
 """``step(model, batch)`` -> a loss for each example [B], or one number for the batch."""
 
 PAIRS = (
-    "a dataset must give (x, y) pairs, or the recipe a step that knows its batches: Recipe(step=fn)"
+    "a dataset must give (x, y) pairs, unless a step that knows its batches is given: Recipe(step=fn), "
+    "evaluate(..., step=fn)"
 )
 
 
