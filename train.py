@@ -27,6 +27,7 @@ from fedtorch.options import COUNT, NOT_NEGATIVE, SHARE, check
 from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.privacy.run import BudgetSpent
 from fedtorch.rounds.synchronous import Rounds, Synchronous
+from fedtorch.rounds.threat import Threat
 from fedtorch.run import cli, huggingface, loop, objects, setup, sweep, zoo
 from fedtorch.run import folder as folders
 from fedtorch.run.console import StopSignal, partition_table
@@ -67,6 +68,8 @@ class Config(RunOptions):
     balanced_accuracy, mean_iou, top5 (extra metrics); or package.module:function."""
     pace: Rounds = Synchronous()
     """What a round waits for: synchronous (its whole cohort) or buffered (FedBuff on a simulated clock)."""
+    threat: Threat | None = None
+    """Who lies, in a simulation: sign-flip, gauss, label-flip, alie, ipm, min-max, min-sum, mimic."""
     engine: Engine = Local()
     """Where clients train: local, processes or ray (--engine.workers N); --engine.device cuda."""
     threads: int = 1
@@ -174,6 +177,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         schedule=config.schedule,
         engine=config.engine,
         seed=config.seed,
+        threat=config.threat,
     )
     setup.check(server, data, clients, metrics)
 

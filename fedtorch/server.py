@@ -31,6 +31,7 @@ from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.progress import Bar
 from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.rounds.synchronous import Asked, Rounds, Step, Synchronous
+from fedtorch.rounds.threat import Threat, attacked
 from fedtorch.strategies import lora
 from fedtorch.strategies.base import Strategy, sends, uploads
 from fedtorch.training.module import load, snapshot, statistics, to
@@ -63,8 +64,12 @@ class Server:
         engine: Engine | None = None,
         seed: int = 0,
         observers: Sequence[Observer] = (),
+        threat: Threat | None = None,
     ) -> None:
-        """Check everything and start the engine; ``seed`` decides every draw of the run."""
+        """Check everything and start the engine; ``seed`` decides every draw of the run.
+
+        ``threat``: which of the clients lie and how, in a simulation.
+        """
         fit("the model", model, nn.Module)
         self.recipe: Recipe = fit("recipe", recipe or Recipe(), Recipe)
         self.participation: Participation = fit("participation", participation, Participation)
@@ -81,6 +86,10 @@ class Server:
         combination.check(self.recipe, participation, pace)
         if isinstance(self.recipe.aggregator, Robust):
             self.recipe.aggregator.check(participation.most(len(clients)), self.ids)
+        if threat is not None:
+            fit("threat", threat, Threat)
+            self.recipe, clients = attacked(self.recipe, clients, threat, seed)
+            combination.check(self.recipe, participation, pace)
         if self.recipe.privacy.fix_model:
             model = models.fixed(model)
         strategy = combination.settled(self.recipe.strategy, pace).prepare(model)

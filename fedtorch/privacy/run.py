@@ -31,7 +31,7 @@ COVERED = {
     "example": frozenset(
         (
             *("cohort", "failed", "clients", "dropped", "update_norm", "bytes_down", "bytes_up"),
-            *("left_out", "far", "too_few"),
+            *("left_out", "far", "too_few", "liars"),
         )
     ),
     "client": frozenset[str](),

@@ -84,6 +84,16 @@ CHOICES: dict[str, dict[str, str]] = {
     },
     "privacy.adaptive": {"on": "fedtorch.privacy.AdaptiveClip"},
     "privacy.bands": {"on": "fedtorch.privacy.Bands"},
+    "threat": {
+        "sign-flip": "fedtorch.rounds.threat.SignFlip",
+        "gauss": "fedtorch.rounds.threat.Gauss",
+        "label-flip": "fedtorch.rounds.threat.LabelFlip",
+        "alie": "fedtorch.rounds.threat.Alie",
+        "ipm": "fedtorch.rounds.threat.Ipm",
+        "min-max": "fedtorch.rounds.threat.MinMax",
+        "min-sum": "fedtorch.rounds.threat.MinSum",
+        "mimic": "fedtorch.rounds.threat.Mimic",
+    },
     "schedule": {
         "constant": "fedtorch.rounds.schedules.Constant",
         "exponential": "fedtorch.rounds.schedules.Exponential",
@@ -128,6 +138,10 @@ WANTED = {
     "privacy.adaptive": ("fedtorch.privacy.AdaptiveClip", "it must be a subclass of AdaptiveClip"),
     "privacy.bands": ("fedtorch.privacy.Bands", "it must be a subclass of Bands"),
     "schedule": ("__call__", "it must be a dataclass that can be called with the round"),
+    "threat": (
+        "fedtorch.rounds.threat.Threat",
+        "it must be a subclass of fedtorch.rounds.threat.Threat",
+    ),
     "tracking": (
         "fedtorch.tracking.Tracking",
         "it must be a subclass of fedtorch.tracking.Tracking",

@@ -21,7 +21,7 @@ class FedBABU(Strategy):
 
     def prepare(self, model: nn.Module) -> "FedBABU":
         """Freeze the head; raises ConfigError where there is none, or nothing else."""
-        names = [k for k, p in model.named_parameters() if p.requires_grad]
+        names = [k for k, _ in model.named_parameters()]
         found = self._found(names)
         if not found or len(found) == len(names):
             which = "every weight" if found else "no weight"

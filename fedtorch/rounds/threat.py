@@ -1,0 +1,271 @@
+"""Clients who lie, in a simulation: what they train on, and what they send in place of what they learned.
+
+A liar of the rows sees what every honest client sends in the round. Whoever claims that a rule holds has
+to try it against these.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from fedtorch import seeds
+from fedtorch.aggregation.mean import Aggregator, Gathering, Held
+from fedtorch.client import Client
+from fedtorch.options import ANY, COUNT, NOT_NEGATIVE, check
+from fedtorch.tree import split
+from fedtorch.types import ConfigError, Params, Released
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threat:
+    """So many clients lie, drawn by the run's seed; one of your own overrides ``rows`` or ``data``."""
+
+    liars: int = 1
+    """How many of all clients lie."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number."""
+        ranges = dict.fromkeys(("scale", "std", "epsilon"), NOT_NEGATIVE)
+        check(self, "threat", liars=COUNT, z=ANY, **ranges)
+
+    def who(self, ids: Sequence[str], seed: int) -> tuple[str, ...]:
+        """Ids of those who lie."""
+        if self.liars >= len(ids):
+            raise ConfigError(
+                f"threat.liars {self.liars} leaves no honest one of {len(ids)} clients: take fewer"
+            )
+        drawn = torch.randperm(len(ids), generator=seeds.generator(seed, "liars"))
+        return tuple(sorted(ids[k] for k in drawn[: self.liars].tolist()))
+
+    def data(self, data: Dataset) -> Dataset:
+        """What a liar trains on in place of its own data."""
+        return data
+
+    def rows(self, honest: Tensor, own: Tensor, seed: int) -> Tensor:
+        """What liars send, [L, d] in float64, from what honest ones send, [H, d], and what they learned."""
+        return own
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignFlip(Threat):
+    """The opposite of what was learned, ``scale`` times."""
+
+    scale: float = 1.0
+    """How many times as long."""
+
+    def rows(self, honest: Tensor, own: Tensor, seed: int) -> Tensor:
+        """-x."""
+        return -self.scale * own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gauss(Threat):
+    """Noise in place of an update."""
+
+    std: float = 1.0
+    """Standard deviation of each number."""
+
+    def rows(self, honest: Tensor, own: Tensor, seed: int) -> Tensor:
+        """Other noise each round and liar."""
+        draw = seeds.generator(seed, "gauss")
+        return self.std * torch.randn(own.shape, dtype=torch.float64, generator=draw)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelFlip(Threat):
+    """Honest training on labels y -> C - 1 - y."""
+
+    classes: int = 10
+    """C."""
+
+    def data(self, data: Dataset) -> Dataset:
+        """With other labels; raises ConfigError where there are none."""
+        if type(data) is not TensorDataset or data.tensors[-1].is_floating_point():
+            raise ConfigError("threat label-flip is for data (x, y) with whole numbers as labels")
+        *x, y = data.tensors
+        if int(y.max()) >= self.classes:
+            raise ConfigError(
+                f"threat.classes {self.classes} is too few for label {int(y.max())}: say how many there are"
+            )
+        return TensorDataset(*x, self.classes - 1 - y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alie(Threat):
+    """A little is enough: mean - z deviations of the honest ones (Baruch et al. 2019, arXiv:1902.06156)."""
+
+    z: float | None = None
+    """none: as far as the paper's count of clients lets liars go unseen."""
+
+    def rows(self, honest: Tensor, own: Tensor, seed: int) -> Tensor:
+        """Coordinate by coordinate."""
+        z = furthest(len(honest) + len(own), len(own)) if self.z is None else self.z
+        return (honest.mean(0) - z * deviation(honest)).expand(own.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ipm(Threat):
+    """Inner product manipulation: -epsilon times the honest mean (Xie et al. 2020, arXiv:1903.03936)."""
+
+    epsilon: float = 0.5
+    """How many times as long as the mean."""
+
+    def rows(self, honest: Tensor, own: Tensor, seed: int) -> Tensor:
+        """All alike."""
+        return (-self.epsilon * honest.mean(0)).expand(own.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinMax(Threat):
+    """As far against the deviation as no farther from anybody than two honest ones are (NDSS 2021)."""
+
+    sums: ClassVar[bool] = False
+
+    def rows(self, honest: Tensor, own: Tensor, seed: int) -> Tensor:
+        """Mean - gamma deviations with the largest gamma, by bisection."""
+        mean, way = honest.mean(0), -deviation(honest)
+        apart = torch.cdist(honest, honest, compute_mode="donot_use_mm_for_euclid_dist").square()
+        allowed = apart.sum(1).max() if self.sums else apart.max()
+
+        def fits(gamma: float) -> bool:
+            away = (mean + gamma * way - honest).square().sum(1)
+            return bool((away.sum() if self.sums else away.max()) <= allowed)
+
+        low, high = 0.0, 1.0
+        while fits(high) and high < 1e9:
+            low, high = high, 2 * high
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return (mean + low * way).expand(own.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinSum(MinMax):
+    """The same with the sum of squared distances to all in place of the largest."""
+
+    sums: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mimic(Threat):
+    """All liars send what one honest client sends, who so counts for many (arXiv:2006.09365, section 3)."""
+
+    def rows(self, honest: Tensor, own: Tensor, seed: int) -> Tensor:
+        """The same client's in every round in which it is there: the first by id."""
+        return honest[0].expand(own.shape)
+
+
+def deviation(rows: Tensor) -> Tensor:
+    """Of a sample, by coordinate."""
+    return rows.std(0) if len(rows) > 1 else torch.zeros_like(rows[0])
+
+
+def furthest(clients: int, liars: int) -> float:
+    """ALIE's z: how far off a value is that enough honest ones are beyond; 0: no attack is that small."""
+    needed = clients // 2 + 1 - liars
+    share = (clients - liars - needed) / (clients - liars)
+    return statistics.NormalDist().inv_cdf(share) if 0.5 < share < 1 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacked:
+    """An aggregator that liars send to: it sees their rows in place of what they learned."""
+
+    linear: ClassVar[bool] = False
+
+    rule: Aggregator
+    threat: Threat
+    who: tuple[str, ...]
+
+    def start(
+        self, held: Held | None = None, seed: int = 0, dtype: torch.dtype = torch.float64
+    ) -> "Forged":
+        """Nobody yet."""
+        return Forged(self.rule.start(held, seed, dtype), self.threat, self.who, seed)
+
+
+def attacked(
+    recipe: Any, clients: Sequence[Client], threat: Threat, seed: int
+) -> tuple[Any, list[Client]]:
+    """The recipe and the clients with liars among them; raises ConfigError where clients are elsewhere."""
+    if not all(isinstance(c, Client) for c in clients):
+        raise ConfigError(
+            "threat is for simulations, and these clients are elsewhere: leave it out"
+        )
+    who = threat.who(sorted(c.id for c in clients), seed)
+    own = [_lying(c, threat) if c.id in who else c for c in clients]
+    return replace(recipe, aggregator=Attacked(rule=recipe.aggregator, threat=threat, who=who)), own
+
+
+def _lying(client: Client, threat: Threat) -> Client:
+    data = threat.data(client.data)
+    if data is client.data:
+        return client
+    return Client(client.id, data, client.validation, sampler=client.sampler)
+
+
+@dataclass
+class Forged:
+    """Keeps a round's updates until the liars have seen the honest ones."""
+
+    rule: Gathering
+    threat: Threat
+    who: tuple[str, ...]
+    seed: int
+    came: list[Released] = field(default_factory=list)
+    """One client each."""
+
+    @property
+    def held(self) -> Held:
+        """The rule's."""
+        return self.rule.held
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The rule's, and who lied."""
+        here = [u.ids[0] for u in self.came if u.ids[0] in self.who]
+        return self.rule.figures | ({"liars": sorted(here)} if here else {})
+
+    def add(self, update: Released) -> None:
+        """Each client by itself, copied: what a worker sends it overwrites with the next client."""
+        for k, id in enumerate(update.ids):
+            one = slice(k, k + 1)
+            sent = {g: {n: v[one].clone() for n, v in s.items()} for g, s in update.sent.items()}
+            floats = {n: v[one].clone() for n, v in update.buffers.items()}
+            figures = {n: v[one] for n, v in update.metrics.items()}
+            weight = update.weight[one]
+            self.came.append(Released.received((id,), sent, floats, weight, figures))
+
+    def sums(self) -> dict[str, Params]:
+        """Raises TypeError: liars are not of the sum that noise is made for."""
+        raise TypeError("an attacked rule takes no sum")
+
+    def result(self, start: Params) -> tuple[dict[str, Params], Params]:
+        """What the rule makes of honest and forged updates, in the order of ids."""
+        came = sorted(self.came, key=lambda u: u.ids)
+        lying = [u for u in came if u.ids[0] in self.who]
+        honest = [u for u in came if u.ids[0] not in self.who]
+        forged = {}
+        if lying and honest:
+            rows = self.threat.rows(_flat(honest), _flat(lying), self.seed)
+            forged = {u.ids[0]: row for u, row in zip(lying, rows, strict=True)}
+        for update in came:
+            if update.ids[0] in forged:
+                shapes = {n: v.shape[1:] for n, v in update.sent["delta"].items()}
+                delta = split(forged[update.ids[0]].double()[None], shapes)
+                update = update.beside({"delta": delta})
+            self.rule.add(update)
+        return self.rule.result(start)
+
+
+def _flat(updates: Sequence[Released]) -> Tensor:
+    rows = [
+        torch.cat([v.double().cpu().flatten() for v in u.sent["delta"].values()]) for u in updates
+    ]
+    return torch.stack(rows)
