@@ -13,6 +13,7 @@ from fedtorch.__main__ import main
 from fedtorch.data import ImageFolder
 from fedtorch.data.pictures import Pictures
 from fedtorch.data.prepared import said
+from fedtorch.training.batches import Collated
 
 
 def write(root, *folders, n=6, size=(5, 4), mode="L", value=None):
@@ -64,6 +65,12 @@ def test_files_that_are_read_each_time_give_what_memory_gives(tmp_path):
         for i, (x, y) in enumerate(getattr(kept, part)):
             other, label = getattr(lazy, part)[i]
             assert torch.equal(x, other) and y == label and x.shape == (3, 4, 4)
+    ahead = ImageFolder(**options, memory=0, workers=2).load(0).train
+    assert (
+        isinstance(ahead, Collated)
+        and ahead.num_workers == 2
+        and torch.equal(ahead[4][0], lazy.train[4][0])
+    )
     there = pickle.loads(pickle.dumps(lazy.train))
     assert torch.equal(there[4][0], lazy.train[4][0])
     assert "folders are part/class" in said(lazy) and "the validation folder is left out" in said(

@@ -142,7 +142,8 @@ def own() -> tuple[list[str], str, list[str]]:
     return found[:at], found[at], found[at + 1 :]
 
 
-def test_set_ups_of_ones_own_are_short_and_run():
+def test_set_ups_of_ones_own_are_short_and_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     parts, run, setups = own()
     names: dict[str, object] = {"__name__": "documentation"}
     exec("\n".join([*parts, run]), names)

@@ -16,6 +16,7 @@ from fedtorch.data.base import Data, Preparation, facts_of
 from fedtorch.data.content import split
 from fedtorch.data.pictures import Frame, Seen
 from fedtorch.options import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check
+from fedtorch.training.batches import Collated
 from fedtorch.types import ConfigError
 
 PARTS = {
@@ -65,10 +66,13 @@ class ImageFolder:
     """Share kept for the test where no folder holds it, each picture by its content; 0: none."""
     memory: int = 256
     """MiB of pictures, as numbers, that are kept in memory; of more each is read when it is needed."""
+    workers: int = 0
+    """Processes that read ahead for a client that trains, where pictures are not kept."""
 
     def __post_init__(self) -> None:
         """Refuse what no picture can become."""
         ranges = {"size": COUNT, "resize": COUNT, "scale": POSITIVE, "memory": NOT_NEGATIVE}
+        ranges["workers"] = NOT_NEGATIVE
         check(self, "dataset", test_fraction=SHARE, **ranges)
         if self.resize and (not self.size or self.resize < self.size):
             raise ConfigError(
@@ -109,6 +113,8 @@ class ImageFolder:
             rows: list[Sequence[str] | Tensor] = [seen.digests, y, *([owners] if owners else [])]
             keep, held = split(rows, self.test_fraction, seed)
         train, test = (seen.dataset(index, every, scale) for index in (keep, held))
+        if self.workers and not seen.kept:
+            train = Collated(train, num_workers=self.workers)
         kept = "kept in memory" if seen.kept else "read from their files each time"
         done = Preparation(
             classes=() if names == [str(k) for k in range(len(names))] else tuple(names),
