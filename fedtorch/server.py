@@ -17,7 +17,7 @@ from fedtorch.aggregation.rows import Robust
 from fedtorch.checks import combination, handed, strategies
 from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
-from fedtorch.engines.messages import digest
+from fedtorch.engines.travels import Weights
 from fedtorch.options import NOT_NEGATIVE, fit, within
 from fedtorch.privacy import models
 from fedtorch.privacy.accounting.ledger import Ledger
@@ -34,13 +34,11 @@ from fedtorch.rounds.synchronous import Asked, Rounds, Step, Synchronous
 from fedtorch.rounds.threat import Threat, attacked
 from fedtorch.strategies import lora
 from fedtorch.strategies.base import Strategy, sends, uploads
-from fedtorch.training.module import load, snapshot, statistics, to
+from fedtorch.training.module import load, statistics
 from fedtorch.training.outline import copied
 from fedtorch.training.personal import personal, shared
-from fedtorch.tree import alike, all_finite, to_float64
+from fedtorch.tree import all_finite, to_float64
 from fedtorch.types import ConfigError, Failure, Params, Task
-
-CPU = torch.device("cpu")
 
 NOBODY = "a round in which no client counted, and the model stays as it was"
 
@@ -99,13 +97,10 @@ class Server:
         # what is trained, what travels, and what the server keeps
         own = personal(model, strategy.personal)
         self.trainable = shared(model, strategy.personal)
-        self._first = to(snapshot(model), CPU)
-        self._digests: dict[tuple[str, ...], str] = {}
         self._parameters = handed.parameters(model)
-        self._sent = {*self.trainable}
-        if self.recipe.privacy.statistics:
-            self._sent |= statistics(model) - own
-        params = {k: self._first[k] for k in self.trainable}
+        averaged = statistics(model) - own if self.recipe.privacy.statistics else set()
+        self._weights = Weights(model, {*self.trainable} | averaged)
+        params = {k: self._weights.first[k] for k in self.trainable}
         self._dtype = params[self.trainable[0]].dtype
         self.extras, self.hidden = strategy.init(params), strategy.hold(params)
         """Groups of the strategy: those that are broadcast, and those that are not."""
@@ -162,7 +157,7 @@ class Server:
         came = gather(total, self._arrivals(step), self.recipe, self._coded, self.observers)
         self.visits = came.reports
         trained = time.perf_counter()
-        means, buffers = self._move(self._first | task.state, total)
+        means, buffers = self._move(self._weights.first | task.state, total)
         self.round_number += 1
         self.under_way.land(step)
         figures = {
@@ -187,7 +182,7 @@ class Server:
 
         Empty where clients live elsewhere, as sites do. Nothing noised them on the client's way here.
         """
-        shared, strategy = self._now(), self.recipe.strategy
+        shared, strategy = self._weights.now(), self.recipe.strategy
         found = {i: strategy.own(shared, m) for i, m in self.session.memory().items()}
         return {i: own for i, own in found.items() if own}
 
@@ -225,8 +220,8 @@ class Server:
 
     def moved(self) -> bool:
         """Whether any round has changed a weight that is trained."""
-        now = self._state()
-        return any(not torch.equal(now[k], self._first[k]) for k in self.trainable)
+        now, first = self._weights.now(), self._weights.first
+        return any(not torch.equal(now[k], first[k]) for k in self.trainable)
 
     def fit(self, rounds: int, progress: bool = True) -> History:
         """Train ``rounds`` more rounds, with a bar on a terminal or in a notebook; all their figures."""
@@ -244,12 +239,12 @@ class Server:
         Of the model only what has changed or will: a run goes on from the same frozen weights, whose digest
         says so.
         """
-        model = self._travels()
+        model = self._weights.travel()
         return {
             "round": self.round_number,
             "seed": self.seed,
             "model": model,
-            "base": self._digest(model),
+            "base": self._weights.rest(model),
             "extras": self.extras,
             "optimizer": self.optimizer_state,
             "memory": self.session.memory(),
@@ -267,9 +262,9 @@ class Server:
         missing = [k for k in self.state_dict() if k not in {"base", *state}]
         if missing:
             raise ConfigError(f"the checkpoint has no {missing[0]!r}: another version wrote it")
-        model = self._first | state["model"]
-        handed.same_shapes(self._first, model)
-        if "base" in state and state["base"] != self._digest(state["model"]):
+        model = self._weights.first | state["model"]
+        handed.same_shapes(self._weights.first, model)
+        if "base" in state and state["base"] != self._weights.rest(state["model"]):
             raise ConfigError(
                 "the checkpoint is of another model: its frozen weights or constants are not these; make "
                 "the Server with the model as it was before training"
@@ -316,36 +311,11 @@ class Server:
     def _task(self) -> Task:
         lr = self.recipe.learning_rate * self.schedule(self.round_number)
         numbers = self.books.numbers(self.round_number)
-        return Task(self._travels(), self.extras, self.round_number, self.seed, lr, numbers)
+        return Task(self._weights.travel(), self.extras, self.round_number, self.seed, lr, numbers)
 
     def _state(self) -> Params:
-        """The model's parameters and buffers, on the CPU, wherever it is.
-
-        A buffer that a forward made is nobody's state; of one that it made larger, the first is.
-        """
-        return {k: v.clone() for k, v in self._now().items()}
-
-    def _now(self) -> Params:
-        """The same, not copied where the model is on the CPU."""
-        model = (*self.model.named_parameters(), *self.model.named_buffers())
-        now = {k: v.detach().to(CPU) for k, v in model}
-        return {k: now[k] if now[k].shape == v.shape else v for k, v in self._first.items()}
-
-    def _travels(self) -> Params:
-        """What clients do not have with the model: what is trained, and what else is no longer as it was.
-
-        Running statistics travel from the start, as they are about to move.
-        """
-        first = self._first
-        now = self._now()
-        return {k: v.clone() for k, v in now.items() if k in self._sent or not alike(v, first[k])}
-
-    def _digest(self, model: Params) -> str:
-        """Of the rest of the model as it was given, which ``model`` lacks."""
-        rest = tuple(k for k in self._first if k not in model)
-        if rest not in self._digests:  # they are the same from round to round
-            self._digests[rest] = digest({k: self._first[k] for k in rest})
-        return self._digests[rest]
+        """A copy of the model's parameters and buffers, on the CPU."""
+        return {k: v.clone() for k, v in self._weights.now().items()}
 
     def _arrivals(self, step: Step) -> Iterator[Arrival]:
         """Let them train; first who was lost on the way."""
@@ -415,7 +385,9 @@ class Server:
             "step_norm": step_norm,
             **({"step_failed": 1} if self.failed_step else {}),
             **({"nobody": 1} if self.nobody else {}),
-            **traffic(task, self._first, sent, asked=asked, reported=reported, coded=came.coded),
+            **traffic(
+                task, self._weights.first, sent, asked=asked, reported=reported, coded=came.coded
+            ),
         }
 
 

@@ -15,6 +15,7 @@ from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.privacy import Nothing
 from fedtorch.recipe import Recipe
+from fedtorch.strategies.base import still
 from fedtorch.training.batches import Collated, fetch, least, len_of, uncollated
 from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
@@ -27,7 +28,7 @@ from fedtorch.training.own_update import Visit, own_update
 from fedtorch.training.stacked import forward, snapshot, to, vmapped_losses
 from fedtorch.training.step import Stepping, pair
 from fedtorch.tree import expand, leaves, mapped, parts, rows, size
-from fedtorch.types import ConfigError, Context, Params
+from fedtorch.types import ConfigError, Params
 
 
 class Found(NamedTuple):
@@ -256,9 +257,7 @@ def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
     name, strategy = type(model).__name__, recipe.strategy
     client = f"client optimizer {recipe.client_optimizer.words}"
     start = {k: p.detach().clone() for k, p in params.items()}
-    extras = {g: expand(e) for g, e in strategy.init(start).items()}
-    memory = {g: expand(m) for g, m in strategy.remember(start).items()}
-    context = Context(expand(start), extras, memory, torch.ones(1), recipe.learning_rate, (0,))
+    context = replace(still(strategy, start, strategy.init(start)), lr=recipe.learning_rate)
     views = expand({k: p.detach() for k, p in params.items()})
     try:
         correct = Corrector(strategy, context)

@@ -5,6 +5,7 @@ send: no clip bounds that, and which clients train side by side is the machine's
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from fedtorch import seeds
 from fedtorch.aggregation.rows import BUFFERS
 from fedtorch.channel.base import UNSENT
 from fedtorch.privacy.client import CLIP_BIT
-from fedtorch.strategies.base import Strategy
+from fedtorch.strategies.base import Strategy, still
 from fedtorch.training.correction import correction
 from fedtorch.training.personal import GROUP
-from fedtorch.tree import expand, tmap
+from fedtorch.tree import tmap
 from fedtorch.types import ConfigError, Context, Params, Stack
 
 TAKEN = {"sends": {BUFFERS, CLIP_BIT}, "remembers": {GROUP}}
@@ -70,9 +71,8 @@ def _found(
         return torch.stack([v + 0.1 * draw for draw in draws])
 
     memory = {g: tmap(two, m) for g, m in strategy.remember(params).items()}
-    shared = {g: expand(e) for g, e in extras.items()}
-    steps = torch.tensor([3, 3 + seed])
-    ctx = Context(expand(params), shared, memory, steps, 0.1, (0, seed))
+    steps, one = torch.tensor([3, 3 + seed]), still(strategy, params, extras)
+    ctx = replace(one, memory=memory, steps=steps, lr=0.1, seeds=(0, seed))
     with torch.no_grad(), seeds.seeded(0):
         return half(tmap(two, params), ctx)
 

@@ -1,6 +1,6 @@
 """A strategy is a frozen dataclass of hyper-parameters with pure methods; every default is FedAvg."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -195,18 +195,19 @@ class FedAvg(Strategy):
 
 def uploads(strategy: Strategy, params: Params, extras: dict[str, Params]) -> dict[str, Params]:
     """What a client uploads, in names and shapes: an upload of a visit that changed nothing."""
-    ctx = _still(strategy, params, extras)
+    ctx = still(strategy, params, extras)
     return {g: row(s, 0) for g, s in strategy.upload(expand(params), ctx)[0].items()}
 
 
 def sends(strategy: Strategy, params: Params, extras: dict[str, Params]) -> dict[str, Params]:
     """All that a client sends, in names and shapes: what it uploads, and its numbers."""
     found = uploads(strategy, params, extras)
-    numbers = strategy.numbers(_still(strategy, params, extras), torch.ones(1).double())
+    numbers = strategy.numbers(still(strategy, params, extras), torch.ones(1).double())
     return found | ({NUMBERS: {n: v.double()[0] for n, v in numbers.items()}} if numbers else {})
 
 
-def _still(strategy: Strategy, params: Params, extras: dict[str, Params]) -> Context:
+def still(strategy: Strategy, params: Params, extras: Mapping[str, Params]) -> Context:
+    """What a strategy sees of a client's first visit, before any step."""
     own = {g: expand(m) for g, m in strategy.remember(params).items()}
     shared = {g: expand(e) for g, e in extras.items()}
     return Context(expand(params), shared, own, torch.ones(1), 1.0, (0,))
