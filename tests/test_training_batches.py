@@ -1,11 +1,20 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from fedtorch.training.batches import alike, batch_order, batches, fetch, least, side_by_side
+from fedtorch.training.batches import (
+    alike,
+    batch_order,
+    batches,
+    fetch,
+    in_parts,
+    least,
+    side_by_side,
+    steps_of,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,22 @@ def test_drop_last_never_pads(n, batch, seed):
     rows = batch_order(n, Order(batch_size=batch, drop_last=True), seed)
     assert (rows >= 0).all()
     assert rows.shape[1] == min(batch, n)
+
+
+@given(st.integers(1, 50), st.integers(1, 12), st.integers(1, 5), st.booleans(), st.integers(0, 99))
+def test_accumulated_batches_are_those_of_a_pass_in_order(n, batch, many, drop_last, seed):
+    one = Order(batch_size=batch, drop_last=drop_last)
+    plain = [r[r >= 0].tolist() for r in batch_order(n, one, seed)]
+    plan = batch_order(n, replace(one, accumulate=many, epochs=2), seed)
+    data = TensorDataset(torch.arange(n), torch.arange(n))
+    found = [[(b[0].tolist(), s) for b, s in step] for step in in_parts(data, plan, batch)]
+    assert len(plan) == len(found) == steps_of(n, replace(one, accumulate=many, epochs=2))
+    groups = [plain[k : k + many] for k in range(0, len(plain), many)]
+    assert [[b for b, _ in step] for step in found[: len(groups)]] == groups
+    for step in found:
+        shares = [s for _, s in step]
+        assert abs(sum(shares) - 1) < 1e-9
+        assert all(abs(s - len(b) / sum(len(c) for c, _ in step)) < 1e-9 for b, s in step)
 
 
 def test_steps_take_the_place_of_epochs():

@@ -314,6 +314,7 @@ REFUSED = {
         lambda m, lr: [SGD(m.parameters(), lr), SGD(m[0].parameters(), lr)],
         r"steps parameter 0.weight twice",
     ),
+    "params": (lambda params, lr: SGD(params, lr), r"; it is called as fn\(model, lr\)"),
     "fails": (lambda m: m, r"cannot train model Sequential: .*takes 1 positional argument but 2"),
     "closure": (
         lambda m, lr: torch.optim.LBFGS(m.parameters(), lr),
@@ -359,6 +360,8 @@ def test_rates_that_do_not_follow_the_rounds_are_said():
     notes = Server(mlp(), make_clients([9]), recipe).notes
     assert any("has learning rates of its own: lr and schedule do not change" in n for n in notes)
     notes = Server(mlp(), make_clients([9]), Recipe(optimizer=heads_faster)).notes
+    picky = {0.1: 0.2}
+    Server(mlp(), make_clients([9]), Recipe(optimizer=lambda m, lr: SGD(m.parameters(), picky[lr])))
     assert not any("learning rates" in n for n in notes)
 
 

@@ -270,8 +270,9 @@ def _stepper(model: nn.Module, recipe: Recipe) -> Callable[[], None]:
     except ConfigError:
         raise
     except Exception as e:
-        fix = "; a function fn(model, lr) may give several optimizers"
-        fix = fix if isinstance(recipe.client_optimizer.maker(), type) else ""
+        fix = "; it is called as fn(model, lr)"
+        if isinstance(recipe.client_optimizer.maker(), type):
+            fix = "; a function fn(model, lr) may give several optimizers"
         raise ConfigError(f"{client} cannot train model {name}: {_first(e)}{fix}") from e
 
     def take() -> None:

@@ -93,8 +93,13 @@ def notes(model: nn.Module, sizes: Sequence[int], recipe: Recipe) -> list[str]:
     if isinstance(client.maker(), type):
         return []
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    made = [optimizers(client, model, params, lr) for lr in (1.0, 0.5)]
-    found = [[g["lr"] for o in each for g in o.param_groups] for each in made]
+    found = []
+    for lr in (recipe.learning_rate, recipe.learning_rate / 2):
+        try:
+            made = optimizers(client, model, params, lr)
+        except Exception:  # the rate is none for it, so it looks at it
+            return []
+        found.append([g["lr"] for o in made for g in o.param_groups])
     if found[0] != found[1]:
         return []
     return [
