@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fedtorch.recipe import Recipe
 from fedtorch.strategies.base import Strategy
+from fedtorch.training.local_steps import rates
 from fedtorch.training.module import resting
 from fedtorch.training.results import Results, Stacked
 from fedtorch.tree import near
@@ -44,7 +45,9 @@ class Passes:
             asked = replace(asked, steps=None, epochs=epochs)
         order = self.order(asked)
         own = self.ctx.own | (start or {})
-        ctx = replace(self.ctx, own=own, steps=torch.tensor([len(p) for p in order]))
+        taken = torch.tensor([len(p) for p in order])
+        lr_sum = rates(asked, self.task.lr, taken)
+        ctx = replace(self.ctx, own=own, steps=taken, lr_sum=lr_sum)
         with resting(self.model, {*rests}):
             found = self.run(order, asked, ctx)
         rows, floats = found.rows()
