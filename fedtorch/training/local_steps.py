@@ -130,7 +130,12 @@ def schedule(recipe: Recipe, optimizer: Optimizer, steps: int) -> LRScheduler:
     """What changes the learning rate after each of a visit's steps, in all groups of the optimizer."""
     if recipe.scheduler is None:
         return LambdaLR(optimizer, lambda t: factor(recipe, t, steps))
-    made = recipe.scheduler(optimizer, steps)
+    try:
+        made = recipe.scheduler(optimizer, steps)
+    except Exception as e:
+        raise ConfigError(
+            f"scheduler fails, called as fn(optimizer, {steps}): {type(e).__name__}: {e}"
+        ) from e
     if not isinstance(made, LRScheduler) or isinstance(made, ReduceLROnPlateau):
         raise ConfigError(
             "scheduler must return an LRScheduler of torch that needs no metric, got " + shown(made)
