@@ -60,6 +60,11 @@ def test_names_that_nobody_declared_are_asked_for_with_the_answer_at_hand(tmp_pa
     assert found.facts["in_features"] == 1 + 4 + 1 + 1
     with pytest.raises(ConfigError, match=r"the categories of ward .* voids the privacy claim"):
         covered(found.preparation)
+    commas = '?,"x, y",no,1,0\n' + "\n".join(ROWS).replace(",a,", ',"x, y",').partition("\n")[2]
+    with pytest.raises(
+        ConfigError, match=r"such as 'x, y'.*categories = \['ward=b\|c\|x, y'\] under"
+    ):
+        csv(tmp_path, "age,ward,smoker,chol,sick\n" + commas).load(0)
     covered(csv(tmp_path, **WARDS).load(0).preparation)
     with pytest.raises(ConfigError, match="sites must agree: give every site the same"):
         prepared.agreed(found, Csv(classes=["0", "1"]))
@@ -294,6 +299,11 @@ def test_a_parquet_file_is_the_table_it_was_written_from(tmp_path):
         assembly.unlabelled(tmp_path / "t.parquet", one.preparation),
         assembly.unlabelled(tmp_path / "table.csv", one.preparation),
     )
+    frame.index = [7 * i % 41 for i in range(40)]
+    frame.to_parquet(tmp_path / "t.parquet")
+    indexed = Csv(str(tmp_path / "t.parquet"), **WARDS).load(0)
+    assert torch.equal(indexed.train.tensors[0], two.train.tensors[0])
+    assert "pandas' index is left out" in said(indexed)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ConfigError, match="must be a parquet file"):
         Csv(str(tmp_path / "bad.parquet")).load(0)

@@ -33,6 +33,8 @@ def test_no_record_is_longer_than_the_norm_and_one_is_as_long(kind, width):
     found = statistics(kind, width)
     lengths = np.linalg.norm(found.vectors(records), axis=1)
     wanted = math.sqrt(width) if kind == "quartiles" else math.sqrt(1 + 1.25 * width)
+    beyond, ends = np.full((2, width), [[-7.0], [7.0]]), np.full((2, width), [[-1.0], [1.0]])
+    assert (found.vectors(beyond) == found.vectors(ends)).all()
     assert lengths.max() == pytest.approx(wanted) == pytest.approx(found.norm)
 
 

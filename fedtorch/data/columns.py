@@ -133,15 +133,18 @@ def _there(table: Sheet, name: str) -> tuple[str, ...]:
 
 
 def _undeclared(table: Sheet, words: Sequence[str]) -> ConfigError:
-    flags = ",".join(f"{n}={'|'.join(_there(table, n))}" for n in words)
-    first = next(v for v in table.column(words[0]) if table.number(v) is None)
+    every = [f"{n}={'|'.join(_there(table, n))}" for n in words]
+    how = f"--dataset.categories {','.join(every)!r}"
+    if any("," in e for e in every):  # which on the command line stands between columns
+        how = f"categories = {every} under [dataset] in a --config file"
+    column = table.column(words[0])
+    first = next(v for v in column if table.number(v) is None and not table.missing(v))
     many = len(words) > 1
     return ConfigError(
         f"{table.path}: {'columns' if many else 'column'} {', '.join(map(repr, words))} "
         f"{'hold' if many else 'holds'} names such as {first[:SHOWN]!r}, not a number: declare the "
-        f"categories with --dataset.categories {flags!r}, leave them out with --dataset.drop "
-        f"{','.join(words)}, or, without privacy, take those that are there with --dataset.categories "
-        f"{FOUND}"
+        f"categories with {how}, leave them out with --dataset.drop {','.join(words)}, or, without "
+        f"privacy, take those that are there with --dataset.categories {FOUND}"
     )
 
 

@@ -1,6 +1,7 @@
 """Tables of typed columns: parquet files, and data frames of pandas or what looks like them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ from fedtorch.data.sheet import Format, Sheet
 from fedtorch.types import ConfigError
 
 SUFFIX = ".parquet"
+
+INDEX = "__index_level_"
+"""Columns in which pandas keeps an index that has no name."""
 
 
 def parquet(path: Path, how: Format = Format()) -> Sheet:
@@ -20,7 +24,11 @@ def parquet(path: Path, how: Format = Format()) -> Sheet:
         columns = reader.read_table(path).to_pydict()
     except (OSError, ValueError, NotImplementedError) as e:  # pyarrow's own errors are among these
         raise ConfigError(f"dataset.path must be a parquet file: {e}") from e
-    return written(str(path), columns, how)
+    index = [c for c in columns if c.startswith(INDEX)]
+    if index:
+        columns = {c: v for c, v in columns.items() if c not in index}
+    found = written(str(path), columns, how)
+    return replace(found, notes=("pandas' index is left out",)) if index else found
 
 
 def frame(df: Any, name: str) -> Sheet:

@@ -68,7 +68,8 @@ def statement(run: PrivateRun) -> dict[str, Any]:
         "randomness": randomness(run),
         "outside_the_guarantee": "nothing is logged"
         if plan.strict
-        else "figures tagged nonprivate/, the table and picture of who got what, console lines of them",
+        else "figures tagged nonprivate/, the table and picture of who got what, remarks on columns of a "
+        "table, console lines of them",
     }
 
 
