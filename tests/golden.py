@@ -35,8 +35,11 @@ from fedtorch import (
     Strategy,
     Uniform,
 )
+from fedtorch.aggregation.mixing import NNM, Bucketing
+from fedtorch.aggregation.vectors import CentredClip, MultiKrum
 from fedtorch.engines import Engine, Processes
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, Privacy, SampleLevel
+from fedtorch.strategies import Ditto, FedDyn, FedNova
 
 PLACE = Path(__file__).with_name("golden.json")
 ROUNDS = 3
@@ -161,6 +164,15 @@ def runs() -> Iterator[tuple[str, str, Strategy, Engine, Privacy | None, dict[st
         PLANS["client"],
         {},
     )
+    yield "fednova fast", "mlp", FedNova(mu=0.1, weighting="examples"), local("fast"), None, {}
+    yield "feddyn stacked", "mlp", FedDyn(alpha=0.1), local("stacked"), None, {}
+    yield "ditto general", "normed", Ditto(lam=0.5), local("general"), None, {}
+    whom: dict[str, Any] = {"aggregator": MultiKrum(f=1, m=3, pre=NNM())}
+    yield "krum fast", "mlp", FedAvg(weighting="uniform"), local("fast"), None, whom
+    clipped: dict[str, Any] = {
+        "aggregator": CentredClip(f=0, tau=0.1, steps=2, pre=Bucketing(size=2))
+    }
+    yield "clip general", "mlp", FedAvg(weighting="uniform"), local("general"), None, clipped
     prox = FedProx(mu=0.1, weighting="uniform")
     yield "plan sample fedprox", "mlp", prox, local("general"), PLANS["sample"], {}
 

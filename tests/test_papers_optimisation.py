@@ -20,7 +20,7 @@ from fedtorch import (
     Uniform,
 )
 from fedtorch.privacy import ClientLevel, SampleLevel
-from fedtorch.strategies import FedDyn, FedExP, FedNova
+from fedtorch.strategies import ClientMomentum, FedDyn, FedExP, FedNova
 from fedtorch.training.local_steps import reach, stepper
 from fedtorch.training.optimizer import ClientOptimizer, ServerLAMB, ServerSGD
 from test_papers import A, B, N, Scalar, quadratic
@@ -108,10 +108,26 @@ def test_how_far_steps_go_is_how_far_the_same_optimizer_goes(args, more):
     assert -float(w.detach()) / lr == pytest.approx(float(found), rel=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_client_momentum_outlives_a_visit(chunk):
+    """By hand; client k ends 4 steps at b_k + (w - b_k) (1 - 0.1 a_k)^4."""
+    found = path(ClientMomentum(beta=0.5), 3, Local(chunk=chunk), **WHOLE)
+    w, m, want = 0.5, [0.0, 0.0], []
+    for _ in range(3):
+        for k in range(2):
+            change = (B[k] - w) * (1 - (1 - 0.1 * A[k]) ** 4)
+            m[k] = 0.5 * m[k] + 0.5 * change
+        w += 0.75 * m[0] + 0.25 * m[1]
+        want.append(w)
+    assert found == pytest.approx(want, abs=1e-12)
+
+
 SIZES = [37, 5, 18, 64, 1, 23]
 
 
-@pytest.mark.parametrize("strategy", [FedNova(mu=0.1), FedExP(), FedDyn()], ids=str)
+@pytest.mark.parametrize(
+    "strategy", [FedNova(mu=0.1), FedExP(), FedDyn(), ClientMomentum()], ids=str
+)
 @pytest.mark.parametrize("options", [{}, HEAVY], ids=["sgd", "momentum"])
 def test_every_solver_comes_to_the_same(strategy, options):
     found = []
@@ -126,7 +142,7 @@ def test_every_solver_comes_to_the_same(strategy, options):
         server = Server(
             mlp(), make_clients(SIZES), recipe, participation=cohort, engine=engine, seed=3
         )
-        assert recipe.needs_rows is isinstance(strategy, FedDyn), "sums stay sums"
+        assert recipe.needs_rows is isinstance(strategy, (FedDyn, ClientMomentum)), "sums stay sums"
         [*server.rounds(3)]
         found.append(weights(server.model))
     for other in found[1:]:
@@ -176,7 +192,9 @@ def test_what_the_server_holds_is_not_broadcast():
     assert server.hidden["h"]["0.weight"].abs().sum() > 0 and not server.extras
 
 
-@pytest.mark.parametrize("strategy, group", [(Scaffold(), "c"), (FedDyn(), "g")])
+@pytest.mark.parametrize(
+    "strategy, group", [(Scaffold(), "c"), (FedDyn(), "g"), (ClientMomentum(), "m")]
+)
 def test_clients_remember_what_was_really_sent(strategy, group):
     """Clipped far below what they learned, their memory moves no further than what the server has."""
     clip = 1e-3

@@ -42,6 +42,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "fednova": "fedtorch.strategies.FedNova",
         "fedexp": "fedtorch.strategies.FedExP",
         "feddyn": "fedtorch.strategies.FedDyn",
+        "client-momentum": "fedtorch.strategies.ClientMomentum",
     },
     "strategy.server": {
         "sgd": "fedtorch.training.optimizer.ServerSGD",

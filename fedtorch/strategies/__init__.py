@@ -12,9 +12,11 @@ from fedtorch.strategies.fedprox import FedProx
 from fedtorch.strategies.fedrep import FedRep
 from fedtorch.strategies.lg import LGFedAvg
 from fedtorch.strategies.lora import FedExLoRA, FFALoRA, RoLoRA
+from fedtorch.strategies.momentum import ClientMomentum
 from fedtorch.strategies.scaffold import Scaffold
 
 __all__ = [
+    "ClientMomentum",
     "Correction",
     "Ditto",
     "FFALoRA",
