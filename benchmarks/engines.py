@@ -116,7 +116,7 @@ def sites(width: int) -> tuple[list[float], float]:
 def start(folder: Path, name: str, port: int) -> subprocess.Popen:
     """A site's process, as a user would start it."""
     path = folder / f"{name}.npz"
-    np.savez(path, x=np.random.randn(5, 784).astype(np.float32), y=np.arange(5))
+    np.savez(path, x=np.random.randn(40, 784).astype(np.float32), y=np.arange(40) % 10)
     options = {
         "server": f"127.0.0.1:{port}",
         "name": name,

@@ -230,7 +230,9 @@ def test_examples_of_unequal_size_are_told_that_they_need_a_collate(privacy):
 def test_a_test_set_is_read_ahead_and_judged_alike():
     model = nn.Linear(3, 2)
     plain = evaluate(model, (X, Y), ["accuracy", "auroc"], batch_size=3)
-    loader = DataLoader(TensorDataset(X, Y), num_workers=1)
+    loader = DataLoader([*zip(X, Y, strict=True)], num_workers=1)
+    assert isinstance(as_dataset(loader, "a"), Collated)
+    assert type(as_dataset(DataLoader(TensorDataset(X, Y), num_workers=1), "a")) is TensorDataset
     assert evaluate(model, loader, ["accuracy", "auroc"], batch_size=3) == plain
 
 

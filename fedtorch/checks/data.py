@@ -15,9 +15,10 @@ def check(clients: Sequence[Client], recipe: Recipe) -> list[str]:
     for client in clients:
         if client.sampler is not None:
             _draws(client, client.sampler, recipe)
-        if (
-            client.loader is not None and not recipe.privacy.per_example
-        ):  # whose batches the plan draws
+    if recipe.privacy.per_example:  # the plan draws the batches, and says so
+        return []
+    for client in clients:
+        if client.loader is not None:
             _agrees(client, recipe)
     kept = [c.id for c in clients if c.loader and not (c.loader.shuffled or c.sampler)]
     if not kept:

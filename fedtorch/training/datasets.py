@@ -109,7 +109,8 @@ def as_dataset(
     made = _dataset(data, owner, collate is not None)
     if len_of(made) == 0 and not empty:
         raise ConfigError(f"{owner} has no examples; leave it out")
-    return Collated(made, collate, num_workers) if collate or num_workers else made
+    ahead = num_workers and not isinstance(made, TensorDataset)  # of which nothing has to be read
+    return Collated(made, collate, num_workers) if collate or ahead else made
 
 
 def _dataset(data: Any, owner: str, collated: bool) -> Dataset[Any]:
