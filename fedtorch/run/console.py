@@ -18,6 +18,9 @@ from torch import Tensor
 from fedtorch.rounds.observers import Observer
 from fedtorch.rounds.progress import summary, troubles
 
+WIDE = 10_000
+"""Letters in a line where nobody's window is too narrow for a table."""
+
 
 class _Screen(Console):
     """A console whose reader may go away, as with ``| head``: the run goes on without it."""
@@ -41,6 +44,8 @@ class Report(Observer):
         self.rounds = rounds
         live = self.console.is_terminal or self.console.is_jupyter
         self.lines = not live
+        if not live:
+            self.console.width = WIDE
         self.bar = Progress(
             TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
@@ -150,7 +155,7 @@ def show_table(rows: Sequence[Mapping[str, Any]], spare: Sequence[str] = ()) -> 
     """
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 10_000
+        console.width = WIDE
     left, shown = 0, table_of(rows)
     free = console.options.update(width=10_000)
     while left < len(spare) and console.measure(shown, options=free).maximum > console.width:
@@ -161,9 +166,9 @@ def show_table(rows: Sequence[Mapping[str, Any]], spare: Sequence[str] = ()) -> 
         console.print(f"({left} more options differ: widen the window, or fedtorch runs --json)")
 
 
-def table_of(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
+def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of named values as a table."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
         numbers = all(isinstance(r.get(name), (int, float, type(None))) for r in rows)

@@ -100,7 +100,8 @@ def conclude(
 ) -> None:
     """The last lines: how good, how long, where; ``clients``: their scores, a row each."""
     if clients:
-        report.say(table_of(clients, title(server.private is not None)))
+        report.say(title(server.private is not None))
+        report.say(table_of(clients))
     state = "stopped, saved" if stopped else "done" if server.moved() else "nothing learned"
     figures = "  ".join(
         f"{k.replace('_', ' ')} {word(v)}"
