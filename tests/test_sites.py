@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedtorch import Client, FedAvg, FedProx, Local, Median, Recipe, Scaffold, Server, TopK, seeds
+from fedtorch import Client, FedAvg, Local, Median, Recipe, Scaffold, Server, TopK, seeds
 from fedtorch.data import Npz
 from fedtorch.data.base import facts_of
 from fedtorch.engines import messages, wire
@@ -28,6 +28,7 @@ from fedtorch.sites.reports import Visit, expected, judge
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.sites.serve import calibrated
 from fedtorch.sites.site import Site
+from fedtorch.strategies import FedBABU, FedNova
 from fedtorch.training.stacked import snapshot
 from fedtorch.types import ConfigError, Task
 
@@ -119,11 +120,11 @@ def here(folder, offered, rounds, names=NAMES, engine=Local(chunk=1)):
 @pytest.mark.parametrize(
     "parts",
     [
-        {"strategy": FedProx(mu=0.1)},
+        {"strategy": FedNova(mu=0.1)},
         {"strategy": Scaffold()},
         {"aggregator": Median(), "channel": TopK(share=0.5)},
     ],
-    ids=["fedprox", "scaffold", "median of codes"],
+    ids=["fednova", "scaffold", "median of codes"],
 )
 def test_sites_give_the_weights_of_one_process(folder, tmp_path, parts):
     offered = offer(**parts)
@@ -140,6 +141,19 @@ def test_sites_give_the_weights_of_one_process(folder, tmp_path, parts):
     size = sum(v.numel() * 4 for v in wanted.values())
     assert size < told["site_north_bytes_sent"] < 3 * size + 2000
     assert os.listdir(tmp_path / "north/tensorboard")
+
+
+def test_a_site_freezes_what_the_strategy_does_not_train(folder, tmp_path):
+    offered = offer(FedBABU(head=("5.*",)))
+    with server(folder, offered) as there, sites(folder, there.session.port, tmp_path):
+        before = state_of(there.model)
+        assert next(there.rounds(1))["cohort"] == NAMES
+        there.close()
+    now = state_of(there.model)
+    assert {k for k, v in now.items() if not torch.equal(v, before[k])} == now.keys() - {
+        "5.weight",
+        "5.bias",
+    }
 
 
 def test_a_site_keeps_its_own_head_from_visit_to_visit(folder, tmp_path):

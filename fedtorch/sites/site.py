@@ -5,6 +5,7 @@ import random
 import re
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -140,6 +141,7 @@ class Site:
                 f"{self.data.kind}; see --dataset.kind"
             )
         self.model, recipe = plan.build()
+        recipe = replace(recipe, strategy=recipe.strategy.prepare(self.model))
         if plan.kind == "classification" and self.data.outputs > 1:
             # else a step would fail where a row of another class is in it, and tell that there is one
             probe.classes_fit(self.model, self.data.train, self.data.labels, self.data.outputs)
