@@ -16,10 +16,10 @@ with reading():
     from fedtorch.recipe import Recipe
     from fedtorch.rounds.observers import Observer
     from fedtorch.rounds.participation import Everyone, Poisson, Uniform
-    from fedtorch.run.evaluate import evaluate
     from fedtorch.run.setup import divide
     from fedtorch.server import Server
     from fedtorch.strategies import Correction, FedAvg, FedBN, FedPer, FedProx, Scaffold, Strategy
+    from fedtorch.training.evaluate import evaluate
     from fedtorch.training.local_update import local_update
     from fedtorch.training.optimizer import (
         ClientOptimizer,

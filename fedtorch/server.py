@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -34,6 +34,8 @@ from fedtorch.rounds.synchronous import Asked, Rounds, Step, Synchronous
 from fedtorch.rounds.threat import Threat, attacked
 from fedtorch.strategies import lora
 from fedtorch.strategies.base import Strategy, sends, uploads
+from fedtorch.training.evaluate import Judge, evaluate
+from fedtorch.training.losses import Loss
 from fedtorch.training.module import load, statistics
 from fedtorch.training.outline import copied
 from fedtorch.training.personal import personal, shared
@@ -232,6 +234,28 @@ class Server:
                 if progress:
                     bar.round(figures)
         return history
+
+    def evaluate(
+        self,
+        data: Any,
+        metrics: Mapping[str, Loss | str] | Sequence[str] | None = None,
+        batch_size: int | None = 512,
+        *,
+        step: Judge | None = None,
+    ) -> dict[str, float]:
+        """The global model on ``data`` of any kind that a client takes; see ``fedtorch.evaluate``.
+
+        Without ``metrics`` or ``step`` it is the loss that clients train by. Raises ConfigError where that
+        is not known, as with a recipe that has a step.
+        """
+        if metrics is None and step is None:
+            if self.recipe.step is not None or self.recipe.local is not None:
+                raise ConfigError(
+                    "what to judge by is not known where clients train by a step of their own: give "
+                    "metrics, or step=fn, which returns output and target, or figures by name"
+                )
+            metrics = {"loss": self.recipe.loss}
+        return evaluate(self.model, data, metrics or (), batch_size, step=step)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later run needs to go on exactly as this one would.

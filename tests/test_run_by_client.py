@@ -7,8 +7,8 @@ import pytest
 from fedtorch.__main__ import main
 from fedtorch.rounds.history import History
 from fedtorch.run import by_client
-from fedtorch.run.metrics import by_name
 from fedtorch.training.losses import cross_entropy
+from fedtorch.training.metrics import by_name
 
 SCORES = {"a": {"loss": 0.5, "auroc": math.nan}, "b": {"loss": 1.5, "auroc": 0.75}}
 METRICS = {"loss": cross_entropy, **by_name(["auroc"])}

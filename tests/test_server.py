@@ -20,6 +20,7 @@ from fedtorch import (
     Server,
     ServerAdam,
     ServerSGD,
+    evaluate,
 )
 from fedtorch.privacy import ClientLevel, LocalDP
 from fedtorch.run.console import Report
@@ -333,3 +334,21 @@ def test_fit_draws_one_line_on_a_terminal(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and out.count("\r") == 2
     assert "round 2/2 ####################" in out
+
+
+def test_a_server_judges_its_model_on_data_of_any_kind() -> None:
+    client = make_clients([12])[0]
+    x, y = client.data.tensors
+    server = Server(mlp(), [client])
+    found = server.evaluate((x.numpy(), y.numpy()))
+    assert found == evaluate(server.model, client.data, {"loss": server.recipe.loss})
+    assert [*server.evaluate((x, y), ["accuracy"])] == ["accuracy"]
+    stepped = Server(
+        mlp(), [client], Recipe(step=lambda model, batch: model(batch[0]).square().mean(1))
+    )
+    with pytest.raises(ConfigError, match="give metrics, or step=fn"):
+        stepped.evaluate((x, y))
+    figures = stepped.evaluate(
+        (x, y), step=lambda model, batch: {"size": model(batch[0]).abs().mean(1)}
+    )
+    assert figures["size"] > 0

@@ -20,7 +20,6 @@ from fedtorch.commands.train import train_module
 from fedtorch.data import Digits
 from fedtorch.rounds.history import read
 from fedtorch.run import checkpoint
-from fedtorch.run.evaluate import evaluate
 from fedtorch.tracking import Record, TensorBoard
 from fedtorch.tracking.record import Lines
 from fedtorch.tracking.tags import FAMILIES, TAGS, layout
@@ -28,6 +27,7 @@ from fedtorch.tracking.tensorboard import protos
 from fedtorch.tracking.tensorboard.events import trim
 from fedtorch.tracking.tensorboard.protos import EventFile, events
 from fedtorch.training import losses
+from fedtorch.training.evaluate import evaluate
 from fedtorch.types import ConfigError
 
 ROOT = Path(__file__).parent.parent

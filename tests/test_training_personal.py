@@ -11,7 +11,7 @@ from fedtorch import Client, FedAvg, FedBN, FedPer, FedProx, Local, Recipe, Scaf
 from fedtorch.engines import Processes
 from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
 from fedtorch.run import checkpoint, objects
-from fedtorch.run.evaluate import evaluate, evaluate_clients
+from fedtorch.training.evaluate import evaluate, evaluate_clients
 from fedtorch.training.losses import cross_entropy
 from fedtorch.training.personal import personal, shared
 from fedtorch.types import ConfigError

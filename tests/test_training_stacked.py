@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from conftest import make_clients, mlp, weights
 from fedtorch import Client, ClientOptimizer, FedProx, Local, Recipe, Server
 from fedtorch.engines import Processes
-from fedtorch.run.evaluate import evaluate
+from fedtorch.training.evaluate import evaluate
 from fedtorch.training.losses import cross_entropy
 from fedtorch.training.stacked import forward, load, snapshot, stacked, to
 

@@ -21,7 +21,7 @@ from fedtorch.data.text import BYTES, as_bytes
 from fedtorch.privacy.run import mark
 from fedtorch.run import by_client, checkpoint, cli, files, objects, results, setup, trust
 from fedtorch.run.console import show_table
-from fedtorch.run.evaluate import evaluate, evaluate_clients
+from fedtorch.training.evaluate import evaluate, evaluate_clients
 from fedtorch.training.personal import GROUP
 from fedtorch.training.stacked import forward
 from fedtorch.tree import joined, leaves, parts

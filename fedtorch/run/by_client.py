@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedtorch.run.metrics import worse
 from fedtorch.training.losses import Loss
+from fedtorch.training.metrics import worse
 
 Scores = Mapping[str, Mapping[str, float]]
 """Client -> name of a metric -> figure; NaN where a client's data have none."""

@@ -16,13 +16,13 @@ from fedtorch.rounds.observers import Observer
 from fedtorch.run import by_client, files, huggingface, objects
 from fedtorch.run import folder as folders
 from fedtorch.run.console import Report, StopSignal
-from fedtorch.run.evaluate import Judge, evaluate, evaluate_clients
 from fedtorch.run.finetune import finetuned
 from fedtorch.run.folder import Folder
 from fedtorch.run.messages import record_privacy, strict
 from fedtorch.run.options import RunOptions
 from fedtorch.server import Server
 from fedtorch.tracking import Record, Tracking
+from fedtorch.training.evaluate import Judge, evaluate, evaluate_clients
 from fedtorch.training.losses import Loss
 
 MOST_SHOWN, MOST_TOLD = 10, 200

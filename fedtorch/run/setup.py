@@ -16,11 +16,11 @@ from fedtorch.data.prepared import Prepared
 from fedtorch.options import find
 from fedtorch.privacy import Nothing, Privacy, columns
 from fedtorch.run import files
-from fedtorch.run.evaluate import evaluate, evaluate_clients
-from fedtorch.run.metrics import NAMES, known
 from fedtorch.server import Server
 from fedtorch.training import losses
+from fedtorch.training.evaluate import evaluate, evaluate_clients
 from fedtorch.training.losses import Loss
+from fedtorch.training.metrics import NAMES, known
 from fedtorch.types import ConfigError
 
 

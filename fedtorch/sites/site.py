@@ -19,7 +19,6 @@ from fedtorch.data.base import Data
 from fedtorch.engines import Local, messages, wire
 from fedtorch.engines.messages import Outcome
 from fedtorch.engines.wire import Message, MessageError
-from fedtorch.run.evaluate import evaluate
 from fedtorch.sites import offer as plans
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.curves import Curves
@@ -29,6 +28,7 @@ from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.sites.state import Answered, Base, VisitMemory
 from fedtorch.strategies.base import uploads
+from fedtorch.training.evaluate import evaluate
 from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS
 from fedtorch.training.module import load
 from fedtorch.training.personal import GROUP, given, personal

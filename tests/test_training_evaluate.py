@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.data import StackDataset, TensorDataset
 
 from fedtorch import Client, ConfigError, evaluate
-from fedtorch.run.evaluate import convolves, evaluate_clients
+from fedtorch.training.evaluate import convolves, evaluate_clients
 from fedtorch.training.losses import accuracy, cross_entropy
 
 

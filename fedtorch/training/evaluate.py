@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fedtorch import seeds
 from fedtorch.client import Client
-from fedtorch.run.metrics import by_name
 from fedtorch.training.batches import in_order, len_of
 from fedtorch.training.datasets import as_dataset
 from fedtorch.training.losses import Loss, counted, gathers, reduce
+from fedtorch.training.metrics import by_name
 from fedtorch.training.module import channels_last, evaluating, load, other_types, snapshot
 from fedtorch.training.stacked import forward, to
 from fedtorch.training.step import pair

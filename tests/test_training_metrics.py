@@ -9,9 +9,9 @@ from torch.utils.data import TensorDataset
 
 from fedtorch import Client, ConfigError, evaluate
 from fedtorch.checks.probe import metrics_fit
-from fedtorch.run import metrics
-from fedtorch.run.evaluate import evaluate_clients
 from fedtorch.run.setup import loss_and_metrics
+from fedtorch.training import metrics
+from fedtorch.training.evaluate import evaluate_clients
 from fedtorch.training.losses import accuracy, cross_entropy, mean_absolute_error
 
 CLASSES = ["auroc", "average_precision", "balanced_accuracy", "f1_macro", "f1_micro", "mean_iou"]
