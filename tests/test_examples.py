@@ -20,7 +20,12 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.stem)
+ALONE = {"lora_shakespeare"}
+"""Those that take minutes, whose tests run a part of them."""
+QUICK = [p for p in sorted(EXAMPLES.glob("*.py")) if p.stem not in ALONE]
+
+
+@pytest.mark.parametrize("path", QUICK, ids=lambda p: p.stem)
 def test_it_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
@@ -79,3 +84,20 @@ def test_cox_finds_the_effects_and_agrees_with_its_definition():
     model, c = survival.train()
     assert torch.allclose(model.weight[0], torch.tensor([1.0, -0.5, 0.0]), atol=0.3)
     assert c > 0.68
+
+
+def test_adapters_are_compared_with_the_whole_model_on_the_roles_of_a_play(tmp_path, capsys):
+    example = load("lora_shakespeare")
+    lines = (f"{k} says {'words ' * 70}" for k in range(8))
+    roles = "".join(f"ROLE {'ABCDEFGH'[k]}:\n{line}\n\n" for k, line in enumerate(lines))
+    (tmp_path / "play.txt").write_text(roles)
+    with torch.random.fork_rng():
+        example.main(str(tmp_path / "play.txt"), 1, 2, ["LoRA ffa"])
+    rows = [[c.strip() for c in r.split("|")[1:-1]] for r in capsys.readouterr().out.splitlines()]
+    assert [r[0] for r in rows[2:]] == ["before", "LoRA ffa"]
+    assert float(rows[3][1]) == float(rows[3][2]) == 14.3
+
+
+def test_without_a_play_it_says_so(tmp_path, capsys):
+    load("lora_shakespeare").main(str(tmp_path / "none.txt"))
+    assert capsys.readouterr().out.startswith("skipped: ")
