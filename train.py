@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fedtorch import disk, seeds
-from fedtorch.checks import probe
+from fedtorch.checks.outputs import classes_fit
 from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.data.tokens import PREFIX
 from fedtorch.engines import Engine, Local
@@ -263,7 +263,7 @@ def make_model(config: Config, data: Data | prepared.Prepared) -> nn.Module:
             model = zoo.build(config.model, data.facts, config.model_args)
     built_in = config.loss in ("auto", "cross_entropy")  # another may take outputs of any shape
     if isinstance(data, Data) and data.kind == "classification" and built_in:
-        probe.classes_fit(model, data.train, data.labels, data.outputs)
+        classes_fit(model, data.train, data.labels, data.outputs)
     return model
 
 

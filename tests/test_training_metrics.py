@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedtorch import Client, ConfigError, evaluate
-from fedtorch.checks.probe import metrics_fit
+from fedtorch.checks.outputs import metrics_fit
 from fedtorch.run.setup import loss_and_metrics
 from fedtorch.training import metrics
 from fedtorch.training.evaluate import evaluate_clients

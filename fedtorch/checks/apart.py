@@ -15,7 +15,7 @@ from fedtorch import seeds
 from fedtorch.checks.company import Near
 from fedtorch.checks.held import Held
 from fedtorch.checks.mixing import Tried, wide
-from fedtorch.checks.probe import shapes_in
+from fedtorch.checks.stacking import shapes_in
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import Collated, fetch, len_of

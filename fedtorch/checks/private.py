@@ -14,8 +14,10 @@ from fedtorch import seeds
 from fedtorch.checks.held import alike
 from fedtorch.checks.mixing import inputs
 from fedtorch.checks.mixing import mixes as mixes_examples
-from fedtorch.checks.probe import put_back, two_examples, uneven, visit_alone
+from fedtorch.checks.probe import visit_alone
 from fedtorch.checks.reached import kept
+from fedtorch.checks.stacking import uneven
+from fedtorch.checks.tried import two_examples
 from fedtorch.client import Client
 from fedtorch.privacy import Privacy, models
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
@@ -24,7 +26,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.local_steps import one_by_one
 from fedtorch.training.module import training, undropped
-from fedtorch.training.outline import untouched
+from fedtorch.training.outline import put_back, untouched
 from fedtorch.training.stacked import snapshot, to
 from fedtorch.training.step import Stepping
 from fedtorch.tree import expand, leaves, mapped, rows, same, size

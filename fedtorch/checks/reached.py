@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fedtorch import seeds
 from fedtorch.checks import keeps
-from fedtorch.checks.probe import two_examples
+from fedtorch.checks.tried import two_examples
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training.losses import reduce
@@ -21,7 +21,7 @@ from fedtorch.types import ConfigError
 def others(given: nn.Module, worker: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     """Refuse what the gradient reaches outside of ``worker``, the copy of ``given`` that clients train.
 
-    Parameters of the loss, a tensor that is no parameter. Raises ConfigError naming it. ``probe.aside``
+    Parameters of the loss, a tensor that is no parameter. Raises ConfigError naming it. ``model.aside``
     refuses what reaches the model that was handed over.
     """
     if recipe.local is not None:  # it may ask for any losses

@@ -7,7 +7,9 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from fedtorch.checks import data, probe, reached, short
+from fedtorch.checks import data, reached, short
+from fedtorch.checks.model import aside, modes, trainable
+from fedtorch.checks.probe import fits
 from fedtorch.checks.standins import shown
 from fedtorch.client import Client
 from fedtorch.engines.solver_choice import Choice, choose
@@ -41,11 +43,11 @@ class Local:
         """Try one batch and choose how to train."""
         usable(self.device)
         said = data.check(clients, recipe)
-        probe.trainable(model)
+        trainable(model)
         worker = copied(model).to(self.device)
         tried = shown(worker, clients, recipe)
-        with probe.aside(model, local=recipe.local is not None):
-            found = probe.fits(worker, tried, recipe)
+        with aside(model, local=recipe.local is not None):
+            found = fits(worker, tried, recipe)
         short.batches(worker, tried, recipe)
         reached.others(model, worker, tried, recipe)
         with untouched(worker):
@@ -54,7 +56,7 @@ class Local:
             )
         said += local_steps.notes(worker, [c.taken() for c in clients], recipe)
         by_id = {c.id: c for c in clients}
-        notes = (*probe.modes(model), *found.notes, *said, *choice.notes)
+        notes = (*modes(model), *found.notes, *said, *choice.notes)
         session = LocalSession(worker, by_id, choice.recipe, choice, notes)
         session.restore({})  # memory of an earlier run would poison this one
         return session

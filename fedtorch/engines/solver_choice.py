@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedtorch import fast, seeds
-from fedtorch.checks import apart, probe
+from fedtorch.checks import apart, stacking
 from fedtorch.checks import private as probe_private
 from fedtorch.checks.company import LARGEST, Near, meets
 from fedtorch.checks.standins import shown
@@ -183,7 +183,7 @@ def otherwise(
 
 def no_stacking(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> str | None:
     """Why these clients cannot train side by side, or None when they can."""
-    if why := probe.no_stacking(model, clients, recipe):
+    if why := stacking.no_stacking(model, clients, recipe):
         return why
     largest = max(clients, key=len)
     private = recipe.privacy.per_example  # whose mode has been tried
@@ -206,7 +206,7 @@ def mixes(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
     """Whether it would show that batches are filled up: examples are not looked at each alone."""
     data = pooled([c.data for c in clients])
     largest = max(clients, key=len)  # twice the only example of a small client would hide it
-    if any(probe.mixes_examples(model, d, recipe) for d in (data, largest.data)):
+    if any(stacking.mixes_examples(model, d, recipe) for d in (data, largest.data)):
         return True
     if crowds(model, clients, recipe, min(recipe.batch_size or len(largest), len(largest))):
         return True

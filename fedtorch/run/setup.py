@@ -6,7 +6,7 @@ from typing import cast
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fedtorch.checks import probe
+from fedtorch.checks.outputs import metrics_fit
 from fedtorch.client import Client
 from fedtorch.data import Partition, prepared
 from fedtorch.data import partition as cut
@@ -135,6 +135,6 @@ def check(
 ) -> None:
     """Refuse, before anything is trained, a model that cannot be saved and metrics that do not fit."""
     files.savable(server.model)
-    if whole := probe.metrics_fit(server.model, data.test, metrics):
+    if whole := metrics_fit(server.model, data.test, metrics):
         evaluate(server.model, data.test, whole)
         evaluate_clients(server.model, clients, whole)

@@ -12,7 +12,7 @@ import torch
 
 from fedtorch import disk
 from fedtorch.channel.base import UNSENT
-from fedtorch.checks import probe
+from fedtorch.checks.outputs import classes_fit
 from fedtorch.client import Client
 from fedtorch.data import prepared
 from fedtorch.data.base import Data
@@ -144,7 +144,7 @@ class Site:
         recipe = replace(recipe, strategy=recipe.strategy.prepare(self.model))
         if plan.kind == "classification" and self.data.outputs > 1:
             # else a step would fail where a row of another class is in it, and tell that there is one
-            probe.classes_fit(self.model, self.data.train, self.data.labels, self.data.outputs)
+            classes_fit(self.model, self.data.train, self.data.labels, self.data.outputs)
         derived = bool(self.data.preparation.derived)
         self.budget.admit(recipe, self.config.insecure, derived)
         self.answered.agree(plan, self.budget.most is not None)

@@ -1,0 +1,88 @@
+"""What of a model nothing here could train, average or copy, said before training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from fedtorch.training.outline import put_back
+from fedtorch.training.stacked import snapshot
+from fedtorch.types import ConfigError
+
+
+def trainable(model: nn.Module) -> None:
+    """Raises ConfigError naming weights or buffers that nothing here can train or average."""
+    name = type(model).__name__
+    lazy = UninitializedParameter, UninitializedBuffer
+    if any(isinstance(t, lazy) for t in (*model.parameters(), *model.buffers())):
+        raise ConfigError(f"model {name} has lazy layers; run one batch through it first")
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise ConfigError(f"model {name} has no trainable parameters")
+    if any(p.is_complex() for p in params):
+        raise ConfigError(f"model {name} has complex parameters, which are not supported")
+    if loose := [k for k, p in model.named_parameters() if not p.is_leaf]:
+        raise ConfigError(
+            f"parameter {loose[0]} of model {name} is computed from others: detach it"
+        )
+    if watched := [k for k, p in model.named_parameters() if _hooked(p)]:
+        raise ConfigError(
+            f"parameter {watched[0]} of model {name} has a hook on its gradient, which a copy loses, and "
+            "clients train copies: do the same in the model's forward or by a strategy's correct()"
+        )
+    for k, v in (*model.named_parameters(), *model.named_buffers()):
+        if v.layout is not torch.strided or v.is_quantized or v.is_meta:
+            kind = "quantized" if v.is_quantized else "on device meta" if v.is_meta else "sparse"
+            raise ConfigError(
+                f"{k} of model {name} is {kind}, and weights and buffers must be plain numbers: make it "
+                "dense, or keep it as a plain attribute"
+            )
+
+
+def _hooked(p: Tensor) -> bool:
+    """Whether something else happens as its gradient comes."""
+    return bool(p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None))
+
+
+@contextmanager
+def aside(model: nn.Module, local: bool = False) -> Iterator[None]:
+    """While a copy is tried, no gradient may reach the model itself; raises ConfigError where one does.
+
+    A lambda that it keeps, or a loss, may hold the model that was handed over: training would not move it.
+    A ``local`` update may even train it, which is undone.
+    """
+    weights = snapshot(model) if local else {}
+    before = [
+        (k, p, p.grad, p.grad.clone() if p.grad is not None else None)
+        for k, p in model.named_parameters()
+    ]
+    yield
+    for name, p, grad, numbers in before:
+        if p.grad is grad and (numbers is None or grad is None or torch.equal(grad, numbers)):
+            continue
+        for _, q, old, was in before:
+            q.grad = old if old is None or was is None else old.copy_(was)
+        put_back(model, weights)
+        if local:
+            raise ConfigError(
+                f"local trains parameter {name} of the very model handed over, but clients train copies: "
+                "take the model from its first argument"
+            )
+        raise ConfigError(
+            f"the loss or step, or a function that model {type(model).__name__} keeps, uses parameter "
+            f"{name} of the very model handed over, but clients train copies of it, which it would not "
+            "touch: let a step, Recipe(step=fn), use the model that it is given, or make it a method"
+        )
+
+
+def modes(model: nn.Module) -> list[str]:
+    """What is to be said of parts that the model's owner has put in evaluation mode."""
+    off = [name for name, m in model.named_modules() if not m.training]
+    if not off:
+        return []
+    if len(off) == sum(1 for _ in model.modules()):
+        return ["the model is in evaluation mode as a whole: clients train it in training mode"]
+    more = f" and {len(off) - 1} more" if len(off) > 1 else ""
+    return [f"in evaluation mode, and left so while clients train: {off[0] or 'the model'}{more}"]
