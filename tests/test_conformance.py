@@ -366,7 +366,7 @@ def only_trainable_layers_are_looked_at(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("fedtorch.checks.private.models.refuse", lambda net: None)
     patch.setattr("fedtorch.checks.private._frozen_buffers", lambda *a: None)
     patch.setattr("fedtorch.checks.private.mixes_examples", lambda *a: False)
-    patch.setattr("fedtorch.checks.private._works", lambda *a: None)
+    patch.setattr("fedtorch.checks.modes._works", lambda *a: None)
 
 
 PLANTED: dict[Callable[[pytest.MonkeyPatch], None], Callable[[], None]] = {

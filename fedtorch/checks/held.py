@@ -5,13 +5,18 @@ of whether examples mix. In a trial the numbers come from here: they hang on the
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedtorch import seeds
+from fedtorch.recipe import Recipe
+from fedtorch.training.module import undropped
+from fedtorch.training.outline import untouched
+from fedtorch.tree import size
 
 UNIFORM = {torch.rand, torch.rand_like, Tensor.uniform_}
 NORMAL = {torch.randn, torch.randn_like, torch.normal, Tensor.normal_}
@@ -93,3 +98,13 @@ def _limits(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[
 def alike(examples: int) -> Held:
     """For ``with``: each example of a batch of so many draws the same numbers."""
     return Held(0).of(torch.zeros(examples, dtype=torch.int64))
+
+
+def draws_numbers(model: nn.Module, batch: Any, recipe: Recipe, held: bool = False) -> bool:
+    """Whether losses differ from call to call when nothing is dropped, or with what is drawn ``held``."""
+    losses = []
+    with untouched(model), torch.no_grad(), undropped(model):
+        for seed in (0, 1):
+            with seeds.seeded(seed), alike(size(batch)) if held else nullcontext():
+                losses.append(recipe.tried(model, batch))
+    return not torch.allclose(losses[0], losses[1], rtol=1e-4, atol=1e-6, equal_nan=True)

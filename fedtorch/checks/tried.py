@@ -1,18 +1,36 @@
-"""Two examples to try things with, and words for what came of it."""
+"""What things are tried with, as two examples or numbers by chance, and words for what came of it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fedtorch.client import Client
 from fedtorch.training.batches import fetch, len_of
+
+SOME = 16
+"""Examples by which it is found out if they are mixed."""
 
 
 def two_examples(data: Dataset) -> Any:
     """A batch of two, or twice the only one."""
     # two examples even of a client that has one: BatchNorm cannot train on a single value
     return fetch(data, torch.tensor([0, len_of(data) - 1]))
+
+
+def largest(clients: Sequence[Client]) -> Dataset:
+    """The data of the client that has most."""
+    # twice the only example of a small client would hide that examples are mixed
+    return max(clients, key=len).data
+
+
+def noise(scale: float, draw: torch.Generator, like: Tensor) -> Tensor:
+    """Normal numbers in place of others of a model's input; whole ones, as of a vocabulary, stay."""
+    if not like.is_floating_point():
+        return like
+    return torch.randn(like.shape, generator=draw).to(like) * scale
 
 
 def shape(value: object) -> str:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fedtorch import fast, seeds
-from fedtorch.checks import apart, stacking
-from fedtorch.checks import private as probe_private
+from fedtorch.checks import apart, modes, stacking
+from fedtorch.checks import private as private_step
 from fedtorch.checks.company import LARGEST, Near, meets
 from fedtorch.checks.standins import shown
 from fedtorch.checks.trial import filled, pooled, stacks
@@ -70,8 +70,8 @@ def choose(
     notes = kept(model, asked, changes)
     tried = shown(model, clients, recipe)
     alone = apart.needed(model, tried, recipe)
-    probe_private.fits(model, tried, recipe, alone)
-    notes += probe_private.warnings(clients, recipe.privacy)
+    private_step.fits(model, tried, recipe, alone)
+    notes += private_step.warnings(clients, recipe.privacy)
     if solver in ("auto", "fast"):
         found = offered(model, tried, recipe, half, changes)
         least = SMALL_PRIVATE if plan else SMALL
@@ -91,7 +91,7 @@ def choose(
         notes.append(f"the fast path is not used: {found}")
     if plan and not available():
         notes.append(f"noise in every step is drawn by NumPy: {FASTER}")
-    recipe, size = probe_private.with_mode(model, tried, recipe, size, alone)
+    recipe, size = modes.with_mode(model, tried, recipe, size, alone)
     plan = recipe.privacy.per_example
     if plan and plan.mode == "alone":
         notes.append(
@@ -248,7 +248,7 @@ def unless_small(
     """The front runs client after client, which takes the most of a round where a model is small."""
     if isinstance(found, str) or found.chain.front is None:
         return found
-    if not probe_private.stacks(model, clients, recipe):
+    if not modes.stacks(model, clients, recipe):
         return found
     return "so small a model with more than linear layers is faster with clients stacked"
 
