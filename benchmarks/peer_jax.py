@@ -4,9 +4,8 @@ import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if hasattr(
-    os, "sched_setaffinity"
-):  # the flag above leaves it a pool of threads: one core, as the others
+# the flag above leaves it a pool of threads: one core, as the others
+if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 import jax

@@ -34,9 +34,8 @@ def whole(path: Path, private: bool = False) -> Iterator[BinaryIO]:
             sync(file)
         os.replace(part, path)
     except BaseException as e:
-        if (
-            isinstance(e, OSError) and e.filename is None
-        ):  # a full disk does not say which file it was
+        # a full disk does not say which file it was
+        if isinstance(e, OSError) and e.filename is None:
             e.filename = str(path)
         with suppress(OSError):
             part.unlink(missing_ok=True)

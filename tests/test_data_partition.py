@@ -118,9 +118,8 @@ def test_natural_keeps_owners_whole_and_names_clients_after_them():
 
 
 def test_owners_of_one_size_are_dealt_round_in_the_order_of_their_names():
-    owners = [
-        f"{k:02d}" for k in range(60) for _ in range(1 + k % 2)
-    ]  # the odd ones have two examples
+    # the odd ones have two examples
+    owners = [f"{k:02d}" for k in range(60) for _ in range(1 + k % 2)]
     dealt = Natural().assign(np.zeros(90), owners, 10, np.random.default_rng(0))
     assert dealt.tolist() == [k % 10 for k in range(30) for _ in range(3)]
 

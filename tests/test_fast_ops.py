@@ -88,9 +88,8 @@ def test_sparse(q, dtype):
         made, kept = both()[1].sparse(x, x.numel() + 1), b.clone()
         close(made.times(dense), x @ dense)
         close(made.times(dense.T.contiguous().T, b), x @ dense + b)
-        assert torch.equal(
-            b, kept
-        )  # a single row of it is no copy by itself: it is the server's bias
+        # a single row of it is no copy by itself: it is the server's bias
+        assert torch.equal(b, kept)
         assert BY_TORCH.sparse(x, x.numel() + 1) is None
 
 

@@ -79,9 +79,8 @@ def test_what_steps_see_grows_by_independent_parts_of_the_right_size(run):
     close(seen[1] @ seen[1].T / OUT, gram)
     later = seen[2] - seen[1]
     close(later @ later.T / OUT, gram)
-    close(
-        later @ seen[1].T / OUT + gram, gram
-    )  # uncorrelated: nothing is added to what should be there
+    # uncorrelated: nothing is added to what should be there
+    close(later @ seen[1].T / OUT + gram, gram)
 
 
 def test_what_was_seen_is_part_of_the_sum(run):

@@ -147,9 +147,8 @@ def test_a_server_that_reads_a_table_is_caught(done):
         + f'[dataset]\nname = "npz"\npath = "{other.rows("va")}"\n'
     )
     other.start("server")
-    assert (
-        other.processes["server"].wait(60) == 2
-    )  # it reads the table, then finds minimum too large
+    # it reads the table, then finds minimum too large
+    assert other.processes["server"].wait(60) == 2
     notes = other.folder / "notes/server/opened.txt"
     notes.write_text(notes.read_text() + str(other.folder.resolve() / "run/metrics.jsonl\n"))
     with pytest.raises(checks.Broken, match="server opened nobody else's file"):

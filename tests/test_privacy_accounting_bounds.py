@@ -20,16 +20,14 @@ def test_a_run_that_asks_after_every_round_pays_for_few_grids(
     monkeypatch.setattr(bounds, "release", lambda *a: built.append(a) or make(*a))
     bounds._release.cache_clear()
     start = time.process_time()
-    for r in range(
-        1, 301
-    ):  # epsilon from 0.3 to 12: from below 20 on, one grid in four times the steps
+    # epsilon from 0.3 to 12: from below 20 on, one grid in four times the steps
+    for r in range(1, 301):
         prv(((1.05, 0.05, 10 * r),), 1e-5)
     assert len(built) <= 4
     assert time.process_time() - start < 3
     built.clear()
-    for r in range(
-        1, 101
-    ):  # below 0.2 the error follows epsilon, and above 20, but in powers of two
+    # below 0.2 the error follows epsilon, and above 20, but in powers of two
+    for r in range(1, 101):
         prv(((5.0, 0.01, r),), 1e-5)
         prv(((0.6, 0.2, r),), 1e-5)
     assert len(built) <= 12

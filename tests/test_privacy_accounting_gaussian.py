@@ -12,7 +12,6 @@ from fedtorch.privacy.accounting.gaussian import (
     gaussian_epsilon,
     gaussian_noise,
     laplace_epsilon,
-    laplace_noise,
     sampled_delta,
 )
 
@@ -144,8 +143,6 @@ def test_edges() -> None:
 
 def test_laplace() -> None:
     assert laplace_epsilon(2.0) == 0.5
-    assert laplace_noise(0.5) == 2.0
-    assert laplace_noise(1.0, steps=10) == 10  # ten releases of 0.1 each
     assert laplace_epsilon(0) == math.inf
     assert laplace_epsilon(1, rate=0.1) == pytest.approx(math.log(1 + 0.1 * (math.e - 1)))
     assert laplace_epsilon(1e-5, rate=0.5) == pytest.approx(1e5 + math.log(0.5))

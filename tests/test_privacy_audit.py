@@ -182,9 +182,8 @@ def test_uniform_noise_is_private_at_no_epsilon() -> None:
     assert caught / runs == pytest.approx(1 - (1 - shift / 2) ** coordinates, abs=0.01)
     assert 1 - (1 - shift / 2) ** coordinates == pytest.approx(0.993, abs=5e-4)
     assert clopper_pearson_epsilon(caught, runs, 0, runs) > 6
-    assert (
-        clopper_pearson_epsilon(10 * caught, 10 * runs, 0, 10 * runs) > 8
-    )  # and so on, without end
+    # and so on, without end
+    assert clopper_pearson_epsilon(10 * caught, 10 * runs, 0, 10 * runs) > 8
 
 
 @pytest.mark.parametrize(

@@ -174,9 +174,8 @@ def test_clients_count_alike_unless_asked_and_no_more_are_under_way_than_there_a
     sent = watched(server)
     server.round()
     assert len({float(w) for u in sent for w in u.weight}) == (1 if weighting == "auto" else 2)
-    assert (
-        len(server.state_dict()["pace"]["flights"]["under_way"]) == 2
-    )  # the third not asked as yet
+    # the third not asked as yet
+    assert len(server.state_dict()["pace"]["flights"]["under_way"]) == 2
 
 
 def test_who_takes_part_is_the_paces_to_say():

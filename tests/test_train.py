@@ -207,9 +207,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(fedtorch):
 
 def test_a_client_that_becomes_nan_is_named_and_the_run_goes_on(fedtorch):
     rows = "".join(f"{i},{i % 7},w{i % 3},{i % 2}\n" for i in range(60))
-    big = (
-        "1e38,1e38,bad,0\n1e38,1e38,bad,1\n" * 10
-    )  # finite in the file, infinite in the first product
+    # finite in the file, infinite in the first product
+    big = "1e38,1e38,bad,0\n1e38,1e38,bad,1\n" * 10
     Path("t.csv").write_text("a,b,ward,label\n" + rows + big)
     data = ["--dataset", "csv", "--dataset.path", "t.csv", "--dataset.client", "ward"]
     code, out, _ = fedtorch(*SMALL, *data)
@@ -248,10 +247,8 @@ def test_nothing_that_is_reported_after_training_can_lose_the_model(fedtorch, mo
     def fail(*_: object) -> None:
         raise LookupError("no metadata")
 
-    for name in (
-        "statement",
-        "text",
-    ):  # what privacy.json, the trackers and the last lines are made of
+    # what privacy.json, the trackers and the last lines are made of
+    for name in ("statement", "text"):
         monkeypatch.setattr(f"fedtorch.run.messages.{name}", fail)
     private = [w if w != "none" else "sample" for w in SMALL]
     code, out, err = fedtorch(*private, "--tracking.pictures", "false")

@@ -221,9 +221,8 @@ def test_what_a_strategy_draws_moves_no_dropout_mask_and_repeats(engine, plan):
 
     drawn, silent = run(Careless()), run(Careless(silent=True))
     assert all(torch.equal(v, silent[k]) for k, v in drawn.items())
-    if (
-        engine.solver == "stacked" and not plan.claims
-    ):  # who gets which number would hang on who is there
+    # who gets which number would hang on who is there
+    if engine.solver == "stacked" and not plan.claims:
         with pytest.raises(ConfigError, match=r"draws from torch\.rand"):
             run(Careless(noise=0.1))
         return

@@ -92,9 +92,8 @@ def auc(output: torch.Tensor, target: torch.Tensor) -> float:
 def test_scores_of_classes_are_of_the_whole_set_as_scikit_learn_gives_them(size):
     torch.manual_seed(1)
     model, x = nn.Linear(4, 2), torch.randn(120, 4)
-    y = (
-        (x[:, 0] + torch.randn(120) > 1.2).long().sort().values
-    )  # the first batches are of one class
+    # the first batches are of one class
+    y = (x[:, 0] + torch.randn(120) > 1.2).long().sort().values
     output = model(x).detach()
     weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0]))
     metrics = {"loss": cross_entropy, "f1": macro_f1, "auc": auc, "weighted": weighted}

@@ -28,9 +28,8 @@ def test_classes_are_on_axis_1_where_any_axis_fits(shape):
     want.mean().backward()
     assert torch.allclose(x.grad, twin.grad, atol=1e-7)
     assert torch.equal(losses.accuracy(x, y), (x.argmax(1) == y).float())
-    turned = (
-        x.detach().movedim(1, -1).contiguous().movedim(-1, 1)
-    )  # the same numbers, laid otherwise
+    # the same numbers, laid otherwise
+    turned = x.detach().movedim(1, -1).contiguous().movedim(-1, 1)
     assert torch.allclose(losses.cross_entropy(turned, y), want, atol=1e-6)
 
 
@@ -40,10 +39,8 @@ def test_classes_are_on_axis_1_where_any_axis_fits(shape):
 )
 @pytest.mark.parametrize("judge", [losses.cross_entropy, losses.accuracy])
 def test_classes_elsewhere_than_on_axis_1_are_refused(judge, output, target):
-    for dtype in (
-        torch.int64,
-        torch.float32,
-    ):  # a row of numbers is no probabilities of one example
+    # a row of numbers is no probabilities of one example
+    for dtype in (torch.int64, torch.float32):
         with pytest.raises(ConfigError, match="classes lie on axis 1"):
             judge(torch.randn(output), torch.zeros(target, dtype=dtype))
 

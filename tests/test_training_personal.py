@@ -75,9 +75,8 @@ def test_personal_parts_do_not_travel_and_differ_between_clients():
     server, all_, figures = trained(FedPer())
     body = 4 * (30 + 5 + 20)
     assert all(f["bytes_down"] == f["bytes_up"] == 3 * body for f in figures)
-    assert torch.equal(
-        server.model.head.weight, start["head.weight"]
-    )  # those that a client starts from
+    # those that a client starts from
+    assert torch.equal(server.model.head.weight, start["head.weight"])
     assert not torch.equal(all_["c0/head.weight"], all_["c1/head.weight"])
     mine = server.model_of("c1")
     assert torch.equal(mine.head.weight, all_["c1/head.weight"])

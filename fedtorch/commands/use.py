@@ -97,15 +97,13 @@ def evaluate_run(argv: Sequence[str]) -> int:
     figures: dict[str, Any] = {f"test_{k}": v for k, v in scores.items()}
     table: list[dict[str, Any]] = []
     private = config.privacy
-    if config.validation and not (
-        private and private.strict
-    ):  # the clients' own rows are not covered
+    # the clients' own rows are not covered
+    if config.validation and not (private and private.strict):
         ids, parts = partition(data, config.partition, config.clients, config.seed)
         clients = setup.clients(data, ids, parts, config.validation, config.seed)
         own = {}
-        if (
-            config.strategy.personal
-        ):  # each client with what it keeps, which the last checkpoint has
+        # each client with what it keeps, which the last checkpoint has
+        if config.strategy.personal:
             saved = checkpoint.load(Path(words[0]) / "checkpoints")["memory"]
             own = {i: m[GROUP] for i, m in saved.items() if GROUP in m}
         each = evaluate_clients(run.model, clients, metrics, own)

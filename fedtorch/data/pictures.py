@@ -86,9 +86,8 @@ def read(path: str | Path, frame: Frame) -> np.ndarray:
 
     with _opened(path) as image:
         side = frame.resize or max(frame.rows, frame.columns)
-        image.draft(
-            None, (2 * side, 2 * side)
-        )  # a JPEG need not be decoded in full to be made small
+        # a JPEG need not be decoded in full to be made small
+        image.draft(None, (2 * side, 2 * side))
         try:
             image.load()
             image = ImageOps.exif_transpose(image)

@@ -99,9 +99,8 @@ class LocalSession:
         cohort = sorted((self.clients[i] for i in ids), key=len, reverse=True)
         chunks: list[list[Client]] = []
         limit = self.choice.chunk
-        if (
-            self.choice.group > 1
-        ):  # one after another: smaller shares keep all workers busy to the end
+        # one after another: smaller shares keep all workers busy to the end
+        if self.choice.group > 1:
             limit, most = self.choice.group, most and max(1, most // 4)
         limit = min(limit, most or limit)
         if cohort:  # equal shares: a small rest would cost as many calls as a whole chunk

@@ -311,9 +311,8 @@ class Privacy(ABC):
 
     def disclosed(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of the clients' figures, [K] each, that they may tell."""
-        if (
-            self.strict and self.per_client
-        ):  # nobody else is trusted: what is not noised does not leave
+        # nobody else is trusted: what is not noised does not leave
+        if self.strict and self.per_client:
             return {k: v for k, v in figures.items() if k == "update_norm"}
         if "train_loss" not in figures:
             return {k: v for k, v in figures.items() if k in FIGURES}
@@ -333,9 +332,8 @@ class Privacy(ABC):
         found = self._mean(raw, task) if raw.groups is None else self._each(raw, task)
         sent, buffers, norms, good = found
         keep = torch.ones_like(good) if self.always_reports else good
-        kept = (
-            slice(None) if keep.all() else keep
-        )  # a slice is a view, a mask would copy everything
+        # a slice is a view, a mask would copy everything
+        kept = slice(None) if keep.all() else keep
         figures = self.disclosed(raw.figures | {"update_norm": norms})
         if raw.groups is not None:
             sent = {g: {n: v[kept] for n, v in s.items()} for g, s in sent.items()}

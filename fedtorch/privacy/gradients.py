@@ -233,9 +233,8 @@ class OpacusGradients:
     def _part(self, batch: Any, params: Params, written: Params, total: Params) -> Tensor:
         self.ghosts.forget()
         self.many = size(batch)
-        for module in (
-            self.model.modules()
-        ):  # Opacus keeps the size of the first batch of a layer called twice
+        # Opacus keeps the size of the first batch of a layer called twice
+        for module in self.model.modules():
             vars(module).pop("max_batch_len", None)
         values = self.losses(self.model, batch)
         values.sum().backward()

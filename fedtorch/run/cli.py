@@ -50,9 +50,8 @@ def resume(cls: type, argv: Sequence[str], config: Path, free: set[str]) -> Any:
         raise ConfigError(f"nothing to resume: {config.parent} holds no run; leave out --resume")
     saved = read(config)
     own = trust.remembered(config)
-    new = parse(
-        cls, argv, base=saved, own=own
-    )  # first: it refuses to import what only the file names
+    # first: it refuses to import what only the file names
+    new = parse(cls, argv, base=saved, own=own)
     old = build(cls, saved)
     for f in dataclasses.fields(cls):
         before, after = getattr(old, f.name), getattr(new, f.name)

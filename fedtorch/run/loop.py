@@ -58,9 +58,8 @@ class Loop(Observer):
 
     def end(self, command: str = "train") -> None:
         """Write the model, then tell trackers what privacy cost; ``command`` goes on with such a run."""
-        files.write_model(
-            self.kept.path, self.server.model, command
-        )  # all that comes later can fail
+        # all that comes later can fail
+        files.write_model(self.kept.path, self.server.model, command)
         made = self.kept.path, self.server.model, self.server.recipe.strategy
         self.report.attempt("model of Hugging Face", huggingface.keep, *made)
         if self.server.private:

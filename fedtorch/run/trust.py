@@ -100,9 +100,8 @@ def _choices(table: Mapping[str, Any]) -> dict[str, str]:
         for key in choice.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         name = _name(value)
-        if (
-            "." in name or ":" in name
-        ):  # as fedtorch.run.objects reads it; any other name is ours or nobody's
+        # as fedtorch.run.objects reads it; any other name is ours or nobody's
+        if "." in name or ":" in name:
             found[choice] = name
     return found
 

@@ -147,9 +147,8 @@ def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
         sent = sent | {g: stage.encode(sent[g]) for g in like}
     own = personal(model, recipe.strategy.personal)
     floats = {k: b for k, b in model.named_buffers() if b.is_floating_point() and k not in own}
-    floats = (
-        floats if recipe.privacy.statistics else {}
-    )  # private clients send no statistics of their data
+    # private clients send no statistics of their data
+    floats = floats if recipe.privacy.statistics else {}
     return Expected(
         {g: messages.schema(row(s, 0)) for g, s in sent.items()},
         messages.schema(floats),

@@ -77,9 +77,8 @@ def evaluate(
             for name, metric in running.items():
                 _try(name, len(index), metric.update, output, y)
             if len(means) + len(running) < len(metrics):
-                kept.append(
-                    to((output, y), CPU)
-                )  # a whole set may be more than an accelerator holds
+                # a whole set may be more than an accelerator holds
+                kept.append(to((output, y), CPU))
         whole = {k: m for k, m in metrics.items() if k not in means and k not in running}
         found = _of_all(whole, kept, device) if n else {}
         found |= {k: float(_number(k, _try(k, n, m.compute))) for k, m in running.items() if n}

@@ -111,9 +111,8 @@ def put_back(model: nn.Module, state: Params) -> None:
     """Undo what a trial did to the numbers in parameters and buffers."""
     with torch.no_grad():
         for k, v in (*model.named_parameters(), *model.named_buffers()):
-            if (
-                k in state and state[k].shape == v.shape
-            ):  # else the forward made it, or made it anew
+            # what has no state of that shape, the forward made, or made anew
+            if k in state and state[k].shape == v.shape:
                 v.copy_(state[k])
 
 

@@ -110,8 +110,7 @@ class Trainee:
     def _load(self) -> None:
         with torch.no_grad():
             torch._foreach_copy_(self._parameters, self._start)
-            if (
-                self._buffers
-            ):  # looked up anew: a forward may put another tensor in a buffer's place
+            # looked up anew: a forward may put another tensor in a buffer's place
+            if self._buffers:
                 for k, b in self.model.named_buffers():
                     b.copy_(self._buffers[k])

@@ -139,9 +139,8 @@ def _loose_modules(model: nn.Module, recipe: Recipe) -> list[tuple[str, str]]:
     # a model file of the zoo is a module that no import statement would find: send where it is
     owners = {type(m).__module__ for m in model.modules()}
     own = recipe.loss, recipe.step, recipe.local, recipe.scheduler, recipe.client_optimizer.name
-    owners |= {
-        getattr(getattr(f, "func", f), "__module__", "") for f in own
-    }  # of a partial, its own
+    # of a partial, its own
+    owners |= {getattr(getattr(f, "func", f), "__module__", "") for f in own}
     owners |= {
         type(part).__module__ for part in (recipe.strategy, recipe.aggregator, *recipe.channel)
     }

@@ -81,11 +81,6 @@ def laplace_epsilon(noise: float, rate: float = 1.0) -> float:
     return whole + math.log(rate + (1 - rate) * math.exp(-whole)) if rate < 1 else whole
 
 
-def laplace_noise(epsilon: float, steps: int = 1) -> float:
-    """Laplace scale over L1 sensitivity for ``steps`` releases that cost epsilon together."""
-    return steps / epsilon
-
-
 def above(x: Any) -> Any:
     """Probability that a standard normal variable is above each ``x``."""
     return scipy.special.ndtr(-x)

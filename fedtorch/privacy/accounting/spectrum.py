@@ -118,9 +118,8 @@ class _Tails:
         k = np.arange(len(product))
         self.k, self.size, self.mesh, self.zero = k, size, mesh, zero
         self.mass = float(product[0].real)
-        twice = (
-            np.where((k == 0) | (2 * k == size), 1, 2) / size
-        )  # frequencies below zero mirror these
+        # frequencies below zero mirror these
+        twice = np.where((k == 0) | (2 * k == size), 1, 2) / size
         weighed = product * twice
         weighed[0] = 0  # its sums are written apart
         # sums of w^kj over j from J to the end, and of the same times e^(-mesh (j - J)), are
