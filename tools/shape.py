@@ -23,7 +23,8 @@ CORE = ("training", "strategies/base", "aggregation/mean", "channel/base", "roun
 CORE += ("engines/base", "engines/local", "engines/solver_choice")
 PLANS = ("adaptive", "bands", "base", "client", "gradients", "local", "nothing", "run", "sample")
 CORE += tuple(f"privacy/{name}" for name in PLANS)
-VISIT = ("correction", "local_update", "results", "sequential", "stacked", "trainee")
+VISIT = ("correction", "evaluate", "local_steps", "local_update", "passes", "results")
+VISIT += ("sequential", "stacked", "trainee")
 VISIT = tuple(f"training/{name}" for name in VISIT)
 PROSE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "benchmarks/RESULTS.md")
 
