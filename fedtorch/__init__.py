@@ -5,9 +5,19 @@ import sys
 from fedtorch.run.interrupts import reading
 
 with reading():
-    from fedtorch.aggregation.mean import Mean
-    from fedtorch.aggregation.robust import Median
-    from fedtorch.aggregation.rows import Robust
+    from fedtorch.aggregation import (
+        Bulyan,
+        CentredClip,
+        FLTrust,
+        GeometricMedian,
+        Krum,
+        Mean,
+        Median,
+        MultiKrum,
+        NormBound,
+        Robust,
+        TrimmedMean,
+    )
     from fedtorch.channel.base import Stage
     from fedtorch.channel.topk import TopK
     from fedtorch.client import Client
@@ -18,13 +28,33 @@ with reading():
     from fedtorch.rounds.participation import Everyone, Poisson, Uniform
     from fedtorch.run.setup import divide
     from fedtorch.server import Server
-    from fedtorch.strategies import Correction, FedAvg, FedBN, FedPer, FedProx, Scaffold, Strategy
+    from fedtorch.strategies import (
+        ClientMomentum,
+        Correction,
+        Ditto,
+        FedAvg,
+        FedBABU,
+        FedBN,
+        FedDyn,
+        FedExLoRA,
+        FedExP,
+        FedNova,
+        FedPer,
+        FedProx,
+        FedRep,
+        FFALoRA,
+        LGFedAvg,
+        RoLoRA,
+        Scaffold,
+        Strategy,
+    )
     from fedtorch.training.evaluate import evaluate
     from fedtorch.training.local_update import local_update
     from fedtorch.training.optimizer import (
         ClientOptimizer,
         ServerAdagrad,
         ServerAdam,
+        ServerLAMB,
         ServerSGD,
         ServerYogi,
     )
@@ -32,10 +62,12 @@ with reading():
 
 # where they stood before there were rooms: scripts, configs and pages name them so
 OLD = {
+    "checkpoint": "run.checkpoint",
     "history": "rounds.history",
     "losses": "training.losses",
     "optimizers": "training.optimizer",
     "participation": "rounds.participation",
+    "privacy.checks": "privacy.models",
     "schedules": "rounds.schedules",
     "solvers": "training.stacked",
     "visit": "training.local_update",
@@ -45,31 +77,51 @@ sys.modules |= {f"fedtorch.{old}": sys.modules[f"fedtorch.{new}"] for old, new i
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bulyan",
+    "CentredClip",
     "Client",
+    "ClientMomentum",
     "ClientOptimizer",
     "ConfigError",
     "Correction",
+    "Ditto",
     "Everyone",
+    "FFALoRA",
+    "FLTrust",
     "FedAvg",
+    "FedBABU",
     "FedBN",
+    "FedDyn",
+    "FedExLoRA",
+    "FedExP",
+    "FedNova",
     "FedPer",
     "FedProx",
+    "FedRep",
+    "GeometricMedian",
+    "Krum",
+    "LGFedAvg",
     "Local",
     "Mean",
     "Median",
+    "MultiKrum",
+    "NormBound",
     "Observer",
     "Poisson",
     "Recipe",
+    "RoLoRA",
     "Robust",
     "Scaffold",
     "Server",
     "ServerAdagrad",
     "ServerAdam",
+    "ServerLAMB",
     "ServerSGD",
     "ServerYogi",
     "Stage",
     "Strategy",
     "TopK",
+    "TrimmedMean",
     "Uniform",
     "divide",
     "evaluate",
