@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 from conftest import weights
 from fedtorch import Client, ConfigError, Local, Recipe, Server, evaluate
+from fedtorch.checks.data import check
 from fedtorch.engines import Processes
 from fedtorch.privacy import ClientLevel, SampleLevel
 from fedtorch.types import ClientError
@@ -434,3 +435,41 @@ def test_a_collate_whose_examples_are_all_alike_is_not_trusted_and_one_that_mixe
     plan = SampleLevel(noise_multiplier=1.0, rounds=1)
     with pytest.raises(ConfigError, match="keeps something from call to call"):
         Server(net(), graph_clients(), Recipe(loss=Kept(), privacy=plan))
+
+
+class Together(TensorDataset):
+    """Gives several examples at once, perhaps by what is largest among them."""
+
+    def __init__(self, mixed: bool) -> None:
+        x = torch.linspace(-1, 2, 20).view(10, 2)
+        super().__init__(x, (x[:, 0] > 0).long())
+        self.mixed = mixed
+
+    def __getitems__(self, places):
+        x, y = self.tensors
+        largest = x[places].max() if self.mixed else 1.0
+        return [{"x": (x[k] / largest).numpy(), "y": int(y[k])} for k in places]
+
+
+class Held(Dataset):
+    """So that nobody knows it for tables."""
+
+    def __init__(self, inside: Together) -> None:
+        self.inside, self.__getitems__ = inside, inside.__getitems__
+
+    def __len__(self) -> int:
+        return len(self.inside)
+
+    def __getitem__(self, k: int):
+        return self.__getitems__([k])[0]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_examples_that_a_dataset_prepares_by_one_another_are_no_private_ones(mixed: bool) -> None:
+    clients = [Client("a", Held(Together(mixed)))]
+    recipe = Recipe(privacy=SampleLevel(noise_multiplier=1.0, rounds=1))
+    if not mixed:
+        assert check(clients, recipe) == []
+        return
+    with pytest.raises(ConfigError, match="__getitems__ gives other examples in company"):
+        check(clients, recipe)

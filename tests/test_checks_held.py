@@ -12,6 +12,15 @@ from fedtorch.privacy import SampleLevel
 X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
 
 
+RARELY = {
+    "small": lambda: torch.rand(()) < 0.001,
+    "normal": lambda: torch.randn(1) > 3,
+    "one of eight": lambda: torch.randint(8, ()) == 5,
+    "coin": lambda: torch.bernoulli(torch.zeros(()), 0.01) > 0,
+    "two": lambda: torch.rand(()) < 0.05 and torch.rand(()) > 0.95,
+}
+
+
 class Autoencoder(nn.Module):
     """A variational autoencoder; ``company`` is how its code comes to depend on the batch."""
 
@@ -27,6 +36,10 @@ class Autoencoder(nn.Module):
             code = code + 0.1 * code.mean(0)
         if self.company == "gate" and torch.rand(()) < 0.5:
             code = code + code.mean(0)
+        if self.company in RARELY and RARELY[self.company]():
+            code = code + code.mean(0)
+        if self.company == "rows":
+            code = torch.where(torch.rand(len(x), 1) > 0.99, code.mean(0), code)
         if self.company == "product":
             code = code + 0.1 * torch.randn(len(x), len(x)) @ mean
         if self.company == "shuffle":
@@ -54,7 +67,7 @@ def test_an_autoencoder_that_draws_trains_under_sample_level_privacy(mode: str) 
     assert figures["clients"] == 2 and figures["privacy_epsilon"] > 0
 
 
-@pytest.mark.parametrize("company", ["mean", "gate", "product"])
+@pytest.mark.parametrize("company", ["mean", "gate", "product", "rows", *RARELY])
 def test_one_that_draws_and_mixes_examples_is_refused(company: str) -> None:
     with pytest.raises(ConfigError, match="mixes the examples of a batch"):
         serve(company)
@@ -81,6 +94,8 @@ CALLS = {
     "integers": lambda n: torch.randint(2, 9, (n, 3)),
     "up to": lambda n: torch.randint(9, (n, 3)),
     "coins": lambda n: torch.bernoulli(torch.full((n, 3), 0.3)),
+    "tossed": lambda n: torch.empty(n, 3).bernoulli_(0.3),
+    "chance": lambda n: torch.bernoulli(torch.zeros(n, 3), 0.3),
     "distribution": lambda n: torch.distributions.Normal(torch.full((n, 3), 2.0), 3.0).rsample(),
 }
 
@@ -97,7 +112,15 @@ def test_an_example_draws_the_same_in_every_batch_and_as_it_is_asked(name: str) 
     asked = draw(2000)
     assert asked.dtype == whole.dtype
     for figure in (torch.mean, torch.std, torch.amin, torch.amax):
-        if name in ("integers", "up to", "coins", "rand", "uniform") or figure in (
+        if name in (
+            "integers",
+            "up to",
+            "coins",
+            "rand",
+            "uniform",
+            "tossed",
+            "chance",
+        ) or figure in (
             torch.mean,
             torch.std,
         ):

@@ -214,6 +214,16 @@ def test_gradients_that_mix_where_inputs_are_large_are_found():
     assert found(model=Large(6, 3)) == "an example's gradient depends on its neighbours"
 
 
+def test_a_model_that_changes_its_weights_where_inputs_are_large_is_found():
+    class Moving(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                self.bias += 1e-9 * (x.abs().max() > 100)
+            return super().forward(x)
+
+    assert found(model=Moving(6, 3)) == "bias is changed past clipping and noise"
+
+
 def test_a_loss_that_depends_on_batches_before_is_found():
     assert found(Remembered()) == "a loss depends on batches before"
 

@@ -1,13 +1,21 @@
 """Samplers and DataLoaders that clients came with, held to the recipe before training."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import Drawn, drawn
+from fedtorch.training.batches import Collated, Drawn, drawn
+from fedtorch.tree import parts
 from fedtorch.types import ConfigError
+
+LOOKED_AT = 8
+"""Examples that a dataset is asked for alone and together."""
 
 
 def check(clients: Sequence[Client], recipe: Recipe) -> list[str]:
@@ -15,6 +23,8 @@ def check(clients: Sequence[Client], recipe: Recipe) -> list[str]:
     for client in clients:
         if client.sampler is not None:
             _draws(client, client.sampler, recipe)
+        if recipe.privacy.per_example:
+            _apart(client)
     if recipe.privacy.per_example:  # the plan draws the batches, and says so
         return []
     for client in clients:
@@ -48,6 +58,36 @@ def _draws(client: Client, sampler: Drawn, recipe: Recipe) -> None:
             f"client {client.id}: its sampler gives other places when asked again with the same seed, so "
             "that no run could be repeated: draw from the seed, or leave out its own generator"
         )
+
+
+def _apart(client: Client) -> None:
+    """What a dataset gives for several examples at once must be what it gives for each: it may mix them."""
+    data: Any = client.data.data if isinstance(client.data, Collated) else client.data
+    if not hasattr(data, "__getitems__") or len(client) < 2:
+        return
+    places = [*range(min(len(client), LOOKED_AT))]
+    with seeds.seeded(0):
+        each, again = ([data.__getitems__([k])[0] for k in places] for _ in range(2))
+        if not _same(each, again):  # it draws, and draws other numbers in company
+            return
+        together = [*data.__getitems__(places)]
+    if not _same(each, together):
+        raise ConfigError(
+            f"client {client.id}: its dataset's __getitems__ gives other examples in company than alone, "
+            "and sample-level privacy clips each by itself: prepare each example alone, by a transform of "
+            "single examples, or protect clients (privacy client)"
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two examples, nestings of numbers and whatever else, hold the same."""
+    if (inside := parts(one)) is not None:
+        others = parts(other) or []
+        return len(inside) == len(others) and all(map(_same, inside, others))
+    if isinstance(one, (Tensor, np.ndarray, int, float)):
+        a, b = torch.as_tensor(one), torch.as_tensor(other)
+        return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
+    return not isinstance(one, str) or bool(one == other)
 
 
 def _agrees(client: Client, recipe: Recipe) -> None:

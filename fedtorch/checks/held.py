@@ -4,6 +4,7 @@ A model that draws, as a variational autoencoder does, gives other losses in eve
 of whether examples mix. In a trial the numbers come from here: they hang on the call, and on the example.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Self
@@ -21,12 +22,18 @@ from fedtorch.tree import size
 UNIFORM = {torch.rand, torch.rand_like, Tensor.uniform_}
 NORMAL = {torch.randn, torch.randn_like, torch.normal, Tensor.normal_}
 WHOLE = {torch.randint, torch.randint_like}
-COINS = {torch.bernoulli, Tensor.bernoulli}
+COINS = {torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_}
 METHODS: dict[Any, tuple[str, str]] = {
     Tensor.uniform_: ("from", "to"),
     Tensor.normal_: ("mean", "std"),
 }
 """They write on their tensor, and are told how the numbers are spread."""
+
+ENDS = (1e-6, 1 - 1e-6)
+"""Least and largest uniform number: what is done rarely is often done where one is small, or large."""
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Multiples of it, less their whole part, leave no large gap in [0, 1]."""
 
 
 class Held(TorchFunctionMode):
@@ -36,7 +43,12 @@ class Held(TorchFunctionMode):
     """
 
     def __init__(self, seed: int, examples: int = 1) -> None:
-        """``seed``: another one, other numbers; ``examples``: how many there are in all."""
+        """``seed``: another one, other numbers; ``examples``: how many there are in all.
+
+        What is done with a small chance must be met. So with seed 1 all numbers are as small as they get,
+        with 2 as large, with 3, 6, ... each small or large by a coin, and from one of the other seeds
+        to the next every number wanders over all that it may be.
+        """
         super().__init__()
         self.seed, self.examples = seed, examples
         self.calls, self.index = 0, torch.zeros(1, dtype=torch.int64)
@@ -57,7 +69,11 @@ class Held(TorchFunctionMode):
         given = func(*args, **kwargs)
         own = self._drawn(given, normal=kind is NORMAL)
         if kind is COINS:
-            return (own < args[0]).to(given)
+            chance = kwargs.get("p", args[1] if len(args) > 1 else args[0])
+            if func is Tensor.bernoulli_:
+                chance = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+                return given.copy_(own < chance)
+            return (own < chance).to(given)
         if kind is WHOLE:
             low, high = _limits(func, args, kwargs)
             return (low + own * (high - low)).floor().to(given)
@@ -67,14 +83,25 @@ class Held(TorchFunctionMode):
 
     def _drawn(self, given: Tensor, normal: bool) -> Tensor:
         """Numbers shaped like ``given``: a row for each example, or the same for all of them."""
-        draw = seeds.generator(self.seed, "held", self.calls)
+        draw = seeds.generator(0, "held", self.calls)
+        coin = seeds.generator(self.seed, "ends", self.calls)
         self.calls += 1
-        draws = torch.randn if normal else torch.rand
         dtype = given.dtype if given.is_floating_point() else torch.float64
         each = bool(given.dim()) and len(given) == len(self.index)
         shape = (self.examples, *given.shape[1:]) if each else given.shape
-        table = draws(shape, generator=draw, dtype=dtype)
+        table = torch.rand(shape, generator=draw, dtype=torch.float64)
+        table = self._moved(table, torch.rand(shape, generator=coin)).clamp(*ENDS)
+        table = (torch.special.ndtri(table) if normal else table).to(dtype)
         return (table[self.index] if each else table).to(given.device)
+
+    def _moved(self, table: Tensor, coins: Tensor) -> Tensor:
+        """Uniform numbers as they are with this seed."""
+        if self.seed in (1, 2):
+            return torch.full_like(table, self.seed - 1)
+        moved = (table + GOLDEN * self.seed) % 1
+        if self.seed % 3 or not self.seed:
+            return moved
+        return (coins < 0.5).to(table)
 
 
 def _parameters(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -18,9 +18,9 @@ from fedtorch import seeds
 from fedtorch.checks.company import LARGEST, SCALES, WATCHED, Near, meets, tolerant
 from fedtorch.checks.held import Held
 from fedtorch.recipe import Recipe
-from fedtorch.training.module import forward, training, undropped
+from fedtorch.training.module import forward, snapshot, training, undropped
 from fedtorch.training.outline import copied, untouched
-from fedtorch.tree import leaves, mapped, rebuilt, rows, size
+from fedtorch.tree import leaves, mapped, rebuilt, rows, same, size
 from fedtorch.types import ConfigError
 
 HEAVY = 1 << 20
@@ -33,7 +33,10 @@ ROOM = 1 << 21
 """Numbers that the examples of the largest batch for a model may have."""
 
 DRAWS = 4
-"""Times that a model which draws is tried, each time with other numbers."""
+"""Times that a model which draws is tried wholly, each time with other numbers."""
+
+RARE = 28
+"""Times that its few examples are tried: what it does with a small chance may be what mixes them."""
 
 STATEFUL = 4
 """Batches after which a loss must not remember what they were."""
@@ -61,7 +64,7 @@ def mixes(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
             own = Tried(model, batch, Near(1e-3, 1e-5), Held(0, size(batch)))
             fine = wide(own, recipe)
             with untouched(fine.model), undropped(fine.model):
-                work = products(model, batch, recipe)
+                work, before = products(model, batch, recipe), snapshot(fine.model)
                 rough = own if work > HEAVY else fine
                 why = _found(fine, rough, recipe, work)
                 # whether examples mix may hang on what is drawn
@@ -70,7 +73,15 @@ def mixes(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
                     why = why or _found(
                         fine._replace(held=held), rough._replace(held=held), recipe, work
                     )
-                return why
+                many = size(batch)
+                rare = min(RARE, AFFORD // (8 * many * work)) if own.held.calls else 0
+                for seed in range(DRAWS, rare):
+                    rarely = fine._replace(held=Held(seed, many))
+                    why = why or _neighbours(rarely, recipe, (1.0,), many)
+                # numbers of some size may be needed for that
+                after = snapshot(fine.model)
+                moved = [k for k, v in before.items() if not bool(same(v, after[k]).all())]
+                return why or (f"{moved[0]} is changed past clipping and noise" if moved else None)
         except ConfigError:
             raise
         except Exception as e:

@@ -71,7 +71,7 @@ class Quartiles:
         share = (np.clip(rows, self.low, self.high) - self.low) / (self.high - self.low)
         bins = np.minimum(share * BINS, BINS - 1)[..., None]
         found = (bins >= np.arange(BINS)) & (bins < np.arange(BINS) + 1)
-        return np.asarray(found.reshape(len(rows), -1), float)
+        return np.asarray(found.reshape(len(rows), BINS * len(self.low)), float)
 
     def read(self, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The median; the quartiles' distance as a normal distribution's deviation."""
