@@ -94,7 +94,7 @@ class OnlyFour(nn.Linear):
 def test_the_short_last_batch_is_tried_too():
     clients = make_clients([8, 8])
     fits(OnlyFour(6, 4), clients, Recipe(batch_size=4))
-    with pytest.raises(ConfigError, match=r"cannot take a batch \[2, 6\]: 'rows'"):
+    with pytest.raises(ConfigError, match=r"cannot take a batch \[2, 6\] of client c1: 'rows'"):
         Server(OnlyFour(6, 4), make_clients([8, 6]), Recipe(batch_size=4))
 
 
@@ -169,3 +169,21 @@ def test_an_optimizer_of_matrices_trains_a_model_of_matrices_and_is_refused_else
     assert Server(nn.Linear(6, 4, bias=False), make_clients([5]), muon).round()["clients"] == 1
     with pytest.raises(ConfigError, match="client optimizer muon cannot train model Linear"):
         Server(nn.Linear(6, 4), make_clients([5]), muon)
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ((torch.randn(9, 5), torch.zeros(9, dtype=torch.int64)), r"\[9, 5\] of client odd"),
+        (
+            (torch.randn(9, 6).double(), torch.zeros(9, dtype=torch.int64)),
+            "odd: .* give the data as float32",
+        ),
+        ((torch.randn(9, 6), torch.zeros(9)), "labels are float32, and classes must be int64"),
+        ((torch.randn(9, 6), torch.zeros(9) > 0), "labels are bool, and classes must be int64"),
+    ],
+)
+def test_a_later_client_of_other_types_or_shapes_is_named_before_training(other, message):
+    clients = [*make_clients([20, 30]), Client("odd", other)]
+    with pytest.raises(ConfigError, match=message):
+        fits(nn.Linear(6, 4), clients, Recipe())

@@ -115,3 +115,9 @@ def test_data_that_requires_grad_is_taken_as_numbers_or_refused():
     single = torch.utils.data.StackDataset(leaf * 2, y)
     with pytest.raises(ConfigError, match=r"client a: its dataset gives tensors that require grad"):
         Server(nn.Linear(3, 2), [Client("a", single)])
+
+
+@pytest.mark.parametrize("workers", [-1, 0.5])
+def test_a_number_of_workers_that_cannot_be_is_refused_at_once(workers):
+    with pytest.raises(ConfigError, match="num_workers of client 'a' must be"):
+        Client("a", (torch.zeros(3, 2), torch.zeros(3)), num_workers=workers)

@@ -243,7 +243,9 @@ def test_new_rows_are_prepared_as_the_training_was(tmp_path):
         assembly.unlabelled(new, named.preparation)
     dropped = csv(tmp_path, text, **WARDS, missing="drop").load(0).preparation
     new.write_text("age,ward,smoker,chol\n30,?,no,200\n")
-    with pytest.raises(ConfigError, match=r"line 2: column 'ward' .* a missing value"):
+    with pytest.raises(
+        ConfigError, match=r"line 2: column 'ward' .* a missing value, .* leave the row out"
+    ):
         assembly.unlabelled(new, dropped)
 
 

@@ -87,3 +87,11 @@ def test_reduce_leaves_one_number_for_each_example():
     assert losses.reduce(torch.ones(4, 3, 2)).shape == (4,)
     assert losses.reduce(torch.ones(4)).shape == (4,)
     assert losses.reduce(torch.tensor(2.0)).shape == ()
+
+
+@pytest.mark.parametrize("value", [None, {"loss": torch.tensor(2.0)}, (torch.tensor(2.0), 1)])
+def test_what_is_no_number_is_named(value):
+    with pytest.raises(
+        ConfigError, match=f"one for each example or one for all, got {type(value).__name__}"
+    ):
+        losses.reduce(value)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from fedtorch import seeds
 from fedtorch.checks.model import trainable
@@ -87,18 +88,28 @@ def _not_averaged(model: nn.Module, before: Params) -> tuple[str, ...]:
 
 
 def _full_and_short(clients: Sequence[Client], recipe: Recipe) -> Iterator[tuple[Client, Tensor]]:
-    """The first client's batch, and the smallest of more than one example that any client takes."""
+    """A batch of the first client of each layout, and the smallest of more than one example of any."""
     if plan := recipe.privacy.per_example:  # batches are drawn by chance
         recipe = replace(recipe, privacy=Nothing(), batch_size=math.ceil(plan.batch_size))
     size = min(recipe.batch_size or len(clients[0]), len(clients[0]))
     # two examples even of a client that has one: BatchNorm cannot train on a single value
     full = clients[0], torch.arange(max(size, 2)) % size
     yield full
+    kinds = {_layout(c): c for c in reversed(clients)}  # whose numbers are of another type or shape
+    for client in [c for c in kinds.values() if _layout(c) != _layout(clients[0])]:
+        own = min(recipe.batch_size or len(client), len(client))
+        yield client, torch.arange(max(own, 2)) % own
     rests = [(least(len(c), recipe), k) for k, c in enumerate(clients)]
     rest, k = min((r for r in rests if r[0] > 1), default=(size, 0))
     n = len(clients[k])
     # a second step in any case
     yield (clients[k], torch.arange(n - rest, n)) if rest != size else full
+
+
+def _layout(client: Client) -> tuple[Any, ...]:
+    """Types and shapes of an example, where tables of tensors tell them at once."""
+    found = client.data.tensors if isinstance(client.data, TensorDataset) else ()
+    return tuple((t.dtype, t.shape[1:]) for t in found)
 
 
 def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -> None:
@@ -154,7 +165,9 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
         whole = isinstance(x, Tensor) and x.dtype == torch.int64
         fix = "; x is int64, as of a vocabulary: amounts must be float32" if whole else ""
         fix = fix or other_types(model, x)
-        raise ConfigError(f"model {name} cannot take a batch {shape(x)}: {first(e)}{fix}") from e
+        raise ConfigError(
+            f"model {name} cannot take a batch {shape(x)} of client {who}: {first(e)}{fix}"
+        ) from e
     try:
         return reduce(recipe.loss(output, y))
     except ConfigError:
@@ -162,8 +175,18 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
     except Exception as e:
         raise ConfigError(
             f"the loss does not fit model {name} (output {shape(output)}) and the labels "
-            f"{shape(y)}: {first(e)}{other_types(model, y)}"
+            f"{shape(y)}: {first(e)}{other_types(model, y) or _no_classes(output, y)}"
         ) from e
+
+
+def _no_classes(output: Any, target: Any) -> str:
+    """The fix, where targets that lie as classes do are not of their type."""
+    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+        return ""
+    if target.dtype == torch.int64 or (len(output), *output.shape[2:]) != target.shape:
+        return ""
+    kind = str(target.dtype).removeprefix("torch.")
+    return f"; the labels are {kind}, and classes must be int64: y.long(), y.astype('int64')"
 
 
 def visit_alone(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -> None:

@@ -37,6 +37,8 @@ def examples(known: Prepared, path: Path) -> Tensor:
             raise ConfigError(
                 f"{path}: this run takes .npy, .npz (array x), images .png, .jpg, .bmp, or a folder of them"
             )
+    except ConfigError:  # a ValueError, which says all already
+        raise
     except (OSError, ValueError, KeyError, EOFError) as e:
         why = getattr(e, "strerror", None) or e
         raise ConfigError(f"{path} cannot be read: {why}") from e

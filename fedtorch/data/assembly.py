@@ -360,7 +360,12 @@ def unlabelled(path: Path, done: Preparation) -> Tensor:
     fill = done.fill or [None] * len(done.columns)
     marked = [n in known and done.missing not in ("", "drop") for n in done.columns]
     filled = [m or f is not None for m, f in zip(marked, fill, strict=True)]
-    _none_missing(table, done.columns, numbers, filled)
+    for j in np.flatnonzero(np.isnan(numbers).any(0) & ~np.array(filled)):
+        row = int(np.flatnonzero(np.isnan(numbers[:, j]))[0])
+        raise ConfigError(
+            f"{table.place(row)}: column {done.columns[j]!r} holds a missing value, and the run filled "
+            "none there: fill it, or leave the row out"
+        )
     x = columns.encoded(numbers, done)
     if not bool(torch.isfinite(x).all()):
         raise ConfigError(f"{path} has NaN or infinite values; fill or drop those rows first")

@@ -20,6 +20,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from fedtorch.options import fit
 from fedtorch.training.batches import Collate, Collated, len_of
 from fedtorch.tree import leaves
 from fedtorch.types import ConfigError
@@ -89,6 +90,8 @@ def as_dataset(
     pandas are float64 unless given as float32. Raises ConfigError naming ``owner``, the fault and the fix;
     one without examples is let through where it may be ``empty``.
     """
+    if fit(f"num_workers of {owner}", num_workers, int) < 0:
+        raise ConfigError(f"num_workers of {owner} must be at least 0, got {num_workers}")
     if isinstance(data, DataLoader):
         loader = taken_apart(data, owner)
         if collate is not None and loader.collate is not None:

@@ -6,6 +6,7 @@ ones are per example, which is what lets clients with unequal batches train side
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,10 +115,15 @@ def no_loss(output: Tensor, target: Tensor) -> Tensor:
     raise ConfigError("this recipe has a step in place of a loss")
 
 
-def reduce(values: Tensor) -> Tensor:
+def reduce(values: Any) -> Tensor:
     """A loss or metric's return value -> one number for each example [B], or a scalar as it is."""
-    values = torch.as_tensor(values)  # a metric of the user's own may give a plain number
-    return values if values.dim() < 2 else values.flatten(1).mean(1)
+    if values is None or isinstance(values, dict | tuple | str):
+        raise ConfigError(
+            "a loss, a step and a metric return numbers, one for each example or one for all, got "
+            f"{type(values).__name__}"
+        )
+    found: Tensor = torch.as_tensor(values)  # a metric of the user's own may give a plain number
+    return found if found.dim() < 2 else found.flatten(1).mean(1)
 
 
 LOSSES: dict[str, Loss] = {
