@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from conftest import make_clients, mlp
 from fedtorch import ConfigError, Local, Recipe, Server
+from fedtorch.privacy import SampleLevel
 from fedtorch.training.losses import cross_entropy
 
 
@@ -284,3 +285,25 @@ def test_a_model_that_writes_on_its_input_leaves_the_clients_data_alone(solver):
     before = [c.data.tensors[0].clone() for c in clients]
     Server(Halves(*mlp()), clients, Recipe(), engine=Local(solver=solver)).round()
     assert all(torch.equal(c.data.tensors[0], x) for c, x in zip(clients, before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["step", "loss"])
+def test_what_keeps_the_rows_it_is_first_given_is_refused_under_sample_level_privacy(
+    kind: str,
+) -> None:
+    kept: list[Tensor] = []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        if not kept:
+            kept.append(output.detach().clone())
+        return cross_entropy(output + 0 * kept[0][0], target)
+
+    def step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return loss(model(batch[0]), batch[1])
+
+    chosen = {"step": step} if kind == "step" else {"loss": loss}
+    plan = SampleLevel(noise_multiplier=1.0, rounds=1, clip=1.0)
+    with pytest.raises(ConfigError, match=rf"the {kind} keeps something of what it is first given"):
+        Server(mlp(), make_clients([8]), Recipe(privacy=plan, **chosen))
+    assert kept, "and once it is there beforehand, it is no row of theirs"
+    Server(mlp(), make_clients([8]), Recipe(privacy=plan, **chosen))

@@ -78,6 +78,7 @@ NEEDED: dict[Any, dict[str, Any]] = {
 FREE = {"seed", "insecure_seed"}
 """Any whole number will do."""
 FROM_ZERO = {
+    "finetune_steps",
     "mu",
     "floor",
     "momentum",

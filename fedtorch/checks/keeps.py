@@ -7,7 +7,7 @@ outside.
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
+from fedtorch.recipe import Recipe
 from fedtorch.training.module import snapshot
 from fedtorch.training.outline import Outline, untouched
 from fedtorch.tree import same
@@ -63,6 +64,24 @@ def nothing(word: str, loss: Any, ask: Callable[[Any], Tensor], given: Any, othe
             f"the {word} keeps something from call to call ({what}), which would go from client to client: "
             "let the model keep it (in a buffer, and return it beside the output), compute it from each "
             "batch alone or, if it is only to be looked at, let a metric or an observer of Server do that"
+        )
+
+
+@contextmanager
+def from_no_batch(recipe: Recipe) -> Iterator[None]:
+    """Around all trials of a recipe with privacy by example: what they leave in it is of somebody's rows.
+
+    Raises ConfigError naming what the loss, or the step, has kept, be it made once, at first.
+    """
+    word, asked = ("loss", recipe.loss) if recipe.step is None else ("step", recipe.step)
+    private = recipe.privacy.per_example is not None
+    before = _held(asked) if private else {}
+    yield
+    if private and (what := _changed(before, _held(asked))):
+        raise ConfigError(
+            f"the {word} keeps something of what it is first given ({what}), and sample-level privacy "
+            "covers no row that later batches meet so: make it from each batch alone, or before the "
+            f"{word} is handed over"
         )
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from fedtorch.checks import data, reached, short
+from fedtorch.checks import data, keeps, reached, short
 from fedtorch.checks.model import aside, modes, trainable
 from fedtorch.checks.probe import fits
 from fedtorch.checks.standins import shown
@@ -42,18 +42,19 @@ class Local:
     def open(self, model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> "LocalSession":
         """Try one batch and choose how to train."""
         usable(self.device)
-        said = data.check(clients, recipe)
-        trainable(model)
-        worker = copied(model).to(self.device)
-        tried = shown(worker, clients, recipe)
-        with aside(model, local=recipe.local is not None):
-            found = fits(worker, tried, recipe)
-        short.batches(worker, tried, recipe)
-        reached.others(model, worker, tried, recipe)
-        with untouched(worker):
-            choice = choose(
-                worker, clients, recipe, self.chunk, self.solver, self.dtype, found.changes
-            )
+        with keeps.from_no_batch(recipe):
+            said = data.check(clients, recipe)
+            trainable(model)
+            worker = copied(model).to(self.device)
+            tried = shown(worker, clients, recipe)
+            with aside(model, local=recipe.local is not None):
+                found = fits(worker, tried, recipe)
+            short.batches(worker, tried, recipe)
+            reached.others(model, worker, tried, recipe)
+            with untouched(worker):
+                choice = choose(
+                    worker, clients, recipe, self.chunk, self.solver, self.dtype, found.changes
+                )
         said += local_steps.notes(worker, [c.taken() for c in clients], recipe)
         by_id = {c.id: c for c in clients}
         notes = (*modes(model), *found.notes, *said, *choice.notes)
