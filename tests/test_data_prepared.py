@@ -352,7 +352,10 @@ def test_grey_images_may_lack_the_axis_of_their_channel(tmp_path):
 
 
 def test_a_table_with_numbers_that_are_none_is_not_predicted(tmp_path):
-    for value, message in (("nan", "line 3: column 'a' holds 'nan'"), ("inf", "NaN or infinite")):
+    for value, message in (
+        ("nan", "line 3: column 'a' holds a missing value"),
+        ("inf", "NaN or infinite"),
+    ):
         (tmp_path / "x.csv").write_text(f"a,b\n1,2\n{value},3\n")
         with pytest.raises(ConfigError, match=message):
             given.examples(known((2,), columns=("a", "b")), tmp_path / "x.csv")
