@@ -40,6 +40,8 @@ def test_classes_are_on_axis_1_where_any_axis_fits(shape):
 @pytest.mark.parametrize("judge", [losses.cross_entropy, losses.accuracy])
 def test_classes_elsewhere_than_on_axis_1_are_refused(judge, output, target):
     # a row of numbers is no probabilities of one example
+    if judge is losses.accuracy and output == target:  # one logit each, of yes or no
+        return
     for dtype in (torch.int64, torch.float32):
         with pytest.raises(ConfigError, match="classes lie on axis 1"):
             judge(torch.randn(output), torch.zeros(target, dtype=dtype))
@@ -95,3 +97,10 @@ def test_what_is_no_number_is_named(value):
         ConfigError, match=f"one for each example or one for all, got {type(value).__name__}"
     ):
         losses.reduce(value)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1)])
+def test_accuracy_of_one_logit_is_of_yes_or_no(shape: tuple[int, ...]) -> None:
+    output, target = torch.tensor([2.0, -1.0, 3.0, -4.0]), torch.tensor([1, 0, 0, 0])
+    for labels in (target, target.float()):
+        assert losses.accuracy(output.view(shape), labels).tolist() == [1, 1, 0, 1]

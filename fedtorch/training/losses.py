@@ -53,8 +53,11 @@ def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
     """Share of classes predicted right: output [B, C, ...], target [B, ...] -> per example [B, ...].
 
-    Positions of class -100 do not count, as in ``cross_entropy``.
+    Positions of class -100 do not count, as in ``cross_entropy``. One logit, [B] or [B, 1, ...], is of yes
+    or no.
     """
+    if output.dim() == 1 or (output.shape[1] == 1 and output.numel() == target.numel()):
+        return binary_accuracy(output, target)
     _one_axis_less(output, target)
     hits = (output.argmax(1) == target).float()
     return hits if output.dim() == 2 else hits * _weights(target)
