@@ -85,6 +85,16 @@ def test_a_tokenizer_that_is_nowhere_is_told(tmp_path, monkeypatch):
         Text(str(tmp_path / "t.txt"), vocabulary="words").load(0)
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_model_without_a_tokenizer_beside_it_is_told(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    transformers.AutoConfig.for_model(kind).save_pretrained(
+        tmp_path
+    )  # one that knows no word is made up
+    with pytest.raises(ConfigError, match=r"has a model but no tokenizer.*save_pretrained"):
+        tokens.tokenizer(str(tmp_path))
+
+
 def test_texts_of_unequal_length_need_a_token_to_fill_up_with():
     known = tiny.words()
     known.pad_token = None

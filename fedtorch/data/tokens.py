@@ -51,6 +51,13 @@ def tokenizer(where: str) -> Any:
         from transformers import AutoTokenizer
 
         known = AutoTokenizer.from_pretrained(where, **more)
+    if len(known) <= len(
+        {*known.all_special_ids}
+    ):  # what transformers makes up where there is none
+        raise ConfigError(
+            f"{where!r} has a model but no tokenizer: save the model's own there, "
+            "tokenizer.save_pretrained(folder), or name another by dataset.vocabulary hf:FOLDER"
+        )
     if known.pad_token_id is None:
         known.pad_token = known.eos_token
     return known
