@@ -1,5 +1,6 @@
 """The record of a run read back: what TensorBoard, JSON lines and adapters were given."""
 
+import io
 import json
 import os
 import re
@@ -10,8 +11,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
@@ -20,7 +23,7 @@ from fedtorch.commands.train import train_module
 from fedtorch.data import Digits
 from fedtorch.rounds.history import read
 from fedtorch.run import checkpoint
-from fedtorch.tracking import Record, TensorBoard
+from fedtorch.tracking import Record, TensorBoard, drawings
 from fedtorch.tracking.record import Lines
 from fedtorch.tracking.tags import FAMILIES, TAGS, layout
 from fedtorch.tracking.tensorboard import protos
@@ -536,3 +539,24 @@ def test_a_damaged_event_file_is_said_on_resume(how, tmp_path, capsys):
     path.write_bytes({"empty": b"", "flipped": raw, "half": raw[: len(raw) // 2]}[how])
     trim(path, 3)
     assert "is cut short or damaged at byte" in capsys.readouterr().out
+
+
+def test_whom_a_robust_rule_left_out_is_seen_in_the_picture(tmp_path, monkeypatch):
+    seen = {}
+
+    def drawn(ids, rounds):
+        seen.update(rounds)
+        return original(ids, rounds)
+
+    original = drawings.participation_map
+    monkeypatch.setattr(drawings, "participation_map", drawn)
+    run(tmp_path / "one", "--rounds", "1", "--aggregator", "krum")
+    assert sorted(seen[1].values()) == [1, 3, 3, 3, 3]
+
+    def orange(states):
+        picture = original(["a", "b"], {1: states})
+        pixels = np.array(Image.open(io.BytesIO(picture)).convert("RGB"))
+        return bool((pixels == [0xED, 0xAE, 0x49]).all(-1).any())
+
+    assert orange({"a": 1, "b": 3})
+    assert not orange({"a": 1, "b": 2})

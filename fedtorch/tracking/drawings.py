@@ -49,7 +49,10 @@ def partition_map(ids: Sequence[str], parts: Sequence[Tensor], labels: Tensor | 
 
 
 def participation_map(ids: Sequence[str], rounds: Mapping[int, Mapping[str, int]]) -> bytes:
-    """Client by round: 1 reported, 2 dropped out or left out; the first clients, the last rounds."""
+    """Client by round: 1 reported, 2 dropped out or unusable, 3 left out by a robust rule.
+
+    The first clients, the last rounds.
+    """
     steps = sorted(rounds)[-MOST:]
     shown = ids[:MOST]
     table = np.array([[rounds[r].get(i, 0) for r in steps] for i in shown])
@@ -57,16 +60,18 @@ def participation_map(ids: Sequence[str], rounds: Mapping[int, Mapping[str, int]
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    colors = ("#f2f2f2", "#4c8bbf", "#d1495b")
+    words = {"not chosen": "#f2f2f2", "reported": "#4c8bbf", "dropped or unusable": "#d1495b"}
+    if (table == 3).any():
+        words["left out by the rule"] = "#edae49"
+    colors = list(words.values())
     edges = (steps[0] - 0.5, steps[-1] + 0.5, len(shown) - 0.5, -0.5)
     axes.imshow(
-        table, cmap=ListedColormap(colors), vmin=0, vmax=2, aspect="auto", extent=edges,
+        table, cmap=ListedColormap(colors), vmin=0, vmax=len(colors) - 1, aspect="auto", extent=edges,
         interpolation="nearest",
     )  # fmt: skip
-    words = ("not chosen", "reported", "dropped or left out")
     figure.legend(
-        handles=[Patch(color=c, label=w) for c, w in zip(colors, words, strict=True)],
-        loc="upper right", ncols=3, fontsize="small", frameon=False,
+        handles=[Patch(color=c, label=w) for w, c in words.items()],
+        loc="upper right", ncols=len(words), fontsize="small", frameon=False,
     )  # fmt: skip
     if len(shown) <= 30:
         axes.set_yticks(range(len(shown)), [i[:16] for i in shown])

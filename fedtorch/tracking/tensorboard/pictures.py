@@ -152,8 +152,9 @@ class Pictures(Observer):
         rounds = {}
         trained = [m for m in self.record.history if m["round"]]
         for m in trained[-drawings.MOST :]:
-            cohort, failed = (m.get(k, m.get(f"nonprivate_{k}", ())) for k in ("cohort", "failed"))
-            here = dict.fromkeys(cohort, 1) | dict.fromkeys(failed, 2)
+            here = dict[str, int]()
+            for kind, figure in enumerate(("cohort", "failed", "left_out"), 1):
+                here |= dict.fromkeys(m.get(figure, m.get(f"nonprivate_{figure}", ())), kind)
             rounds[int(m["round"])] = here
         args = (self.server.ids, rounds)
         self.record.picture(f"{self.under}/participation", step, drawings.participation_map, *args)
