@@ -105,6 +105,11 @@ def keys(argv: Sequence[str]) -> int:
     )
     for folder in certificates.make(Path(words[0]), hosts, sites, int(days)):
         print(f"made {folder}")
+    print(
+        "\n# who takes part, by certificate: for site.toml of a site that pins its peers\n[peers]"
+    )
+    for name, print_of in certificates.fingerprints(Path(words[0])).items():
+        print(f'{name if "." not in name else repr(name)} = "{print_of}"')
     return 0
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedtorch.engines.wire import printable
 from fedtorch.types import ConfigError
 
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -33,6 +35,8 @@ def make(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int) ->
     for name in sites:
         if not SITE_NAME.fullmatch(name) or name in ("ca", "server"):
             raise ConfigError(f"{name!r} cannot be a site's name: letters, digits, . _ - only")
+    if not (hosts or sites) and (folder / "server").exists():
+        return []
     if not hosts and not (folder / "server").exists():
         raise ConfigError("--server HOST[,HOST]: name the addresses sites will reach the server by")
     key, authority = _authority(folder / "ca", days)
@@ -44,12 +48,14 @@ def make(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int) ->
         server = name == "server"
         purpose = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
         own = ec.generate_private_key(ec.SECP256R1())
-        builder = _builder(name, authority.subject, own, days).add_extension(
-            x509.ExtendedKeyUsage([purpose]), critical=False
+        builder = (
+            _builder(name, authority.subject, own, days)
+            .add_extension(_issuer(authority), critical=False)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(digital_signature=True), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(alternatives if server else _uri(name), critical=False)
         )
-        if server:
-            builder = builder.add_extension(alternatives, critical=False)
-        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), True)
         _write(folder / name, own, builder.sign(key, hashes.SHA256()), authority)
         made.append(folder / name)
     return made
@@ -64,6 +70,50 @@ def common_name(pem: bytes) -> str:
     except ValueError:  # what the other side's TLS took for a certificate, and this parser does not
         return ""
     return names[0] if len(names) == 1 and SITE_NAME.fullmatch(names[0]) else ""
+
+
+def fingerprint(pem: bytes) -> str:
+    """SHA-256 of a certificate, in hex; raises ConfigError for what is none."""
+    return _read(pem).fingerprint(hashes.SHA256()).hex()
+
+
+def plain(fingerprint: str) -> str:
+    """A fingerprint with colons or capitals, as others write it, in our way; "" for what is none."""
+    bare = fingerprint.replace(":", "").lower()
+    return bare if re.fullmatch(r"[0-9a-f]{64}", bare) else ""
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """Of the sites whose certificates lie in ``folder``, by name."""
+    found = {p.parent.name: p for p in sorted(folder.glob("*/cert.pem"))}
+    return {n: fingerprint(p.read_bytes()) for n, p in found.items() if n not in ("ca", "server")}
+
+
+def verified(pem: bytes, name: str, authority: bytes) -> x509.Certificate:
+    """The certificate of site ``name``, as a strict verifier takes it: dates, issuer, purpose and path.
+
+    ``authority``: ca.pem, with what lies between it and the sites where there is such. Raises ConfigError.
+    """
+    certificate = _read(pem)
+    if common_name(pem) != name:
+        raise ConfigError(f"the certificate of {name!r} is of somebody else")
+    known = x509.load_pem_x509_certificates(authority)
+    builder = verification.PolicyBuilder().store(verification.Store(known))
+    try:
+        builder.build_client_verifier().verify(certificate, known)
+    except verification.VerificationError as e:
+        raise ConfigError(
+            f"the certificate of {name!r} does not hold for secure aggregation ({printable(str(e), 120)}): "
+            "make the federation's keys anew with this version's fedtorch keys, in an empty folder"
+        ) from e
+    return certificate
+
+
+def _read(pem: bytes) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError as e:
+        raise ConfigError("this is no certificate (PEM)") from e
 
 
 def _authority(folder: Path, days: int) -> tuple[Key, x509.Certificate]:
@@ -81,6 +131,7 @@ def _authority(folder: Path, days: int) -> tuple[Key, x509.Certificate]:
     certificate = (
         _builder("fedtorch trial authority", name, key, days)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(key_cert_sign=True), critical=True)
         .sign(key, hashes.SHA256())
     )
     _write(folder, key, certificate, certificate)
@@ -97,6 +148,38 @@ def _builder(name: str, issuer: x509.Name, key: Key, days: int) -> x509.Certific
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(minutes=5))  # clocks of two machines differ
         .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _issuer(authority: x509.Certificate) -> x509.AuthorityKeyIdentifier:
+    try:
+        known = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:  # of an authority that an older version made
+        public = authority.public_key()
+        assert isinstance(public, ec.EllipticCurvePublicKey)  # _authority has looked
+        return x509.AuthorityKeyIdentifier.from_issuer_public_key(public)
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(known)
+
+
+def _usage(*, digital_signature: bool = False, key_cert_sign: bool = False) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=digital_signature,
+        key_cert_sign=key_cert_sign,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        crl_sign=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _uri(name: str) -> x509.SubjectAlternativeName:
+    """A site's name where strict verifiers look for one; it is no host, so it must not be a DNS name."""
+    return x509.SubjectAlternativeName(
+        [x509.UniformResourceIdentifier(f"urn:fedtorch:site:{name}")]
     )
 
 
