@@ -5,7 +5,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -198,51 +197,6 @@ def encoded(numbers: np.ndarray, done: Preparation) -> Tensor:
         if done.missing == "indicator":
             parts.append(gone[:, None])
     return torch.from_numpy(np.concatenate(parts, 1).astype(np.float32))
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """Center and width of each column, and what fills it; 0, 1 and nothing where it is left alone."""
-
-    center: np.ndarray
-    width: np.ndarray
-    fill: list[float | None]
-    derived: tuple[str, ...] = ()
-    """What was taken from the rows themselves, each with what to give in its place under privacy."""
-
-
-def by_hand(
-    names: Sequence[str], bounds: Mapping[str, tuple[float, float]], known: Categories
-) -> Scaling:
-    """By public bounds: low is -1, high is 1."""
-    if wrong := [n for n in bounds if n not in names or n in known]:
-        raise ConfigError(
-            f"dataset.bounds names {wrong[0]!r}, which is no column of numbers to learn from; there are "
-            f"{', '.join(n for n in names if n not in known)}"
-        )
-    ends = [bounds.get(n, (-1.0, 1.0)) for n in names]
-    center = np.array([(low + high) / 2 for low, high in ends])
-    width = np.array([(high - low) / 2 for low, high in ends])
-    return Scaling(center, width, [None] * len(names))
-
-
-def by_rows(rows: np.ndarray, known: Sequence[bool]) -> Scaling:
-    """By mean and standard deviation of these rows, [N, columns]; categories (``known``) are left alone."""
-    there = ~np.isnan(rows)
-    count = np.maximum(there.sum(0), 1)
-    center = np.where(there, rows, 0.0).sum(0) / count
-    square = (np.where(there, rows - center, 0.0) ** 2).sum(0) / np.maximum(count - 1, 1)
-    width = np.sqrt(np.where(square > 0, square, 1.0))
-    center, width = np.where(known, 0.0, center), np.where(known, 1.0, width)
-    return Scaling(center, width, [None] * rows.shape[1])
-
-
-def middle(column: np.ndarray, how: str) -> float:
-    """Mean or median of what is there; 0 where nothing is."""
-    there = column[~np.isnan(column)]
-    if not len(there):
-        return 0.0
-    return float(np.median(there) if how == "median" else np.mean(there))
 
 
 def far_apart(rows: np.ndarray, done: Preparation) -> str:

@@ -1,0 +1,109 @@
+"""What each column of a table is for: to learn from, to be predicted, or to say who holds a row."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fedtorch.data import columns
+from fedtorch.data.options import TableOptions
+from fedtorch.data.sheet import Sheet
+from fedtorch.types import ConfigError
+
+OWNERS = {
+    "client",
+    "owner",
+    "hospital",
+    "center",
+    "centre",
+    "clinic",
+    "site",
+    "institution",
+    "organisation",
+}
+"""Columns that are asked about: they name who holds a row, as their name or as ``..._id``."""
+
+INDEX = "Unnamed: 0"
+"""Pandas' name for an index without one."""
+
+
+def features(
+    given: TableOptions, table: Sheet, target: str
+) -> tuple[list[str], list[str], list[str]]:
+    """Features, columns that are left out, and what looks odd about them."""
+    header, remarks = table.header, []
+    for role, names in (
+        ("target", [target]),
+        ("client", [given.client] if given.client else []),
+        ("feature", given.features),
+        ("dropped", given.drop),
+    ):
+        for column in names:
+            if column not in header or not column:
+                raise ConfigError(
+                    f"{table.path} has no {role} column {column!r}; it has {', '.join(header)}"
+                )
+    index = [h for h in header[:1] if h in ("", INDEX) and h not in given.features]
+    left = [h for h in header if h != target and not (given.client and h == given.client)]
+    names = given.features or [h for h in left if h not in (*given.drop, *index)]
+    if not names or target in names or (given.client and given.client in names):
+        raise ConfigError(f"{table.path} has no feature columns beside {target!r}")
+    for name in () if given.features else names:
+        owner = name.lower().removesuffix("_id").removesuffix(" id") in OWNERS
+        if (
+            owner
+            and not given.client
+            and not any(e.startswith(f"{name}=") for e in given.categories)
+        ):
+            raise ConfigError(
+                f"{table.path}: does column {name!r} say who holds a row? Then give --dataset.client "
+                f"{name}; else leave it out with --dataset.drop {name}, or name every column to learn "
+                "from with --dataset.features"
+            )
+        if _counts(table.column(name)):
+            remarks.append(
+                f"{name!r} counts the rows: if it is an index, give --dataset.drop {name}"
+            )
+    return list(names), [h for h in left if h not in names], remarks
+
+
+def _counts(column: list[str]) -> bool:
+    """Whether whole numbers go up by one from row to row."""
+    if len(column) < 3 or not all(v.isascii() and v.isdigit() and len(v) < 16 for v in column):
+        return False
+    first = int(column[0])
+    return all(int(v) == first + i for i, v in enumerate(column))
+
+
+def owners(given: TableOptions, table: Sheet) -> list[str] | None:
+    """Who holds each row, as a column or its file says; None: nothing does."""
+    if not given.client:
+        return [Path(f).stem for f in table.files] or None
+    owners = table.column(given.client)
+    if "" in owners:
+        raise ConfigError(
+            f"{table.place(owners.index(''))}: column {given.client!r} is empty: whose row is it?"
+        )
+    return owners
+
+
+def target_of(given: TableOptions, table: Sheet, target: str) -> tuple[np.ndarray, str, list[str]]:
+    """Numbers, truth values, or names; the kind, and the names of the classes."""
+    written, kind = table.column(target), given.kind
+    numbers = [table.number(v) for v in written]
+    gone = [i for i, v in enumerate(written) if table.missing(v)]
+    if gone:
+        raise table.wrong(gone[0], target, written[gone[0]])
+    if given.positive:
+        yes = {columns.key(table, v) for v in given.positive}
+        answers = np.array([columns.key(table, v) in yes for v in written])
+        if not answers.any():
+            raise ConfigError(
+                f"{table.path}: no row's {target!r} is {' or '.join(given.positive)} (dataset.positive)"
+            )
+        return np.where(answers, "yes", "no"), "binary" if kind == "auto" else kind, ["no", "yes"]
+    if {v.lower() for v in written} <= {"true", "false"}:
+        return np.array([v.lower() == "true" for v in written]), kind, given.classes
+    names = [n for n, v in zip(numbers, written, strict=True) if n is None and v.isprintable()]
+    if len(names) < len(written) or kind == "regression":
+        return table.numbers(target), kind, given.classes
+    return np.array(written), kind, given.classes
