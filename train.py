@@ -202,6 +202,8 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         )
         opening = f"{data.name}: {len(parts)} clients, {config.model}, {config.rounds} rounds"
         report.say(prepared.said(data, strict(server)))
+        if private and (note := prepared.undeclared(data, config.dataset)):
+            report.say(f"note: {note}")
         introduce(report, opening, server, partition_table(ids, parts, data.labels))
         options = cli.flat(objects.describe(config)) | {"lr": server.recipe.learning_rate}
         pictures.start(options, metrics, ids, parts)

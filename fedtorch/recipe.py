@@ -14,10 +14,10 @@ from fedtorch.channel.base import Stage
 from fedtorch.options import TrainingOptions, fit
 from fedtorch.privacy import Nothing, Privacy
 from fedtorch.strategies import FedAvg, Strategy
-from fedtorch.training.losses import Loss, cross_entropy, no_loss, reduce
+from fedtorch.training.losses import Loss, cross_entropy, no_loss
 from fedtorch.training.optimizer import ClientOptimizer, Maker
 from fedtorch.training.own_update import OwnUpdate
-from fedtorch.training.step import Step, Supervised
+from fedtorch.training.step import Step, Supervised, asked
 from fedtorch.tree import mapped
 from fedtorch.types import ConfigError
 
@@ -92,7 +92,7 @@ class Recipe(TrainingOptions):
         """Of each example of a batch, [B], or one number for the whole of it."""
         if self.step is not None:  # which may take parts out of a batch, or ask for its gradient
             batch = mapped(torch.detach, batch)
-        return reduce(self.asked(model, batch))
+        return asked(self.asked, model, batch)
 
     def tried(self, model: nn.Module, batch: Any) -> Tensor:
         """The same where nothing is trained; a step may take gradients of its own all the same."""

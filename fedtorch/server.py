@@ -4,7 +4,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -104,7 +104,8 @@ class Server:
         self._weights = Weights(model, {*self.trainable} | averaged)
         params = {k: self._weights.first[k] for k in self.trainable}
         self._dtype = params[self.trainable[0]].dtype
-        self.extras, self.hidden = strategy.init(params), strategy.hold(params)
+        with seeds.seeded(seeds.derive(seed, "strategy", "init")):
+            self.extras, self.hidden = strategy.init(params), strategy.hold(params)
         """Groups of the strategy: those that are broadcast, and those that are not."""
         self.optimizer_state = strategy.server.init(params) if strategy.server else {}
         strategies.check(strategy, params, self.extras)
@@ -365,14 +366,17 @@ class Server:
         if means or released:
             sent, buffers = (released, {}) if released else (means, buffers)
             share = self.recipe.privacy.share()
-            if strategy.server is not None or type(strategy).step is not Strategy.step:
-                # to be computed with, not only added
+            computes = strategy.server is not None or type(strategy).step is not Strategy.step
+            if computes:  # with what was sent, and does not only add it
                 sent = {g: to_float64(v) for g, v in sent.items()}
             known = self.extras | self.hidden
-            delta, extras = strategy.step(sent, known, share or reported / len(self.ids))
             kept = self.optimizer_state
-            if strategy.server is not None:
-                delta, kept = strategy.server.step_from(state, delta, kept)
+            draw = seeds.derive(self.seed, "strategy", "step", self.round_number)
+            # what a step of the user's own draws at random, a resumed run draws again
+            with seeds.seeded(draw) if computes else nullcontext():
+                delta, extras = strategy.step(sent, known, share or reported / len(self.ids))
+                if strategy.server is not None:
+                    delta, kept = strategy.server.step_from(state, delta, kept)
             new = moved(state, delta, buffers)
             # one infinite moment would keep the optimizer from ever moving again
             if new is None or not all(map(all_finite, [*extras.values(), *kept.values()])):

@@ -40,6 +40,12 @@ def test_what_cannot_stack_is_named_by_layer_and_falls_back():
     why = stacks(nn.Sequential(nn.Linear(6, 6), Raises()))
     assert why is not None
     assert why.startswith("layer 1 (Raises) cannot be vectorised")
+
+    class After(nn.Linear):  # what fails stands behind a layer that is over
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) if x.sum() > 0 else -x
+
+    assert (stacks(nn.Sequential(nn.Identity(), After(6, 4))) or "").startswith("layer 1 (After)")
     adafactor = Recipe(optimizer=ClientOptimizer("Adafactor"))
     assert stacks(mlp(), adafactor) == "optimizer Adafactor does not work element by element"
     server = Server(Raises(), make_clients([5, 6]), engine=Local(chunk=2))

@@ -181,6 +181,9 @@ def test_values_that_mean_yes(tmp_path):
     assert data.train.tensors[1].tolist() == [float(i % 5 > 0) for i in range(50)]
     two = csv(tmp_path, f"a,num\n{rows}", positive=["4"], kind="classification").load(0)
     assert (two.kind, two.outputs) == ("classification", 2)
+    odd = csv(tmp_path, f"a,num\n{rows}", positive=["4", "5", "yse"]).load(0)
+    assert "no row's 'num' is 5 or yse (dataset.positive)" in odd.preparation.remarks
+    assert not data.preparation.remarks
 
 
 def test_several_files_are_a_client_each_and_a_test_file_is_the_test(tmp_path):

@@ -76,6 +76,24 @@ def test_a_folder_that_save_to_disk_wrote_is_loaded(offline, parts):
     assert data.preparation.classes == ("cat", "dog") and data.name == "saved"
 
 
+@pytest.mark.parametrize(
+    "labels, classes, first",
+    [
+        (["b", "a", "b"], ("a", "b"), 1),
+        ([True, False, True], (False, True), 1),
+        ([3, 1, 3], (1, 3), 1),
+    ],
+    ids=["names", "truth", "gaps"],
+)
+def test_labels_may_be_names(offline, labels, classes, first):
+    lines = [json.dumps({"x": [float(k)], "y": labels[k % 3]}) for k in range(12)]
+    (offline / "named").mkdir()
+    (offline / "named" / "train.jsonl").write_text("\n".join(lines))
+    data = HuggingFace(str(offline / "named"), x="x", y="y", test_fraction=0.0).load(0)
+    assert (data.preparation.classes, data.outputs) == (classes, 2)
+    assert int(data.train.tensors[1][0]) == first
+
+
 def test_a_picture_of_any_kind_is_read_by_its_colours():
     image = pytest.importorskip("PIL.Image")
     grey = image.fromarray(np.array([[5, 200]], np.uint8))
@@ -95,7 +113,7 @@ def test_a_picture_of_any_kind_is_read_by_its_colours():
     "options, message",
     [
         ({"x": "pixels"}, "no column 'pixels'; it has features, label, ward"),
-        ({"x": "features", "y": "ward"}, "column 'ward' must hold class numbers"),
+        ({"x": "features", "y": "features"}, "column 'features' must hold a class for each"),
         ({"x": "ward"}, "column 'ward' must hold images or lists of numbers"),
     ],
 )

@@ -15,7 +15,7 @@ from fedtorch.__main__ import main
 from fedtorch.commands import given, use
 from fedtorch.data import Csv, Digits, Npz, from_tensors, images
 from fedtorch.data.base import Preparation
-from fedtorch.data.prepared import FILE, Prepared, agreed, load, resumed, said
+from fedtorch.data.prepared import FILE, Prepared, agreed, load, resumed, said, undeclared
 
 PLAIN = [
     "--privacy",
@@ -111,6 +111,15 @@ def test_classes_that_one_file_numbers_are_no_classes_of_many_sites():
         ConfigError, match=r"sites must agree: give every site the same --dataset\.classes"
     ):
         agreed(named, Csv())
+
+
+def test_classes_that_the_rows_made_known_are_said_under_privacy():
+    named = made(preparation=Preparation(classes=("B", "M")))
+    assert "these 2 classes was read off the rows" in undeclared(named, Csv())
+    assert "--dataset.classes B,M declares" in undeclared(named, Csv())
+    assert "--dataset.classes 0,1 declares" in undeclared(made(), Npz())
+    assert not undeclared(named, Csv(classes=["B", "M"])) and not undeclared(named, Digits())
+    assert not undeclared(replace(named, kind="binary"), Csv(positive=["M"]))
 
 
 RANDOM = """

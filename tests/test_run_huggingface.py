@@ -199,6 +199,7 @@ def test_a_private_run_with_adapters_is_judged_writes_on_and_is_loaded_by_peft(
     code, out, err = fedtorch("train", *run, *LANGUAGE, *FEW)
     assert code == 0, err
     assert "spent at delta 1e-05" in out and "evaluation mode" not in out
+    assert "adapter, for peft: run/adapter (model.safetensors has all weights)" in out
     code, out, err = fedtorch("eval", "run", "--json")
     assert json.loads(out)["test_perplexity"] > 1, err
     (folders / "start.txt").write_text("wherefore art")
@@ -208,6 +209,23 @@ def test_a_private_run_with_adapters_is_judged_writes_on_and_is_loaded_by_peft(
     saved = checkpoint.load(folders / "run" / "checkpoints")["model"]
     assert saved and all("lora_B" in n for n in saved)
     same_logits(folders / "gpt", folders / "run")
+
+
+def test_what_fills_up_a_whole_batch_is_not_computed_with():
+    facts = {"language": False, "padding": 0, "tokenizer": ""}
+    model = huggingface.Logits(tiny.bert(**tiny.NONE), facts)
+    lengths = []
+    model.model.register_forward_pre_hook(
+        lambda m, args, named: lengths.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    tokens = torch.zeros(3, 12, dtype=torch.int64)
+    tokens[0, :2], tokens[1, :5] = 3, 4
+    short, long = model(tokens), model(tokens[:1])
+    assert lengths == [5, 2] and model(tokens[2:]).shape == (1, 2)
+    assert torch.allclose(short[:1], long, atol=1e-6)
+    # one by one, under vmap, all stay of one length
+    widths = torch.func.vmap(lambda t: t[: huggingface._longest(t[None])])(tokens)
+    assert torch.equal(widths, tokens)
 
 
 def same_logits(base, run):

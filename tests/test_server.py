@@ -38,6 +38,30 @@ def test_the_model_is_trained_in_place_and_stays_a_plain_module():
     assert all(p.grad is None for p in model.parameters())
 
 
+class Shaken(FedAvg):
+    """Draws as it begins and as it steps."""
+
+    def init(self, params):
+        return {"c": {k: torch.rand_like(v) for k, v in params.items()}}
+
+    def step(self, mean, extras, share):
+        return {k: v + 0.01 * torch.randn_like(v) for k, v in mean["delta"].items()}, extras
+
+
+def test_what_a_strategy_draws_is_the_seeds_to_decide():
+    def server(rounds, state=None):
+        made = Server(mlp(), make_clients([30, 20]), Recipe(Shaken()), seed=5)
+        if state:
+            made.load_state_dict(state)
+        torch.rand(7)  # others draw meanwhile
+        return made, [*made.rounds(rounds)]
+
+    whole, part = server(3)[0], server(1)[0]
+    resumed = server(2, copy.deepcopy(part.state_dict()))[0]
+    mine, again = weights(whole.model), weights(resumed.model)
+    assert all(torch.equal(mine[k], again[k]) for k in mine)
+
+
 def test_figures_of_a_round():
     figures = Server(mlp(), make_clients([30, 10]), Recipe(), participation=Everyone()).round()
     assert figures["round"] == 1

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
@@ -116,6 +118,30 @@ def test_a_metric_may_say_that_it_needs_the_whole_set():
     assert evaluate(model, held, {"r": rank}, 10)["r"] == pytest.approx(4.5)
     rank.whole_set = True
     assert evaluate(model, held, {"r": rank}, 10)["r"] == pytest.approx(19.5)
+
+
+def test_nothing_to_judge_by_is_said():
+    for step in (None, lambda m, b: (m(b[0]), b[1])):
+        with pytest.raises(ConfigError, match=r"nothing to judge by: give metrics=\['accuracy'\]"):
+            evaluate(nn.Linear(4, 3), data(6), step=step)
+
+
+def test_a_client_that_a_metric_fails_on_spoils_nobodys_figures():
+    def auc(output, target):
+        if len(set(target.tolist())) < 2:
+            raise ValueError("only one class")
+        return 0.75
+
+    x, train = torch.randn(4, 2), (torch.randn(4, 2), torch.zeros(4).long())
+    both, one = torch.tensor([0, 1, 1, 0]), torch.zeros(4).long()
+    who = [Client(k, train, (x, y)) for k, y in {"a": both, "b": one, "c": one}.items()]
+    metrics = {"auc": auc, "accuracy": accuracy}
+    with pytest.warns(UserWarning, match="no auc of client b and 1 more: .* only one class"):
+        found = evaluate_clients(nn.Linear(2, 2), who, metrics)
+    assert found["a"]["auc"] == 0.75 and math.isnan(found["b"]["auc"])
+    assert all(0 <= s["accuracy"] <= 1 for s in found.values())
+    with pytest.raises(ConfigError, match="metric auc fails on a set of 4 examples: ValueError"):
+        evaluate_clients(nn.Linear(2, 2), who[1:], metrics)
 
 
 class Pair(nn.Module):

@@ -171,7 +171,7 @@ class Maps(nn.Module):
 
 def segments(model, batch):
     x, y = batch
-    return cross_entropy(model(x), y)
+    return cross_entropy(model(x), y).flatten(1).mean(1)
 
 
 @dataclass
@@ -344,6 +344,18 @@ def test_data_that_are_no_pairs_ask_for_a_step():
         Server(Reader(), who)
     with pytest.raises(ConfigError, match=r"evaluate\(..., step=fn\)"):
         evaluate(Reader(), who[0].data, {"loss": cross_entropy})
+
+
+def test_a_step_says_itself_what_its_losses_are_added_to():
+    table = TensorDataset(torch.randn(12, 3), torch.randn(12, 2))
+
+    def each(model, batch):
+        return (model(batch[0]) - batch[1]) ** 2
+
+    with pytest.raises(ConfigError, match=r"must return one .* got \[12, 2\]: .*mean\(1\)"):
+        Server(nn.Linear(3, 2), [Client("a", table)], Recipe(step=each))
+    mean = Recipe(step=lambda model, batch: each(model, batch).flatten(1).mean(1))
+    assert "train_loss" in Server(nn.Linear(3, 2), [Client("a", table)], mean).round()
 
 
 def test_a_step_uses_the_model_that_it_is_given():

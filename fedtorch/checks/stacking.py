@@ -76,6 +76,8 @@ def _no_vmap(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
         )
         for n, m in model.named_modules()
     ]
+    # what is left by itself did not fail: whoever it was called by may have, later on
+    hooks += [m.register_forward_hook(lambda *_: entered.pop() and None) for m in model.modules()]
 
     device = next(model.parameters()).device
     alike = device.type == "cpu" and not recipe.privacy.per_example

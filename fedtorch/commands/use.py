@@ -76,10 +76,7 @@ def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool 
         data = data.asks.settled(paid.preparation)
     known = kept if data is None and kept is not None else Prepared.of(cast(Data, data))
     if load and kept is not None and not kept.same(known):
-        print(
-            "note: these are not the data of the run: some of the test may have been trained on",
-            file=sys.stderr,
-        )
+        _note("these are not the data of the run: some of the test may have been trained on")
     model = train.make_model(config, known)
     files.read_model(Path(folder), model)
     return Trained(config, known, model.eval(), data)
@@ -106,7 +103,7 @@ def evaluate_run(argv: Sequence[str]) -> int:
         if config.strategy.personal:
             saved = checkpoint.load(Path(words[0]) / "checkpoints")["memory"]
             own = {i: m[GROUP] for i, m in saved.items() if GROUP in m}
-        each = evaluate_clients(run.model, clients, metrics, own)
+        each = evaluate_clients(run.model, clients, metrics, own, told=_note)
         of_clients = by_client.figures(each)
         figures |= mark(private, of_clients) if private else of_clients
         table = by_client.rows(each, metrics, len(each))
@@ -120,6 +117,10 @@ def evaluate_run(argv: Sequence[str]) -> int:
         print(by_client.title(private is not None))
         show_table(table)
     return 0
+
+
+def _note(words: str) -> None:
+    print(f"note: {words}", file=sys.stderr)
 
 
 def predict(argv: Sequence[str]) -> int:

@@ -104,6 +104,7 @@ def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) 
         row, name = place[0], names[place[1]]
         raise both.wrong(row, name, both.column(name)[row])
     y = understood(table.path, *roles.target_of(given, both, target))
+    remarks += roles.unseen(given, both, target)
     if test is None:
         first = torch.tensor(numbers, dtype=torch.float32)
         parts = split([first, y.y, *([keys] if keys else [])], given.test_fraction, seed)

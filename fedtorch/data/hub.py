@@ -1,5 +1,6 @@
 """Data from elsewhere: Hugging Face ``datasets`` by name, or a function of the user's own."""
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,12 @@ from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
 from fedtorch.data.images import inputs
 from fedtorch.data.pictures import numbers
+from fedtorch.data.targets import Targets, understood
 from fedtorch.options import SHARE, check, find
 from fedtorch.types import ConfigError
+
+PART = 1024
+"""Rows that are decoded at once."""
 
 
 @dataclass(frozen=True)
@@ -62,49 +67,54 @@ class HuggingFace:
                 raise ConfigError(
                     f"{self.path} has no column {column!r}; it has {', '.join(train.column_names)}"
                 )
-        x, y, done = self._tensors(train)
+        x, done = self._inputs(train)
         keys = [str(k) for k in train[self.client]] if self.client else None
         if "test" in found:
-            x_test, y_test, other = self._tensors(found["test"])
+            x_test, other = self._inputs(found["test"])
             if other.scale != done.scale:
                 raise ConfigError(
                     f"{self.path}: its test images are not of the kind of its training images"
                 )
-            test = x_test, y_test
+            y = self._classes([train, found["test"]])
+            test = x_test, y.y[len(x) :]
+            target = y.y[: len(x)]
         else:
-            keep, held = split((x, y, *([keys] if keys else [])), self.test_fraction, seed)
-            test = x[held], y[held]
+            y = self._classes([train])
+            target = y.y
+            keep, held = split((x, target, *([keys] if keys else [])), self.test_fraction, seed)
+            test = x[held], target[held]
             keys = [keys[i] for i in keep.tolist()] if keys else None
-            x, y = x[keep], y[keep]
-        both = torch.cat((y, test[1]))
-        low = int(both.min())
-        if low < 0:
-            raise ConfigError(
-                f"{self.path}: column {self.y!r} must hold classes 0, 1, ..., but holds {low}"
-            )
-        classes = int(both.max()) + 1
-        names = tuple(getattr(train.features[self.y], "names", None) or ())[:classes]
-        done = replace(done, classes=names if len(names) == classes else ())
+            x, target = x[keep], target[keep]
+        done = replace(done, classes=y.classes, notes=(*done.notes, *y.notes))
         name = self.path.rstrip("/").split("/")[-1]
-        return from_tensors(name, (x, y), test, "classification", classes, keys, done)
+        return from_tensors(name, (x, target), test, "classification", y.outputs, keys, done)
 
-    def _tensors(self, rows: Any) -> tuple[torch.Tensor, torch.Tensor, Preparation]:
+    def _classes(self, tables: Sequence[Any]) -> Targets:
+        """Labels of all parts: numbers, with the names that the dataset has for them, or names."""
+        where = f"{self.path}: column {self.y!r}"
+        labels = [v for rows in tables for v in rows[self.y]]
+        names = tuple(getattr(tables[0].features[self.y], "names", None) or ())
+        if any(v is None or (names and v < 0) for v in labels):
+            raise ConfigError(f"{where} has examples without a class; leave them out first")
+        if any(isinstance(v, (list, dict)) for v in labels):
+            raise ConfigError(f"{where} must hold a class for each example, not lists")
+        labels = [names[v] for v in labels] if names else labels
+        return understood(where, np.array(labels), "classification", names)
+
+    def _inputs(self, rows: Any) -> tuple[torch.Tensor, Preparation]:
         try:
-            values = [_array(v) for v in rows[self.x]]
-            x = np.stack(values)
+            # a part at a time: decoded pictures take more room than their numbers
+            x = np.concatenate(
+                [
+                    np.stack([_array(v) for v in rows[k : k + PART][self.x]])
+                    for k in range(0, len(rows), PART)
+                ]
+                or [np.empty(0)]
+            )
         except (TypeError, ValueError) as e:
             raise ConfigError(
                 f"{self.path}: column {self.x!r} must hold images or lists of numbers, all of one "
                 f"size ({e})"
-            ) from e
-        labels = rows[self.y]
-        try:
-            y = torch.tensor([int(v) for v in labels])
-            if any(int(v) != v for v in labels):
-                raise ValueError("there are fractions")
-        except (TypeError, ValueError) as e:
-            raise ConfigError(
-                f"{self.path}: column {self.y!r} must hold class numbers ({e})"
             ) from e
         if x.dtype.kind not in "biuf" or not x.size:
             raise ConfigError(
@@ -112,7 +122,7 @@ class HuggingFace:
             )
         images = x.ndim > 2 and x.dtype.name in ("uint8", "uint16")
         given, done = inputs(self.path, x, None if images else 1.0, x.ndim == 4 if images else None)
-        return given.float(), y, done
+        return given.float(), done
 
 
 def saved(path: str) -> bool:

@@ -155,6 +155,19 @@ def agreed(data: Data, dataset: Any) -> None:
         )
 
 
+def undeclared(data: Data, dataset: Any) -> str:
+    """What to say under a privacy plan of classes that the rows themselves made known; empty: nothing."""
+    names = getattr(dataset, "classes", None)
+    if names is None or names or data.kind != "classification" or getattr(dataset, "positive", ()):
+        return ""
+    classes = [*data.preparation.classes] or [*range(data.outputs)]
+    return (
+        f"that there are these {len(classes)} classes was read off the rows, which no noise covers: "
+        f"--dataset.classes {','.join(map(str, classes[:MOST_NAMES]))}"
+        f"{',...' if len(classes) > MOST_NAMES else ''} declares them"
+    )
+
+
 def said(data: Data, strict: bool = False) -> str:
     """The one line that says what the data were taken for; ``strict`` leaves out what tells of rows."""
     p = data.preparation

@@ -107,3 +107,10 @@ def target_of(given: TableOptions, table: Sheet, target: str) -> tuple[np.ndarra
     if len(names) < len(written) or kind == "regression":
         return table.numbers(target), kind, given.classes
     return np.array(written), kind, given.classes
+
+
+def unseen(given: TableOptions, table: Sheet, target: str) -> list[str]:
+    """What looks odd about the positive values: one that is misspelt would be found in no row."""
+    there = {columns.key(table, v) for v in table.column(target)}
+    never = [v for v in given.positive if columns.key(table, v) not in there]
+    return [f"no row's {target!r} is {' or '.join(never)} (dataset.positive)"] if never else []

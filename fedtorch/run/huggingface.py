@@ -89,8 +89,20 @@ class Logits(nn.Module):
             found: Tensor = self.model(input_ids=tokens, use_cache=False).logits
             return found.transpose(1, 2)
         seen = (tokens != self.padding).long()
+        longest = _longest(seen)
+        tokens, seen = tokens[:, :longest], seen[:, :longest]
         logits: Tensor = self.model(input_ids=tokens, attention_mask=seen).logits
         return logits
+
+
+def _longest(seen: Tensor) -> int:
+    """Length of the longest text of a batch [B, L]: what fills up all of them is not computed with."""
+    try:
+        return int(seen.any(0).nonzero().max()) + 1 if bool(seen.any()) else 1
+    except (
+        RuntimeError
+    ):  # of vmap, where examples are seen one by one and must all be of one length
+        return seen.shape[1]
 
 
 def build(spec: str, facts: Mapping[str, Any], lora: LoRA | None) -> nn.Module:
@@ -147,6 +159,16 @@ def keep(folder: Path, model: nn.Module, strategy: Strategy) -> None:
         inner.save_pretrained(folder / "adapter")
 
 
+def kept(folder: Path) -> str:
+    """What lies in a run's folder beside the weights as they were trained, in words; empty: nothing."""
+    if (folder / "adapter").is_dir():
+        base = f" on {folder / 'base'}" if (folder / "base").is_dir() else ""
+        return f"adapter{base}, for peft: {folder / 'adapter'} (model.safetensors has all weights)"
+    if (folder / "pretrained").is_dir():
+        return f"the same for transformers, with its tokenizer: {folder / 'pretrained'}"
+    return ""
+
+
 def step(model: nn.Module, batch: Any) -> Tensor:
     """Losses of each example of a batch as transformers takes it: inputs by name, and ``labels``, [B].
 
@@ -157,7 +179,7 @@ def step(model: nn.Module, batch: Any) -> Tensor:
     if not target.is_floating_point():
         return reduce(cross_entropy(output, target))
     if output.shape[-1] == 1:
-        return F.mse_loss(output.reshape(target.shape), target, reduction="none")
+        return reduce(F.mse_loss(output.reshape(target.shape), target, reduction="none"))
     return reduce(F.binary_cross_entropy_with_logits(output, target, reduction="none"))
 
 

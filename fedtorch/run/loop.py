@@ -114,6 +114,8 @@ class Scores(Observer):
     """On each client's validation data, with the weights that it keeps."""
     beside: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """The same in the end, of models to compare with."""
+    told: set[str] = field(default_factory=set)
+    """What was said of clients without a figure: once is enough."""
 
     def __post_init__(self) -> None:
         """How good it is before training."""
@@ -131,7 +133,9 @@ class Scores(Observer):
         start, server = time.perf_counter(), self.loop.server
         self.look()
         kept = server.own() if server.recipe.strategy.keeps and self.clients else None
-        self.by_client = evaluate_clients(server.model, self.clients, self.metrics, kept, self.step)
+        self.by_client = evaluate_clients(
+            server.model, self.clients, self.metrics, kept, self.step, self._tell
+        )
         own = server.mark(by_client.figures(self.by_client) | self._beside(kept))
         if self.loop.last and own and self.by_client:
             family = "nonprivate" if server.private else "validation"
@@ -146,18 +150,26 @@ class Scores(Observer):
             return {}
         server, judged = self.loop.server, (self.metrics, self.step)
         if kept is not None:
-            found = evaluate_clients(server.model, self.clients, judged[0], None, judged[1])
+            found = evaluate_clients(
+                server.model, self.clients, judged[0], None, judged[1], self._tell
+            )
             self.beside["shared"] = found
         if self.finetune:
             own = finetuned(server, self.clients, self.finetune)
             self.beside["finetuned"] = evaluate_clients(
-                server.model, self.clients, judged[0], own, judged[1]
+                server.model, self.clients, judged[0], own, judged[1], self._tell
             )
         return {
             k.replace("validation", name, 1): v
             for name, scores in self.beside.items()
             for k, v in by_client.figures(scores).items()
         }
+
+    def _tell(self, why: str) -> None:
+        """Who has no figure, and why; strict privacy tells neither."""
+        if why not in self.told and not strict(self.loop.server):
+            self.loop.report.say(f"note: {why}")
+        self.told.add(why)
 
     def table(self, most: int = MOST_SHOWN) -> list[dict[str, Any]]:
         """Mean, worst and each client's scores, none of which strict privacy tells."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.synchronous import Synchronous
-from fedtorch.run import cli, files, trust
+from fedtorch.run import cli, files, huggingface, trust
 from fedtorch.run.by_client import title, word
 from fedtorch.run.console import Report, table_of
 from fedtorch.run.names import worded
@@ -115,6 +115,8 @@ def conclude(
         report.say(text(server.private))
         report.say("without privacy: --privacy none")
     report.say(f"run folder: {folder}   model: {folder}/model.safetensors")
+    if beside := huggingface.kept(folder):
+        report.say(beside)
     if stopped:
         config = folder / "config.toml"
         asked = trust.foreign(cli.read(config)) and not trust.remembered(config)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def evaluate(
     data = as_dataset(data, "the data to evaluate on", empty=True)
     n, metrics = len_of(data), by_name(metrics)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    judged, figures = _Judged(model, step), dict[str, Mean]()
+    judged, figures = _Judged(model, step, bool(metrics)), dict[str, Mean]()
     running = {name: _fresh(m) for name, m in metrics.items() if gathers(m)}
     means = {
         k: Mean()
@@ -87,19 +88,38 @@ def evaluate(
     return {k: means[k].value() if k in means else found[k] for k in metrics} if n else {}
 
 
+NO_METRICS = (
+    "evaluate has nothing to judge by: give metrics=['accuracy'], or a function by what to call it, "
+    "{'loss': nn.functional.cross_entropy}, or a step that returns figures by name"
+)
+
+
+class MetricFailed(ConfigError):
+    """A metric cannot take a whole set."""
+
+    def __init__(self, name: str, n: int, error: Exception) -> None:
+        """``name``: the metric's; ``n``: examples of the set."""
+        super().__init__(
+            f"metric {name} fails on a set of {n} examples: {type(error).__name__}: {error}"
+        )
+        self.name = name
+
+
 class _Judged:
     """What a batch is judged by: a pair of output and target, or figures."""
 
-    def __init__(self, model: nn.Module, step: Judge | None) -> None:
-        self.model, self.step = model, step
+    def __init__(self, model: nn.Module, step: Judge | None, metrics: bool) -> None:
+        self.model, self.step, self.metrics = model, step, metrics
         self.laid: bool | None = None
 
     def __call__(self, batch: Any) -> Any:
         """Of a batch that is a copy, as a model may write on what it is given."""
         if self.step is not None:
             found = self.step(self.model, batch)
-            if isinstance(found, Mapping) or (isinstance(found, (tuple, list)) and len(found) == 2):
+            if isinstance(found, Mapping):
                 return found
+            if isinstance(found, (tuple, list)) and len(found) == 2:
+                return self._judges(found)
             raise ConfigError(
                 "a step of an evaluation must return (output, target) for the metrics, or figures by name, "
                 f"not a {type(found).__name__}"
@@ -107,7 +127,12 @@ class _Judged:
         x, y = pair(batch)
         if self.laid is None:
             self.laid = convolves(self.model, x)
-        return forward(self.model, channels_last(x) if self.laid else x), y
+        return self._judges((forward(self.model, channels_last(x) if self.laid else x), y))
+
+    def _judges(self, both: Any) -> Any:
+        if not self.metrics:
+            raise ConfigError(NO_METRICS)
+        return both
 
 
 def _add(
@@ -193,9 +218,7 @@ def _try(name: str, n: int, act: Callable[..., Any], *args: Any) -> Any:
     except ConfigError:
         raise
     except Exception as e:
-        raise ConfigError(
-            f"metric {name} fails on a set of {n} examples: {type(e).__name__}: {e}"
-        ) from e
+        raise MetricFailed(name, n, e) from e
 
 
 def convolves(model: nn.Module, x: Any) -> bool:
@@ -218,17 +241,44 @@ def evaluate_clients(
     metrics: Mapping[str, Loss | str] | Sequence[str] = (),
     own: Mapping[str, Params] | None = None,
     step: Judge | None = None,
+    told: Callable[[str], object] = warnings.warn,
 ) -> dict[str, dict[str, float]]:
     """The global model on each client's own validation data, by client id.
 
     ``own``: what clients keep (``Server.own``); each is judged with its own in place. ``step``: as above.
+    A metric of one's own that fails on some clients' data, as scores of classes do where there is one
+    alone, is NaN there, and ``told`` why; raises ConfigError where it fails on all.
     """
-    found, before = {}, snapshot(model) if own else {}
+    found, before, metrics = {}, snapshot(model) if own else {}, by_name(metrics)
+    failed: dict[str, dict[str, MetricFailed]] = {}
     for client in clients:
         if client.validation is not None:
             if own:
                 load(model, before | own.get(client.id, {}))
-            found[client.id] = evaluate(model, client.validation, metrics, step=step)
+            found[client.id], without = _scores(model, client.validation, metrics, step)
+            for name, why in without.items():
+                failed.setdefault(name, {})[client.id] = why
     if own:
         load(model, before)
+    for name, who in failed.items():
+        first, why = next(iter(who.items()))
+        if len(who) == len(found):
+            raise why
+        more = f" and {len(who) - 1} more" if len(who) > 1 else ""
+        told(f"no {name} of client {first}{more}: {why}")
     return found
+
+
+def _scores(
+    model: nn.Module, data: Any, metrics: Mapping[str, Loss], step: Judge | None
+) -> tuple[dict[str, float], dict[str, MetricFailed]]:
+    """What ``evaluate`` gives, NaN for metrics that fail on these data, and why they do."""
+    left, failed = dict(metrics), dict[str, MetricFailed]()
+    while left or not failed:
+        try:
+            found = evaluate(model, data, left, step=step)
+            return {k: found.get(k, math.nan) for k in {**found, **failed}}, failed
+        except MetricFailed as e:
+            failed[e.name] = e
+            del left[e.name]
+    return dict.fromkeys(failed, math.nan), failed

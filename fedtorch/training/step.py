@@ -47,6 +47,21 @@ def pair(batch: Any) -> tuple[Any, Any]:
     return x, y
 
 
+def asked(step: Step, model: nn.Module, batch: Any) -> Tensor:
+    """Losses of a batch, [B], or one number; raises ConfigError where a step of one's own gives more.
+
+    What a loss gives of each output is averaged, as torch's own are; what a step means by it, it says.
+    """
+    values = step(model, batch)
+    if isinstance(values, Tensor) and values.dim() > 1 and not isinstance(step, Supervised):
+        raise ConfigError(
+            f"a step must return one number for each example, [B], or one for the batch, got "
+            f"{list(values.shape)}: add up or average what belongs to an example, "
+            "losses.flatten(1).mean(1)"
+        )
+    return reduce(values)
+
+
 class Stepping(nn.Module):
     """A model whose forward is the step, so that all a step takes of it may be put in another's place."""
 
@@ -59,7 +74,7 @@ class Stepping(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         """Losses of a batch."""
-        return reduce(self.step(self.model, batch))
+        return asked(self.step, self.model, batch)
 
     def losses(self, params: Params, rest: Params, batch: Any) -> Tensor:
         """The same with other weights and buffers."""
@@ -77,7 +92,7 @@ def backward(step: Step, model: nn.Module, batch: Any, share: float = 1.0) -> Te
     with imports sympy, a third of a second.
     """
     if not (isinstance(step, Supervised) and step.loss is cross_entropy):
-        return _backward(reduce(step(model, batch)), share)
+        return _backward(asked(step, model, batch), share)
     x, target = pair(batch)
     output = forward(model, x)
     if not isinstance(output, Tensor) or output.dim() != 2 or target.dim() != 1:
