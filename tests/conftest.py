@@ -1,5 +1,6 @@
 """What many tests need: small unequal clients, a small model, and the command run in this process."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from fedtorch import Client, Observer, Server
 from fedtorch.__main__ import main
 from fedtorch.types import Released
+
+# tests talk to nobody: Hugging Face's libraries read this once, whoever imports them first
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # on a busy machine two threads wait for each other at every small operation, a hundred times longer than
 # the operation takes

@@ -12,7 +12,6 @@ from fedtorch.options import find
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     pytest.importorskip("datasets")
     return tmp_path

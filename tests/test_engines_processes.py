@@ -74,13 +74,10 @@ def equal(a, b) -> bool:
 
 
 def test_workers_give_the_very_weights_of_one_process():
-    # one pair of workers for each strategy; chunks of one client, so also the sums are the same
-    for strategy in (FedProx(mu=0.1), Scaffold()):
-        here, kept = trained(Local(chunk=1), strategy)
-        there, remembered = trained(Processes(workers=2, chunk=1), strategy)
-        assert equal(here, there), strategy
-        assert kept.keys() == remembered.keys()
-        assert all(equal(kept[i]["c"], remembered[i]["c"]) for i in kept)
+    # chunks of one client, so also the sums are the same; memory is looked at where a worker is killed
+    here, _ = trained(Local(chunk=1), FedProx(mu=0.1))
+    there, _ = trained(Processes(workers=2, chunk=1), FedProx(mu=0.1))
+    assert equal(here, there)
 
 
 def test_chunks_are_shared_out_and_agree():
@@ -141,7 +138,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost():
             os.kill(session.workers[0].process.pid, signal.SIGKILL)
 
     there, remembered = trained(Processes(workers=2, chunk=1), Scaffold(), disturb=kill)
-    assert equal(here, there)
+    assert equal(here, there) and kept.keys() == remembered.keys()
     assert all(equal(kept[i]["c"], remembered[i]["c"]) for i in kept)
 
 
@@ -343,6 +340,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
 def test_a_script_without_a_main_guard_is_told_what_to_do(tmp_path):
     script = tmp_path / "unguarded.py"
     body = textwrap.dedent(ORPHANS).replace('if __name__ == "__main__":', "if True:")
+    body = body.replace("workers=2", "workers=1")
     script.write_text(body)
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=200

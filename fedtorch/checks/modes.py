@@ -103,7 +103,8 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
     batch = to(two_examples(largest(clients)), next(model.parameters()).device)
     if mode == "stacked" and (why := uneven(batch)):
         return why
-    draws = draws_numbers(model, batch, recipe)
+    # a mode that takes whole batches is tried with what is drawn held still
+    draws = mode in ("stacked", "alone") and draws_numbers(model, batch, recipe)
     if mode == "stacked" and draws:
         return "it draws random numbers other than by dropout"
     before = snapshot(model)

@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 
 from fedtorch import seeds
 from fedtorch.checks.model import trainable
+from fedtorch.checks.stacking import layout
 from fedtorch.checks.tried import first, shape
 from fedtorch.client import Client
 from fedtorch.privacy import Nothing
@@ -95,8 +96,10 @@ def _full_and_short(clients: Sequence[Client], recipe: Recipe) -> Iterator[tuple
     # two examples even of a client that has one: BatchNorm cannot train on a single value
     full = clients[0], torch.arange(max(size, 2)) % size
     yield full
-    kinds = {_layout(c): c for c in reversed(clients)}  # whose numbers are of another type or shape
-    for client in [c for c in kinds.values() if _layout(c) != _layout(clients[0])]:
+    # whose numbers are of another type or shape, where tables of tensors tell at once
+    laid = [layout(c.data[0]) if isinstance(c.data, TensorDataset) else () for c in clients]
+    kinds = dict(zip(reversed(laid), reversed(clients), strict=True))
+    for client in [c for kind, c in kinds.items() if kind != laid[0]]:
         own = min(recipe.batch_size or len(client), len(client))
         yield client, torch.arange(max(own, 2)) % own
     rests = [(least(len(c), recipe), k) for k, c in enumerate(clients)]
@@ -104,12 +107,6 @@ def _full_and_short(clients: Sequence[Client], recipe: Recipe) -> Iterator[tuple
     n = len(clients[k])
     # a second step in any case
     yield (clients[k], torch.arange(n - rest, n)) if rest != size else full
-
-
-def _layout(client: Client) -> tuple[Any, ...]:
-    """Types and shapes of an example, where tables of tensors tell them at once."""
-    found = client.data.tensors if isinstance(client.data, TensorDataset) else ()
-    return tuple((t.dtype, t.shape[1:]) for t in found)
 
 
 def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -> None:

@@ -59,7 +59,12 @@ def _inmost(batch: Any) -> list[Any]:
 
 def shapes_in(item: Any) -> tuple[tuple[int, ...], ...]:
     """The shape of everything in an example; of what is no tensor, none."""
-    return tuple(tuple(getattr(v, "shape", ())) for v in _inmost(item))
+    return tuple(shape for _, shape in layout(item))
+
+
+def layout(item: Any) -> tuple[tuple[torch.dtype | None, tuple[int, ...]], ...]:
+    """Type and shape of everything in an example; of what is no tensor, none."""
+    return tuple((getattr(v, "dtype", None), tuple(getattr(v, "shape", ()))) for v in _inmost(item))
 
 
 def _no_vmap(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:

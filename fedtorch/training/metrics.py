@@ -8,6 +8,7 @@ class -100 do not count. A figure that a set does not have, such as the AUROC of
 import math
 import re
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -41,7 +42,7 @@ TOP = re.compile(r"top([1-9]\d*)")
 NAMES = (*losses.METRICS, *COUNTS, *CURVES, "top5 (or another number)", "perplexity", "r2")
 
 
-class WholeSet:
+class WholeSet(ABC):
     """A metric that takes in batches; ``metric(output, target)`` is the figure of one set."""
 
     whole_set = True
@@ -54,17 +55,17 @@ class WholeSet:
         self.name = name
         self.reset()
 
+    @abstractmethod
     def reset(self) -> None:
         """Nothing seen yet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add(self, output: Tensor, target: Tensor) -> None:
         """Take in tensors that fit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compute(self) -> float:
         """The figure of all that was seen; NaN where there is none."""
-        raise NotImplementedError
 
     def update(self, output: Any, target: Any) -> None:
         """Take in a batch; raises ConfigError where it does not fit."""
