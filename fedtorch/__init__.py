@@ -29,6 +29,8 @@ with reading():
     from fedtorch.run.setup import divide
     from fedtorch.server import Server
     from fedtorch.strategies import (
+        APFL,
+        IFCA,
         ClientMomentum,
         Correction,
         Ditto,
@@ -44,6 +46,8 @@ with reading():
         FedRep,
         FFALoRA,
         LGFedAvg,
+        PFedMe,
+        QFedAvg,
         RoLoRA,
         Scaffold,
         Strategy,
@@ -77,6 +81,8 @@ sys.modules |= {f"fedtorch.{old}": sys.modules[f"fedtorch.{new}"] for old, new i
 __version__ = "0.1.0"
 
 __all__ = [
+    "APFL",
+    "IFCA",
     "Bulyan",
     "CentredClip",
     "Client",
@@ -107,7 +113,9 @@ __all__ = [
     "MultiKrum",
     "NormBound",
     "Observer",
+    "PFedMe",
     "Poisson",
+    "QFedAvg",
     "Recipe",
     "RoLoRA",
     "Robust",

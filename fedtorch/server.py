@@ -186,7 +186,7 @@ class Server:
         Empty where clients live elsewhere, as sites do. Nothing noised them on the client's way here.
         """
         shared, strategy = self._weights.now(), self.recipe.strategy
-        found = {i: strategy.own(shared, m) for i, m in self.session.memory().items()}
+        found = {i: strategy.own(shared, m, self.extras) for i, m in self.session.memory().items()}
         return {i: own for i, own in found.items() if own}
 
     def model_of(self, id: str) -> nn.Module:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +69,48 @@ class Task:
         return replace(self, state={k: self.state.get(k, v) for k, v in own.items()})
 
 
+class Data(Protocol):
+    """What a strategy may ask of each client's data beside the local steps; nothing noises the answers."""
+
+    def loss(self, at: Stack | None = None) -> Tensor:
+        """Mean loss over all of a client's examples, in evaluation mode, [K], float64, on the CPU.
+
+        ``at``: weights, [K, ...] or [1, ...]; none: those that the visit starts from.
+        """
+
+    def grad(self, at: Stack | None = None, step: int | None = None) -> tuple[Stack, Tensor]:
+        """The gradient of the mean loss by the weights of ``at``, [K, ...], and that loss, [K].
+
+        In training mode, of the examples of one local step of the visit; none: of all. Both are zero where
+        a client has no such step.
+        """
+
+    def among(self, places: Sequence[int]) -> "Data":
+        """Of these clients alone."""
+
+
+class Untold:
+    """``Data`` where nobody may look at them."""
+
+    def loss(self, at: Stack | None = None) -> Tensor:
+        """Raises ConfigError."""
+        raise ConfigError(UNTOLD)
+
+    def grad(self, at: Stack | None = None, step: int | None = None) -> tuple[Stack, Tensor]:
+        """Raises ConfigError."""
+        raise ConfigError(UNTOLD)
+
+    def among(self, places: Sequence[int]) -> "Untold":
+        """Nor at these."""
+        return self
+
+
+UNTOLD = (
+    "a strategy asks for losses or gradients of clients' data (ctx.data) where they may not be had: under "
+    "sample-level privacy only train may ask, and only for what stays with the client"
+)
+
+
 @dataclass(frozen=True)
 class Context:
     """What a strategy may look at on the client. Shared tensors have a leading axis of 1."""
@@ -94,6 +136,9 @@ class Context:
     """With a pull: how far each client's SGD goes in its steps where every gradient is 1, over lr, [K];
     none: as far as it has steps."""
 
+    data: Data = field(default_factory=Untold)
+    """What may be asked of the clients' data: nothing under sample-level privacy, but in ``train``."""
+
     def __post_init__(self) -> None:
         """Unless told otherwise, all steps are alike."""
         if not len(self.lr_sum):
@@ -115,6 +160,7 @@ class Context:
             lr_sum=lr_sum,
             seeds=tuple(self.seeds[k] for k in places),
             reach=whole and (lambda pull: whole(pull)[at]),
+            data=self.data.among(places),
         )
 
 

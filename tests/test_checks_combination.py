@@ -30,7 +30,7 @@ from fedtorch.privacy import ClientLevel, LocalDP, Nothing, SampleLevel
 from fedtorch.rounds.buffered import Buffered
 from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.synchronous import Synchronous
-from fedtorch.strategies import Ditto, FedDyn, FedNova
+from fedtorch.strategies import APFL, IFCA, Ditto, FedDyn, FedNova, FedRep, PFedMe, QFedAvg
 
 NOISE = dict(noise_multiplier=0.5, rounds=1, insecure_seed=1)
 SIZED = "voids the privacy claim: it releases how many examples"
@@ -42,7 +42,10 @@ SINGLE = "a channel has one stage"
 SEEN = "looks at each client's own update"
 TURNS = "sends other weights from round to round"
 HELD_BACK = "strategy feddyn needs the mean of what clients send"
-PASSES = "trains in two passes a visit"
+PASSES = "sends steps that start from what another pass"
+ASKED = "sends what it makes of losses or gradients that it asks"
+CURIOUS = "strategy qfedavg sets its rate by the lengths"
+MEMBERS = "strategy ifca divides what the members"
 SENT = "sends numbers that no noise is made for"
 MEASURED = "aggregator median takes of clients what it trusts"
 VARIATES = "strategy scaffold needs the mean of what clients send"
@@ -95,6 +98,11 @@ PARTS = {
         "nova": FedNova(),
         "dyn": FedDyn(),
         "ditto": Ditto(),
+        "rep": FedRep(personal=("2.*",)),
+        "apfl": APFL(),
+        "pfedme": PFedMe(inner_steps=1),
+        "ifca": IFCA(),
+        "fair": QFedAvg(),
     },
     "aggregator": {"mean": Mean(), "median": Median(), "krum": Krum(f=0)},
     "channel": {
@@ -136,8 +144,24 @@ REFUSED = {
     ("scaffold", "plain topk"): VARIATES,
     ("scaffold", "longer"): VARIATES,
     ("seen", "client"): SEEN,
-    ("ditto", "sample"): PASSES,
-    ("ditto", "buffered"): OVERLAPPED.replace("scaffold also needs c", "ditto also needs v"),
+    ("rep", "sample"): PASSES,
+    **{(name, "sample"): ASKED for name in ("pfedme", "ifca", "fair")},
+    **{
+        (name, "buffered"): OVERLAPPED.replace("scaffold also needs c", f"{name} also needs {what}")
+        for name, what in [("ditto", "v"), ("apfl", "alpha, v"), ("pfedme", "theta")]
+    },
+    ("ifca", "buffered"): OVERLAPPED.replace(
+        "scaffold also needs c", "ifca also needs m1, numbers, pick"
+    ),
+    ("fair", "buffered"): OVERLAPPED.replace("scaffold also needs c", "qfedavg also needs numbers"),
+    **{(who, name): SENT for who in ("ifca", "fair") for name in ("client", "local")},
+    **{
+        (who, name): MEASURED.replace("median", name)
+        for who in ("ifca", "fair")
+        for name in ("median", "krum")
+    },
+    **{("fair", name): CURIOUS for name in ("topk", "plain topk", "longer")},
+    **{("ifca", name): MEMBERS for name in ("topk", "plain topk", "longer")},
     **{("nova", name): SENT for name in ("sample", "client", "local")},
     **{("nova", name): MEASURED.replace("median", name) for name in ("median", "krum")},
     **{("dyn", name): HELD_BACK for name in ("median", "krum", "topk", "plain topk", "longer")},
@@ -177,7 +201,8 @@ OVERRULED = [
     ({"accumulate": 2, "batch_size": None}, "accumulate needs a batch_size"),
     ({"local": untrained, **PLAN}, "nobody clips and noises what it learns of each example"),
     ({"local": untrained, "strategy": Scaffold()}, "scaffold changes the gradients of local steps"),
-    ({"local": untrained, "strategy": Ditto()}, "takes them in two passes: leave out"),
+    ({"local": untrained, "strategy": Ditto()}, "takes them in several passes or"),
+    ({"strategy": APFL(), "accumulate": 2}, "takes steps of its own by the gradient"),
     ({"strategy": FedNova(), "optimizer": "Adam"}, "holds for clients that train with SGD"),
     ({"strategy": FedNova(), "scheduler": ConstantLR}, "scheduler says it to nobody"),
     ({"lr_floor": 0.1}, "lr_floor needs lr_decay linear or cosine"),
@@ -201,7 +226,16 @@ def test_each_pair_trains_a_round_or_says_why_not(one, other):
     names = FIRST | dict([one, other])
     chosen = {kind: PARTS[kind][name] for kind, name in names.items()}
     order = {k: chosen.pop(k) for k in ("participation", "pace")}
-    beside = {"scaffold": ["c"], "nova": ["numbers"], "dyn": ["g"], "ditto": ["v"]}
+    beside = {
+        "scaffold": ["c"],
+        "nova": ["numbers"],
+        "dyn": ["g"],
+        "ditto": ["v"],
+        "apfl": ["v", "alpha"],
+        "pfedme": ["theta"],
+        "ifca": ["m1", "pick", "numbers"],
+        "fair": ["numbers"],
+    }
     groups = beside.get(one[1], beside.get(other[1], []))
     recipe = Recipe(chosen.pop("strategy"), epochs=1, **chosen)
     why = REFUSED.get((one[1], other[1]))
@@ -223,7 +257,12 @@ def test_every_sentence_of_the_table_is_met_by_some_recipe():
     shy = LocalDP(strict=True, **NOISE)
     with pytest.raises(ConfigError, match=KEPT):
         Server(mlp(), make_clients([9, 7]), Recipe(privacy=shy), pace=Buffered())
-    found = {KEPT, *REFUSED.values(), *(why for _, why in OVERRULED)} - {VARIATES, HELD_BACK}
+    found = {KEPT, *REFUSED.values(), *(why for _, why in OVERRULED)} - {
+        VARIATES,
+        HELD_BACK,
+        CURIOUS,
+        MEMBERS,
+    }
     found = {why for why in found if "also needs" not in why}
     found = {why.replace("krum", "median") for why in found}
     words = {

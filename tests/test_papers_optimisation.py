@@ -20,7 +20,7 @@ from fedtorch import (
     Uniform,
 )
 from fedtorch.privacy import ClientLevel, SampleLevel
-from fedtorch.strategies import ClientMomentum, FedDyn, FedExP, FedNova
+from fedtorch.strategies import ClientMomentum, FedDyn, FedExP, FedNova, QFedAvg
 from fedtorch.training.local_steps import reach, stepper
 from fedtorch.training.optimizer import ClientOptimizer, ServerLAMB, ServerSGD
 from test_papers import A, B, N, Scalar, quadratic
@@ -39,6 +39,9 @@ KNOWN = {
     "exp uniform": (FedExP(weighting="uniform"), WHOLE, [-0.741540, -0.124680]),
     "exp": (FedExP(), WHOLE, [2.846557, 1.689085]),
     "scaffold": (Scaffold(), WHOLE, [0.188000, -0.045561, -0.166637]),
+    "scaffold 1": (Scaffold(option=1), WHOLE, [0.188000, -0.087707, -0.197118]),
+    "q 1": (QFedAvg(q=1.0), WHOLE, [0.337912, 0.228105]),
+    "q 0": (QFedAvg(q=0.0), WHOLE, [0.188000, 0.048193]),
     "lamb": (FedAvg(server=ServerLAMB(lr=0.1)), WHOLE, [0.55, 0.605]),
 }
 
@@ -71,6 +74,10 @@ def test_the_limits_are_those_of_the_papers():
     assert path(FedNova(), 120, engine, **SINGLE)[-1] == pytest.approx(0.436476, abs=1e-6)
     assert path(FedAvg(), 120, engine, **SINGLE)[-1] == pytest.approx(1.201327, abs=1e-6)
     assert path(FedDyn(alpha=0.5), 120, engine, **WHOLE)[-1] == pytest.approx(-0.25, abs=1e-6)
+    fair = path(QFedAvg(), 120, engine, **WHOLE)[-1]
+    assert fair == pytest.approx(0.042203, abs=1e-6)
+    losses = [a / 2 * (fair - b) ** 2 for a, b in zip(A, B, strict=True)]
+    assert losses == pytest.approx([1.916484, 1.629281], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,16 @@ SIZES = [37, 5, 18, 64, 1, 23]
 
 
 @pytest.mark.parametrize(
-    "strategy", [FedNova(mu=0.1), FedExP(), FedDyn(), ClientMomentum()], ids=str
+    "strategy",
+    [
+        FedNova(mu=0.1),
+        FedExP(),
+        FedDyn(),
+        ClientMomentum(),
+        QFedAvg(q=2.0),
+        Scaffold(option=1),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("options", [{}, HEAVY], ids=["sgd", "momentum"])
 def test_every_solver_comes_to_the_same(strategy, options):
@@ -142,7 +158,8 @@ def test_every_solver_comes_to_the_same(strategy, options):
         server = Server(
             mlp(), make_clients(SIZES), recipe, participation=cohort, engine=engine, seed=3
         )
-        assert recipe.needs_rows is isinstance(strategy, (FedDyn, ClientMomentum)), "sums stay sums"
+        rows = isinstance(strategy, (FedDyn, ClientMomentum, Scaffold))
+        assert recipe.needs_rows is rows, "sums stay sums"
         [*server.rounds(3)]
         found.append(weights(server.model))
     for other in found[1:]:
@@ -170,7 +187,9 @@ def test_numbers_are_sent_and_counted_as_traffic():
     assert nova == plain + 8 * len(SIZES)
 
 
-@pytest.mark.parametrize("strategy", [FedDyn(), Scaffold(), FedNova()], ids=str)
+@pytest.mark.parametrize(
+    "strategy", [FedDyn(), Scaffold(), Scaffold(option=1), FedNova(), QFedAvg()], ids=str
+)
 def test_a_run_goes_on_from_its_checkpoint_to_the_bit(strategy):
     def server() -> Server:
         cohort = Uniform(cohort_size=3)
@@ -193,7 +212,8 @@ def test_what_the_server_holds_is_not_broadcast():
 
 
 @pytest.mark.parametrize(
-    "strategy, group", [(Scaffold(), "c"), (FedDyn(), "g"), (ClientMomentum(), "m")]
+    "strategy, group",
+    [(Scaffold(), "c"), (Scaffold(option=1), "c"), (FedDyn(), "g"), (ClientMomentum(), "m")],
 )
 def test_clients_remember_what_was_really_sent(strategy, group):
     """Clipped far below what they learned, their memory moves no further than what the server has."""
@@ -229,6 +249,13 @@ def test_clients_remember_what_was_really_sent(strategy, group):
         (lambda: Recipe(FedDyn(), aggregator=Median()), "feddyn needs the mean"),
         (lambda: Recipe(FedExP(server=ServerSGD())), "fedexp sets the server's rate itself"),
         (lambda: Recipe(FedDyn(alpha=0.0)), "strategy.alpha must be a positive number"),
+        (lambda: Recipe(Scaffold(option=3)), "strategy.option"),
+        (lambda: Recipe(QFedAvg(server=ServerSGD())), "qfedavg sets the server's rate itself"),
+        (lambda: Recipe(QFedAvg(), channel=(TopK(),)), "qfedavg sets its rate by the lengths"),
+        (
+            lambda: Recipe(Scaffold(option=1), privacy=SampleLevel(noise_multiplier=1.0, rounds=1)),
+            "scaffold sends what it makes of losses or gradients that it asks",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(make, why):

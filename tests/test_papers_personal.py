@@ -1,6 +1,7 @@
 """Ditto, FedRep, FedBABU and LG-FedAvg on the two quadratic clients of test_papers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,11 @@ import torch
 from torch import nn
 
 from conftest import make_clients, mlp, weights
-from fedtorch import ConfigError, FedAvg, Local, Recipe, Server, Uniform
+from fedtorch import Client, ConfigError, FedAvg, Local, Recipe, Server, Uniform
 from fedtorch.engines import Processes
 from fedtorch.privacy import ClientLevel, SampleLevel
 from fedtorch.run.finetune import finetuned
-from fedtorch.strategies import Ditto, FedBABU, FedRep, LGFedAvg
+from fedtorch.strategies import APFL, IFCA, Ditto, FedBABU, FedRep, LGFedAvg, PFedMe
 from test_papers import Scalar, Summed, quadratic
 from test_papers_optimisation import clients
 
@@ -29,6 +30,46 @@ def test_ditto_li_2021(engine):
         assert float(server.model.w.detach()) == pytest.approx(shared, abs=6e-7)
         found = [float(server.model_of(i).w.detach()) for i in "01"]
         assert found == pytest.approx(own, abs=6e-7)
+
+
+PFEDME = (
+    PFedMe(lam=2.0, inner_steps=3),
+    [(0.363943, 1.118353, -0.573425), (0.267990, 1.038384, -0.612118)],
+)
+FIXED = (
+    APFL(learn=False, weighting="uniform"),
+    [(0.188000, 0.768262, -0.147856), (0.048193, 1.036436, -0.570980)],
+)
+LEARNED = (
+    APFL(weighting="uniform"),
+    [(0.188000, 0.763225, -0.076741), (0.048193, 1.054663, -0.335829)],
+)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize(
+    "strategy, want", [PFEDME, FIXED, LEARNED], ids=["pfedme", "fixed", "apfl"]
+)
+def test_whole_models_of_clients_own(engine, strategy, want):
+    """Dinh et al. 2020 and Deng et al. 2020; the numbers are those of theta and v."""
+    server = Server(Scalar(), clients(), Recipe(strategy, **WHOLE), engine=Local(**engine))
+    group, shares = ("theta", {}) if isinstance(strategy, PFedMe) else ("v", {"0": 0.5, "1": 0.5})
+    learned = iter([{"0": 0.447877, "1": 0.229082}, {"0": 0.681964, "1": 0.235920}])
+    for shared, *own in want:
+        server.round()
+        w = float(server.model.w.detach())
+        assert w == pytest.approx(shared, abs=6e-7)
+        memory = server.session.memory()
+        found = [float(memory[i][group]["w"]) for i in "01"]
+        assert found == pytest.approx(own, abs=6e-7)
+        if group == "v" and strategy.learn:
+            shares = next(learned)
+        for i, v in zip("01", own, strict=True):
+            if shares:
+                alpha = float(memory[i]["alpha"]["alpha"])
+                assert alpha == pytest.approx(shares[i], abs=6e-7)
+            used = shares[i] * v + (1 - shares[i]) * w if shares else v
+            assert float(server.model_of(i).w.detach()) == pytest.approx(used, abs=1e-6)
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=str)
@@ -72,9 +113,18 @@ SIZES = [12, 8, 16, 12, 20]
 
 
 @pytest.mark.parametrize(
-    "strategy", [Ditto(lam=0.3), FedRep(personal=("3.*",), head_epochs=2)], ids=str
+    "strategy, model",
+    [
+        (Ditto(lam=0.3), mlp),
+        (Ditto(lam=0.3), normed),
+        (FedRep(personal=("3.*",), head_epochs=2), mlp),
+        (FedRep(personal=("3.*",), head_epochs=2), normed),
+        (APFL(), mlp),
+        (PFedMe(inner_steps=2), mlp),
+        (IFCA(clusters=3), mlp),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("model", [mlp, normed], ids=["mlp", "batchnorm"])
 def test_every_engine_comes_to_the_same(strategy, model):
     if isinstance(strategy, FedRep) and model is mlp:
         strategy = FedRep(personal=("2.*",), head_epochs=2)
@@ -111,11 +161,13 @@ def test_ditto_moves_the_shared_model_as_fedavg_and_keeps_statistics_of_its_own(
     assert not torch.allclose(own["c0"]["1.running_mean"], own["c1"]["1.running_mean"])
 
 
-def test_a_run_of_ditto_goes_on_from_its_checkpoint_to_the_bit():
+@pytest.mark.parametrize("strategy", [Ditto(), APFL(), PFedMe(), IFCA()], ids=str)
+def test_a_run_goes_on_from_its_checkpoint_to_the_bit(strategy):
     def server() -> Server:
         cohort = Uniform(cohort_size=3)
-        recipe = Recipe(Ditto(), epochs=1, batch_size=4)
-        return Server(normed(), make_clients(SIZES), recipe, participation=cohort, seed=2)
+        recipe = Recipe(strategy, epochs=1, batch_size=4)
+        model = normed() if isinstance(strategy, Ditto) else mlp()
+        return Server(model, make_clients(SIZES), recipe, participation=cohort, seed=2)
 
     whole, first, second = server(), server(), server()
     [*whole.rounds(4)]
@@ -128,13 +180,91 @@ def test_a_run_of_ditto_goes_on_from_its_checkpoint_to_the_bit():
 
 def test_personal_passes_and_privacy():
     noise = dict(noise_multiplier=0.5, rounds=1, insecure_seed=1)
-    with pytest.raises(ConfigError, match="strategy ditto trains in two passes"):
-        Server(mlp(), make_clients([9, 7]), Recipe(Ditto(), privacy=SampleLevel(**noise)))
-    server = Server(
-        mlp(), make_clients(SIZES), Recipe(Ditto(), privacy=ClientLevel(rate=1.0, **noise))
-    )
+    for strategy, why in [
+        (FedRep(personal=("2.*",)), "fedrep sends steps that start from what another pass"),
+        (PFedMe(), "pfedme sends what it makes of losses or gradients"),
+        (IFCA(), "ifca sends what it makes of losses or gradients"),
+    ]:
+        with pytest.raises(ConfigError, match=why):
+            Server(mlp(), make_clients([9, 7]), Recipe(strategy, privacy=SampleLevel(**noise)))
+    plan = ClientLevel(rate=1.0, **noise)
+    for strategy in (Ditto(), APFL(), PFedMe()):
+        server = Server(mlp(), make_clients(SIZES), Recipe(strategy, privacy=plan))
+        server.round()
+        assert len(server.own()) == 5
+    with pytest.raises(ConfigError, match="ifca sends numbers that no noise is made for"):
+        Server(mlp(), make_clients(SIZES), Recipe(IFCA(), privacy=plan))
+
+
+def test_what_stays_with_a_client_costs_no_privacy_and_moves_nothing_that_is_shared():
+    """Noised steps, batches and epsilon are FedAvg's to the bit; v is trained without noise."""
+    plan = SampleLevel(noise_multiplier=0.7, rounds=2, steps=3, insecure_seed=1)
+    ends, spent = [], []
+    for each in (FedAvg(), Ditto(), APFL()):
+        recipe = Recipe(each, privacy=plan, lr=0.1)
+        engine = Local(solver="general")
+        server = Server(mlp(), make_clients(SIZES), recipe, engine=engine, seed=3)
+        spent += [f["privacy_epsilon"] for f in server.rounds(2)]
+        ends.append(weights(server.model))
+        if own := server.own():
+            assert float((own["c4"]["0.weight"] - ends[-1]["0.weight"]).norm()) > 0
+    for other in ends[1:]:
+        assert all(torch.equal(v, other[k]) for k, v in ends[0].items())
+    assert spent[:2] == spent[2:4] == spent[4:] and len(own) == len(SIZES)
+
+
+def test_whole_models_are_weights_and_steps_plain_sgd():
+    for strategy in (APFL(), PFedMe(), IFCA()):
+        with pytest.raises(ConfigError, match=r"has running statistics|also has running"):
+            Server(normed(), make_clients([9, 7]), Recipe(strategy))
+        personal = replace(strategy, personal=("2.*",))
+        with pytest.raises(ConfigError, match=r"leave out strategy.personal"):
+            Server(mlp(), make_clients([9, 7]), Recipe(personal))
+    for options in ({"optimizer": "Adam"}, {"clip_norm": 1.0}, {"lr_decay": "cosine"}):
+        with pytest.raises(ConfigError, match="apfl takes steps of its own"):
+            Server(mlp(), make_clients([9, 7]), Recipe(APFL(), **options))
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_ifca_ghosh_2020(engine):
+    """From 1 and 0: each client uses its own cluster's model; a third one that nobody picks stays."""
+    recipe = Recipe(IFCA(clusters=3), **WHOLE)
+    model = Scalar()
+    with torch.no_grad():
+        model.w.fill_(1.0)
+    server = Server(model, clients(), recipe, engine=Local(**engine))
+    server.extras["m1"]["w"].zero_(), server.extras["m2"]["w"].fill_(50.0)
+    for want in [(1.343900, -0.759900), (1.569533, -0.942352)]:
+        server.round()
+        found = [float(server.model_of(i).w.detach()) for i in "01"]
+        assert found == pytest.approx(want, abs=6e-7)
+        assert float(model.w.detach()) == found[0] and float(server.extras["m2"]["w"]) == 50
+    assert [float(m["pick"]["pick"]) for m in server.session.memory().values()] == [0, 1]
+
+
+def test_ifca_weighs_the_members_of_a_cluster_alone():
+    """Three clients of one minimum and one of another: each model is FedAvg over its own members."""
+    torch.manual_seed(0)
+    near, far = make_clients([9, 7, 8]), make_clients([6])
+    far[0].id = "far"
+    flipped = Client("far", (far[0].data.tensors[0], 3 - far[0].data.tensors[1]))
+    server = Server(mlp(), [*near, flipped], Recipe(IFCA(spread=0.5), batch_size=4, lr=0.1))
+    before = {k: v.clone() for k, v in server.extras["m1"].items()}
+    start = weights(server.model)
+    assert not torch.equal(before["0.weight"], start["0.weight"]), "the others start elsewhere"
     server.round()
-    assert len(server.own()) == 5
+    picks = {i: int(m["pick"]["pick"]) for i, m in server.session.memory().items()}
+    for j, first in enumerate([start, before]):
+        members = [c for c in (*make_clients([9, 7, 8]), flipped) if picks[c.id] == j]
+        now = weights(server.model) if j == 0 else server.extras["m1"]
+        if not members:
+            assert all(torch.equal(v, first[k]) for k, v in now.items())
+            continue
+        model = mlp()
+        model.load_state_dict(first)
+        alone = Server(model, members, Recipe(FedAvg(), batch_size=4, lr=0.1))
+        alone.round()
+        assert all(torch.allclose(v, now[k], atol=1e-6) for k, v in weights(model).items())
 
 
 def test_who_never_trained_uses_the_shared_model():

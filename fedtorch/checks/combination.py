@@ -28,6 +28,19 @@ def _corrects(strategy: Strategy) -> bool:
     return kind.correction is not Strategy.correction or kind.correct is not Strategy.correct
 
 
+def _plain(recipe: Recipe) -> bool:
+    client = recipe.client_optimizer
+    plain = client.maker() is SGD and not any(client.args.values())
+    return plain and recipe.clip_norm is None and recipe.accumulate == 1 and not varies(recipe)
+
+
+def _noised_once(strategy: Strategy) -> bool:
+    """Whether what is sent is made of one pass alone, so that it is enough to clip and noise that one."""
+    kind = type(strategy)
+    own = _corrects(strategy) or strategy.measures or kind.upload is not Strategy.upload
+    return strategy.apart and not own and not strategy.asks
+
+
 REFUSED: tuple[Row, ...] = (
     (
         lambda r, who, pace: r.privacy.claims and r.strategy.weighting == "examples",
@@ -111,14 +124,28 @@ REFUSED: tuple[Row, ...] = (
         "FFALoRA)",
     ),
     (
-        lambda r, who, pace: r.privacy.per_example and r.strategy.trains,
-        "strategy {strategy} trains in two passes a visit, and sample-level privacy clips and noises one: "
-        "use strategy fedper or fedbabu, or client-level or local privacy",
+        lambda r, who, pace: r.privacy.per_example and r.strategy.asks,
+        "strategy {strategy} sends what it makes of losses or gradients that it asks of a client's "
+        "examples, and sample-level privacy noises local steps alone: use fedavg, or client-level or local "
+        "privacy",
     ),
     (
-        lambda r, who, pace: r.local is not None and r.strategy.trains,
-        "local takes the place of local steps, and strategy {strategy} takes them in two passes: leave out "
-        "one of them",
+        lambda r, who, pace: (
+            r.privacy.per_example and r.strategy.trains and not _noised_once(r.strategy)
+        ),
+        "strategy {strategy} sends steps that start from what another pass made of a client's examples, "
+        "and sample-level privacy clips and noises one pass: use strategy ditto, fedper or fedbabu, or "
+        "client-level or local privacy",
+    ),
+    (
+        lambda r, who, pace: r.local is not None and (r.strategy.trains or r.strategy.asks),
+        "local takes the place of local steps, and strategy {strategy} takes them in several passes or "
+        "asks for losses and gradients: leave out one of them",
+    ),
+    (
+        lambda r, who, pace: r.strategy.steps_itself and not _plain(r),
+        "strategy {strategy} takes steps of its own by the gradient times lr: leave out clip_norm, "
+        "accumulate, lr_warmup, lr_decay and scheduler, and use --optimizer SGD without momentum or decay",
     ),
     (
         lambda r, who, pace: r.privacy.claims and r.strategy.measures,

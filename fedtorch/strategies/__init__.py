@@ -1,5 +1,6 @@
 """Federated algorithms: one file each, client half and server half together."""
 
+from fedtorch.strategies.apfl import APFL
 from fedtorch.strategies.base import Correction, FedAvg, Strategy
 from fedtorch.strategies.ditto import Ditto
 from fedtorch.strategies.fedbabu import FedBABU
@@ -10,12 +11,17 @@ from fedtorch.strategies.fednova import FedNova
 from fedtorch.strategies.fedper import FedPer
 from fedtorch.strategies.fedprox import FedProx
 from fedtorch.strategies.fedrep import FedRep
+from fedtorch.strategies.ifca import IFCA
 from fedtorch.strategies.lg import LGFedAvg
 from fedtorch.strategies.lora import FedExLoRA, FFALoRA, RoLoRA
 from fedtorch.strategies.momentum import ClientMomentum
+from fedtorch.strategies.pfedme import PFedMe
+from fedtorch.strategies.qfedavg import QFedAvg
 from fedtorch.strategies.scaffold import Scaffold
 
 __all__ = [
+    "APFL",
+    "IFCA",
     "ClientMomentum",
     "Correction",
     "Ditto",
@@ -31,6 +37,8 @@ __all__ = [
     "FedProx",
     "FedRep",
     "LGFedAvg",
+    "PFedMe",
+    "QFedAvg",
     "RoLoRA",
     "Scaffold",
     "Strategy",

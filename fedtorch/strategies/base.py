@@ -1,6 +1,6 @@
 """A strategy is a frozen dataclass of hyper-parameters with pure methods; every default is FedAvg."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch.options import check
+from fedtorch.training.module import statistics
 from fedtorch.training.optimizer import ServerOptimizer
 from fedtorch.tree import expand, row, tmap
-from fedtorch.types import NUMBERS, Context, Params, Stack
+from fedtorch.types import NUMBERS, ConfigError, Context, Params, Stack
 
 
 class Correction(NamedTuple):
@@ -38,8 +39,12 @@ class Solve(Protocol):
 
         ``start``: weights and buffers to start from in place of those that a visit starts from.
         ``strategy``: whose ``correction`` steps follow. ``rests``: weights that stay. ``epochs`` or
-        ``steps``: in place of the run's.
+        ``steps``: in place of the run's. Under sample-level privacy the pass without any of these is
+        noised, and is the one that may be sent.
         """
+
+    def ends(self, weights: Stack, losses: Tensor) -> Any:
+        """The same of a visit that came to these weights, [K, ...], and losses, [K], in its own way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +68,10 @@ class Strategy:
     """Weights and buffers that stay with each client, by name ("head.*") or kind of layer ("@BatchNorm"):
     they are in its memory, in no task, upload or mean, and in nothing that the methods below are given."""
 
-    needs_rates: ClassVar[bool] = False
-    """Whether it computes with ``ctx.lr_sum``, which a scheduler of the user's own does not tell."""
+    apart: ClassVar[bool] = False
+    """Whether of its passes one ``solve()`` is all that is sent, and the rest stays with the client."""
+    steps_itself: ClassVar[bool] = False
+    """Whether it takes steps itself, of plain SGD, by gradients that it asks for."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -81,6 +88,16 @@ class Strategy:
     def trains(self) -> bool:
         """Whether a visit is more than one pass of local steps."""
         return type(self).train is not Strategy.train
+
+    @property
+    def asks(self) -> bool:
+        """Whether what it sends hangs on losses or gradients that it asks of ``ctx.data``."""
+        return False
+
+    @property
+    def needs_rates(self) -> bool:
+        """Whether it computes with ``ctx.lr_sum``, which a scheduler of the user's own does not tell."""
+        return False
 
     @property
     def keeps(self) -> bool:
@@ -130,8 +147,13 @@ class Strategy:
         """Local training: the result that is uploaded, and groups of the new memory, [K, ...]."""
         return solve(), {}
 
-    def own(self, params: Params, memory: dict[str, Params]) -> Params:
-        """What a client uses for itself in place of the shared weights and buffers."""
+    def own(
+        self, params: Params, memory: dict[str, Params], extras: Mapping[str, Params] = {}
+    ) -> Params:
+        """What a client uses for itself in place of the shared weights and buffers.
+
+        ``extras``: the groups that the server broadcasts.
+        """
         return memory.get("personal", {})
 
     def correction(self, ctx: Context) -> Correction:
@@ -193,6 +215,20 @@ class FedAvg(Strategy):
     """Weighted mean of the clients' weights (McMahan et al. 2017, arXiv:1602.05629, Alg. 1)."""
 
 
+def whole_models(strategy: Strategy, model: nn.Module) -> None:
+    """Raises ConfigError where a strategy of whole models meets personal parts, or running statistics."""
+    who = type(strategy).__name__
+    if strategy.personal:
+        raise ConfigError(
+            f"{who} has whole models beside the shared one: leave out strategy.personal, or use fedper"
+        )
+    if found := sorted(statistics(model)):
+        raise ConfigError(
+            f"{who} computes with weights, and model {type(model).__name__} also has running statistics "
+            f"({found[0]}): use GroupNorm in place of BatchNorm, or strategy ditto"
+        )
+
+
 def uploads(strategy: Strategy, params: Params, extras: dict[str, Params]) -> dict[str, Params]:
     """What a client uploads, in names and shapes: an upload of a visit that changed nothing."""
     ctx = still(strategy, params, extras)
@@ -210,4 +246,23 @@ def still(strategy: Strategy, params: Params, extras: Mapping[str, Params]) -> C
     """What a strategy sees of a client's first visit, before any step."""
     own = {g: expand(m) for g, m in strategy.remember(params).items()}
     shared = {g: expand(e) for g, e in extras.items()}
-    return Context(expand(params), shared, own, torch.ones(1), 1.0, (0,))
+    return Context(expand(params), shared, own, torch.ones(1), 1.0, (0,), data=Silent(params))
+
+
+@dataclass(frozen=True)
+class Silent:
+    """One client's data before anybody looks at them: a loss of one, and no gradient."""
+
+    params: Params
+
+    def loss(self, at: Stack | None = None) -> Tensor:
+        """One."""
+        return torch.ones(1).double()
+
+    def grad(self, at: Stack | None = None, step: int | None = None) -> tuple[Stack, Tensor]:
+        """Zeros."""
+        return {k: torch.zeros_like(v)[None] for k, v in self.params.items()}, self.loss()
+
+    def among(self, places: Sequence[int]) -> "Silent":
+        """There is one."""
+        return self

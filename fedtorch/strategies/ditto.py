@@ -1,5 +1,6 @@
 """Ditto: beside the shared model each client trains one of its own, which is drawn to the shared one."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ class Ditto(Strategy):
     """
 
     floats: ClassVar[bool] = True
+    apart: ClassVar[bool] = True
 
     lam: float = 1.0
     """How strongly v_k is drawn to the shared model; 0: each client trains alone."""
@@ -36,6 +38,8 @@ class Ditto(Strategy):
         weights, buffers = solve(start=ctx.memory["v"], strategy=FedProx(mu=self.lam)).rows()
         return shared, {"v": weights | buffers}
 
-    def own(self, params: Params, memory: dict[str, Params]) -> Params:
+    def own(
+        self, params: Params, memory: dict[str, Params], extras: Mapping[str, Params] = {}
+    ) -> Params:
         """v_k in place of the shared weights."""
         return memory.get("v", {})

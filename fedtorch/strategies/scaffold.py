@@ -1,7 +1,7 @@
 """SCAFFOLD: control variates correct each client's drift."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -14,14 +14,26 @@ from fedtorch.types import Context, Params, Stack
 class Scaffold(Strategy):
     """Local gradients are shifted by c - c_k (Karimireddy et al. 2020, arXiv:1910.06378, Alg. 1).
 
-    Control variates follow option II: c_k+ = c_k - c + (w_t - w_k) / (steps * lr), where the learning rate
-    changes within a visit by the sum of its steps'. The paper averages
-    clients alike and steps with plain SGD; other client optimizers run, outside its analysis.
+    Option 2: c_k+ = c_k - c + (w_t - w_k) / (steps * lr), where the learning rate changes within a visit by
+    the sum of its steps'. Option 1: c_k+ is the gradient at w_t over all of the client's data, one more
+    pass, which is right for any client optimizer and any number of steps. The paper averages clients alike
+    and steps with plain SGD; other client optimizers run, outside its analysis.
     """
 
     weighting: Literal["auto", "examples", "uniform"] = "uniform"
     """The paper's mean; 'examples' weighs deltas and control variates by client size."""
-    needs_rates: ClassVar[bool] = True
+    option: Literal[1, 2] = 2
+    """How control variates are made: 1 by a gradient, 2 by the steps that were taken."""
+
+    @property
+    def asks(self) -> bool:
+        """Option 1 asks for gradients."""
+        return self.option == 1
+
+    @property
+    def needs_rates(self) -> bool:
+        """Option 2 divides by the rates of the steps."""
+        return self.option == 2
 
     def admits(self, linear: bool) -> str | None:
         """The server's control variate must stay the mean of the clients'."""
@@ -48,6 +60,9 @@ class Scaffold(Strategy):
     def upload(self, params: Stack, ctx: Context) -> tuple[dict[str, Stack], dict[str, Stack]]:
         """Paper's lines 12-14: delta and the change of c_k are sent, the new c_k is kept."""
         delta = tmap(torch.sub, params, ctx.anchor)
+        if self.option == 1:
+            grad = {k: v.to(params[k]) for k, v in ctx.data.grad()[0].items()}
+            return {"delta": delta, "c": tmap(torch.sub, grad, ctx.memory["c"])}, {"c": grad}
         rate = -1 / ctx.lr_sum  # one pass of a product, where a quotient takes three
         change = tmap(lambda d, c: (d * per_client(rate, d)).sub_(c), delta, ctx.extras["c"])
         if ctx.lr == 0:  # a schedule's end: no step was taken, so none says anything of the drift

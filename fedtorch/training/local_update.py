@@ -18,6 +18,7 @@ from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.strategies.base import Strategy
 from fedtorch.training import stacked
+from fedtorch.training.asked import Asked
 from fedtorch.training.batches import sampled_order
 from fedtorch.training.local_steps import rates, reach
 from fedtorch.training.module import buffers, resting, to, to_device
@@ -59,9 +60,13 @@ def _visits(
     # which examples each client sees in which step, and what it starts from
     order = _order(clients, recipe, task)
     ctx = context(clients, order, task, recipe, model)
+    data = Asked(clients, order, task, recipe, model, ctx.own)
+    if not privacy.per_example:
+        ctx = replace(ctx, data=data)
     # local steps, clipped and noised where the plan says so
-    trained, kept = _trained(clients, order, task, recipe, model, ctx, solve)
+    trained, kept = _trained(data, ctx, solve)
     # what the strategy makes of them, and what of that may leave the clients
+    ctx = replace(ctx, memory={**ctx.memory, **kept})
     precise = exact(task, ctx) if recipe.needs_rows else ctx
     raw, memory = raw_of(clients, order, task, recipe, precise, trained, kept)
     released, good = privacy.release(raw, task)
@@ -91,23 +96,22 @@ def _order(clients: Sequence[Client], recipe: Recipe, task: Task) -> list[Tensor
 
 
 def _trained(
-    clients: Sequence[Client],
-    order: Sequence[Tensor],
-    task: Task,
-    recipe: Recipe,
-    model: nn.Module,
-    ctx: Context,
-    solve: stacked.Solver | None,
+    data: Asked, ctx: Context, solve: stacked.Solver | None
 ) -> tuple[Results, dict[str, Stack]]:
     """What local steps leave, and what a strategy of several passes remembers of them."""
+    task, recipe = data.task, data.recipe
 
     def run(order: Sequence[Tensor], asked: Recipe, ctx: Context) -> Results:
-        return _solved(clients, order, task, asked, model, ctx, solve)
+        return _solved(data.clients, order, task, asked, data.model, ctx, solve)
 
     if not recipe.strategy.trains:
-        return run(order, recipe, ctx), {}
-    again = partial(_order, clients, task=task)
-    return recipe.strategy.train(Passes(task, recipe, model, ctx, again, run), ctx)
+        return run(data.order, recipe, ctx), {}
+    again = partial(_order, data.clients, task=task)
+    passes = Passes(task, recipe, data.model, ctx, again, run)
+    # what stays with the client may look at its data
+    found, kept = recipe.strategy.train(passes, replace(ctx, data=data))
+    passes.check(found)
+    return found, kept
 
 
 def _solved(

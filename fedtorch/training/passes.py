@@ -1,11 +1,13 @@
 """Visits of more than one pass of local steps, as ``Strategy.train`` asks for them."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedtorch.privacy import Nothing
 from fedtorch.recipe import Recipe
 from fedtorch.strategies.base import Strategy
 from fedtorch.training.local_steps import rates
@@ -27,6 +29,8 @@ class Passes:
     """Which examples each client takes in which step of a pass."""
     run: Callable[[Sequence[Tensor], Recipe, Context], Results]
     """The solver."""
+    noised: list[Stacked] = field(default_factory=list)
+    """Under sample-level privacy the result of the one pass that may be sent."""
 
     def __call__(
         self,
@@ -37,8 +41,20 @@ class Passes:
         epochs: int | None = None,
         steps: int | None = None,
     ) -> Stacked:
-        """One pass; of weights that rest it has those that it started from."""
+        """One pass; of weights that rest it has those that it started from.
+
+        Under sample-level privacy the pass without arguments is clipped and noised, and no other is.
+        """
         asked = replace(self.recipe, strategy=strategy or self.recipe.strategy)
+        plan = self.recipe.privacy.per_example
+        plain = (
+            start is None and strategy is None and not rests and epochs is None and steps is None
+        )
+        if plan and plain and self.noised:
+            raise RuntimeError("sample-level privacy noises one pass a visit: solve() once")
+        if plan and not plain:
+            steps = plan.steps if epochs is None and steps is None else steps
+            asked = replace(asked, privacy=Nothing())
         if steps is not None:
             asked = replace(asked, steps=steps)
         elif epochs is not None:
@@ -54,7 +70,22 @@ class Passes:
         # copies: the next pass writes over them in the same module
         params = {k: rows[k] if k in rows else self._still(k, own) for k in self._trained()}
         copies = [{k: v.detach().clone() for k, v in near(s).items()} for s in (params, floats)]
-        return Stacked(copies[0], copies[1], found.loss, self.task)
+        left = Stacked(copies[0], copies[1], found.loss, self.task)
+        self.noised.extend([left] if plan and plain else [])
+        return left
+
+    def ends(self, weights: Stack, losses: Tensor) -> Stacked:
+        """A result that was reached otherwise, with what was sent for all that ``weights`` leave out."""
+        params = {k: weights[k] if k in weights else self._still(k, {}) for k in self._trained()}
+        return Stacked(params, {}, losses, self.task)
+
+    def check(self, found: Any) -> None:
+        """Raises RuntimeError where sample-level privacy is to send what nobody has noised."""
+        if self.recipe.privacy.per_example and not any(found is n for n in self.noised):
+            who = type(self.recipe.strategy).__name__
+            raise RuntimeError(
+                f"{who}.train must return what solve() left, which sample-level privacy has noised"
+            )
 
     def _trained(self) -> list[str]:
         return [k for k, p in self.model.named_parameters() if p.requires_grad]
