@@ -379,7 +379,7 @@ def test_monotone_in_everything() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"mechanism": "uniform"}, "mechanism must be gaussian or laplace"),
+    ({"mechanism": "uniform"}, "mechanism must be gaussian, laplace or skellam"),
     ({"noise": -1.0}, "noise_multiplier must be a finite number >= 0, got -1.0"),
     ({"noise": math.nan}, "noise_multiplier must be"),
     ({"noise": math.inf}, "noise_multiplier must be"),

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fedtorch.privacy import Privacy
-from fedtorch.privacy.accounting.events import Event, epsilon
+from fedtorch.privacy.accounting.events import Event, Kind, epsilon
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.run.files import LEDGER
 from fedtorch.run.results import Saved
 from fedtorch.types import ConfigError
 
-Tally = Counter[tuple[str, float, float]]
+Tally = Counter[Kind]
 """Steps by (mechanism, noise, rate)."""
 
 HOLDERS = ("dataset", "partition", "clients", "validation", "seed")
@@ -85,7 +85,7 @@ def together(ledgers: Sequence[Ledger], same: bool, delta: float, accountant: st
         }
     else:
         sums = {_frozen(_most(_tallies(ledger)) for ledger in ledgers)}
-    events = [[Event(*kind, steps) for kind, steps in sorted(s)] for s in sums]
+    events = [[Event.of(kind, steps) for kind, steps in sorted(s)] for s in sums]
     return max((epsilon(e, delta, accountant) for e in events if e), default=0.0)
 
 
@@ -129,7 +129,7 @@ def _tallies(ledger: Ledger) -> dict[str | None, Tally]:
     for entry in ledger.entries:
         e = entry.event
         for who in (None,) if entry.clients is None else entry.clients:
-            found.setdefault(who, Tally())[e.mechanism, float(e.noise), float(e.rate)] += e.steps
+            found.setdefault(who, Tally())[e.kind] += e.steps
     return found
 
 
@@ -141,7 +141,7 @@ def _most(tallies: Mapping[str | None, Tally]) -> Tally:
     return largest + tallies[None]
 
 
-def _frozen(tallies: Iterable[Tally]) -> frozenset[tuple[tuple[str, float, float], int]]:
+def _frozen(tallies: Iterable[Tally]) -> frozenset[tuple[Kind, int]]:
     total = Tally()
     for tally in tallies:
         total.update(tally)

@@ -12,6 +12,7 @@ from numbers import Real
 
 from fedtorch.privacy.accounting import bounds
 from fedtorch.privacy.accounting.gaussian import gaussian_noise, laplace_epsilon
+from fedtorch.privacy.accounting.skellam import Shared, skellam_epsilon
 from fedtorch.types import ConfigError
 
 ACCOUNTANTS = ("prv", "rdp")
@@ -20,25 +21,70 @@ MAX_NOISE = 1e7
 """Noise beyond which no model is left, in standard deviations over sensitivity."""
 
 
+MECHANISMS = ("gaussian", "laplace", "skellam")
+
+Kind = tuple[str, float, float] | tuple[str, float, float, float, float]
+"""What a release is, without how often: mechanism, noise, rate and, of skellam, ``l2`` and ``l1``."""
+
+
 @dataclass(frozen=True)
 class Event:
     """``steps`` equal releases, each over a Poisson sample of the units."""
 
     mechanism: str
-    """``gaussian`` or ``laplace``."""
+    """``gaussian``, ``laplace`` or ``skellam``."""
     noise: float
-    """Standard deviation over L2 sensitivity, or Laplace scale over L1 sensitivity; 0: no privacy."""
+    """Standard deviation over L2 sensitivity, or Laplace scale over L1 sensitivity; of Skellam noise, which
+    is made of whole numbers, its variance. 0: no privacy."""
     rate: float = 1.0
     """Chance of each unit to be in a release; 1: all are in every one."""
     steps: int = 1
+    l2: float | None = None
+    """Of skellam: how far one unit moves the whole numbers, in L2 norm."""
+    l1: float | None = None
+    """Of skellam: the same in L1 norm."""
 
     def __post_init__(self) -> None:
         """Refuse what no accountant can price."""
-        if self.mechanism not in ("gaussian", "laplace"):
-            raise ConfigError(f"mechanism must be gaussian or laplace, got {self.mechanism!r}")
+        if self.mechanism not in MECHANISMS:
+            raise ConfigError(
+                f"mechanism must be gaussian, laplace or skellam, got {self.mechanism!r}"
+            )
         check_noise(self.noise)
         check_rate(self.rate)
         check_steps(self.steps)
+        if self.mechanism != "skellam":
+            if not self.l2 is self.l1 is None:
+                raise ConfigError(f"l2 and l1 are of skellam events, not of {self.mechanism}")
+            return
+        if self.rate != 1:
+            raise ConfigError(
+                f"a skellam event has no amplification by sampling: rate must be 1, got {self.rate!r}"
+            )
+        if not all(_number(v) and 0 < float(v or 0) < math.inf for v in (self.l2, self.l1)):
+            raise ConfigError(
+                f"l2 and l1 of a skellam event must be finite numbers > 0, got {self.l2!r} and {self.l1!r}"
+            )
+
+    @property
+    def kind(self) -> Kind:
+        """What each of the releases is."""
+        known = (self.mechanism, float(self.noise), float(self.rate))
+        return (
+            known
+            if self.l2 is None or self.l1 is None
+            else (*known, float(self.l2), float(self.l1))
+        )
+
+    @classmethod
+    def of(cls, kind: Kind, steps: int) -> "Event":
+        """So many releases of a kind."""
+        return cls(kind[0], kind[1], kind[2], steps, *kind[3:])
+
+    def body(self) -> dict[str, float | str]:
+        """As a ledger has it: what the mechanism has not is left out."""
+        found = vars(self)
+        return {k: found[k] for k in found if found[k] is not None}
 
 
 def epsilon(events: Iterable[Event], delta: float, accountant: str = "prv") -> float:
@@ -51,7 +97,9 @@ def epsilon(events: Iterable[Event], delta: float, accountant: str = "prv") -> f
     With ``prv`` the figure is the smallest of three bounds that all hold: PRV, RDP, and the closed form of
     the same events without sampling. So where PRV cannot be computed (tiny deltas, epsilons in the
     hundreds) the next best bound is returned, and never one that does not hold. Laplace events add their
-    pure epsilon; with Laplace events alone ``delta`` may be 0. No events cost 0; one without noise, inf.
+    pure epsilon; with Laplace events alone ``delta`` may be 0. Skellam events, and Gaussian ones beside
+    them, are added up by Renyi divergence, whatever the accountant: PRV does not know them. No events cost
+    0; one without noise, inf.
     """
     merged = merge(events)
     check_accountant(accountant)
@@ -60,6 +108,11 @@ def epsilon(events: Iterable[Event], delta: float, accountant: str = "prv") -> f
         e.steps * laplace_epsilon(e.noise, e.rate) for e in merged if e.mechanism == "laplace"
     )
     run = tuple((e.noise, e.rate, e.steps) for e in merged if e.mechanism == "gaussian")
+    shared: Shared = tuple(
+        (e.noise, e.l2 or 0.0, e.l1 or 0.0, e.steps) for e in merged if e.mechanism == "skellam"
+    )
+    if shared:
+        return pure + skellam_epsilon(shared, run, float(delta))
     return pure + (_gaussian(run, float(delta), accountant) if run else 0.0)
 
 
@@ -125,11 +178,10 @@ def over_rounds(
 
 def merge(events: Iterable[Event]) -> tuple[Event, ...]:
     """Equal events as one with all their steps, in a fixed order: composition does not look at order."""
-    steps: dict[tuple[str, float, float], int] = {}
+    steps: dict[Kind, int] = {}
     for e in events:
-        key = (e.mechanism, float(e.noise), float(e.rate))
-        steps[key] = steps.get(key, 0) + int(e.steps)
-    return tuple(Event(*key, steps[key]) for key in sorted(steps))
+        steps[e.kind] = steps.get(e.kind, 0) + int(e.steps)
+    return tuple(Event.of(kind, steps[kind]) for kind in sorted(steps))
 
 
 def check_noise(noise: float, name: str = "noise_multiplier") -> None:

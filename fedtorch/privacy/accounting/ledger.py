@@ -5,18 +5,18 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtorch.privacy.accounting.events import Event, epsilon
+from fedtorch.privacy.accounting.events import Event, Kind, epsilon
 from fedtorch.privacy.accounting.journal import Journal, parsed
 from fedtorch.types import ConfigError
 
 UNITS = ("example", "client")
 
-History = frozenset[tuple[tuple[str, float, float], int]]
-"""Charges of one owner: (mechanism, noise, rate) and steps."""
+History = frozenset[tuple[Kind, int]]
+"""Charges of one owner: kinds of releases, and how many of each."""
 
 NOTHING: History = frozenset()
 
@@ -37,7 +37,7 @@ class Entry:
     def body(self) -> dict[str, Any]:
         """The entry as JSON holds it, without its digest."""
         clients = None if self.clients is None else list(self.clients)
-        return {"round": self.round, "unit": self.unit, **asdict(self.event), "clients": clients}
+        return {"round": self.round, "unit": self.unit, **self.event.body(), "clients": clients}
 
 
 class Ledger:
@@ -227,7 +227,7 @@ class Ledger:
 
 
 def _history(event: Event) -> History:
-    return frozenset({((event.mechanism, float(event.noise), float(event.rate)), event.steps)})
+    return frozenset({(event.kind, event.steps)})
 
 
 def _both(one: History, other: History) -> History:
@@ -246,13 +246,13 @@ def _joined(histories: Iterable[History]) -> History:
     return found
 
 
-def _events(history: Iterable[tuple[tuple[str, float, float], int]]) -> tuple[Event, ...]:
-    return tuple(Event(kind, noise, rate, steps) for (kind, noise, rate), steps in sorted(history))
+def _events(history: Iterable[tuple[Kind, int]]) -> tuple[Event, ...]:
+    return tuple(Event.of(kind, steps) for kind, steps in sorted(history))
 
 
 def _largest(histories: set[History], delta: float, accountant: str) -> float:
     """Largest epsilon over histories; those that cannot be the largest are not priced by PRV."""
-    heads: list[dict[tuple[str, float, float], int]] = []  # what is part of none of the others
+    heads: list[dict[Kind, int]] = []  # what is part of none of the others
     for one in sorted(map(dict, histories), key=lambda h: -sum(h.values())):
         if not any(_within(one, other) for other in heads):
             heads.append(one)
@@ -276,8 +276,9 @@ def _digest(before: str, body: Mapping[str, Any]) -> str:
 
 def _entry(line: Any) -> Entry | None:
     try:
-        event = Event(line["mechanism"], line["noise"], line["rate"], line["steps"])
+        reach = (line.get("l2"), line.get("l1"))
+        event = Event(line["mechanism"], line["noise"], line["rate"], line["steps"], *reach)
         clients = None if line["clients"] is None else tuple(line["clients"])
         return Entry(line["round"], line["unit"], event, clients, line["digest"])
-    except (TypeError, KeyError, ConfigError):
+    except (TypeError, KeyError, AttributeError, ConfigError):
         return None

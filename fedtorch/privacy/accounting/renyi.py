@@ -31,25 +31,37 @@ def renyi(noise: float, rate: float) -> Any:
     whole = a == np.floor(a)
     log_rest = np.full(len(a), math.inf)
     with np.errstate(all="ignore"):
-        log_rest[whole] = _whole(noise, rate)
+        log_rest[whole] = _whole(noise, rate, tuple(a[whole].astype(int).tolist()))
         if noise >= FRACTIONS:
             log_rest[~whole] = [_between(noise, rate, order) for order in a[~whole]]
         found = np.logaddexp(0, log_rest) / (a - 1)
     return np.where(np.isnan(found), math.inf, found)
 
 
-def renyi_epsilon(divergence: Any, delta: float) -> float:
-    """Epsilon at ``delta`` from the divergence at each of ``orders()``: Balle et al. 2020, theorem 21."""
-    a = orders()
+def renyi_at(noise: float, rate: float, orders: tuple[int, ...]) -> Any:
+    """The same at whole orders of the caller's."""
+    a = np.array(orders, dtype=float)
+    if rate == 1:
+        return a / noise / noise / 2
+    with np.errstate(all="ignore"):
+        found = np.logaddexp(0, _whole(noise, rate, orders)) / (a - 1)
+    return np.where(np.isnan(found), math.inf, found)
+
+
+def renyi_epsilon(divergence: Any, delta: float, a: Any = None) -> float:
+    """Epsilon at ``delta`` from the divergence at each order: Balle et al. 2020, theorem 21.
+
+    ``a``: the orders; none: ``orders()``.
+    """
+    a = orders() if a is None else a
     found = divergence - (math.log(delta) + np.log(a)) / (a - 1) + np.log((a - 1) / a)
     return max(0.0, float(found.min()))
 
 
-@lru_cache(maxsize=1)
-def _terms() -> tuple[Any, Any, Any, Any]:
+@lru_cache(maxsize=2)
+def _terms(whole: tuple[int, ...]) -> tuple[Any, Any, Any, Any]:
     """Of every whole order a, for i from 2 to a: where a starts, ln (a over i), i, a - i; flat."""
-    a = orders()
-    a = a[a == np.floor(a)].astype(int)
+    a = np.array(whole)
     i = np.concatenate([np.arange(2, n + 1) for n in a])
     n = np.repeat(a, a - 1)
     factorial = np.array([math.lgamma(m + 1) for m in range(max(a) + 1)])
@@ -57,9 +69,9 @@ def _terms() -> tuple[Any, Any, Any, Any]:
     return np.concatenate([[0], np.cumsum(a - 1)[:-1]]), binomial, i, n - i
 
 
-def _whole(noise: float, rate: float) -> Any:
-    """ln(A - 1) at the whole orders: the binomial sum, in which 1 is the sum of the same without e^x."""
-    starts, binomial, i, rest = _terms()
+def _whole(noise: float, rate: float, whole: tuple[int, ...]) -> Any:
+    """ln(A - 1) at whole orders: the binomial sum, in which 1 is the sum of the same without e^x."""
+    starts, binomial, i, rest = _terms(whole)
     x = (i * i - i) / 2 / noise / noise
     logs = binomial + i * math.log(rate) + rest * math.log1p(-rate) + x + np.log(-np.expm1(-x))
     top = np.maximum.reduceat(logs, starts)
