@@ -19,7 +19,9 @@ with reading():
         TrimmedMean,
     )
     from fedtorch.channel.base import Stage
-    from fedtorch.channel.topk import TopK
+    from fedtorch.channel.lowrank import PowerSGD
+    from fedtorch.channel.quantise import QSGD, Sign
+    from fedtorch.channel.topk import RandomK, TopK
     from fedtorch.client import Client
     from fedtorch.data.tables import from_pandas
     from fedtorch.engines import Local
@@ -83,6 +85,7 @@ __version__ = "0.1.0"
 __all__ = [
     "APFL",
     "IFCA",
+    "QSGD",
     "Bulyan",
     "CentredClip",
     "Client",
@@ -115,7 +118,9 @@ __all__ = [
     "Observer",
     "PFedMe",
     "Poisson",
+    "PowerSGD",
     "QFedAvg",
+    "RandomK",
     "Recipe",
     "RoLoRA",
     "Robust",
@@ -126,6 +131,7 @@ __all__ = [
     "ServerLAMB",
     "ServerSGD",
     "ServerYogi",
+    "Sign",
     "Stage",
     "Strategy",
     "TopK",

@@ -27,6 +27,10 @@ COMMANDS = {
         "aggregators that --aggregator can name",
         "fedtorch.commands.listing:aggregators",
     ),
+    "channels": (
+        "stages of the channel that --channel can name",
+        "fedtorch.commands.listing:channels",
+    ),
     "epsilon": ("what a private run with given noise costs", "fedtorch.commands.privacy:epsilon"),
     "noise": ("noise of a run that may cost a given epsilon", "fedtorch.commands.privacy:noise"),
     "plan": ("table of epsilon over rounds and noises", "fedtorch.commands.privacy:plan"),
@@ -50,6 +54,7 @@ TAKES = {
     "datasets": "[--json]",
     "strategies": "[--json]",
     "aggregators": "[--json]",
+    "channels": "[--json]",
     "completion": "bash|zsh",
     "version": "",
 }

@@ -47,7 +47,8 @@ class Recipe(TrainingOptions):
     aggregator: Aggregator = Mean()
     """How what clients send becomes one: Mean, Median or a rule of your own."""
     channel: tuple[Stage, ...] = ()
-    """What is done to an update after the privacy plan and before it is sent: (TopK(share=0.1),)."""
+    """What is done to an update after the privacy plan and before it is sent: (TopK(share=0.1),). A further
+    stage encodes the numbers of the code before it."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot train, by name."""
@@ -116,7 +117,9 @@ class Recipe(TrainingOptions):
     def needs_rows(self) -> bool:
         """Whether each client's own upload is needed, and not only the mean of what they learned."""
         sums = self.strategy.only_delta and self.privacy.scales and self.aggregator.linear
-        return bool(self.channel) or not sums
+        adds = all(stage.linear and not stage.feedback for stage in self.channel)
+        # what a channel has decoded client-level privacy clips once more, client by client
+        return not (sums and adds) or bool(self.channel and self.privacy.central)
 
     def weights(self, examples: Tensor) -> Tensor:
         """Aggregation weights of clients with so many examples, [K]."""

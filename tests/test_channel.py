@@ -1,6 +1,6 @@
 """What goes through a channel, by hand; and the same on every engine, and when a run goes on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -8,8 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from conftest import make_clients, mlp, watched, weights
-from fedtorch import Client, ConfigError, FedProx, Local, Median, Recipe, Server, Stage, TopK
-from fedtorch.channel.base import UNSENT, decode, encode, size
+from fedtorch import (
+    QSGD,
+    Client,
+    ConfigError,
+    FedProx,
+    Local,
+    Median,
+    PowerSGD,
+    RandomK,
+    Recipe,
+    Server,
+    Sign,
+    Stage,
+    TopK,
+)
+from fedtorch.channel.base import UNSENT, Turn, decode, encode, size
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.types import Released
 
@@ -34,7 +48,7 @@ def test_the_largest_number_is_sent_and_the_rest_is_kept_for_later():
         update = released(values)
         like = {"delta": {k: v[0] for k, v in update.sent["delta"].items()}}
         code, (left,) = encode(channel, update, ["delta"], [left])
-        assert size(code, ["delta"]) == 8 and code.sent["delta"]["value"].dtype == torch.float32
+        assert size(code, channel, like) == 5 and code.sent["delta"]["value"].dtype == torch.float32
         found.append(numbers(decode(channel, code, like).sent["delta"]))
     assert found == [[3, 0, 0, 0], [0, -2.5, 0, 0]]
     assert numbers(left[UNSENT + "delta"]) == [0.2, 0, 1.5, 2.1]
@@ -43,7 +57,8 @@ def test_the_largest_number_is_sent_and_the_rest_is_kept_for_later():
 def test_without_feedback_nothing_is_kept():
     channel = (TopK(share=0.5, feedback=False),)
     code, left = encode(channel, released(UPDATES[0]), ["delta"], [{}])
-    assert left == [{}] and code.sent["delta"]["place"].tolist() == [[0, 3]]
+    place = code.sent["delta"]["place"]
+    assert left == [{}] and place.dtype == torch.uint8 and place.tolist() == [[0b1100]]
 
 
 def test_a_channel_of_no_stage_is_the_identity():
@@ -93,7 +108,8 @@ def test_every_solver_sends_the_same_and_bytes_are_those_of_the_code():
         Local(solver="fast"),
     ):
         server = run(engine)
-        assert server.last["bytes_up"] == 5 * 8 * round(0.2 * d)
+        # a bit for each place is less than a place for each value
+        assert server.last["bytes_up"] == 5 * (4 * round(0.2 * d) + -(-d // 8))
         found.append(weights(server.model))
     for other in found[1:]:
         assert all(torch.allclose(v, found[0][k], atol=1e-5) for k, v in other.items())
@@ -200,3 +216,100 @@ def test_who_is_left_out_keeps_what_it_had_not_sent():
     figures = server.round()
     assert figures["failed"] == {"c1": "nonfinite"}
     assert server.session.memory()["c1"][UNSENT + "delta"] is before
+
+
+STAGES = {
+    "topk": (TopK(share=0.1),),
+    "randk": (RandomK(share=0.2),),
+    "randk kept": (RandomK(share=0.2, feedback=True),),
+    "qsgd": (QSGD(levels=7),),
+    "sign": (Sign(),),
+    "powersgd": (PowerSGD(rank=1),),
+    "topk, qsgd": (TopK(share=0.1), QSGD()),
+    "topk, sign": (TopK(share=0.1), Sign()),
+    "powersgd, topk, qsgd": (PowerSGD(rank=1), TopK(share=0.5), QSGD()),
+}
+
+
+@pytest.mark.parametrize("channel", STAGES.values(), ids=STAGES)
+def test_every_channel_is_the_same_on_every_solver_and_over_a_checkpoint(channel):
+    def served(engine, rounds=2):
+        recipe = Recipe(epochs=1, batch_size=8, channel=channel)
+        server = Server(mlp(), make_clients([9, 5, 12]), recipe, engine=engine, seed=4)
+        server.last = [*server.rounds(rounds)]
+        return server
+
+    one, other = served(Local(chunk=1, solver="general")), served(Local(chunk=2, solver="stacked"))
+    fast = served(Local(solver="fast"))
+    up = one.last[-1]["bytes_up"]
+    assert up == other.last[-1]["bytes_up"] == fast.last[-1]["bytes_up"]
+    assert up < 3 * 4 * sum(p.numel() for p in mlp().parameters())
+    first = weights(one.model)
+    for found in (weights(other.model), weights(fast.model)):
+        # a number near a border may fall on its other side where the last digits differ
+        far = [float(((v - first[k]).abs() > 1e-5).double().mean()) for k, v in found.items()]
+        assert max(far) < 0.1
+    # a checkpoint holds what clients keep: as if never broken, to the bit
+    part, rest = (
+        served(Local(chunk=1, solver="general"), 1),
+        served(Local(chunk=1, solver="general"), 0),
+    )
+    rest.load_state_dict(part.state_dict())
+    rest.round()
+    assert all(torch.equal(v, first[k]) for k, v in weights(rest.model).items())
+
+
+def test_a_sum_will_do_where_codes_add_up():
+    recipe = Recipe(channel=(RandomK(share=0.5),))
+    assert not recipe.needs_rows
+    assert Recipe(channel=(RandomK(share=0.5, feedback=True),)).needs_rows
+    plan = ClientLevel(clip=0.1, noise_multiplier=0.3, rounds=2, insecure_seed=1)
+    assert Recipe(privacy=plan, channel=(RandomK(share=0.5),)).needs_rows
+
+
+def test_two_stages_leave_for_later_what_both_lose():
+    """Of (3, -1, .5, 2) two are sent as signs of their mean size: 2.5, 2.5; .5, -1, .5, -.5 is left."""
+    channel = (TopK(share=0.5), Sign())
+    update = released(UPDATES[0])
+    like = {"delta": {k: v[0] for k, v in update.sent["delta"].items()}}
+    code, (left,) = encode(channel, update, ["delta"], [{}])
+    assert sorted(code.sent["delta"]) == ["place", "then/plus", "then/size"]
+    assert numbers(decode(channel, code, like).sent["delta"]) == [2.5, 0, 0, 2.5]
+    assert numbers(left[UNSENT + "delta"]) == [0.5, -1, 0.5, -0.5]
+    assert size(code, channel, like) == 1 + 1 + 4
+
+
+def test_what_is_rounded_at_random_is_not_kept_but_what_the_first_stage_leaves_out_is():
+    channel, turn = (TopK(share=0.5), QSGD(levels=1, bucket=None)), Turn(1, (2,))
+    _, (left,) = encode(channel, released(UPDATES[0]), ["delta"], [{}], turn)
+    assert numbers(left[UNSENT + "delta"]) == [0, -1, 0.5, 0]
+
+
+def test_of_raw_updates_feedback_would_never_send_the_rest():
+    """Must differ: what is left out is of the update with its past, not of the raw one."""
+    channel, left = (TopK(share=0.25),), {}
+    for values in UPDATES:
+        _, (left,) = encode(channel, released(values), ["delta"], [left])
+    raw = [0.2, 0, 1, 0.1]  # of the second update alone
+    assert numbers(left[UNSENT + "delta"]) != raw
+
+
+def test_a_visit_draws_other_numbers_than_the_last():
+    recipe = Recipe(epochs=1, batch_size=8, channel=(QSGD(levels=1),))
+    server = Server(mlp(), make_clients([9, 5]), recipe, seed=2)
+    seen = []
+    for _ in range(2):
+        task = server._task()
+        seen.append((Turn.of(task, ["c0", "c1"]), Turn.of(replace(task, visit=1), ["c0"])))
+        server.round()
+    (one, again), (two, _) = seen
+    assert len({*one.own, *two.own, *again.own}) == 5 and len({one.common, two.common}) == 2
+
+
+def test_one_of_your_own_has_both_halves():
+    class Half(Stage):
+        def encode(self, sent):
+            return sent
+
+    with pytest.raises(ConfigError, match="overrides neither decode nor decoded"):
+        Half()

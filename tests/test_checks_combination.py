@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from conftest import make_clients, mlp
 from fedtorch import (
+    QSGD,
     ConfigError,
     Everyone,
     FedAvg,
@@ -16,9 +17,12 @@ from fedtorch import (
     Mean,
     Median,
     Poisson,
+    PowerSGD,
+    RandomK,
     Recipe,
     Scaffold,
     Server,
+    Sign,
     Stage,
     Strategy,
     TopK,
@@ -38,7 +42,7 @@ DRAWN = "client-level privacy draws the cohort itself"
 SUMMED = "median voids the claim of client-level privacy"
 ONCE = "median counts every client once"
 HELD = "channel.feedback is of no use under client-level privacy"
-SINGLE = "a channel has one stage"
+LAST = "channel longer comes last"
 SEEN = "looks at each client's own update"
 TURNS = "sends other weights from round to round"
 HELD_BACK = "strategy feddyn needs the mean of what clients send"
@@ -110,7 +114,12 @@ PARTS = {
         "topk": (TopK(),),
         "plain topk": (TopK(feedback=False),),
         "longer": (Longer(),),
-        "two": (TopK(), TopK()),
+        "randk": (RandomK(),),
+        "qsgd": (QSGD(),),
+        "sign": (Sign(),),
+        "powersgd": (PowerSGD(),),
+        "two": (TopK(), QSGD()),
+        "stuck": (Longer(), TopK(feedback=False)),
     },
     "privacy": {
         "nothing": Nothing(),
@@ -129,6 +138,8 @@ PARTS = {
     },
 }
 FIRST = {kind: next(iter(choices)) for kind, choices in PARTS.items()}
+
+ADDED_STAGES = ("randk", "qsgd", "sign", "powersgd", "two")
 
 REFUSED = {
     ("sized", "median"): ONCE,
@@ -161,7 +172,8 @@ REFUSED = {
         for name in ("median", "krum")
     },
     **{("fair", name): CURIOUS for name in ("topk", "plain topk", "longer")},
-    **{("ifca", name): MEMBERS for name in ("topk", "plain topk", "longer")},
+    **{("ifca", name): MEMBERS for name in ("topk", "plain topk", "longer", *ADDED_STAGES)},
+    **{("fair", name): CURIOUS for name in ADDED_STAGES},
     **{("nova", name): SENT for name in ("sample", "client", "local")},
     **{("nova", name): MEASURED.replace("median", name) for name in ("median", "krum")},
     **{("dyn", name): HELD_BACK for name in ("median", "krum", "topk", "plain topk", "longer")},
@@ -170,8 +182,13 @@ REFUSED = {
     ("turns", "topk"): TURNS,
     ("turns", "plain topk"): TURNS,
     ("turns", "longer"): TURNS,
-    **{(name, "two"): SINGLE for name in PARTS["strategy"] | PARTS["aggregator"]},
-    **{("two", n): SINGLE for kind in ("privacy", "participation", "pace") for n in PARTS[kind]},
+    **{(name, "stuck"): LAST for name in PARTS["strategy"] | PARTS["aggregator"]},
+    **{("stuck", n): LAST for kind in ("privacy", "participation", "pace") for n in PARTS[kind]},
+    **{("scaffold", c): VARIATES for c in ADDED_STAGES},
+    **{("dyn", c): HELD_BACK for c in ADDED_STAGES},
+    **{("turns", c): TURNS for c in ADDED_STAGES},
+    ("sign", "client"): HELD,
+    ("powersgd", "client"): HELD,
     ("topk", "client"): HELD,
     ("two", "client"): HELD,
     ("client", "uniform"): DRAWN,
@@ -270,6 +287,7 @@ def test_every_sentence_of_the_table_is_met_by_some_recipe():
         "participation": "",
         "pace": "buffered",
         "strategy": "scaffold",
+        "stage": "longer",
     }
     for _, sentence in combination.REFUSED:
         assert sum(word in sentence.format(**words) for word in found) == 1

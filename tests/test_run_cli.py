@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtorch import ConfigError, FedProx, Scaffold, ServerAdam, Strategy, Uniform
+from fedtorch import QSGD, ConfigError, FedProx, Scaffold, ServerAdam, Sign, Strategy, TopK, Uniform
 from fedtorch.commands.train import train_module
 from fedtorch.data import Csv, Digits, Dirichlet, Natural
 from fedtorch.options import find
@@ -71,6 +71,8 @@ def test_null_is_none():
         ["--dataset", "csv", "--dataset.path", 'a "quoted" name.csv', "--dataset.client", "c"],
         ["--model", "a/b.py:C", "--model.width", "3", "--model.name", "x", "--metrics", "a.b,mae"],
         ["--partition", "dirichlet", "--partition.alpha", "0.1", "--schedule", "step"],
+        ["--channel", "topk:0.03"],
+        ["--channel", "powersgd,topk,qsgd:7", "--channel.bucket", "null", "--channel.rank", "3"],
     ],
 )
 def test_what_is_described_builds_the_same_config_again(argv, tmp_path):
@@ -108,6 +110,8 @@ NAMES = [
     ('participation = "ran.Code"', "participation = 'ran.Code'"),
     ('schedule = "ran.Code"', "schedule = 'ran.Code'"),
     ('tracking = "ran.Code"', "tracking = 'ran.Code'"),
+    ('channel = "topk:0.1,ran.Code"', "channel = 'ran.Code'"),
+    ('channel = [{ name = "topk" }, "ran:Code", { name = "a.B" }]', "channel = 'ran:Code,a.B'"),
     ('engine = "ran.Code"', "engine = 'ran.Code'"),
     ('dataset = "ran.Code"', "dataset = 'ran.Code'"),
     ('dataset = { name = "custom", path = "ran:make" }', "dataset.path = 'ran:make'"),
@@ -137,6 +141,22 @@ def test_what_only_a_file_names_is_never_imported_unasked(tmp_path, monkeypatch,
     with pytest.raises(ConfigError, match="the run's config names code"):
         cli.resume(Config, ["--run-dir", "x"], Path("c.toml"), set())
     assert not Path("traces").exists()
+
+
+def test_stages_come_in_order_each_with_what_stands_behind_its_colon():
+    two = parse("--channel", "topk:0.01,QSGD", "--channel.levels", "3").channel
+    assert two == (TopK(share=0.01), QSGD(levels=3))
+    assert parse("--channel", "none").channel == parse().channel == ()
+    assert parse("--channel.share", "0.5").channel == (TopK(share=0.5),)
+
+
+def test_options_of_a_list_in_a_file_are_given_with_the_list(tmp_path):
+    (tmp_path / "c.toml").write_text('channel = [{ name = "topk", share = 0.2 }, "sign"]')
+    file = ["--config", str(tmp_path / "c.toml")]
+    assert parse(*file).channel == (TopK(share=0.2), Sign())
+    assert parse(*file, "--channel", "sign").channel == (Sign(),)
+    with pytest.raises(ConfigError, match="given beside a list of channel: give the whole list"):
+        parse(*file, "--channel.share", "0.5")
 
 
 def test_what_is_typed_is_trusted_and_overrides_the_file(tmp_path):
@@ -195,6 +215,21 @@ class Touch:
         ),
         (["--schedule", "no.such.Schedule"], "cannot import 'no.such.Schedule'"),
         (["--lr.x", "1"], "lr: expected float"),
+        (["--channel", "sign:3"], "channel sign has no option to stand behind a colon"),
+        (["--channel", "topk:a"], "channel.share: expected float, got a"),
+        (
+            ["--channel", "topk,randk", "--channel.share", "0.1"],
+            "channel.share is for topk or randk",
+        ),
+        (
+            ["--channel", "topk:0.1", "--channel.share", "0.2"],
+            "channel.share is for topk, or given twice",
+        ),
+        (["--channel", "topk,qsgd", "--channel.rank", "2"], "has no option 'rank'"),
+        (
+            ["--channel", "none", "--channel.share", "1"],
+            "channel is none, which has no channel.share",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(argv, message):

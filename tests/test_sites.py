@@ -11,7 +11,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedtorch import Client, FedAvg, Local, Median, Recipe, Scaffold, Server, TopK, seeds
+from fedtorch import (
+    QSGD,
+    Client,
+    FedAvg,
+    Local,
+    Median,
+    PowerSGD,
+    Recipe,
+    Scaffold,
+    Server,
+    TopK,
+    seeds,
+)
 from fedtorch.data import Npz
 from fedtorch.data.base import facts_of
 from fedtorch.engines import messages, wire
@@ -122,7 +134,7 @@ def here(folder, offered, rounds, names=NAMES, engine=Local(chunk=1)):
     [
         {"strategy": FedNova(mu=0.1)},
         {"strategy": Scaffold()},
-        {"aggregator": Median(), "channel": TopK(share=0.5)},
+        {"aggregator": Median(), "channel": (PowerSGD(rank=1), TopK(share=0.5), QSGD())},
     ],
     ids=["fednova", "scaffold", "median of codes"],
 )

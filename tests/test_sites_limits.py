@@ -6,7 +6,7 @@ import time
 import pytest
 from torch import nn
 
-from fedtorch import Median, ServerAdam, TopK
+from fedtorch import QSGD, Median, PowerSGD, ServerAdam, TopK
 from fedtorch.data.base import facts_of
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.sites import offer as plans
@@ -50,7 +50,8 @@ def sample(**changes) -> dict:
         offer(strategy=FedProx(mu=0.1), optimizer_args={"momentum": 0.9}, steps=5, batch_size=None),
         offer(strategy=FedAvg(server=ServerAdam()), model="cnn", facts=IMAGES),
         offer(strategy=Scaffold(), privacy=LocalDP(rounds=3)),
-        offer(aggregator=Median(), channel=TopK(share=0.2, feedback=False)),
+        offer(aggregator=Median(), channel=(TopK(share=0.2, feedback=False),)),
+        offer(channel=(PowerSGD(rank=3), TopK(share=0.1), QSGD(levels=3))),
         offer(privacy=SampleLevel(rounds=3)),
         offer(privacy=ClientLevel(rounds=3, adaptive=AdaptiveClip())),
     ],
@@ -105,6 +106,8 @@ def test_an_honest_plan_comes_back(plan):
         ({"aggregator": "torch.nn.Linear"}, "no aggregator"),
         ({"channel": {"name": "torch.nn.Linear"}}, "no channel"),
         ({"channel": {"name": "topk", "share": 2.0}}, "channel.share"),
+        ({"channel": [{"name": "topk"}, {"name": "torch.nn.Linear"}]}, "no channel"),
+        ({"channel": "topk,torch.nn.Linear"}, "no channel"),
         ({"x" * 10**5: 1}, "no option"),
     ],
     ids=lambda v: str(v)[:60],

@@ -121,7 +121,7 @@ def test_memory_of_another_run_is_never_trained_from(data, tmp_path, caplog, oth
 def test_a_site_that_was_never_finite_goes_on_from_what_its_code_left_out(data, tmp_path):  # noqa: F811
     local = LocalDP(noise_multiplier=9.0, rounds=3)
     mine = FedPer(personal=("*.bias",))
-    plan = {"strategy": mine, "privacy": local, "channel": TopK(share=0.1), "model": "mlp"}
+    plan = {"strategy": mine, "privacy": local, "channel": (TopK(share=0.1),), "model": "mlp"}
     server, first = Played(offer(**plan)), f"{0:032x}"
     server.tasks = [server.task(0, visit=first), server.task(1, after=first)]
     for task in server.tasks:

@@ -1,22 +1,32 @@
-"""Only the largest numbers of an update are sent, with their places."""
+"""Only some numbers of an update are sent: the largest with their places, or some by a common draw."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from fedtorch.channel.base import Stage
+from fedtorch.channel.base import Stage, Turn
+from fedtorch.channel.vectors import flat, numbers, packed, places, shaped, short, unpacked
 from fedtorch.options import RATE, check
-from fedtorch.tree import split
 from fedtorch.types import Params, Stack
+
+
+def count_of(share: float, numbers: int) -> int:
+    """To the nearest, at least one."""
+    return max(1, round(share * numbers))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopK(Stage):
-    """Top-k sparsification with error feedback (Stich et al. 2018, arXiv:1809.07599, Alg. 1).
+    """The largest numbers with their places, and error feedback (Stich et al. 2018, arXiv:1809.07599).
 
-    Of each group as one vector the k largest numbers, by size, are sent: 4 bytes each as float32, and 4
-    for its place. Values are rounded towards zero, and what rounding leaves out is kept like the rest.
+    Of each group as one vector, Alg. 1: 4 bytes each as float32, and its place in as many bits as a place
+    needs, or a bit for every place, whichever is less. Values are rounded towards zero, and what rounding
+    leaves out is kept like the rest.
     """
+
+    leads: ClassVar[bool] = True
 
     share: float = 0.1
     """Of a group's d numbers, k = share x d to the nearest, at least one, are sent."""
@@ -26,23 +36,80 @@ class TopK(Stage):
         check(self, "channel", share=RATE)
 
     def encode(self, sent: Stack) -> Stack:
-        """Places in the vector of all tensors, in the order of their names, and values, [K, k] each."""
-        flat = torch.cat(
-            [sent[k].reshape(len(sent[k]), sent[k][0].numel()) for k in sorted(sent)], 1
-        )
-        count = max(1, round(self.share * flat.shape[1]))
-        place = flat.abs().topk(count, 1).indices.sort(1).values
-        exact = flat.gather(1, place)
-        value = exact.float()
-        longer = value.double().abs() > exact.abs()
-        value = torch.where(longer, value.nextafter(torch.zeros_like(value)), value)
-        return {"place": place.int(), "value": value}
+        """Places in the vector of all tensors, in the order of their names, packed; and values, [K, k]."""
+        whole = flat(sent)
+        count = count_of(self.share, whole.shape[1])
+        place = whole.abs().topk(count, 1).indices.sort(1).values
+        return {"place": located(place, whole.shape[1]), "value": short(whole.gather(1, place))}
 
     def decode(self, code: Stack, like: Params) -> Stack:
         """Zeros elsewhere."""
-        shapes = {k: like[k].shape for k in sorted(like)}
-        place, value = code["place"].long(), code["value"].double()
-        numbers = sum(s.numel() for s in shapes.values())
-        if not bool(((place >= 0) & (place < numbers)).all()):
+        d = numbers(like)
+        place, value = where(code["place"], d, count_of(self.share, d)), code["value"].double()
+        zeros = value.new_zeros(len(value), d)
+        return shaped(zeros.scatter_(1, place.to(value.device), value), like)
+
+
+def located(place: Tensor, numbers: int) -> Tensor:
+    """Ascending places [K, k] among so many numbers as bytes: one by one, or a bit for each number."""
+    bits, count = width(numbers), place.shape[1]
+    if count * bits <= numbers:
+        return packed(place, bits)
+    marks = torch.zeros(len(place), numbers, dtype=torch.uint8, device=place.device)
+    return packed(marks.scatter_(1, place, 1), 1)
+
+
+def where(code: Tensor, numbers: int, count: int) -> Tensor:
+    """The places [K, k]; raises ValueError for others than ``located`` writes."""
+    bits = width(numbers)
+    if count * bits <= numbers:
+        place = unpacked(code, bits, count)
+        if not bool((place < numbers).all()):
             raise ValueError("a place is beyond the weights")
-        return split(value.new_zeros(len(value), numbers).scatter_(1, place, value), shapes)
+        return place
+    marks = unpacked(code, 1, numbers)
+    if not bool((marks.sum(1) == count).all()):
+        raise ValueError("other places are marked than there are values")
+    return marks.nonzero()[:, 1].view(len(marks), count)
+
+
+def width(numbers: int) -> int:
+    """Bits that a place among so many needs."""
+    return max(1, (numbers - 1).bit_length())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomK(Stage):
+    """Numbers at places that all clients draw alike: no place is sent, and codes add up.
+
+    The random-k of arXiv:1809.07599, k of a group's d numbers anew each round. Unbiased, as each counts d/k
+    times; with ``feedback`` it is sent as it is, and what is left out is added to the next update.
+    """
+
+    linear: ClassVar[bool] = True
+    leads: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
+
+    share: float = 0.1
+    """Of a group's d numbers, k = share x d to the nearest, at least one, are sent."""
+    feedback: bool = False
+    """Clients keep what was left out, and add it to their next update."""
+
+    def __post_init__(self) -> None:
+        """Refuse a share that is none."""
+        check(self, "channel", share=RATE)
+
+    def coded(self, sent: Stack, turn: Turn) -> Stack:
+        """Values in the order of their places, [K, k] as float32."""
+        whole = flat(sent)
+        d = whole.shape[1]
+        count = count_of(self.share, d)
+        value = whole[:, places(turn.common, d, count).to(whole.device)]
+        return {"value": short(value) if self.feedback else (value * (d / count)).float()}
+
+    def decoded(self, code: Stack, like: Params, turn: Turn) -> Stack:
+        """Zeros elsewhere."""
+        value, d = code["value"].double(), numbers(like)
+        place = places(turn.common, d, count_of(self.share, d)).to(value.device)
+        zeros = value.new_zeros(len(value), d)
+        return shaped(zeros.index_copy_(1, place, value), like)

@@ -109,8 +109,9 @@ REFUSED: tuple[Row, ...] = (
         "update longer than the clipping norm, and the server cuts that off; use channel.feedback false",
     ),
     (
-        lambda r, who, pace: len(r.channel) > 1,
-        "a channel has one stage: a second one would have to encode the code of the first",
+        lambda r, who, pace: any(not stage.leads for stage in r.channel[:-1]),
+        "channel {stage} comes last: a stage after it would have to encode its code, which has no numbers "
+        "of the update in it",
     ),
     (
         lambda r, who, pace: not r.aggregator.linear and r.strategy.weighting == "examples",
@@ -222,6 +223,8 @@ def refusal(
         "strategy": recipe.strategy,
     }
     words = {k: type(part).__name__.lower() for k, part in parts.items()}
+    stuck = [s for s in recipe.channel[:-1] if not s.leads]
+    words["stage"] = type(stuck[0]).__name__.lower() if stuck else ""
     for applies, why in REFUSED:
         if applies(recipe, participation, pace):
             return why.format(**words)
@@ -231,7 +234,8 @@ def refusal(
             f"{type(recipe.strategy).__name__.lower()} also needs {', '.join(sorted(groups))}, which "
             "belongs to one round"
         )
-    exact = recipe.aggregator.linear and all(stage.linear for stage in recipe.channel)
+    every = all(stage.linear and not stage.unbiased for stage in recipe.channel)
+    exact = recipe.aggregator.linear and every
     return recipe.strategy.admits(exact)
 
 

@@ -1,4 +1,4 @@
-"""``fedtorch models|datasets|strategies|version|completion``: what there is, by name."""
+"""Names that there are: ``fedtorch models|datasets|strategies|aggregators|channels|version|completion``."""
 
 import ast
 import inspect
@@ -48,6 +48,11 @@ def strategies(argv: Sequence[str]) -> int:
 def aggregators(argv: Sequence[str]) -> int:
     """Every aggregator by its short name."""
     return show(described("aggregator"), argv, "aggregators")
+
+
+def channels(argv: Sequence[str]) -> int:
+    """Every stage of a channel by its short name."""
+    return show(described("channel"), argv, "channels")
 
 
 def version(argv: Sequence[str]) -> int:

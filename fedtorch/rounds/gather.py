@@ -98,8 +98,8 @@ def gather(
         if isinstance(outcome, Failure):
             failed.append(outcome)
             continue
-        size += channel.size(outcome, coded)
-        outcome = channel.decode(recipe.channel, outcome, coded)
+        size += channel.size(outcome, recipe.channel, coded)
+        outcome = channel.decode(recipe.channel, outcome, coded, channel.Turn.of(task))
         outcome = recipe.privacy.taken(outcome, coded, task)
         if not recipe.strategy.only_delta:
             outcome = outcome.beside(recipe.strategy.arrived(outcome.sent))

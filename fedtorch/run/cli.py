@@ -120,6 +120,10 @@ def merge(under: Table, over: Table) -> Table:
             below = below if isinstance(below, dict) else {"name": below}
             same = "name" not in value or value["name"] == below.get("name")
             result[key] = merge(below, value) if same else value
+        elif isinstance(below, list) and isinstance(value, dict) and "name" not in value:
+            raise ConfigError(
+                f"{key}.{next(iter(value), '')} is given beside a list of {key}: give the whole list again"
+            )
         elif isinstance(below, dict) and not isinstance(value, dict):
             result[key] = below if below.get("name") == value else value
         else:

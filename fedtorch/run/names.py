@@ -71,7 +71,13 @@ CHOICES: dict[str, dict[str, str]] = {
         "nnm": "fedtorch.aggregation.mixing.NNM",
         "bucketing": "fedtorch.aggregation.mixing.Bucketing",
     },
-    "channel": {"topk": "fedtorch.channel.topk.TopK"},
+    "channel": {
+        "topk": "fedtorch.channel.topk.TopK",
+        "randk": "fedtorch.channel.topk.RandomK",
+        "qsgd": "fedtorch.channel.quantise.QSGD",
+        "sign": "fedtorch.channel.quantise.Sign",
+        "powersgd": "fedtorch.channel.lowrank.PowerSGD",
+    },
     "participation": {
         "everyone": "fedtorch.rounds.participation.Everyone",
         "uniform": "fedtorch.rounds.participation.Uniform",
@@ -155,8 +161,33 @@ WANTED = {
 }
 """What a class of the user's own must be for each choice: a base class or a method, and that in words."""
 
+SEVERAL = {"channel"}
+"""Choices of several parts in order: ``topk:0.01,qsgd``, or a list of tables."""
+
 FREE = {"model", "optimizer"}
 """Choices whose options belong to a function that is only found later: a table ``<name>_args``."""
+
+
+Group = tuple[list[tuple[str, str | None]], dict[str, Any]]
+"""Names with what stands behind their colons, and the options that are given beside them."""
+
+
+def grouped(choice: str, value: Any) -> list[Group]:
+    """What is given for a choice of several: a text ``topk:0.01,qsgd``, a table, or a list of such."""
+    if isinstance(value, (list, tuple)):
+        return [group for part in value for group in grouped(choice, part)]
+    options: dict[str, Any] = {}
+    if isinstance(value, dict):
+        options = {k: v for k, v in value.items() if k != "name"}
+        value = value.get("name", next(iter(CHOICES[choice])))
+    if value is None:
+        return []
+    names = []
+    for word in str(value).strip("[] ").split(","):
+        name, colon, of = word.strip().partition(":")
+        ours = name.lower() in CHOICES[choice]  # package.module:Class is one name
+        names.append((name, of if colon else None) if ours else (word.strip(), None))
+    return [(names, options)]
 
 
 def worded(part: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from fedtorch.options import find
-from fedtorch.run.names import CHOICES, FREE, WANTED
+from fedtorch.run.names import CHOICES, FREE, SEVERAL, WANTED, grouped
 from fedtorch.types import ConfigError
 
 LISTS = (list[str], list[int], tuple[str, ...])
@@ -37,7 +37,9 @@ def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
             label = f"{where} {getattr(cls, '__name__', cls)}" if where else "the config"
             others = _others(where, key)
             raise ConfigError(f"{label} has no option {key!r}; it has {known}{others}")
-        if full in CHOICES:
+        if full in SEVERAL:
+            args[key] = several(full, value)
+        elif full in CHOICES:
             args[key] = choose(full, value, takes[key].default)
         elif full in FREE:
             name, options = _named(value)
@@ -85,6 +87,45 @@ def choose(choice: str, value: Any, default: Any = None) -> Any:
     return build(_class(choice, str(name)), options, choice)
 
 
+def several(choice: str, value: Any) -> tuple[Any, ...]:
+    """``"topk:0.01,qsgd"``, a table or a list of such -> the objects, in order.
+
+    What stands behind a colon is the first option of the part's own. An option given beside several names
+    is that of the one part that has it.
+    """
+    made: list[Any] = []
+    for names, options in grouped(choice, value):
+        if [n.lower() for n, _ in names] in (["none"], ["null"], [""]):
+            choose(choice, {"name": "none", **options})  # which takes no options
+            continue
+        tables = [{"name": n} | _behind(choice, n, of) for n, of in names]
+        for key, given in options.items():
+            takers = [t for t in tables if key in _options(choice, t["name"])] or tables[:1]
+            if len(takers) > 1 or key in takers[0]:
+                raise ConfigError(
+                    f"{choice}.{key} is for {' or '.join(t['name'] for t in takers)}, or given twice: "
+                    f'write each part as a table of its own, {choice} = [{{name = "...", {key} = ...}}]'
+                )
+            takers[0][key] = given
+        made += [choose(choice, table) for table in tables]
+    return tuple(made)
+
+
+def _options(choice: str, name: str) -> list[str]:
+    return [*inspect.signature(_class(choice, name)).parameters]
+
+
+def _behind(choice: str, name: str, of: str | None) -> Table:
+    """What stands behind a part's colon, as its first own option."""
+    if of is None:
+        return {}
+    shared = inspect.signature(find(WANTED[choice][0])).parameters
+    own = [k for k in _options(choice, name) if k not in shared]
+    if not own:
+        raise ConfigError(f"{choice} {name} has no option to stand behind a colon: leave out :{of}")
+    return {own[0]: of}
+
+
 def describe(obj: Any) -> Any:
     """The table that builds ``obj`` again: what goes into config.toml, logs and checkpoints."""
     if not dataclasses.is_dataclass(obj):
@@ -101,8 +142,11 @@ def describe(obj: Any) -> Any:
 
 
 def _entry(value: Any) -> Any:
+    if isinstance(value, tuple):
+        parts = [_entry(v) for v in value]
+        return parts[0] if len(parts) == 1 and isinstance(parts[0], dict) else parts
     if not dataclasses.is_dataclass(value):
-        return list(value) if isinstance(value, tuple) else value
+        return value
     path = f"{type(value).__module__}.{type(value).__name__}"
     for names in CHOICES.values():
         for name, dotted in names.items():

@@ -34,8 +34,9 @@ class RunOptions(TrainingOptions):
     """fedavg, fedprox, scaffold or your own; --strategy.server sgd, adam, yogi, adagrad."""
     aggregator: Aggregator = Mean()
     """How clients' updates become one: mean, median or your own."""
-    channel: Stage | None = None
-    """How an update is made smaller before it is sent: topk or your own; none: it is sent whole."""
+    channel: tuple[Stage, ...] = ()
+    """How an update is made smaller before it is sent: topk, randk, qsgd, sign, powersgd or your own, as
+    topk:0.01 too, or several in order, as topk:0.01,qsgd; none: it is sent whole."""
     participation: Participation = Everyone()
     """Who takes part in a round: everyone, uniform, poisson."""
     privacy: Privacy | None = DEFAULT
@@ -76,6 +77,6 @@ class RunOptions(TrainingOptions):
             optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
             privacy=self.plan,
             aggregator=self.aggregator,
-            channel=() if self.channel is None else (self.channel,),
+            channel=self.channel,
             **self.training(),
         )

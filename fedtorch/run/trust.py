@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtorch.run import zoo
-from fedtorch.run.names import CHOICES
+from fedtorch.run.names import CHOICES, SEVERAL, grouped
 from fedtorch.types import ConfigError
 
 FLAG = "--trust-code"
@@ -99,10 +99,12 @@ def _choices(table: Mapping[str, Any]) -> dict[str, str]:
         value: Any = table
         for key in choice.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
-        name = _name(value)
+        names = [_name(value)]
+        if choice in SEVERAL:
+            names = [n for part, _ in grouped(choice, value) for n, _ in part]
         # as fedtorch.run.objects reads it; any other name is ours or nobody's
-        if "." in name or ":" in name:
-            found[choice] = name
+        if dotted := [n for n in names if "." in n or ":" in n]:
+            found[choice] = ",".join(dotted)
     return found
 
 

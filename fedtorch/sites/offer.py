@@ -55,7 +55,7 @@ class Plan(TrainingOptions):
     loss: str = "cross_entropy"
     strategy: Strategy = FedAvg()
     aggregator: Aggregator = Mean()
-    channel: Stage | None = None
+    channel: tuple[Stage, ...] = ()
     privacy: Privacy | None = None
     optimizer: str = "sgd"
     optimizer_args: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Plan(TrainingOptions):
             optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
             privacy=self.privacy or Nothing(),
             aggregator=self.aggregator,
-            channel=() if self.channel is None else (self.channel,),
+            channel=self.channel,
             **self.training(),
         )
         model = zoo.build(self.model, self.facts, self.model_args)
@@ -119,9 +119,10 @@ def _name(table: dict[str, Any], choice: str, default: Any = None) -> Any:
 def _known(table: Any, choice: str) -> None:
     for key in choice.split("."):
         table = table.get(key) if isinstance(table, dict) else None
-    name = table.get("name") if isinstance(table, dict) else table
-    if name is not None and name not in [*CHOICES[choice]]:
-        raise ConfigError(f"this site knows no {choice} {name!r}")
+    for part in table if isinstance(table, list) else [table]:
+        name = part.get("name") if isinstance(part, dict) else part
+        if name is not None and name not in [*CHOICES[choice]]:
+            raise ConfigError(f"this site knows no {choice} {name!r}")
 
 
 def _consistent(plan: Plan) -> None:

@@ -81,7 +81,7 @@ class Reader:
             return Failure(site, failures[0].kind, REASONS[failures[0].kind])
         messages.check(update, self.expected.without(self._rests(task)))
         self._sane(update)
-        whole = self._decoded(update)
+        whole = self._decoded(update, task)
         norm = float(joint_norms({g: s for g, s in whole.sent.items() if g != CLIP_BIT}))
         if not norm <= LONGEST:
             raise MessageError(f"its update has norm {norm:.3g}; at most {LONGEST:g} is taken")
@@ -95,9 +95,9 @@ class Reader:
     def _rests(self, task: Task) -> set[str]:
         return self.recipe.strategy.rests(self.like["delta"], task.extras)
 
-    def _decoded(self, update: Released) -> Released:
+    def _decoded(self, update: Released, task: Task) -> Released:
         try:
-            return channel.decode(self.recipe.channel, update, self.like)
+            return channel.decode(self.recipe.channel, update, self.like, channel.Turn.of(task))
         except (ValueError, RuntimeError, IndexError) as e:
             raise MessageError(f"its code cannot be decoded: {wire.short(str(e))}") from e
 
@@ -143,8 +143,8 @@ def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
     if recipe.privacy.claims:  # adaptive clipping sends one number more
         task = Task({}, {}, 0, 0, 1.0, {"clip": 1.0, "noise": 1.0})
         sent = recipe.privacy.client(sent, torch.ones(1), task, ["nobody"])
-    for stage in recipe.channel:
-        sent = sent | {g: stage.encode(sent[g]) for g in like}
+    if recipe.channel:
+        sent = sent | {g: expand(p) for g, p in channel.layout(recipe.channel, like).items()}
     own = personal(model, recipe.strategy.personal)
     floats = {k: b for k, b in model.named_buffers() if b.is_floating_point() and k not in own}
     # private clients send no statistics of their data

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fedtorch import disk
-from fedtorch.channel.base import UNSENT
+from fedtorch.channel.base import remembers
 from fedtorch.checks.outputs import classes_fit
 from fedtorch.client import Client
 from fedtorch.data import prepared
@@ -164,9 +164,9 @@ class Site:
         floats = {k: b for k, b in self.model.named_buffers() if b.is_floating_point()}
         memory = plan.strategy.remember(params | (floats if plan.strategy.floats else {}))
         memory |= {GROUP: {k: self.given[k] for k in own}} if own else {}
-        if plan.channel is not None and plan.channel.feedback:
+        if plan.channel:
             sends = uploads(plan.strategy, params, plan.strategy.init(params))
-            memory |= {UNSENT + group: tree for group, tree in sends.items()}
+            memory |= remembers(plan.channel, sends)
         self.remembered = {g: messages.schema(tree) for g, tree in memory.items()}
         self.plan, self.visits = plan, self.answered.visits(plan.run)
         most = min(self.answered.most(plan) or self.config.max_rounds, self.config.max_rounds)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.channel.base import UNSENT, decode, encode
+from fedtorch.channel.base import UNSENT, Turn, decode, encode
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.strategies.base import Strategy
@@ -72,10 +72,14 @@ def _visits(
     released, good = privacy.release(raw, task)
     # made smaller where the recipe has a channel
     members = [c for c in clients if c.id in released.ids]
-    groups = raw.groups if raw.groups and members else {}
-    released, unsent = encode(recipe.channel, released, groups, [c.memory for c in members])
-    if memory is not None and members and (privacy.claims or recipe.channel):
-        memory = confirmed(recipe, ids, released, groups, memory, precise)
+    groups = [*(raw.groups or ["delta"])] if members else []
+    turn = Turn.of(task, released.ids) if recipe.channel else Turn()
+    released, unsent = encode(recipe.channel, released, groups, [c.memory for c in members], turn)
+    confirms = type(recipe.strategy).confirm is not Strategy.confirm
+    if confirms and memory is not None and members and (privacy.claims or recipe.channel):
+        like = {g: row(s, 0) for g, s in (raw.groups or {}).items()} if recipe.channel else {}
+        sent = decode(recipe.channel, released, like, turn).sent
+        memory = confirmed(recipe, ids, released.ids, sent, memory, precise)
     remember(clients, memory, ctx, good)
     dtype = next(iter(ctx.anchor.values())).dtype
     for client, left in zip(members, unsent, strict=True):
@@ -232,17 +236,13 @@ def exact(task: Task, ctx: Context) -> Context:
 def confirmed(
     recipe: Recipe,
     ids: Sequence[str],
-    released: Released,
-    groups: dict[str, Stack],
+    sending: Sequence[str],
+    sent: dict[str, Stack],
     memory: dict[str, Stack],
     ctx: Context,
 ) -> dict[str, Stack]:
     """The memory of those that send something, after what they really send; of others as it was."""
-    if type(recipe.strategy).confirm is Strategy.confirm:
-        return memory
-    like = {g: row(s, 0) for g, s in groups.items()} if recipe.channel else {}
-    sent = decode(recipe.channel, released, like).sent
-    places = [ids.index(i) for i in released.ids]
+    places = [ids.index(i) for i in sending]
     chosen = {g: {n: v[places] for n, v in m.items()} for g, m in memory.items() if g != GROUP}
     with torch.no_grad():
         found = recipe.strategy.confirm(sent, chosen, ctx.among(places))
