@@ -11,16 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fedtorch import seeds
-from fedtorch.checks.company import Near
 from fedtorch.checks.held import Held
-from fedtorch.checks.mixing import Tried, wide
+from fedtorch.checks.precise import Tried, precise
 from fedtorch.checks.stacking import shapes_in
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import Collated, fetch, len_of
-from fedtorch.training.module import to, undropped
-from fedtorch.training.outline import untouched
+from fedtorch.training.module import to
 from fedtorch.tree import Apart, mapped, rows, size
 
 
@@ -42,13 +39,10 @@ def _needed(model: nn.Module, data: Dataset, recipe: Recipe) -> str | None:
     device = next(model.parameters()).device
     try:
         batch, each = (to(fetch(data, index, apart), device) for apart in (False, True))
-        with seeds.seeded(0), untouched(model), undropped(model):
-            held = Held(0, len(index))
-            fine = wide(Tried(model, batch, Near(1e-3, 1e-5), held), recipe)
-            double = fine.model is not model
+        with precise(model, batch, recipe) as (own, fine):
+            double = fine is not own
             each = mapped(lambda t: t.double() if double and t.is_floating_point() else t, each)
-            with untouched(fine.model), undropped(fine.model):
-                alike = size(batch) == len(index) and _alike(fine, each, recipe)
+            alike = size(batch) == len(index) and _alike(fine, each)
     except Exception:  # of what has no rows, or takes none
         alike = False
     return (
@@ -58,9 +52,9 @@ def _needed(model: nn.Module, data: Dataset, recipe: Recipe) -> str | None:
     )
 
 
-def _alike(tried: Tried, each: Apart, recipe: Recipe) -> bool:
+def _alike(tried: Tried, each: Apart) -> bool:
     """Whether losses and gradients in a batch, of its rows and of examples collated alone are the same."""
-    model, batch, near, held = tried
+    model, recipe, batch, near, held = tried
     with held.of(torch.arange(len(each))):
         together = recipe.losses(model, batch)
     for k, single in enumerate(each):

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from fedtorch import seeds
 from fedtorch.checks.held import alike, draws_numbers
-from fedtorch.checks.mixing import inputs
 from fedtorch.checks.stacking import uneven
-from fedtorch.checks.tried import SOME, largest, noise, two_examples
+from fedtorch.checks.tried import SOME, inputs, largest, noise, two_examples
 from fedtorch.client import Client
 from fedtorch.privacy import models
 from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients

@@ -9,11 +9,10 @@ from torch import nn
 
 from fedtorch import seeds
 from fedtorch.checks.held import draws_numbers
-from fedtorch.checks.mixing import inputs
 from fedtorch.checks.mixing import mixes as mixes_examples
 from fedtorch.checks.probe import visit_alone
 from fedtorch.checks.reached import kept
-from fedtorch.checks.tried import SOME, largest, noise, two_examples
+from fedtorch.checks.tried import SOME, inputs, largest, noise, two_examples
 from fedtorch.client import Client
 from fedtorch.privacy import Privacy, models
 from fedtorch.recipe import Recipe

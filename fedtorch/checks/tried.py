@@ -1,6 +1,6 @@
 """What things are tried with, as two examples or numbers by chance, and words for what came of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from fedtorch.client import Client
 from fedtorch.training.batches import fetch, len_of
+from fedtorch.tree import mapped, rebuilt
 
 SOME = 16
 """Examples by which it is found out if they are mixed."""
@@ -31,6 +32,13 @@ def noise(scale: float, draw: torch.Generator, like: Tensor) -> Tensor:
     if not like.is_floating_point():
         return like
     return torch.randn(like.shape, generator=draw).to(like) * scale
+
+
+def inputs(fn: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """``fn`` of the inputs: of a pair the first part, of anything else all."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return rebuilt(batch, [mapped(fn, batch[0]), batch[1]])
+    return mapped(fn, batch)
 
 
 def shape(value: object) -> str:
