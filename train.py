@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from fedtorch import disk, seeds
+from fedtorch.checks import secure
 from fedtorch.checks.outputs import classes_fit
 from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.data.tokens import PREFIX
@@ -95,6 +96,7 @@ class Config(RunOptions):
                 "--validation 0.2"
             )
         words, usual = (getattr(d, "vocabulary", None) for d in (self.dataset, type(self.dataset)))
+        secure.single(self.aggregator, self.validation, getattr(self.tracking, "client_runs", 0))
         if self.model.startswith(PREFIX) and words is not None and words == usual:
             # none is named: the model's own tokens
             object.__setattr__(self, "dataset", replace(self.dataset, vocabulary=self.model))

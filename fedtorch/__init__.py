@@ -29,6 +29,7 @@ with reading():
     from fedtorch.rounds.observers import Observer
     from fedtorch.rounds.participation import Everyone, Poisson, Uniform
     from fedtorch.run.setup import divide
+    from fedtorch.secure.aggregator import Secure
     from fedtorch.server import Server
     from fedtorch.strategies import (
         APFL,
@@ -125,6 +126,7 @@ __all__ = [
     "RoLoRA",
     "Robust",
     "Scaffold",
+    "Secure",
     "Server",
     "ServerAdagrad",
     "ServerAdam",

@@ -13,6 +13,7 @@ from fedtorch.aggregation.mean import Aggregator, Mean
 from fedtorch.channel.base import Stage
 from fedtorch.options import TrainingOptions, fit
 from fedtorch.privacy import Nothing, Privacy
+from fedtorch.secure.aggregator import Secure
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.training.losses import Loss, cross_entropy, no_loss
 from fedtorch.training.optimizer import ClientOptimizer, Maker
@@ -111,16 +112,27 @@ class Recipe(TrainingOptions):
         chosen = self.strategy.weighting
         if chosen != "auto":
             return chosen
-        return self.privacy.weighting if self.aggregator.linear else "uniform"
+        alike = self.secure is not None and self.secure.weight_cap is None
+        return "uniform" if alike or not self.aggregator.linear else self.privacy.weighting
+
+    @property
+    def secure(self) -> Secure | None:
+        """The aggregator, where it hides each client's update from the server."""
+        return self.aggregator if isinstance(self.aggregator, Secure) else None
 
     @property
     def needs_rows(self) -> bool:
         """Whether each client's own upload is needed, and not only the mean of what they learned."""
         sums = self.strategy.only_delta and self.privacy.scales and self.aggregator.linear
         adds = all(stage.linear and not stage.feedback for stage in self.channel)
+        if self.secure is not None and self.secure.apart:
+            return True
         # what a channel has decoded client-level privacy clips once more, client by client
         return not (sums and adds) or bool(self.channel and self.privacy.central)
 
     def weights(self, examples: Tensor) -> Tensor:
         """Aggregation weights of clients with so many examples, [K]."""
-        return examples if self.weighting == "examples" else torch.ones_like(examples)
+        if self.weighting != "examples":
+            return torch.ones_like(examples)
+        cap = None if self.secure is None else self.secure.weight_cap
+        return examples if cap is None else examples.clamp(max=cap)

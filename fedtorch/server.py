@@ -14,7 +14,7 @@ from torch import nn
 from fedtorch import seeds
 from fedtorch.aggregation.mean import Gathering, Held, moved
 from fedtorch.aggregation.rows import Robust
-from fedtorch.checks import combination, handed, strategies
+from fedtorch.checks import combination, handed, secure, strategies
 from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
 from fedtorch.engines.travels import Weights
@@ -32,6 +32,7 @@ from fedtorch.rounds.progress import Bar
 from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.rounds.synchronous import Asked, Rounds, Step, Synchronous
 from fedtorch.rounds.threat import Threat, attacked
+from fedtorch.secure.aggregator import SecureSum
 from fedtorch.strategies import lora
 from fedtorch.strategies.base import Strategy, sends, uploads
 from fedtorch.training.evaluate import Judge, evaluate
@@ -86,6 +87,7 @@ class Server:
         combination.check(self.recipe, participation, pace)
         if isinstance(self.recipe.aggregator, Robust):
             self.recipe.aggregator.check(participation.most(len(clients)), self.ids)
+        masks = secure.check(self.recipe, participation, len(clients), self.observers, threat)
         if threat is not None:
             fit("threat", threat, Threat)
             self.recipe, clients = attacked(self.recipe, clients, threat, seed)
@@ -124,6 +126,8 @@ class Server:
             *self.session.notes,
             *handed.notes(model, self.recipe, like, len(clients)),
             *pace.check(self.under_way.asked),
+            *masks,
+            *secure.notes(self.recipe, model),
             *self.books.check(),
         ]
         self.round_number = 0
@@ -157,6 +161,8 @@ class Server:
         sampled = time.perf_counter()
         draw = seeds.derive(self.seed, "aggregator", self.round_number)
         total = self.recipe.aggregator.start(self.held, draw, self._dtype)
+        if isinstance(total, SecureSum):
+            total.expect(sum(map(len, step.asked)), self.recipe.privacy)
         came = gather(total, self._arrivals(step), self.recipe, self._coded, self.observers)
         self.visits = came.reports
         trained = time.perf_counter()
@@ -173,6 +179,7 @@ class Server:
             "seconds_aggregate": time.perf_counter() - trained,
             **self.visits.speed(trained - sampled),
         }
+        figures["bytes_down"] += total.figures.get("secure_bytes_down", 0)
         figures = self.mark(figures) | self.books.figures()
         for observer in self.observers:
             own = observer.round(figures) or {}
@@ -359,7 +366,8 @@ class Server:
         strategy, reported = self.recipe.strategy, len(self.visits.ids)
         self.failed_step = False
         # noise comes first: all that the strategy and the server optimizer do is post-processing
-        released = self.books.release(gathered.sums)
+        few = isinstance(gathered, SecureSum) and gathered.short()
+        released = None if few else self.books.release(gathered.sums)
         means, buffers = came = gathered.result(state) if reported else ({}, {})
         self.nobody = not (means or released)
         delta: Params = {}

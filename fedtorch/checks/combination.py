@@ -93,6 +93,36 @@ REFUSED: tuple[Row, ...] = (
         "not tell beforehand: use lr_warmup and lr_decay, or strategy fedavg",
     ),
     (
+        lambda r, who, pace: r.secure and r.strategy.weighting == "examples",
+        "aggregator secure weighs clients by a share of a public number, as none tells how many examples "
+        "it has: give aggregator.weight_cap, and leave strategy.weighting out",
+    ),
+    (
+        lambda r, who, pace: r.secure and r.secure.weight_cap and r.weighting != "examples",
+        "aggregator.weight_cap would do nothing where clients count alike, as under a privacy plan or with "
+        "strategy.weighting uniform: leave it out",
+    ),
+    (
+        lambda r, who, pace: r.secure and r.channel,
+        "aggregator secure adds numbers under masks, and codes of a channel cannot be added: use no "
+        "channel (aggregator.width 32 halves the bytes)",
+    ),
+    (
+        lambda r, who, pace: r.secure and _sees(r.strategy),
+        "strategy {strategy} looks at each client's own update, which aggregator secure shows to nobody: "
+        "use a strategy that only averages (of LoRA, FFALoRA), or aggregator mean",
+    ),
+    (
+        lambda r, who, pace: r.secure and (pace.timed or pace.overlaps),
+        "pace {pace} takes who is first, and aggregator secure opens one sum of all that were asked: use "
+        "pace synchronous, or aggregator mean",
+    ),
+    (
+        lambda r, who, pace: r.secure and r.privacy.central and r.privacy.share() != 1,
+        "aggregator secure shows each client of a round who else is in it, which voids amplification by "
+        "secret coins: use --privacy.rate 1 (and no privacy.bands)",
+    ),
+    (
         lambda r, who, pace: r.privacy.central and type(who) is not Everyone,
         "client-level privacy draws the cohort itself, by secret coins: use --privacy.rate in place of "
         "participation {participation} (a fixed-size cohort would void the claim)",

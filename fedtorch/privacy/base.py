@@ -309,6 +309,13 @@ class Privacy(ABC):
         """
         return torch.ones_like(norms)
 
+    def grid(self, clients: int) -> tuple[float, int] | None:
+        """Largest number of an update and steps in one, where ``client`` makes whole multiples of a step.
+
+        For a round of so many clients under the aggregator secure; None: it makes any numbers.
+        """
+        return None
+
     def disclosed(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of the clients' figures, [K] each, that they may tell."""
         # nobody else is trusted: what is not noised does not leave

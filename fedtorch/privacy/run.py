@@ -31,7 +31,8 @@ COVERED = {
     "example": frozenset(
         (
             *("cohort", "failed", "clients", "dropped", "update_norm", "bytes_down", "bytes_up"),
-            *("left_out", "far", "too_few", "liars"),
+            *("left_out", "far", "too_few", "liars", "clamped"),
+            *("secure_bytes_down", "secure_client_seconds", "secure_server_seconds"),
         )
     ),
     "client": frozenset[str](),

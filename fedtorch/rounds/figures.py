@@ -31,6 +31,8 @@ class Reports:
     """Aggregation weight, [K]."""
     values: dict[str, Tensor] = field(default_factory=dict)
     """Figures by name, each [K]: train_loss, update_norm, examples, visited, steps."""
+    masked: bool = False
+    """Each figure is the mean over all of them: no client's own is known."""
 
     @classmethod
     def of(cls, parts: "Sequence[Reports]") -> "Reports":
@@ -44,6 +46,15 @@ class Reports:
             {k: torch.cat([p.values[k] for p in parts]) for k in names},
         )
 
+    def together(self, opened: bool) -> "Reports":
+        """What rides along under masks: mean loss and examples; those visited stay, for the speed."""
+        names = ("train_loss", "examples", "visited") if opened else ("visited",)
+        told = {k: float(self.values[k].double().mean()) for k in names if k in self.values}
+        if "train_loss" in told:
+            told["train_loss"] = self.mean("train_loss")
+        alike = {k: torch.full((len(self.ids),), v).double() for k, v in told.items()}
+        return Reports(self.ids, self.weight.mean().expand(len(self.ids)), alike, True)
+
     def mean(self, name: str) -> float:
         """Mean of a figure over clients, weighted as their weights are."""
         return float((self.values[name].double() * self.weight).sum() / self.weight.sum())
@@ -52,6 +63,8 @@ class Reports:
         """The round's figures; ``mean_norm``: length of the weighted mean delta, if it is known."""
         if not self.ids:
             return {}
+        if self.masked:
+            return self._known()
         norm = self.mean("update_norm")
         found: Metrics = {"update_norm": norm}
         if mean_norm is not None:
@@ -61,6 +74,14 @@ class Reports:
             found = {"train_loss": self.mean("train_loss"), **loss, **found}
             found["examples"] = int(self.values["examples"].sum())
         return found | self.far()
+
+    def _known(self) -> Metrics:
+        found: Metrics = {}
+        if "train_loss" in self.values:
+            found["train_loss"] = self.mean("train_loss")
+        if "examples" in self.values:
+            found["examples"] = round(float(self.values["examples"].sum()))
+        return found
 
     def far(self) -> Metrics:
         """Clients whose update is far longer than most: so it is far from them in any direction."""

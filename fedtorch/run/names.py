@@ -66,6 +66,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "centred-clip": "fedtorch.aggregation.vectors.CentredClip",
         "norm-bound": "fedtorch.aggregation.vectors.NormBound",
         "fltrust": "fedtorch.aggregation.vectors.FLTrust",
+        "secure": "fedtorch.secure.aggregator.Secure",
     },
     "aggregator.pre": {
         "nnm": "fedtorch.aggregation.mixing.NNM",

@@ -7,6 +7,7 @@ server needs of all together, and must not have of one.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -40,13 +41,12 @@ class Coding:
         Raises Refused where there is no room for a step.
         """
         range = RANGE if range is None else range
-        room = (whole(width, clients) - 0.5) / range
-        scale = (
-            math.floor(room)
-            if width == 32
-            else 1 << max(0, min(FINEST, math.floor(math.log2(room))))
+        # in fractions: at 64 bits a float would round the last step away
+        most = math.floor(
+            (Fraction((1 << (width - 1)) - 1, clients) - Fraction(1, 2)) / Fraction(range)
         )
-        if room < 1:
+        scale = most if width == 32 else 1 << min(FINEST, max(0, most.bit_length() - 1))
+        if most < 1:
             raise Refused("terms", f"{clients} clients with a range of {range:g} need more bits")
         return cls(width, clients, range, scale)
 
@@ -153,7 +153,7 @@ class Figures:
     loss: float = 0.0
     """Mean loss of the visit; of all: weighed."""
     clamped: int = 0
-    """Numbers that were beyond the range."""
+    """Numbers that were beyond the range; ``seal`` counts them itself."""
 
 
 def seal(coding: Coding, values: np.ndarray, figures: Figures) -> np.ndarray:
@@ -163,14 +163,18 @@ def seal(coding: Coding, values: np.ndarray, figures: Figures) -> np.ndarray:
     """
     if not 0 < figures.weight <= 1:
         raise Refused("message", f"a weight of {figures.weight}: more than 0, and at most 1")
-    scaled = values if figures.weight == 1 else values * figures.weight
-    coded, beyond = coding.encode(scaled)
+    coded, beyond = coding.encode(figures.weight * values)
+    return np.concatenate([coded, riders(coding, figures, beyond)])
+
+
+def riders(coding: Coding, figures: Figures, beyond: int) -> np.ndarray:
+    """One client's figures as they ride, int64; ``beyond``: how many of its numbers were clamped."""
     most = whole(coding.width, coding.clients)
     loss, over = _loss(coding).encode(_finite(figures.weight * figures.loss))
     weight, _ = _weight(coding).encode(np.array([figures.weight]))
     examples = min(round(figures.examples), most)
-    riders = [*weight, examples, *loss, min(beyond + over + (examples < figures.examples), most)]
-    return np.concatenate([coded, np.array(riders, np.int64)])
+    clamped = min(beyond + over + (examples < figures.examples), most)
+    return np.array([*weight, examples, *loss, clamped], np.int64)
 
 
 def unseal(coding: Coding, sums: np.ndarray, clients: int) -> tuple[np.ndarray, Figures]:

@@ -1,0 +1,69 @@
+"""What cannot be had where nobody sees a client's own update, and what masks do not hide."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from fedtorch.aggregation.mean import Aggregator
+from fedtorch.recipe import Recipe
+from fedtorch.rounds.observers import Observer, looks
+from fedtorch.rounds.participation import Everyone, Participation
+from fedtorch.rounds.threat import Threat
+from fedtorch.secure.aggregator import Secure
+from fedtorch.types import ConfigError
+
+
+def check(
+    recipe: Recipe,
+    participation: Participation,
+    clients: int,
+    observers: Sequence[Observer],
+    threat: Threat | None,
+) -> list[str]:
+    """Raises ConfigError where the aggregator secure cannot be had; notes on what it does not hide."""
+    secure = recipe.secure
+    if secure is None:
+        return []
+    secure.check(participation.most(clients), recipe.privacy)
+    for observer in observers:
+        if looks(observer):
+            raise ConfigError(
+                f"observer {type(observer).__name__} looks at what clients send (sent), which aggregator "
+                "secure shows to nobody: leave the observer out, or take aggregator mean"
+            )
+    if threat is not None:
+        raise ConfigError(
+            "threat and aggregator secure do not go together: the sum is that of aggregator mean, which "
+            "simulates the attack, and under masks no rule can find who lies"
+        )
+    if participation == Everyone():
+        return []
+    return [
+        "aggregator secure with a cohort that changes: from many rounds' sums, and who was in each, a "
+        "server can work out single clients' updates (arXiv:2106.06089); participation everyone gives it "
+        "no such differences"
+    ]
+
+
+def notes(recipe: Recipe, model: nn.Module) -> list[str]:
+    """What of this model a sum still shows of one client."""
+    embeds = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
+    if recipe.secure is None or recipe.privacy.claims or not embeds:
+        return []
+    return [
+        "aggregator secure: rows of an embedding that only one client's words touch appear in the sum as "
+        "that client sent them; only noise hides them (--privacy)"
+    ]
+
+
+def single(aggregator: Aggregator, validation: float, runs: int) -> None:
+    """Raises ConfigError for options of a run that show figures of single clients.
+
+    ``validation``: what share of each client's data judges the model; ``runs``: clients that are tracked.
+    """
+    shown = {"validation": validation, "tracking.client_runs": runs}
+    if isinstance(aggregator, Secure) and (given := [k for k, v in shown.items() if v]):
+        raise ConfigError(
+            f"{given[0]} shows figures of single clients, and aggregator secure hides them: leave it "
+            "out, or take aggregator mean"
+        )
