@@ -21,6 +21,7 @@ from fedtorch import (
     RandomK,
     Recipe,
     Scaffold,
+    Secure,
     Server,
     Sign,
     Stage,
@@ -58,6 +59,10 @@ OVERLAPPED = "pace buffered takes changes of weights alone: strategy scaffold al
 ADDED = "pace buffered adds up changes of one list of weights"
 FREE = "pace buffered asks whoever is free"
 AGED = "pace buffered weighs each change by its age"
+SHARED = "aggregator secure weighs clients by a share of a public number"
+CODES = "aggregator secure adds numbers under masks, and codes of a channel cannot be added"
+NOBODY = "aggregator secure shows nobody a client's own update"
+TOGETHER = "aggregator secure opens one sum of all that were asked"
 FIRST_IN = "pace buffered voids the claim of client-level privacy"
 
 
@@ -108,7 +113,7 @@ PARTS = {
         "ifca": IFCA(),
         "fair": QFedAvg(),
     },
-    "aggregator": {"mean": Mean(), "median": Median(), "krum": Krum(f=0)},
+    "aggregator": {"mean": Mean(), "median": Median(), "krum": Krum(f=0), "secure": Secure()},
     "channel": {
         "whole": (),
         "topk": (TopK(),),
@@ -189,6 +194,10 @@ REFUSED = {
     **{("turns", c): TURNS for c in ADDED_STAGES},
     ("sign", "client"): HELD,
     ("powersgd", "client"): HELD,
+    **{("secure", name): CODES for name in PARTS["channel"] if name != "whole"},
+    ("sized", "secure"): SHARED,
+    ("seen", "secure"): NOBODY,
+    ("secure", "buffered"): TOGETHER,
     ("topk", "client"): HELD,
     ("two", "client"): HELD,
     ("client", "uniform"): DRAWN,
@@ -211,6 +220,11 @@ def untrained(model, batches, lr):
 
 PLAN = {"privacy": SampleLevel(**NOISE)}
 OVERRULED = [
+    (
+        {"aggregator": Secure(), "privacy": ClientLevel(rate=0.9, **NOISE)},
+        "voids amplification by secret coins",
+    ),
+    ({"aggregator": Secure(weight_cap=9), **PLAN}, "aggregator.weight_cap would do nothing"),
     ({"steps": 3, **PLAN}, "owns the steps"),
     ({"drop_last": True, **PLAN}, "drop_last has no meaning for Poisson"),
     ({"accumulate": 2, **PLAN}, "accumulate has no meaning for Poisson"),

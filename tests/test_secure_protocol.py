@@ -212,7 +212,7 @@ def asks_for_both(this):
 
 def test_no_client_opens_both_shares_of_anybody():
     this = Round(terms(5))
-    with pytest.raises(Refused, match="once each|given once") as e:
+    with pytest.raises(Refused, match="given once, in its order") as e:
         asks_for_both(this)
     assert e.value.kind == "phase"
     this = Round(terms(5), gone={4: "masked"})
@@ -447,7 +447,9 @@ def test_who_deals_wrong_shares_is_named():
     this = Round(terms(5))
     dealer = Dealer(this.terms, 2, lambda s: sign(2, s), verify)
     this.clients[2] = dealer
-    with pytest.raises(Refused, match="the shares of site2 .* whoever dealt them"):
+    with pytest.raises(
+        Refused, match="the shares of site2 do not give what was committed to: whoever dealt them"
+    ):
         this.run()
 
 
@@ -498,7 +500,7 @@ class Meddler:
         kind = type(message)
         before = self.old.setdefault((way, kind), [])
         before.append(message)
-        if kind is Masked or not self.draw(st.integers(0, self.rate)) == 0:
+        if kind is Masked or self.draw(st.integers(0, self.rate)) != 0:
             return message
         how = self.draw(st.sampled_from(["drop", "replay", "bytes", "places"]))
         if how == "drop":

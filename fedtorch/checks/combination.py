@@ -109,8 +109,8 @@ REFUSED: tuple[Row, ...] = (
     ),
     (
         lambda r, who, pace: r.secure and _sees(r.strategy),
-        "strategy {strategy} looks at each client's own update, which aggregator secure shows to nobody: "
-        "use a strategy that only averages (of LoRA, FFALoRA), or aggregator mean",
+        "aggregator secure shows nobody a client's own update, which strategy {strategy} has to see: use a "
+        "strategy that only averages (of LoRA, FFALoRA), or aggregator mean",
     ),
     (
         lambda r, who, pace: r.secure and (pace.timed or pace.overlaps),
