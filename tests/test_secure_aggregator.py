@@ -20,7 +20,7 @@ from fedtorch import (
     Server,
     Uniform,
 )
-from fedtorch.privacy import AdaptiveClip, ClientLevel, SampleLevel
+from fedtorch.privacy import AdaptiveClip, ClientLevel, Nothing, SampleLevel
 from fedtorch.rounds.threat import SignFlip
 from fedtorch.secure import costs
 from fedtorch.secure.encode import Figures, Layout, from_words, seal, to_words, unseal
@@ -295,6 +295,36 @@ def _size(message):
         else:
             parts += [v if isinstance(v, bytes) else bytes(_size(v)) for v in value.values()]
     return sum(map(len, parts))
+
+
+def test_a_sum_that_sites_have_opened_goes_through_as_it_is():
+    mean = torch.tensor([[1.0 + 2**-40, -3.0]], dtype=torch.float64)
+    opened = Released.received(
+        ("a", "b", "c"),
+        {"delta": {"w": mean}},
+        {},
+        torch.full((3,), 0.5),
+        {"clamped": torch.full((3,), 2 / 3)},
+        summed=True,
+    )
+    for rule in (Secure(), Secure(width=32, range=1.0)):
+        total = rule.start()
+        total.expect(3, Nothing())
+        total.add(opened)
+        assert torch.equal(total.result({})[0]["delta"]["w"], mean[0])
+        assert torch.equal(total.sums()["delta"]["w"], 1.5 * mean[0])
+        assert total.figures["clamped"] == 2
+
+
+def test_the_terms_of_a_round_follow_from_options_and_roster():
+    members, facts = terms(7).members, dict(run="r", round=2, attempt=b"a" * 16, task=b"t" * 32)
+    found = Secure(neighbours=4).terms(**facts, members=members, size=9, privacy=Nothing())
+    found.check()
+    assert (found.threshold, found.width, found.scale) == (4, 64, 2**40)
+    plan = ClientLevel(clip=0.5, **NOISE)
+    found = Secure(width=32).terms(**facts, members=members, size=9, privacy=plan)
+    found.check()
+    assert (found.threshold, found.range) == (5, 0.5)
 
 
 def test_the_bytes_of_a_round_are_reported():

@@ -15,7 +15,7 @@ from fedtorch.privacy import Privacy
 from fedtorch.secure import costs
 from fedtorch.secure.encode import RIDERS, Coding
 from fedtorch.secure.refused import Refused
-from fedtorch.secure.roster import LEAST, default_threshold
+from fedtorch.secure.roster import LEAST, Member, Terms, default_threshold
 from fedtorch.secure.whole import WholeSum
 from fedtorch.types import ConfigError, Params, Released
 
@@ -86,6 +86,33 @@ class Secure:
         except Refused as e:
             raise ConfigError(f"aggregator secure: {e}: take width 64 or a smaller range") from e
 
+    def terms(
+        self,
+        *,
+        run: str,
+        round: int,
+        attempt: bytes,
+        task: bytes,
+        members: tuple[Member, ...],
+        size: int,
+        privacy: Privacy,
+    ) -> Terms:
+        """What every party of an attempt must hold alike; raises ConfigError where there is no coding."""
+        coding = self.coding(len(members), privacy)
+        return Terms(
+            run=run,
+            round=round,
+            attempt=attempt,
+            task=task,
+            members=members,
+            threshold=self.needed(len(members)),
+            width=coding.width,
+            range=coding.range,
+            scale=coding.scale,
+            size=size,
+            neighbours=self.neighbours,
+        )
+
     def check(self, most: int, privacy: Privacy) -> None:
         """Raises ConfigError where a round, of ``most`` clients, can never be opened."""
         if most < LEAST:
@@ -146,6 +173,8 @@ class SecureSum:
             self._whole.add(update)
         else:
             self._mean.add(update)
+            if "clamped" in update.metrics:
+                self._clamped(int(update.metrics["clamped"].sum().round()))
 
     def short(self) -> bool:
         """Whether too few have reported for anything to be opened."""
@@ -167,13 +196,16 @@ class SecureSum:
             return {}, {}
         if self._whole and self._whole.came:
             sent, buffers, clamped = self._whole.result(start)
-            if clamped:
-                self.figures["clamped"] = clamped
+            self._clamped(clamped)
         else:
             sent, buffers = self._mean.result(start)
         numbers = sum(v.numel() for g in (*sent.values(), buffers) for v in g.values())
         self._count(numbers + len(RIDERS))
         return sent, buffers
+
+    def _clamped(self, count: int) -> None:
+        if count:
+            self.figures["clamped"] = count
 
     def _count(self, size: int) -> None:
         rule, asked, here = self._rule, self._asked or self._reported, self._reported
