@@ -29,7 +29,7 @@ from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.privacy.run import BudgetSpent
 from fedtorch.rounds.synchronous import Rounds, Synchronous
 from fedtorch.rounds.threat import Threat
-from fedtorch.run import cli, huggingface, loop, objects, setup, sweep, zoo
+from fedtorch.run import cli, huggingface, loop, objects, setup, steps, sweep, zoo
 from fedtorch.run import folder as folders
 from fedtorch.run.console import StopSignal, partition_table
 from fedtorch.run.messages import (
@@ -169,7 +169,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     clients = setup.clients(data, ids, parts, config.validation, config.seed, private)
 
     # what is trained, by whom, and how
-    loss, metrics = setup.loss_and_metrics(data.kind, config.loss, config.metrics)
+    loss, _ = setup.loss_and_metrics(data.kind, config.loss, config.metrics)
     server = Server(
         make_model(config, data),
         clients,
@@ -181,7 +181,9 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         seed=config.seed,
         threat=config.threat,
     )
-    setup.check(server, data, clients, metrics)
+    asked = config.eval_step, data.kind, config.metrics, server.model, data.test
+    metrics, judge = steps.judging(server.recipe, *asked)
+    setup.check(server, data, clients, metrics, judge)
 
     # where the run is kept: a new folder, or one to go on in
     kept = loop.open_folder(
@@ -197,7 +199,8 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         # before the first round: what is trained, by whom, and how good it is untrained
         record, report = here.record, here.report
         scores = loop.Scores(
-            here, data.test, metrics, clients, config.eval_every, config.finetune_steps
+            *(here, data.test, metrics, clients, config.eval_every, config.finetune_steps),
+            step=judge,
         )
         pictures = Pictures(
             record, server, data, config.rounds, lambda: here.last, lambda: scores.by_client
@@ -265,7 +268,8 @@ def make_model(config: Config, data: Data | prepared.Prepared) -> nn.Module:
             model = huggingface.build(config.model, data.facts, config.lora)
         else:
             model = zoo.build(config.model, data.facts, config.model_args)
-    built_in = config.loss in ("auto", "cross_entropy")  # another may take outputs of any shape
+    # another loss, or a step, may take outputs of any shape
+    built_in = config.loss in ("auto", "cross_entropy") and not config.step
     if isinstance(data, Data) and data.kind == "classification" and built_in:
         classes_fit(model, data.train, data.labels, data.outputs)
     return model

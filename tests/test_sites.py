@@ -155,6 +155,31 @@ def test_sites_give_the_weights_of_one_process(folder, tmp_path, parts):
     assert os.listdir(tmp_path / "north/tensorboard")
 
 
+def squared(model, batch):
+    x, y = batch
+    return (model(x).softmax(1) - torch.nn.functional.one_hot(y, 3)).square().sum(1)
+
+
+def test_a_step_that_every_site_has_gives_the_weights_of_one_process(folder, tmp_path):
+    offered = offer(step="test_sites:squared")
+    own = {"steps": ["test_sites:squared"], "credentials": "", "insecure": True}
+    with (
+        server(folder, offered, keys=None) as there,
+        sites(folder, there.session.port, tmp_path, **own) as made,
+    ):
+        for figures in there.rounds(2):
+            assert figures["cohort"] == NAMES
+        there.close()
+    wanted = here(folder, offered, 2, engine=Local(chunk=1))
+    for k, v in there.model.state_dict().items():
+        assert (wanted[k] - v).abs().max() <= 1e-6, k
+    # what a site shows its own people is by the step, too
+    metrics, judge = made[0].judged
+    assert (
+        not metrics and judge(made[0].model, (torch.zeros(1, 6), torch.zeros(1).long()))["loss"] > 0
+    )
+
+
 def test_a_site_freezes_what_the_strategy_does_not_train(folder, tmp_path):
     offered = offer(FedBABU(head=("5.*",)))
     with server(folder, offered) as there, sites(folder, there.session.port, tmp_path):
@@ -332,7 +357,7 @@ def test_who_has_no_right_key_is_turned_away_and_the_log_says_so(folder, caplog,
 def test_without_keys_only_loopback_is_served():
     with pytest.raises(ConfigError, match="only this machine"):
         Sites(plan=offer(), address="0.0.0.0:0").open(offer().build()[0], remotes(NAMES), Recipe())
-    with pytest.raises(ConfigError, match="loss of their plan"):
+    with pytest.raises(ConfigError, match="loss or step of their plan"):
         asked = Recipe(step=lambda model, batch: model(batch).mean())
         Sites(plan=offer(), address="127.0.0.1:0").open(offer().build()[0], remotes(NAMES), asked)
     with pytest.raises(ConfigError, match="insecure"):

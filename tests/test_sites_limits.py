@@ -39,6 +39,24 @@ def test_a_class_named_in_a_plan_is_not_imported_here(tmp_path, monkeypatch):
     assert "of_a_server" not in sys.modules
 
 
+@pytest.mark.parametrize("option", ["step", "eval_step"])
+def test_a_step_is_imported_only_where_the_site_has_agreed_to_it(tmp_path, monkeypatch, option):
+    (tmp_path / "agreed.py").write_text("def fn(model, batch): return model(batch).sum()")
+    monkeypatch.syspath_prepend(tmp_path)
+    table = plans.describe(offer(**{option: "agreed:fn"}))
+    for own in ({}, {"steps": ["agreed:other"]}):
+        with pytest.raises(ConfigError, match=f"does not run {option} 'agreed:fn'.*--steps"):
+            accept(table, site(**own))
+        assert "agreed" not in sys.modules
+    assert getattr(accept(table, site(steps=["agreed:fn"])), option) == "agreed:fn"
+    for odd in (["agreed:fn"], {"name": "agreed:fn"}, 7):
+        with pytest.raises(ConfigError):
+            accept(table | {option: odd}, site(steps=["agreed:fn"]))
+    with pytest.raises(ConfigError, match=r"steps must be package\.module:function"):
+        site(steps=["agreed.py:fn"])
+    sys.modules.pop("agreed", None)
+
+
 def sample(**changes) -> dict:
     return {"privacy": {"name": "sample", "noise_multiplier": 1.0, "rounds": 3} | changes}
 

@@ -19,7 +19,8 @@ from fedtorch.data import Data, partition, prepared, tokens
 from fedtorch.data.prepared import Prepared
 from fedtorch.data.text import BYTES, as_bytes
 from fedtorch.privacy.run import mark
-from fedtorch.run import by_client, checkpoint, cli, files, objects, results, setup, trust
+from fedtorch.recipe import Recipe
+from fedtorch.run import by_client, checkpoint, cli, files, objects, results, setup, steps, trust
 from fedtorch.run.console import show_table
 from fedtorch.training.evaluate import evaluate, evaluate_clients
 from fedtorch.training.personal import GROUP
@@ -64,7 +65,7 @@ def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool 
     table = cli.read(run.folder / "config.toml")
     if not trusted:
         own = trust.remembered(run.folder / "config.toml")
-        later = {"optimizer"} if judged else {"optimizer", "loss", "metrics"}
+        later = {"optimizer"} if judged else {"optimizer", "loss", "metrics", "step", "eval_step"}
         imported = {k: v for k, v in table.items() if k not in later}
         named = {"model": train.Config.model} | imported
         trust.check(named, {}, f"the run in {folder}", own)
@@ -89,8 +90,11 @@ def evaluate_run(argv: Sequence[str]) -> int:
         raise ConfigError(f"fedtorch eval takes one run folder, but got {len(words)}")
     run = trained(words[0], TRUST in given, judged=True)
     config, data = run.config, run.data
-    _, metrics = setup.loss_and_metrics(data.kind, config.loss, config.metrics)
-    scores = evaluate(run.model, data.test, metrics)
+    loss, _ = setup.loss_and_metrics(data.kind, config.loss, config.metrics)
+    recipe = Recipe(loss=loss) if not config.step else Recipe(step=steps.named("step", config.step))
+    asked = config.eval_step, data.kind, config.metrics, run.model, data.test
+    metrics, judge = steps.judging(recipe, *asked)
+    scores = evaluate(run.model, data.test, metrics, step=judge)
     figures: dict[str, Any] = {f"test_{k}": v for k, v in scores.items()}
     table: list[dict[str, Any]] = []
     private = config.privacy
@@ -103,7 +107,7 @@ def evaluate_run(argv: Sequence[str]) -> int:
         if config.strategy.personal:
             saved = checkpoint.load(Path(words[0]) / "checkpoints")["memory"]
             own = {i: m[GROUP] for i, m in saved.items() if GROUP in m}
-        each = evaluate_clients(run.model, clients, metrics, own, told=_note)
+        each = evaluate_clients(run.model, clients, metrics, own, judge, told=_note)
         of_clients = by_client.figures(each)
         figures |= mark(private, of_clients) if private else of_clients
         table = by_client.rows(each, metrics, len(each))

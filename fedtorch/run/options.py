@@ -11,9 +11,10 @@ from fedtorch.privacy import DEFAULT, Nothing, Privacy
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.schedules import Constant, Schedule
+from fedtorch.run import steps
 from fedtorch.run.huggingface import LoRA
 from fedtorch.strategies import FedAvg, Strategy
-from fedtorch.training.losses import Loss
+from fedtorch.training.losses import Loss, no_loss
 from fedtorch.training.optimizer import ClientOptimizer
 from fedtorch.types import ConfigError
 
@@ -30,6 +31,12 @@ class RunOptions(TrainingOptions):
     """Adapters in place of the whole of a model hf:FOLDER: --lora.rank 8."""
     loss: str = "auto"
     """cross_entropy, bce, mse, or package.module:function (output, target) -> Tensor."""
+    step: str = ""
+    """package.module:function (model, batch) -> losses [B], or one number: in place of a loss, for batches
+    of any kind."""
+    eval_step: str = ""
+    """package.module:function (model, batch) that judges a batch: it returns (output, target) for the
+    metrics, or figures by name."""
     strategy: Strategy = FedAvg()
     """fedavg, fedprox, scaffold or your own; --strategy.server sgd, adam, yogi, adagrad."""
     aggregator: Aggregator = Mean()
@@ -59,6 +66,11 @@ class RunOptions(TrainingOptions):
         """Refuse what no run can do."""
         super().__post_init__()
         check(self, "", rounds=COUNT)
+        for option in ("step", "eval_step"):
+            if name := getattr(self, option):
+                steps.check(option, name)
+        if self.step and self.loss != "auto":
+            raise ConfigError("step returns the losses itself: leave out loss, or step")
         if self.lora and not self.model.startswith(PREFIX):
             raise ConfigError(
                 f"lora is for models of Hugging Face, hf:FOLDER, and not for {self.model!r}"
@@ -73,7 +85,8 @@ class RunOptions(TrainingOptions):
         """What every client does."""
         return Recipe(
             self.lora.strategy(self.strategy) if self.lora else self.strategy,
-            loss=loss,
+            loss=no_loss if self.step else loss,
+            step=steps.named("step", self.step) if self.step else None,
             optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
             privacy=self.plan,
             aggregator=self.aggregator,

@@ -18,7 +18,7 @@ from fedtorch.privacy import Nothing, Privacy, columns
 from fedtorch.run import files
 from fedtorch.server import Server
 from fedtorch.training import losses
-from fedtorch.training.evaluate import evaluate, evaluate_clients
+from fedtorch.training.evaluate import Judge, evaluate, evaluate_clients
 from fedtorch.training.losses import Loss
 from fedtorch.training.metrics import NAMES, known
 from fedtorch.types import ConfigError
@@ -131,10 +131,17 @@ def imported(role: str, name: str, others: Iterable[str]) -> Loss:
 
 
 def check(
-    server: Server, data: Data, clients: Sequence[Client], metrics: Mapping[str, Loss]
+    server: Server,
+    data: Data,
+    clients: Sequence[Client],
+    metrics: Mapping[str, Loss],
+    judge: Judge | None = None,
 ) -> None:
     """Refuse, before anything is trained, a model that cannot be saved and metrics that do not fit."""
     files.savable(server.model)
+    if judge is not None:
+        evaluate(server.model, data.test, metrics, step=judge)
+        return
     if whole := metrics_fit(server.model, data.test, metrics):
         evaluate(server.model, data.test, whole)
         evaluate_clients(server.model, clients, whole, told=lambda why: None)

@@ -28,6 +28,9 @@ REACHED = (
 )
 """Options of a choice that name code, or a machine to send things to."""
 
+SINGLE = ("model", "optimizer", "loss", "step", "eval_step")
+"""Options that are one name."""
+
 SHORT = re.compile(r"[\w-]*")
 """Names of models, losses, metrics and optimizers that are found without an import by path."""
 
@@ -35,20 +38,20 @@ SHORT = re.compile(r"[\w-]*")
 def foreign(table: Mapping[str, Any]) -> dict[str, str]:
     """Option -> the name in it that only an import by path, or another machine, could give."""
     found = _choices(table)
-    for option in ("model", "optimizer", "loss"):
+    for option in SINGLE:
         found[option] = _name(table.get(option))
     if SHORT.fullmatch(found["model"]):
         found["model"] = zoo.elsewhere(found["model"]) or found["model"]
-    metrics = table.get("metrics", [])
-    for name in metrics.split(",") if isinstance(metrics, str) else _list(metrics):
-        if not SHORT.fullmatch(str(name)):
-            found["metrics"] = str(name)
+    for option in ("metrics", "steps"):  # steps: those that a site agrees to
+        listed = table.get(option, [])
+        for name in listed.split(",") if isinstance(listed, str) else _list(listed):
+            if not SHORT.fullmatch(str(name)):
+                found[option] = str(name)
     for choice, kind, option in REACHED:
         chosen = table.get(choice)
         if isinstance(chosen, Mapping) and _name(chosen).lower() == kind and chosen.get(option):
             found[f"{choice}.{option}"] = str(chosen[option])
-    plain = {"model", "optimizer", "loss"}
-    named = {k: n for k, n in found.items() if k not in plain or not SHORT.fullmatch(n)}
+    named = {k: n for k, n in found.items() if k not in SINGLE or not SHORT.fullmatch(n)}
     return named | _classes(table)
 
 

@@ -68,10 +68,12 @@ class Sites:
         """Listen for the sites."""
         if not 1 <= self.minimum <= len(clients):
             raise ConfigError(f"minimum must be between 1 and {len(clients)}, got {self.minimum}")
-        if recipe.loss is not LOSSES[self.plan.loss]:
+        known = self.plan.step or recipe.loss is LOSSES[self.plan.loss]
+        if not known or (recipe.step is None) != (not self.plan.step):
             raise ConfigError(
-                f"sites train by the loss of their plan, {self.plan.loss}, and take no code from a server: "
-                "a loss or step of your own needs engine local, processes or ray"
+                f"sites train by the loss or step of their plan, {self.plan.step or self.plan.loss}, and "
+                "take no code from a server: name a step of your own in the plan, package.module:function, "
+                "and let every site have it and agree to it by --steps"
             )
         if self.deadline <= 0:
             raise ConfigError(f"deadline must be positive, got {self.deadline}")

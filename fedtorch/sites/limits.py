@@ -26,7 +26,7 @@ def accept(table: dict[str, Any], config: SiteConfig) -> plans.Plan:
     Raises ConfigError with one sentence for any other, whatever is in it.
     """
     try:
-        plan = plans.read(table, config.models or zoo.names())
+        plan = plans.read(table, config.models or zoo.names(), config.steps)
         check_work(plan, config)
         with torch.device("meta"), model_of_at_most(config.max_parameters):
             plan.build()

@@ -4,11 +4,12 @@ A plan names a model, a loss, an optimizer and a strategy; the site has their co
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.utils.data import Dataset
 
 from fedtorch.aggregation.mean import Aggregator, Mean
 from fedtorch.channel.base import Stage
@@ -17,10 +18,11 @@ from fedtorch.options import TrainingOptions
 from fedtorch.privacy import Nothing, Privacy
 from fedtorch.privacy import models as checks
 from fedtorch.recipe import Recipe
-from fedtorch.run import objects, zoo
+from fedtorch.run import objects, steps, zoo
 from fedtorch.run.names import CHOICES
 from fedtorch.strategies import FedAvg, Strategy
-from fedtorch.training.losses import DEFAULTS, LOSSES
+from fedtorch.training.evaluate import Judge
+from fedtorch.training.losses import DEFAULTS, LOSSES, Loss, no_loss
 from fedtorch.training.optimizer import ClientOptimizer, by_name
 from fedtorch.types import ConfigError
 
@@ -53,6 +55,10 @@ class Plan(TrainingOptions):
     kind: str = "classification"
     """classification, binary or regression: what the targets are."""
     loss: str = "cross_entropy"
+    step: str = ""
+    """In place of a loss: package.module:function that every site has, and has agreed to by this name."""
+    eval_step: str = ""
+    """The same of how a site judges the model on its own test rows."""
     strategy: Strategy = FedAvg()
     aggregator: Aggregator = Mean()
     channel: tuple[Stage, ...] = ()
@@ -66,7 +72,8 @@ class Plan(TrainingOptions):
         """Model and recipe, from code that is installed here."""
         recipe = Recipe(
             self.strategy,
-            loss=LOSSES[self.loss],
+            loss=no_loss if self.step else LOSSES[self.loss],
+            step=steps.named("step", self.step) if self.step else None,
             optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
             privacy=self.privacy or Nothing(),
             aggregator=self.aggregator,
@@ -76,6 +83,12 @@ class Plan(TrainingOptions):
         model = zoo.build(self.model, self.facts, self.model_args)
         return checks.fixed(model) if recipe.privacy.fix_model else model, recipe
 
+    def judging(
+        self, recipe: Recipe, model: nn.Module, data: Dataset
+    ) -> tuple[Mapping[str, Loss], Judge | None]:
+        """By which metrics and step the model is judged on test rows of one's own."""
+        return steps.judging(recipe, self.eval_step, self.kind, ["auto"], model, data)
+
 
 def describe(plan: Plan) -> dict[str, Any]:
     """The plan as a table for a message."""
@@ -84,17 +97,24 @@ def describe(plan: Plan) -> dict[str, Any]:
     return table | missing
 
 
-def read(table: dict[str, Any], models: Sequence[str]) -> Plan:
+def read(table: dict[str, Any], models: Sequence[str], runs: Sequence[str] = ()) -> Plan:
     """The plan in a table that arrived; raises ConfigError for anything this site does not have.
 
-    ``models`` may be trained. Names that would make Python import something are refused before anything
-    looks them up; nothing is built yet.
+    ``models`` may be trained, and these are the steps that it ``runs``. Other names that would make Python
+    import something are refused before anything looks them up; nothing is built yet.
     """
     model, optimizer = _name(table, "model"), _name(table, "optimizer", "sgd")
     if not isinstance(model, str) or not NAME.fullmatch(model) or model not in models:
         raise ConfigError(
             f"this site does not train model {model!r}; it trains {', '.join(models)}"
         )
+    for option in ("step", "eval_step"):
+        name = table.get(option, "")
+        if name and (not isinstance(name, str) or name not in runs):
+            raise ConfigError(
+                f"this site does not run {option} {str(name)[:200]!r}; it runs "
+                f"{', '.join(runs) or 'none'}: where that is code it has, it agrees by naming it in --steps"
+            )
     if table.get("loss") not in [*LOSSES]:
         raise ConfigError(f"this site knows no loss {table.get('loss')!r}")
     if not isinstance(optimizer, str) or optimizer.lower() not in by_name():

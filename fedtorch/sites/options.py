@@ -5,6 +5,7 @@ from typing import Any
 
 from fedtorch.data import Csv
 from fedtorch.options import COUNT, INSIDE, POSITIVE, check
+from fedtorch.run import steps
 from fedtorch.run.options import RunOptions
 from fedtorch.sites.keys import SITE_NAME
 from fedtorch.training.losses import DEFAULTS, LOSSES
@@ -41,6 +42,9 @@ class SiteConfig:
     the ledger in it may lack charges too."""
     models: list[str] = field(default_factory=list)
     """Models it will train; none given: every model it has."""
+    steps: list[str] = field(default_factory=list)
+    """Steps, package.module:function each, that it will train and judge a model by, from its own code; none
+    given: it runs none."""
     max_epsilon: float | None = None
     """Most that this site's data may cost, over all runs; given, it takes part only where the noise is
     added here (privacy sample or local), and tells nobody its loss or its number of examples."""
@@ -73,6 +77,8 @@ class SiteConfig:
             )
         if not self.name:
             raise ConfigError("--name: which of the server's sites is this?")
+        for name in self.steps:
+            steps.check("steps", name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +94,7 @@ class ServeConfig(RunOptions):
     insecure: bool = False
     """No TLS and no keys: only for sites on this very machine."""
     input_shape: list[int] = field(default_factory=list)
-    """Shape of one example, agreed with the sites."""
+    """Shape of one example, agreed with the sites; with a step it may be left out."""
     outputs: int = 2
     """Classes, or numbers to predict."""
     kind: str = "classification"
@@ -126,7 +132,7 @@ class ServeConfig(RunOptions):
             raise ConfigError(
                 "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"
             )
-        if not self.sites or not self.input_shape:
+        if not self.sites or not (self.input_shape or self.step):
             raise ConfigError("sites and input_shape are needed; see docs/sites.md")
         for name in self.sites:
             if not SITE_NAME.fullmatch(name):

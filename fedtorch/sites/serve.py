@@ -24,7 +24,7 @@ from fedtorch.sites.engine import Sites, SitesSession, remotes
 from fedtorch.sites.offer import Plan
 from fedtorch.sites.options import ServeConfig
 from fedtorch.tracking import TensorBoard
-from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS
+from fedtorch.training.losses import DEFAULTS
 from fedtorch.types import ConfigError
 
 FREE_ON_RESUME = {
@@ -71,8 +71,6 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         most_examples=config.most_examples,
     )
     clients = remotes(config.sites)
-    metric = DEFAULTS[config.kind][1]
-    metrics = {"loss": LOSSES[plan.loss], metric: METRICS[metric]}
     server = Server(
         model,
         clients,
@@ -100,7 +98,8 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
             here.report.say(f"listening at {config.address}, waiting for {', '.join(config.sites)}")
             for line in promise(server.private) if server.private else ["no privacy: no noise"]:
                 here.report.say(line)
-            scores = loop.Scores(here, test, metrics)
+            judged = plan.judging(server.recipe, model, test) if test is not None else ({}, None)
+            scores = loop.Scores(here, test, judged[0], step=judged[1])
             starting_score(here.record, here.report, scores.last, server)
 
             # who looks at each round, in this order: the end is seen first, and saving comes last
@@ -150,9 +149,13 @@ def make_plan(config: ServeConfig, run: str) -> Plan:
         run=run,
         model=config.model,
         model_args=config.model_args,
-        facts=facts_of(tuple(config.input_shape), config.outputs, config.kind),
+        facts=facts_of(tuple(config.input_shape), config.outputs, config.kind)
+        if config.input_shape
+        else {},
         kind=config.kind,
         loss=DEFAULTS[config.kind][0] if config.loss == "auto" else config.loss,
+        step=config.step,
+        eval_step=config.eval_step,
         strategy=config.strategy,
         aggregator=config.aggregator,
         channel=config.channel,

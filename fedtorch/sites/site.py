@@ -29,7 +29,6 @@ from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.sites.state import Answered, Base, VisitMemory
 from fedtorch.strategies.base import uploads
 from fedtorch.training.evaluate import evaluate
-from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS
 from fedtorch.training.module import load
 from fedtorch.training.personal import GROUP, given, personal
 from fedtorch.types import ClientError, ConfigError, Failure, Params, Released, Task
@@ -129,11 +128,11 @@ class Site:
         if answer.kind != "plan" or not isinstance(table, dict):
             raise ConfigError("the server's answer is no plan")
         plan = accept(table, self.config)
-        shape = list(self.data.facts["input_shape"])
-        if list(plan.facts.get("input_shape", shape)) != shape:
+        shape = list(self.data.facts.get("input_shape", ()))
+        wanted = list(plan.facts.get("input_shape", shape))
+        if wanted != shape and not (plan.step and not shape):
             raise ConfigError(
-                f"the run is about examples of shape {list(plan.facts['input_shape'])}, "
-                f"but this site's data has {shape}"
+                f"the run is about examples of shape {wanted}, but this site's data has {shape or 'none'}"
             )
         if plan.kind != self.data.kind:
             raise ConfigError(
@@ -142,7 +141,7 @@ class Site:
             )
         self.model, recipe = plan.build()
         recipe = replace(recipe, strategy=recipe.strategy.prepare(self.model))
-        if plan.kind == "classification" and self.data.outputs > 1:
+        if plan.kind == "classification" and self.data.outputs > 1 and not plan.step:
             # else a step would fail where a row of another class is in it, and tell that there is one
             classes_fit(self.model, self.data.train, self.data.labels, self.data.outputs)
         derived = bool(self.data.preparation.derived)
@@ -150,6 +149,7 @@ class Site:
         self.answered.agree(plan, self.budget.most is not None)
         engine = Local(chunk=1, device=self.config.device)
         self.session = engine.open(self.model, [self.client], self.budget.told(recipe))
+        self.judged = plan.judging(recipe, self.model, self.data.test)
         own = personal(self.model, plan.strategy.personal)
         trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
         params = {k: p.detach() for k, p in trained.items() if k not in own}
@@ -323,10 +323,9 @@ class Site:
     def _show(self, task: Task, outcome: Outcome) -> None:
         """This site's own figures, for its own eyes: how the global model does on its test rows."""
         assert self.plan is not None
-        metric = DEFAULTS[self.plan.kind][1]
-        wanted = {"loss": LOSSES[self.plan.loss], metric: METRICS[metric]}
         load(self.model, task.state | self.client.memory.get(GROUP, {}))
-        scores = evaluate(self.model, self.data.test, wanted)
+        wanted, judge = self.judged
+        scores = evaluate(self.model, self.data.test, wanted, step=judge)
         figures = {f"site/test_{k}": v for k, v in scores.items()}
         if self.plan.privacy is not None:
             figures["site/epsilon"] = self.budget.spent()  # the very figure that max_epsilon holds

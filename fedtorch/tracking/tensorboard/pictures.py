@@ -51,6 +51,8 @@ class Pictures(Observer):
         self.options = record.tracking
         self.under = "nonprivate" if record.private else "data"
         asked = self.options.projector if self.options else False
+        self.pairs = server.recipe.step is None
+        """Whether batches are known to be (x, y), of which the model takes x."""
         self.strict = server.recipe.privacy.strict
         """Nothing that looks at clients' data is recorded, whatever the options say."""
         self.projector = not self.strict and ((not record.private) if asked is None else asked)
@@ -76,7 +78,7 @@ class Pictures(Observer):
         if fresh and self.options and self.options.pictures and not self.strict:
             args = (ids, parts, self.data.labels)
             self.record.picture(f"{self.under}/partition", 0, drawings.partition_map, *args)
-        if self.options and self.options.graph:
+        if self.options and self.options.graph and self.pairs:
             some = self.data.test if len_of(self.data.test) else self.data.train
             x, _ = fetch(some, torch.arange(min(2, len_of(some))))
             device = next(self.server.model.parameters()).device
@@ -101,7 +103,8 @@ class Pictures(Observer):
             return
         if not self.strict:
             self._participation(step)
-        if self.data.kind == "classification" and len_of(self.data.test) and self._classes():
+        known = self.pairs and self.data.kind == "classification"
+        if known and len_of(self.data.test) and self._classes():
             self._test(step)
 
     def _classes(self) -> bool:
