@@ -159,7 +159,9 @@ def _asks(given: TableOptions, loaded: Loaded, filled: set[str]) -> Asks:
     rows = loaded.numbers[loaded.parts[0]][:, at]
     gaps = [j for j in at if names[j] in filled - columns.fills(given.fill).keys()]
     answer = partial(loaded.answered, at, gaps)
-    return Asks(rows, tuple(bounds.values()), given.statistics, answer, loaded.settled)
+    return Asks(
+        tuple(bounds), rows, tuple(bounds.values()), given.statistics, answer, loaded.settled
+    )
 
 
 def _plain(numbers: np.ndarray, known: columns.Categories, names: Sequence[str]) -> np.ndarray:

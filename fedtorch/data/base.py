@@ -76,6 +76,8 @@ class Preparation:
 class Asks:
     """Columns that wait for statistics which a privacy plan releases; see ``fedtorch.privacy.columns``."""
 
+    columns: tuple[str, ...]
+    """Their names."""
     rows: np.ndarray
     """Of the training examples, [N, columns], NaN where a value is missing."""
     bounds: tuple[tuple[float, float], ...]

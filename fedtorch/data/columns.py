@@ -32,25 +32,27 @@ def named(option: str, entries: Sequence[str], like: str) -> dict[str, str]:
     for entry in entries:
         name, equals, rest = entry.partition("=")
         if not (name and equals and rest) or name in found:
-            raise ConfigError(f"dataset.{option} must read {like}, each column once, not {entry!r}")
+            raise ConfigError(f"{option} must read {like}, each column once, not {entry!r}")
         found[name.strip()] = rest.strip()
     return found
 
 
-def ranges(entries: Sequence[str]) -> dict[str, tuple[float, float]]:
+def ranges(
+    entries: Sequence[str], option: str = "dataset.bounds"
+) -> dict[str, tuple[float, float]]:
     """Public bounds: ``age=20:90``."""
     found = {}
-    for name, text in named("bounds", entries, "age=20:90,chol=100:400").items():
+    for name, text in named(option, entries, "age=20:90,chol=100:400").items():
         low, high = (_number(t) for t in (text.split(":") if text.count(":") == 1 else ("", "")))
         if not low < high:
-            raise ConfigError(f"dataset.bounds {name}={text} must be two numbers, low:high")
+            raise ConfigError(f"{option} {name}={text} must be two numbers, low:high")
         found[name] = (low, high)
     return found
 
 
 def fills(entries: Sequence[str]) -> dict[str, float]:
     """Public values for missing ones: ``chol=240``."""
-    found = {k: _number(v) for k, v in named("fill", entries, "chol=240,age=54").items()}
+    found = {k: _number(v) for k, v in named("dataset.fill", entries, "chol=240,age=54").items()}
     if wrong := [k for k, v in found.items() if not math.isfinite(v)]:
         raise ConfigError(f"dataset.fill {wrong[0]} must be a number")
     return found
@@ -80,7 +82,7 @@ def categories(
     given = [e for e in entries if "=" in e]
     declared = {
         n: tuple(dict.fromkeys(c.strip() for c in text.split("|")))
-        for n, text in named("categories", given, "ward=a|b|c,sex=F|M").items()
+        for n, text in named("dataset.categories", given, "ward=a|b|c,sex=F|M").items()
     }
     loose = [e.strip() for e in entries if "=" not in e]
     for name in (*declared, *(n for n in loose if n != FOUND)):

@@ -137,17 +137,13 @@ def covered(preparation: Preparation) -> None:
 
 def agreed(data: Data, dataset: Any) -> None:
     """Raises ConfigError where a file decided alone what sites must agree on: classes, inputs."""
-    if data.asks:
-        raise ConfigError(
-            "dataset.standardize private is for simulations: sites release no statistics of columns; leave "
-            "it out, and dataset.bounds scale by themselves"
-        )
     if data.preparation.found:
         raise ConfigError(
             f"{data.name}: the categories of {', '.join(data.preparation.found)} would be those of this "
             "file alone, and sites must agree: give every site the same --dataset.categories NAME=A|B"
         )
-    if data.preparation.classes and not getattr(dataset, "classes", None):
+    declared = getattr(dataset, "classes", None) or getattr(dataset, "positive", None)
+    if data.preparation.classes and not declared:
         names = ",".join(str(c) for c in data.preparation.classes)
         raise ConfigError(
             f"{data.name}: its classes ({names}) would be numbered by what is in this file alone, and "

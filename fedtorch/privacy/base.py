@@ -210,15 +210,19 @@ class Privacy(ABC):
     def describe(self) -> dict[str, str]:
         """In words: unit, neighbouring relation, who is trusted, mechanism."""
 
-    def total(self, vectors: Sequence[np.ndarray], ids: Sequence[str], norm: float) -> np.ndarray:
-        """Noised sum [m] of the clients' vectors, [n, m] each, none longer than ``norm``: ``once``.
+    def portion(self, vectors: np.ndarray, id: str, norm: float) -> np.ndarray:
+        """What a client sends of its examples' vectors, [n, m] and none longer than ``norm``: [m].
 
-        Raises ConfigError where the plan has no such release.
+        The client's half of ``once``; raises ConfigError where the plan has no such release.
         """
         raise ConfigError(
             f"{type(self).__name__} releases no statistics of columns: scale by public numbers, with "
             "dataset.bounds alone"
         )
+
+    def total(self, portions: Sequence[np.ndarray], norm: float) -> np.ndarray:
+        """The server's half: the noised sum [m] of what clients sent."""
+        return np.asarray(np.stack(portions).sum(0, dtype=np.float64))
 
     # the round; what a plan does not do is the identity
 

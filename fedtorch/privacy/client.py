@@ -189,10 +189,13 @@ class ClientLevel(Privacy):
             new["clip"] = min(max(clip, CLIPS[0]), CLIPS[1])
         return mean, new
 
-    def total(self, vectors: Sequence[np.ndarray], ids: Sequence[str], norm: float) -> np.ndarray:
-        """Every client sends the mean of its examples' vectors; the server noises the sum."""
-        means = np.stack([bounded(rows, norm).sum(0) / max(len(rows), 1) for rows in vectors])
-        exact = torch.from_numpy(bounded(means, norm).sum(0))
+    def portion(self, vectors: np.ndarray, id: str, norm: float) -> np.ndarray:
+        """Every client sends the mean of its examples' vectors."""
+        return np.asarray(bounded(vectors, norm).sum(0) / max(len(vectors), 1))
+
+    def total(self, portions: Sequence[np.ndarray], norm: float) -> np.ndarray:
+        """The server noises the sum."""
+        exact = torch.from_numpy(bounded(np.stack(portions), norm).sum(0))
         std = norm * (self.statistics_noise or 0.0)
         noise = std * self.stream("statistics").normal(tuple(exact.shape))
         return noised(exact, noise).numpy()

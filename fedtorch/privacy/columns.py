@@ -155,13 +155,27 @@ def released(
     Guarantee: ``Event("gaussian", plan.statistics_noise)`` for the plan's unit, whatever the rows are. It
     is in ``plan.once``, which a run charges before anything of this leaves the memory of its process.
     """
-    low, high = np.array(bounds, dtype=float).T
-    statistics = KINDS[kind](low, high)
     if plan.statistics_noise is None:
         raise ConfigError(
             "private statistics of columns need a plan that pays for them: privacy.statistics_noise 10"
         )
-    total = plan.total([statistics.vectors(r) for r in rows], ids, statistics.norm)
-    std = plan.statistics_noise * statistics.norm * (math.sqrt(len(ids)) if plan.per_client else 1)
-    weak = statistics.error(total, std) > WEAK
-    return *statistics.read(total), MOSTLY_NOISE if weak else ""
+    asked, each = of(kind, bounds), zip(rows, ids, strict=True)
+    sent = [plan.portion(asked.vectors(own), id, asked.norm) for own, id in each]
+    return read(plan, asked, sent)
+
+
+def of(kind: str, bounds: Sequence[tuple[float, float]]) -> Statistics:
+    """Those of a kind, of columns with these public bounds."""
+    low, high = np.array(bounds, dtype=float).T
+    return KINDS[kind](low, high)
+
+
+def read(
+    plan: Privacy, asked: Statistics, sent: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Centers, widths and a warning, if any, from what each client has sent, ``Privacy.portion``."""
+    total = plan.total(sent, asked.norm)
+    std = (plan.statistics_noise or 0.0) * asked.norm
+    std *= math.sqrt(len(sent)) if plan.per_client else 1
+    weak = asked.error(total, std) > WEAK
+    return *asked.read(total), MOSTLY_NOISE if weak else ""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class LocalDP(Privacy):
         """Nobody sums up what others may not see."""
         super().__post_init__()
         if self.statistics_noise:
-            self.total((), (), 0.0)
+            self.portion(np.zeros((0, 0)), "", 0.0)
 
     def calibrated(self, rounds: int) -> float:
         """Laplace scales add up: rounds / epsilon; Gaussian: closed form."""

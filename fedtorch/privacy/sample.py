@@ -106,14 +106,11 @@ class SampleLevel(Privacy):
             batch[: len(row)] = row
         return torch.from_numpy(batches)
 
-    def total(self, vectors: Sequence[np.ndarray], ids: Sequence[str], norm: float) -> np.ndarray:
+    def portion(self, vectors: np.ndarray, id: str, norm: float) -> np.ndarray:
         """Each client noises the sum of its own examples' vectors: nobody else is trusted."""
+        own = torch.from_numpy(bounded(vectors, norm).sum(0))
         std = norm * (self.statistics_noise or 0.0)
-        found = torch.zeros(vectors[0].shape[1], dtype=torch.float64)
-        for rows, id in zip(vectors, ids, strict=True):
-            own = torch.from_numpy(bounded(rows, norm).sum(0))
-            found += noised(own, std * self.stream("statistics", id).normal(tuple(own.shape)))
-        return found.numpy()
+        return noised(own, std * self.stream("statistics", id).normal(tuple(own.shape))).numpy()
 
     def check(self, population: int, noise: float) -> list[str]:
         """The plan draws the batches."""

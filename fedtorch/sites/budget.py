@@ -12,7 +12,9 @@ from pathlib import Path
 from fedtorch import disk
 from fedtorch.checks import combination
 from fedtorch.privacy import Privacy
+from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.accounting.ledger import Ledger
+from fedtorch.privacy.run import BEFORE
 from fedtorch.recipe import Recipe
 from fedtorch.types import ConfigError
 
@@ -78,9 +80,16 @@ class Budget:
             raise OverBudget(
                 f"it was asked to train with noise multiplier {noise:g}, which hides nothing"
             )
+        self._enter(privacy, round, privacy.event(noise))
+
+    def charge_once(self, privacy: Privacy) -> None:
+        """The same for what a plan releases once, before the first round."""
+        for event in privacy.once:
+            self._enter(privacy, BEFORE, event)
+
+    def _enter(self, privacy: Privacy, round: int, event: Event) -> None:
         name = book(privacy)
         ledger = self.ledgers[name] = self.ledgers.get(name) or self._open(name)
-        event = privacy.event(noise)
         if self.most is not None:
             others = sum(
                 self.ledgers[b].spent(self.delta)

@@ -49,6 +49,9 @@ def early(
         return EndedEarly(128 + stopped, by, "stopped")
     if not server.within_budget():
         return EndedEarly(3, "the privacy budget has no room for another", "budget")
+    if session.asking and not session.asking.over and session.asking.wait(0):
+        few = f"only {len(session.asking.sent)} of {config.minimum} sites sent statistics of their columns"
+        return EndedEarly(1, few, "away")
     here = session.wait_for_sites(0)
     names = ", ".join(s for s in config.sites if s not in here)
     why = f"waited {config.patience:g} s for {config.minimum} sites; away are {names}"

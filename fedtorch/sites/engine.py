@@ -7,7 +7,7 @@ been checked against what this model and strategy send, and no site can hold up 
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +21,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.sites import offer as plans
 from fedtorch.sites.reports import Reader, Visit, check_enough, judge
 from fedtorch.sites.rpc import Listener, log
+from fedtorch.sites.statistics import asking
 from fedtorch.training.losses import LOSSES
 from fedtorch.training.module import snapshot
 from fedtorch.training.personal import shared
@@ -111,7 +112,10 @@ class SitesSession:
         # float64, every group of the strategy, and room for the header
         groups = max(len(self.reader.expected.sent), 1)
         size = sum(v.numel() for v in state.values()) * 8 * (groups + 1)
+        self.asking = asking(options.plan, names)
+        """The round of statistics before the first, where the plan has one to come."""
         self.header_limit = self.reader.header_limit()
+        size += 8 * self.asking.length if self.asking else 0
         self.limit = limit = size + self.header_limit + SMALL
         self.listener = Listener(
             options.address, options.keys, len(names), limit, self.handle, names
@@ -157,6 +161,12 @@ class SitesSession:
                 self.change.wait(min(left, 1))
             return here
 
+    def settle(self, plan: plans.Plan) -> None:
+        """Offer the plan with the centers and widths that came of the sites' statistics."""
+        self.options = replace(self.options, plan=plan)
+        if self.asking:
+            self.asking.close(settled=True)
+
     def figures(self) -> dict[str, float]:
         """Bytes and seconds of each site in the last round."""
         found: dict[str, float] = {}
@@ -180,6 +190,8 @@ class SitesSession:
 
     def close(self) -> None:
         """Tell sites that call that the run is over, and stop listening."""
+        if self.asking and not self.asking.over:
+            self.asking.close(settled=False)
         with self.change:
             self.closing = True
             waiting = {*self._here()}
@@ -211,6 +223,8 @@ class SitesSession:
             return wire.encode(Message("plan", {"plan": plans.describe(self.options.plan)}))
         if message.facts.get("run") != self.options.plan.run:
             return wire.encode(Message("rejoin"))
+        if self.asking and (answer := self.asking.handle(method, site, message)):
+            return wire.encode(answer)
         if method == "report":
             return self._report(site, message, len(data))
         return self._fetch(site, message.facts.get("has") == self.digest)

@@ -13,10 +13,12 @@ from torch.utils.data import Dataset
 
 from fedtorch.aggregation.mean import Aggregator, Mean
 from fedtorch.channel.base import Stage
+from fedtorch.data import columns
 from fedtorch.data.base import facts_of
 from fedtorch.options import TrainingOptions
 from fedtorch.privacy import Nothing, Privacy
 from fedtorch.privacy import models as checks
+from fedtorch.privacy.columns import KINDS
 from fedtorch.recipe import Recipe
 from fedtorch.run import objects, steps, zoo
 from fedtorch.run.names import CHOICES
@@ -65,6 +67,13 @@ class Plan(TrainingOptions):
     privacy: Privacy | None = None
     optimizer: str = "sgd"
     optimizer_args: dict[str, Any] = field(default_factory=dict)
+    standardize: list[str] = field(default_factory=list)
+    """Columns that sites scale by private statistics of all of them, with public ranges: age=20:90."""
+    statistics: str = "quartiles"
+    """Which: quartiles or sums."""
+    center: list[float] = field(default_factory=list)
+    """Of each of these columns, once it is known."""
+    width: list[float] = field(default_factory=list)
     rounds: int | None = None
     """Rounds of the run; how many of them privacy pays for, and done again, is ``privacy.rounds``."""
 
@@ -82,6 +91,11 @@ class Plan(TrainingOptions):
         )
         model = zoo.build(self.model, self.facts, self.model_args)
         return checks.fixed(model) if recipe.privacy.fix_model else model, recipe
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Public range of each column that is scaled by statistics."""
+        return columns.ranges(self.standardize)
 
     def judging(
         self, recipe: Recipe, model: nn.Module, data: Dataset
@@ -151,6 +165,7 @@ def _consistent(plan: Plan) -> None:
         raise ConfigError(f"a plan's kind is one of {', '.join(DEFAULTS)}, not {plan.kind!r}")
     if plan.rounds is not None and not 1 <= plan.rounds < MOST_ROUNDS:
         raise ConfigError("a plan's rounds must be a whole number, 1 or more")
+    _scaled(plan)
     if not plan.facts:
         return
     shape, outputs = plan.facts.get("input_shape"), plan.facts.get("num_classes", 0)
@@ -167,3 +182,21 @@ def _consistent(plan: Plan) -> None:
             raise ConfigError(
                 f"the plan's facts do not belong together: {name} is {value!r}, not {facts[name]!r}"
             )
+
+
+def _scaled(plan: Plan) -> None:
+    """Statistics of columns, and centers and widths that they can have given."""
+    noise = plan.privacy.statistics_noise if plan.privacy else None
+    if bool(plan.standardize) != bool(noise):
+        raise ConfigError(
+            "a plan that scales columns by private statistics must pay for them, and only such"
+        )
+    if plan.statistics not in KINDS:
+        raise ConfigError(f"a plan's statistics are {' or '.join(KINDS)}, not {plan.statistics!r}")
+    ranges = [*plan.ranges.values()]
+    if not plan.center and not plan.width:
+        return
+    found = [*zip(ranges, plan.center, plan.width, strict=False)]
+    good = len(ranges) == len(plan.center) == len(plan.width)
+    if not good or not all(a <= c <= b and 0 < w <= b - a for (a, b), c, w in found):
+        raise ConfigError("a plan's centers and widths are not such as its columns can have")

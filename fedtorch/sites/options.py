@@ -1,10 +1,11 @@
 """Every option of a site, with the limits its owner sets to what a server may ask for, and of a server."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from fedtorch.data import Csv
+from fedtorch.data import Csv, columns
 from fedtorch.options import COUNT, INSIDE, POSITIVE, check
+from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.run import steps
 from fedtorch.run.options import RunOptions
 from fedtorch.sites.keys import SITE_NAME
@@ -99,6 +100,11 @@ class ServeConfig(RunOptions):
     """Classes, or numbers to predict."""
     kind: str = "classification"
     """classification, binary or regression: the default loss and metric."""
+    standardize: list[str] = field(default_factory=list)
+    """Columns that all sites scale by private statistics of all of them, with rough public ranges:
+    age=0:120,chol=0:600; every site gives the same as dataset.bounds, with dataset.standardize private."""
+    statistics: Literal["quartiles", "sums"] = "quartiles"
+    """Which statistics: quartiles, or sums (mean and deviation: for tens of thousands of rows)."""
     dataset: Any = None
     """Data of the server's own to test the model on; none: sites test for themselves."""
     model: str = "mlp"
@@ -123,10 +129,16 @@ class ServeConfig(RunOptions):
         times = dict.fromkeys(("deadline", "patience"), POSITIVE)
         counts = dict.fromkeys(("outputs", "minimum", "enough", "most_examples"), COUNT)
         check(self, "", **times, **counts)
-        if self.privacy and self.privacy.statistics_noise:
+        columns.ranges(self.standardize, "standardize")
+        if self.standardize and self.privacy is None:
             raise ConfigError(
-                "sites release no statistics of columns: leave out privacy.statistics_noise, and let sites "
-                "scale by public numbers with dataset.bounds"
+                "standardize scales by private statistics, and needs a privacy plan, which pays for them: "
+                "without one let every site scale by the same public numbers, with dataset.bounds"
+            )
+        if self.privacy and self.privacy.statistics_noise and not self.standardize:
+            raise ConfigError(
+                "privacy.statistics_noise pays for statistics of columns, and none are asked for: leave it "
+                "out, or name the columns with --standardize age=0:120,chol=0:600"
             )
         if bool(self.credentials) == self.insecure:
             raise ConfigError(
@@ -141,3 +153,10 @@ class ServeConfig(RunOptions):
             raise ConfigError(f"kind must be one of {', '.join(DEFAULTS)}, got {self.kind!r}")
         if self.loss not in ("auto", *LOSSES):
             raise ConfigError(f"loss must be one of {', '.join(LOSSES)}: sites have no other")
+
+    @property
+    def plan(self) -> Privacy:
+        """The privacy plan, which pays for statistics of columns where sites scale by them."""
+        plan = super().plan
+        noise = plan.statistics_noise or (STATISTICS_NOISE if self.standardize else None)
+        return replace(plan, statistics_noise=noise) if noise != plan.statistics_noise else plan

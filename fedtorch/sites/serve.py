@@ -19,6 +19,7 @@ from fedtorch.run import checkpoint, files, loop
 from fedtorch.run.messages import starting_score, write_results
 from fedtorch.run.report import promise
 from fedtorch.server import Server
+from fedtorch.sites import statistics
 from fedtorch.sites.ends import EndedEarly, early, enough
 from fedtorch.sites.engine import Sites, SitesSession, remotes
 from fedtorch.sites.offer import Plan
@@ -53,13 +54,13 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
     if not config.run_dir:
         raise ConfigError("--run-dir: in which folder shall the run be kept?")
     folder = Path(config.run_dir)
-    plan = make_plan(config, run_id(folder, config.resume))
+    plan = replace(make_plan(config, ""), **known(folder, config.resume))
     if config.resume:
         plan = calibrated(plan, folder)
     with seeds.seeded(seeds.derive(config.seed, "model")):
         model, recipe = plan.build()
     files.savable(model)
-    test = own_test(config)
+    own = own_data(config, plan)
     keys = Path(config.credentials) if config.credentials else None
     engine = Sites(
         plan=plan,
@@ -89,15 +90,15 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
             folder,
             server,
             held,
-            keep=lambda path: disk.replace(
-                path / "sites.json", json.dumps({"run": plan.run}) + "\n"
-            ),
+            keep=lambda path: keep(path, plan),
         )
         with loop.around(config, server, kept, TensorBoard(), began) as here:
             # before the first round: what is promised, and how good the model is untrained
             here.report.say(f"listening at {config.address}, waiting for {', '.join(config.sites)}")
             for line in promise(server.private) if server.private else ["no privacy: no noise"]:
                 here.report.say(line)
+            ready = settled(session, config, here)
+            test = own_test(own, session.options.plan) if ready else None
             judged = plan.judging(server.recipe, model, test) if test is not None else ({}, None)
             scores = loop.Scores(here, test, judged[0], step=judged[1])
             starting_score(here.record, here.report, scores.last, server)
@@ -107,7 +108,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
             server.observers += [here, traffic, scores, here.record, here.report, saving]
 
             # the rounds
-            while not here.last and enough(session, config, here.stop):
+            while ready and not here.last and enough(session, config, here.stop):
                 server.round()
             why = early(server, session, config, here.stop.asked)
             here.end("serve")
@@ -134,13 +135,50 @@ class Traffic(Observer):
         return self.server.mark(self.session.figures())
 
 
-def own_test(config: ServeConfig) -> Dataset | None:
+def settled(session: SitesSession, config: ServeConfig, here: loop.Loop) -> bool:
+    """Whether training may begin: statistics of columns, where the plan has some, have come.
+
+    They are asked for as long as a round waits, and longer while there are too few.
+    """
+    asking = session.asking
+    if asking is None:
+        return True
+    begun, end = 0.0, time.monotonic() + config.patience
+    while not here.stop.asked and time.monotonic() < end:
+        everybody = asking.wait(0.5)
+        if not begun and len(session.wait_for_sites(0)) >= config.minimum:
+            begun = time.monotonic()
+        late = begun and time.monotonic() - begun > config.deadline
+        if (everybody or late) and len(asking.sent) >= session.least:
+            plan, warning = asking.read()
+            keep(here.kept.path, plan)
+            session.settle(plan)
+            here.report.say(
+                f"columns are scaled by private {plan.statistics} of all sites: {statistics.words(plan)}"
+            )
+            if warning:
+                here.report.say(warning)
+            return True
+        if everybody:
+            break
+    return False
+
+
+def own_data(config: ServeConfig, plan: Plan) -> Data | None:
     """The server's own test data, where it has some: its classes are those of all sites."""
     if config.dataset is None:
         return None
     data: Data = config.dataset.load(config.seed)
     prepared.agreed(data, config.dataset)
-    return data.test
+    statistics.agreed(plan, data)
+    return data
+
+
+def own_test(data: Data | None, plan: Plan) -> Dataset | None:
+    """Their test rows, scaled as those of sites."""
+    if data is None:
+        return None
+    return data.test if data.asks is None else statistics.scaled(plan, data.asks).test
 
 
 def make_plan(config: ServeConfig, run: str) -> Plan:
@@ -162,17 +200,26 @@ def make_plan(config: ServeConfig, run: str) -> Plan:
         optimizer=config.optimizer,
         optimizer_args=config.optimizer_args,
         privacy=config.privacy and config.plan,
+        standardize=config.standardize,
+        statistics=config.statistics,
         rounds=config.rounds,
         **config.training() | {"lr": config.lr or config.plan.default_lr},
     )
 
 
-def run_id(folder: Path, resume: bool) -> str:
-    """The run's name towards the sites: a new one, or that of the run to go on with."""
+def keep(folder: Path, plan: Plan) -> None:
+    """Write what a run that goes on must offer as before."""
+    told = {"run": plan.run, "center": plan.center, "width": plan.width}
+    disk.replace(folder / "sites.json", json.dumps(told) + "\n")
+
+
+def known(folder: Path, resume: bool) -> dict[str, Any]:
+    """The run's name towards the sites and how columns are scaled, of a new run or one that goes on."""
     if not resume:
-        return secrets.token_hex(8)
+        return {"run": secrets.token_hex(8)}
     try:
-        return str(json.loads((folder / "sites.json").read_text())["run"])
+        told = json.loads((folder / "sites.json").read_text())
+        return {"run": str(told["run"]), "center": told["center"], "width": told["width"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise ConfigError(f"nothing to resume: {folder} holds no run of sites") from e
 

@@ -19,6 +19,7 @@ from fedtorch.data.base import Data
 from fedtorch.engines import Local, messages, wire
 from fedtorch.engines.messages import Outcome
 from fedtorch.engines.wire import Message, MessageError
+from fedtorch.privacy.run import BEFORE
 from fedtorch.sites import offer as plans
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.curves import Curves
@@ -27,6 +28,7 @@ from fedtorch.sites.limits import accept
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.sites.state import Answered, Base, VisitMemory
+from fedtorch.sites.statistics import Told, portion, told, words
 from fedtorch.strategies.base import uploads
 from fedtorch.training.evaluate import evaluate
 from fedtorch.training.module import load
@@ -51,6 +53,12 @@ class Site:
         self.data: Data = config.dataset.load(0)
         prepared.agreed(self.data, config.dataset)
         log.info("%s", prepared.said(self.data))
+        self.unscaled = self.data
+        if getattr(config.dataset, "standardize", False) is True:
+            log.warning(
+                "columns are scaled by this site's own rows, and elsewhere by others: to scale them alike, "
+                "give every site the same dataset.bounds, or dataset.standardize private"
+            )
         self.client = Client(config.name, self.data.train)
         self.folder = Path(config.state)
         with ExitStack() as held:
@@ -72,13 +80,14 @@ class Site:
                 log.warning("%s", warning)
             self.memory = VisitMemory(self.folder)
             self.answered = Answered(self.folder)
+            self.told = Told(self.folder)
             self.base = Base(self.folder)
         except (OSError, ValueError) as e:
             raise ConfigError(f"state folder {config.state!r}: {e}") from e
         self.budget = Budget(self.folder, config.name, config.max_epsilon, config.max_delta)
         charges = sum(map(len, self.budget.ledgers.values()))
         if not config.lost_state:
-            self.answered.charged(charges)
+            self.answered.charged(charges - self.told.charged)
         if charges and not self.answered.path.exists():
             log.warning("%s is not there: visits are counted anew", self.answered.path)
         keys = Path(config.credentials) if config.credentials else None
@@ -128,6 +137,8 @@ class Site:
         if answer.kind != "plan" or not isinstance(table, dict):
             raise ConfigError("the server's answer is no plan")
         plan = accept(table, self.config)
+        self.data = self.told.scaled(plan, self.unscaled)
+        self.client = Client(self.config.name, self.data.train)
         shape = list(self.data.facts.get("input_shape", ()))
         wanted = list(plan.facts.get("input_shape", shape))
         if wanted != shape and not (plan.step and not shape):
@@ -147,6 +158,12 @@ class Site:
         derived = bool(self.data.preparation.derived)
         self.budget.admit(recipe, self.config.insecure, derived)
         self.answered.agree(plan, self.budget.most is not None)
+        if plan.standardize and not plan.center:
+            self.plan, self.has, self.schema = plan, "", {}
+            log.info("joined run %s to tell statistics of columns; %s", plan.run, _promise(plan))
+            return
+        if plan.standardize:
+            log.info("columns are scaled by private statistics of all sites: %s", words(plan))
         engine = Local(chunk=1, device=self.config.device)
         self.session = engine.open(self.model, [self.client], self.budget.told(recipe))
         self.judged = plan.judging(recipe, self.model, self.data.test)
@@ -179,11 +196,15 @@ class Site:
     def _work(self) -> Message:
         """One call for work, and the work; the server's answer."""
         assert self.plan is not None
-        answer = self._ask("fetch", Message("fetch", {"run": self.plan.run, "has": self.has}), 60)
+        facts: dict[str, object] = {"run": self.plan.run, "has": self.has}
+        facts |= {"scaled": bool(self.plan.center)} if self.plan.standardize else {}
+        answer = self._ask("fetch", Message("fetch", facts), 60)
         if answer.kind == "rejoin":
             self.plan = None
         elif answer.kind == "task":
             self._visit(answer)
+        elif answer.kind == "statistics":
+            self._tell(answer)
         elif answer.kind not in ("wait", "end"):
             raise MessageError(f"the server sent {wire.short(answer.kind)}")
         return answer
@@ -215,6 +236,31 @@ class Site:
         reply = messages.outcome_message(outcome, [self.client.id], **facts)
         self._send(Message("report", reply.facts, reply.groups), task)
         self._show(task, outcome)
+
+    def _tell(self, message: Message) -> None:
+        """Statistics of the columns that the plan names, once in a run; asked again, the same."""
+        plan, visit = self.plan, message.facts.get("visit")
+        assert plan is not None and plan.privacy is not None
+        if not plan.standardize or plan.center or self.unscaled.asks is None:
+            raise MessageError("the server asks for statistics that its plan does not have")
+        if not (isinstance(visit, str) and VISIT.fullmatch(visit)):
+            raise MessageError("statistics are asked for without a visit")
+        outcome, vector = None, self.told.sent(plan.run)
+        if vector is None:
+            try:
+                self.budget.charge_once(plan.privacy)
+            except OverBudget as e:
+                log.warning("no statistics of columns are told: %s", e)
+                outcome = Outcome(NOBODY, [_spent(self.client.id)], {})
+            else:
+                vector = portion(plan, self.unscaled.asks, self.client.id)
+                self.told.keep(plan.run, sent=vector.tolist())
+        if vector is not None:
+            outcome = told(self.client.id, vector)
+        assert outcome is not None  # one of the two
+        facts = {"run": plan.run, "visit": visit, "round": BEFORE}
+        reply = messages.outcome_message(outcome, [self.client.id], **facts)
+        self._send(Message("report", reply.facts, reply.groups), Task({}, {}, BEFORE, 0, 1.0))
 
     def _read(self, message: Message) -> Task:
         """The task in a message; raises MessageError unless it is one of the plan that was joined."""
@@ -286,8 +332,7 @@ class Site:
             self.budget.charge(self.plan.privacy, task.round, task.privacy.get("noise", 0.0))
         except OverBudget as e:
             log.warning("round %d: not done, %s", task.round + 1, e)
-            spent = Failure(self.client.id, "budget", "its privacy budget is spent")
-            return Outcome(NOBODY, [spent], {})
+            return Outcome(NOBODY, [_spent(self.client.id)], {})
         return None
 
     def _train(self, task: Task) -> Outcome:
@@ -341,6 +386,10 @@ class Site:
         data = self.line.call(method, wire.encode(message), seconds)
         room = MOST_PLAN if method == "join" else wire.header_room(self.schema)
         return wire.decode(data, self.limit, room)
+
+
+def _spent(site: str) -> Failure:
+    return Failure(site, "budget", "its privacy budget is spent")
 
 
 def _ended(why: object) -> int:
