@@ -127,8 +127,10 @@ class Recipe(TrainingOptions):
         adds = all(stage.linear and not stage.feedback for stage in self.channel)
         if self.secure is not None and self.secure.apart:
             return True
+        # whoever remembers what was sent must see it once a plan or a channel has changed it
+        sees = self.strategy.confirms and bool(self.privacy.claims or self.channel)
         # what a channel has decoded client-level privacy clips once more, client by client
-        return not (sums and adds) or bool(self.channel and self.privacy.central)
+        return not (sums and adds) or sees or bool(self.channel and self.privacy.central)
 
     def weights(self, examples: Tensor) -> Tensor:
         """Aggregation weights of clients with so many examples, [K]."""

@@ -132,6 +132,8 @@ def test_every_engine_comes_to_the_same(strategy, model):
     engines = [Local(chunk=1, solver="general"), Local(chunk=3, solver="stacked")]
     if model is mlp:
         engines.append(Processes(workers=2, chunk=2))
+    if strategy.apart and model is mlp:  # the shared pass alone
+        engines.append(Local(solver="fast"))
     for engine in engines:
         recipe = Recipe(strategy, lr=0.05, epochs=2, batch_size=4)
         cohort = Uniform(cohort_size=4)

@@ -97,6 +97,7 @@ class Leaf:
         self.value = value
         self.shift = None if shift is None else shift.reshape(self.value.shape)
         self.velocity = torch.zeros_like(self.value) if rule.momentum else None
+        self.drift: Tensor | None = None
         self.moved: Tensor | None = None
 
     def step(self, x: Tensor, y: Tensor) -> None:
@@ -105,10 +106,7 @@ class Leaf:
         w = self.value[:k]
         if self.velocity is None:
             w.baddbmm_(x, y, beta=rule.keep, alpha=-1)
-            if rule.pull:
-                w.add_(self.start, alpha=rule.lr * rule.pull)
-            if self.shift is not None:
-                w.add_(self.shift[:k], alpha=-rule.lr)
+            self._drifts(w, slice(k))
             return
         v = self.velocity[:k].baddbmm_(x, y, beta=rule.momentum)
         self._follow(w, v, slice(k))
@@ -120,13 +118,22 @@ class Leaf:
             if rule.keep != 1.0:
                 w.mul_(rule.keep)
             w.add_(g, alpha=-rule.lr * scale)
-            if rule.pull:
-                w.add_(self.start, alpha=rule.lr * rule.pull)
-            if self.shift is not None:
-                w.add_(self.shift[clients], alpha=-rule.lr)
+            self._drifts(w, clients)
             return
         v = self.velocity[clients].mul_(rule.momentum).add_(g, alpha=scale)
         self._follow(w, v, clients)
+
+    def _drifts(self, w: Tensor, clients: slice) -> None:
+        """What a step adds whatever the gradient is."""
+        lr, pull = self.rule.lr, self.rule.pull
+        if pull and self.shift is not None:
+            if self.drift is None:  # one pass in place of two
+                self.drift = (self.start * (lr * pull)).sub(self.shift, alpha=lr)
+            w.add_(self.drift[clients])
+        elif pull:
+            w.add_(self.start, alpha=lr * pull)
+        elif self.shift is not None:
+            w.add_(self.shift[clients], alpha=-lr)
 
     def _follow(self, w: Tensor, v: Tensor, clients: slice) -> None:
         # the velocity has the gradient in it already; what depends on the weights is missing

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -46,6 +46,8 @@ class Fast:
     memory: Memory = field(default_factory=Memory)
     module: fx.GraphModule | None = None
     """The front; built from the working model on first use."""
+    plain: ClassVar[bool] = True
+    """It starts all clients from the shared weights: what else a strategy trains is others' to do."""
 
     def __getstate__(self) -> dict[str, object]:
         """A worker builds the front from its own model."""

@@ -144,7 +144,7 @@ def strategy(recipe: Recipe) -> str | None:
     kind = type(recipe.strategy)
     if recipe.strategy.personal:
         return "weights stay with the clients (strategy.personal)"
-    if recipe.strategy.trains:
+    if recipe.strategy.trains and not recipe.strategy.apart:
         return f"{kind.__name__} trains in more than one pass"
     if kind.rests is not Strategy.rests:
         return f"{kind.__name__} lets weights rest by turns"

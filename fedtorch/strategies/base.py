@@ -85,6 +85,11 @@ class Strategy:
         return sums and not self.personal
 
     @property
+    def confirms(self) -> bool:
+        """Whether clients remember something of what they sent."""
+        return type(self).confirm is not Strategy.confirm
+
+    @property
     def trains(self) -> bool:
         """Whether a visit is more than one pass of local steps."""
         return type(self).train is not Strategy.train

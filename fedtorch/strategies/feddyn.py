@@ -50,16 +50,11 @@ class FedDyn(Strategy):
         """The gradient of -<g_k, w> + alpha/2 |w - w_t|^2."""
         return Correction(pull=self.alpha, shift=tmap(torch.neg, ctx.memory["g"]))
 
-    def upload(self, params: Stack, ctx: Context) -> tuple[dict[str, Stack], dict[str, Stack]]:
-        """The change, and g_k after it."""
-        sent = {"delta": tmap(torch.sub, params, ctx.anchor)}
-        return sent, self.confirm(sent, {}, ctx)
-
     def confirm(
         self, sent: dict[str, Stack], memory: dict[str, Stack], ctx: Context
     ) -> dict[str, Stack]:
         """By what the server really has."""
-        moved = tmap(lambda g, d: g - self.alpha * d, ctx.memory["g"], sent["delta"])
+        moved = tmap(lambda g, d: g.sub(d, alpha=self.alpha), ctx.memory["g"], sent["delta"])
         return {"g": moved}
 
     def step(

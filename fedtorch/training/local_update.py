@@ -75,12 +75,14 @@ def _visits(
     groups = [*(raw.groups or ["delta"])] if members else []
     turn = Turn.of(task, released.ids) if recipe.channel else Turn()
     released, unsent = encode(recipe.channel, released, groups, [c.memory for c in members], turn)
-    confirms = type(recipe.strategy).confirm is not Strategy.confirm
-    if confirms and memory is not None and members and (privacy.claims or recipe.channel):
+    again = privacy.claims or recipe.channel or recipe.strategy.only_delta
+    if recipe.strategy.confirms and memory is not None and members and again:
         like = {g: row(s, 0) for g, s in (raw.groups or {}).items()} if recipe.channel else {}
         sent = decode(recipe.channel, released, like, turn).sent
         memory = confirmed(recipe, ids, released.ids, sent, memory, precise)
     remember(clients, memory, ctx, good)
+    if memory is None and recipe.strategy.confirms:
+        alone(clients, trained, recipe.strategy, ctx, good)
     dtype = next(iter(ctx.anchor.values())).dtype
     for client, left in zip(members, unsent, strict=True):
         client.memory = client.memory | {g: tmap(lambda v: v.to(dtype), m) for g, m in left.items()}
@@ -105,8 +107,10 @@ def _trained(
     """What local steps leave, and what a strategy of several passes remembers of them."""
     task, recipe = data.task, data.recipe
 
-    def run(order: Sequence[Tensor], asked: Recipe, ctx: Context) -> Results:
-        return _solved(data.clients, order, task, asked, data.model, ctx, solve)
+    def run(order: Sequence[Tensor], asked: Recipe, ctx: Context, plain: bool = True) -> Results:
+        suits = plain or not getattr(solve, "plain", False)
+        way = solve if suits else None
+        return _solved(data.clients, order, task, asked, data.model, ctx, way)
 
     if not recipe.strategy.trains:
         return run(data.order, recipe, ctx), {}
@@ -246,7 +250,8 @@ def confirmed(
     chosen = {g: {n: v[places] for n, v in m.items()} for g, m in memory.items() if g != GROUP}
     with torch.no_grad():
         found = recipe.strategy.confirm(sent, chosen, ctx.among(places))
-    whole = {g: {n: v.clone() for n, v in memory[g].items()} for g in found}
+    known = ctx.memory | memory
+    whole = {g: {n: v.clone() for n, v in known[g].items()} for g in found}
     for group, kept in found.items():
         for name, v in kept.items():
             whole[group][name][places] = v
@@ -264,6 +269,22 @@ def remember(
                 g: {n: v.to(like[n].dtype) if n in like else v for n, v in row(m, k).items()}
                 for g, m in memory.items()
             }
+
+
+def alone(
+    clients: Sequence[Client], trained: Results, strategy: Strategy, ctx: Context, good: Tensor
+) -> None:
+    """The new memory of clients whose changes were sent as they are, and as a sum: one after another.
+
+    A client's change is in the cache then, and what it keeps holds nobody else's in memory.
+    """
+    rows, _ = trained.rows()
+    with torch.no_grad():
+        for k, client in enumerate(clients):
+            if good[k]:
+                change = {n: rows[n][k : k + 1] - w for n, w in ctx.anchor.items()}
+                found = strategy.confirm({"delta": change}, {}, ctx.of(k))
+                client.memory = {g: row(m, 0) for g, m in found.items()}
 
 
 def visited(order: Sequence[Tensor]) -> Tensor:

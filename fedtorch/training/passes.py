@@ -27,8 +27,8 @@ class Passes:
     ctx: Context
     order: Callable[[Recipe], Sequence[Tensor]]
     """Which examples each client takes in which step of a pass."""
-    run: Callable[[Sequence[Tensor], Recipe, Context], Results]
-    """The solver."""
+    run: Callable[[Sequence[Tensor], Recipe, Context, bool], Results]
+    """The solver; told whether it is the visit's plain pass, from the shared weights."""
     noised: list[Stacked] = field(default_factory=list)
     """Under sample-level privacy the result of the one pass that may be sent."""
 
@@ -65,7 +65,7 @@ class Passes:
         lr_sum = rates(asked, self.task.lr, taken)
         ctx = replace(self.ctx, own=own, steps=taken, lr_sum=lr_sum)
         with resting(self.model, {*rests}):
-            found = self.run(order, asked, ctx)
+            found = self.run(order, asked, ctx, plain)
         rows, floats = found.rows()
         # copies: the next pass writes over them in the same module
         params = {k: rows[k] if k in rows else self._still(k, own) for k in self._trained()}

@@ -32,9 +32,10 @@ def train_sequentially(
 ) -> Summed:
     """Train each client from the global weights as if it were alone, and sum what they learned.
 
-    Raises ValueError where ``recipe.needs_rows``: a sum does not show each client's update.
+    Raises ValueError where ``recipe.needs_rows``, or clients remember their own change: a sum does not show
+    each client's.
     """
-    if recipe.needs_rows:
+    if recipe.needs_rows or recipe.strategy.confirms:
         raise ValueError("clients whose updates are needed one by one train one at a time")
     privacy, trainee = recipe.privacy, Trainee(model, task, recipe)
     start = {k: task.state[k] for k in trainee.params}
