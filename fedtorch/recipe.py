@@ -91,9 +91,11 @@ class Recipe(TrainingOptions):
         return Supervised(self.loss) if self.step is None else self.step
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
-        """Of each example of a batch, [B], or one number for the whole of it."""
-        if self.step is not None:  # which may take parts out of a batch, or ask for its gradient
-            batch = mapped(torch.detach, batch)
+        """Of each example of a batch, [B], or one number for the whole of it.
+
+        The batch stays as it is: a model may write on it, a step take parts out or ask for its gradient.
+        """
+        batch = mapped(lambda t: t.detach().clone(), batch)
         return asked(self.asked, model, batch)
 
     def tried(self, model: nn.Module, batch: Any) -> Tensor:

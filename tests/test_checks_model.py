@@ -42,3 +42,34 @@ def test_what_holds_the_model_handed_over_is_refused():
         ConfigError, match=r"the loss or step, .* uses parameter 0\.weight of the very model"
     ):
         Server(plain, make_clients([5]), Recipe(loss=loss))
+
+
+def test_parameters_that_are_views_of_one_another_are_refused():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    model[1].weight = nn.Parameter(model[0].weight.data[1:5])
+    with pytest.raises(ConfigError, match=r"0\.weight and 1\.weight of .* in the same memory"):
+        Server(model, make_clients([5]))
+    whole = torch.randn(60)  # side by side in one block, as an LSTM on a GPU lays them
+    model[0].weight = nn.Parameter(whole[:36].view(6, 6))
+    model[1].weight = nn.Parameter(whole[36:].view(4, 6))
+    Server(model, make_clients([5])).round()
+
+
+class Force(nn.Module):
+    """Minus the gradient of an energy."""
+
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.energy, self.on = nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 1)), on
+
+    def forward(self, x):
+        with torch.set_grad_enabled(self.on or torch.is_grad_enabled()):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_a_model_that_takes_gradients_as_it_runs_is_told_to_record_them():
+    recipe = Recipe(loss=lambda output, target: output.square().mean(1))
+    with pytest.raises(ConfigError, match=r"takes gradients as it runs.* torch\.enable_grad"):
+        Server(Force(False), make_clients([5]), recipe)
+    assert "train_loss" in Server(Force(True), make_clients([5]), recipe).round()

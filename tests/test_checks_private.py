@@ -26,3 +26,22 @@ def test_a_parameter_without_a_part_in_the_loss_is_named():
     model = Spare()
     with pytest.raises(ConfigError, match=r"extra\.weight has no part in the loss of any example"):
         Server(model, make_clients([8]), Recipe(privacy=SampleLevel(rounds=1)))
+
+
+def test_a_model_may_write_on_its_batch_and_keep_statistics_still_by_itself():
+    class Still(nn.Sequential):
+        def train(self, mode: bool = True):
+            super().train(mode)
+            self[1].eval()
+            return self
+
+        def forward(self, x):
+            return super().forward(x.mul_(2))
+
+    model = Still(nn.Linear(6, 4), nn.BatchNorm1d(4))
+    before = model[1].running_mean.clone()
+    plan = SampleLevel(rounds=1, noise_multiplier=1.0)
+    Server(model, make_clients([8]), Recipe(privacy=plan)).round()
+    assert torch.equal(model[1].running_mean, before)
+    with pytest.raises(ConfigError, match=r"BatchNorm1d.* mixes the examples"):
+        Server(nn.Sequential(*model), make_clients([8]), Recipe(privacy=plan))

@@ -1,5 +1,6 @@
 """What of a model nothing here could train, average or copy, said before training."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,9 @@ def trainable(model: nn.Module) -> None:
         raise ConfigError(f"model {name} has lazy layers; run one batch through it first")
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
-        raise ConfigError(f"model {name} has no trainable parameters")
+        quantized = any("quantized" in type(m).__module__ for m in model.modules())
+        fix = ": quantized layers have none, hand over the model they were made from"
+        raise ConfigError(f"model {name} has no trainable parameters{fix if quantized else ''}")
     if any(p.is_complex() for p in params):
         raise ConfigError(f"model {name} has complex parameters, which are not supported")
     if loose := [k for k, p in model.named_parameters() if not p.is_leaf]:
@@ -32,6 +35,11 @@ def trainable(model: nn.Module) -> None:
             f"parameter {watched[0]} of model {name} has a hook on its gradient, which a copy loses, and "
             "clients train copies: do the same in the model's forward or by a strategy's correct()"
         )
+    if both := _overlapping(model):
+        raise ConfigError(
+            f"parameters {both[0]} and {both[1]} of model {name} lie in the same memory, and copies would "
+            "part: make one parameter of it, and take views in forward"
+        )
     for k, v in (*model.named_parameters(), *model.named_buffers()):
         if v.layout is not torch.strided or v.is_quantized or v.is_meta:
             kind = "quantized" if v.is_quantized else "on device meta" if v.is_meta else "sparse"
@@ -39,6 +47,22 @@ def trainable(model: nn.Module) -> None:
                 f"{k} of model {name} is {kind}, and weights and buffers must be plain numbers: make it "
                 "dense, or keep it as a plain attribute"
             )
+
+
+def _overlapping(model: nn.Module) -> tuple[str, str] | None:
+    """Two parameters whose numbers lie in part in the same memory; one that two layers share is one."""
+    lies: list[tuple[int, int, int, str]] = []
+    for k, p in model.named_parameters():
+        if p.layout is torch.strided and not p.is_meta and not p.is_quantized and p.numel():
+            room = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+            start = int(p.storage_offset()) * p.element_size()
+            place = p.untyped_storage().data_ptr()
+            lies.append((place, start, start + int(room) * p.element_size(), k))
+    lies.sort()
+    for one, other in itertools.pairwise(lies):
+        if one[0] == other[0] and other[1] < one[2]:
+            return one[3], other[3]
+    return None
 
 
 def _hooked(p: Tensor) -> bool:

@@ -72,7 +72,8 @@ def _per_example(
     if unused and (unused := [k for k in unused if k not in _reached(model, batch, recipe)]):
         raise ConfigError(
             f"parameter {unused[0]} has no part in the loss of any example tried: call "
-            "requires_grad_(False) on it, or it would be trained on noise alone"
+            "requires_grad_(False) on it, or it would be trained on noise alone (a part that is used by "
+            "chance, as a layer skipped at random, needs privacy client)"
         )
     if draws_numbers(model, batch, recipe, held=True):
         raise ConfigError(

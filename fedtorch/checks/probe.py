@@ -53,8 +53,9 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Found:
             if take is None:
                 visit_alone(model, client, index, recipe)
                 continue
-            _backward(model, client, index, recipe)
+            batch = _backward(model, client, index, recipe)
             take()
+            _unrecorded(model, batch, recipe)
         change, stay = outline.changed(), _not_averaged(model, before)
     if other := trained ^ {k for k, p in model.named_parameters() if p.requires_grad}:
         raise ConfigError(
@@ -109,8 +110,23 @@ def _full_and_short(clients: Sequence[Client], recipe: Recipe) -> Iterator[tuple
     yield (clients[k], torch.arange(n - rest, n)) if rest != size else full
 
 
-def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -> None:
-    """Leave the gradient of a batch in the model, or say what does not fit."""
+def _unrecorded(model: nn.Module, batch: Any, recipe: Recipe) -> None:
+    """Raises ConfigError where a forward takes gradients, and none are recorded, as in every evaluation."""
+    try:
+        with torch.no_grad():
+            recipe.tried(model, batch)
+    except RuntimeError as e:
+        if "does not require grad" in str(e):
+            raise ConfigError(
+                f"model {type(model).__name__} or its loss takes gradients as it runs, which fails where "
+                f"none are recorded, as in evaluation ({first(e)}): put that part under "
+                "torch.enable_grad()"
+            ) from e
+        raise
+
+
+def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -> Any:
+    """Leave the gradient of a batch in the model, or say what does not fit; returns the batch."""
     name, device = type(model).__name__, next(model.parameters()).device
     try:
         batch = to(fetch(client.data, index % len_of(client.data)), device)
@@ -137,6 +153,7 @@ def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -
         loss.mean().backward()
     except Exception as e:
         raise ConfigError(f"the loss of model {name} has no gradient: {first(e)}") from e
+    return batch
 
 
 def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:

@@ -143,7 +143,12 @@ def private_gradients(model: nn.Module, losses: Step, steps: PrivateSteps) -> It
         return
     from opacus.grad_sample import GradSampleHooks
 
-    hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
+    try:
+        hooks = GradSampleHooks(model, loss_reduction="sum", strict=False)
+    except Exception:  # of a layer that it does not know, after it has begun with others
+        for handle in vars(model).pop("autograd_grad_sample_hooks", ()):
+            handle.remove()
+        raise
     ghosts = Ghosts(model if steps.mode == "ghost" else nn.Sequential())
     moved = _listen(model, hooks, ghosts.layers)
     gradients = OpacusGradients(model, hooks, ghosts, losses, steps)

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fedtorch.training.module import training
 from fedtorch.training.outline import copied
 from fedtorch.types import ConfigError
 
@@ -17,9 +18,10 @@ RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention)
 
 def refuse(model: nn.Module) -> None:
     """Layers that keep or use statistics of many examples; all modules are looked at, frozen or not."""
+    still = resting(model)
     for name, module in model.named_modules():
         where = f"layer {name or 'model'} ({type(module).__name__})"
-        if isinstance(module, _BatchNorm) and not rests(module, model):
+        if isinstance(module, _BatchNorm) and module not in still:
             raise ConfigError(
                 f"{where} mixes the examples of a batch and keeps statistics nobody noises: use "
                 f"GroupNorm{FIX}"
@@ -30,13 +32,16 @@ def refuse(model: nn.Module) -> None:
             )
 
 
-def rests(module: _BatchNorm, model: nn.Module) -> bool:
-    """Whether its owner left it in evaluation mode, with statistics that neither use nor follow the data.
+def resting(model: nn.Module) -> set[nn.Module]:
+    """BatchNorm in evaluation mode as clients train: its statistics neither use nor follow the data.
 
-    A model that is so as a whole trains as a whole.
+    Its owner left it so, or the model's own ``train`` does.
     """
-    off = not module.training and any(m.training for m in model.modules())
-    return off and module.running_mean is not None
+    modes = [(m, m.training) for m in model.modules()]
+    still = {m for m in training(model).modules() if isinstance(m, _BatchNorm) and not m.training}
+    for m, was in modes:
+        m.training = was
+    return {m for m in still if m.running_mean is not None}
 
 
 def renorming(model: nn.Module) -> None:
@@ -78,8 +83,9 @@ def fixed(model: nn.Module) -> nn.Module:
 
     fixers = {k: v for k, v in ModuleValidator.FIXERS.items() if k in RECURRENT}
     model = copied(model)
+    still = resting(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, _BatchNorm) and name and not rests(module, model):
+        if isinstance(module, _BatchNorm) and name and module not in still:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, _group_norm(module))
         elif isinstance(module, _InstanceNorm) and module.track_running_stats:

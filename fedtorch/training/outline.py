@@ -127,7 +127,7 @@ def copied(model: nn.Module) -> nn.Module:
     except Exception as e:
         raise ConfigError(
             f"model {type(model).__name__} cannot be copied, and clients train a copy: "
-            f"{_stubborn(model)}: {e}"
+            f"{_stubborn(model)}: {e}; keep such a thing outside of the model, or give it __deepcopy__"
         ) from e
     for old, new in zip(model.parameters(), made.parameters(), strict=True):
         new.requires_grad_(old.requires_grad)
