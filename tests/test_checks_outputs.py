@@ -1,12 +1,14 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from conftest import mlp
-from fedtorch import ConfigError
+from fedtorch import Client, ConfigError, Recipe, Server
 from fedtorch.checks.outputs import classes_fit, metrics_fit
 from fedtorch.data import from_tensors
+from fedtorch.privacy import Nothing, SampleLevel
 from fedtorch.training.losses import accuracy, binary_accuracy, cross_entropy
 
 
@@ -82,3 +84,54 @@ def test_an_evaluation_that_fails_is_refused_before_training():
 
     with pytest.raises(ConfigError, match=r"cannot take a batch .* in evaluation"):
         metrics_fit(Forgets(6, 4), named(torch.tensor([0, 1]), 4).test, {"loss": cross_entropy})
+
+
+@pytest.mark.parametrize("plan", [Nothing(), SampleLevel(rounds=1)], ids=["plain", "sample"])
+def test_a_label_beyond_the_classes_is_told_before_training_wherever_it_is(plan):
+    x, y = torch.randn(40, 3), torch.arange(40) % 2
+    late = y.clone()
+    late[37] = 2
+    clients = [Client("a", (x, y)), Client("b", (x, late))]
+    with pytest.raises(ConfigError, match="client b has labels that are none of the model's 2"):
+        Server(nn.Linear(3, 2), clients, Recipe(privacy=plan, batch_size=8))
+    late[37] = -100  # which does not count
+    Server(nn.Linear(3, 2), clients, Recipe(privacy=plan, batch_size=8))
+
+
+def one_loss(output, target):
+    return (output - target) ** 2
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [one_loss, nn.MSELoss(), lambda o, y: F.l1_loss(o, y, reduction="none")],
+    ids=["own", "torch", "each"],
+)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_a_loss_that_holds_every_output_to_every_label_is_refused(loss):
+    x, y = torch.randn(9, 3), torch.randn(9)
+    with pytest.raises(ConfigError, match=r"to every label .* y\[:, None\], or .*Flatten\(0\)"):
+        Server(nn.Linear(3, 1), [Client("a", (x, y))], Recipe(loss=loss))
+    Server(nn.Linear(3, 1), [Client("a", (x, y[:, None]))], Recipe(loss=loss)).round()
+    flat = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+    Server(flat, [Client("a", (x, y))], Recipe(loss=loss)).round()
+
+
+@pytest.mark.parametrize(
+    ("y", "loss", "fix"),
+    [
+        (
+            torch.eye(3).long()[:2].repeat(3, 1),
+            cross_entropy,
+            r"y\.float\(\), or classes, y\.argmax",
+        ),
+        (torch.zeros(6, 1).long(), cross_entropy, r"give y\[:, 0\]"),
+        (torch.zeros(6, 3).bool(), nn.BCEWithLogitsLoss(), "holds bool: .* amounts float32"),
+        (torch.full((6,), 3), nn.CrossEntropyLoss(), "of 3 outputs the classes are 0 to 2"),
+        (torch.zeros(6), nn.CrossEntropyLoss(), r"y\.long\(\)"),
+    ],
+    ids=["one-hot", "column", "truth", "beyond", "floats"],
+)
+def test_targets_of_another_kind_are_told_the_fix(y, loss, fix):
+    with pytest.raises(ConfigError, match=fix):
+        Server(nn.Linear(3, 3), [Client("a", (torch.randn(6, 3), y))], Recipe(loss=loss))

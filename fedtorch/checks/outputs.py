@@ -1,21 +1,26 @@
 """Whether what a model gives in evaluation fits the classes of the data, and each metric."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from fedtorch import seeds
 from fedtorch.checks.tried import first, shape
+from fedtorch.client import Client
+from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, len_of
-from fedtorch.training.losses import Loss, gathers, reduce
+from fedtorch.training.losses import IGNORED, Loss, cross_entropy, gathers, reduce
 from fedtorch.training.outline import untouched
 from fedtorch.training.stacked import forward, to
 from fedtorch.types import ConfigError
+
+CLASSES = nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss
+"""Losses of torch whose targets are classes."""
 
 
 def classes_fit(model: nn.Module, train: Dataset, labels: Tensor | None, classes: int) -> None:
@@ -39,6 +44,34 @@ def classes_fit(model: nn.Module, train: Dataset, labels: Tensor | None, classes
             f"model {type(model).__name__} gives {shape(found)} for a batch of {len(found)}, but the data "
             f"has {classes} classes: it needs an output of {classes} for each example, on axis 1"
         )
+
+
+def labels_fit(
+    model: nn.Module, clients: Sequence[Client], tried: Sequence[Client], recipe: Recipe
+) -> None:
+    """A label that is none of the model's classes would end the run where a batch holds it.
+
+    Looked for where targets are a table of classes and the loss is torch's or ours; ``tried`` stand for the
+    clients in all else.
+    """
+    ours = recipe.loss is cross_entropy or isinstance(recipe.loss, CLASSES)
+    if recipe.step is not None or recipe.local is not None or not ours:
+        return
+    with _output(model, tried[0].data) as (output, _):
+        classes = output.shape[1] if isinstance(output, Tensor) and output.dim() > 1 else 0
+    ignored = getattr(recipe.loss, "ignore_index", IGNORED)
+    for client in clients if classes else ():
+        tables = client.data.tensors if isinstance(client.data, TensorDataset) else ()
+        if len(tables) != 2 or tables[1].is_floating_point():
+            continue
+        low, high = (int(v) for v in tables[1].aminmax())
+        if (low < 0 or high >= classes) and bool(
+            ((tables[1] < 0) | (tables[1] >= classes)).logical_and(tables[1] != ignored).any()
+        ):
+            raise ConfigError(
+                f"client {client.id} has labels that are none of the model's {classes} classes, 0 to "
+                f"{classes - 1}: number them from 0, or give the model as many outputs as there are"
+            )
 
 
 def metrics_fit(model: nn.Module, data: Dataset, metrics: Mapping[str, Loss]) -> dict[str, Loss]:

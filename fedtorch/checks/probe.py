@@ -183,22 +183,49 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
             f"model {name} cannot take a batch {shape(x)} of client {who}: {first(e)}{fix}"
         ) from e
     try:
-        return reduce(recipe.loss(output, y))
+        found = reduce(recipe.loss(output, y))
     except ConfigError:
         raise
     except Exception as e:
         raise ConfigError(
             f"the loss does not fit model {name} (output {shape(output)}) and the labels "
-            f"{shape(y)}: {first(e)}{other_types(model, y) or _no_classes(output, y)}"
+            f"{shape(y)}: {first(e)}{_no_classes(output, y) or other_types(model, y)}"
         ) from e
+    if _spread_out(recipe, output, y, found):
+        raise ConfigError(
+            f"the loss holds each output of model {name} ({shape(output)}) to every label ({shape(y)}), "
+            f"as shapes that differ are broadcast{ONE_AXIS}"
+        )
+    return found
+
+
+ONE_AXIS = "; give the labels as [N, 1], y[:, None], or end the model with nn.Flatten(0)"
+
+
+def _spread_out(recipe: Recipe, output: Any, target: Any, found: Tensor) -> bool:
+    """Whether a loss of [B, 1] and [B] is another than of two that are of one shape."""
+    if not (isinstance(output, Tensor) and isinstance(target, Tensor)) or len(output) < 2:
+        return False
+    if {output.dim(), target.dim()} != {1, 2} or output.numel() != target.numel():
+        return False
+    try:
+        with torch.no_grad():
+            other = reduce(recipe.loss(output.detach().reshape(target.shape), target))
+    except Exception:  # which takes nothing but the shapes it was given
+        return False
+    return found.shape != other.shape or not torch.allclose(found.detach(), other, rtol=1e-3)
 
 
 def _no_classes(output: Any, target: Any) -> str:
     """The fix, where targets that lie as classes do are not of their type."""
     if not isinstance(output, Tensor) or not isinstance(target, Tensor):
         return ""
-    if target.dtype == torch.int64 or (len(output), *output.shape[2:]) != target.shape:
+    if {output.dim(), target.dim()} == {1, 2} and output.numel() == target.numel():
+        return ONE_AXIS
+    if output.dim() < 2 or (len(output), *output.shape[2:]) != target.shape:
         return ""
+    if target.dtype == torch.int64:
+        return f"; of {output.shape[1]} outputs the classes are 0 to {output.shape[1] - 1}"
     kind = str(target.dtype).removeprefix("torch.")
     return f"; the labels are {kind}, and classes must be int64: y.long(), y.astype('int64')"
 

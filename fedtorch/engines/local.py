@@ -9,6 +9,7 @@ from torch import nn
 
 from fedtorch.checks import data, keeps, reached, short
 from fedtorch.checks.model import aside, modes, trainable
+from fedtorch.checks.outputs import labels_fit
 from fedtorch.checks.probe import fits
 from fedtorch.checks.standins import shown
 from fedtorch.client import Client
@@ -49,6 +50,7 @@ class Local:
             tried = shown(worker, clients, recipe)
             with aside(model, local=recipe.local is not None):
                 found = fits(worker, tried, recipe)
+            labels_fit(worker, clients, tried, recipe)
             short.batches(worker, tried, recipe)
             reached.others(model, worker, tried, recipe)
             with untouched(worker):

@@ -157,6 +157,8 @@ def _rows(data: Any, owner: str) -> Any:
         else type(data).__name__
     )
     found = leaves(parts)
+    if any(t.layout is not torch.strided for t in found):
+        raise ConfigError(f"{owner}: its tensors are sparse: give them dense, x.to_dense()")
     if not found or not all(t.dim() for t in found):
         raise ConfigError(f"{owner}: data must be tensors (x, y) with one row each, got {kinds}")
     if len({*map(len, found)}) != 1:

@@ -97,9 +97,13 @@ def _weights(target: Tensor) -> Tensor:
 
 def _one_axis_less(output: Tensor, target: Tensor) -> None:
     if output.dim() < 2 or (output.shape[0], *output.shape[2:]) != target.shape:
+        fix = "classes lie on axis 1, as in torch's: output [B, C, ...] has targets [B, ...]"
+        if output.shape == target.shape and output.dim() > 1:
+            fix = "one-hot targets must be floats, y.float(), or classes, y.argmax(1)"
+        elif target.dim() == 2 and target.shape[1] == 1:
+            fix += ": give y[:, 0]"
         raise ConfigError(
-            f"the model gives {tuple(output.shape)} but the targets are {tuple(target.shape)}: classes "
-            "lie on axis 1, as in torch's cross_entropy, so that output [B, C, ...] has targets [B, ...]"
+            f"the model gives {tuple(output.shape)} but the targets are {tuple(target.shape)}; {fix}"
         )
 
 

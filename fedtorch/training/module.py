@@ -78,7 +78,7 @@ def other_types(model: nn.Module, batch: Any) -> str:
             f"; a batch holds {kind} and the weights are {name}: give the data as {name}, by "
             f"astype('{name}') of arrays and DataFrames, by to(torch.{name}) of tensors"
         )
-    if odd := [d for d in found if d in (torch.int8, torch.int16, torch.int32, torch.uint8)]:
+    if odd := [d for d in found if not d.is_floating_point and d != torch.int64]:
         kind = str(odd[0]).removeprefix("torch.")
         return f"; a batch holds {kind}: classes and places in a vocabulary must be int64, amounts {name}"
     return ""
