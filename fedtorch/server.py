@@ -127,7 +127,7 @@ class Server:
             *handed.notes(model, self.recipe, like, len(clients)),
             *pace.check(self.under_way.asked),
             *masks,
-            *secure.notes(self.recipe, model),
+            *secure.notes(self.recipe, model, simulated=sizes is not None),
             *self.books.check(),
         ]
         self.round_number = 0

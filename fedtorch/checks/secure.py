@@ -45,14 +45,28 @@ def check(
     ]
 
 
-def notes(recipe: Recipe, model: nn.Module) -> list[str]:
-    """What of this model a sum still shows of one client."""
-    embeds = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
-    if recipe.secure is None or recipe.privacy.claims or not embeds:
+def notes(recipe: Recipe, model: nn.Module, simulated: bool) -> list[str]:
+    """What masks are in this run, and what of this model a sum still shows of one client."""
+    if recipe.secure is None:
         return []
+    said = []
+    if simulated:
+        said.append(
+            "aggregator secure: a simulation adds the same whole numbers without masks; bytes and seconds "
+            "of masks are reckoned (docs/secure.md)"
+        )
+    if recipe.secure.neighbours is not None:
+        said.append(
+            "aggregator.neighbours holds against a server that follows the protocol and looks "
+            "(semi-honest), not against one that lies"
+        )
+    embeds = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
+    if recipe.privacy.claims or not embeds:
+        return said
     return [
+        *said,
         "aggregator secure: rows of an embedding that only one client's words touch appear in the sum as "
-        "that client sent them; only noise hides them (--privacy)"
+        "that client sent them; only noise hides them (--privacy)",
     ]
 
 

@@ -60,6 +60,8 @@ class SecureClient:
         self._seed = random.token_bytes(KEY)
         self._own = Keys(self._box.public, self._mask.public, commit(terms.context, self._seed))
         self._keys: dict[int, Keys] = {}
+        self._shared: dict[int, bytes] = {}
+        """What the box keys of two have in common: keys of both ways are derived of it."""
         self._near: list[int] = []
         """Who shares masks with this client, and holds shares of its secrets beside itself."""
         self._held: dict[int, tuple[bytes, bytes]] = {}
@@ -193,8 +195,10 @@ class SecureClient:
         """Key of the box that goes one way between two, and what it is sealed about."""
         other = receiver if sender == self.place else sender
         way = f"box {sender}>{receiver}"
-        shared = self._box.agree(self._keys[other].box)
-        return derive(shared, way, self.terms.context), self.terms.context + way.encode()
+        if other not in self._shared:
+            self._shared[other] = self._box.agree(self._keys[other].box)
+        context = self.terms.context
+        return derive(self._shared[other], way, context), context + way.encode()
 
     def _name(self, place: int) -> str:
         return self.terms.members[place].name
