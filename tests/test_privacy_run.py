@@ -26,7 +26,7 @@ from fedtorch.training.stacked import snapshot
 from fedtorch.types import ConfigError, Task
 from private_case import clients, model, server
 
-QUICK = ["train", "--privacy", "sample", "--privacy.accountant", "rdp"]
+QUICK = ["train", "--privacy", "sample", "--privacy.accountant", "rdp", "--tracking", "none"]
 
 
 def weights(run) -> torch.Tensor:

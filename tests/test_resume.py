@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,15 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from fedtorch import ConfigError, Server, disk
+from fedtorch.__main__ import main
 
 # client memory, server optimizer, dropped clients, a schedule and dropout: all there is to lose
 RUN = [
     "train", "--privacy", "none", "--model", "wide.py", "--strategy", "scaffold",
     "--strategy.server", "adam", "--participation", "uniform", "--participation.cohort-size", "6",
     "--participation.dropout", "0.2", "--schedule", "exponential", "--optimizer.momentum", "0.9",
-    "--lr", "0.02", "--engine.chunk", "3",
+    "--lr", "0.02", "--engine.chunk", "3", "--drop-last", "--epochs", "1",
+    "--tracking.pictures", "false",
 ]  # fmt: skip
 
 MODEL = """
@@ -32,7 +35,25 @@ def build(in_features: int, num_outputs: int) -> nn.Module:
         nn.Linear(64, num_outputs),
     )
 """
-RUN += ["--drop-last"]
+SMALL = ["train", "--model", "logistic", "--clients", "4", "--epochs", "1", "--tracking", "none"]
+PLAIN = [*SMALL, "--privacy", "none", "--strategy", "scaffold", "--lr", "0.05"]
+TIGHT = [*SMALL, "--privacy", "sample", "--privacy.epsilon", "1", "--privacy.clip", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    """Runs of one, two and three rounds, of which tests spoil or continue copies."""
+    place = tmp_path_factory.mktemp("begun")
+    (place / "wide.py").write_text(MODEL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("XDG_STATE_HOME", str(place / "state"))
+        for name, words, rounds in (
+            ("odd", RUN, 1), ("one", PLAIN, 1), ("two", PLAIN, 2), ("three", PLAIN, 3),
+            ("tight", TIGHT, 1),
+        ):  # fmt: skip
+            assert main([*words, "--rounds", str(rounds), "--run-dir", name]) == 0
+    return place
 
 
 @pytest.fixture
@@ -41,7 +62,7 @@ def folder(fedtorch, tmp_path) -> Path:
     return tmp_path
 
 
-def same(a: str, b: str) -> None:
+def same(a: str | Path, b: str) -> None:
     one, two = (load_file(f"{f}/model.safetensors") for f in (a, b))
     assert all(torch.equal(one[k], two[k]) for k in one)
     for name in ("test_loss", "test_accuracy", "rounds"):
@@ -50,7 +71,7 @@ def same(a: str, b: str) -> None:
     assert figures(a) == figures(b)
 
 
-def figures(run: str) -> list[dict]:
+def figures(run: str | Path) -> list[dict]:
     lines = [json.loads(line) for line in Path(f"{run}/metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
@@ -95,7 +116,8 @@ def test_n_and_m_rounds_are_n_plus_m(fedtorch, folder):
 
 def test_killed_between_rounds_3_and_8_and_resumed_is_the_uninterrupted_run(fedtorch, folder):
     assert fedtorch(*RUN, "--rounds", 10, "--run-dir", "whole")[0] == 0
-    process = start(*RUN, "--rounds", "10", "--run-dir", "killed")
+    pictures = ["--tracking.pictures", "true", "--tracking.every", "4"]
+    process = start(*RUN, *pictures, "--rounds", "10", "--run-dir", "killed")
     wait_for_round(process, "killed", random.randint(3, 7))
     time.sleep(random.random() * 0.05)  # anywhere in a round, in a write too
     process.kill()
@@ -114,10 +136,10 @@ def test_killed_between_rounds_3_and_8_and_resumed_is_the_uninterrupted_run(fedt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_exits_and_the_run_can_go_on(fedtorch, folder, number):
+def test_a_signal_saves_and_exits_and_the_run_can_go_on(fedtorch, number):
     # far fewer checkpoints than rounds: what is saved is saved because of the signal
     rare = ["--checkpoint-every", "1000", "--eval-every", "1000"]
-    process = start(*RUN, *rare, "--rounds", "100000", "--run-dir", "stopped")
+    process = start(*PLAIN, *rare, "--rounds", "100000", "--run-dir", "stopped")
     wait_for_round(process, "stopped", 1)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -128,11 +150,8 @@ def test_a_signal_saves_and_exits_and_the_run_can_go_on(fedtorch, folder, number
     reached = json.loads(Path("stopped/summary.json").read_text())
     assert reached["test_accuracy"] == figures("stopped")[-1]["test_accuracy"]
     goal = reached["rounds"] + 1
-    assert (
-        fedtorch("train", "--resume", "--trust-code", "--run-dir", "stopped", "--rounds", goal)[0]
-        == 0
-    )
-    assert fedtorch(*RUN, *rare, "--rounds", goal, "--run-dir", "straight")[0] == 0
+    assert fedtorch("train", "--resume", "--run-dir", "stopped", "--rounds", goal)[0] == 0
+    assert fedtorch(*PLAIN, *rare, "--rounds", goal, "--run-dir", "straight")[0] == 0
     one, two = (load_file(f"{f}/model.safetensors") for f in ("stopped", "straight"))
     assert all(torch.equal(one[k], two[k]) for k in one)
 
@@ -191,18 +210,14 @@ def test_a_private_run_killed_before_its_first_charge_goes_on(fedtorch, monkeypa
         (["--clients", "3"], "has clients = None, not 3"),
     ],
 )
-def test_what_would_make_it_another_run_is_refused(fedtorch, folder, change, message):
-    assert fedtorch(*RUN, "--rounds", 1, "--run-dir", "run")[0] == 0
+def test_what_would_make_it_another_run_is_refused(fedtorch, begun, folder, change, message):
+    shutil.copytree(begun / "odd", "run")
     code, _, err = fedtorch(
         "train", "--resume", "--trust-code", "--run-dir", "run", "--rounds", 2, *change
     )
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
-
-
-SMALL = ["train", "--model", "logistic", "--clients", "4", "--epochs", "1", "--tracking", "none"]
-PLAIN = [*SMALL, "--privacy", "none", "--strategy", "scaffold", "--lr", "0.05"]
 
 
 def damaged(path: Path, how: str) -> None:
@@ -223,9 +238,8 @@ def damaged(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "flipped", "foreign", "pickle"])
-def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(fedtorch, how):
-    assert fedtorch(*PLAIN, "--rounds", 3, "--run-dir", "whole")[0] == 0
-    assert fedtorch(*PLAIN, "--rounds", 2, "--run-dir", "run")[0] == 0
+def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(fedtorch, begun, how):
+    shutil.copytree(begun / "two", "run")
     path = Path("run/checkpoints/round-000002.pt")
     damaged(path, how)
     code, out, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 3)
@@ -234,12 +248,12 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(fedtorch, how):
     assert "going on from the one before, round 1" in out
     assert not Path("ran").exists()
     assert path.with_name("round-000002.pt.damaged").is_file()
-    same("whole", "run")
+    same(begun / "three", "run")
 
 
 @pytest.mark.parametrize("how", ["cut", "pickle"])
-def test_a_run_without_a_whole_checkpoint_is_one_sentence_and_stays_as_it_is(fedtorch, how):
-    assert fedtorch(*PLAIN, "--rounds", 1, "--run-dir", "run")[0] == 0
+def test_a_run_without_a_whole_checkpoint_is_one_sentence_and_stays_as_it_is(fedtorch, begun, how):
+    shutil.copytree(begun / "one", "run")
     for path in Path("run/checkpoints").iterdir():
         damaged(path, how)
     before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
@@ -288,9 +302,10 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("was, new, message", CHANGES)
-def test_another_config_is_refused_and_the_runs_own_can_be_had_again(fedtorch, was, new, message):
-    private = ["--privacy", "sample", "--privacy.epsilon", 1.0, "--privacy.clip", 0.5]
-    assert fedtorch(*SMALL, *private, "--rounds", 1, "--run-dir", "run")[0] == 0
+def test_another_config_is_refused_and_the_runs_own_can_be_had_again(
+    fedtorch, begun, was, new, message
+):
+    shutil.copytree(begun / "tight", "run")
     path = Path("run/config.toml")
     text = path.read_text()
     path.write_text(text.replace(was, new) if was else f"{text}{new}\n")
@@ -304,9 +319,8 @@ def test_another_config_is_refused_and_the_runs_own_can_be_had_again(fedtorch, w
     assert path.read_text() == text
 
 
-def test_a_config_cut_at_any_line_is_refused(fedtorch):
-    private = ["--privacy", "sample", "--privacy.epsilon", 1.0]
-    assert fedtorch(*SMALL, *private, "--rounds", 1, "--run-dir", "run")[0] == 0
+def test_a_config_cut_at_any_line_is_refused(fedtorch, begun):
+    shutil.copytree(begun / "tight", "run")
     path = Path("run/config.toml")
     lines = path.read_text().splitlines(keepends=True)
     for count in range(len(lines)):
@@ -316,8 +330,8 @@ def test_a_config_cut_at_any_line_is_refused(fedtorch):
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "flipped", "gone"])
-def test_a_damaged_record_is_said_and_put_aside(fedtorch, how):
-    assert fedtorch(*PLAIN, "--rounds", 2, "--run-dir", "run")[0] == 0
+def test_a_damaged_record_is_said_and_put_aside(fedtorch, begun, how):
+    shutil.copytree(begun / "two", "run")
     damaged(Path("run/metrics.jsonl"), how)
     code, out, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 3)
     assert (code, err) == (0, "")
@@ -326,8 +340,8 @@ def test_a_damaged_record_is_said_and_put_aside(fedtorch, how):
     assert [f["round"] for f in figures("run")] == [3]
 
 
-def test_a_folder_in_use_is_left_alone(fedtorch):
-    assert fedtorch(*PLAIN, "--rounds", 1, "--run-dir", "run")[0] == 0
+def test_a_folder_in_use_is_left_alone(fedtorch, begun):
+    shutil.copytree(begun / "one", "run")
     before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
     with disk.locked(Path("run")):
         code, _, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 2)
@@ -357,8 +371,8 @@ def test_a_run_holds_its_folder_while_it_trains(fedtorch, monkeypatch):
         assert note is None
 
 
-def test_what_a_kill_left_half_written_goes(fedtorch):
-    assert fedtorch(*PLAIN, "--rounds", 1, "--run-dir", "run")[0] == 0
+def test_what_a_kill_left_half_written_goes(fedtorch, begun):
+    shutil.copytree(begun / "one", "run")
     left = ["config.toml", "summary.json", "model.safetensors", "metrics.jsonl"]
     left += ["checkpoints/round-000001.pt"]
     for name in left:
