@@ -110,7 +110,7 @@ def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) 
         parts = split([first, y.y, *([keys] if keys else [])], given.test_fraction, seed)
     else:
         parts = torch.arange(n), torch.arange(n, len(numbers))
-    scaling, words = scaled_and_filled(given, names, known, found, numbers[parts[0]])
+    scaling, words = scaled_and_filled(given, names, known, found, numbers[parts[0].numpy()])
     scaled = bool(words)
     done = Preparation(
         classes=y.classes,
@@ -134,7 +134,7 @@ def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) 
         found=tuple(found),
         derived=scaling.derived,
     )
-    odd = columns.far_apart(numbers[parts[0]], done)
+    odd = columns.far_apart(numbers[parts[0].numpy()], done)
     done = replace(done, remarks=(*remarks, *([odd] if odd else [])))
     name = Path(table.path).stem if "*" not in table.path else Path(table.path).parent.name
     loaded = Loaded(name or "table", numbers, y, keys, parts, done)
@@ -156,7 +156,7 @@ def _asks(given: TableOptions, loaded: Loaded, filled: set[str]) -> Asks:
     """What a plan has to tell of the training rows before they can be scaled."""
     bounds, names = columns.ranges(given.bounds), loaded.done.columns
     at = [names.index(n) for n in bounds]
-    rows = loaded.numbers[loaded.parts[0]][:, at]
+    rows = loaded.numbers[loaded.parts[0].numpy()][:, at]
     gaps = [j for j in at if names[j] in filled - columns.fills(given.fill).keys()]
     answer = partial(loaded.answered, at, gaps)
     return Asks(

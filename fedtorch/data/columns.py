@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch.data import misread
 from fedtorch.data.base import Preparation
-from fedtorch.data.sheet import COMMA, DATE, SHOWN, TRUTH, Sheet
+from fedtorch.data.sheet import SHOWN, TRUTH, Sheet
 from fedtorch.types import ConfigError
 
 FOUND = "found"
@@ -110,8 +111,8 @@ def _words(table: Sheet, name: str) -> bool:
     others = [v for v in values if table.number(v) is None]
     if not others or all(v.lower() in TRUTH for v in others):
         return False
-    if any(DATE.fullmatch(v) or COMMA.fullmatch(v) for v in others):
-        return False  # a date, a time or a decimal comma is refused as the number it is not
+    if any(map(misread.number, others)):
+        return False  # a date, a time or a price is refused as the number it is not
     return 2 * len(others) > len(values)
 
 

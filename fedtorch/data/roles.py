@@ -92,7 +92,7 @@ def target_of(given: TableOptions, table: Sheet, target: str) -> tuple[np.ndarra
     numbers = [table.number(v) for v in written]
     gone = [i for i, v in enumerate(written) if table.missing(v)]
     if gone:
-        raise table.wrong(gone[0], target, written[gone[0]])
+        raise table.wrong(gone[0], target, written[gone[0]], target=True)
     if given.positive:
         yes = {columns.key(table, v) for v in given.positive}
         answers = np.array([columns.key(table, v) in yes for v in written])
@@ -103,9 +103,12 @@ def target_of(given: TableOptions, table: Sheet, target: str) -> tuple[np.ndarra
         return np.where(answers, "yes", "no"), "binary" if kind == "auto" else kind, ["no", "yes"]
     if {v.lower() for v in written} <= {"true", "false"}:
         return np.array([v.lower() == "true" for v in written]), kind, given.classes
-    names = [n for n, v in zip(numbers, written, strict=True) if n is None and v.isprintable()]
-    if len(names) < len(written) or kind == "regression":
+    words = [i for i, n in enumerate(numbers) if n is None]
+    if not words or kind == "regression":
         return table.numbers(target), kind, given.classes
+    named = kind != "auto" or given.classes or len(words) == len(written)
+    if not named or not all(written[i].isprintable() for i in words):
+        raise table.wrong(words[0], target, written[words[0]], target=True)
     return np.array(written), kind, given.classes
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fedtorch.data import misread
+from fedtorch.data.misread import COMMA
 from fedtorch.types import ConfigError
 
 NUMBER = re.compile(
@@ -19,14 +21,6 @@ NUMBER = re.compile(
 
 DIGITS = frozenset("0123456789.+-eE")
 """Of these characters float() reads what NUMBER matches."""
-
-COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
-
-DATE = re.compile(
-    r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4})([T ]\d{1,2}:\d{2}.*)?"
-    r"|\d{1,2}:\d{2}(:\d{2})?",
-    re.ASCII,
-)
 
 MISSING = frozenset(("", "?", "na", "n/a", "#n/a", "nan", "nat", "null", "none", "<na>", "-"))
 """Spellings of a missing value, in small letters."""
@@ -125,21 +119,16 @@ class Sheet:
         path = self.files[row] if self.files else self.path
         return f"{path}, {'line' if self.lines[row] else 'row'} {self.lines[row] or row}"
 
-    def wrong(self, row: int, column: str, text: str) -> ConfigError:
-        """The fix for a value that is no number."""
-        fix = "encode or drop it, or name it as dataset.client"
+    def wrong(self, row: int, column: str, text: str, target: bool = False) -> ConfigError:
+        """The fix for a value that is no number; of a ``target`` nothing can be made up."""
+        fix = misread.label(text, column) if target else misread.value(text, column)
         if self.missing(text):
-            fix = (
-                "a missing value: --dataset.missing drop leaves such rows out; mean, median or indicator "
-                f"fill it, or a public number: --dataset.fill {column}=NUMBER"
-            )
-        elif COMMA.fullmatch(text):
-            fix = "a decimal comma? then give --dataset.decimal ,"
-        elif DATE.fullmatch(text):
-            fix = (
-                "a date or time: give days since a day of your choice as a number, or leave it out with "
-                f"--dataset.drop {column}"
-            )
+            fix = "a missing value: --dataset.missing drop leaves such rows out"
+            if not target:
+                fix += (
+                    "; mean, median or indicator fill it, or a public number: "
+                    f"--dataset.fill {column}=NUMBER"
+                )
         return ConfigError(
             f"{self.place(row)}: column {column!r} holds {text[:60]!r}, not a number; {fix}"
         )
@@ -209,13 +198,14 @@ def read(path: Path, how: Format = Format()) -> Sheet:
     for line, row in table:
         if len(row) != len(header):
             by = "dataset.columns" if how.columns else "the header"
+            why = "separator may be another" if how.columns else "file may be cut short"
+            why = misread.first_line(text) or f"; the {why}"
             raise ConfigError(
-                f"{path}, line {line}: {len(row)} values, but {by} names {len(header)}; "
-                f"the {'separator may be another' if how.columns else 'file may be cut short'}"
+                f"{path}, line {line}: {len(row)} values, but {by} names {len(header)}{why}"
             )
     rows = [row for _, row in table]
     if not how.columns:
-        _named(path, header, rows, how)
+        _named(path, header, rows, how, misread.first_line(text))
     return Sheet(str(path), header, rows, [n for n, _ in table], how, tuple(notes))
 
 
@@ -268,6 +258,8 @@ def _text(path: Path, encoding: str) -> tuple[str, list[str]]:
     marked = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
     # utf-8-sig: spreadsheets write a byte order mark that would be part of the first name
     used = encoding or marked or "utf-8-sig"
+    if not encoding and (kind := misread.file(raw)):
+        raise ConfigError(f"dataset.path must be a CSV file, and {path} is {kind}")
     try:
         text = raw.decode("utf-8-sig" if used.lower() in ("utf-8", "utf8") else used)
     except LookupError as e:
@@ -280,7 +272,7 @@ def _text(path: Path, encoding: str) -> tuple[str, list[str]]:
     return text, [f"read as {used}"] if used != "utf-8-sig" else []
 
 
-def _named(path: Path, header: list[str], rows: list[list[str]], how: Format) -> None:
+def _named(path: Path, header: list[str], rows: list[list[str]], how: Format, odd: str) -> None:
     """Raises ConfigError where the first line is an example, or names are missing or there twice."""
     plain = Sheet("", [], [], [], how)
     values = [h for j, h in enumerate(header) if h != str(j) and plain.number(h) is not None]
@@ -294,9 +286,15 @@ def _named(path: Path, header: list[str], rows: list[list[str]], how: Format) ->
         )
     twice = [h for h, n in Counter(header).items() if n > 1]
     if twice:
-        raise ConfigError(f"{path} names column {twice[0]!r} twice")
+        raise ConfigError(
+            f"{path} names column {twice[0]!r} twice: give each a name of its own in its first line"
+        )
     empty = [j for j, h in enumerate(header) if not h and j]
     if empty:
         raise ConfigError(
-            f"{path}: column {empty[0] + 1} has no name; only an index, the first, may lack it"
+            f"{path}: column {empty[0] + 1} has no name"
+            + (
+                odd
+                or "; only an index, the first, may lack it: name it, or take out what ends each line"
+            )
         )
