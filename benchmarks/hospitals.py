@@ -55,10 +55,14 @@ class Trial:
     """Rounds the privacy plan pays for beyond those to train: one for each kill."""
     names: tuple[str, ...] = HOSPITALS
     port: int = 0
+    minimum: int = 4
+    """Sites that must report for a round to count."""
+    extra: dict[str, str] = field(default_factory=dict)
+    """Further options of every site."""
     processes: dict[str, subprocess.Popen] = field(default_factory=dict)
 
-    def prepare(self, data: Path, kind: str) -> None:
-        """Tables, keys and the server's configuration."""
+    def prepare(self, data: Path, text: str) -> None:
+        """Tables, keys and the server's configuration, of which ``text`` says how it trains."""
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
@@ -70,11 +74,11 @@ class Trial:
         words = [sys.executable, "-m", "fedtorch", *map(str, keys), ",".join(self.names)]
         subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         (self.folder / "serve.toml").write_text(
-            f'sites = {list(self.names)}\naddress = "127.0.0.1:{self.port}"\nminimum = 4\n'
+            f'sites = {list(self.names)}\naddress = "127.0.0.1:{self.port}"\nminimum = {self.minimum}\n'
             f'credentials = "{self.folder}/keys/server"\nrun_dir = "{self.folder}/run"\n'
             f'input_shape = [13]\nkind = "binary"\noutputs = 1\nmodel = "logistic"\n'
             f"rounds = {self.rounds}\ndeadline = 120.0\n"
-            + RUNS[kind].format(planned=self.rounds + self.spare)
+            + text.format(planned=self.rounds + self.spare)
         )
 
     def rows(self, name: str) -> Path:
@@ -94,6 +98,7 @@ class Trial:
                 "dataset.path": self.rows(who),
                 "dataset.kind": "binary",
                 "models": "logistic",
+                **self.extra,
             }
             if "epsilon" in (self.folder / "serve.toml").read_text():
                 options["max-epsilon"] = 8.0
@@ -229,12 +234,12 @@ def main(data: Path, rounds: int = 20) -> None:
     """Both trials."""
     if shutil.which("strace") is None:
         raise SystemExit("hospitals needs strace: the published trial is watched from outside too")
-    for kind in RUNS:
+    for kind, text in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
             trial = Trial(Path(folder), rounds, strace=True)
             began = time.perf_counter()
             try:
-                trial.prepare(data, kind)
+                trial.prepare(data, text)
                 killed = run(trial)
             finally:
                 trial.close()
@@ -244,4 +249,6 @@ def main(data: Path, rounds: int = 20) -> None:
 
 
 if __name__ == "__main__":
+    if "--secure" in sys.argv:
+        from benchmarks.hospitals_secure import main
     main(Path(sys.argv[1]))

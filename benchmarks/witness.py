@@ -2,12 +2,14 @@
 
 The process does what ``fedtorch COMMAND ...`` does. Beside that, NOTES gets ``pid``, ``opened.txt`` (every
 file that Python opens, noted by an audit hook, which nothing in the process can take off again) and, where
-it is a server, ``received.jsonl`` (every message from a site, byte for byte as it came out of TLS).
+it is a server, ``received.jsonl`` (every message from a site, byte for byte as it came out of TLS). Where
+there is a ``dies.json``, it kills itself in the phases of secure rounds that are listed there.
 """
 
 import base64
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -49,11 +51,46 @@ def note_received(path: Path) -> None:
     SitesSession.handle = noted  # type: ignore[method-assign]
 
 
+def die_when_told(path: Path) -> None:
+    """Kill -9 of this process where ``path`` says: a list of [phase, round] of secure rounds, once each.
+
+    A site dies before it sends what is due in the phase, the server when all that was due has come.
+    """
+    from fedtorch.secure.server import SecureServer
+    from fedtorch.sites.masks import Party
+
+    def due(phase: str, round: int) -> None:
+        left = json.loads(path.read_text())
+        if [phase, round] in left:
+            left.remove([phase, round])
+            path.write_text(json.dumps(left))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    begin, go_on, close = Party.begin, Party.go_on, SecureServer.close
+
+    def begun(self: Party, update: Any) -> Any:
+        due("keys", self.task.round)
+        return begin(self, update)
+
+    def gone_on(self: Party, message: Any) -> Any:
+        due(self.half.phase, self.task.round)
+        return go_on(self, message)
+
+    def closed(self: SecureServer) -> Any:
+        due(self.phase, self.terms.round)
+        return close(self)
+
+    Party.begin, Party.go_on = begun, gone_on  # type: ignore[method-assign]
+    SecureServer.close = closed  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     notes = Path(sys.argv[1])
     notes.mkdir(parents=True, exist_ok=True)
     note_opened(notes / "opened.txt")
     if sys.argv[2] == "serve":
         note_received(notes / "received.jsonl")
+    if (notes / "dies.json").exists():
+        die_when_told(notes / "dies.json")
     (notes / "pid").write_text(str(os.getpid()))
     sys.exit(main(sys.argv[2:]))

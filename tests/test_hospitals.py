@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import hospitals_checks as checks
 from benchmarks.heart import HOSPITALS
-from benchmarks.hospitals import Trial, run
+from benchmarks.hospitals import RUNS, Trial, run
 from fedtorch.engines import wire
 
 pytestmark = pytest.mark.timeout(300)
@@ -40,7 +40,7 @@ def done(tmp_path_factory):
     make_tables(data)
     trial = Trial(tmp_path_factory.mktemp("hospitals"), ROUNDS, strace=False)
     try:
-        trial.prepare(data, "private")
+        trial.prepare(data, RUNS["private"])
         killed = run(trial)
     finally:
         trial.close()

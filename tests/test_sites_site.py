@@ -13,6 +13,8 @@ from fedtorch.data.base import facts_of
 from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message
 from fedtorch.privacy import ClientLevel, SampleLevel
+from fedtorch.secure.aggregator import Secure
+from fedtorch.sites import keys
 from fedtorch.sites import offer as plans
 from fedtorch.sites import site as module
 from fedtorch.sites.options import SiteConfig
@@ -351,3 +353,30 @@ def test_a_run_of_fewer_classes_than_the_data_is_refused_before_a_row_can_show_i
         with pytest.raises(ConfigError, match="but the data has 3 classes"):
             play(server, data, tmp_path, **limit)
         assert server.calls == ["join"]
+
+
+def test_a_site_that_requires_masks_joins_no_run_without(data, tmp_path):
+    server = Played(offer())
+    with pytest.raises(ConfigError, match="aggregates by Mean, which shows the server"):
+        play(server, data, tmp_path, require_secure=True)
+    assert server.calls == ["join"]
+    with pytest.raises(ConfigError, match="sign what they send: give --credentials"):
+        play(Played(offer(aggregator=Secure())), data, tmp_path)
+
+
+def test_a_run_that_was_secure_stays_so_and_its_tasks_name_who_is_in_it(data, tmp_path, caplog):
+    keys.make(tmp_path / "keys", ["localhost"], ["north"], 2)
+    own = {"insecure": False, "credentials": str(tmp_path / "keys/north")}
+    server = Played(offer(aggregator=Secure()))
+    server.tasks = [server.task()]
+    code, made = play(server, data, tmp_path / "state", **own)
+    assert code == 1 and "the task names no roster" in caplog.text and server.reports == []
+    made.answered.enter(offer(aggregator=Secure()))
+    for other in (offer(), offer(aggregator=Secure(threshold=2))):
+        with pytest.raises(ConfigError, match="new terms are for a new run"):
+            play(Played(other), data, tmp_path / "state", **own)
+    (tmp_path / "state/openings.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"openings.jsonl, which keeps whose sums"):
+        play(Played(offer(aggregator=Secure())), data, tmp_path / "state", **own)
+    again = Played(offer(aggregator=Secure()))
+    assert play(again, data, tmp_path / "state", lost_state=True, **own)[0] == 0

@@ -32,7 +32,7 @@ def enough(session: SitesSession, config: ServeConfig, stop: StopSignal) -> bool
     """Wait for enough sites to start a round."""
     end = time.monotonic() + config.patience
     while not stop.asked and time.monotonic() < end:
-        if len(session.wait_for_sites(1.0)) >= config.minimum:
+        if len(session.wait_for_sites(1.0)) >= session.needed:
             return True
     return False
 
@@ -54,5 +54,5 @@ def early(
         return EndedEarly(1, few, "away")
     here = session.wait_for_sites(0)
     names = ", ".join(s for s in config.sites if s not in here)
-    why = f"waited {config.patience:g} s for {config.minimum} sites; away are {names}"
+    why = f"waited {config.patience:g} s for {session.needed} sites; away are {names}"
     return EndedEarly(1, why, "away")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from fedtorch.client import Client
 from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.recipe import Recipe
+from fedtorch.secure.aggregator import Secure
 from fedtorch.sites import offer as plans
 from fedtorch.sites.reports import Reader, Visit, check_enough, judge
 from fedtorch.sites.rpc import Listener, log
@@ -82,7 +83,12 @@ class Sites:
             raise ConfigError(f"most_examples must be at least 1, got {self.most_examples}")
         if self.enough is not None:
             check_enough(self.enough, self.minimum, len(clients), recipe.privacy)
-        return SitesSession(self, model, [c.id for c in clients], recipe)
+        names = [c.id for c in clients]
+        if isinstance(recipe.aggregator, Secure):
+            from fedtorch.sites.masked import MaskedSession
+
+            return MaskedSession(self, model, names, recipe)
+        return SitesSession(self, model, names, recipe)
 
 
 class SitesSession:
@@ -98,9 +104,12 @@ class SitesSession:
         """What a site is given once, unless the model it built itself has the same."""
         self.digest = messages.digest(self.rest)
         self.options, self.names = options, names
+        self.recipe = recipe
         self.reader = Reader.of(recipe, model, options.most_examples)
         # whether a round counts must not depend on one client where that is what is hidden
         self.least = 0 if recipe.privacy.central else options.minimum
+        self.needed = options.minimum
+        """Sites that must be there for a round to start."""
         self.seen: dict[str, float] = {}
         self.counted: dict[str, str] = {}
         self.visits: dict[str, Visit] = {}
@@ -155,7 +164,7 @@ class SitesSession:
         """Wait until enough sites are there for a round to count; returns who is."""
         end = time.monotonic() + seconds
         with self.change:
-            while len(here := self._here()) < self.options.minimum:
+            while len(here := self._here()) < self.needed:
                 if (left := end - time.monotonic()) <= 0:
                     break
                 self.change.wait(min(left, 1))
@@ -227,12 +236,12 @@ class SitesSession:
             return wire.encode(answer)
         if method == "report":
             return self._report(site, message, len(data))
-        return self._fetch(site, message.facts.get("has") == self.digest)
+        return self._fetch(site, message)
 
-    def _fetch(self, site: str, complete: bool = True) -> bytes:
+    def _fetch(self, site: str, asked: Message) -> bytes:
         end = time.monotonic() + HOLD_SECONDS
         with self.change:
-            while not self.closing and self._open(site) is None:
+            while not self.closing and not self._due(site, asked):
                 if (left := end - time.monotonic()) <= 0:
                     break
                 self.change.wait(left)
@@ -241,27 +250,32 @@ class SitesSession:
                 del self.seen[site]
                 return wire.encode(Message("end", {"why": self.ended} if self.ended else {}))
             visit = self._open(site)
-            if visit is None:
+            if visit is None or not self._due(site, asked):
                 return wire.encode(Message("wait"))
-            visit.taken = True
-            left = self.options.deadline - (time.monotonic() - visit.asked)
-            facts = {"visit": visit.nonce, "after": self.counted.get(site, ""), "seconds": left}
-        message = messages.task_message(visit.task, **facts)
-        once = {} if complete or not self.rest else {"rest": self.rest}
-        data = wire.encode(Message(message.kind, message.facts, message.groups | once))
+            message = self._message(visit, asked)
+        data = wire.encode(message)
         visit.sent += len(data)
         return data
+
+    def _due(self, site: str, asked: Message) -> bool:
+        """Whether there is something for a site that calls for work."""
+        return self._open(site) is not None
+
+    def _message(self, visit: Visit, asked: Message, **more: Any) -> Message:
+        """The task, for a site that calls for work."""
+        visit.taken = True
+        left = self.options.deadline - (time.monotonic() - visit.asked)
+        facts = {"visit": visit.nonce, "after": self.counted.get(visit.site, ""), "seconds": left}
+        message = messages.task_message(visit.task, **facts, **more)
+        complete = asked.facts.get("has") == self.digest
+        once = {} if complete or not self.rest else {"rest": self.rest}
+        return Message(message.kind, message.facts, message.groups | once)
 
     def _report(self, site: str, message: Message, size: int) -> bytes:
         with self.change:
             visit = self._open(site)
-        number = message.facts.get("round")
-        # longer ones Python does not even print
-        known = isinstance(number, int) and 0 <= number < 1 << 31
-        over = f"its visit of round {int(number or 0) + 1 if known else '?'} is over, or was "
-        over += "reported before: discarded"
         if visit is None or message.facts.get("visit") != visit.nonce:
-            raise MessageError(over)
+            raise MessageError(over(message))
         try:
             result = self.reader.read(site, visit.task, message)
         except MessageError as e:
@@ -269,7 +283,7 @@ class SitesSession:
             result = Failure(site, "refused", str(e))
         with self.change:
             if self.visits.get(site) is not visit or visit.outcome is not None:
-                raise MessageError(over)
+                raise MessageError(over(message))
             visit.outcome = result
             visit.place = sum(v.outcome is not None for v in self.visits.values())
             visit.received, visit.seconds = size, time.monotonic() - visit.asked
@@ -285,3 +299,12 @@ class SitesSession:
     def _here(self) -> list[str]:
         now = time.monotonic()
         return [s for s in self.names if now - self.seen.get(s, -1e9) < ALIVE_SECONDS]
+
+
+def over(message: Message) -> str:
+    """Why a report is not taken that comes too late or again."""
+    number = message.facts.get("round")
+    # longer ones Python does not even print
+    known = isinstance(number, int) and 0 <= number < 1 << 31
+    which = int(number or 0) + 1 if known else "?"
+    return f"its visit of round {which} is over, or was reported before: discarded"

@@ -7,12 +7,13 @@ with an authority of its own does not need any of this; only the names matter (`
 import ipaddress
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import verification
@@ -24,6 +25,7 @@ from fedtorch.types import ConfigError
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 """What a site may be called: the common name of its certificate."""
 Key = ec.EllipticCurvePrivateKey
+SIGNED = ec.ECDSA(hashes.SHA256())
 
 
 def make(folder: Path, hosts: Sequence[str], sites: Sequence[str], days: int) -> list[Path]:
@@ -74,7 +76,7 @@ def common_name(pem: bytes) -> str:
 
 def fingerprint(pem: bytes) -> str:
     """SHA-256 of a certificate, in hex; raises ConfigError for what is none."""
-    return _read(pem).fingerprint(hashes.SHA256()).hex()
+    return read(pem).fingerprint(hashes.SHA256()).hex()
 
 
 def plain(fingerprint: str) -> str:
@@ -94,7 +96,7 @@ def verified(pem: bytes, name: str, authority: bytes) -> x509.Certificate:
 
     ``authority``: ca.pem, with what lies between it and the sites where there is such. Raises ConfigError.
     """
-    certificate = _read(pem)
+    certificate = read(pem)
     if common_name(pem) != name:
         raise ConfigError(f"the certificate of {name!r} is of somebody else")
     known = x509.load_pem_x509_certificates(authority)
@@ -109,7 +111,31 @@ def verified(pem: bytes, name: str, authority: bytes) -> x509.Certificate:
     return certificate
 
 
-def _read(pem: bytes) -> x509.Certificate:
+def signer(folder: Path) -> Callable[[bytes], bytes]:
+    """Signs by the key in a site's folder; raises ConfigError where it is of another kind."""
+    key = serialization.load_pem_private_key((folder / "key.pem").read_bytes(), None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(
+            f"{folder / 'key.pem'} is no key of an elliptic curve: secure aggregation signs by ECDSA with "
+            "SHA-256; fedtorch keys makes such keys"
+        )
+    return lambda text: key.sign(text, SIGNED)
+
+
+def signed(certificate: x509.Certificate, text: bytes, signature: bytes) -> bool:
+    """Whether the key of this certificate has signed the text."""
+    public = certificate.public_key()
+    if not isinstance(public, ec.EllipticCurvePublicKey):
+        return False
+    try:
+        public.verify(signature, text, SIGNED)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def read(pem: bytes) -> x509.Certificate:
+    """A certificate; raises ConfigError for what is none."""
     try:
         return x509.load_pem_x509_certificate(pem)
     except ValueError as e:

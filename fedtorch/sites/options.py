@@ -1,14 +1,15 @@
 """Every option of a site, with the limits its owner sets to what a server may ask for, and of a server."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fedtorch.data import Csv, columns
-from fedtorch.options import COUNT, INSIDE, POSITIVE, check
+from fedtorch.options import COUNT, INSIDE, POSITIVE, Range, check
 from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.run import steps
 from fedtorch.run.options import RunOptions
-from fedtorch.sites.keys import SITE_NAME
+from fedtorch.sites.keys import SITE_NAME, plain
 from fedtorch.training.losses import DEFAULTS, LOSSES
 from fedtorch.types import ConfigError
 
@@ -46,6 +47,13 @@ class SiteConfig:
     steps: list[str] = field(default_factory=list)
     """Steps, package.module:function each, that it will train and judge a model by, from its own code; none
     given: it runs none."""
+    require_secure: bool = False
+    """Take part only under secure aggregation, which shows the server sums alone."""
+    peers: dict[str, str] = field(default_factory=dict)
+    """Who may be in a secure sum with this site: name -> SHA-256 of the certificate (fedtorch keys prints
+    them); none given: whoever the authority has signed."""
+    least_peers: int = 2
+    """Fewest other sites that a secure sum must have."""
     max_epsilon: float | None = None
     """Most that this site's data may cost, over all runs; given, it takes part only where the noise is
     added here (privacy sample or local), and tells nobody its loss or its number of examples."""
@@ -71,7 +79,24 @@ class SiteConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be safe, by name."""
         kinds = dict.fromkeys(LIMITS, COUNT) | {"max_epsilon": POSITIVE, "patience": POSITIVE}
-        check(self, "", **kinds, max_delta=INSIDE)
+        check(
+            self,
+            "",
+            **kinds,
+            max_delta=INSIDE,
+            least_peers=Range("at least 2", 2, math.inf, "high"),
+        )
+        for name, value in self.peers.items():
+            if not plain(value):
+                raise ConfigError(
+                    f"peers.{name} is no SHA-256 fingerprint of 64 hex digits: {value!r}; fedtorch keys "
+                    "prints them"
+                )
+        if self.peers and len({*self.peers} - {self.name}) < self.least_peers:
+            raise ConfigError(
+                f"peers name {len({*self.peers} - {self.name})} other sites, and least_peers is "
+                f"{self.least_peers}: name more, or lower it"
+            )
         if bool(self.credentials) == self.insecure:
             raise ConfigError(
                 "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"

@@ -25,6 +25,7 @@ REASONS = {
     "nonfinite": "its update is not finite",
     "error": "its model or data raised an error",
     "budget": "its privacy budget is spent",
+    "declined": "it declined what the round's sum would be of",
 }
 """Why a site may say that it has no update, and how that is put: in words of ours."""
 LONGEST = 1e18
@@ -79,7 +80,7 @@ class Reader:
             if failures[0].kind not in REASONS:
                 raise MessageError("it gives no reason that is known")
             return Failure(site, failures[0].kind, REASONS[failures[0].kind])
-        messages.check(update, self.expected.without(self._rests(task)))
+        messages.check(update, self.expected.without(self.rests(task)))
         self._sane(update)
         whole = self._decoded(update, task)
         norm = float(joint_norms({g: s for g, s in whole.sent.items() if g != CLIP_BIT}))
@@ -92,7 +93,8 @@ class Reader:
             raise MessageError("its bit for the clipping norm is neither 1/2 nor -1/2")
         return update
 
-    def _rests(self, task: Task) -> set[str]:
+    def rests(self, task: Task) -> set[str]:
+        """Weights that this round's visits do not send."""
         return self.recipe.strategy.rests(self.like["delta"], task.extras)
 
     def _decoded(self, update: Released, task: Task) -> Released:

@@ -152,6 +152,8 @@ class Desk:
         """Nobody is there yet."""
         self.handle, self.names, self.secure = handle, names, secure
         self.open: Counter[str] = Counter()
+        self.certificates: dict[str, bytes] = {}
+        """What each site has shown last, PEM; "" on a line without."""
         self.lock = threading.Lock()
         self.quiet = Quiet()
 
@@ -159,9 +161,10 @@ class Desk:
         """What gRPC calls in a thread of its own; ``messages`` has been sent or not, nothing is read."""
 
         def call(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-            site = identity(context, self.secure)
+            site, shown = identity(context, self.secure)
             try:
                 with self._place(site, context):
+                    self.certificates[site] = shown
                     return self.handle(method, site, _only(messages))
             except PermissionError as e:
                 self.quiet.warn("", f"turned away {site or 'somebody'} at {context.peer()}: {e}")
@@ -227,12 +230,12 @@ def _only(messages: Iterator[bytes]) -> bytes:
         raise MessageError("a call without a message") from None
 
 
-def identity(context: grpc.ServicerContext, secure: bool) -> str:
-    """Whom the certificate names; on a line without one, who the caller says it is."""
+def identity(context: grpc.ServicerContext, secure: bool) -> tuple[str, bytes]:
+    """Whom the certificate names, and it; on a line without one, who the caller says it is."""
     if secure:
         shown = context.auth_context().get("x509_pem_cert", [])
-        return common_name(shown[0]) if len(shown) == 1 else ""
-    return str(dict(context.invocation_metadata()).get(SITE_HEADER, ""))
+        return (common_name(shown[0]), bytes(shown[0])) if len(shown) == 1 else ("", b"")
+    return str(dict(context.invocation_metadata()).get(SITE_HEADER, "")), b""
 
 
 def read_keys(folder: Path) -> tuple[bytes, bytes, bytes]:

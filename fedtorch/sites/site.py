@@ -4,6 +4,7 @@ import logging
 import random
 import re
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +21,23 @@ from fedtorch.engines import Local, messages, wire
 from fedtorch.engines.messages import Outcome
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.privacy.run import BEFORE
+from fedtorch.recipe import Recipe
+from fedtorch.secure.aggregator import Secure
+from fedtorch.secure.refused import Refused as NotSecure
+from fedtorch.sites import letters
 from fedtorch.sites import offer as plans
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.curves import Curves
 from fedtorch.sites.ends import ENDS
 from fedtorch.sites.limits import accept
+from fedtorch.sites.masks import HARMLESS, Masks, Party
+from fedtorch.sites.openings import Openings
 from fedtorch.sites.options import SiteConfig
+from fedtorch.sites.reports import Reader
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.sites.state import Answered, Base, VisitMemory
 from fedtorch.sites.statistics import Told, portion, told, words
+from fedtorch.sites.sums import Sums, check_apart
 from fedtorch.strategies.base import uploads
 from fedtorch.training.evaluate import evaluate
 from fedtorch.training.module import load
@@ -70,6 +79,13 @@ class Site:
         """Asked for in this run: those that were answered, by earlier processes too, and those refused."""
         self.offered_again = False
         """Whether the plan was looked at again since the last visit within it."""
+        self.masks: Masks | None = None
+        self.sums: Sums | None = None
+        """Of a run with secure aggregation, once it is joined."""
+        self.party: Party | None = None
+        """This site's part in the attempt at a secure round that is under way."""
+        self.unshown: tuple[Task, Outcome] | None = None
+        """The visit whose figures are shown when that round is over."""
 
     def _open(self, held: ExitStack) -> None:
         """The state folder, as ``held`` will let it go again, and the line to the server."""
@@ -107,7 +123,7 @@ class Site:
                 if kind == "end":
                     return _ended(answer.facts.get("why"))
                 # an honest server lets a call for work wait itself
-                idle = 0 if kind == "task" or time.monotonic() - began > 1 else idle + 1
+                idle = 0 if kind in ("task", "phase") or time.monotonic() - began > 1 else idle + 1
                 away_since = None
                 if idle:
                     _pause(idle)
@@ -158,6 +174,7 @@ class Site:
         derived = bool(self.data.preparation.derived)
         self.budget.admit(recipe, self.config.insecure, derived)
         self.answered.agree(plan, self.budget.most is not None)
+        self._join_sums(plan, recipe)
         if plan.standardize and not plan.center:
             self.plan, self.has, self.schema = plan, "", {}
             log.info("joined run %s to tell statistics of columns; %s", plan.run, _promise(plan))
@@ -193,11 +210,26 @@ class Site:
             *(f"{self.visits:,}", f"{most:,}"),
         )
 
+    def _join_sums(self, plan: plans.Plan, recipe: Recipe) -> None:
+        """What secure aggregation needs of this site, where the plan has it."""
+        self.party = self.sums = None
+        if isinstance(plan.aggregator, Secure):
+            check_apart(plan)
+            begun = self.answered.masked() and not self.config.lost_state
+            self.masks = self.masks or Masks(self.config, Openings(self.folder, begun))
+            self.sums = Sums(Reader.of(recipe, self.model, 0), plan.aggregator)
+        elif self.config.require_secure:
+            raise ConfigError(
+                f"the run aggregates by {type(plan.aggregator).__name__}, which shows the server what this "
+                "site sends, and this site's require_secure asks for secure aggregation"
+            )
+
     def _work(self) -> Message:
         """One call for work, and the work; the server's answer."""
         assert self.plan is not None
         facts: dict[str, object] = {"run": self.plan.run, "has": self.has}
         facts |= {"scaled": bool(self.plan.center)} if self.plan.standardize else {}
+        facts |= {"visit": self.party.visit} if self.party else {}
         answer = self._ask("fetch", Message("fetch", facts), 60)
         if answer.kind == "rejoin":
             self.plan = None
@@ -205,6 +237,8 @@ class Site:
             self._visit(answer)
         elif answer.kind == "statistics":
             self._tell(answer)
+        elif answer.kind == "phase" and self.sums is not None:
+            self._take_part(lambda party: party.go_on(answer))
         elif answer.kind not in ("wait", "end"):
             raise MessageError(f"the server sent {wire.short(answer.kind)}")
         return answer
@@ -225,6 +259,8 @@ class Site:
         if beyond and self.plan.privacy is None:
             raise MessageError(beyond)
         self.offered_again = bool(beyond)
+        self._end_party()
+        self.party = self._party(message, task)
         self.client.memory = self._memory(task, after)
         self.visits += 1
         outcome = self._declined(task, beyond)
@@ -232,9 +268,11 @@ class Site:
             self.answered.enter(self.plan)
             outcome = self._train(task)
         self.memory.keep(self._named(visit), self.client.memory, self._named(after))
-        facts = {"run": self.plan.run, "visit": visit, "round": task.round}
-        reply = messages.outcome_message(outcome, [self.client.id], **facts)
-        self._send(Message("report", reply.facts, reply.groups), task)
+        if self.party is not None and outcome.update.ids:
+            self.unshown = task, outcome  # to look at it takes time, of which phases have little
+            self._take_part(lambda party: party.begin(outcome.update))
+            return
+        self._send(self._report(outcome, visit, task.round), task.round)
         self._show(task, outcome)
 
     def _tell(self, message: Message) -> None:
@@ -258,9 +296,50 @@ class Site:
         if vector is not None:
             outcome = told(self.client.id, vector)
         assert outcome is not None  # one of the two
-        facts = {"run": plan.run, "visit": visit, "round": BEFORE}
+        self._send(self._report(outcome, visit, BEFORE), BEFORE)
+
+    def _report(self, outcome: Outcome, visit: str, round: int) -> Message:
+        """What a visit came to, as a report."""
+        assert self.plan is not None
+        facts = {"run": self.plan.run, "visit": visit, "round": round}
         reply = messages.outcome_message(outcome, [self.client.id], **facts)
-        self._send(Message("report", reply.facts, reply.groups), Task({}, {}, BEFORE, 0, 1.0))
+        return Message("report", reply.facts, reply.groups)
+
+    def _party(self, message: Message, task: Task) -> Party | None:
+        """This site's part in a secure round, before it trains for it; None where the run has none."""
+        if self.sums is None or self.plan is None:
+            return None
+        assert self.masks is not None  # with the sums
+        try:
+            return Party(self.masks, self.sums, message, self.plan.run, task)
+        except NotSecure as e:
+            raise MessageError(f"round {task.round + 1}: {e}") from e
+
+    def _take_part(self, step: Callable[[Party], Message]) -> None:
+        """Report one phase of a secure round; what an honest server may meet with ends the round only."""
+        party = self.party
+        if party is None:
+            raise MessageError("a phase of a visit that this site is not in")
+        number = party.task.round
+        try:
+            self._send(step(party), number)
+            if party.half.phase == "done":
+                self._end_party()
+        except NotSecure as e:
+            self.party = None
+            if e.kind not in HARMLESS:
+                raise MessageError(f"round {number + 1}: {e}") from e
+            log.error("round %d: this site declines: %s", number + 1, e)
+            declined = Failure(self.client.id, "declined", "")
+            self._send(self._report(Outcome(NOBODY, [declined], {}), party.visit, number), number)
+            self._end_party()
+
+    def _end_party(self) -> None:
+        """Nothing more is due in a secure round: now there is time to show what came of it here."""
+        self.party = None
+        if self.unshown is not None:
+            shown, self.unshown = self.unshown, None
+            self._show(*shown)
 
     def _read(self, message: Message) -> Task:
         """The task in a message; raises MessageError unless it is one of the plan that was joined."""
@@ -347,7 +426,7 @@ class Site:
             return Outcome(NOBODY, [outcome], {})
         return Outcome(outcome, [], {})
 
-    def _send(self, message: Message, task: Task) -> None:
+    def _send(self, message: Message, round: int) -> None:
         """Report, again and again while the line is down; a late report is let go."""
         data, times = wire.encode(message), 0
         end = time.monotonic() + self.config.patience
@@ -356,12 +435,12 @@ class Site:
                 self.line.call("report", data, 600)
                 return
             except Refused as e:
-                log.warning("round %d: the report was refused: %s", task.round + 1, e)
+                log.warning("round %d: the report was refused: %s", round + 1, e)
                 return
             except Unreachable as e:
                 if time.monotonic() > end:
                     raise
-                log.warning("round %d: cannot report, trying again: %s", task.round + 1, e)
+                log.warning("round %d: cannot report, trying again: %s", round + 1, e)
                 times += 1
                 _pause(times)
 
@@ -385,6 +464,7 @@ class Site:
     def _ask(self, method: str, message: Message, seconds: float) -> Message:
         data = self.line.call(method, wire.encode(message), seconds)
         room = MOST_PLAN if method == "join" else wire.header_room(self.schema)
+        room += letters.ROSTER if self.sums is not None else 0
         return wire.decode(data, self.limit, room)
 
 

@@ -23,6 +23,7 @@ from fedtorch import disk
 from fedtorch.engines import messages
 from fedtorch.engines.wire import MessageError
 from fedtorch.run import checkpoint, objects
+from fedtorch.secure.aggregator import Secure
 from fedtorch.sites.offer import MOST_ROUNDS, Plan
 from fedtorch.types import ConfigError, Params
 
@@ -155,7 +156,7 @@ class Answered:
             )
 
     def agree(self, plan: Plan, budgeted: bool) -> None:
-        """Refuse a run whose privacy became another than was joined; raises ConfigError.
+        """Refuse a run whose privacy or masks became others than were joined; raises ConfigError.
 
         More rounds than were joined are for a site to agree to that has a budget of its own.
         """
@@ -168,11 +169,20 @@ class Answered:
                 f"run {plan.run} was joined with another privacy plan than it has now: a new plan is for a "
                 "new run"
             )
+        if known.get("secure") not in (None, _masks(plan)):
+            raise ConfigError(
+                f"run {plan.run} was joined with other terms of secure aggregation than it has now: new "
+                "terms are for a new run"
+            )
         if privacy is not None and rounds > known["rounds"] and not budgeted:
             raise ConfigError(
                 f"run {plan.run} was joined for {known['rounds']:,} private rounds and now asks for "
                 f"{rounds:,}, which cost more: agree by giving this site a max_epsilon"
             )
+
+    def masked(self) -> bool:
+        """Whether this site has answered a visit of a run with secure aggregation."""
+        return any(e.get("secure") is not None for e in self.runs.values())
 
     def most(self, plan: Plan) -> int | None:
         """Visits of a run that this site will answer; None where the plan does not say how many rounds."""
@@ -194,6 +204,7 @@ class Answered:
         """Count one visit more; it is on disk when this returns, or ConfigError says why not."""
         privacy, rounds = _promised(plan)
         entry = {"visits": self.visits(plan.run) + 1, "rounds": rounds, "privacy": privacy}
+        entry |= {"secure": masks} if (masks := _masks(plan)) else {}
         self.runs[plan.run] = entry
         try:
             disk.replace(self.path, json.dumps(self.runs) + "\n")
@@ -205,6 +216,13 @@ class Answered:
             f"{self.path}, which counts the visits of each run, cannot be used ({why}): put the state "
             "folder back as it was"
         )
+
+
+def _masks(plan: Plan) -> Any:
+    """What a plan says of secure aggregation, as plain values; None where it has none."""
+    if not isinstance(plan.aggregator, Secure):
+        return None
+    return json.loads(json.dumps(objects.describe(plan)["aggregator"]))
 
 
 def _promised(plan: Plan) -> tuple[Any, int]:

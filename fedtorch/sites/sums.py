@@ -1,0 +1,123 @@
+"""What stands in a secure sum of a run: the same for its server and for every site that joined its plan."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fedtorch.privacy.base import joint_norms
+from fedtorch.privacy.client import CLIP_BIT
+from fedtorch.secure.aggregator import Secure
+from fedtorch.secure.encode import Coding, Figures, Layout, from_words, seal, to_words, unseal
+from fedtorch.secure.refused import Refused
+from fedtorch.secure.roster import Member, Terms, task_digest
+from fedtorch.sites.offer import Plan
+from fedtorch.sites.reports import Reader
+from fedtorch.tree import expand, row
+from fedtorch.types import ConfigError, Released, Task
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Terms and coding of the sums of one run."""
+
+    reader: Reader
+    """Knows what this model and recipe make a site send."""
+    secure: Secure
+
+    @property
+    def noised(self) -> bool:
+        """Whether what a site sends is noised there, and charged, each time that it is asked."""
+        return self.reader.recipe.privacy.per_client
+
+    @property
+    def tells(self) -> bool:
+        """Whether examples and losses ride in the sum: where each site's own noise counts, they do not."""
+        return not self.noised
+
+    def layout(self, task: Task) -> Layout:
+        """Where what stands; weights that rest in this round are not in it."""
+        expected = self.reader.expected.without(self.reader.rests(task))
+        sent = {
+            g: {k: tuple(s) for k, (s, _) in names.items()} for g, names in expected.sent.items()
+        }
+        return Layout.of(sent, {k: tuple(s) for k, (s, _) in expected.buffers.items()})
+
+    def terms(
+        self,
+        run: str,
+        attempt: bytes,
+        members: Sequence[Member],
+        threshold: int,
+        task: Task,
+    ) -> Terms:
+        """Of one attempt; ``task`` is filled. Raises Refused for terms that nobody should accept."""
+        if threshold < (least := self.secure.needed(len(members))):
+            why = f"a threshold of {threshold} is below the {least} of {len(members)} that the plan has"
+            raise Refused("terms", why)
+        made = self.secure.terms(
+            run=run,
+            round=task.round,
+            attempt=attempt,
+            task=task_digest(task),
+            members=tuple(members),
+            size=self.layout(task).size,
+            privacy=self.reader.recipe.privacy,
+        )
+        made = replace(made, threshold=threshold)
+        made.check()
+        return made
+
+    def seal(self, terms: Terms, update: Released, task: Task) -> np.ndarray:
+        """One site's update as words, ready for its masks; raises Refused where it is not finite."""
+        own = {g: row(s, 0) for g, s in update.sent.items()}
+        changes = {k: v[0].double() - task.state[k].double() for k, v in update.buffers.items()}
+        weight = float(update.weight) / self._cap
+        figures = Figures(min(weight, 1.0))
+        if self.tells:
+            told = update.metrics
+            figures = Figures(figures.weight, float(told["examples"]), float(told["train_loss"]))
+        values = self.layout(task).flat(own, changes)
+        return to_words(seal(_coding(terms), values, figures), terms.width)
+
+    def unseal(self, terms: Terms, words: np.ndarray, ids: Sequence[str], task: Task) -> Released:
+        """The update of all of ``ids`` together; raises Refused for a sum that they cannot have.
+
+        Figures are those of all, parted alike.
+        """
+        values, figures = unseal(_coding(terms), from_words(words), len(ids))
+        sent, changes = self.layout(task).unflat(values)
+        norm = float(joint_norms({g: expand(s) for g, s in sent.items() if g != CLIP_BIT}))
+        clip = task.privacy.get("clip", 0.0)
+        if self.reader.recipe.privacy.central and norm > clip * (1 + 1e-6):
+            raise Refused(
+                "sum", f"the mean has norm {norm:.6g}, above the clipping norm {clip:.6g}"
+            )
+        each = torch.full((len(ids),), 1 / len(ids), dtype=torch.float64)
+        told = {"examples": each * figures.examples, "train_loss": each * len(ids) * figures.loss}
+        return Released.received(
+            ids=tuple(ids),
+            sent={g: expand(s) for g, s in sent.items()},
+            buffers=expand({k: task.state[k].double() + v for k, v in changes.items()}),
+            weight=each * figures.weight * self._cap,
+            metrics={"clamped": each * figures.clamped} | (told if self.tells else {}),
+            summed=True,
+        )
+
+    @property
+    def _cap(self) -> float:
+        return self.secure.weight_cap or 1.0
+
+
+def check_apart(plan: Plan) -> None:
+    """Refuse what sites would tell beside the sum; raises ConfigError."""
+    if plan.standardize:
+        raise ConfigError(
+            "standardize has each site tell the server statistics of its columns, which aggregator secure is "
+            "there to keep: leave it out, and let sites scale by public numbers (dataset.bounds)"
+        )
+
+
+def _coding(terms: Terms) -> Coding:
+    return Coding(terms.width, len(terms.members), terms.range, terms.scale)
