@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks import hospitals_checks as checks
-from benchmarks.hospitals import Trial
+from benchmarks.hospitals import RUNS, Trial
 from fedtorch.engines import wire
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(Path(folder), given.rounds, strace=False, spare=given.kills + 1)
         try:
-            trial.prepare(given.data, "private" if given.privacy else "plain")
+            trial.prepare(given.data, RUNS["private" if given.privacy else "plain"])
             killed = chaos(trial, given.kills, random.Random(given.seed))
         finally:
             trial.close()
