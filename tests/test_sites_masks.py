@@ -22,7 +22,7 @@ from fedtorch.sites.masks import HARMLESS, Masks, Party
 from fedtorch.sites.openings import Openings
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.reports import Reader
-from fedtorch.sites.sums import Sums
+from fedtorch.sites.sums import Sums, check_apart
 from fedtorch.types import ConfigError, Released, Task
 
 NAMES = ["north", "south", "east", "west"]
@@ -36,9 +36,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def sums(**changes) -> Sums:
+def offered(**changes) -> plans.Plan:
     options = {"model": "logistic", "facts": facts_of((6,), 3, "classification")}
-    plan = plans.Plan(run="r", **options | {"aggregator": Secure()} | changes)
+    return plans.Plan(run="r", **options | {"aggregator": Secure()} | changes)
+
+
+def sums(**changes) -> Sums:
+    plan = offered(**changes)
     model, recipe = plan.build()
     torch.manual_seed(0)
     return Sums(Reader.of(recipe, model, 10**6), plan.aggregator)
@@ -474,6 +478,13 @@ def test_what_a_site_sends_tells_nothing_of_it_but_in_the_masked_vector(folder, 
         )
     assert all(len(each) == 1 for each in sizes.values())  # whoever it is, as many bytes
     assert SecureServer  # the server's own half took them all
+
+
+def test_statistics_that_each_site_tells_apart_are_refused():
+    plan = offered(privacy=SampleLevel(rounds=3), aggregator=Secure())
+    check_apart(plan)
+    with pytest.raises(ConfigError, match="leave it out"):
+        check_apart(replace(plan, standardize=["age=0:100"]))
 
 
 def test_keys_that_cannot_sign_are_refused_with_the_fix(folder, tmp_path):

@@ -15,6 +15,7 @@ from fedtorch import Recipe, Server
 from fedtorch import __main__ as program
 from fedtorch.commands import sites as commands
 from fedtorch.engines import wire
+from fedtorch.engines.wire import Message
 from fedtorch.run import checkpoint
 from fedtorch.sites.engine import SitesSession
 from fedtorch.sites.offer import Plan
@@ -68,7 +69,7 @@ def told(monkeypatch):
     def close(self):
         self.closing = True
         self.seen[self.names[0]] = time.monotonic()
-        ends.append(wire.decode(self._fetch(self.names[0])).facts.get("why"))
+        ends.append(wire.decode(self._fetch(self.names[0], Message("fetch"))).facts.get("why"))
         real(self)
 
     monkeypatch.setattr(SitesSession, "close", close)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from cryptography import x509
 
 from fedtorch.engines.wire import Message, MessageError, short
 from fedtorch.secure.client import SecureClient
@@ -162,7 +161,6 @@ class Party:
         return Message("report", facts | more, letters.up_groups(up))
 
     def _signed(self, place: int, text: bytes, signature: bytes) -> bool:
-        certificate: x509.Certificate | None
         certificate = self.masks.known.get(self.terms.members[place].certificate)
         return certificate is not None and keys.signed(certificate, text, signature)
 

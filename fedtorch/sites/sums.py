@@ -114,8 +114,8 @@ def check_apart(plan: Plan) -> None:
     """Refuse what sites would tell beside the sum; raises ConfigError."""
     if plan.standardize:
         raise ConfigError(
-            "standardize has each site tell the server statistics of its columns, which aggregator secure is "
-            "there to keep: leave it out, and let sites scale by public numbers (dataset.bounds)"
+            "standardize has each site tell the server statistics of its own columns, in no sum of all: "
+            "with aggregator secure leave it out, and let sites scale by public numbers (dataset.bounds)"
         )
 
 
