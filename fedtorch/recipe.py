@@ -44,7 +44,7 @@ class Recipe(TrainingOptions):
     """``fn(optimizer, steps)``: a scheduler of torch, stepped after each of a visit's so many local steps;
     in place of lr_warmup and lr_decay."""
     privacy: Privacy = Nothing()
-    """SampleLevel, ClientLevel or LocalDP; Nothing() or None: nothing is noised."""
+    """SampleLevel, ClientLevel, DistributedDP or LocalDP; Nothing() or None: nothing is noised."""
     aggregator: Aggregator = Mean()
     """How what clients send becomes one: Mean, Median or a rule of your own."""
     channel: tuple[Stage, ...] = ()

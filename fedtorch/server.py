@@ -19,7 +19,7 @@ from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
 from fedtorch.engines.travels import Weights
 from fedtorch.options import NOT_NEGATIVE, fit, within
-from fedtorch.privacy import models
+from fedtorch.privacy import Privacy, models
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent, PrivateRun, opened
 from fedtorch.recipe import Recipe
@@ -33,6 +33,7 @@ from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.rounds.synchronous import Asked, Rounds, Step, Synchronous
 from fedtorch.rounds.threat import Threat, attacked
 from fedtorch.secure.aggregator import SecureSum
+from fedtorch.secure.roster import LEAST
 from fedtorch.strategies import lora
 from fedtorch.strategies.base import Strategy, sends, uploads
 from fedtorch.training.evaluate import Judge, evaluate
@@ -97,7 +98,6 @@ class Server:
         strategy = combination.settled(self.recipe.strategy, pace).prepare(model)
         self.recipe = replace(self.recipe, strategy=strategy)
         self.model = model
-        self.session = runs_on.open(model, clients, self.recipe)
         # what is trained, what travels, and what the server keeps
         own = personal(model, strategy.personal)
         self.trainable = shared(model, strategy.personal)
@@ -112,6 +112,8 @@ class Server:
         self.optimizer_state = strategy.server.init(params) if strategy.server else {}
         strategies.check(strategy, params, self.extras)
         like = sends(strategy, params, self.extras)
+        self.recipe = replace(self.recipe, privacy=self._placed(like))
+        self.session = runs_on.open(model, clients, self.recipe)
         self._coded = uploads(strategy, params, self.extras) if self.recipe.channel else {}
         # of a client that is elsewhere the server knows the name alone
         sizes = [len(c) for c in clients] if all(hasattr(c, "__len__") for c in clients) else None
@@ -344,6 +346,15 @@ class Server:
         lr = self.recipe.learning_rate * self.schedule(self.round_number)
         numbers = self.books.numbers(self.round_number)
         return Task(self._weights.travel(), self.extras, self.round_number, self.seed, lr, numbers)
+
+    def _placed(self, like: dict[str, Params]) -> Privacy:
+        """The plan, which under masks must know how many there are, of clients and of numbers."""
+        plan, masks = self.recipe.privacy, self.recipe.secure
+        if masks is None or not plan.masked:
+            return plan
+        most = self.participation.most(len(self.ids))
+        numbers = sum(v.numel() for p in like.values() for v in p.values())
+        return plan.placed(most, max(LEAST, masks.needed(most)), numbers)
 
     def _state(self) -> Params:
         """A copy of the model's parameters and buffers, on the CPU."""

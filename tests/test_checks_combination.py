@@ -31,7 +31,7 @@ from fedtorch import (
 )
 from fedtorch.aggregation.vectors import Krum
 from fedtorch.checks import combination
-from fedtorch.privacy import ClientLevel, LocalDP, Nothing, SampleLevel
+from fedtorch.privacy import ClientLevel, DistributedDP, LocalDP, Nothing, SampleLevel
 from fedtorch.rounds.buffered import Buffered
 from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.synchronous import Synchronous
@@ -63,6 +63,7 @@ SHARED = "aggregator secure weighs clients by a share of a public number"
 CODES = "aggregator secure adds numbers under masks, and codes of a channel cannot be added"
 NOBODY = "aggregator secure shows nobody a client's own update"
 TOGETHER = "aggregator secure opens one sum of all that were asked"
+UNMASKED = "privacy distributed adds a share of the noise at each client"
 FIRST_IN = "pace buffered voids the claim of client-level privacy"
 
 
@@ -131,6 +132,7 @@ PARTS = {
         "sample": SampleLevel(steps=2, **NOISE),
         "client": ClientLevel(**NOISE),
         "local": LocalDP(**NOISE),
+        "distributed": DistributedDP(**NOISE),
     },
     "participation": {
         "everyone": Everyone(),
@@ -198,6 +200,12 @@ REFUSED = {
     ("sized", "secure"): SHARED,
     ("seen", "secure"): NOBODY,
     ("secure", "buffered"): TOGETHER,
+    **{(name, "distributed"): UNMASKED for name in ("mean", "median", "krum")},
+    **{(name, "distributed"): SENT for name in ("ifca", "fair", "nova")},
+    **{(name, "distributed"): CODES for name in PARTS["channel"] if name != "whole"},
+    ("sized", "distributed"): SIZED,
+    ("seen", "distributed"): NOBODY,
+    ("distributed", "buffered"): TOGETHER,
     ("topk", "client"): HELD,
     ("two", "client"): HELD,
     ("client", "uniform"): DRAWN,
@@ -255,6 +263,8 @@ PAIRS = [
 @pytest.mark.parametrize("one, other", PAIRS, ids=lambda part: part[1])
 def test_each_pair_trains_a_round_or_says_why_not(one, other):
     names = FIRST | dict([one, other])
+    if names["privacy"] == "distributed" and "aggregator" not in (one[0], other[0]):
+        names["aggregator"] = "secure"
     chosen = {kind: PARTS[kind][name] for kind, name in names.items()}
     order = {k: chosen.pop(k) for k in ("participation", "pace")}
     beside = {

@@ -118,6 +118,11 @@ REFUSED: tuple[Row, ...] = (
         "pace synchronous, or aggregator mean",
     ),
     (
+        lambda r, who, pace: r.privacy.masked and not r.secure,
+        "privacy distributed adds a share of the noise at each client, which is enough in the sum alone: "
+        "use --aggregator secure, which shows nobody more (or privacy local, where each adds all of it)",
+    ),
+    (
         lambda r, who, pace: r.secure and r.privacy.central and r.privacy.share() != 1,
         "aggregator secure shows each client of a round who else is in it, which voids amplification by "
         "secret coins: use --privacy.rate 1 (and no privacy.bands)",

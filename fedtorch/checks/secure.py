@@ -60,6 +60,10 @@ def notes(recipe: Recipe, model: nn.Module, simulated: bool) -> list[str]:
             "aggregator.neighbours holds against a server that follows the protocol and looks "
             "(semi-honest), not against one that lies"
         )
+    if recipe.privacy.masked and recipe.secure.width > 32:
+        said.append(
+            "aggregator.width 32 would send half the bytes, and loses nothing under distributed privacy"
+        )
     embeds = any(isinstance(m, nn.Embedding | nn.EmbeddingBag) for m in model.modules())
     if recipe.privacy.claims or not embeds:
         return said

@@ -1,9 +1,10 @@
-"""Private training: three plans and the one without privacy, one ledger for the whole run."""
+"""Private training: four plans and the one without privacy, one ledger for the whole run."""
 
 from fedtorch.privacy.adaptive import AdaptiveClip
 from fedtorch.privacy.bands import Bands
 from fedtorch.privacy.base import STATISTICS_NOISE, Privacy
 from fedtorch.privacy.client import ClientLevel
+from fedtorch.privacy.distributed import DistributedDP
 from fedtorch.privacy.local import LocalDP
 from fedtorch.privacy.nothing import Nothing
 from fedtorch.privacy.sample import SampleLevel
@@ -14,6 +15,7 @@ __all__ = [
     "AdaptiveClip",
     "Bands",
     "ClientLevel",
+    "DistributedDP",
     "LocalDP",
     "Nothing",
     "Privacy",

@@ -83,7 +83,7 @@ class PerExample(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Privacy(ABC):
-    """Options common to the three plans. ``epsilon`` and ``delta`` hold for the whole run."""
+    """Options common to all plans. ``epsilon`` and ``delta`` hold for the whole run."""
 
     unit: ClassVar[Literal["example", "client", "nobody"]]
     """Whose presence the guarantee hides."""
@@ -93,6 +93,8 @@ class Privacy(ABC):
     """Whether there is a guarantee at all."""
     central: ClassVar[bool] = False
     """Whether the server adds the noise: it is trusted, and clients tell it how they fared."""
+    masked: ClassVar[bool] = False
+    """Whether a client's noise is a share of what is needed, so that masks must show nobody but the sum."""
     statistics: ClassVar[bool] = False
     """Whether float buffers, statistics of the data that nobody noises, may leave a client."""
     weighting: ClassVar[Literal["examples", "uniform"]] = "uniform"
@@ -187,6 +189,22 @@ class Privacy(ABC):
     def planned_for(self, rounds: int) -> "Privacy":
         """The same plan of a run of ``rounds`` rounds, unless it names its own."""
         return replace(self, rounds=self.rounds or rounds)
+
+    def placed(self, clients: int, threshold: int, coordinates: int) -> "Privacy":
+        """The same plan in a run of so many clients a round, each of whom sends so many numbers.
+
+        ``threshold``: fewest clients of whom masks show a sum; without masks it is of no interest.
+        """
+        return self
+
+    @property
+    def fewest(self) -> int:
+        """Of how many clients a sum must be, at least, for the noise to be enough."""
+        return 0
+
+    def slack(self, noise: float, rounds: int) -> float:
+        """What delta is more than ``delta`` because draws are not exactly those of the mechanism."""
+        return 0.0
 
     def planned(self, noise: float, rounds: int) -> float:
         """Epsilon of ``rounds`` rounds for the unit that takes part most."""

@@ -173,7 +173,9 @@ class PrivateRun:
     @property
     def delta(self) -> float:
         """Chance of failure; none with Laplace noise."""
-        return 0.0 if self.plan.event(self.noise).mechanism == "laplace" else self.plan.delta
+        if self.plan.event(self.noise).mechanism == "laplace":
+            return 0.0
+        return self.plan.delta + self.plan.slack(self.noise, self.rounds)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

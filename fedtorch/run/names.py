@@ -93,6 +93,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "sample": "fedtorch.privacy.SampleLevel",
         "client": "fedtorch.privacy.ClientLevel",
         "local": "fedtorch.privacy.LocalDP",
+        "distributed": "fedtorch.privacy.DistributedDP",
     },
     "privacy.adaptive": {"on": "fedtorch.privacy.AdaptiveClip"},
     "privacy.bands": {"on": "fedtorch.privacy.Bands"},

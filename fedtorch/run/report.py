@@ -66,6 +66,7 @@ def statement(run: PrivateRun) -> dict[str, Any]:
         "accountant": plan.accountant,
         "versions": {p: installed(p) for p in ("fedtorch", "torch", "opacus", "numpy", "scipy")},
         "randomness": randomness(run),
+        "added_to_delta_by_rounding_of_probabilities": plan.slack(run.noise, run.rounds) or None,
         "outside_the_guarantee": "nothing is logged"
         if plan.strict
         else "figures tagged nonprivate/, the table and picture of who got what, remarks on columns of a "
@@ -85,8 +86,10 @@ def randomness(run: PrivateRun) -> str:
     if run.plan.insecure_seed is not None:
         return "INSECURE: a known seed; the noise can be taken off again"
     if run.plan.rng == "os":
-        return "four draws of the operating system's cryptographic generator for each number"
-    return f"AES-256 in counter mode, each stream under a key from the operating system; normals by {way()}"
+        words = "the operating system's cryptographic generator"
+        return words if run.plan.masked else f"four draws of {words} for each number"
+    made = "tables of 128-bit integers" if run.plan.masked else f"normals by {way()}"
+    return f"AES-256 in counter mode, each stream under a key from the operating system; {made}"
 
 
 def text(run: PrivateRun) -> str:

@@ -155,14 +155,14 @@ class SecureSum:
         """Nothing added yet."""
         self.held, self.figures = Held(), dict[str, Any]()
         self._rule = rule
-        self._asked = 0
+        self._asked = self._fewest = 0
         self._reported = 0
         self._mean = RunningMean()
         self._whole: WholeSum | None = None
 
     def expect(self, asked: int, privacy: Privacy) -> None:
         """So many clients are asked."""
-        self._asked = asked
+        self._asked, self._fewest = asked, privacy.fewest
         if self._rule.apart and asked:
             self._whole = WholeSum(self._rule.coding(asked, privacy), self._rule.weight_cap)
 
@@ -178,7 +178,8 @@ class SecureSum:
 
     def short(self) -> bool:
         """Whether too few have reported for anything to be opened."""
-        needed = max(LEAST, self._rule.needed(self._asked) if self._asked else 0)
+        needed = self._rule.needed(self._asked) if self._asked else 0
+        needed = max(LEAST, needed, self._fewest)
         if self._reported < needed:
             self.figures["too_few"] = (
                 f"aggregator secure opens the sum of {needed} or more of {self._asked} clients, and "

@@ -31,7 +31,7 @@ follows: epsilons over different neighbours do not add up."""
 
 def book(privacy: Privacy) -> str:
     """Which ledger a plan is charged to."""
-    return "presence" if privacy.central else privacy.unit
+    return "presence" if privacy.central or privacy.masked else privacy.unit
 
 
 class Budget:
@@ -45,11 +45,12 @@ class Budget:
         ]
         self.ledgers = {u: self._open(u) for u in dict.fromkeys(kept)}
 
-    def admit(self, recipe: Recipe, insecure: bool, derived: bool) -> None:
+    def admit(self, recipe: Recipe, insecure: bool, derived: bool, masks: bool = False) -> None:
         """Refuse a run whose privacy this site could not vouch for; raises ConfigError.
 
         The checks are those of a server: what it would refuse, a site refuses too. ``derived`` says
-        whether this site's examples were scaled, or filled, by numbers of their own.
+        whether this site's examples were scaled, or filled, by numbers of their own; ``masks``, whether it
+        takes part under masks alone (require_secure).
         """
         privacy = recipe.privacy
         if privacy.claims:
@@ -60,6 +61,11 @@ class Budget:
             what = "noise that only the server adds" if privacy.central else "no noise"
             raise ConfigError(
                 f"the run has {what}, but this site's max_epsilon asks for noise added here"
+            )
+        if privacy.masked and not masks:
+            raise ConfigError(
+                "this site would add a share of the noise, which is enough under masks alone, and with "
+                "max_epsilon it must be sure of them: set require_secure = true"
             )
         if privacy.delta > self.delta:
             raise ConfigError(
@@ -94,7 +100,7 @@ class Budget:
             others = sum(
                 self.ledgers[b].spent(self.delta)
                 for b in ("example", "client")
-                if b in self.ledgers and b != name
+                if b in self.ledgers and b != name and name != "presence"
             )
             if not ledger.fits(event, [self.site], self.most - others, self.delta):
                 cost = others + ledger.would_spend(event, [self.site], self.delta)

@@ -28,6 +28,9 @@ BLOCK = 1 << 15
 SPARE = 192
 """Bits of the first number of the recurrence: what rounding takes off is far below 2^-BITS."""
 
+SPARE_TAIL = 40
+"""The recurrence starts where the tail is so many bits below the last entry's."""
+
 
 @dataclass(frozen=True, eq=False)
 class Table:
@@ -95,23 +98,28 @@ def _weights(variance: Fraction) -> list[int]:
     """
     top, bottom = variance.as_integer_ratio()
     found = [0, 1 << SPARE]
-    for k in range(_far(float(variance)), 0, -1):
+    for k in range(_passed(float(variance), BITS + SPARE_TAIL), 0, -1):
         found.append(found[-2] + 2 * k * bottom * found[-1] // top)
     return found[::-1]
 
 
-def _far(variance: float) -> int:
-    """A place that numbers pass with a chance below 2^-(BITS + 40), by Chernoff's bound."""
-    limit = (BITS + 40) * math.log(2)
+def farthest(variance: float) -> int:
+    """No number drawn is farther from 0: the end of a table, or a little more, without making it."""
+    return _passed(variance, BITS + 1)
 
-    def passed(k: int) -> bool:
+
+def _passed(variance: float, bits: int) -> int:
+    """A place that numbers are beyond with a chance below 2^-bits, by Chernoff's bound."""
+    limit = bits * math.log(2)
+
+    def beyond(k: int) -> bool:
         return k * math.asinh(k / variance) - (math.hypot(k, variance) - variance) > limit
 
     high = 1
-    while not passed(high):
+    while not beyond(high):
         high *= 2
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if passed(middle) else (middle, high)
+        low, high = (low, middle) if beyond(middle) else (middle, high)
     return high
