@@ -34,6 +34,7 @@ with reading():
     from fedtorch.strategies import (
         APFL,
         IFCA,
+        MOON,
         ClientMomentum,
         Correction,
         Ditto,
@@ -86,6 +87,7 @@ __version__ = "0.1.0"
 __all__ = [
     "APFL",
     "IFCA",
+    "MOON",
     "QSGD",
     "Bulyan",
     "CentredClip",

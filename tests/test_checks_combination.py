@@ -35,7 +35,7 @@ from fedtorch.privacy import ClientLevel, DistributedDP, LocalDP, Nothing, Sampl
 from fedtorch.rounds.buffered import Buffered
 from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.synchronous import Synchronous
-from fedtorch.strategies import APFL, IFCA, Ditto, FedDyn, FedNova, FedRep, PFedMe, QFedAvg
+from fedtorch.strategies import APFL, IFCA, MOON, Ditto, FedDyn, FedNova, FedRep, PFedMe, QFedAvg
 
 NOISE = dict(noise_multiplier=0.5, rounds=1, insecure_seed=1)
 SIZED = "voids the privacy claim: it releases how many examples"
@@ -48,6 +48,7 @@ SEEN = "looks at each client's own update"
 TURNS = "sends other weights from round to round"
 HELD_BACK = "strategy feddyn needs the mean of what clients send"
 PASSES = "sends steps that start from what another pass"
+OBJECTIVE = "has an objective of its own"
 ASKED = "sends what it makes of losses or gradients that it asks"
 CURIOUS = "strategy qfedavg sets its rate by the lengths"
 MEMBERS = "strategy ifca divides what the members"
@@ -113,6 +114,7 @@ PARTS = {
         "pfedme": PFedMe(inner_steps=1),
         "ifca": IFCA(),
         "fair": QFedAvg(),
+        "moon": MOON(tap="0"),
     },
     "aggregator": {"mean": Mean(), "median": Median(), "krum": Krum(f=0), "secure": Secure()},
     "channel": {
@@ -163,10 +165,16 @@ REFUSED = {
     ("scaffold", "longer"): VARIATES,
     ("seen", "client"): SEEN,
     ("rep", "sample"): PASSES,
+    ("moon", "sample"): OBJECTIVE,
     **{(name, "sample"): ASKED for name in ("pfedme", "ifca", "fair")},
     **{
         (name, "buffered"): OVERLAPPED.replace("scaffold also needs c", f"{name} also needs {what}")
-        for name, what in [("ditto", "v"), ("apfl", "alpha, v"), ("pfedme", "theta")]
+        for name, what in [
+            ("ditto", "v"),
+            ("apfl", "alpha, v"),
+            ("pfedme", "theta"),
+            ("moon", "last"),
+        ]
     },
     ("ifca", "buffered"): OVERLAPPED.replace(
         "scaffold also needs c", "ifca also needs m1, numbers, pick"
@@ -276,6 +284,7 @@ def test_each_pair_trains_a_round_or_says_why_not(one, other):
         "pfedme": ["theta"],
         "ifca": ["m1", "pick", "numbers"],
         "fair": ["numbers"],
+        "moon": ["last"],
     }
     groups = beside.get(one[1], beside.get(other[1], []))
     recipe = Recipe(chosen.pop("strategy"), epochs=1, **chosen)

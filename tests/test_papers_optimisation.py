@@ -20,7 +20,8 @@ from fedtorch import (
     Uniform,
 )
 from fedtorch.privacy import ClientLevel, SampleLevel
-from fedtorch.strategies import ClientMomentum, FedDyn, FedExP, FedNova, QFedAvg
+from fedtorch.strategies import MOON, ClientMomentum, FedDyn, FedExP, FedNova, QFedAvg
+from fedtorch.strategies.moon import contrast
 from fedtorch.training.local_steps import reach, stepper
 from fedtorch.training.optimizer import ClientOptimizer, ServerLAMB, ServerSGD
 from test_papers import A, B, N, Scalar, quadratic
@@ -188,7 +189,9 @@ def test_numbers_are_sent_and_counted_as_traffic():
 
 
 @pytest.mark.parametrize(
-    "strategy", [FedDyn(), Scaffold(), Scaffold(option=1), FedNova(), QFedAvg()], ids=str
+    "strategy",
+    [FedDyn(), Scaffold(), Scaffold(option=1), FedNova(), QFedAvg(), MOON(tap="0")],
+    ids=str,
 )
 def test_a_run_goes_on_from_its_checkpoint_to_the_bit(strategy):
     def server() -> Server:
@@ -250,6 +253,7 @@ def test_clients_remember_what_was_really_sent(strategy, group):
         (lambda: Recipe(FedExP(server=ServerSGD())), "fedexp sets the server's rate itself"),
         (lambda: Recipe(FedDyn(alpha=0.0)), "strategy.alpha must be a positive number"),
         (lambda: Recipe(Scaffold(option=3)), "strategy.option"),
+        (lambda: Recipe(MOON()), "strategy.tap '' is no layer of model Sequential: it has 0, 1, 2"),
         (lambda: Recipe(QFedAvg(server=ServerSGD())), "qfedavg sets the server's rate itself"),
         (lambda: Recipe(QFedAvg(), channel=(TopK(),)), "qfedavg sets its rate by the lengths"),
         (
@@ -269,3 +273,50 @@ def test_a_channel_takes_scaled_changes_and_leaves_numbers_alone():
     before = weights(server.model)
     [*server.rounds(2)]
     assert not torch.equal(before["0.weight"], server.model[0].weight)
+
+
+def test_the_contrast_is_moons():
+    """By hand: cosines 0.6 and 0 over a temperature of 0.5."""
+    z = torch.tensor([[1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    near, far = torch.tensor([[0.6, 0.8]]).double(), torch.tensor([[0.0, 1.0]]).double()
+    loss = contrast(z, near, far, 0.5)
+    loss.sum().backward()
+    assert float(loss.detach()) == pytest.approx(0.263282, abs=1e-6)
+    assert z.grad.flatten().tolist() == pytest.approx([0, 0.092590], abs=1e-6)
+    same = contrast(z, near, near, 0.5)
+    assert float(same.detach()) == pytest.approx(0.693147, abs=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_moon_li_2021(chunk):
+    """Three rounds by hand: each step adds the contrast to the sent and to the client's own last model."""
+    data, model = make_clients([6, 8]), mlp()
+    recipe = Recipe(MOON(tap="0", mu=2.0, weighting="uniform"), lr=0.1, steps=2, batch_size=None)
+    server = Server(model, data, recipe, engine=Local(chunk=chunk))
+    by_hand, last = mlp(), [None, None]
+    for _ in range(3):
+        server.round()
+        sent, ends = {k: v.clone() for k, v in by_hand.state_dict().items()}, []
+        for k, client in enumerate(make_clients([6, 8])):
+            own, before, far = mlp(), mlp(), mlp()
+            own.load_state_dict(sent), before.load_state_dict(sent)
+            far.load_state_dict(last[k] or sent)
+            x, y = client.data.tensors
+            optimizer = torch.optim.SGD(own.parameters(), 0.1)
+            for _ in range(2):
+                optimizer.zero_grad()
+                away = contrast(own[0](x), before[0](x).detach(), far[0](x).detach(), 0.5)
+                loss = torch.nn.functional.cross_entropy(own(x), y) + 2 * away.mean()
+                loss.backward()
+                optimizer.step()
+            ends.append({n: v.clone() for n, v in own.state_dict().items()})
+        last = ends
+        by_hand.load_state_dict({n: (ends[0][n] + ends[1][n]) / 2 for n in sent})
+    assert all(
+        torch.allclose(v, by_hand.state_dict()[k], atol=1e-6) for k, v in weights(model).items()
+    )
+    plain = Server(
+        mlp(), data, Recipe(FedAvg(weighting="uniform"), lr=0.1, steps=2, batch_size=None)
+    )
+    [*plain.rounds(3)]
+    assert not torch.allclose(plain.model[0].weight, model[0].weight, atol=1e-4)

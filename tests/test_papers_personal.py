@@ -37,11 +37,11 @@ PFEDME = (
     [(0.363943, 1.118353, -0.573425), (0.267990, 1.038384, -0.612118)],
 )
 FIXED = (
-    APFL(learn=False, weighting="uniform"),
+    APFL(weighting="uniform"),
     [(0.188000, 0.768262, -0.147856), (0.048193, 1.036436, -0.570980)],
 )
 LEARNED = (
-    APFL(weighting="uniform"),
+    APFL(learn=True, weighting="uniform"),
     [(0.188000, 0.763225, -0.076741), (0.048193, 1.054663, -0.335829)],
 )
 
@@ -119,7 +119,7 @@ SIZES = [12, 8, 16, 12, 20]
         (Ditto(lam=0.3), normed),
         (FedRep(personal=("3.*",), head_epochs=2), mlp),
         (FedRep(personal=("3.*",), head_epochs=2), normed),
-        (APFL(), mlp),
+        (APFL(learn=True), mlp),
         (PFedMe(inner_steps=2), mlp),
         (IFCA(clusters=3), mlp),
     ],
@@ -163,7 +163,7 @@ def test_ditto_moves_the_shared_model_as_fedavg_and_keeps_statistics_of_its_own(
     assert not torch.allclose(own["c0"]["1.running_mean"], own["c1"]["1.running_mean"])
 
 
-@pytest.mark.parametrize("strategy", [Ditto(), APFL(), PFedMe(), IFCA()], ids=str)
+@pytest.mark.parametrize("strategy", [Ditto(), APFL(learn=True), PFedMe(), IFCA()], ids=str)
 def test_a_run_goes_on_from_its_checkpoint_to_the_bit(strategy):
     def server() -> Server:
         cohort = Uniform(cohort_size=3)

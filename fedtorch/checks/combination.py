@@ -25,7 +25,8 @@ def _turns(strategy: Strategy) -> bool:
 
 def _corrects(strategy: Strategy) -> bool:
     kind = type(strategy)
-    return kind.correction is not Strategy.correction or kind.correct is not Strategy.correct
+    linear = kind.correction is Strategy.correction and kind.correct is Strategy.correct
+    return strategy.contrasts or not linear
 
 
 def _plain(recipe: Recipe) -> bool:
@@ -164,6 +165,11 @@ REFUSED: tuple[Row, ...] = (
         "strategy {strategy} sends what it makes of losses or gradients that it asks of a client's "
         "examples, and sample-level privacy noises local steps alone: use fedavg, or client-level or local "
         "privacy",
+    ),
+    (
+        lambda r, who, pace: r.privacy.per_example and r.strategy.contrasts,
+        "strategy {strategy} has an objective of its own, and sample-level privacy clips the gradient of "
+        "each example's loss alone: use fedavg or fedprox, or client-level or local privacy",
     ),
     (
         lambda r, who, pace: (

@@ -146,6 +146,8 @@ def strategy(recipe: Recipe) -> str | None:
         return "weights stay with the clients (strategy.personal)"
     if recipe.strategy.trains and not recipe.strategy.apart:
         return f"{kind.__name__} trains in more than one pass"
+    if recipe.strategy.contrasts:
+        return f"{kind.__name__} changes what local steps minimise"
     if kind.rests is not Strategy.rests:
         return f"{kind.__name__} lets weights rest by turns"
     if kind.correct is Strategy.correct:

@@ -46,6 +46,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "fednova": "fedtorch.strategies.FedNova",
         "fedexp": "fedtorch.strategies.FedExP",
         "feddyn": "fedtorch.strategies.FedDyn",
+        "moon": "fedtorch.strategies.MOON",
         "client-momentum": "fedtorch.strategies.ClientMomentum",
     },
     "strategy.server": {

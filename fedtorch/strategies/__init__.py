@@ -15,6 +15,7 @@ from fedtorch.strategies.ifca import IFCA
 from fedtorch.strategies.lg import LGFedAvg
 from fedtorch.strategies.lora import FedExLoRA, FFALoRA, RoLoRA
 from fedtorch.strategies.momentum import ClientMomentum
+from fedtorch.strategies.moon import MOON
 from fedtorch.strategies.pfedme import PFedMe
 from fedtorch.strategies.qfedavg import QFedAvg
 from fedtorch.strategies.scaffold import Scaffold
@@ -22,6 +23,7 @@ from fedtorch.strategies.scaffold import Scaffold
 __all__ = [
     "APFL",
     "IFCA",
+    "MOON",
     "ClientMomentum",
     "Correction",
     "Ditto",

@@ -17,8 +17,8 @@ from fedtorch.types import Context, Params, Stack
 class APFL(Strategy):
     """FedAvg of w; a client uses alpha v + (1 - alpha) w (Deng et al. 2020, arXiv:2003.13461, Alg. 1).
 
-    On each batch v steps by alpha times the gradient g at the mix, and alpha by <v - w, g>. Weights are
-    mixed, not outputs, and v and alpha stay with the client. Its own steps are plain SGD.
+    On each batch v steps by alpha times the gradient g at the mix, and alpha, where it is learned, by
+    <v - w, g>. Weights are mixed, not outputs; v and alpha stay with the client. Steps of v are plain SGD.
     """
 
     apart: ClassVar[bool] = True
@@ -26,8 +26,9 @@ class APFL(Strategy):
 
     alpha: float = 0.5
     """Share of a client's own model, at first."""
-    learn: bool = True
-    """Whether each client learns its share."""
+    learn: bool = False
+    """Whether each client learns its share. v steps alpha times as far as w, so that in long visits w gets
+    ahead of it and alpha falls to 0: what is used is then the shared model."""
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedtorch.options import check
 from fedtorch.training.module import statistics
 from fedtorch.training.optimizer import ServerOptimizer
+from fedtorch.training.step import Step
 from fedtorch.tree import expand, row, tmap
 from fedtorch.types import NUMBERS, ConfigError, Context, Params, Stack
 
@@ -83,6 +84,11 @@ class Strategy:
         own = type(self).upload, type(self).arrived
         sums = own == (Strategy.upload, Strategy.arrived) and not self.trains
         return sums and not self.personal
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether it changes what local steps take the gradient of."""
+        return type(self).objective is not Strategy.objective
 
     @property
     def confirms(self) -> bool:
@@ -171,6 +177,13 @@ class Strategy:
         It is given gradients with the correction added. A strategy that overrides it leaves the fast path.
         """
         return grads
+
+    def objective(self, step: Step, ctx: Context) -> Step:
+        """What one client's local steps take the gradient of, made of the recipe's own; asked once a visit.
+
+        A strategy that overrides it trains client after client.
+        """
+        return step
 
     def upload(self, params: Stack, ctx: Context) -> tuple[dict[str, Stack], dict[str, Stack]]:
         """What is sent (``"delta"`` and own groups) and the new memory, each group [K, ...]."""

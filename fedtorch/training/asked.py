@@ -3,8 +3,8 @@
 Through the module itself, one client after another, whatever solver trains: they come out alike on all.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -48,33 +48,35 @@ class Asked:
     def loss(self, at: Stack | None = None) -> Tensor:
         """One pass over all examples, forward alone."""
         found = []
-        for k, client in enumerate(self.clients):
-            value = self.known.get(client.id) if at is None else None
-            if value is None:
-                with self._visiting(k):
-                    self.model.eval()
-                    value = self._walk(self._batches(k), len(client), *self._weights(k, at))
-            if at is None:
-                self.known[client.id] = value
-            found.append(value)
+        with self._trying() as visiting:
+            self.model.eval()
+            for k, client in enumerate(self.clients):
+                value = self.known.get(client.id) if at is None else None
+                if value is None:
+                    with visiting(k):
+                        value = self._walk(self._batches(k), len(client), *self._weights(k, at))
+                if at is None:
+                    self.known[client.id] = value
+                found.append(value)
         return torch.stack(found)
 
     def grad(self, at: Stack | None = None, step: int | None = None) -> tuple[Stack, Tensor]:
         """Autograd, a batch at a time."""
         turn, grads, losses = next(self.turns), list[Params](), list[Tensor]()
-        for k, client in enumerate(self.clients):
-            batches = self._batches(k, step)
-            params, rest = self._weights(k, at)
-            for p in params.values():
-                p.requires_grad_()
-            secret = self.recipe.privacy.draw_seed(self.task, client.id)
-            with self._visiting(k), seeds.seeded(seeds.derive(secret, "asked", turn)):
-                training(self.model)
-                many = len(client) if step is None else sum(n for n, _ in batches)
-                losses.append(self._walk(batches, many, params, rest))
-            grads.append(
-                {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in params.items()}
-            )
+        draw_seed = self.recipe.privacy.draw_seed
+        with self._trying() as visiting, seeds.kept():
+            training(self.model)
+            for k, client in enumerate(self.clients):
+                params, rest = self._weights(k, at)
+                for p in params.values():
+                    p.requires_grad_()
+                seeds.set_global(seeds.derive(draw_seed(self.task, client.id), "asked", turn))
+                with visiting(k):
+                    batches = self._batches(k, step)
+                    many = len(client) if step is None else sum(n for n, _ in batches)
+                    losses.append(self._walk(batches, many, params, rest))
+                zero = torch.zeros_like
+                grads.append({n: zero(p) if p.grad is None else p.grad for n, p in params.items()})
         return {n: torch.stack([g[n] for g in grads]) for n in grads[0]}, torch.stack(losses)
 
     def among(self, places: Sequence[int]) -> "Asked":
@@ -118,16 +120,21 @@ class Asked:
         return total
 
     @contextmanager
-    def _visiting(self, k: int) -> Iterator[None]:
-        """One client's turn; modes, and what a module keeps beside its numbers, are put back."""
-        outline, modes = (
-            Outline(self.model, own=True),
-            [(m, m.training) for m in self.model.modules()],
-        )
+    def _trying(self) -> Iterator[Callable[[int], AbstractContextManager[None]]]:
+        """One client's turn after another; what a module keeps beside its numbers goes to nobody else."""
+        outline = Outline(self.model, own=True)
+        modes = [(m, m.training) for m in self.model.modules()]
+
+        @contextmanager
+        def visiting(k: int) -> Iterator[None]:
+            try:
+                with naming_client([self.clients[k].id], self.task):
+                    yield
+            finally:
+                outline.restore()
+
         try:
-            with naming_client([self.clients[k].id], self.task):
-                yield
+            yield visiting
         finally:
-            outline.restore()
             for m, was in modes:
                 m.training = was

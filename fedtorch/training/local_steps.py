@@ -116,6 +116,8 @@ def one_by_one(recipe: Recipe) -> str | None:
     """Why clients must train one after another, whatever their model; None: they need not."""
     if recipe.local is not None:
         return OWN
+    if recipe.strategy.contrasts:
+        return f"{type(recipe.strategy).__name__} has an objective of its own for each"
     if not recipe.client_optimizer.elementwise:
         words = recipe.client_optimizer.words
         if not isinstance(recipe.client_optimizer.maker(), type):

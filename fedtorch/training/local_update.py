@@ -136,6 +136,8 @@ def _solved(
     if solve is None:
         alone = len(clients) == 1 and not (private and private.mode == "stacked")
         solve = stacked.general if alone else stacked.stacked
+    if recipe.strategy.contrasts and len(clients) > 1 and solve is not stacked.general:
+        raise ValueError("an objective of the strategy's own is one client's: train one at a time")
     if solve is stacked.general and len(clients) > 1:
         return train_sequentially(clients, order, ctx, task, recipe, model, private)
     drawn = stacked.draws(solve, recipe)

@@ -54,6 +54,7 @@ class Trainee:
         if self.recipe.local is not None:
             visit = Visit(data, steps, self.device)
             return own_update(self.recipe.local, self.model, visit, self.lr)
+        self._asked = self.recipe.strategy.objective(self.recipe.asked, ctx)
         correct = Corrector(self.recipe.strategy, ctx)
         weights = expand(self.weights()) if correct else {}
         step = stepper(self.recipe, self.model, self.params, self.lr, len(steps))
