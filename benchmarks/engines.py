@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,21 +98,28 @@ def sites(width: int) -> tuple[list[float], float]:
         network, recipe = offered.build()
         made = Sites(plan=offered, address="127.0.0.1:0", keys=folder / "server", minimum=2)
         server = Server(network, remotes(NAMES), recipe, engine=made)
-        session: Any = server.session
-        started = [start(folder, name, session.port) for name in NAMES]
-        try:
-            session.wait_for_sites(120)
+        with joined(server, folder) as started:
             ready = time.perf_counter()
             seconds = timed(server)
             for process in started:
                 print(f"    site: {memory(process.pid)}")
-            server.close()
-            for process in started:
-                process.wait(60)
-        finally:
-            for process in started:
-                process.kill()
     return seconds, ready
+
+
+@contextmanager
+def joined(server: Server, folder: Path) -> Iterator[list[subprocess.Popen]]:
+    """The processes of sites that have joined; in the end server and sites are gone."""
+    session: Any = server.session
+    started = [start(folder, name, session.port) for name in NAMES]
+    try:
+        session.wait_for_sites(120)
+        yield started
+        server.close()
+        for process in started:
+            process.wait(60)
+    finally:
+        for process in started:
+            process.kill()
 
 
 def start(folder: Path, name: str, port: int) -> subprocess.Popen:

@@ -10,13 +10,12 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.engines import NAMES, start
+from benchmarks.engines import NAMES, joined, timed
 from fedtorch import Client, Local, Recipe, Server
 from fedtorch.data.base import facts_of
 from fedtorch.engines import Processes
@@ -75,32 +74,21 @@ def sites(frozen: bool) -> str:
         )
         server = Server(model, remotes(NAMES), recipe, engine=made)
         session: Any = server.session
-        started = [start(folder, name, session.port) for name in NAMES]
-        try:
-            session.wait_for_sites(120)
+        with joined(server, folder):
             server.round()
             first = sum(v.sent for v in session.last)
             said.append(f"{rounds(server)}; messages {first:,} B down in round 1")
             told = sum(v.sent for v in session.last), sum(v.received for v in session.last)
             said[-1] += f", then {told[0]:,} down, {told[1]:,} up"
-            server.close()
-            for process in started:
-                process.wait(60)
-        finally:
-            for process in started:
-                process.kill()
     return "\n    started again: ".join(said)
 
 
 def rounds(server: Server, many: int = 8) -> str:
     """Bytes of a round, and the median of its seconds."""
-    seconds, figures = [], {}
-    for _ in range(many):
-        begin = time.perf_counter()
-        figures = server.round()
-        seconds.append(time.perf_counter() - begin)
+    seconds = statistics.median(timed(server, many - 1))
+    figures = server.round()
     bytes_ = f"{figures['bytes_down']:,} B down, {figures['bytes_up']:,} B up"
-    return f"round {statistics.median(seconds[2:]) * 1e3:.0f} ms, {bytes_}"
+    return f"round {seconds * 1e3:.0f} ms, {bytes_}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 from fedtorch import FedAvg, Poisson, Scaffold, ServerAdam, Uniform
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel
-from fedtorch.privacy.base import clipped, joint_norms
+from fedtorch.privacy.clipping import clipped, joint_norms
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.types import ConfigError
 from private_case import clients, model, server, silent

@@ -8,7 +8,7 @@ from scipy import stats
 
 from fedtorch import FedAvg
 from fedtorch.privacy import LocalDP
-from fedtorch.privacy.base import joint_norms
+from fedtorch.privacy.clipping import joint_norms
 from fedtorch.privacy.local import laplace
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.types import ConfigError

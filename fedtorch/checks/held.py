@@ -19,15 +19,24 @@ from fedtorch.training.module import undropped
 from fedtorch.training.outline import untouched
 from fedtorch.tree import size
 
-UNIFORM = {torch.rand, torch.rand_like, Tensor.uniform_}
-NORMAL = {torch.randn, torch.randn_like, torch.normal, Tensor.normal_}
-WHOLE = {torch.randint, torch.randint_like}
-COINS = {torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_}
-METHODS: dict[Any, tuple[str, str]] = {
-    Tensor.uniform_: ("from", "to"),
-    Tensor.normal_: ("mean", "std"),
+DRAWS: dict[Any, tuple[str, tuple[str, ...]]] = {
+    torch.rand: ("uniform", ()),
+    torch.rand_like: ("uniform", ()),
+    Tensor.uniform_: ("uniform", ("self", "from", "to")),
+    torch.randn: ("normal", ()),
+    torch.randn_like: ("normal", ()),
+    torch.normal: ("normal", ("mean", "std")),
+    Tensor.normal_: ("normal", ("self", "mean", "std")),
+    torch.bernoulli: ("coin", ("input", "p")),
+    Tensor.bernoulli: ("coin", ("input", "p")),
+    Tensor.bernoulli_: ("coin", ("self", "p")),
+    torch.randint: ("whole", ()),
+    torch.randint_like: ("whole", ()),
 }
-"""They write on their tensor, and are told how the numbers are spread."""
+"""Calls that draw: what kind of numbers, and the names of what they are told by place."""
+
+SPREAD = {"uniform": ("from", "to"), "normal": ("mean", "std")}
+"""The arguments that say how numbers are spread: 0 and 1 where nothing is said."""
 
 ENDS = (1e-6, 1 - 1e-6)
 """Least and largest uniform number: what is done rarely is often done where one is small, or large."""
@@ -63,23 +72,22 @@ class Held(TorchFunctionMode):
     ) -> Any:
         """Only calls that draw are changed."""
         kwargs = kwargs or {}
-        kind = next((k for k in (UNIFORM, NORMAL, WHOLE, COINS) if func in k), None)
-        if kind is None or kwargs.get("generator") is not None:
+        if func not in DRAWS or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
+        kind, names = DRAWS[func]
         given = func(*args, **kwargs)
-        own = self._drawn(given, normal=kind is NORMAL)
-        if kind is COINS:
-            chance = kwargs.get("p", args[1] if len(args) > 1 else args[0])
-            if func is Tensor.bernoulli_:
-                chance = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-                return given.copy_(own < chance)
-            return (own < chance).to(given)
-        if kind is WHOLE:
-            low, high = _limits(func, args, kwargs)
-            return (low + own * (high - low)).floor().to(given)
-        zero, one = _parameters(func, args, kwargs)
-        numbers = zero + own * (one if kind is NORMAL else one - zero)
-        return given.copy_(numbers) if func in METHODS else numbers.to(given)
+        own = self._drawn(given, normal=kind == "normal")
+        told = dict(zip(names, args, strict=False)) | kwargs
+        if kind == "coin":
+            numbers = own < told.get("p", told.get("input", 0.5))
+        elif kind == "whole":
+            low, high = _limits(args, kwargs)
+            numbers = (low + own * (high - low)).floor()
+        else:
+            ends = (told.get(n, v) for n, v in zip(SPREAD[kind], (0.0, 1.0), strict=True))
+            zero, one = (v.detach() if isinstance(v, Tensor) else v for v in ends)
+            numbers = zero + own * (one if kind == "normal" else one - zero)
+        return given.copy_(numbers) if names[:1] == ("self",) else numbers.to(given)
 
     def _drawn(self, given: Tensor, normal: bool) -> Tensor:
         """Numbers shaped like ``given``: a row for each example, or the same for all of them."""
@@ -104,17 +112,7 @@ class Held(TorchFunctionMode):
         return (coins < 0.5).to(table)
 
 
-def _parameters(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Of uniform numbers the limits, of normal ones mean and deviation."""
-    if func is not torch.normal and func not in METHODS:
-        return 0.0, 1.0
-    names = METHODS.get(func, ("mean", "std"))
-    told = dict(zip(names, args[func in METHODS :], strict=False)) | dict(kwargs)
-    zero, one = told.get(names[0], 0.0), told.get(names[1], 1.0)
-    return tuple(v.detach() if isinstance(v, Tensor) else v for v in (zero, one))  # type: ignore[return-value]
-
-
-def _limits(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+def _limits(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
     """``randint(high, size)`` or ``randint(low, high, size)``; its like has a tensor in front."""
     numbers = [v for v in args if isinstance(v, int)]
     high = kwargs.get("high", numbers[-1] if numbers else 1)

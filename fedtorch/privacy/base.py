@@ -23,10 +23,14 @@ from fedtorch.privacy.accounting.events import (
     check_delta,
     epsilon,
 )
+from fedtorch.privacy.clipping import bounded as bounded
+from fedtorch.privacy.clipping import check_clip as check_clip
+from fedtorch.privacy.clipping import clipped as clipped
+from fedtorch.privacy.clipping import joint_norms as joint_norms
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import Stream, stream
 from fedtorch.training.batches import batch_order
-from fedtorch.tree import expand, finite_per_client, moving, per_client, sq_norms, tmap
+from fedtorch.tree import expand, moving, per_client, sq_norms, tmap
 from fedtorch.types import NUMBERS, ConfigError, Params, Raw, Released, Stack, Task
 
 State = dict[str, Any]
@@ -36,9 +40,6 @@ DEFAULT_EPSILON = 8.0
 
 STATISTICS_NOISE = 10.0
 """Noise multiplier of statistics of columns: the noise of a usual run grows by 0.1 % for them."""
-
-CLIPS = (1e-6, 1e9)
-"""Clipping norms there may be: beyond them noise, or what is clipped, meets the ends of float32."""
 
 FIGURES = frozenset(("train_loss", "examples", "visited", "steps", "update_norm"))
 """Figures of a visit that a client may tell at most, each by its name."""
@@ -360,7 +361,7 @@ class Privacy(ABC):
         """
         found = self._mean(raw, task) if raw.groups is None else self._each(raw, task)
         sent, buffers, norms, good = found
-        keep = torch.ones_like(good) if self.always_reports else good
+        keep = self._reporting(good)
         # a slice is a view, a mask would copy everything
         kept = slice(None) if keep.all() else keep
         figures = self.disclosed(raw.figures | {"update_norm": norms})
@@ -376,6 +377,9 @@ class Privacy(ABC):
             summed=raw.groups is None,
         )
         return released, good
+
+    def _reporting(self, good: Tensor) -> Tensor:
+        return torch.ones_like(good) if self.always_reports else good
 
     def _each(self, raw: Raw, task: Task) -> tuple[dict[str, Stack], Stack, Tensor, Tensor]:
         """Every client's own upload, its buffers, its norm as it is sent, and whether it was finite."""
@@ -404,8 +408,7 @@ class Privacy(ABC):
         good = norms.isfinite()
         part = torch.where(good, self.scale(norms, raw.examples, task), 0.0)
         norms = norms if bool(good.all()) else torch.where(good, norms, 0)
-        counted = torch.ones_like(good) if self.always_reports else good
-        if not counted.any():
+        if not (counted := self._reporting(good)).any():
             return {"delta": {}}, {}, norms, good
         share = torch.where(counted, raw.weight.double(), 0)
         share = share / share.sum()
@@ -425,42 +428,3 @@ class Privacy(ABC):
     ) -> tuple[dict[str, Params], State] | None:
         """The server's half: noised mean from the sum over clients; None: an ordinary mean will do."""
         return None
-
-
-def bounded(vectors: np.ndarray, norm: float) -> np.ndarray:
-    """Vectors [n, m], each scaled down to ``norm`` at most; one that is not finite is zero."""
-    lengths = np.sqrt((vectors * vectors).sum(1, keepdims=True))
-    good = np.isfinite(lengths)
-    return np.where(good, vectors, 0) * np.where(good, norm / np.maximum(lengths, norm), 0)
-
-
-def check_clip(name: str, clip: float) -> None:
-    """Refuse clipping norms at the ends of float32."""
-    least, most = CLIPS
-    if not least <= clip <= most:
-        raise ConfigError(f"{name} must be between {least:g} and {most:g}, got {clip}")
-
-
-def joint_norms(sent: dict[str, Stack], order: int = 2) -> Tensor:
-    """L1 or L2 norm of each client's groups together, [K], in float64."""
-    flat = [v.double().reshape(len(v), -1) for stack in sent.values() for v in stack.values()]
-    if order == 1:
-        return torch.stack([f.abs().sum(1) for f in flat]).sum(0)
-    return torch.stack([f.square().sum(1) for f in flat]).sum(0).sqrt()
-
-
-def clipped(
-    sent: dict[str, Stack], norms: Tensor, clip: float, scale: Tensor | None = None
-) -> dict[str, Stack]:
-    """Scale each client's groups together down to norm ``clip``, then by ``scale`` in [0, 1].
-
-    Guarantee: the joint norm of every client is at most ``clip``; a client with any number that is not
-    finite (or a norm beyond float64) sends zero.
-    """
-    good = torch.stack([finite_per_client(s) for s in sent.values()]).all(0) & norms.isfinite()
-    factor = torch.where(good, clip / norms.clamp(min=clip), 0)
-    factor = factor if scale is None else factor * scale.to(factor)
-    return {
-        g: tmap(lambda v: torch.where(per_client(good, v), v * per_client(factor, v), 0), s)
-        for g, s in sent.items()
-    }

@@ -16,15 +16,8 @@ from torch import Tensor
 from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.adaptive import AdaptiveClip
 from fedtorch.privacy.bands import Bands
-from fedtorch.privacy.base import (
-    CLIPS,
-    Privacy,
-    State,
-    bounded,
-    check_clip,
-    clipped,
-    joint_norms,
-)
+from fedtorch.privacy.base import Privacy, State
+from fedtorch.privacy.clipping import CLIPS, bounded, check_clip, clipped, joint_norms
 from fedtorch.privacy.noise.streams import noised
 from fedtorch.tree import tmap
 from fedtorch.types import ConfigError, Params, Released, Stack, Task

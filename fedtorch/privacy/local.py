@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fedtorch.privacy.accounting.events import Event
-from fedtorch.privacy.base import Privacy, State, clipped, joint_norms
+from fedtorch.privacy.base import Privacy, State
+from fedtorch.privacy.clipping import clipped, joint_norms
 from fedtorch.privacy.noise.streams import Stream, noised
 from fedtorch.types import Stack, Task
 

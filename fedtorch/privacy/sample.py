@@ -15,7 +15,8 @@ from torch import Tensor
 from fedtorch import seeds
 from fedtorch.options import TrainingOptions
 from fedtorch.privacy.accounting.events import Event
-from fedtorch.privacy.base import Privacy, bounded
+from fedtorch.privacy.base import Privacy
+from fedtorch.privacy.clipping import bounded
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import Stream, noised
 from fedtorch.types import Task

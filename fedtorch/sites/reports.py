@@ -13,8 +13,9 @@ from fedtorch.engines import messages, wire
 from fedtorch.engines.messages import Expected
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.privacy import Privacy
-from fedtorch.privacy.base import FIGURES, joint_norms
+from fedtorch.privacy.base import FIGURES
 from fedtorch.privacy.client import CLIP_BIT
+from fedtorch.privacy.clipping import joint_norms
 from fedtorch.recipe import Recipe
 from fedtorch.strategies.base import sends, uploads
 from fedtorch.training.personal import personal, shared

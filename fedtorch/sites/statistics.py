@@ -23,7 +23,7 @@ from fedtorch.engines import messages
 from fedtorch.engines.messages import Expected, Outcome
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.privacy import columns
-from fedtorch.privacy.base import joint_norms
+from fedtorch.privacy.clipping import joint_norms
 from fedtorch.sites.offer import Plan
 from fedtorch.sites.reports import FACTS, LONGEST
 from fedtorch.types import ConfigError, Released
