@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from inspect import isfunction
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,7 @@ SIZES = [12, 8, 16, 12, 20]
         (PFedMe(inner_steps=2), mlp),
         (IFCA(clusters=3), mlp),
     ],
-    ids=str,
+    ids=lambda v: v.__name__ if isfunction(v) else str(v),
 )
 def test_every_engine_comes_to_the_same(strategy, model):
     if isinstance(strategy, FedRep) and model is mlp:

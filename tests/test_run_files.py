@@ -8,7 +8,7 @@ from torch import nn
 from fedtorch import ConfigError
 from fedtorch.privacy.accounting.journal import parsed
 from fedtorch.run import files, results
-from fedtorch.sites.serve import run_id
+from fedtorch.sites.serve import known
 
 
 class Versioned(nn.Linear):
@@ -84,7 +84,7 @@ def test_files_nested_without_end_are_damaged_and_nothing_worse(tmp_path):
     assert len(results.load(tmp_path).notes) == 3
     (tmp_path / "sites.json").write_text(deep)
     with pytest.raises(ConfigError, match="holds no run of sites"):
-        run_id(tmp_path, resume=True)
+        known(tmp_path, resume=True)
     assert parsed(deep.encode()) is None
 
 
