@@ -12,17 +12,23 @@ import torch
 from fedtorch import ConfigError, Scaffold
 from fedtorch.engines import wire
 from fedtorch.engines.wire import Message
-from fedtorch.privacy import LocalDP
+from fedtorch.privacy import DistributedDP, LocalDP
 from fedtorch.run import checkpoint
 from fedtorch.secure.aggregator import Secure
 from fedtorch.secure.protocol import PHASES
+from fedtorch.secure.refused import Refused as Unfit
+from fedtorch.secure.roster import Member
 from fedtorch.secure.server import SecureServer
 from fedtorch.sites import keys
+from fedtorch.sites import offer as offers
 from fedtorch.sites.engine import SitesSession
 from fedtorch.sites.masks import Party
 from fedtorch.sites.openings import Openings
+from fedtorch.sites.reports import Reader
 from fedtorch.sites.rpc import Listener, Refused
 from fedtorch.sites.site import Site
+from fedtorch.sites.sums import Sums
+from fedtorch.types import Task
 from tests.test_sites import here, offer, server, site_config, state_of
 
 pytestmark = pytest.mark.timeout(120)
@@ -172,6 +178,42 @@ def test_noise_of_each_site_is_under_its_mask_and_half_words_do(folder, tmp_path
     assert len(vectors) == 4 and all(v.dtype == torch.int32 for v in vectors)
     spent = {made.sites[n].budget.spent() for n in NAMES}
     assert spent == {there.private.ledger.spent(1e-5)}
+
+
+def test_shares_of_the_noise_are_summed_under_masks(folder, tmp_path, monkeypatch):
+    came, own = received(monkeypatch), updates(monkeypatch)
+    privacy = DistributedDP(epsilon=8.0, rounds=1)
+    bare = offer(privacy=privacy, aggregator=Secure(width=32))
+    with server(folder, bare, names=NAMES) as there:
+        placed = there.session.options.plan
+        assert placed.privacy == there.recipe.privacy
+        assert (placed.privacy.clients, placed.privacy.shares) == (4, 3)
+    assert offers.read(offers.describe(placed), ["mlp"]).privacy == placed.privacy
+    known(monkeypatch, placed)
+    with federation(folder, placed, tmp_path, max_epsilon=8.0, require_secure=True) as (
+        there,
+        made,
+    ):
+        before = state_of(there.model)
+        (figures,) = there.rounds(1)
+    assert moved(there.model, before, own, 0, NAMES) <= 1e-6
+    whole = own[0, "east"] * placed.privacy.resolution
+    assert torch.equal(whole, whole.round()) and whole.std() > 1000
+    assert not figures.keys() & {"train_loss", "nonprivate_train_loss", "examples"}
+    vectors = [m.groups["secure"]["vector"] for _, _, m in came if m.facts.get("phase") == "masked"]
+    assert len(vectors) == 4 and all(v.dtype == torch.int32 for v in vectors)
+    assert {made.sites[n].budget.spent() for n in NAMES} == {there.private.ledger.spent(1e-5)}
+
+
+def test_terms_with_fewer_honest_shares_than_the_noise_is_made_for_are_refused(folder):
+    plan = DistributedDP(epsilon=8.0, rounds=1, colluding=1).placed(4, 4, 155)
+    model, recipe = offer(privacy=plan, aggregator=Secure(width=32)).build()
+    sums = Sums(Reader.of(recipe, model, 100), recipe.aggregator)
+    members = tuple(Member(n, bytes([k]) * 32) for k, n in enumerate(NAMES))
+    task = Task(state_of(model), {}, 0, 0, 0.1, {"clip": 1.0, "noise": 1.0})
+    assert sums.terms("test", bytes(16), members, 4, task).scale == plan.resolution
+    with pytest.raises(Unfit, match="honest shares"):
+        sums.terms("test", bytes(16), members, 3, task)
 
 
 def moved(model, before, own, number, cohort):

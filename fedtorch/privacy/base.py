@@ -198,6 +198,10 @@ class Privacy(ABC):
         """
         return self
 
+    def holds(self, clients: int, threshold: int) -> None:
+        """Raises ConfigError where a round of so many, and masks of this threshold, are not the plan's."""
+        return
+
     @property
     def fewest(self) -> int:
         """Of how many clients a sum must be, at least, for the noise to be enough."""

@@ -87,6 +87,9 @@ class Sites:
         if isinstance(recipe.aggregator, Secure):
             from fedtorch.sites.masked import MaskedSession
 
+            if recipe.privacy.masked:  # each site must know for how many its share is made
+                placed = replace(self.plan, privacy=recipe.privacy)
+                return MaskedSession(replace(self, plan=placed), model, names, recipe)
             return MaskedSession(self, model, names, recipe)
         return SitesSession(self, model, names, recipe)
 

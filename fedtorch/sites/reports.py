@@ -143,7 +143,9 @@ def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
     like = uploads(recipe.strategy, params, recipe.strategy.init(params))
     whole = sends(recipe.strategy, params, recipe.strategy.init(params))
     sent = {g: to_float64(expand(p)) for g, p in whole.items()}
-    if recipe.privacy.claims:  # adaptive clipping sends one number more
+    if (
+        recipe.privacy.claims and not recipe.privacy.masked
+    ):  # adaptive clipping sends one number more
         task = Task({}, {}, 0, 0, 1.0, {"clip": 1.0, "noise": 1.0})
         sent = recipe.privacy.client(sent, torch.ones(1), task, ["nobody"])
     if recipe.channel:

@@ -172,7 +172,7 @@ class Site:
             # else a step would fail where a row of another class is in it, and tell that there is one
             classes_fit(self.model, self.data.train, self.data.labels, self.data.outputs)
         derived = bool(self.data.preparation.derived)
-        self.budget.admit(recipe, self.config.insecure, derived)
+        self.budget.admit(recipe, self.config.insecure, derived, self.config.require_secure)
         self.answered.agree(plan, self.budget.most is not None)
         self._join_sums(plan, recipe)
         if plan.standardize and not plan.center:
@@ -489,6 +489,8 @@ def _promise(plan: plans.Plan) -> str:
         return "no privacy"
     cost = privacy.planned(privacy.calibrated(privacy.rounds), privacy.rounds)
     adds = "added here" if privacy.per_client else "that the server says it adds"
+    if privacy.masked:
+        adds = "of which each site adds a share, " + privacy.describe()["trusted"].partition(";")[0]
     return f"epsilon {cost:.3g} at delta {privacy.delta:g} for each {privacy.unit}, by noise {adds}"
 
 

@@ -56,6 +56,11 @@ class Sums:
         if threshold < (least := self.secure.needed(len(members))):
             why = f"a threshold of {threshold} is below the {least} of {len(members)} that the plan has"
             raise Refused("terms", why)
+        if (privacy := self.reader.recipe.privacy).masked:
+            try:
+                privacy.holds(len(members), threshold)
+            except ConfigError as e:
+                raise Refused("terms", str(e)) from e
         made = self.secure.terms(
             run=run,
             round=task.round,
@@ -63,7 +68,7 @@ class Sums:
             task=task_digest(task),
             members=tuple(members),
             size=self.layout(task).size,
-            privacy=self.reader.recipe.privacy,
+            privacy=privacy,
         )
         made = replace(made, threshold=threshold)
         made.check()
