@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import secure
 from benchmarks.agreement import complaints
 from benchmarks.bare import Bare
 from benchmarks.contestants import make
@@ -10,6 +11,13 @@ from benchmarks.rounds import summary
 from benchmarks.workloads import WORKLOADS, problem
 
 W1, W3, W4 = (WORKLOADS[w] for w in ("w1", "w3", "w4"))
+
+
+def test_a_row_of_what_masks_cost():
+    for width in (32, 64):
+        row = secure.case(6, None, 100, width)
+        assert row["client_ms"] > row["of_it_signatures_ms"] > 0 and row["server_s"] > 0
+        assert row["protocol_up_kB"] < row["protocol_down_kB"] < 100
 
 
 def run(accuracy: float, loss: float = 1.0, speed: float = 2.0) -> dict:

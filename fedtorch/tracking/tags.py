@@ -47,6 +47,15 @@ TAGS: dict[str, Tag] = {
         "traffic/bytes_down", "bytes", "to all chosen clients: model and strategy state"
     ),
     "bytes_up": Tag("traffic/bytes_up", "bytes", "from all reporting clients: their updates"),
+    "clamped": Tag(
+        "clients/clamped", "numbers", "under masks: numbers of updates beyond aggregator.range"
+    ),
+    "secure_client_seconds": Tag(
+        "time/masks_client", "seconds", "what masks take of one client's processor, by formula"
+    ),
+    "secure_server_seconds": Tag(
+        "time/masks_server", "seconds", "what masks take of one core of the server's, by formula"
+    ),
     "simulated_seconds": Tag(
         "time/simulated",
         "seconds",
