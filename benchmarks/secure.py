@@ -92,7 +92,10 @@ def case(n: int, neighbours: int | None, d: int, width: int) -> dict[str, Any]:
     coding = Coding.of(width, n, 1.0 if width == 32 else None)
     near = min(n - 1, neighbours or n)
     values = np.random.default_rng(0).uniform(-1, 1, d)
-    words = to_words(seal(coding, values, Figures(1.0, 100, 1.0)), width)
+    ms: dict[str, float] = {}
+    words = timed(
+        lambda: to_words(seal(coding, values, Figures(0.5, 100, 1.0)), width), ms, "encode"
+    )
     terms = Terms(
         run="run",
         round=0,
@@ -114,7 +117,6 @@ def case(n: int, neighbours: int | None, d: int, width: int) -> dict[str, Any]:
     def client(place: int) -> SecureClient:
         return SecureClient(terms, place, sites[place].sign, verify)
 
-    ms: dict[str, float] = {}
     others = [client(k) for k in range(1, n)]
     mine = timed(lambda: client(0), ms, "keys")
     keys = {0: timed(mine.keys, ms, "keys")} | {c.place: c.keys() for c in others}

@@ -8,7 +8,9 @@ from fedtorch.secure.shamir import SIZE
 SIGNED = 72
 """Bytes of a signature, at most."""
 KEYS = 3 * 32 + SIGNED
-WORD = 1.0e-9
+NUMBER = 1.0e-8
+"""Seconds to encode a number."""
+WORD = 2.2e-9
 """Seconds to draw a word of 64 bits and add it (AES-256, one core; benchmarks/secure.py)."""
 AGREED = 1.2e-4
 """Seconds for two key agreements and what is derived of them, for each neighbour."""
@@ -37,7 +39,13 @@ def of(clients: int, reported: int, near: int, threshold: int, size: int, width:
     up = vector + KEYS + BOX * near + SIGNED + SIZE * (near + 1)
     down = KEYS * clients + BOX * near + 4 * reported + SIGNED * near
     signed = VERIFIED * (clients - 1 + near)
-    client = signed + near * AGREED + 2 * near * threshold * TERM + (near + 1) * words * WORD
+    client = (
+        signed
+        + size * NUMBER
+        + near * AGREED
+        + 2 * near * threshold * TERM
+        + (near + 1) * words * WORD
+    )
     gone = clients - reported
     streams = reported + gone * near
     server = VERIFIED * (clients + reported) + streams * words * WORD + gone * near * AGREED / 2

@@ -32,7 +32,7 @@ class WholeSum:
         for k in range(len(update.ids)):
             sent = {g: _row(s, k) for g, s in update.sent.items()}
             share = float(update.weight[k]) / (self._cap or 1)
-            coded, beyond = self._coding.encode(share * self._layout.flat(sent, {}))
+            coded, beyond = self._coding.encode(self._layout.flat(sent, {}), share)
             self._total += coded
             told = {n: float(update.metrics[n][k]) for n in ("examples",) if n in update.metrics}
             loss = float(update.metrics["train_loss"][k]) if "train_loss" in update.metrics else 0.0
@@ -58,7 +58,7 @@ class WholeSum:
         changes, all_riders = np.zeros(beside.values, np.int64), self._riders.copy()
         for share, own in self._buffers:
             changed = {n: v - at[n] for n, v in own.items()}
-            coded, beyond = self._coding.encode(share * beside.flat({}, changed))
+            coded, beyond = self._coding.encode(beside.flat({}, changed), share)
             changes += coded
             all_riders[RIDERS.index("clamped")] += beyond
         sums = np.concatenate([self._total, changes, all_riders])
