@@ -21,6 +21,7 @@ from fedtorch import (
     Uniform,
 )
 from fedtorch.privacy import AdaptiveClip, ClientLevel, Nothing, SampleLevel
+from fedtorch.rounds.progress import troubles
 from fedtorch.rounds.threat import SignFlip
 from fedtorch.secure import costs
 from fedtorch.secure.encode import Figures, Layout, from_words, seal, to_words, unseal
@@ -153,6 +154,8 @@ def _one(update, k):
 def test_what_is_beyond_the_range_is_clamped_and_counted():
     secure, figures = trained(Secure(width=32, range=0.01))
     assert figures["clamped"] > 50
+    (said,) = troubles(figures)
+    assert f"{figures['clamped']:,} numbers of updates were beyond aggregator.range" in said
     assert all(float(v.abs().max()) <= 0.01 + 1e-9 for v in secure.last_step.values())
     assert "clamped" not in trained(Secure(width=32, range=4.0))[1]
 

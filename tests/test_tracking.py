@@ -38,7 +38,9 @@ SMALL = ["--privacy", "none", "--model", "logistic", "--epochs", "1", "--clients
 NO_PICTURES = ["--tracking.pictures", "false"]
 PACED = {"simulated_seconds", "staleness_mean", "staleness_max"}
 """Of a buffered pace alone."""
-NO_PRIVACY = {name for name in TAGS if not name.startswith("privacy_")} - PACED
+MASKED = {"clamped", "secure_client_seconds", "secure_server_seconds"}
+"""Of the aggregator secure alone."""
+NO_PRIVACY = {name for name in TAGS if not name.startswith("privacy_")} - PACED - MASKED
 
 
 def run(folder: Path, *more: str) -> int:

@@ -27,6 +27,11 @@ def troubles(figures: Mapping[str, Any]) -> list[str]:
         said.append(f"round {number}: the aggregator left out {_some(left)}")
     if far := _either(figures, "far"):
         said.append(f"round {number}: far from all others is the update of {_some(far)}")
+    if clamped := _either(figures, "clamped"):
+        said.append(
+            f"round {number}: {clamped:,} numbers of updates were beyond aggregator.range, and clamped to "
+            "it: raise it if there are many"
+        )
     if _either(figures, "nobody"):
         said.append(f"round {number}: no client counted, the model stays as it was")
     if figures.get("step_failed"):
