@@ -1,5 +1,7 @@
 """Tokens of the models of Hugging Face, as a vocabulary ``hf:FOLDER`` of texts (extra ``hf``)."""
 
+import hashlib
+import json
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,12 @@ def facts(vocabulary: str, language: bool) -> dict[str, Any]:
         "padding": known.pad_token_id,
         "language": language,
     }
+
+
+def digest(vocabulary: str) -> str:
+    """Of a tokenizer's tokens and their numbers: two that agree cut texts into the same."""
+    tokens = sorted(tokenizer(vocabulary).get_vocab().items())
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 def encoded(known: Any, texts: Sequence[str], length: int) -> Tensor:

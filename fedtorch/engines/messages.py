@@ -145,6 +145,11 @@ def digest(tree: Params) -> str:
     return found.hexdigest()
 
 
+def short_digests(tree: Params) -> list[str]:
+    """A few digits of each tensor's own, in the order of their names: which of them differ."""
+    return [digest({"": tree[name]})[:16] for name in sorted(tree)]
+
+
 def schema(tree: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
     """Shape and dtype by name."""
     return {k: (v.shape, v.dtype) for k, v in tree.items()}

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtorch.data.tokens import PREFIX, loading, tokenizer
+from fedtorch.data.tokens import digest as of_tokens
+from fedtorch.engines import messages
 from fedtorch.options import COUNT, NOT_NEGATIVE, POSITIVE, check
 from fedtorch.strategies import Strategy
 from fedtorch.strategies import lora as adapters
@@ -76,12 +78,12 @@ class LoRA:
 class Logits(nn.Module):
     """A model of transformers, from tokens [B, L] to logits: [B, C], or [B, V, L] of a language model."""
 
-    def __init__(self, model: nn.Module, facts: Mapping[str, Any]) -> None:
-        """``facts``: of ``fedtorch.data.tokens``."""
+    def __init__(self, model: nn.Module, facts: Mapping[str, Any], digest: str = "") -> None:
+        """``facts``: of ``fedtorch.data.tokens``; ``digest``: of the weights that came from files."""
         super().__init__()
         self.model = model
         self.language, self.padding = bool(facts["language"]), facts["padding"]
-        self.tokenizer = str(facts["tokenizer"])
+        self.tokenizer, self.digest = str(facts["tokenizer"]), digest
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens that fill up are seen by none."""
@@ -105,24 +107,34 @@ def _longest(seen: Tensor) -> int:
         return seen.shape[1]
 
 
-def build(spec: str, facts: Mapping[str, Any], lora: LoRA | None) -> nn.Module:
-    """The model ``hf:FOLDER`` or ``hf:NAME`` for data of tokens; raises ConfigError where it cannot be."""
+def build(spec: str, facts: Mapping[str, Any], lora: LoRA | None, drawn: bool = False) -> nn.Module:
+    """The model ``hf:FOLDER`` or ``hf:NAME`` for data of tokens; raises ConfigError where it cannot be.
+
+    ``drawn``: by its configuration alone, with weights that are drawn.
+    """
     where = spec.removeprefix(PREFIX)
     if "language" not in facts:
         raise ConfigError(
             f"model {spec} takes tokens: use --dataset text, or labelled-text for texts with a class"
         )
+    digest = ""
     with loading("model", where) as more:
         import transformers
 
+        kind: Any = transformers.AutoModelForSequenceClassification
         if facts["language"]:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                where, use_safetensors=True, **more
-            )
+            kind = transformers.AutoModelForCausalLM
         else:
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                where, use_safetensors=True, num_labels=facts["num_classes"], **more
-            )
+            more = more | {"num_labels": facts["num_classes"]}
+        if drawn:
+            model = kind.from_config(transformers.AutoConfig.from_pretrained(where, **more))
+        else:
+            given = {"use_safetensors": True, "output_loading_info": True} | more
+            model, about = kind.from_pretrained(where, **given)
+            model = model.float()
+            new = {*about["missing_keys"]}  # such as a head for these classes
+            digest = messages.digest({k: v for k, v in model.state_dict().items() if k not in new})
+        if not facts["language"]:
             model.config.pad_token_id = facts["padding"]
     most = model.get_input_embeddings().num_embeddings
     if facts["vocab_size"] > most:
@@ -137,13 +149,56 @@ def build(spec: str, facts: Mapping[str, Any], lora: LoRA | None) -> nn.Module:
     if longest is not None and length > longest:
         raise ConfigError(f"model {spec} takes {longest} tokens: --dataset.length {longest}")
     whole: nn.Module = model.float().train()  # it comes in evaluation mode, which would be left so
-    return Logits(whole if lora is None else lora.adapted(whole), facts)
+    return Logits(whole if lora is None else lora.adapted(whole), facts, digest)
+
+
+def named(spec: str) -> str:
+    """By what name others know a model: a folder here by its own name, wherever it lies."""
+    where = Path(spec.removeprefix(PREFIX))
+    return PREFIX + (where.resolve().name if where.is_dir() else str(where))
+
+
+def same_tokens(told: Mapping[str, Any], own: Mapping[str, Any], model: str) -> None:
+    """Raises ConfigError where data are not in the tokens that ``told`` are, of a model of Hugging Face."""
+    if "tokens" not in told:
+        return
+    if "tokenizer" not in own or bool(own["language"]) != told["language"]:
+        kind = "text" if told["language"] else "labelled-text"
+        raise ConfigError(
+            f"model {model} takes tokens of texts{'' if told['language'] else ' with a class each'}: give "
+            f"--dataset {kind} --dataset.vocabulary {PREFIX}FOLDER, with the tokenizer of that model"
+        )
+    where = PREFIX + own["tokenizer"]
+    if of_tokens(where) != told["tokens"] or own["padding"] != told["padding"]:
+        raise ConfigError(
+            f"the tokenizer in {own['tokenizer']!r} is not that of the run's {model}: its tokens, or the "
+            "one that fills up, are others; give the same by --dataset.vocabulary hf:FOLDER"
+        )
+
+
+def same_weights(model: nn.Module, told: str, spec: str) -> None:
+    """Raises ConfigError where a frozen base came from other files than the server's, by their digest."""
+    own = getattr(model, "digest", "")
+    if own and told and own != told and any(not p.requires_grad for p in model.parameters()):
+        where = spec.removeprefix(PREFIX)
+        raise ConfigError(
+            f"the weights in {where!r} are not those of the run (digest {own[:12]} here, {told[:12]} "
+            "there): put the same files there, or only the configuration and tokenizer, and the server "
+            "sends the weights once"
+        )
+
+
+def weightless(spec: str) -> bool:
+    """Whether a model's folder holds its configuration and no weights."""
+    where = Path(spec.removeprefix(PREFIX))
+    return (where / "config.json").is_file() and not any(where.glob("*.safetensors"))
 
 
 def keep(folder: Path, model: nn.Module, strategy: Strategy) -> None:
     """Save a model that was built here as transformers or peft load it: ``pretrained/`` or ``adapter/``.
 
-    Where the strategy has moved weights under the adapters too, the model without adapters is in ``base/``.
+    Where the strategy has moved weights under the adapters too, or no file had them, the model without
+    adapters is in ``base/``.
     """
     if not isinstance(model, Logits):
         return
@@ -153,7 +208,7 @@ def keep(folder: Path, model: nn.Module, strategy: Strategy) -> None:
             inner.save_pretrained(folder / "pretrained")
             tokenizer(model.tokenizer).save_pretrained(folder / "pretrained")
             return
-        if getattr(strategy, "adapters", ()):
+        if getattr(strategy, "adapters", ()) or not model.digest:
             inner.active_peft_config.base_model_name_or_path = str(folder / "base")
             cast(Any, copied(inner)).unload().save_pretrained(folder / "base")
         inner.save_pretrained(folder / "adapter")

@@ -6,7 +6,7 @@ been checked against what this model and strategy send, and no site can hold up 
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -105,7 +105,7 @@ class SitesSession:
         brought = shared(model, recipe.strategy.personal)
         self.rest = {k: v.cpu() for k, v in state.items() if k not in brought}
         """What a site is given once, unless the model it built itself has the same."""
-        self.digest = messages.digest(self.rest)
+        self.digest, self.parts = messages.digest(self.rest), messages.short_digests(self.rest)
         self.options, self.names = options, names
         self.recipe = recipe
         self.reader = Reader.of(recipe, model, options.most_examples)
@@ -223,7 +223,7 @@ class SitesSession:
         if method == "report":
             message = wire.decode(data, self.limit, self.header_limit)
         else:
-            message = wire.decode(data, SMALL)
+            message = wire.decode(data, SMALL + 32 * len(self.parts))
         if message.kind != method:
             raise MessageError(f"a message of kind {wire.short(message.kind)} cannot {method}")
         with self.change:
@@ -232,7 +232,8 @@ class SitesSession:
             self.seen[site] = time.monotonic()
             self.change.notify_all()
         if method == "join":
-            return wire.encode(Message("plan", {"plan": plans.describe(self.options.plan)}))
+            told = {"plan": plans.describe(self.options.plan), "base": self.digest}
+            return wire.encode(Message("plan", told))
         if message.facts.get("run") != self.options.plan.run:
             return wire.encode(Message("rejoin"))
         if self.asking and (answer := self.asking.handle(method, site, message)):
@@ -240,6 +241,16 @@ class SitesSession:
         if method == "report":
             return self._report(site, message, len(data))
         return self._fetch(site, message)
+
+    def _lacks(self, told: Mapping[str, object]) -> Params:
+        """What of the weights that no round carries is not at a site as it is here."""
+        own = told.get("own")
+        if told.get("has") == self.digest:
+            return {}
+        if not isinstance(own, list) or len(own) != len(self.parts):
+            return self.rest
+        each = zip(sorted(self.rest), self.parts, own, strict=True)
+        return {k: self.rest[k] for k, part, theirs in each if part != theirs}
 
     def _fetch(self, site: str, asked: Message) -> bytes:
         end = time.monotonic() + HOLD_SECONDS
@@ -270,8 +281,8 @@ class SitesSession:
         left = self.options.deadline - (time.monotonic() - visit.asked)
         facts = {"visit": visit.nonce, "after": self.counted.get(visit.site, ""), "seconds": left}
         message = messages.task_message(visit.task, **facts, **more)
-        complete = asked.facts.get("has") == self.digest
-        once = {} if complete or not self.rest else {"rest": self.rest}
+        lacks = self._lacks(asked.facts)
+        once = {"rest": lacks} if lacks else {}
         return Message(message.kind, message.facts, message.groups | once)
 
     def _report(self, site: str, message: Message, size: int) -> bytes:

@@ -29,7 +29,7 @@ def accept(table: dict[str, Any], config: SiteConfig) -> plans.Plan:
         plan = plans.read(table, config.models or zoo.names(), config.steps)
         check_work(plan, config)
         with torch.device("meta"), model_of_at_most(config.max_parameters):
-            plan.build()
+            plan.outline()
     except ConfigError as e:  # it may quote what somebody else wrote
         raise ConfigError(printable(str(e))) from e
     except Exception as e:

@@ -5,7 +5,7 @@ A plan names a model, a loss, an optimizer and a strategy; the site has their co
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -15,12 +15,14 @@ from fedtorch.aggregation.mean import Aggregator, Mean
 from fedtorch.channel.base import Stage
 from fedtorch.data import columns
 from fedtorch.data.base import facts_of
+from fedtorch.data.tokens import PREFIX
 from fedtorch.options import TrainingOptions
 from fedtorch.privacy import Nothing, Privacy
 from fedtorch.privacy import models as checks
 from fedtorch.privacy.columns import KINDS
 from fedtorch.recipe import Recipe
-from fedtorch.run import objects, steps, zoo
+from fedtorch.run import huggingface, objects, steps, zoo
+from fedtorch.run.huggingface import LoRA
 from fedtorch.run.names import CHOICES
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.training.evaluate import Judge
@@ -29,6 +31,7 @@ from fedtorch.training.optimizer import ClientOptimizer, by_name
 from fedtorch.types import ConfigError
 
 OFFERED = (
+    "lora",
     "strategy",
     "strategy.server",
     "aggregator",
@@ -39,6 +42,10 @@ OFFERED = (
 )
 """Choices of a plan: their names must be fedtorch's own."""
 NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
+PUBLISHED = re.compile(r"hf:[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?")
+"""A model of Hugging Face as a plan names it: by its folder's own name, or its name on the hub."""
+TOKENS: dict[str, type] = {"vocab_size": int, "padding": int, "language": bool, "tokens": str}
+"""Facts of a model of Hugging Face beside the usual ones, and their types."""
 RUN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MOST_OUTPUTS = 1_000_000
 MOST_ROUNDS = 1 << 31
@@ -52,8 +59,14 @@ class Plan(TrainingOptions):
     """Which run this is."""
     model: str = "mlp"
     model_args: dict[str, Any] = field(default_factory=dict)
+    lora: LoRA | None = None
+    """Adapters in place of the whole of a model of Hugging Face."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Shape of an example, number of outputs: what the model is built from."""
+    weights: str = ""
+    """Digest of the weights that the server's files of a model hf: have; none: they are drawn, and sent."""
+    place: str = ""
+    """Where the files of a model hf: lie on this machine, which is told to nobody."""
     kind: str = "classification"
     """classification, binary or regression: what the targets are."""
     loss: str = "cross_entropy"
@@ -80,7 +93,7 @@ class Plan(TrainingOptions):
     def build(self) -> tuple[nn.Module, Recipe]:
         """Model and recipe, from code that is installed here."""
         recipe = Recipe(
-            self.strategy,
+            self.lora.strategy(self.strategy) if self.lora else self.strategy,
             loss=no_loss if self.step else LOSSES[self.loss],
             step=steps.named("step", self.step) if self.step else None,
             optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
@@ -89,8 +102,25 @@ class Plan(TrainingOptions):
             channel=self.channel,
             **self.training(),
         )
-        model = zoo.build(self.model, self.facts, self.model_args)
+        model = self._model()
         return checks.fixed(model) if recipe.privacy.fix_model else model, recipe
+
+    def outline(self) -> None:
+        """Build the model as far as its size is known, of Hugging Face without its weights."""
+        if self.place:
+            huggingface.build(self.place, self._facts, self.lora, drawn=True)
+        else:
+            self.build()
+
+    def _model(self) -> nn.Module:
+        if not self.place:
+            return zoo.build(self.model, self.facts, self.model_args)
+        drawn = huggingface.weightless(self.place)
+        return huggingface.build(self.place, self._facts, self.lora, drawn)
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        return self.facts | {"tokenizer": self.place.removeprefix(PREFIX)}
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -106,7 +136,7 @@ class Plan(TrainingOptions):
 
 def describe(plan: Plan) -> dict[str, Any]:
     """The plan as a table for a message."""
-    table: dict[str, Any] = objects.describe(plan)
+    table: dict[str, Any] = objects.describe(replace(plan, place=""))
     missing = {k: None for k in ("steps", "batch_size") if getattr(plan, k) is None}
     return table | missing
 
@@ -118,9 +148,13 @@ def read(table: dict[str, Any], models: Sequence[str], runs: Sequence[str] = ())
     import something are refused before anything looks them up; nothing is built yet.
     """
     model, optimizer = _name(table, "model"), _name(table, "optimizer", "sgd")
-    if not isinstance(model, str) or not NAME.fullmatch(model) or model not in models:
+    place = _place(model, models)
+    if not isinstance(model, str) or not (place or (NAME.fullmatch(model) and model in models)):
+        fix = ""
+        if isinstance(model, str) and PUBLISHED.fullmatch(model):
+            fix = f"; where it has the files, it agrees by --models {model}=FOLDER"
         raise ConfigError(
-            f"this site does not train model {model!r}; it trains {', '.join(models)}"
+            f"this site does not train model {model!r}; it trains {', '.join(models)}{fix}"
         )
     for option in ("step", "eval_step"):
         name = table.get(option, "")
@@ -139,10 +173,24 @@ def read(table: dict[str, Any], models: Sequence[str], runs: Sequence[str] = ())
     plan: Plan = objects.build(
         Plan, {k: v for k, v in table.items() if v is not None or k not in CHOICES}
     )
+    plan = replace(plan, place=place)
+    if bool(place) != ("tokens" in plan.facts):
+        raise ConfigError(
+            "a plan has facts of tokens for a model of Hugging Face, and only for such"
+        )
     if not RUN.fullmatch(plan.run):
         raise ConfigError(f"a run cannot be called {plan.run!r}")
     _consistent(plan)
     return plan
+
+
+def _place(model: Any, models: Sequence[str]) -> str:
+    """Where a site has a model hf: that it agrees to, each as hf:FOLDER or hf:NAME=FOLDER; else nothing."""
+    for entry in models:
+        name, equals, where = entry.partition("=")
+        if entry.startswith(PREFIX) and model == (name if equals else huggingface.named(entry)):
+            return PREFIX + where.removeprefix(PREFIX) if equals else entry
+    return ""
 
 
 def _name(table: dict[str, Any], choice: str, default: Any = None) -> Any:
@@ -175,6 +223,9 @@ def _consistent(plan: Plan) -> None:
         raise ConfigError("a plan's facts need input_shape and num_classes, in whole numbers")
     facts = facts_of(tuple(shape), outputs, plan.kind)
     given = plan.facts | {"input_shape": tuple(shape)}
+    if plan.place:
+        given = {k: v for k, v in given.items() if k not in TOKENS}
+        _tokens(plan.facts)
     for name, value in given.items():
         if name not in facts:
             raise ConfigError(f"a plan has the facts {', '.join(facts)}, and no {name!r}")
@@ -200,3 +251,11 @@ def _scaled(plan: Plan) -> None:
     good = len(ranges) == len(plan.center) == len(plan.width)
     if not good or not all(a <= c <= b and 0 < w <= b - a for (a, b), c, w in found):
         raise ConfigError("a plan's centers and widths are not such as its columns can have")
+
+
+def _tokens(facts: dict[str, Any]) -> None:
+    """Facts of tokens, of such types that a model may be built from them."""
+    for name, kind in TOKENS.items():
+        value = facts.get(name)
+        if type(value) is not kind or (isinstance(value, int) and not 0 <= value < MOST_OUTPUTS):
+            raise ConfigError(f"a plan's fact {name!r} is none of a model of Hugging Face")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fedtorch.data import Csv, columns
+from fedtorch.data.tokens import PREFIX
 from fedtorch.options import COUNT, INSIDE, POSITIVE, Range, check
 from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.run import steps
@@ -43,7 +44,8 @@ class SiteConfig:
     """Go on with a budget although the state folder lacks what this site has done by the server's word:
     the ledger in it may lack charges too."""
     models: list[str] = field(default_factory=list)
-    """Models it will train; none given: every model it has."""
+    """Models it will train; none given: every model it has, but none of Hugging Face. Those are hf:FOLDER,
+    or hf:NAME=FOLDER where the server has another name for it."""
     steps: list[str] = field(default_factory=list)
     """Steps, package.module:function each, that it will train and judge a model by, from its own code; none
     given: it runs none."""
@@ -121,6 +123,8 @@ class ServeConfig(RunOptions):
     """No TLS and no keys: only for sites on this very machine."""
     input_shape: list[int] = field(default_factory=list)
     """Shape of one example, agreed with the sites; with a step it may be left out."""
+    language: bool = False
+    """Of a model of Hugging Face: it predicts each next token, and not a class of the whole text."""
     outputs: int = 2
     """Classes, or numbers to predict."""
     kind: str = "classification"
@@ -171,6 +175,7 @@ class ServeConfig(RunOptions):
             )
         if not self.sites or not (self.input_shape or self.step):
             raise ConfigError("sites and input_shape are needed; see docs/sites.md")
+        self._check_texts()
         for name in self.sites:
             if not SITE_NAME.fullmatch(name):
                 raise ConfigError(f"{name!r} cannot be a site's name: letters, digits, . _ - only")
@@ -178,6 +183,16 @@ class ServeConfig(RunOptions):
             raise ConfigError(f"kind must be one of {', '.join(DEFAULTS)}, got {self.kind!r}")
         if self.loss not in ("auto", *LOSSES):
             raise ConfigError(f"loss must be one of {', '.join(LOSSES)}: sites have no other")
+
+    def _check_texts(self) -> None:
+        texts = self.model.startswith(PREFIX)
+        if texts and (len(self.input_shape) != 1 or self.kind != "classification"):
+            raise ConfigError(
+                f"model {self.model} takes texts of one length and gives classes: --input-shape 128 for "
+                "128 tokens, and leave out kind"
+            )
+        if self.language and not texts:
+            raise ConfigError(f"language is of models hf:FOLDER, and not of {self.model!r}")
 
     @property
     def plan(self) -> Privacy:

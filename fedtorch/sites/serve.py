@@ -11,11 +11,12 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from fedtorch import disk, seeds
-from fedtorch.data import Data, prepared
+from fedtorch.data import Data, prepared, tokens
 from fedtorch.data.base import facts_of
+from fedtorch.data.tokens import PREFIX
 from fedtorch.rounds.figures import Metrics
 from fedtorch.rounds.observers import Observer
-from fedtorch.run import checkpoint, files, loop
+from fedtorch.run import checkpoint, files, huggingface, loop
 from fedtorch.run.messages import starting_score, write_results
 from fedtorch.run.report import promise
 from fedtorch.server import Server
@@ -59,6 +60,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         plan = calibrated(plan, folder)
     with seeds.seeded(seeds.derive(config.seed, "model")):
         model, recipe = plan.build()
+    plan = replace(plan, weights=getattr(model, "digest", ""))
     files.savable(model)
     own = own_data(config, plan)
     keys = Path(config.credentials) if config.credentials else None
@@ -185,11 +187,9 @@ def make_plan(config: ServeConfig, run: str) -> Plan:
     """What the sites are told."""
     return Plan(
         run=run,
-        model=config.model,
+        **modelled(config),
         model_args=config.model_args,
-        facts=facts_of(tuple(config.input_shape), config.outputs, config.kind)
-        if config.input_shape
-        else {},
+        lora=config.lora,
         kind=config.kind,
         loss=DEFAULTS[config.kind][0] if config.loss == "auto" else config.loss,
         step=config.step,
@@ -205,6 +205,19 @@ def make_plan(config: ServeConfig, run: str) -> Plan:
         rounds=config.rounds,
         **config.training() | {"lr": config.lr or config.plan.default_lr},
     )
+
+
+def modelled(config: ServeConfig) -> dict[str, Any]:
+    """The plan's model and the facts that it is built from."""
+    shape, outputs = tuple(config.input_shape), config.outputs
+    if not config.model.startswith(PREFIX):
+        facts = facts_of(shape, outputs, config.kind) if shape else {}
+        return {"model": config.model, "facts": facts}
+    known = tokens.facts(config.model, config.language)
+    outputs = known["vocab_size"] if config.language else outputs
+    facts = facts_of(shape, outputs, config.kind) | known | {"tokens": tokens.digest(config.model)}
+    del facts["tokenizer"]
+    return {"model": huggingface.named(config.model), "facts": facts, "place": config.model}
 
 
 def keep(folder: Path, plan: Plan) -> None:

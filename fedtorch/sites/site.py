@@ -22,6 +22,7 @@ from fedtorch.engines.messages import Outcome
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.privacy.run import BEFORE
 from fedtorch.recipe import Recipe
+from fedtorch.run import huggingface
 from fedtorch.secure.aggregator import Secure
 from fedtorch.secure.refused import Refused as NotSecure
 from fedtorch.sites import letters
@@ -75,6 +76,8 @@ class Site:
             self.held = held.pop_all()
         self.curves = Curves(self.folder / "tensorboard")
         self.plan: plans.Plan | None = None
+        self.schema: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
+        """What a task may hold: shape and type of each tensor, by group."""
         self.visits = 0
         """Asked for in this run: those that were answered, by earlier processes too, and those refused."""
         self.offered_again = False
@@ -153,20 +156,9 @@ class Site:
         if answer.kind != "plan" or not isinstance(table, dict):
             raise ConfigError("the server's answer is no plan")
         plan = accept(table, self.config)
-        self.data = self.told.scaled(plan, self.unscaled)
-        self.client = Client(self.config.name, self.data.train)
-        shape = list(self.data.facts.get("input_shape", ()))
-        wanted = list(plan.facts.get("input_shape", shape))
-        if wanted != shape and not (plan.step and not shape):
-            raise ConfigError(
-                f"the run is about examples of shape {wanted}, but this site's data has {shape or 'none'}"
-            )
-        if plan.kind != self.data.kind:
-            raise ConfigError(
-                f"the run's targets are {plan.kind}, but this site's data was read as "
-                f"{self.data.kind}; see --dataset.kind"
-            )
+        self._fit(plan)
         self.model, recipe = plan.build()
+        huggingface.same_weights(self.model, plan.weights, plan.place)
         recipe = replace(recipe, strategy=recipe.strategy.prepare(self.model))
         if plan.kind == "classification" and self.data.outputs > 1 and not plan.step:
             # else a step would fail where a row of another class is in it, and tell that there is one
@@ -179,36 +171,59 @@ class Site:
             self.plan, self.has, self.schema = plan, "", {}
             log.info("joined run %s to tell statistics of columns; %s", plan.run, _promise(plan))
             return
-        if plan.standardize:
-            log.info("columns are scaled by private statistics of all sites: %s", words(plan))
         engine = Local(chunk=1, device=self.config.device)
         self.session = engine.open(self.model, [self.client], self.budget.told(recipe))
         self.judged = plan.judging(recipe, self.model, self.data.test)
-        own = personal(self.model, plan.strategy.personal)
-        trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        params = {k: p.detach() for k, p in trained.items() if k not in own}
-        self.given = given(self.model, plan.strategy.personal)
-        whole = messages.schema(self.given)
-        rest = {k: v for k, v in whole.items() if k not in params}
-        self.schema = {"state": whole, "rest": rest}
-        self.given |= self.base.of(rest)
-        self.has = self._digest()
-        for group, tree in plan.strategy.init(params).items():
-            self.schema[f"extras/{group}"] = messages.schema(tree)
-        floats = {k: b for k, b in self.model.named_buffers() if b.is_floating_point()}
-        memory = plan.strategy.remember(params | (floats if plan.strategy.floats else {}))
-        memory |= {GROUP: {k: self.given[k] for k in own}} if own else {}
-        if plan.channel:
-            sends = uploads(plan.strategy, params, plan.strategy.init(params))
-            memory |= remembers(plan.channel, sends)
-        self.remembered = {g: messages.schema(tree) for g, tree in memory.items()}
+        self._expect(recipe)
+        self.has, self.wanted = self._digest(), answer.facts.get("base")
         self.plan, self.visits = plan, self.answered.visits(plan.run)
         most = min(self.answered.most(plan) or self.config.max_rounds, self.config.max_rounds)
         log.info(
             "joined run %s: %s, %s; %s; %s of at most %s visits are done",
-            *(plan.run, plan.model, plan.strategy, _promise(plan)),
+            *(plan.run, plan.model, recipe.strategy, _promise(plan)),
             *(f"{self.visits:,}", f"{most:,}"),
         )
+
+    def _fit(self, plan: plans.Plan) -> None:
+        """Scale this site's data as the plan says; raises ConfigError where it is about others."""
+        self.data = self.told.scaled(plan, self.unscaled)
+        self.client = Client(self.config.name, self.data.train)
+        if plan.center:
+            log.info("columns are scaled by private statistics of all sites: %s", words(plan))
+        shape = list(self.data.facts.get("input_shape", ()))
+        wanted = list(plan.facts.get("input_shape", shape))
+        if wanted != shape and not (plan.step and not shape):
+            raise ConfigError(
+                f"the run is about examples of shape {wanted}, but this site's data has {shape or 'none'}"
+            )
+        if plan.kind != self.data.kind:
+            raise ConfigError(
+                f"the run's targets are {plan.kind}, but this site's data was read as "
+                f"{self.data.kind}; see --dataset.kind"
+            )
+        huggingface.same_tokens(plan.facts, self.data.facts, plan.model)
+
+    def _expect(self, recipe: Recipe) -> None:
+        """Names, shapes and types of all that a task, and this site's memory, can hold."""
+        strategy = recipe.strategy
+        own = personal(self.model, strategy.personal)
+        trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        params = {k: p.detach() for k, p in trained.items() if k not in own}
+        self.given = given(self.model, strategy.personal)
+        whole = messages.schema(self.given)
+        rest = {k: v for k, v in whole.items() if k not in params}
+        self.schema = {"state": whole, "rest": rest}
+        self.kept = self.base.of(rest)
+        self.given |= self.kept
+        for group, tree in strategy.init(params).items():
+            self.schema[f"extras/{group}"] = messages.schema(tree)
+        floats = {k: b for k, b in self.model.named_buffers() if b.is_floating_point()}
+        memory = strategy.remember(params | (floats if strategy.floats else {}))
+        memory |= {GROUP: {k: self.given[k] for k in own}} if own else {}
+        if recipe.channel:
+            sends = uploads(strategy, params, strategy.init(params))
+            memory |= remembers(recipe.channel, sends)
+        self.remembered = {g: messages.schema(tree) for g, tree in memory.items()}
 
     def _join_sums(self, plan: plans.Plan, recipe: Recipe) -> None:
         """What secure aggregation needs of this site, where the plan has it."""
@@ -230,6 +245,10 @@ class Site:
         facts: dict[str, object] = {"run": self.plan.run, "has": self.has}
         facts |= {"scaled": bool(self.plan.center)} if self.plan.standardize else {}
         facts |= {"visit": self.party.visit} if self.party else {}
+        if self.has and self.has != self.wanted:  # only what differs is sent
+            facts |= {
+                "own": messages.short_digests({k: self.given[k] for k in self.schema["rest"]})
+            }
         answer = self._ask("fetch", Message("fetch", facts), 60)
         if answer.kind == "rejoin":
             self.plan = None
@@ -351,12 +370,14 @@ class Site:
         for group, names in self.schema.items():
             some = groups.get(group, {})
             # what never changes is in no task, or once in one
-            left = self.schema["rest"].keys() - some.keys() if group == "state" or not some else ()
+            left = self.schema["rest"].keys() - some.keys() if group in ("state", "rest") else ()
             messages.same_schema(some, {k: v for k, v in names.items() if k not in left})
         if "rest" in groups:
             self.given |= groups["rest"]
             self.has = self._digest()
-            self.base.keep({k: self.given[k] for k in self.schema["rest"]})
+            if self.wanted is not None and self.has != self.wanted:
+                raise MessageError("the frozen weights that came are not those that the run has")
+            self.base.keep(self.kept | groups["rest"])
         task = task.filled(self.given)
         if task.lr <= 0:
             raise MessageError(f"the learning rate is {task.lr:g}")

@@ -87,12 +87,12 @@ class Base:
         self.path = folder / "base.pt"
 
     def of(self, names: Mapping[str, tuple[torch.Size, torch.dtype]]) -> Params:
-        """The tensors of these shapes and types, where they are what is kept; else none."""
+        """Those that are kept, where all of them have these names, shapes and types; else none."""
         if not names or not self.path.exists():
             return {}
         try:
             found = checkpoint.read(self.path, BASE).get("base", {})
-            messages.same_schema(found, dict(names))
+            messages.same_schema(found, {k: names[k] for k in found if k in names})
         except (ConfigError, MessageError, AttributeError) as e:
             log.info(
                 "%s is not of this run, or damaged (%s): the server sends it again", self.path, e
