@@ -365,3 +365,34 @@ def test_an_update_in_the_clear_and_a_masked_one_too_late_are_refused(
     with federation(folder, offered, tmp_path) as (there, _):
         assert there.round()["failed"] == {"west": "refused"}
     assert "not masked" in said[0] and "is over" in said[1] and "is over" in said[2]
+
+
+def test_a_call_that_a_dead_process_left_open_speaks_for_nobody(folder, tmp_path, monkeypatch):
+    # it asks by no visit, and would be taken for a process that has lost its keys
+    offered, opened = known(monkeypatch, offer(aggregator=Secure())), threading.Event()
+    begin, send, answers = Party.begin, Site._send, []
+
+    def begun(self, update):
+        if self.masks.own.name == "south":
+            opened.wait(10)
+        return begin(self, update)
+
+    def sent(self, message, round):
+        send(self, message, round)
+        if self.config.name == "west" and not opened.is_set():
+            old.start()
+            time.sleep(0.05)
+            opened.set()
+
+    monkeypatch.setattr(Party, "begin", begun)
+    monkeypatch.setattr(Site, "_send", sent)
+    with federation(folder, offered, tmp_path) as (there, _):
+        left = wire.encode(Message("fetch", {"run": "test"}))
+
+        def call():
+            answers.append(wire.decode(there.session.handle("fetch", "west", left)).kind)
+
+        old = threading.Thread(target=call)
+        assert there.round()["failed"] == {}
+        old.join()
+    assert answers == ["wait"]

@@ -114,6 +114,8 @@ class SitesSession:
         self.needed = options.minimum
         """Sites that must be there for a round to start."""
         self.seen: dict[str, float] = {}
+        self.newest: dict[str, Message] = {}
+        """The last call for work of each site."""
         self.counted: dict[str, str] = {}
         self.visits: dict[str, Visit] = {}
         self.last: list[Visit] = []
@@ -255,13 +257,17 @@ class SitesSession:
     def _fetch(self, site: str, asked: Message) -> bytes:
         end = time.monotonic() + HOLD_SECONDS
         with self.change:
-            while not self.closing and not self._due(site, asked):
+            self.newest[site] = asked
+            # an older call is of a process that died, or of a line that broke
+            while not (self.closing or self.newest[site] is not asked or self._due(site, asked)):
                 if (left := end - time.monotonic()) <= 0:
                     break
                 self.change.wait(left)
+            if self.newest[site] is not asked:
+                return wire.encode(Message("wait"))
             self.seen[site] = time.monotonic()
             if self.closing:
-                del self.seen[site]
+                self.seen.pop(site, None)
                 return wire.encode(Message("end", {"why": self.ended} if self.ended else {}))
             visit = self._open(site)
             if visit is None or not self._due(site, asked):
