@@ -83,7 +83,7 @@ def run(trial: Trial, deaths: Deaths) -> int:
     deaths.write(trial)
     for who in ("server", *trial.names):
         trial.start(who)
-    killed, end = 0, time.monotonic() + 900
+    killed, end = 0, time.monotonic() + 1800
     while any(p.poll() is None for p in trial.processes.values()):
         for who, process in [*trial.processes.items()]:
             code = process.poll()
