@@ -12,8 +12,9 @@ from torch import nn
 from fedtorch import Client, Recipe, local_update
 from fedtorch.fast import offer
 from fedtorch.privacy import SampleLevel
-from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
+from fedtorch.privacy.gradients import PrivateSteps, stacked_gradients
 from fedtorch.privacy.noise.streams import stream
+from fedtorch.privacy.one_client import private_gradients
 from fedtorch.training.losses import cross_entropy
 from fedtorch.training.stacked import snapshot
 from fedtorch.training.step import Stepping, Supervised

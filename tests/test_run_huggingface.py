@@ -12,8 +12,9 @@ from torch.utils.data import StackDataset
 import tiny
 from fedtorch import Client, ConfigError, FedProx, Recipe, Server, evaluate
 from fedtorch.privacy import ClientLevel, SampleLevel
-from fedtorch.privacy.gradients import PrivateSteps, private_gradients
+from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import stream
+from fedtorch.privacy.one_client import private_gradients
 from fedtorch.run import checkpoint, huggingface
 from fedtorch.run.huggingface import LoRA, eval_step, step
 from fedtorch.strategies import FedAvg, RoLoRA

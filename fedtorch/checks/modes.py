@@ -14,8 +14,9 @@ from fedtorch.checks.stacking import uneven
 from fedtorch.checks.tried import SOME, inputs, largest, noise, two_examples
 from fedtorch.client import Client
 from fedtorch.privacy import models
-from fedtorch.privacy.gradients import PrivateSteps, private_gradients, stacked_gradients
+from fedtorch.privacy.gradients import PrivateSteps, stacked_gradients
 from fedtorch.privacy.noise.streams import stream
+from fedtorch.privacy.one_client import private_gradients
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.local_steps import one_by_one

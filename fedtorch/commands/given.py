@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.data import labelled, pictures, sheet, units
+from fedtorch.data import labelled, pictures, separated, units
 from fedtorch.data.assembly import unlabelled
 from fedtorch.data.base import Preparation
 from fedtorch.data.pictures import Frame
@@ -48,7 +48,7 @@ def examples(known: Prepared, path: Path) -> Tensor:
 def written(path: Path, done: Preparation, length: int) -> Tensor:
     """Texts of a table's column, or the lines of another file, as numbers of the vocabulary."""
     if path.suffix.lower() in (".csv", ".tsv"):
-        return labelled.encoded(labelled.texts(sheet.read(path), done.text), done, length)
+        return labelled.encoded(labelled.texts(separated.read(path), done.text), done, length)
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:

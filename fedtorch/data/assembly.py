@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.data import columns, frames, roles, sheet, units
+from fedtorch.data import columns, frames, roles, separated, sheet, units
 from fedtorch.data.base import Asks, Data, Preparation
 from fedtorch.data.content import split
 from fedtorch.data.options import TableOptions
@@ -176,7 +176,7 @@ def unlabelled(path: Path, done: Preparation) -> Tensor:
     if path.suffix == frames.SUFFIX:
         table = frames.parquet(path, how)
     else:
-        table = sheet.unnamed(path, how, done.header, done.target)
+        table = separated.unnamed(path, how, done.header, done.target)
     if missing := [n for n in done.columns if n not in table.header]:
         raise ConfigError(f"{path} has no column {missing[0]!r}, which the model was trained on")
     table = table.only(done.columns)

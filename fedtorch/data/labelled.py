@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.data import sheet, tokens
+from fedtorch.data import separated, sheet, tokens
 from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
 from fedtorch.data.sheet import Sheet
@@ -95,7 +95,7 @@ class LabelledText:
         )
 
     def _file(self, path: str, done: Preparation) -> tuple[Tensor, list[str], list[str]]:
-        table = sheet.read(Path(path))
+        table = separated.read(Path(path))
         columns = {"text": self.text, "target": self.target, "client": self.client}
         for role, column in columns.items():
             if column and column not in table.header:

@@ -6,7 +6,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from fedtorch.data import frames, sheet
+from fedtorch.data import frames, separated, sheet
 from fedtorch.data.assembly import assembled
 from fedtorch.data.base import Data
 from fedtorch.data.options import TableOptions
@@ -89,5 +89,7 @@ def _files(path: str, how: Format) -> Sheet:
         found = [Path(p) for p in sorted(glob(str(place)))]
         if not found:
             raise ConfigError(f"dataset.path {path!r}: no file is called so")
-    read = [(frames.parquet if p.suffix == frames.SUFFIX else sheet.read)(p, how) for p in found]
+    read = [
+        (frames.parquet if p.suffix == frames.SUFFIX else separated.read)(p, how) for p in found
+    ]
     return sheet.stacked(path, read) if len(read) > 1 else read[0]

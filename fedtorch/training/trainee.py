@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fedtorch.privacy.gradients import Gradients, PrivateSteps, private_gradients
+from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.privacy.one_client import Gradients, private_gradients
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import batches, in_parts
 from fedtorch.training.correction import Corrector
