@@ -177,6 +177,8 @@ def test_a_run_goes_on_from_its_checkpoint_to_the_bit(strategy):
     [*first.rounds(2)]
     second.load_state_dict(first.state_dict())
     [*second.rounds(2)]
+    kept = [v for m in whole.session.memory().values() for g in m.values() for v in g.values()]
+    assert all(v.untyped_storage().nbytes() == v.nbytes for v in kept), "nobody else's rows with it"
     one, other = (s.own() | {"": weights(s.model)} for s in (whole, second))
     assert all(torch.equal(v, other[i][k]) for i, m in one.items() for k, v in m.items())
 

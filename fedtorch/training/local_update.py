@@ -21,6 +21,7 @@ from fedtorch.training import stacked
 from fedtorch.training.asked import Asked
 from fedtorch.training.batches import sampled_order
 from fedtorch.training.local_steps import rates, reach
+from fedtorch.training.memory import alone, confirmed, remember
 from fedtorch.training.module import buffers, resting, to, to_device
 from fedtorch.training.passes import Passes
 from fedtorch.training.personal import GROUP, personal, shared
@@ -237,56 +238,6 @@ def exact(task: Task, ctx: Context) -> Context:
         extras={g: to_float64(near(e)) for g, e in ctx.extras.items()},
         memory={g: to_float64(near(m)) for g, m in ctx.memory.items()},
     )
-
-
-def confirmed(
-    recipe: Recipe,
-    ids: Sequence[str],
-    sending: Sequence[str],
-    sent: dict[str, Stack],
-    memory: dict[str, Stack],
-    ctx: Context,
-) -> dict[str, Stack]:
-    """The memory of those that send something, after what they really send; of others as it was."""
-    places = [ids.index(i) for i in sending]
-    chosen = {g: {n: v[places] for n, v in m.items()} for g, m in memory.items() if g != GROUP}
-    with torch.no_grad():
-        found = recipe.strategy.confirm(sent, chosen, ctx.among(places))
-    known = ctx.memory | memory
-    whole = {g: {n: v.clone() for n, v in known[g].items()} for g in found}
-    for group, kept in found.items():
-        for name, v in kept.items():
-            whole[group][name][places] = v
-    return memory | whole
-
-
-def remember(
-    clients: Sequence[Client], memory: dict[str, Stack] | None, ctx: Context, good: Tensor
-) -> None:
-    """Clients whose update was finite keep their new memory, in the weights' own types."""
-    for k, client in enumerate(clients):
-        if good[k] and memory is not None:
-            like = ctx.anchor | ctx.own
-            client.memory = {
-                g: {n: v.to(like[n].dtype) if n in like else v for n, v in row(m, k).items()}
-                for g, m in memory.items()
-            }
-
-
-def alone(
-    clients: Sequence[Client], trained: Results, strategy: Strategy, ctx: Context, good: Tensor
-) -> None:
-    """The new memory of clients whose changes were sent as they are, and as a sum: one after another.
-
-    A client's change is in the cache then, and what it keeps holds nobody else's in memory.
-    """
-    rows, _ = trained.rows()
-    with torch.no_grad():
-        for k, client in enumerate(clients):
-            if good[k]:
-                change = {n: rows[n][k : k + 1] - w for n, w in ctx.anchor.items()}
-                found = strategy.confirm({"delta": change}, {}, ctx.of(k))
-                client.memory = {g: row(m, 0) for g, m in found.items()}
 
 
 def visited(order: Sequence[Tensor]) -> Tensor:

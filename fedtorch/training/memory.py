@@ -1,0 +1,70 @@
+"""What clients remember of a visit: what the strategy keeps, after what was really sent."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedtorch.client import Client
+from fedtorch.recipe import Recipe
+from fedtorch.strategies.base import Strategy
+from fedtorch.training.personal import GROUP
+from fedtorch.training.results import Results
+from fedtorch.tree import row
+from fedtorch.types import Context, Stack
+
+
+def confirmed(
+    recipe: Recipe,
+    ids: Sequence[str],
+    sending: Sequence[str],
+    sent: dict[str, Stack],
+    memory: dict[str, Stack],
+    ctx: Context,
+) -> dict[str, Stack]:
+    """The memory of those that send something, after what they really send; of others as it was."""
+    places = [ids.index(i) for i in sending]
+    chosen = {g: {n: v[places] for n, v in m.items()} for g, m in memory.items() if g != GROUP}
+    with torch.no_grad():
+        found = recipe.strategy.confirm(sent, chosen, ctx.among(places))
+    known = ctx.memory | memory
+    whole = {g: {n: v.clone() for n, v in known[g].items()} for g in found}
+    for group, kept in found.items():
+        for name, v in kept.items():
+            whole[group][name][places] = v
+    return memory | whole
+
+
+def remember(
+    clients: Sequence[Client], memory: dict[str, Stack] | None, ctx: Context, good: Tensor
+) -> None:
+    """Clients whose update was finite keep their new memory, in the weights' own types.
+
+    Copies: a row of a stack would keep that of all clients that it trained beside.
+    """
+    for k, client in enumerate(clients):
+        if good[k] and memory is not None:
+            like = ctx.anchor | ctx.own
+            client.memory = {
+                g: {
+                    n: v.to(like[n].dtype if n in like else v.dtype, copy=True)
+                    for n, v in row(m, k).items()
+                }
+                for g, m in memory.items()
+            }
+
+
+def alone(
+    clients: Sequence[Client], trained: Results, strategy: Strategy, ctx: Context, good: Tensor
+) -> None:
+    """The new memory of clients whose changes were sent as they are, and as a sum: one after another.
+
+    A client's change is in the cache then, and what it keeps holds nobody else's in memory.
+    """
+    rows, _ = trained.rows()
+    with torch.no_grad():
+        for k, client in enumerate(clients):
+            if good[k]:
+                change = {n: rows[n][k : k + 1] - w for n, w in ctx.anchor.items()}
+                found = strategy.confirm({"delta": change}, {}, ctx.of(k))
+                client.memory = {g: row(m, 0) for g, m in found.items()}
