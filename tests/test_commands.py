@@ -175,6 +175,9 @@ def test_predict_takes_arrays_and_pictures(swept, tmp_path, capsys):
     picture = Image.fromarray((x[0, 0].numpy() * 255).astype("uint8"))
     picture.save(tmp_path / "x.png")
     assert int(output(capsys, "predict", run, str(tmp_path / "x.png"))) == labels[0]
+    picture.resize((12, 9)).save(tmp_path / "wide.png")
+    assert main(["predict", run, str(tmp_path / "wide.png")]) == 0
+    assert "has 9 x 12 pixels and is stretched to the 8 x 8 of" in capsys.readouterr().err
 
 
 def test_predict_reads_tables_as_the_training_did(tmp_path, capsys, monkeypatch):

@@ -177,6 +177,10 @@ def test_a_folder_is_trained_on_and_predicted_from(tmp_path, monkeypatch, capsys
     ]  # fmt: skip
     assert main(["predict", "r", "new/one.jpg"]) == 0
     assert capsys.readouterr().out == "light\n"
+    (tmp_path / "moving").mkdir()
+    (tmp_path / "moving" / "one.gif").write_bytes(b"GIF89a")
     (tmp_path / "empty").mkdir()
     assert main(["predict", "r", "empty"]) == 2
     assert "there are no pictures in empty" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"no pictures in .*moving .*; it has \.gif$"):
+        ImageFolder(str(tmp_path / "moving")).load(0)

@@ -60,8 +60,9 @@ def test_what_is_see_through_needs_a_background(tmp_path):
     assert read(saved(tmp_path, full), Frame(3, 3, 4))[:, 0, 0].tolist() == [10, 20, 30]
     full.putpixel((1, 0), (10, 20, 30, 0))
     path = saved(tmp_path, full)
-    with pytest.raises(ConfigError, match=r"see-through in places: flatten"):
+    with pytest.raises(ConfigError, match=r"see-through in places: flatten") as said:
         read(path, Frame(3, 3, 4))
+    assert str(said.value).count(str(path)) == 1
     white = read(path, Frame(3, 3, 4, background="white"))
     assert white[:, 0, :2].T.tolist() == [[10, 20, 30], [255, 255, 255]]
     with pytest.raises(ConfigError, match=r"unknown color"):

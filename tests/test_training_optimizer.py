@@ -61,9 +61,16 @@ def test_client_optimizers_go_by_name_or_path():
         ClientOptimizer("sdg").maker()
 
 
-@pytest.mark.parametrize("args", [{"momentun": 0.9}, {"lr": 3.0}, {"momentum": -1.0}])
-def test_wrong_options_are_named_before_training(args):
-    with pytest.raises(ConfigError, match="client optimizer SGD"):
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        ({"momentun": 0.9}, "has no option 'momentun'; it has momentum, dampening"),
+        ({"lr": 3.0}, "takes its rate from the recipe: give lr"),
+        ({"momentum": -1.0}, "Invalid momentum"),
+    ],
+)
+def test_wrong_options_are_named_before_training(args, why):
+    with pytest.raises(ConfigError, match=f"client optimizer SGD.* {why}"):
         ClientOptimizer("SGD", args).check()
 
 

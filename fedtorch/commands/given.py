@@ -124,6 +124,13 @@ def picture(path: Path, shape: tuple[int, ...], known: Prepared) -> np.ndarray:
             f"{path}: the model was not trained on images in 0..1, so that a picture cannot be scaled for "
             "it: give the array it takes as .npy"
         )
+    seen = pictures.looks([str(path)])[0]
+    if not done.resize and (seen.rows, seen.columns) != shape[1:]:
+        print(
+            f"note: {path} has {seen.rows} x {seen.columns} pixels and is stretched to the "
+            f"{shape[1]} x {shape[2]} of training",
+            file=sys.stderr,
+        )
     array = pictures.read(path, Frame(*shape, resize=done.resize, background=done.background))
     largest = 65535 if array.dtype == np.uint16 else 255
     by = done.scale if array.dtype.name == done.dtype else largest

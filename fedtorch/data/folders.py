@@ -243,7 +243,10 @@ def found(root: Path) -> tuple[list[File], list[str]]:
                 others.append(name)
     if not files:
         ends = ", ".join(pictures.KINDS)
-        raise ConfigError(f"there are no pictures in {root} ({ends})")
+        there = ", ".join(sorted({Path(name).suffix or name for name in others})[:5])
+        raise ConfigError(
+            f"there are no pictures in {root} ({ends})" + (f"; it has {there}" if there else "")
+        )
     said = f"{len(others)} files are no pictures ({', '.join(others[:3])}{', ...' * (len(others) > 3)})"
     return files, [said] if others else []
 

@@ -78,6 +78,15 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
             with archive:
                 return {k: archive[k] for k in archive.files}
     except Exception as e:  # zip, zlib and NumPy each have errors of their own for damaged files
+        if "Object arrays" in str(e):  # which may run code
+            raise ConfigError(
+                f"{path!r} holds Python objects, as of rows of unequal length: give each array one type "
+                "and shape, np.array(rows, dtype='float32')"
+            ) from e
+        if "pickle" in str(e):
+            raise ConfigError(
+                f"{path!r} is no NPZ file: write one by np.savez(path, x=x, y=y)"
+            ) from e
         raise ConfigError(f"{path!r} cannot be read as an NPZ file: {e}") from e
 
 
@@ -94,7 +103,10 @@ def _owners(path: str, owners: np.ndarray) -> list[str]:
 
 def _rows(path: str, arrays: dict[str, np.ndarray], name: str, kinds: str = "biuf") -> np.ndarray:
     if name not in arrays:
-        raise ConfigError(f"{path} has no array {name!r}; it has {', '.join(arrays) or 'none'}")
+        raise ConfigError(
+            f"{path} has no array {name!r}; it has {', '.join(arrays) or 'none'}: name them so, "
+            "np.savez(path, x=..., y=...)"
+        )
     array = arrays[name]
     if array.dtype.kind not in kinds:
         raise ConfigError(f"{path}: array {name!r} must hold numbers, not {array.dtype}")

@@ -99,6 +99,8 @@ def read(path: str | Path, frame: Frame) -> np.ndarray:
         try:
             image = _flat(path, image, frame.background)
             image = image if image.mode == mode else image.convert(mode)
+        except ConfigError:  # a ValueError, which says all already
+            raise
         except ValueError as e:
             raise ConfigError(f"{path} is an image of kind {image.mode!r}: {e}") from e
         sized = _sized(image, frame, Image.Resampling.BICUBIC)

@@ -208,7 +208,7 @@ def _plain(message: str, where: str) -> str:
     rest = " ".join(rest.split()).replace("<class '", "").replace("'>", "")
     types = re.findall(r"Subtypes: \[(.*?)\]", rest)
     if types:
-        value = rest.rpartition("Given value: ")[2]
+        value = rest.rpartition("Given value:")[2].strip() or "nothing"
         rest = f"expected {types[0].replace(', ', ' or ').replace('NoneType', 'null')}, got {value}"
     rest = rest.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
     return f"{where + '.' if where else ''}{name}: {rest.replace('typing.', '')}"

@@ -4,6 +4,7 @@ A server optimizer treats the clients' mean delta as a step direction. State goe
 of it is float64, so that a run does not depend on the order of small additions.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -217,6 +218,17 @@ class ClientOptimizer:
             return  # torch's first optimizer imports torch._dynamo: a second that this one never needs
         if not isinstance(made, type):
             return  # a function needs the model
+        if "lr" in self.args:
+            raise ConfigError(
+                f"client optimizer {self.words} takes its rate from the recipe: give lr"
+            )
+        known = inspect.signature(made).parameters
+        others = {v.kind for v in known.values()} & {inspect.Parameter.VAR_KEYWORD}
+        if wrong := [k for k in self.args if k not in known and not others]:
+            raise ConfigError(
+                f"client optimizer {self.words} has no option {wrong[0]!r}; it has "
+                f"{', '.join(k for k in known if k not in ('params', 'lr'))}"
+            )
         try:
             self.build([torch.zeros(1, 1, requires_grad=True)], lr=0.1)  # Muon takes matrices alone
         except (TypeError, ValueError) as e:
