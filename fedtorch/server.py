@@ -14,6 +14,7 @@ from torch import nn
 from fedtorch import seeds
 from fedtorch.aggregation.mean import Gathering, Held, moved
 from fedtorch.aggregation.rows import Robust
+from fedtorch.channel import base as channel
 from fedtorch.checks import combination, handed, secure, strategies
 from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
@@ -119,8 +120,9 @@ class Server:
         sizes = [len(c) for c in clients] if all(hasattr(c, "__len__") for c in clients) else None
         groups = {*like, *self.extras, *strategy.remember(params)} - {"delta"}
         combination.check(self.recipe, participation, pace, groups)
-        size = 2 * sum(v.numel() * v.element_size() for v in params.values())
-        self.under_way = UnderWay(pace, Asked(self.recipe, participation, sizes, size))
+        down = sum(v.numel() * v.element_size() for v in params.values())
+        up = channel.bytes_of(self.recipe.channel, self._coded) if self._coded else down
+        self.under_way = UnderWay(pace, Asked(self.recipe, participation, sizes, down + up))
         self.books = opened(self.recipe.privacy, self.ids, like)
         """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
         self.notes = [
@@ -364,10 +366,11 @@ class Server:
         """Let them train; first who was lost on the way."""
         for i, why in step.lost.items():
             yield Arrival(Failure(self.ids[i], *why), self.under_way.tasks[self.round_number], 1.0)
-        for ids, task, factor in self.under_way.visits(step, self.ids):
+        for ids, task, due in self.under_way.visits(step, self.ids):
+            now = self._state() if due.mixes else None
             self.session.submit(ids, task)
             for outcome in self.session.collect():
-                yield Arrival(outcome, task, factor)
+                yield Arrival(outcome, task, due.factor, now)
 
     def _move(self, state: Params, gathered: Gathering) -> tuple[dict[str, Params], Params]:
         """Step from ``state``; returns what was sent as one, before any noise, and the buffers so.

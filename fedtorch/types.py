@@ -219,9 +219,10 @@ class Released:
         """The same with these groups of what is sent as ``change`` makes them."""
         return self.beside({g: change(g, self.sent[g]) for g in groups})
 
-    def beside(self, groups: dict[str, Stack]) -> "Released":
-        """The same with these groups, which are made of what was sent, in it."""
-        return replace(self, sent=self.sent | groups, seal=_SEAL)
+    def beside(self, groups: dict[str, Stack], floats: Stack | None = None) -> "Released":
+        """The same with these groups, which are made of what was sent, in it, and so of the buffers."""
+        buffers = self.buffers | (floats or {})
+        return replace(self, sent=self.sent | groups, buffers=buffers, seal=_SEAL)
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from fedtorch import (
 from fedtorch.aggregation.vectors import Krum
 from fedtorch.checks import combination
 from fedtorch.privacy import ClientLevel, DistributedDP, LocalDP, Nothing, SampleLevel
-from fedtorch.rounds.buffered import Buffered
+from fedtorch.rounds.buffered import Asynchronous, Buffered
 from fedtorch.rounds.clock import Clock
-from fedtorch.rounds.synchronous import Synchronous
+from fedtorch.rounds.synchronous import OverSelected, Synchronous
 from fedtorch.strategies import APFL, IFCA, MOON, Ditto, FedDyn, FedNova, FedRep, PFedMe, QFedAvg
 
 NOISE = dict(noise_multiplier=0.5, rounds=1, insecure_seed=1)
@@ -144,6 +144,9 @@ PARTS = {
     "pace": {
         "synchronous": Synchronous(),
         "buffered": Buffered(size=2, concurrency=3, clock=Clock(spread=0.5)),
+        "timed": Synchronous(clock=Clock(spread=0.5)),
+        "over": OverSelected(over=1.6),
+        "async": Asynchronous(concurrency=3),
     },
 }
 FIRST = {kind: next(iter(choices)) for kind, choices in PARTS.items()}
@@ -228,6 +231,16 @@ REFUSED = {
     ("poisson", "buffered"): FREE,
 }
 """Of all pairs those that do not go together; every other one trains."""
+
+REFUSED |= {
+    (one, "async"): why.replace("pace buffered", "pace asynchronous")
+    for (one, other), why in REFUSED.items()
+    if other == "buffered"
+} | {(one, name): LAST for one, other in REFUSED for name in ("timed", "over") if one == "stuck"}
+REFUSED |= {
+    ("client", "over"): FIRST_IN.replace("buffered", "overselected"),
+    ("secure", "over"): TOGETHER.replace("buffered", "overselected"),
+}
 
 
 def untrained(model, batches, lr):

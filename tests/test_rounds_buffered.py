@@ -11,7 +11,7 @@ from fedtorch import Client, FedAvg, FedPer, Local, Recipe, Scaffold, Server, Un
 from fedtorch.aggregation.robust import Median
 from fedtorch.engines import Processes
 from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
-from fedtorch.rounds.buffered import Buffered
+from fedtorch.rounds.buffered import Asynchronous, Buffered
 from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.synchronous import Synchronous
 from fedtorch.run import checkpoint, objects
@@ -78,6 +78,74 @@ def test_fedbuff_nguyen_2022_algorithm_1(chunk):
     assert [f["cohort"] for f, _ in path] == [["1", "1"], ["0", "1"], ["1", "1"]]
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_fedasync_xie_2019_algorithm_1(chunk):
+    """Arrivals c1, c1, then c0 two steps late: each mixes in its model, not its change."""
+    two = [
+        Client(str(k), (torch.zeros(N[k], 1), torch.tensor([[A[k], B[k]]] * N[k]).double()))
+        for k in range(2)
+    ]
+    recipe = Recipe(loss=quadratic, lr=LR, steps=STEPS, batch_size=None)
+    pace = Asynchronous(concurrency=2, clock=Clock(example=1 / STEPS))
+    server = Server(Scalar(), two, recipe, pace=pace, engine=Local(chunk=chunk))
+    path = [(f, float(server.model.w.detach())) for f in server.rounds(3)]
+    w0 = START
+    w1 = 0.4 * w0 + 0.6 * local(1, w0)
+    w2 = 0.4 * w1 + 0.6 * local(1, w1)
+    share = 0.6 / 3**0.5
+    w3 = (1 - share) * w2 + share * local(0, w0)
+    assert [w for _, w in path] == pytest.approx([w1, w2, w3], abs=1e-12)
+    assert [w1, w2, w3] == pytest.approx([-0.183910, -0.555998, -0.011494], abs=1e-6)
+    assert [f["cohort"] for f, _ in path] == [["1"], ["1"], ["0"]]
+    assert [f["staleness_max"] for f, _ in path] == [0, 0, 2]
+    assert (path[2][0]["visits_min"], path[2][0]["visits_max"]) == (1, 2)
+
+
+def test_lateness_counts_as_the_paper_has_it():
+    kept = lambda **o: [Asynchronous(**o)._kept(t) for t in (0, 4, 5, 7)]  # noqa: E731
+    assert kept(staleness="constant") == [1, 1, 1, 1]
+    assert kept() == pytest.approx([1, 5**-0.5, 6**-0.5, 8**-0.5])
+    # not 1 / (a (tau - b + 1))
+    assert kept(staleness="hinge", power=10.0, grace=4) == pytest.approx([1, 1, 1 / 11, 1 / 31])
+    for wrong in ({"mixing": 0.0}, {"power": 0.0}, {"staleness": "none"}):
+        with pytest.raises(ConfigError, match=f"pace.{next(iter(wrong))}"):
+            Asynchronous(**wrong)
+
+
+ASYNC = Asynchronous(concurrency=3, clock=CLOCK)
+
+
+def test_fedasync_is_the_same_on_every_solver_and_over_a_checkpoint(tmp_path):
+    def plain():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    one, told = trained(8, pace=ASYNC, model=plain, engine=Local(solver="general"))
+    assert max(f["staleness_max"] for f in told) >= 2
+    for engine in (Local(solver="fast"), Local(solver="stacked")):
+        assert worst(one, trained(8, pace=ASYNC, model=plain, engine=engine)[0]) < 1e-6
+    half, _ = trained(5, pace=ASYNC, model=plain, engine=Local(solver="general"))
+    checkpoint.save(tmp_path, half.state_dict())
+    engine = Local(solver="general")
+    again, _ = trained(3, ASYNC, engine, plain, checkpoint.load(tmp_path))
+    assert worst(one, again) == 0
+
+
+def test_statistics_are_mixed_in_as_weights_are():
+    def normed():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+    pace = Asynchronous(mixing=0.5, concurrency=1, clock=Clock())
+    server, _ = trained(1, pace=pace, model=normed, batch_size=None)
+    every = Asynchronous(mixing=1.0, concurrency=1)
+    whole, _ = trained(1, pace=every, model=normed, batch_size=None)
+    for name, start in normed().state_dict().items():
+        if "num_batches" not in name:
+            middle = (start + whole._state()[name]) / 2
+            assert torch.allclose(server._state()[name], middle, atol=1e-6), name
+
+
 def test_solvers_and_engines_agree():
     plain = lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))  # noqa: E731
 
@@ -112,7 +180,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_bit(tmp_path, strategy):
 
 
 def test_two_visits_of_a_client_to_one_model_share_no_draw():
-    # one client, asked again and again: each visit shuffles and drops out anew
+    # one client, asked again and again: each visit shuffles, drops out and rounds anew
     pace = Buffered(size=2, concurrency=1, clock=Clock())
     server = Server(net(), clients(1), Recipe(lr=0.1, batch_size=4), pace=pace)
     sent = watched(server)
@@ -198,4 +266,7 @@ def test_speeds_stay_and_visits_vary():
 def test_options_of_the_command_line():
     made = objects.choose("pace", {"name": "buffered", "size": "5", "clock": {"spread": "0.5"}})
     assert made == Buffered(size=5, clock=Clock(spread=0.5))
+    late = objects.choose("pace", {"name": "asynchronous", "mixing": "0.3", "staleness": "hinge"})
+    assert late == Asynchronous(mixing=0.3, staleness="hinge")
+    assert objects.choose("pace", {"clock": {"spread": "1"}}) == Synchronous(clock=Clock(spread=1))
     assert objects.choose("pace", objects._entry(made)) == made

@@ -37,6 +37,7 @@ ROOT = Path(__file__).parent.parent
 SMALL = ["--privacy", "none", "--model", "logistic", "--epochs", "1", "--clients", "5"]
 NO_PICTURES = ["--tracking.pictures", "false"]
 PACED = {"simulated_seconds", "staleness_mean", "staleness_max"}
+PACED |= {"visits_min", "visits_median", "visits_max"}
 """Of a buffered pace alone."""
 MASKED = {"clamped", "secure_client_seconds", "secure_server_seconds"}
 """Of the aggregator secure alone."""

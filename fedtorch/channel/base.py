@@ -218,8 +218,13 @@ def remembers(channel: Channel, like: Mapping[str, Params]) -> dict[str, Params]
 def size(coded: Released, channel: Channel, like: Mapping[str, Params]) -> int:
     """Bytes of all tensors of these groups, each in its own type, of every client that is in it."""
     if coded.summed and like:  # of whose codes only the mean is here
-        return len(coded.ids) * _bytes(layout(channel, like))
+        return len(coded.ids) * bytes_of(channel, like)
     return _bytes({g: coded.sent[g] for g in like})
+
+
+def bytes_of(channel: Channel, like: Mapping[str, Params]) -> int:
+    """Of the code of one client's groups."""
+    return _bytes(layout(channel, like))
 
 
 def _bytes(groups: Mapping[str, Params]) -> int:

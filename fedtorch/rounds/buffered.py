@@ -1,24 +1,18 @@
-"""Rounds that wait for nobody: FedBuff on a simulated clock.
+"""Rounds that wait for nobody, on a simulated clock: FedBuff and FedAsync.
 
 How long a visit takes does not depend on what it learns: who arrives next is known before anybody trains,
 and all that were sent the same model train in one call.
 """
 
-import heapq
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-import torch
-
-from fedtorch import seeds
-from fedtorch.options import COUNT, NOT_NEGATIVE, check
+from fedtorch.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, check
 from fedtorch.rounds.clock import Clock
+from fedtorch.rounds.sky import Flight, Sky, check_sizes
 from fedtorch.rounds.synchronous import Asked, Draw, Due, Step
 from fedtorch.types import ConfigError
-
-Flight = tuple[float, int, int, int, int]
-"""(arrival in seconds, number of the visit, client, round of its model, visits to that model before)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,107 +42,116 @@ class Buffered:
 
     def check(self, asked: Asked) -> list[str]:
         """Raises ConfigError where there are too few clients; notes on weights and privacy."""
-        recipe, sizes = asked.recipe, asked.sizes
-        if sizes is None:
-            raise ConfigError(
-                "pace buffered simulates when clients arrive, and sites arrive by themselves: leave it out"
-            )
-        if (self.concurrency or 0) > len(sizes):
-            raise ConfigError(
-                f"pace.concurrency {self.concurrency} is more than the {len(sizes)} clients there are: "
-                f"use {len(sizes)} or fewer"
-            )
         alike = "alike, as in FedBuff (or --strategy.weighting examples)"
-        notes = [
-            f"pace buffered: {self.at_once(len(sizes))} clients are under way at any time, and count "
-            f"{'by their examples' if recipe.weighting == 'examples' else alike}"
-        ]
-        if not recipe.privacy.claims:
-            return notes
-        end = "more may be spent than was planned for so many rounds"
-        if recipe.privacy.target is not None:
-            end = "the run ends when one of them has spent its epsilon"
-        return [
-            *notes,
-            "pace buffered: a fast client may visit more often than there are rounds, and each visit is "
-            f"charged as it begins: {end}",
-        ]
-
-    def at_once(self, clients: int) -> int:
-        """How many of so many clients are under way."""
-        return min(20, clients) if self.concurrency is None else self.concurrency
+        sized = asked.recipe.weighting == "examples"
+        return overlapping(self, asked, f"count {'by their examples' if sized else alike}")
 
     def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> Step:
         """Let the clock run until the buffer is full."""
-        sky = Sky(self, **(flights or {}))
+        sky = Sky(self.clock, asked, **(flights or {}))
         arrived = []
         for _ in range(self.size):
-            while len(sky.under_way) < self.at_once(len(asked.sizes or ())):
-                sky.ask(round, seed, asked)
+            fill(sky, self.concurrency, round, seed)
             arrived.append(sky.land())
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for _, _, client, version, visit in arrived:
             groups[version, visit].append(client)
-        ages = [round - version for _, _, _, version, _ in arrived]
         due = [
             Due(sorted(who), version, visit, (1 + round - version) ** -self.staleness)
             for (version, visit), who in sorted(groups.items())
         ]
-        figures = {
-            "simulated_seconds": sky.now,
-            "staleness_mean": sum(ages) / len(ages),
-            "staleness_max": float(max(ages)),
-        }
-        kept = {"now": sky.now, "sent": sky.sent, "under_way": sorted(sky.under_way)}
-        versions = frozenset(flight[3] for flight in sky.under_way)
-        return Step([*sky.asked.values()], due, {}, kept, versions, figures)
+        return taken(sky, arrived, due, round)
 
 
-@dataclass
-class Sky:
-    """Who is under way as the clock runs."""
+@dataclass(frozen=True, kw_only=True)
+class Asynchronous:
+    """The server steps on every client that arrives, and mixes its model in (FedAsync, arXiv:1903.03934).
 
-    pace: Buffered
-    now: float = 0.0
-    sent: int = 0
-    """Visits begun so far: each has a number of its own."""
-    under_way: list[Flight] = field(default_factory=list)
-    asked: dict[int, list[int]] = field(default_factory=dict)
-    """Clients that were sent this round's model, by how often before."""
-    times: Counter[int] = field(default_factory=Counter)
+    Alg. 1: w <- (1 - a) w + a w_k with a = ``mixing`` x s(tau), tau being the server's steps since client k
+    was sent the model. s by ``staleness``: constant 1; polynomial (tau + 1)^-power; hinge 1 up to ``grace``
+    and 1 / (power (tau - grace) + 1) beyond.
+    """
+
+    timed: ClassVar[bool] = True
+    overlaps: ClassVar[bool] = True
+
+    mixing: float = 0.6
+    """How much of the new model is that of a client who is not late (the paper's alpha)."""
+    staleness: Literal["constant", "polynomial", "hinge"] = "polynomial"
+    """How older work counts less."""
+    power: float = 0.5
+    """The paper's a."""
+    grace: int = 4
+    """Steps that a hinge forgives (the paper's b)."""
+    concurrency: int | None = None
+    """Clients under way at any time; none: 20, or all where there are fewer."""
+    clock: Clock = Clock()
+    """How long visits take."""
 
     def __post_init__(self) -> None:
-        """A heap, and a copy: a round that fails is tried again from where it began."""
-        self.under_way = sorted(self.under_way)
+        """Refuse what mixes nothing."""
+        check(
+            self, "pace", mixing=RATE, power=POSITIVE, grace=NOT_NEGATIVE, concurrency=COUNT
+        )  # fmt: skip
 
-    def ask(self, round: int, seed: int, asked: Asked) -> None:
-        """Send the model to somebody who is free."""
-        assert asked.sizes is not None
-        away = {flight[2] for flight in self.under_way}
-        free = [i for i in range(len(asked.sizes)) if i not in away]
-        g = seeds.generator(seed, "next", self.sent)
-        client = free[int(torch.randint(len(free), (1,), generator=g))]
-        work, moved = work_of(asked.recipe, asked.sizes[client]), asked.bytes
-        took = self.pace.clock.seconds(client, self.sent, work, moved, seed)
-        visit = self.times[client]
-        heapq.heappush(self.under_way, (self.now + took, self.sent, client, round, visit))
-        self.asked.setdefault(visit, []).append(client)
-        self.times[client] += 1
-        self.sent += 1
+    def check(self, asked: Asked) -> list[str]:
+        """Raises ConfigError where there are too few clients; notes on weights and privacy."""
+        return overlapping(self, asked, "each makes a step of its own")
 
-    def land(self) -> Flight:
-        """The next to arrive; the clock is then."""
-        flight = heapq.heappop(self.under_way)
-        self.now = flight[0]
-        return flight
+    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> Step:
+        """Let the clock run until somebody arrives."""
+        sky = Sky(self.clock, asked, **(flights or {}))
+        fill(sky, self.concurrency, round, seed)
+        flight = sky.land()
+        _, _, client, version, visit = flight
+        share = self.mixing * self._kept(round - version)
+        return taken(sky, [flight], [Due([client], version, visit, share, mixes=True)], round)
+
+    def _kept(self, late: int) -> float:
+        if self.staleness == "polynomial":
+            return float((late + 1) ** -self.power)
+        if self.staleness == "hinge" and late > self.grace:
+            return 1 / (self.power * (late - self.grace) + 1)
+        return 1.0
 
 
-def work_of(recipe: Any, examples: int) -> int:
-    """Examples that a visit takes, every pass counted; under Poisson sampling, those that are expected."""
-    plan = recipe.privacy.per_example
-    if plan is not None:
-        return int(plan.steps * plan.batch_size)
-    if recipe.steps is not None:
-        taken = (recipe.batch_size or examples) * recipe.accumulate
-        return int(recipe.steps * min(taken, examples))
-    return int(recipe.epochs * examples)
+def at_once(concurrency: int | None, clients: int) -> int:
+    """How many of so many clients are under way."""
+    return min(20, clients) if concurrency is None else concurrency
+
+
+def fill(sky: Sky, concurrency: int | None, round: int, seed: int) -> None:
+    """Ask until enough are under way."""
+    while len(sky.under_way) < at_once(concurrency, len(sky.asked.sizes or ())):
+        sky.ask(round, seed)
+
+
+def taken(sky: Sky, arrived: list[Flight], due: list[Due], round: int) -> Step:
+    """The step of what has arrived."""
+    ages = [round - version for _, _, _, version, _ in arrived]
+    old = {"staleness_mean": sum(ages) / len(ages), "staleness_max": float(max(ages))}
+    versions = frozenset(flight[3] for flight in sky.under_way)
+    return Step([*sky.fresh.values()], due, {}, sky.kept(), versions, sky.figures() | old)
+
+
+def overlapping(pace: Buffered | Asynchronous, asked: Asked, counts: str) -> list[str]:
+    """Notes on how clients count and what privacy costs; raises ConfigError where there are too few."""
+    name = type(pace).__name__.lower()
+    clients = check_sizes(name, asked)
+    if (pace.concurrency or 0) > clients:
+        raise ConfigError(
+            f"pace.concurrency {pace.concurrency} is more than the {clients} clients there are: use "
+            f"{clients} or fewer"
+        )
+    busy = at_once(pace.concurrency, clients)
+    notes = [f"pace {name}: {busy} clients are under way at any time, and {counts}"]
+    if not asked.recipe.privacy.claims:
+        return notes
+    end = "more may be spent than was planned for so many rounds"
+    if asked.recipe.privacy.target is not None:
+        end = "the run ends when one of them has spent its epsilon"
+    return [
+        *notes,
+        f"pace {name}: a fast client may visit more often than there are rounds, and each visit is charged "
+        f"as it begins: {end}",
+    ]

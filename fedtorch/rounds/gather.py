@@ -10,7 +10,7 @@ from fedtorch.channel import base as channel
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Reports
 from fedtorch.rounds.observers import Observer, looks
-from fedtorch.rounds.synchronous import Asked, Draw, Rounds, Step
+from fedtorch.rounds.synchronous import Asked, Draw, Due, Rounds, Step
 from fedtorch.secure.aggregator import SecureSum
 from fedtorch.types import Failure, Params, Released, Task
 
@@ -23,6 +23,8 @@ class Arrival(NamedTuple):
     """What they were sent."""
     factor: float
     """What their changes are multiplied by."""
+    now: Params | None = None
+    """The model of today, where theirs is to be mixed into it."""
 
 
 @dataclass
@@ -43,12 +45,12 @@ class UnderWay:
             self.drawn = self.pace.step(self.flights, round, seed, draw, self.asked)
         return self.drawn
 
-    def visits(self, step: Step, ids: Sequence[str]) -> Iterator[tuple[list[str], Task, float]]:
-        """Who trains on what for this step, and what their changes are multiplied by."""
+    def visits(self, step: Step, ids: Sequence[str]) -> Iterator[tuple[list[str], Task, Due]]:
+        """Who trains on what for this step, and how their changes count."""
         for due in step.due:
             task = self.tasks[due.version]
             task = replace(task, visit=due.visit) if due.visit else task
-            yield [ids[i] for i in due.who], task, due.factor
+            yield [ids[i] for i in due.who], task, due
 
     def land(self, step: Step) -> None:
         """The round is over: who is still under way keeps what it was sent."""
@@ -95,7 +97,7 @@ def gather(
     ``coded``: names and shapes of what a channel encodes, by group.
     """
     chunks, failed, size = [], list[Failure](), 0
-    for outcome, task, factor in arrivals:
+    for outcome, task, factor, now in arrivals:
         if isinstance(outcome, Failure):
             failed.append(outcome)
             continue
@@ -104,7 +106,10 @@ def gather(
         outcome = recipe.privacy.taken(outcome, coded, task)
         if not recipe.strategy.only_delta:
             outcome = outcome.beside(recipe.strategy.arrived(outcome.sent))
-        total.add(outcome if factor == 1 else outcome.scaled(factor))
+        if now is not None:
+            total.add(mixed(outcome, task.state, now, factor))
+        else:
+            total.add(outcome if factor == 1 else outcome.scaled(factor))
         chunks.append(Reports(outcome.ids, outcome.weight, outcome.metrics))
         for observer in observers:
             # under masks nobody sees what a client sends, in a simulation neither
@@ -116,3 +121,11 @@ def gather(
     if isinstance(total, SecureSum) and chunks:
         reports = reports.together(opened=not total.short())
     return Gathered(reports, failed, size)
+
+
+def mixed(update: Released, sent: Params, now: Params, share: float) -> Released:
+    """``share`` of the way from the model of today to that of a client who was ``sent`` another."""
+    since = {k: sent[k].double() - now[k].double() for k in update.sent["delta"]}
+    delta = {k: share * (v + since[k]) for k, v in update.sent["delta"].items()}
+    floats = {k: now[k] + share * (v - now[k]) for k, v in update.buffers.items()}
+    return update.beside({"delta": delta}, floats)

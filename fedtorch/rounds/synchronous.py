@@ -1,10 +1,14 @@
 """What a round waits for: which visits a step of the server is made of. Synchronous: all it asked."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from fedtorch.options import Range, check
+from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.participation import Participation
+from fedtorch.rounds.sky import Sky, check_sizes
 from fedtorch.types import ConfigError
 
 DROPPED = "dropped", "it dropped out"
@@ -24,6 +28,8 @@ class Due:
     """How many visits to that model these clients have made before."""
     factor: float = 1.0
     """What their changes are multiplied by, at most 1."""
+    mixes: bool = False
+    """The change is from the server's model as it is now to theirs, not from what they were sent."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +81,91 @@ class Synchronous:
     timed: ClassVar[bool] = False
     overlaps: ClassVar[bool] = False
 
+    clock: Clock | None = None
+    """How long visits would take, on the same time axis as other paces; none: no time is simulated."""
+
     def check(self, asked: Asked) -> list[str]:
-        """It always can."""
+        """It always can; only a clock has to know the clients."""
+        if self.clock is not None:
+            check_sizes("synchronous with a clock", asked)
         return []
 
     def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> Step:
         """All that were asked and do not drop out."""
-        if flights is not None:
-            raise ConfigError(
-                "a clock has run from before: go on with the pace that the run had (--pace)"
+        if self.clock is None:
+            if flights is not None:
+                raise ConfigError(
+                    "a clock has run from before: go on with the pace that the run had (--pace)"
+                )
+            reporting, lost = draw()
+            return Step(
+                [[*reporting, *lost]], [Due(reporting, round)], dict.fromkeys(lost, DROPPED)
             )
-        reporting, lost = draw()
-        return Step([[*reporting, *lost]], [Due(reporting, round)], dict.fromkeys(lost, DROPPED))
+        return waited(self.clock, flights, round, seed, draw, asked, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverSelected:
+    """More clients are asked than are needed, and a step takes the first to arrive (arXiv:1902.01046).
+
+    Of a cohort of 13 (``participation.cohort_size``) and ``over`` 1.3 the first 10 count. The work of the
+    others is lost, as is what they would have remembered.
+    """
+
+    timed: ClassVar[bool] = True
+    overlaps: ClassVar[bool] = False
+
+    over: float = 1.3
+    """How many times as many are asked as count."""
+    clock: Clock = Clock()
+    """How long visits take."""
+
+    def __post_init__(self) -> None:
+        """Refuse to ask fewer."""
+        check(self, "pace", over=Range("a number >= 1", 1, math.inf, "high"))
+
+    def check(self, asked: Asked) -> list[str]:
+        """Raises ConfigError where clients are elsewhere, or nobody would be left out; a note on costs."""
+        check_sizes("over-selected", asked)
+        most = asked.participation.most(len(asked.sizes or ()))
+        if count(most, self.over) == most:
+            raise ConfigError(
+                f"pace over-selected with pace.over {self.over:g} leaves none of {most} clients out: raise "
+                "pace.over, or participation.cohort_size"
+            )
+        notes = [
+            f"pace over-selected: of {most} clients that are asked {count(most, self.over)} count"
+        ]
+        if asked.recipe.privacy.claims:
+            notes += ["pace over-selected: who is asked is charged, whether it counts or not"]
+        return notes
+
+    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> Step:
+        """The first to arrive of those that were asked and do not drop out."""
+        return waited(self.clock, flights, round, seed, draw, asked, self.over)
+
+
+def count(asked: int, over: float) -> int:
+    """How many of those asked count, to the nearest, at least one."""
+    return max(1, round(asked / over))
+
+
+def waited(
+    clock: Clock, flights: Any, round: int, seed: int, draw: Draw, asked: Asked, over: float
+) -> Step:
+    """The step of the first of a cohort to arrive; the clock is at the last of them then."""
+    if flights is None and round > 0:
+        raise ConfigError("no clock has run so far: go on with the pace that the run had (--pace)")
+    sky = Sky(clock, asked, **(flights or {}))
+    if sky.under_way:
+        raise ConfigError("clients are under way: go on with the pace that the run had (--pace)")
+    reporting, gone = draw()
+    for client in reporting:
+        sky.send(client, round, seed)
+    wanted = min(count(len(reporting) + len(gone), over), len(reporting))
+    first = sorted(sky.land()[2] for _ in range(wanted))
+    late = ("late", f"{wanted} others had arrived")
+    lost = {i: late for i in reporting if i not in first} | dict.fromkeys(gone, DROPPED)
+    sky.under_way = []
+    cohort = [[*reporting, *gone]]
+    return Step(cohort, [Due(first, round)], lost, sky.kept(), frozenset(), sky.figures())

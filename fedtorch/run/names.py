@@ -87,9 +87,14 @@ CHOICES: dict[str, dict[str, str]] = {
     },
     "pace": {
         "synchronous": "fedtorch.rounds.synchronous.Synchronous",
+        "over-selected": "fedtorch.rounds.synchronous.OverSelected",
         "buffered": "fedtorch.rounds.buffered.Buffered",
+        "asynchronous": "fedtorch.rounds.buffered.Asynchronous",
     },
-    "pace.clock": {"simulated": "fedtorch.rounds.clock.Clock"},
+    "pace.clock": {
+        "simulated": "fedtorch.rounds.clock.Clock",
+        "trace": "fedtorch.rounds.clock.Trace",
+    },
     "privacy": {
         "sample": "fedtorch.privacy.SampleLevel",
         "client": "fedtorch.privacy.ClientLevel",

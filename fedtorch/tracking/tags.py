@@ -43,6 +43,11 @@ TAGS: dict[str, Tag] = {
         "clients/staleness_mean", "steps", "server steps since a visit was sent its model, mean"
     ),
     "staleness_max": Tag("clients/staleness_max", "steps", "the same of the oldest visit"),
+    "visits_min": Tag(
+        "clients/visits_min", "visits", "of the client that came least often so far, by the clock"
+    ),
+    "visits_median": Tag("clients/visits_median", "visits", "the same of the client in the middle"),
+    "visits_max": Tag("clients/visits_max", "visits", "the same of the one that came most often"),
     "bytes_down": Tag(
         "traffic/bytes_down", "bytes", "to all chosen clients: model and strategy state"
     ),
@@ -59,7 +64,7 @@ TAGS: dict[str, Tag] = {
     "simulated_seconds": Tag(
         "time/simulated",
         "seconds",
-        "the clock of a buffered pace: when the step's last visit arrived",
+        "the clock of the pace: when the step's last visit arrived",
     ),
     "seconds_sample": Tag("time/sample", "seconds", "choosing the cohort, preparing the task"),
     "seconds_train": Tag("time/train", "seconds", "clients training, until the last one is in"),
