@@ -90,6 +90,7 @@ class Server:
         if isinstance(self.recipe.aggregator, Robust):
             self.recipe.aggregator.check(participation.most(len(clients)), self.ids)
         masks = secure.check(self.recipe, participation, len(clients), self.observers, threat)
+        self.threat = threat
         if threat is not None:
             fit("threat", threat, Threat)
             self.recipe, clients = attacked(self.recipe, clients, threat, seed)

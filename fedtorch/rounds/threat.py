@@ -46,6 +46,10 @@ class Threat:
         """What a liar trains on in place of its own data."""
         return data
 
+    def triggered(self, test: Dataset) -> Dataset | None:
+        """Rows on which accuracy is the attack's success; none: it is what the honest rows lose."""
+        return None
+
     def rows(self, honest: Tensor, own: Tensor, seed: int) -> Tensor:
         """What liars send, [L, d] in float64, from what honest ones send, [H, d], and what they learned."""
         return own

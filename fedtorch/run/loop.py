@@ -23,7 +23,7 @@ from fedtorch.run.options import RunOptions
 from fedtorch.server import Server
 from fedtorch.tracking import Record, Tracking
 from fedtorch.training.evaluate import Judge, evaluate, evaluate_clients
-from fedtorch.training.losses import Loss
+from fedtorch.training.losses import Loss, accuracy
 
 MOST_SHOWN, MOST_TOLD = 10, 200
 """Clients in the table of scores on a screen, and in a tracker's text; ``metrics.jsonl`` has all."""
@@ -123,8 +123,12 @@ class Scores(Observer):
 
     def look(self) -> None:
         """Test it as it is now."""
+        server = self.loop.server
         if self.test is not None:
-            self.last = evaluate(self.loop.server.model, self.test, self.metrics, step=self.step)
+            self.last = evaluate(server.model, self.test, self.metrics, step=self.step)
+            if server.threat and (rows := server.threat.triggered(self.test)) is not None:
+                judged = {"attack_success": accuracy}
+                self.last |= evaluate(server.model, rows, judged)
 
     def round(self, figures: Metrics) -> Metrics:
         """Scores of a round in which they are due."""

@@ -112,6 +112,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "min-max": "fedtorch.rounds.threat.MinMax",
         "min-sum": "fedtorch.rounds.threat.MinSum",
         "mimic": "fedtorch.rounds.threat.Mimic",
+        "backdoor": "fedtorch.rounds.backdoor.Backdoor",
     },
     "schedule": {
         "constant": "fedtorch.rounds.schedules.Constant",
