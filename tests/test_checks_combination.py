@@ -240,6 +240,7 @@ REFUSED |= {
 REFUSED |= {
     ("client", "over"): FIRST_IN.replace("buffered", "overselected"),
     ("secure", "over"): TOGETHER.replace("buffered", "overselected"),
+    ("distributed", "over"): TOGETHER.replace("buffered", "overselected"),
 }
 
 
