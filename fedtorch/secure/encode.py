@@ -52,13 +52,15 @@ class Coding:
             raise Refused("terms", f"{clients} clients with a range of {range:g} need more bits")
         return cls(width, clients, range, scale)
 
-    def encode(self, values: np.ndarray, weight: float = 1.0) -> tuple[np.ndarray, int]:
+    def encode(
+        self, values: np.ndarray, weight: float = 1.0, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, int]:
         """Whole numbers of values [d] times a weight, int64, to nearest even; how many were clamped.
 
         Raises Refused where one is not finite.
         """
         values = np.asarray(values, np.float64)
-        out, beyond = np.empty(len(values), np.int64), 0
+        out, beyond = np.empty(len(values), np.int64) if out is None else out, 0
         for at in range(0, len(values), BLOCK):
             part = values[at : at + BLOCK] * weight
             size = np.abs(part)
@@ -172,8 +174,11 @@ def seal(coding: Coding, values: np.ndarray, figures: Figures) -> np.ndarray:
     """
     if not 0 < figures.weight <= 1:
         raise Refused("message", f"a weight of {figures.weight}: more than 0, and at most 1")
-    coded, beyond = coding.encode(values, figures.weight)
-    return np.concatenate([coded, riders(coding, figures, beyond)])
+    # into the place where it stays: pages that are touched first take longer than the arithmetic
+    out = np.empty(len(values) + len(RIDERS), np.int64)
+    _, beyond = coding.encode(values, figures.weight, out[: len(values)])
+    out[len(values) :] = riders(coding, figures, beyond)
+    return out
 
 
 def riders(coding: Coding, figures: Figures, beyond: int) -> np.ndarray:
@@ -206,8 +211,8 @@ def unseal(coding: Coding, sums: np.ndarray, clients: int) -> tuple[np.ndarray, 
 
 
 def to_words(vector: np.ndarray, width: int) -> np.ndarray:
-    """Signed whole numbers as words mod 2^width: uint64 or uint32, of their own memory."""
-    return vector.astype(np.uint64 if width == 64 else np.uint32)
+    """Signed whole numbers as words mod 2^width: uint64, in the same memory, or uint32."""
+    return vector.view(np.uint64) if width == 64 else vector.astype(np.uint32)
 
 
 def from_words(words: np.ndarray) -> np.ndarray:
