@@ -23,10 +23,7 @@ from fedtorch.privacy.accounting.events import (
     check_delta,
     epsilon,
 )
-from fedtorch.privacy.clipping import bounded as bounded
-from fedtorch.privacy.clipping import check_clip as check_clip
-from fedtorch.privacy.clipping import clipped as clipped
-from fedtorch.privacy.clipping import joint_norms as joint_norms
+from fedtorch.privacy.clipping import check_clip
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import Stream, stream
 from fedtorch.training.batches import batch_order

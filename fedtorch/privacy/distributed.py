@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fedtorch.options import COUNT, NOT_NEGATIVE, POSITIVE, check
 from fedtorch.privacy.accounting.events import MAX_NOISE, Event, epsilon
-from fedtorch.privacy.base import Privacy, State, clipped, joint_norms
+from fedtorch.privacy.base import Privacy, State
+from fedtorch.privacy.clipping import clipped, joint_norms
 from fedtorch.privacy.noise.rounding import reach, rounded
 from fedtorch.privacy.noise.skellam import Table, farthest, table
 from fedtorch.types import ConfigError, Stack, Task

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fedtorch.privacy.base import joint_norms
 from fedtorch.privacy.client import CLIP_BIT
+from fedtorch.privacy.clipping import joint_norms
 from fedtorch.secure.aggregator import Secure
 from fedtorch.secure.encode import Coding, Figures, Layout, from_words, seal, to_words, unseal
 from fedtorch.secure.refused import Refused

@@ -69,7 +69,7 @@ def _visits(
     # what the strategy makes of them, and what of that may leave the clients
     ctx = replace(ctx, memory={**ctx.memory, **kept})
     precise = exact(task, ctx) if recipe.needs_rows else ctx
-    raw, memory = raw_of(clients, order, task, recipe, precise, trained, kept)
+    raw, memory = raw_of(data, precise, trained, kept)
     released, good = privacy.release(raw, task)
     # made smaller where the recipe has a channel
     members = [c for c in clients if c.id in released.ids]
@@ -107,14 +107,13 @@ def _trained(
 ) -> tuple[Results, dict[str, Stack]]:
     """What local steps leave, and what a strategy of several passes remembers of them."""
     task, recipe = data.task, data.recipe
-
-    def run(order: Sequence[Tensor], asked: Recipe, ctx: Context, plain: bool = True) -> Results:
-        suits = plain or not getattr(solve, "plain", False)
-        way = solve if suits else None
-        return _solved(data.clients, order, task, asked, data.model, ctx, way)
-
     if not recipe.strategy.trains:
-        return run(data.order, recipe, ctx), {}
+        return _solved(data, ctx, solve), {}
+
+    def run(order: Sequence[Tensor], asked: Recipe, ctx: Context, plain: bool) -> Results:
+        suits = plain or not getattr(solve, "plain", False)
+        return _solved(replace(data, order=order, recipe=asked), ctx, solve if suits else None)
+
     again = partial(_order, data.clients, task=task)
     passes = Passes(task, recipe, data.model, ctx, again, run)
     # what stays with the client may look at its data
@@ -123,15 +122,8 @@ def _trained(
     return found, kept
 
 
-def _solved(
-    clients: Sequence[Client],
-    order: Sequence[Tensor],
-    task: Task,
-    recipe: Recipe,
-    model: nn.Module,
-    ctx: Context,
-    solve: stacked.Solver | None,
-) -> Results:
+def _solved(data: Asked, ctx: Context, solve: stacked.Solver | None) -> Results:
+    clients, task, recipe = data.clients, data.task, data.recipe
     ids = [c.id for c in clients]
     private = recipe.privacy.steps_of(task, ids)
     if solve is None:
@@ -140,13 +132,13 @@ def _solved(
     if recipe.strategy.contrasts and len(clients) > 1 and solve is not stacked.general:
         raise ValueError("an objective of the strategy's own is one client's: train one at a time")
     if solve is stacked.general and len(clients) > 1:
-        return train_sequentially(clients, order, ctx, task, recipe, model, private)
+        return train_sequentially(clients, data.order, ctx, task, recipe, data.model, private)
     drawn = stacked.draws(solve, recipe)
     secret = tuple(recipe.privacy.draw_seed(task, i) for i in ids) if drawn else ()
     # putting generators back takes a tenth of a millisecond
     with seeds.seeded(secret[0]) if drawn else nullcontext(), naming_client(ids, task):
-        chunk = stacked.Chunk([c.data for c in clients], order, ctx, private, secret)
-        return solve(model, chunk, task, recipe)
+        chunk = stacked.Chunk([c.data for c in clients], data.order, ctx, private, secret)
+        return solve(data.model, chunk, task, recipe)
 
 
 def context(
@@ -182,15 +174,10 @@ def context(
 
 
 def raw_of(
-    clients: Sequence[Client],
-    order: Sequence[Tensor],
-    task: Task,
-    recipe: Recipe,
-    ctx: Context,
-    trained: Results,
-    kept: Mapping[str, Stack] = {},
+    data: Asked, ctx: Context, trained: Results, kept: Mapping[str, Stack] = {}
 ) -> tuple[Raw, dict[str, Stack] | None]:
     """What visits left, with each client's own upload where that is needed, and the new memory."""
+    clients, order, recipe = data.clients, data.order, data.recipe
     examples = torch.tensor([float(len(c)) for c in clients])
     figures = {
         "train_loss": trained.loss,
@@ -216,7 +203,7 @@ def raw_of(
         if ctx.own:
             now = rows | floats
             memory = memory | {GROUP: {k: now[k].detach().cpu().clone() for k in ctx.own}}
-            good = settled(memory[GROUP], task.state)
+            good = settled(memory[GROUP], data.task.state)
             fine = good if fine is None else fine & good
     ids, weight, own = tuple(c.id for c in clients), recipe.weights(examples), frozenset(ctx.own)
     beside = partial(measured, recipe.strategy, ctx) if recipe.strategy.measures else None
