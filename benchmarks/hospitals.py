@@ -7,7 +7,8 @@ Each hospital's table goes to a folder of its own, keys are made with ``fedtorch
 each opens and what the server receives, see ``benchmarks.witness``; strace does so from outside). A site
 is killed in the middle of a visit, the server while it holds some reports of a round and waits for
 another. Both are started again. ``benchmarks.hospitals_checks`` says what must hold afterwards. Twice:
-with privacy, and without, where the weights must also be those of an undisturbed run in one process.
+with privacy, from the files as UCI has them, scaled by private statistics of all four, and without, from
+arrays, where the weights must also be those of an undisturbed run in one process.
 """
 
 import base64
@@ -29,6 +30,7 @@ import numpy as np
 
 from benchmarks import hospitals_checks as checks
 from benchmarks.heart import HOSPITALS, hospitals
+from fedtorch.data import Csv, Npz
 from fedtorch.engines import wire
 from fedtorch.run import checkpoint
 
@@ -36,11 +38,25 @@ ROOT = Path(__file__).parents[1]
 PRIVATE = (
     '[privacy]\nname = "sample"\nsample_rate = 0.1\nsteps = 20\nbatch_size = 8.0\nepsilon = 8.0\n'
 )
+BOUNDS = ["age=0:120", "trestbps=0:250", "chol=0:600", "thalach=0:250", "oldpeak=-5:10"]
+SCALED = f"standardize = {BOUNDS}\nlr = 0.5\n".replace("'", '"')
 RUNS = {
-    "private": "lr = 0.5\n" + PRIVATE + "rounds = {planned}\n",
+    "private": SCALED + PRIVATE + "rounds = {planned}\n",
     # SCAFFOLD, because its sites remember: what a kill makes them forget would show in the weights
     "plain": 'privacy = "none"\nstrategy = "scaffold"\nlr = 1e-3\nsteps = 100\nbatch_size = 4\n',
 }
+COLUMNS = "age,sex,cp,trestbps,chol,fbs,restecg,thalach,exang,oldpeak,slope,ca,thal,num"
+AS_DOWNLOADED = {
+    "columns": COLUMNS.split(","),
+    "drop": ["slope", "ca", "thal"],
+    "positive": ["1", "2", "3", "4"],
+    "missing": "drop",
+    "test_fraction": 0.34,
+    "categories": ["cp=1|2|3|4", "restecg=0|1|2"],
+    "standardize": "private",
+    "bounds": BOUNDS,
+}
+"""How a file of UCI's is read, as README's command does."""
 STRACE = ["strace", "-f", "-qq", "--seccomp-bpf", "-e", "trace=open,openat,openat2", "-o"]
 
 
@@ -53,6 +69,8 @@ class Trial:
     strace: bool
     spare: int = 2
     """Rounds the privacy plan pays for beyond those to train: one for each kill."""
+    scaled: bool = False
+    """Sites read the files as UCI has them, scaled by private statistics of all, and not arrays."""
     names: tuple[str, ...] = HOSPITALS
     port: int = 0
     minimum: int = 4
@@ -69,21 +87,34 @@ class Trial:
         for name, ((x, y), (x_test, y_test)) in zip(self.names, hospitals(data)[0], strict=True):
             (self.folder / name).mkdir()
             rows = {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
-            np.savez(self.rows(name), **{k: np.asarray(v) for k, v in rows.items()})
+            if self.scaled:
+                shutil.copy(data / f"processed.{name}.data", self.rows(name))
+            else:
+                np.savez(self.rows(name), **{k: np.asarray(v) for k, v in rows.items()})
         keys = ["keys", self.folder / "keys", "--server", "127.0.0.1", "--sites"]
         words = [sys.executable, "-m", "fedtorch", *map(str, keys), ",".join(self.names)]
         subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         (self.folder / "serve.toml").write_text(
             f'sites = {list(self.names)}\naddress = "127.0.0.1:{self.port}"\nminimum = {self.minimum}\n'
             f'credentials = "{self.folder}/keys/server"\nrun_dir = "{self.folder}/run"\n'
-            f'input_shape = [13]\nkind = "binary"\noutputs = 1\nmodel = "logistic"\n'
+            f'input_shape = [{self.inputs}]\nkind = "binary"\noutputs = 1\nmodel = "logistic"\n'
             f"rounds = {self.rounds}\ndeadline = 120.0\n"
             + text.format(planned=self.rounds + self.spare)
         )
 
+    @property
+    def inputs(self) -> int:
+        """Inputs of the model: of the files with an input for any other category, too."""
+        return 17 if self.scaled else 13
+
     def rows(self, name: str) -> Path:
         """A hospital's own table."""
-        return self.folder / name / "rows.npz"
+        return self.folder / name / ("rows.csv" if self.scaled else "rows.npz")
+
+    def table(self, name: str) -> Csv | Npz:
+        """How it is read."""
+        path = str(self.rows(name))
+        return Csv(path, **AS_DOWNLOADED) if self.scaled else Npz(path, kind="binary")  # type: ignore[arg-type]
 
     def start(self, who: str, *more: str) -> None:
         """Start the server or a site, as a user would; ``more`` are further options of the server."""
@@ -94,11 +125,14 @@ class Trial:
                 "name": who,
                 "credentials": self.folder / "keys" / who,
                 "state": self.folder / who / "state",
-                "dataset": "npz",
+                "dataset": "csv" if self.scaled else "npz",
                 "dataset.path": self.rows(who),
-                "dataset.kind": "binary",
                 "models": "logistic",
                 **self.extra,
+            }
+            given = AS_DOWNLOADED if self.scaled else {"kind": "binary"}
+            options |= {
+                f"dataset.{k}": ",".join(v) if isinstance(v, list) else v for k, v in given.items()
             }
             if "epsilon" in (self.folder / "serve.toml").read_text():
                 options["max-epsilon"] = 8.0
@@ -142,7 +176,8 @@ class Trial:
         ledger = self.folder / site / "state/ledger-example.jsonl"
         if ledger.exists():
             text = ledger.read_text()
-            return [json.loads(t)["round"] for t in text[: text.rfind("\n")].splitlines()[1:]]
+            all_ = [json.loads(t)["round"] for t in text[: text.rfind("\n")].splitlines()[1:]]
+            return [round for round in all_ if round >= 0]  # before the first there are statistics
         tasks = [m for m in self.received() if m["site"] == site and m["answer"] == "task"]
         return [m["given"] for m in tasks]
 
@@ -236,7 +271,7 @@ def main(data: Path, rounds: int = 20) -> None:
         raise SystemExit("hospitals needs strace: the published trial is watched from outside too")
     for kind, text in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
-            trial = Trial(Path(folder), rounds, strace=True)
+            trial = Trial(Path(folder), rounds, strace=True, scaled=kind == "private")
             began = time.perf_counter()
             try:
                 trial.prepare(data, text)

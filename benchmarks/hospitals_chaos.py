@@ -62,7 +62,9 @@ def main() -> None:
     parser.add_argument("--privacy", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(Path(folder), given.rounds, strace=False, spare=given.kills + 1)
+        trial = Trial(
+            Path(folder), given.rounds, strace=False, spare=given.kills + 1, scaled=given.privacy
+        )
         try:
             trial.prepare(given.data, RUNS["private" if given.privacy else "plain"])
             killed = chaos(trial, given.kills, random.Random(given.seed))
@@ -70,7 +72,7 @@ def main() -> None:
             trial.close()
         print(f"{killed.total()} kills: {dict(killed)}")
         print(checks.rounds_are_complete(trial.folder, given.rounds))
-        print(checks.only_updates_arrived(trial.received(), 14))
+        print(checks.only_updates_arrived(trial.received(), trial.inputs + 1))
         if given.privacy:
             print(reported_is_charged(trial))
             print(checks.guarantee(trial.folder, trial.names))

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from benchmarks.heart import accuracies, hospitals
-from fedtorch import Client, Local, Server, seeds
-from fedtorch.data import Npz
+from fedtorch import Client, Local, Server, evaluate, seeds
+from fedtorch.data import Data, Npz
 from fedtorch.engines import wire
 from fedtorch.privacy.accounting.events import epsilon
 from fedtorch.privacy.accounting.ledger import Ledger
+from fedtorch.privacy.run import BEFORE
 from fedtorch.run import checkpoint, cli
 from fedtorch.sites.budget import Budget
 from fedtorch.sites.serve import ServeConfig, make_plan
@@ -41,21 +42,23 @@ def demand(holds: bool, promise: str, detail: object = "") -> str:
 
 def everything(trial: "Trial", data: Path, killed: Mapping[str, int]) -> Iterator[str]:
     """Every check, one sentence for each that holds."""
-    messages, size = trial.received(), 14
+    messages, size = trial.received(), trial.inputs + 1
     yield rounds_are_complete(trial.folder, trial.rounds)
     for who in ("server", *trial.names):
-        yield who_opened_what(trial.folder, who, trial.names, data, trial.strace)
+        yield who_opened_what(trial, who, data)
     yield only_updates_arrived(messages, size)
-    yield no_row_arrived(messages, {n: trial.rows(n) for n in trial.names})
+    yield no_row_arrived(messages, {n: numbers(trial.rows(n)) for n in trial.names})
     if (trial.folder / "run/ledger.jsonl").exists():
         yield server_ledger(trial.folder, trial.rounds, trial.names, killed)
         for name in trial.names:
             yield site_ledger(trial.folder, name, trial.rounds, messages, killed)
         yield noise_is_fresh(messages, killed)
         yield guarantee(trial.folder, trial.names)
+        yield scaled_alike(trial)
+        yield private_accuracy(trial)
     else:
         yield same_as_undisturbed(trial)
-    yield accuracy(trial.folder, data)
+        yield accuracy(trial.folder, data)
 
 
 def rounds_are_complete(folder: Path, rounds: int) -> str:
@@ -67,17 +70,17 @@ def rounds_are_complete(folder: Path, rounds: int) -> str:
     return demand(good, f"training ended at round {rounds}, each round counted once", seen)
 
 
-def who_opened_what(folder: Path, who: str, names: Sequence[str], data: Path, strace: bool) -> str:
+def who_opened_what(trial: "Trial", who: str, data: Path) -> str:
     """No process opened a table but the site whose own it is, by either witness."""
-    base, mine = folder.resolve(), folder.resolve() / who
-    foreign = [data.resolve(), *(base / n for n in names if n != who)]
+    base = trial.folder.resolve()
+    foreign = [data.resolve(), *(base / n for n in trial.names if n != who)]
     lists = {"audit hook": (base / "notes" / who / "opened.txt").read_text().splitlines()}
-    if strace:
+    if trial.strace:
         texts = [p.read_text() for p in (base / "notes" / who).glob("strace-*.txt")]
         found = [re.findall(r'open(?:at|at2)?\([^"]*"([^"]*)"', t) for t in texts]
         lists["strace"] = [str(Path(p).resolve()) for paths in found for p in paths]
     for witness, opened in lists.items():
-        own = base / "run/metrics.jsonl" if who == "server" else mine / "rows.npz"
+        own = base / "run/metrics.jsonl" if who == "server" else trial.rows(who).resolve()
         demand(str(own) in opened, f"the {witness} of {who} was awake", f"{own} is not in its list")
         bad = {p for p in opened if any(Path(p).is_relative_to(f) for f in foreign)}
         demand(not bad, f"{who} opened nobody else's file", bad)
@@ -88,7 +91,7 @@ def who_opened_what(folder: Path, who: str, names: Sequence[str], data: Path, st
 
 def only_updates_arrived(messages: Sequence[Mapping[str, Any]], size: int) -> str:
     """Calls without numbers, and reports of one update of the model's size and named figures."""
-    kinds, largest = Counter(m["method"] for m in messages), 0
+    kinds, largest, told = Counter(m["method"] for m in messages), 0, Counter[str]()
     for m in messages:
         message, numbers = wire.decode(m["data"]), 0
         if m["method"] != "report":
@@ -98,29 +101,44 @@ def only_updates_arrived(messages: Sequence[Mapping[str, Any]], size: int) -> st
         figures, _ = (message.groups.pop(k, {}) for k in ("metrics", "buffers"))
         demand(figures.keys() <= FIGURES, "only known figures arrived", figures.keys())
         for group, tree in message.groups.items():
-            demand(group in ("sent/delta", "sent/c", ""), "only an update arrived", group)
+            known = ("sent/delta", "sent/c", "sent/statistics", "")
+            demand(group in known, "only an update arrived", group)
             numbers += sum(t.numel() for t in tree.values())
+        if "sent/statistics" in message.groups:
+            told[m["site"]] += 1
+            demand(numbers == 16 * 5 + 1, "statistics are 16 numbers of each column", numbers)
+            continue
         singles = all(t.shape == (1,) for t in figures.values())
         whole = size * (1 + ("sent/c" in message.groups)) + 1  # SCAFFOLD sends twice as much
         demand(singles and numbers == whole, "an update has the model's size", numbers)
         demand(len(m["data"]) < 4000, "a report holds nothing else", len(m["data"]))
-    told = ", ".join(f"{n} {k}" for k, n in sorted(kinds.items()))
+    demand(not told or {*told.values()} == {1}, "each site told statistics of columns once", told)
+    all_ = ", ".join(f"{n} {k}" for k, n in sorted(kinds.items()))
+    first = f", {told.total()} of them noised histograms of columns before round 1" if told else ""
     return (
-        f"the server received {told}, the largest of {largest} bytes: each report one update of the "
+        f"the server received {all_}{first}, the largest of {largest} bytes: each report one update of the "
         f"model's {size} numbers, its weight and named figures, every other call no number at all"
     )
 
 
-def no_row_arrived(messages: Sequence[Mapping[str, Any]], tables: Mapping[str, Path]) -> str:
+def numbers(path: Path) -> np.ndarray:
+    """The rows of a hospital's table, the columns that are learned from."""
+    if path.suffix == ".npz":
+        with np.load(path) as table:
+            return np.concatenate([table["x"], table["x_test"]])
+    lines = [line.replace("?", "nan").split(",") for line in path.read_text().split()]
+    return np.array(lines, dtype=float)[:, :10]
+
+
+def no_row_arrived(messages: Sequence[Mapping[str, Any]], tables: Mapping[str, np.ndarray]) -> str:
     """The bytes of no row, as float32 or float64, are anywhere in what arrived."""
     everything, rows = b"\0".join(m["data"] for m in messages), 0
-    for name, path in tables.items():
-        with np.load(path) as table:
-            for row in np.concatenate([table["x"], table["x_test"]]):
-                rows += 1
-                for kind in ("<f4", "<f8"):
-                    found = row.astype(kind).tobytes() in everything
-                    demand(not found, f"no row of {name} arrived", row)
+    for name, table in tables.items():
+        for row in table:
+            rows += 1
+            for kind in ("<f4", "<f8"):
+                found = row.astype(kind).tobytes() in everything
+                demand(not found, f"no row of {name} arrived", row)
     return f"none of {rows} rows is in the {len(everything):,} bytes that the server received"
 
 
@@ -136,9 +154,10 @@ def server_ledger(
     saved = checkpoint.load(folder / "run/checkpoints")["privacy"]["ledger"]
     Ledger.resume(folder / "run/ledger.jsonl", saved)  # raises where its chain of digests is broken
     entries = charges(folder / "run/ledger.jsonl")
-    wanted = Counter([*range(rounds), killed["server"]])
+    wanted = Counter([BEFORE, *range(rounds), killed["server"]])
     good = Counter(e["round"] for e in entries) == wanted
-    good = good and all({*e["clients"]} == {*names} for e in entries)
+    everybody = [{*names} if e["clients"] is None else {*e["clients"]} for e in entries]
+    good = good and all(who == {*names} for who in everybody)
     return demand(good, f"the server's ledger: {len(entries)} charges, none lost", entries)
 
 
@@ -159,7 +178,8 @@ def site_ledger(
     begun = Counter(round for round, _ in visits)
     if name in killed:
         begun[killed[name]] += 1  # charged, and killed before it reported
-    good = own == begun and {*own} == {*range(rounds)}
+    # statistics, once, and then every round
+    good = own == begun and {*own} == {BEFORE, *range(rounds)} and own[BEFORE] == 1
     return demand(
         good, f"{name}'s ledger: {own.total()} charges for {begun.total()} visits", (own, begun)
     )
@@ -192,8 +212,8 @@ def guarantee(folder: Path, names: Iterable[str]) -> str:
     plan = make_plan(config, "").privacy
     assert plan is not None
     entries = charges(folder / "run/ledger.jsonl")
-    event = plan.event(entries[0]["noise"])
-    priced = epsilon([event] * len(entries), plan.delta)
+    rounds = [plan.event(e["noise"]) for e in entries if e["round"] != BEFORE]
+    priced = epsilon([*rounds, *plan.once], plan.delta)
     demand(
         abs(priced - summary["epsilon"]) < 1e-9, "the summary says what the ledger costs", priced
     )
@@ -213,6 +233,45 @@ def same_as_undisturbed(trial: "Trial") -> str:
     got = checkpoint.load(trial.folder / "run/checkpoints")["model"]
     worst = max(float((v - got[k]).abs().max()) for k, v in server.model.state_dict().items())
     return demand(worst <= 1e-6, f"weights differ from one process's by at most {worst:.1g}")
+
+
+def scaled(trial: "Trial") -> dict[str, Data]:
+    """Each hospital's rows as it scaled them."""
+    kept = json.loads((trial.folder / "run/sites.json").read_text())
+    numbers = [kept["center"], kept["width"]]
+    found = {}
+    for name in trial.names:
+        asks = trial.table(name).load(0).asks
+        assert asks is not None
+        found[name] = asks.answer(*numbers, "")
+    return found
+
+
+def scaled_alike(trial: "Trial") -> str:
+    """Every site keeps the numbers that the server has, and nothing was released a second time."""
+    kept = json.loads((trial.folder / "run/sites.json").read_text())
+    for name in trial.names:
+        text = (trial.folder / name / "state/statistics.json").read_text()
+        own = json.loads(text)[kept["run"]]
+        same = all(own[k] == kept[k] for k in ("center", "width"))
+        demand(same, f"{name} scales by the numbers of all", own)
+    each = zip(kept["center"], kept["width"], strict=True)
+    told = ", ".join(f"{center:.3g} +- {width:.3g}" for center, width in each)
+    return f"all hospitals scale by the same private statistics: {told}"
+
+
+def private_accuracy(trial: "Trial") -> str:
+    """The same of rows that are scaled by private statistics."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(trial.inputs, 1))
+    model.load_state_dict(checkpoint.load(trial.folder / "run/checkpoints")["model"])
+    right, all_, each = 0.0, 0, []
+    for data in scaled(trial).values():
+        n = len(data.test)  # type: ignore[arg-type]
+        each.append(evaluate(model, data.test, ["binary_accuracy"])["binary_accuracy"])
+        right, all_ = right + each[-1] * n, all_ + n
+    return (
+        f"test accuracy: pooled {right / all_:.3f}, mean over hospitals {sum(each) / len(each):.3f}"
+    )
 
 
 def accuracy(folder: Path, data: Path) -> str:

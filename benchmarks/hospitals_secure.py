@@ -104,8 +104,8 @@ def everything(trial: Trial, data: Path, deaths: Deaths, killed: int) -> Iterato
     messages = trial.received()
     yield checks.rounds_are_complete(trial.folder, trial.rounds)
     for who in ("server", *trial.names) if trial.strace else ():
-        yield checks.who_opened_what(trial.folder, who, trial.names, data, trial.strace)
-    yield checks.no_row_arrived(messages, {n: trial.rows(n) for n in trial.names})
+        yield checks.who_opened_what(trial, who, data)
+    yield checks.no_row_arrived(messages, {n: checks.numbers(trial.rows(n)) for n in trial.names})
     yield only_masked_arrived(messages)
     planned = sum(map(len, deaths.by.values()))
     yield checks.demand(

@@ -9,10 +9,11 @@ import os
 
 import numpy as np
 import pytest
+import tomli_w
 
 from benchmarks import hospitals_checks as checks
 from benchmarks.heart import HOSPITALS
-from benchmarks.hospitals import RUNS, Trial, run
+from benchmarks.hospitals import AS_DOWNLOADED, RUNS, Trial, run
 from fedtorch.engines import wire
 
 pytestmark = pytest.mark.timeout(300)
@@ -38,7 +39,7 @@ def done(tmp_path_factory):
     """A private trial with a site and the server killed, and in which rounds they were."""
     data = tmp_path_factory.mktemp("tables")
     make_tables(data)
-    trial = Trial(tmp_path_factory.mktemp("hospitals"), ROUNDS, strace=False)
+    trial = Trial(tmp_path_factory.mktemp("hospitals"), ROUNDS, strace=False, scaled=True)
     try:
         trial.prepare(data, RUNS["private"])
         killed = run(trial)
@@ -68,22 +69,21 @@ def test_an_opened_table_is_noticed(done):
         for path in (trial.rows("va"), data / "processed.va.data"):
             notes.write_text(f"{text}{path.resolve()}\n")
             with pytest.raises(checks.Broken, match=f"{name} opened nobody else's file"):
-                checks.who_opened_what(trial.folder, name, trial.names, data, False)
+                checks.who_opened_what(trial, name, data)
         notes.write_text("")
         with pytest.raises(checks.Broken, match="awake"):
-            checks.who_opened_what(trial.folder, name, trial.names, data, False)
+            checks.who_opened_what(trial, name, data)
         notes.write_text(text)
 
 
 def test_rows_and_strange_numbers_in_a_message_are_noticed(done):
     trial, _, _ = done
     messages = trial.received()
-    with np.load(trial.rows("va")) as table:
-        row = table["x_test"][3]
+    row = checks.numbers(trial.rows("va"))[3]
     for kind in (np.float32, np.float64):
         hidden = [*messages, {"method": "fetch", "data": b"..." + row.astype(kind).tobytes()}]
         with pytest.raises(checks.Broken, match="no row of va"):
-            checks.no_row_arrived(hidden, {"va": trial.rows("va")})
+            checks.no_row_arrived(hidden, {"va": checks.numbers(trial.rows("va"))})
     at = next(k for k, m in enumerate(messages) if m["method"] == "report")
     for group, why in (("rows", "only an update"), ("metrics", "only known figures")):
         changed = copy.deepcopy(messages)
@@ -91,12 +91,12 @@ def test_rows_and_strange_numbers_in_a_message_are_noticed(done):
         report.groups.setdefault(group, {})["x"] = next(iter(report.groups[""].values()))
         changed[at]["data"] = wire.encode(report)
         with pytest.raises(checks.Broken, match=why):
-            checks.only_updates_arrived(changed, 14)
+            checks.only_updates_arrived(changed, 18)
     with pytest.raises(checks.Broken, match="model's size"):
-        checks.only_updates_arrived(messages, 13)
+        checks.only_updates_arrived(messages, 17)
     changed = [m | {"method": "fetch"} for m in messages]
     with pytest.raises(checks.Broken, match="no tensor"):
-        checks.only_updates_arrived(changed, 14)
+        checks.only_updates_arrived(changed, 18)
 
 
 def test_lost_charges_and_noise_used_twice_are_noticed(done):
@@ -137,14 +137,14 @@ def test_a_round_that_is_missing_or_counted_twice_is_noticed(done):
 def test_a_server_that_reads_a_table_is_caught(done):
     """The negative control: this server is given a hospital's table to test its model on."""
     trial, data, _ = done
-    other = Trial(trial.folder / "control", 1, strace=False, port=trial.port)
+    other = Trial(trial.folder / "control", 1, strace=False, scaled=True, port=trial.port)
     for name in ("control", *(f"control/{n}" for n in trial.names)):
         (trial.folder / name).mkdir()
     os.link(trial.rows("va"), other.rows("va"))
     text = (trial.folder / "serve.toml").read_text().replace("minimum = 4", "minimum = 5")
+    own = {"dataset": {"name": "csv", "path": str(other.rows("va")), **AS_DOWNLOADED}}
     (other.folder / "serve.toml").write_text(
-        text.replace(str(trial.folder / "run"), str(other.folder / "run"))
-        + f'[dataset]\nname = "npz"\npath = "{other.rows("va")}"\n'
+        text.replace(str(trial.folder / "run"), str(other.folder / "run")) + tomli_w.dumps(own)
     )
     other.start("server")
     # it reads the table, then finds minimum too large
@@ -152,4 +152,4 @@ def test_a_server_that_reads_a_table_is_caught(done):
     notes = other.folder / "notes/server/opened.txt"
     notes.write_text(notes.read_text() + str(other.folder.resolve() / "run/metrics.jsonl\n"))
     with pytest.raises(checks.Broken, match="server opened nobody else's file"):
-        checks.who_opened_what(other.folder, "server", trial.names, data, False)
+        checks.who_opened_what(other, "server", data)
