@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 NAMES = ("north", "south")
 WORDS = ["[PAD]", "[UNK]", *(f"w{k}" for k in range(98))]
-ROUNDS, LENGTH = 8, 16
+ROUNDS, LENGTH = 5, 16
 SERVE = [
     *(
         "--insecure",
@@ -64,7 +64,7 @@ def prepare() -> None:
         "n_head": 6,
     }
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
-    print(f"{sum(p.numel() * 4 for p in model.parameters()):,} B of weights")
+    print(f"{sum(p.numel() * 4 for p in model.parameters()):,} B of weights", flush=True)
     known = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     known.pre_tokenizer = pre_tokenizers.Whitespace()
     tokens = PreTrainedTokenizerFast(tokenizer_object=known, pad_token="[PAD]", unk_token="[UNK]")
