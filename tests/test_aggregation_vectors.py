@@ -19,8 +19,8 @@ from fedtorch import (
     Uniform,
 )
 from fedtorch.aggregation.mixing import NNM, Bucketing, buckets
-from fedtorch.aggregation.robust import TrimmedMean
-from fedtorch.aggregation.table import Table, distances
+from fedtorch.aggregation.robust import TrimmedMean, near_median
+from fedtorch.aggregation.table import TRIED, Table, distances
 from fedtorch.aggregation.vectors import (
     Bulyan,
     CentredClip,
@@ -324,3 +324,29 @@ def test_rules_and_mixtures_have_short_names(fedtorch):
     assert code == 2 and "needs 2f + 3 = 11" in err and err.count("\n") == 1
     code, _, err = fedtorch(*small, "--aggregator", "krum", "--aggregator.f", 0.5)
     assert code == 2 and "aggregator.f" in err
+
+
+def test_a_liar_who_comes_first_costs_no_second_pass(monkeypatch):
+    """A look at some columns shows that the first row is far from all others; distances stay exact."""
+    rows = torch.randn(7, 3000, generator=torch.Generator().manual_seed(2)).double()
+    rows[0] = 1e9
+    passes = []
+    whole = Table._products
+    monkeypatch.setattr(
+        Table, "_products", lambda t, o, first=None: passes.append((o, first)) or whole(t, o, first)
+    )
+    points = Table({"w": [rows]}, torch.arange(7)).points[:-1]
+    assert [first for _, first in passes] == [TRIED, None] and passes[1][0] != 0
+    assert torch.allclose(distances(points), torch.cdist(rows, rows), rtol=1e-9)
+
+
+@pytest.mark.parametrize("fewer", [0, 2, 6])
+def test_near_the_median_are_the_nearest_one_by_one(fewer):
+    """Whoever is farthest is left out first; of two as far, the higher."""
+    rows = torch.randint(-6, 7, (9, 200), generator=torch.Generator().manual_seed(1)).double() / 2
+    found = near_median(rows, fewer)
+    for column, mean in zip(rows.T, found, strict=True):
+        left, middle = sorted(column.tolist()), float(column.median())
+        for _ in range(fewer):
+            left.pop(0 if middle - left[0] > left[-1] - middle else -1)
+        assert float(mean) == pytest.approx(sum(left) / len(left))

@@ -43,14 +43,12 @@ def median(rows: Tensor) -> Tensor:
 def near_median(rows: Tensor, fewer: int) -> Tensor:
     """[K, c] -> [c], the mean of the K - ``fewer`` of each column that are nearest to its median."""
     rows = ordered(rows)
-    place = torch.arange(rows.shape[1])
     middle = (rows[(len(rows) - 1) // 2] + rows[len(rows) // 2]) / 2
-    low, high = torch.zeros_like(place), torch.full_like(place, len(rows) - 1)
-    for _ in range(fewer):  # in order, whoever is farthest is at an end
-        lower = middle - rows[low, place] > rows[high, place] - middle
-        low, high = low + lower.long(), high - (~lower).long()
+    count = len(rows) - fewer
+    # in order they lie side by side: each that is farther than the one past their end makes room for it
+    low = (middle - rows[:fewer] > rows[count:] - middle).sum(0)
     at = torch.arange(len(rows))[:, None]
-    return torch.where((low <= at) & (at <= high), rows, 0).sum(0) / (len(rows) - fewer)
+    return torch.where((low <= at) & (at < low + count), rows, 0).sum(0) / count
 
 
 def ordered(rows: Tensor) -> Tensor:

@@ -20,6 +20,10 @@ CANCELS = 1e6
 """How much longer, squared, than their distances vectors may be: ten digits of float64 are left."""
 
 
+TRIED = 1 << 10
+"""Columns of each name that tell whether a vector is far from all others."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Vectors of clients, or mixtures of them, and one more to which a rule may compare them."""
@@ -39,19 +43,24 @@ class Table:
         """Rows, without the reference."""
         return len(self.order) if self.mix is None else len(self.mix)
 
-    def blocks(self) -> Iterator[tuple[str, Tensor]]:
-        """Some columns of one name at a time: [rows + 1, columns] in float64, the reference last."""
+    def blocks(self, first: int | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Some columns of one name at a time: [rows + 1, columns] in float64, the reference last.
+
+        ``first``: so many columns of each name and no more.
+        """
         count = len(self.order)
         width = max(1, CELLS // (count + 1))
         for name, parts in self.parts.items():
             flat = [row for p in parts for row in p.reshape(len(p), p[0].numel())]
             rows = [flat[k] for k in self.order]
             beside = (self.reference or {}).get(name, torch.zeros(len(rows[0]))).reshape(-1)
-            for at in range(0, len(rows[0]), width):
-                block = torch.zeros(count + 1, min(width, len(rows[0]) - at), dtype=torch.float64)
+            end = len(rows[0]) if first is None else min(first, len(rows[0]))
+            for at in range(0, end, width):
+                to = min(at + width, end)
+                block = torch.zeros(count + 1, to - at, dtype=torch.float64)
                 for into, row in zip(block, rows, strict=False):
-                    into.copy_(row[at : at + width])
-                block[-1] = beside[at : at + width]
+                    into.copy_(row[at:to])
+                block[-1] = beside[at:to]
                 if self.mix is not None:
                     block = torch.cat([self.mix @ block[:-1], block[-1:]])
                 yield name, block
@@ -88,10 +97,9 @@ class Table:
         if self.before is not None and self.mix is not None:
             points = self.before.points
             return torch.cat([self.mix @ points[:-1], points[-1:]])
-        products = self._products(0)
-        apart = squares(products)
-        middle = int(apart.median(1).values.argmin())
-        if apart[0, middle] > CANCELS * apart[middle].median():
+        origin = _better(0, self._products(0, TRIED))  # a look at some columns spares a second pass
+        products = self._products(origin)
+        if (middle := _better(origin, products)) != origin:
             products = self._products(middle)
         length = products.diagonal().clamp(min=0).sqrt()
         scale = torch.where(length > 0, length, 1)  # a long row must not cost the short ones digits
@@ -99,12 +107,19 @@ class Table:
         found: Tensor = scale[:, None] * vector * value.clamp(min=0).sqrt()
         return found
 
-    def _products(self, origin: int) -> Tensor:
+    def _products(self, origin: int, first: int | None = None) -> Tensor:
         total = torch.zeros(len(self) + 1, len(self) + 1, dtype=torch.float64)
-        for _, block in self.blocks():
+        for _, block in self.blocks(first):
             block -= block[origin].clone()
             total.addmm_(block, block.T)
         return total
+
+
+def _better(origin: int, products: Tensor) -> int:
+    """The row to take off: one in the middle where ``origin`` is far from it, else ``origin``."""
+    apart = squares(products)
+    middle = int(apart.median(1).values.argmin())
+    return middle if apart[origin, middle] > CANCELS * apart[middle].median() else origin
 
 
 def squares(products: Tensor) -> Tensor:

@@ -82,12 +82,12 @@ class Bulyan(Robust):
 
     def merge(self, table: Table) -> tuple[Params, Tensor]:
         """Who is chosen has a part in some coordinates."""
-        points = table.points[:-1]
-        left = [*range(len(points))]
+        apart = distances(table.points[:-1]).square()
+        left = [*range(len(apart))]
         chosen: list[int] = []
-        for _ in range(len(points) - 2 * self.f):
-            chosen.append(left.pop(int(scores(points[left], self.f).argmin())))
-        share = torch.zeros(len(points))
+        for _ in range(len(apart) - 2 * self.f):
+            chosen.append(left.pop(int(nearest(apart[left][:, left], self.f).argmin())))
+        share = torch.zeros(len(apart))
         share[chosen] = 1 / len(chosen)
         return table.each(lambda block: near_median(block[chosen], 2 * self.f)), share
 
@@ -213,8 +213,13 @@ class FLTrust(Robust):
 
 def scores(points: Tensor, f: int) -> Tensor:
     """Krum's: of each of n, the sum of squared distances to its n - f - 2 nearest others, [n]."""
-    apart = distances(points).square().fill_diagonal_(torch.inf)
-    return apart.sort(1).values[:, : max(1, len(points) - f - 2)].sum(1)
+    return nearest(distances(points).square(), f)
+
+
+def nearest(apart: Tensor, f: int) -> Tensor:
+    """The same from squared distances, [n, n]; its diagonal is overwritten."""
+    apart.fill_diagonal_(torch.inf)
+    return apart.sort(1).values[:, : max(1, len(apart) - f - 2)].sum(1)
 
 
 def best(scores: Tensor, count: int) -> Tensor:
