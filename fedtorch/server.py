@@ -16,6 +16,7 @@ from fedtorch.aggregation.mean import Gathering, Held, moved
 from fedtorch.aggregation.rows import Robust
 from fedtorch.channel import base as channel
 from fedtorch.checks import combination, handed, secure, strategies
+from fedtorch.checks.model import trainable
 from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
 from fedtorch.engines.travels import Weights
@@ -103,6 +104,7 @@ class Server:
         # what is trained, what travels, and what the server keeps
         own = personal(model, strategy.personal)
         self.trainable = shared(model, strategy.personal)
+        trainable(model)
         self._parameters = handed.parameters(model)
         averaged = statistics(model) - own if self.recipe.privacy.statistics else set()
         self._weights = Weights(model, {*self.trainable} | averaged)
@@ -112,10 +114,10 @@ class Server:
             self.extras, self.hidden = strategy.init(params), strategy.hold(params)
         """Groups of the strategy: those that are broadcast, and those that are not."""
         self.optimizer_state = strategy.server.init(params) if strategy.server else {}
-        strategies.check(strategy, params, self.extras)
         like = sends(strategy, params, self.extras)
         self.recipe = replace(self.recipe, privacy=self._placed(like))
         self.session = runs_on.open(model, clients, self.recipe)
+        strategies.check(strategy, params, self.extras)
         self._coded = uploads(strategy, params, self.extras) if self.recipe.channel else {}
         # of a client that is elsewhere the server knows the name alone
         sizes = [len(c) for c in clients] if all(hasattr(c, "__len__") for c in clients) else None

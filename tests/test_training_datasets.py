@@ -215,7 +215,7 @@ def test_numbers_of_another_type_than_the_model_s_are_named_with_the_fix():
     assert server.round()["examples"] == 8
     assert Server(nn.Linear(3, 2).double(), [Client("a", (double, Y))]).round()["examples"] == 8
     codes = pd.Series(["ill", "well"] * 4).astype("category").cat.codes
-    with pytest.raises(ConfigError, match=r"holds int8: classes .* must be int64"):
+    with pytest.raises(ConfigError, match=r"labels are int8, and classes must be int64"):
         Server(model, [Client("a", (X, codes))])
     assert Server(model, [Client("a", (X, codes.astype("int64")))]).round()["examples"] == 8
 

@@ -41,7 +41,7 @@ def trainable(model: nn.Module) -> None:
             "part: make one parameter of it, and take views in forward"
         )
     for k, v in (*model.named_parameters(), *model.named_buffers()):
-        if v.layout is not torch.strided or v.is_quantized or v.is_meta:
+        if not _strided(v) or v.is_meta:
             kind = "quantized" if v.is_quantized else "on device meta" if v.is_meta else "sparse"
             raise ConfigError(
                 f"{k} of model {name} is {kind}, and weights and buffers must be plain numbers: make it "
@@ -53,7 +53,7 @@ def _overlapping(model: nn.Module) -> tuple[str, str] | None:
     """Two parameters whose numbers lie in part in the same memory; one that two layers share is one."""
     lies: list[tuple[int, int, int, str]] = []
     for k, p in model.named_parameters():
-        if p.layout is torch.strided and not p.is_meta and not p.is_quantized and p.numel():
+        if p.device.type in ("cpu", "cuda") and _strided(p) and p.numel():
             room = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
             start = int(p.storage_offset()) * p.element_size()
             place = p.untyped_storage().data_ptr()
@@ -63,6 +63,10 @@ def _overlapping(model: nn.Module) -> tuple[str, str] | None:
         if one[0] == other[0] and other[1] < one[2]:
             return one[3], other[3]
     return None
+
+
+def _strided(v: Tensor) -> bool:
+    return v.layout is torch.strided and not v.is_quantized
 
 
 def _hooked(p: Tensor) -> bool:

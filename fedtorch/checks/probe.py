@@ -55,6 +55,9 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Found:
                 continue
             batch = _backward(model, client, index, recipe)
             take()
+        if (
+            take is not None
+        ):  # after all steps, between which it would hide what they leave each other
             _unrecorded(model, batch, recipe)
         change, stay = outline.changed(), _not_averaged(model, before)
     if other := trained ^ {k for k, p in model.named_parameters() if p.requires_grad}:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedtorch.checks import data, keeps, reached, short
-from fedtorch.checks.model import aside, modes, trainable
+from fedtorch.checks.model import aside, modes
 from fedtorch.checks.outputs import labels_fit
 from fedtorch.checks.probe import fits
 from fedtorch.checks.standins import shown
@@ -45,7 +45,6 @@ class Local:
         usable(self.device)
         with keeps.from_no_batch(recipe):
             said = data.check(clients, recipe)
-            trainable(model)
             worker = copied(model).to(self.device)
             tried = shown(worker, clients, recipe)
             with aside(model, local=recipe.local is not None):

@@ -267,8 +267,6 @@ def _shown(value: Any) -> str:
         return paths.get(type(value).__name__, type(value).__name__)
     if isinstance(value, list):
         return ",".join(map(str, value))
-    return (
-        {None: "null", "": "''"}.get(value, str(value))
-        if not isinstance(value, float)
-        else f"{value:g}"
-    )
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "null" if value is None else "''" if value in ("", {}) else str(value)
