@@ -126,7 +126,8 @@ class Site:
                 if kind == "end":
                     return _ended(answer.facts.get("why"))
                 # an honest server lets a call for work wait itself
-                idle = 0 if kind in ("task", "phase") or time.monotonic() - began > 1 else idle + 1
+                busy = kind in ("task", "phase", "statistics") or time.monotonic() - began > 1
+                idle = 0 if busy else idle + 1
                 away_since = None
                 if idle:
                     _pause(idle)
