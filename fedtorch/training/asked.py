@@ -100,8 +100,10 @@ class Asked:
         names = [n for n in trained if (n in at if at else n not in self.own)]
         given = {n: v[k if len(v) > 1 else 0] for n, v in (at or {}).items()}
         state = self.task.state | row(self.own, k) | given
-        state = {n: v.detach().clone() for n, v in state.items()}
-        return {n: state.pop(n) for n in names}, state
+        params = {n: state.pop(n).detach() for n in names}
+        return params, {
+            n: v.detach().clone() for n, v in state.items()
+        }  # a forward writes on buffers
 
     def _walk(
         self, batches: Iterable[tuple[int, Any]], many: int, params: Params, rest: Params
