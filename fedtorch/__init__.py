@@ -30,6 +30,7 @@ with reading():
     from fedtorch.rounds.participation import Everyone, Poisson, Uniform
     from fedtorch.run.setup import divide
     from fedtorch.secure.aggregator import Secure
+    from fedtorch.secure.he import HE
     from fedtorch.server import Server
     from fedtorch.strategies import (
         APFL,
@@ -86,6 +87,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "APFL",
+    "HE",
     "IFCA",
     "MOON",
     "QSGD",

@@ -114,7 +114,7 @@ class Recipe(TrainingOptions):
         chosen = self.strategy.weighting
         if chosen != "auto":
             return chosen
-        alike = self.secure is not None and self.secure.weight_cap is None
+        alike = self.hides and not (self.secure and self.secure.weight_cap)
         return "uniform" if alike or not self.aggregator.linear else self.privacy.weighting
 
     @property
@@ -123,11 +123,16 @@ class Recipe(TrainingOptions):
         return self.aggregator if isinstance(self.aggregator, Secure) else None
 
     @property
+    def hides(self) -> bool:
+        """Whether the aggregator shows the server no client's own update."""
+        return getattr(self.aggregator, "hides", False)
+
+    @property
     def needs_rows(self) -> bool:
         """Whether each client's own upload is needed, and not only the mean of what they learned."""
         sums = self.strategy.only_delta and self.privacy.scales and self.aggregator.linear
         adds = all(stage.linear and not stage.feedback for stage in self.channel)
-        if self.secure is not None and self.secure.apart:
+        if self.secure.apart if self.secure else self.hides:
             return True
         # whoever remembers what was sent must see it once a plan or a channel has changed it
         sees = self.strategy.confirms and bool(self.privacy.claims or self.channel)

@@ -35,6 +35,7 @@ from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.rounds.synchronous import Asked, Rounds, Step, Synchronous
 from fedtorch.rounds.threat import Threat, attacked
 from fedtorch.secure.aggregator import SecureSum
+from fedtorch.secure.he import EncryptedSum
 from fedtorch.secure.roster import LEAST
 from fedtorch.strategies import lora
 from fedtorch.strategies.base import Strategy, sends, uploads
@@ -168,6 +169,8 @@ class Server:
         sampled = time.perf_counter()
         draw = seeds.derive(self.seed, "aggregator", self.round_number)
         total = self.recipe.aggregator.start(self.held, draw, self._dtype)
+        if isinstance(total, EncryptedSum):
+            total.expect(sum(map(len, step.asked)))
         if isinstance(total, SecureSum):
             total.expect(sum(map(len, step.asked)), self.recipe.privacy)
         came = gather(total, self._arrivals(step), self.recipe, self._coded, self.observers)
@@ -383,7 +386,7 @@ class Server:
         strategy, reported = self.recipe.strategy, len(self.visits.ids)
         self.failed_step = False
         # noise comes first: all that the strategy and the server optimizer do is post-processing
-        few = isinstance(gathered, SecureSum) and gathered.short()
+        few = isinstance(gathered, SecureSum | EncryptedSum) and gathered.short()
         released = None if few else self.books.release(gathered.sums)
         means, buffers = came = gathered.result(state) if reported else ({}, {})
         self.nobody = not (means or released)

@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from conftest import make_clients, mlp
 from fedtorch import (
+    HE,
     QSGD,
     ConfigError,
     Everyone,
@@ -61,9 +62,9 @@ ADDED = "pace buffered adds up changes of one list of weights"
 FREE = "pace buffered asks whoever is free"
 AGED = "pace buffered weighs each change by its age"
 SHARED = "aggregator secure weighs clients by a share of a public number"
-CODES = "aggregator secure adds numbers under masks, and codes of a channel cannot be added"
-NOBODY = "aggregator secure shows nobody a client's own update"
-TOGETHER = "aggregator secure opens one sum of all that were asked"
+CODES = "adds numbers that it cannot read, and codes of a channel cannot be added"
+NOBODY = "shows nobody a client's own update"
+TOGETHER = "opens one sum of all that were asked"
 UNMASKED = "privacy distributed adds a share of the noise at each client"
 FIRST_IN = "pace buffered voids the claim of client-level privacy"
 
@@ -250,6 +251,14 @@ def untrained(model, batches, lr):
 
 PLAN = {"privacy": SampleLevel(**NOISE)}
 OVERRULED = [
+    (
+        {"aggregator": HE(), "strategy": FedAvg(weighting="examples")},
+        "weighs all clients alike, as none tells",
+    ),
+    (
+        {"aggregator": HE(), "privacy": ClientLevel(**NOISE)},
+        "would see it before the server adds the",
+    ),
     (
         {"aggregator": Secure(), "privacy": ClientLevel(rate=0.9, **NOISE)},
         "voids amplification by secret coins",

@@ -94,6 +94,16 @@ REFUSED: tuple[Row, ...] = (
         "not tell beforehand: use lr_warmup and lr_decay, or strategy fedavg",
     ),
     (
+        lambda r, who, pace: r.hides and not r.secure and r.strategy.weighting == "examples",
+        "aggregator {aggregator} weighs all clients alike, as none tells how many examples it has: use "
+        "strategy.weighting uniform (or auto), or aggregator secure with a weight_cap",
+    ),
+    (
+        lambda r, who, pace: r.hides and not r.secure and r.privacy.central,
+        "with aggregator {aggregator} a client opens the sum, and would see it before the server adds the "
+        "noise of client-level privacy: use aggregator secure, or sample or local privacy",
+    ),
+    (
         lambda r, who, pace: r.secure and r.strategy.weighting == "examples",
         "aggregator secure weighs clients by a share of a public number, as none tells how many examples "
         "it has: give aggregator.weight_cap, and leave strategy.weighting out",
@@ -104,19 +114,19 @@ REFUSED: tuple[Row, ...] = (
         "strategy.weighting uniform: leave it out",
     ),
     (
-        lambda r, who, pace: r.secure and r.channel,
-        "aggregator secure adds numbers under masks, and codes of a channel cannot be added: use no "
-        "channel (aggregator.width 32 halves the bytes)",
+        lambda r, who, pace: r.hides and r.channel,
+        "aggregator {aggregator} adds numbers that it cannot read, and codes of a channel cannot be added: "
+        "use no channel (aggregator.width 32 of secure halves the bytes)",
     ),
     (
-        lambda r, who, pace: r.secure and _sees(r.strategy),
-        "aggregator secure shows nobody a client's own update, which strategy {strategy} has to see: use a "
-        "strategy that only averages (of LoRA, FFALoRA), or aggregator mean",
+        lambda r, who, pace: r.hides and _sees(r.strategy),
+        "aggregator {aggregator} shows nobody a client's own update, which strategy {strategy} has to see: "
+        "use a strategy that only averages (of LoRA, FFALoRA), or aggregator mean",
     ),
     (
-        lambda r, who, pace: r.secure and (pace.timed or pace.overlaps),
-        "pace {pace} takes who is first, and aggregator secure opens one sum of all that were asked: use "
-        "pace synchronous, or aggregator mean",
+        lambda r, who, pace: r.hides and (pace.timed or pace.overlaps),
+        "pace {pace} takes who is first, and aggregator {aggregator} opens one sum of all that were asked: "
+        "use pace synchronous, or aggregator mean",
     ),
     (
         lambda r, who, pace: r.privacy.masked and not r.secure,

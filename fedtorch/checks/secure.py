@@ -10,6 +10,7 @@ from fedtorch.rounds.observers import Observer, looks
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.threat import Threat
 from fedtorch.secure.aggregator import Secure
+from fedtorch.secure.he import HE
 from fedtorch.types import ConfigError
 
 
@@ -21,25 +22,28 @@ def check(
     threat: Threat | None,
 ) -> list[str]:
     """Raises ConfigError where the aggregator secure cannot be had; notes on what it does not hide."""
-    secure = recipe.secure
-    if secure is None:
+    if not recipe.hides:
         return []
-    secure.check(participation.most(clients), recipe.privacy)
+    name = type(recipe.aggregator).__name__.lower()
+    if isinstance(recipe.aggregator, HE):
+        recipe.aggregator.check(participation.most(clients))
+    elif recipe.secure is not None:
+        recipe.secure.check(participation.most(clients), recipe.privacy)
     for observer in observers:
         if looks(observer):
             raise ConfigError(
                 f"observer {type(observer).__name__} looks at what clients send (sent), which aggregator "
-                "secure shows to nobody: leave the observer out, or take aggregator mean"
+                f"{name} shows to nobody: leave the observer out, or take aggregator mean"
             )
     if threat is not None:
         raise ConfigError(
-            "threat and aggregator secure do not go together: the sum is that of aggregator mean, which "
+            f"threat and aggregator {name} do not go together: the sum is that of aggregator mean, which "
             "simulates the attack, and under masks no rule can find who lies"
         )
     if participation == Everyone():
         return []
     return [
-        "aggregator secure with a cohort that changes: from many rounds' sums, and who was in each, a "
+        f"aggregator {name} with a cohort that changes: from many rounds' sums, and who was in each, a "
         "server can work out single clients' updates (arXiv:2106.06089); participation everyone gives it "
         "no such differences"
     ]
@@ -80,8 +84,8 @@ def single(aggregator: Aggregator, validation: float, runs: int) -> None:
     ``validation``: what share of each client's data judges the model; ``runs``: clients that are tracked.
     """
     shown = {"validation": validation, "tracking.client_runs": runs}
-    if isinstance(aggregator, Secure) and (given := [k for k, v in shown.items() if v]):
+    if isinstance(aggregator, Secure | HE) and (given := [k for k, v in shown.items() if v]):
         raise ConfigError(
-            f"{given[0]} shows figures of single clients, and aggregator secure hides them: leave it "
+            f"{given[0]} shows figures of single clients, and the aggregator hides them: leave it "
             "out, or take aggregator mean"
         )

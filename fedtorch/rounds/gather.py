@@ -12,6 +12,7 @@ from fedtorch.rounds.figures import Reports
 from fedtorch.rounds.observers import Observer, looks
 from fedtorch.rounds.synchronous import Asked, Draw, Due, Rounds, Step
 from fedtorch.secure.aggregator import SecureSum
+from fedtorch.secure.he import EncryptedSum
 from fedtorch.types import Failure, Params, Released, Task
 
 
@@ -113,12 +114,11 @@ def gather(
         chunks.append(Reports(outcome.ids, outcome.weight, outcome.metrics))
         for observer in observers:
             # under masks nobody sees what a client sends, in a simulation neither
-            if recipe.secure is None and looks(
-                observer
-            ):  # at a copy: nothing stands between a clip and its noise
+            if not recipe.hides and looks(observer):
+                # at a copy: nothing stands between a clip and its noise
                 observer.sent(deepcopy(outcome))
     reports = Reports.of(chunks)
-    if isinstance(total, SecureSum) and chunks:
+    if isinstance(total, SecureSum | EncryptedSum) and chunks:
         reports = reports.together(opened=not total.short())
     return Gathered(reports, failed, size)
 

@@ -68,6 +68,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "norm-bound": "fedtorch.aggregation.vectors.NormBound",
         "fltrust": "fedtorch.aggregation.vectors.FLTrust",
         "secure": "fedtorch.secure.aggregator.Secure",
+        "he": "fedtorch.secure.he.HE",
     },
     "aggregator.pre": {
         "nnm": "fedtorch.aggregation.mixing.NNM",

@@ -31,6 +31,7 @@ class Secure:
     """
 
     linear: ClassVar[bool] = True
+    hides: ClassVar[bool] = True
 
     threshold: int | None = None
     """Clients that must report, and that must collude with the server to see an update; none: two thirds

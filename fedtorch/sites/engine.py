@@ -84,6 +84,11 @@ class Sites:
         if self.enough is not None:
             check_enough(self.enough, self.minimum, len(clients), recipe.privacy)
         names = [c.id for c in clients]
+        if recipe.hides and recipe.secure is None:
+            raise ConfigError(
+                "aggregator he is for simulations: sites carry no encrypted sums; use aggregator secure, "
+                "which needs no common key"
+            )
         if isinstance(recipe.aggregator, Secure):
             from fedtorch.sites.masked import MaskedSession
 

@@ -1,0 +1,120 @@
+"""Homomorphic encryption by CKKS (Cheon et al. 2017): whoever has the public half can encrypt and add.
+
+The secret key is shared by all clients, so that one of them that works with the server opens every update.
+Ring dimension 4,096 with primes of 54 and 54 bits: 108 of the 109 bits that 128-bit security allows there,
+enough for sums, which need no multiplication. TenSEAL is used in this file alone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fedtorch.privacy.noise.streams import stream
+from fedtorch.types import ConfigError
+
+DEGREE, PRIMES = 4096, (54, 54)
+SLOTS = DEGREE // 2
+"""Numbers in one ciphertext."""
+SCALE = 44
+"""Bits behind the point while encrypted: a sum of clients errs by some 1e-9."""
+MOST = 2.0 ** (PRIMES[0] - SCALE - 2)
+"""Largest number of a sum, with a bit to spare: beyond twice as much it would wrap without a word."""
+STEP = 2.0**-23
+"""What leaves a holder of the key is rounded to whole multiples of it."""
+FLOOD = 1e-7
+"""Standard deviation of the noise that is added before: a hundred times what decryption errs by."""
+
+
+def _tenseal() -> Any:
+    try:
+        import tenseal
+    except ImportError as e:
+        raise ConfigError(
+            "aggregator he needs TenSEAL, which is not installed: pip install 'fedtorch[he]', or use "
+            "aggregator secure, which needs nothing more"
+        ) from e
+    return tenseal
+
+
+def make_keys() -> tuple[bytes, bytes]:
+    """A secret key for all clients, and the public half for the server.
+
+    Raises ConfigError without TenSEAL.
+    """
+    ts = _tenseal()
+    context = ts.context(ts.SCHEME_TYPE.CKKS, DEGREE, -1, list(PRIMES))
+    context.global_scale = 2.0**SCALE
+    secret = bytes(context.serialize(save_secret_key=True))
+    context.make_context_public()
+    return secret, bytes(context.serialize())
+
+
+class Adder:
+    """What a server can do: encrypt and add, and nothing else. It has no secret key."""
+
+    def __init__(self, public: bytes) -> None:
+        """Raises ConfigError for a key that is secret: a server must not have it."""
+        self._context = _context(public)
+        if self._context.is_private():
+            raise ConfigError(
+                "this is the secret key of the clients, which a server must never have: give it he.public"
+            )
+
+    def encrypt(self, values: np.ndarray) -> list[bytes]:
+        """Numbers, none beyond ``MOST``, as ciphertexts of ``SLOTS`` of them."""
+        return _encrypted(self._context, values)
+
+    def add(self, parts: Sequence[Sequence[bytes]]) -> list[bytes]:
+        """The sum of several clients' ciphertexts."""
+        ts = _tenseal()
+        sums = [ts.ckks_vector_from(self._context, block) for block in parts[0]]
+        for other in parts[1:]:
+            for total, block in zip(sums, other, strict=True):
+                total += ts.ckks_vector_from(self._context, block)
+        return [bytes(s.serialize()) for s in sums]
+
+
+class Holder:
+    """A client: it has the secret key."""
+
+    def __init__(self, secret: bytes) -> None:
+        """Raises ConfigError for the public half."""
+        self._context = _context(secret)
+        if not self._context.is_private():
+            raise ConfigError(
+                "this is the public half, which opens nothing: give a client he.secret"
+            )
+
+    def encrypt(self, values: np.ndarray) -> list[bytes]:
+        """Numbers, none beyond ``MOST``, as ciphertexts of ``SLOTS`` of them."""
+        return _encrypted(self._context, values)
+
+    def opened(self, sums: Sequence[bytes]) -> np.ndarray:
+        """A sum as it may be told: with noise of ``FLOOD``, rounded to ``STEP``.
+
+        What CKKS decrypts to carries an error that is made of the key: told as it is, some of it gives the
+        key away (Li and Micciancio 2021, eprint 2020/1533). It errs by 1e-6 at most, but for a chance of
+        1e-15 a number.
+        """
+        ts = _tenseal()
+        found = [ts.ckks_vector_from(self._context, block).decrypt() for block in sums]
+        whole = np.concatenate([np.asarray(f, np.float64) for f in found])
+        noise = stream("aes", None, "flood").normal(whole.shape).numpy()
+        rounded: np.ndarray = np.rint((whole + FLOOD * noise) / STEP) * STEP
+        return rounded
+
+
+def _context(key: bytes) -> Any:
+    try:
+        return _tenseal().context_from(key)
+    except (ValueError, RuntimeError) as e:
+        raise ConfigError(f"this is no key of homomorphic encryption: {e}") from e
+
+
+def _encrypted(context: Any, values: np.ndarray) -> list[bytes]:
+    ts = _tenseal()
+    if not np.abs(values).max(initial=0.0) <= MOST:
+        raise ConfigError(f"a number beyond {MOST:g} cannot be encrypted for a sum")
+    parts = (values[i : i + SLOTS] for i in range(0, len(values), SLOTS))
+    return [bytes(ts.ckks_vector(context, p).serialize()) for p in parts]
