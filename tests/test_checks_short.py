@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Dataset
 
 from conftest import make_clients, mlp
-from fedtorch import ConfigError, Local, Recipe, Server
+from fedtorch import Client, ConfigError, Local, Recipe, Server
 from fedtorch.privacy import ClientLevel, SampleLevel
 
 
@@ -82,3 +83,25 @@ def test_every_size_of_batch_that_comes_is_tried():
     Server(Odd(*mlp()), make_clients([8, 10, 11]), Recipe(batch_size=8))
     with pytest.raises(ConfigError, match=r"client c2 has a batch of 5 examples \(13 .*so few"):
         Server(Odd(*mlp()), make_clients([8, 10, 13]), Recipe(batch_size=8))
+
+
+class Broken(Dataset):
+    """One of its examples cannot be taken, and its labels are text."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, k: int):
+        return torch.ones(4) / (k != self.at or 1 // 0), "yes" if self.at < 0 else 1
+
+
+def test_an_example_that_cannot_be_taken_is_told_with_its_client():
+    with pytest.raises(ConfigError, match=r"client a: taking a batch of .* ZeroDivisionError"):
+        Server(nn.Linear(4, 2), [Client("a", Broken(13))], Recipe(batch_size=8))
+    with pytest.raises(ConfigError, match="the labels are text: number the classes"):
+        Server(nn.Linear(4, 2), [Client("a", Broken(-1))], Recipe(batch_size=8))
+    with pytest.raises(ConfigError, match=r"client 'a': 'x\.csv' names data and is none"):
+        Client("a", "x.csv")

@@ -126,6 +126,15 @@ def test_nothing_to_judge_by_is_said():
             evaluate(nn.Linear(4, 3), data(6), step=step)
 
 
+@pytest.mark.parametrize("metrics", [cross_entropy, [cross_entropy], 3], ids=["fn", "list", "int"])
+def test_functions_need_a_name_and_batches_a_size(metrics):
+    with pytest.raises(ConfigError, match=r"functions by what to call them, \{'loss': fn\}"):
+        evaluate(nn.Linear(4, 3), data(6), metrics)
+    for size in (0, -1):
+        with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+            evaluate(nn.Linear(4, 3), data(6), ["accuracy"], size)
+
+
 def test_a_client_that_a_metric_fails_on_spoils_nobodys_figures():
     def auc(output, target):
         if len(set(target.tolist())) < 2:

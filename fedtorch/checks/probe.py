@@ -221,6 +221,8 @@ def _spread_out(recipe: Recipe, output: Any, target: Any, found: Tensor) -> bool
 
 def _no_classes(output: Any, target: Any) -> str:
     """The fix, where targets that lie as classes do are not of their type."""
+    if isinstance(target, (tuple, list)) and target and all(isinstance(t, str) for t in target):
+        return "; the labels are text: number the classes, 0, 1, ..."
     if not isinstance(output, Tensor) or not isinstance(target, Tensor):
         return ""
     if {output.dim(), target.dim()} == {1, 2} and output.numel() == target.numel():

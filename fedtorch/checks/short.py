@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fedtorch import seeds
+from fedtorch.checks.tried import first
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import Collated, fetch, least, len_of
@@ -62,7 +63,12 @@ def _fails(model: nn.Module, client: Client, recipe: Recipe, size: int) -> str |
     many = max(min(n, max(FEW, size)), 2)  # twice the only example of a client that has one
     given = torch.arange(many) % min(n, len_of(client.data))
     device = next(model.parameters()).device
-    batch = to(fetch(client.data, given), device)
+    try:
+        batch = to(fetch(client.data, given), device)
+    except Exception as e:  # the owner's own code, for an example that was not asked for before
+        raise ConfigError(
+            f"client {client.id}: taking a batch of its dataset failed: {type(e).__name__}: {first(e)}"
+        ) from e
     order = torch.randperm(many, generator=seeds.generator(0, "short", size))
     for k in range(_draws(size)):
         index = order.roll(-k * size)[:size]

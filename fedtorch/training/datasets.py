@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, cast
 
 import numpy as np
@@ -109,8 +110,14 @@ def as_dataset(
     if isinstance(data, Collated):
         collate, num_workers = collate or data.collate, num_workers or data.num_workers
         data = data.data
+    if isinstance(data, str | bytes | PurePath):
+        raise ConfigError(f"{owner}: {str(data)[:60]!r} names data and is none: read it first")
     made = _dataset(data, owner, collate is not None)
-    if len_of(made) == 0 and not empty:
+    try:
+        n = len_of(made)
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"{owner}: its dataset has no length that is a number: {e}") from e
+    if n == 0 and not empty:
         raise ConfigError(f"{owner} has no examples; leave it out")
     ahead = num_workers and not isinstance(made, TensorDataset)  # of which nothing has to be read
     return Collated(made, collate, num_workers) if collate or ahead else made

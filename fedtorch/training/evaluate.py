@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedtorch import seeds
 from fedtorch.client import Client
+from fedtorch.options import COUNT, within
 from fedtorch.training.batches import in_order, len_of
 from fedtorch.training.datasets import as_dataset
 from fedtorch.training.losses import Loss, counted, gathers, reduce
@@ -49,6 +50,7 @@ def evaluate(
     """
     data = as_dataset(data, "the data to evaluate on", empty=True)
     n, metrics = len_of(data), by_name(metrics)
+    within("batch_size", 1 if batch_size is None else batch_size, COUNT)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     judged, figures = _Judged(model, step, bool(metrics)), dict[str, Mean]()
     running = {name: _fresh(m) for name, m in metrics.items() if gathers(m)}

@@ -249,12 +249,21 @@ def known(name: str) -> Loss | None:
 def by_name(metrics: Mapping[str, Loss | str] | Sequence[str]) -> dict[str, Loss]:
     """Names, or functions and names by what to call them -> functions; raises ConfigError with the list."""
     names = [metrics] if isinstance(metrics, str) else metrics
+    if not isinstance(names, Mapping) and any(not isinstance(m, str) for m in _listed(names)):
+        raise ConfigError(
+            "metrics must be names, ['accuracy'], or functions by what to call them, {'loss': fn}"
+        )
     pairs = names.items() if isinstance(names, Mapping) else [(m, m) for m in names]
     found = {k: known(m) if isinstance(m, str) else m for k, m in pairs}
     for name, metric in found.items():
         if metric is None:
             raise ConfigError(f"unknown metric {name!r}; there are {', '.join(NAMES)}")
     return {k: m for k, m in found.items() if m is not None}
+
+
+def _listed(names: Any) -> list[Any]:
+    """What stands in a list; what is none is its only part."""
+    return [*names] if isinstance(names, Sequence | set | frozenset) else [names]
 
 
 def worse(metric: Loss) -> str | None:
