@@ -286,17 +286,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(fedtorch):
 def test_runs_started_at_the_same_moment_get_folders_of_their_own(fedtorch, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda *_: "20260101-000000")
     monkeypatch.setattr(time, "time_ns", lambda: 5_000_000)
-    quick = [
-        "train",
-        "--privacy",
-        "none",
-        "--model",
-        "logistic",
-        "--rounds",
-        "1",
-        "--tracking",
-        "none",
-    ]
+    quick = [*BASE, "--model", "logistic", "--rounds", "1", "--tracking", "none"]
     for seed in (1, 2):
         assert fedtorch(*quick, "--seed", seed)[0] == 0
     seeds = {
@@ -308,7 +298,7 @@ def test_runs_started_at_the_same_moment_get_folders_of_their_own(fedtorch, monk
 
 @pytest.mark.parametrize("folder", ["x" * 300, "a\0b", "/dev/null/x", "/proc/x"])
 def test_folders_that_cannot_be_are_one_sentence(fedtorch, folder):
-    quick = ["train", "--privacy", "none", "--model", "logistic", "--rounds", "1"]
+    quick = [*BASE, "--model", "logistic", "--rounds", "1"]
     code, _, err = fedtorch(*quick, "--run-dir", folder)
     assert code == 2 and err.count("\n") == 1 and "cannot be written" in err
 
