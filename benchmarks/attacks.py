@@ -113,6 +113,9 @@ def main(seeds: int, file: Path | None) -> None:
             if a != "none"
         ]
         print("| " + " | ".join([rule, *told]) + " |")
+    for attack in ATTACKS:
+        best = max(RULES, key=lambda rule: mean(of(rule, attack)))
+        print(f"{attack}: {best} loses {clean - mean(of(best, attack)):.1f}")
     for rule in RULES:
         if all(mean(of(rule, a)) > clean - 5 for a in ATTACKS):
             print(f"{rule}: within 5 points of no attack in every column")
