@@ -43,7 +43,7 @@ from fedtorch.strategies import Ditto, FedDyn, FedNova
 
 PLACE = Path(__file__).with_name("golden.json")
 ROUNDS = 3
-FIGURES = ("train_loss", "step_norm", "clients", "bytes_up", "bytes_down", "epsilon")
+FIGURES = ("train_loss", "step_norm", "clients", "bytes_up", "bytes_down", "privacy_epsilon")
 STRATEGIES: dict[str, Strategy] = {
     "fedavg": FedAvg(weighting="examples"),
     "fedprox": FedProx(mu=0.1, weighting="examples"),
