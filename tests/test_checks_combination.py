@@ -263,6 +263,14 @@ OVERRULED = [
         {"aggregator": Secure(), "privacy": ClientLevel(rate=0.9, **NOISE)},
         "voids amplification by secret coins",
     ),
+    (
+        {"aggregator": Secure(neighbours=2), "privacy": DistributedDP(**NOISE)},
+        "leave neighbours out",
+    ),
+    (
+        {"aggregator": Secure(), "privacy": SampleLevel(statistics_noise=9.0, **NOISE)},
+        "in no sum of all",
+    ),
     ({"aggregator": Secure(weight_cap=9), **PLAN}, "aggregator.weight_cap would do nothing"),
     ({"steps": 3, **PLAN}, "owns the steps"),
     ({"drop_last": True, **PLAN}, "drop_last has no meaning for Poisson"),

@@ -295,6 +295,17 @@ def test_shares_that_are_not_sure_are_refused():
         DistributedDP(epsilon=1e-4, rounds=100).calibrated(100)
 
 
+def test_more_colluding_clients_than_masks_hold_against_are_refused():
+    # an honest client signs one list: two of 7 take 14 signatures, and with 3 who sign both there are 13
+    DistributedDP(rounds=1, colluding=3).placed(10, 7, 100)
+    with pytest.raises(ConfigError, match=r"two lists of 7 confirmed.*colluding \(to 3 at most"):
+        DistributedDP(rounds=1, colluding=4).placed(10, 7, 100)
+    plan = DistributedDP(rounds=1, shares=2, colluding=1).placed(6, 5, 100)
+    with pytest.raises(ConfigError, match="two lists of 3"):  # shares enough, and a low threshold
+        plan.holds(6, 3)
+    assert plan.check(6, plan.calibrated(1)) is not None
+
+
 def test_a_task_for_which_the_plan_is_not_made_is_refused():
     plan = DistributedDP(epsilon=8, rounds=1).placed(3, 3, 10)
     sent = {"delta": {"w": torch.zeros(1, 11).double()}}

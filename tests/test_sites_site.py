@@ -362,6 +362,9 @@ def test_a_site_that_requires_masks_joins_no_run_without(data, tmp_path):
     assert server.calls == ["join"]
     with pytest.raises(ConfigError, match="sign what they send: give --credentials"):
         play(Played(offer(aggregator=Secure())), data, tmp_path)
+    # masks with a few others alone hold against no server that lies
+    with pytest.raises(ConfigError, match="neighbours is for simulations"):
+        play(Played(offer(aggregator=Secure(neighbours=2))), data, tmp_path)
 
 
 def test_a_run_that_was_secure_stays_so_and_its_tasks_name_who_is_in_it(data, tmp_path, caplog):

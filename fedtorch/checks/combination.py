@@ -134,6 +134,17 @@ REFUSED: tuple[Row, ...] = (
         "use --aggregator secure, which shows nobody more (or privacy local, where each adds all of it)",
     ),
     (
+        lambda r, who, pace: r.privacy.masked and r.secure and r.secure.neighbours,
+        "privacy distributed holds against a server that lies, and aggregator.neighbours only against one "
+        "that follows the protocol: leave neighbours out",
+    ),
+    (
+        lambda r, who, pace: r.hides and r.privacy.statistics_noise,
+        "with private statistics of columns (privacy.statistics_noise) each client tells numbers of its "
+        "own, in no sum of all: leave them out with aggregator {aggregator}, and scale by public numbers "
+        "(dataset.bounds)",
+    ),
+    (
         lambda r, who, pace: r.secure and r.privacy.central and r.privacy.share() != 1,
         "aggregator secure shows each client of a round who else is in it, which voids amplification by "
         "secret coins: use --privacy.rate 1 (and no privacy.bands)",

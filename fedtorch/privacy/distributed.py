@@ -136,15 +136,25 @@ class DistributedDP(Privacy):
 
     def holds(self, clients: int, threshold: int) -> None:
         """Raises ConfigError where a round of so many, and masks of this threshold, are not the plan's."""
-        if self.shares is None or self.resolution is None or self.coordinates is None:
-            raise ConfigError(
-                "a DistributedDP says how much noise there is only with privacy.shares, resolution "
-                "coordinates, which a Server fills in"
-            )
-        if threshold - self.colluding < self.shares:
+        self._fits(clients)
+        if threshold - self.colluding < (self.shares or 0):
             raise ConfigError(
                 f"privacy.shares is {self.shares}, and {threshold - self.colluding} honest shares of noise "
                 f"are sure in a sum of {threshold} clients: lower it, or leave it out"
+            )
+        if 2 * threshold <= clients + self.colluding:
+            raise ConfigError(
+                f"of {clients} clients {self.colluding} may work with the server: it could have two lists "
+                f"of {threshold} confirmed, and open one client's update with its own share of the noise "
+                f"alone; lower privacy.colluding (to {max(0, 2 * threshold - clients - 1)} at most), or "
+                "raise aggregator.threshold"
+            )
+
+    def _fits(self, clients: int) -> None:
+        if self.shares is None or self.resolution is None or self.coordinates is None:
+            raise ConfigError(
+                "a DistributedDP says how much noise there is only with privacy.shares, resolution and "
+                "coordinates, which a Server fills in"
             )
         if self.wraps(clients, self.calibrated(self.rounds or 1)):
             raise ConfigError(
@@ -237,7 +247,7 @@ class DistributedDP(Privacy):
     def check(self, population: int, noise: float) -> list[str]:
         """The price is named where few stand behind each other, or the grid is coarse."""
         clients, numbers = self.clients or population, self.coordinates or 1
-        self.holds(clients, self.fewest)
+        self._fits(clients)
         notes, spread = [], self.spread(noise, {}, population) / self.clip
         if clients < (least := spread * math.sqrt(numbers)):
             notes.append(

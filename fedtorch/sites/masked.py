@@ -92,11 +92,6 @@ class MaskedSession(SitesSession):
             )
         self.secure = recipe.aggregator
         check_apart(options.plan)
-        if self.secure.neighbours is not None:
-            raise ConfigError(
-                "aggregator.neighbours is for simulations: against a server that lies to some, every site "
-                "shares masks with all others; leave it out"
-            )
         _, _, self.authority = read_keys(options.keys)
         own = personal(model, recipe.strategy.personal)
         self.given = {k: v.cpu() for k, v in snapshot(model).items() if k not in own}

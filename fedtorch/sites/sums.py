@@ -116,7 +116,12 @@ class Sums:
 
 
 def check_apart(plan: Plan) -> None:
-    """Refuse what sites would tell beside the sum; raises ConfigError."""
+    """Refuse what sites would tell beside the sum, or in one of few; raises ConfigError."""
+    if isinstance(plan.aggregator, Secure) and plan.aggregator.neighbours is not None:
+        raise ConfigError(
+            "aggregator.neighbours is for simulations: against a server that lies to some, every site "
+            "shares masks with all others; leave it out"
+        )
     if plan.standardize:
         raise ConfigError(
             "standardize has each site tell the server statistics of its own columns, in no sum of all: "
