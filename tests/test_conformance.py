@@ -16,7 +16,15 @@ import torch
 from fedtorch import recipe as recipe_module
 from fedtorch import server as server_module
 from fedtorch.fast import copies
-from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel, gradients, sample
+from fedtorch.privacy import (
+    AdaptiveClip,
+    ClientLevel,
+    LocalDP,
+    SampleLevel,
+    gradients,
+    one_client,
+    sample,
+)
 from fedtorch.privacy import run as run_module
 from fedtorch.privacy.accounting.events import epsilon
 from fedtorch.privacy.accounting.gaussian import gaussian_epsilon
@@ -290,7 +298,8 @@ def broken_examples_are_clipped_like_others(patch: pytest.MonkeyPatch) -> None:
         return (self.clip * sq.rsqrt()).clamp(max=1)
 
     patch.setattr(gradients.PrivateSteps, "factors", factors)
-    patch.setattr(gradients, "_only", lambda used, grads, sq: grads)
+    for file in (gradients, one_client):
+        patch.setattr(file, "counting", lambda used, grads, sq: grads)
 
 
 def a_ledger_that_starts_anew_each_round(patch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,7 @@ class Touch:
         (["--rounds", "x"], "rounds: expected int, got x"),
         (["--drop-last", "maybe"], "drop_last: expected bool, got maybe"),
         (["--strategy", "prox"], "unknown strategy 'prox'; there are fedavg, fedprox, scaffold"),
-        (["--pace.size", "3"], "has no option 'size'; it has none (--pace buffered has it)"),
+        (["--pace.size", "3"], "has no option 'size'; it has clock (--pace buffered has it)"),
         (["--strategy.m", "1"], "strategy FedAvg has no option 'm'; it has server, weighting"),
         (["--strategy", "fedprox", "--strategy.mu", "x"], "strategy.mu: expected float, got x"),
         (

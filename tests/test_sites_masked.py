@@ -380,14 +380,16 @@ def test_a_call_that_a_dead_process_left_open_speaks_for_nobody(folder, tmp_path
     def sent(self, message, round):
         send(self, message, round)
         if self.config.name == "west" and not opened.is_set():
+            before = newest.get("west")
             old.start()
-            time.sleep(0.05)
+            while newest.get("west") is before:  # until the old call is open
+                time.sleep(0.01)
             opened.set()
 
     monkeypatch.setattr(Party, "begin", begun)
     monkeypatch.setattr(Site, "_send", sent)
     with federation(folder, offered, tmp_path) as (there, _):
-        left = wire.encode(Message("fetch", {"run": "test"}))
+        left, newest = wire.encode(Message("fetch", {"run": "test"})), there.session.newest
 
         def call():
             answers.append(wire.decode(there.session.handle("fetch", "west", left)).kind)

@@ -144,7 +144,10 @@ CSV = "a,b,label\n" + "".join(f"{i},{i * 2},{i % 2}\n" for i in range(20))
         (["--metrics", "accurcy"], "unknown metric 'accurcy'; there are accuracy"),
         (["--metrics", "mae"], "this loss needs one output for each target"),
         (["--optimizer", "sdg"], "unknown client optimizer 'sdg'; there are"),
-        (["--optimizer.momentun", "0.9"], "client optimizer sgd: "),
+        (
+            ["--optimizer.momentun", "0.9"],
+            "client optimizer sgd has no option 'momentun'; it has momentum",
+        ),
         (
             ["--participation", "uniform", "--participation.cohort-size", "11"],
             "between 1 and the 10",
