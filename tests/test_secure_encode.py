@@ -14,6 +14,7 @@ from fedtorch.secure.encode import (
     Layout,
     from_words,
     seal,
+    shortened,
     to_words,
     unseal,
 )
@@ -125,3 +126,20 @@ def test_the_order_is_that_of_names_whatever_the_dictionaries():
         a.flat({**sent, "delta": {"w": sent["delta"]["w"]}}, {})
     with pytest.raises(Refused, match="delta has no b of the shape"):
         a.flat({**sent, "delta": sent["delta"] | {"b": torch.zeros(2)}}, {})
+
+
+def test_rounding_makes_no_update_longer_than_what_noise_is_made_for():
+    coding = Coding.of(32, 10_000, 1.0)
+    # each number just above half a step, so that rounding takes it up
+    steps = round(coding.scale / 1000) // 2 * 2 - 1
+    worst = np.full(10**6, (steps + 0.5) / coding.scale)
+    norm = float(np.linalg.norm(worst))
+
+    def sent(values):
+        return float(np.linalg.norm(coding.encode(values)[0] / coding.scale))
+
+    assert sent(worst) > 1.002 * norm
+    short = shortened(coding, worst, norm)
+    assert sent(short) <= norm and np.linalg.norm(short) > 0.997 * norm
+    few = worst[:9]  # short enough as it is
+    assert np.array_equal(shortened(coding, few, norm), few)

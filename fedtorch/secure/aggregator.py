@@ -165,7 +165,10 @@ class SecureSum:
         """So many clients are asked."""
         self._asked, self._fewest = asked, privacy.fewest
         if self._rule.apart and asked:
-            self._whole = WholeSum(self._rule.coding(asked, privacy), self._rule.weight_cap)
+            coding = self._rule.coding(asked, privacy)
+            fixed = privacy.central and getattr(privacy, "adaptive", None) is None
+            cap, norm = self._rule.weight_cap, privacy.clip if fixed else None
+            self._whole = WholeSum(coding, cap, norm)
 
     def add(self, update: Released) -> None:
         """Add clients of a simulation, or the mean that sites' masked vectors came to."""

@@ -79,6 +79,13 @@ class Coding:
         return sums / np.float64(self.scale)
 
 
+def shortened(coding: Coding, values: np.ndarray, norm: float) -> np.ndarray:
+    """Values [d] scaled down, where need be, to a length that rounding takes no further than ``norm``."""
+    most = max(0.0, norm - math.sqrt(len(values)) / (2 * coding.scale))
+    length = math.sqrt(float(values @ values))
+    return values * (most / length) if length > most else values
+
+
 def whole(width: int, clients: int) -> int:
     """The largest whole number of which so many do not wrap."""
     return ((1 << (width - 1)) - 1) // clients

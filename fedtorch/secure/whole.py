@@ -3,17 +3,17 @@
 import numpy as np
 import torch
 
-from fedtorch.secure.encode import RIDERS, Coding, Figures, Layout, riders, unseal
+from fedtorch.secure.encode import RIDERS, Coding, Figures, Layout, riders, shortened, unseal
 from fedtorch.types import Params, Released, Stack
 
 
 class WholeSum:
     """Clients of a simulation, each as the whole numbers that it would put masks on."""
 
-    def __init__(self, coding: Coding, cap: int | None) -> None:
-        """Nobody yet."""
+    def __init__(self, coding: Coding, cap: int | None, norm: float | None = None) -> None:
+        """Nobody yet; ``norm``: rounding makes none of what they send longer, if noise is made for it."""
         self.came = 0
-        self._coding, self._cap = coding, cap
+        self._coding, self._cap, self._norm = coding, cap, norm
         self._layout: Layout | None = None
         self._total = np.zeros(0, np.int64)
         self._riders = np.zeros(len(RIDERS), np.int64)
@@ -32,7 +32,9 @@ class WholeSum:
         for k in range(len(update.ids)):
             sent = {g: _row(s, k) for g, s in update.sent.items()}
             share = float(update.weight[k]) / (self._cap or 1)
-            coded, beyond = self._coding.encode(self._layout.flat(sent, {}), share)
+            flat = self._layout.flat(sent, {})
+            flat = flat if self._norm is None else shortened(self._coding, flat, self._norm)
+            coded, beyond = self._coding.encode(flat, share)
             self._total += coded
             told = {n: float(update.metrics[n][k]) for n in ("examples",) if n in update.metrics}
             loss = float(update.metrics["train_loss"][k]) if "train_loss" in update.metrics else 0.0

@@ -9,7 +9,16 @@ import torch
 from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.privacy.clipping import joint_norms
 from fedtorch.secure.aggregator import Secure
-from fedtorch.secure.encode import Coding, Figures, Layout, from_words, seal, to_words, unseal
+from fedtorch.secure.encode import (
+    Coding,
+    Figures,
+    Layout,
+    from_words,
+    seal,
+    shortened,
+    to_words,
+    unseal,
+)
 from fedtorch.secure.refused import Refused
 from fedtorch.secure.roster import Member, Terms, task_digest
 from fedtorch.sites.offer import Plan
@@ -84,7 +93,10 @@ class Sums:
             told = update.metrics
             figures = Figures(figures.weight, float(told["examples"]), float(told["train_loss"]))
         values = self.layout(task).flat(own, changes)
-        return to_words(seal(_coding(terms), values, figures), terms.width)
+        coding, privacy = _coding(terms), self.reader.recipe.privacy
+        if privacy.central and terms.width == 32 and CLIP_BIT not in own:
+            values = shortened(coding, values, task.privacy["clip"])
+        return to_words(seal(coding, values, figures), terms.width)
 
     def unseal(self, terms: Terms, words: np.ndarray, ids: Sequence[str], task: Task) -> Released:
         """The update of all of ``ids`` together; raises Refused for a sum that they cannot have.
