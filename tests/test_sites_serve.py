@@ -43,7 +43,9 @@ def serve(tmp_path, capsys, monkeypatch):
         ]
         given += ["--address", "127.0.0.1:0", "--run-dir", str(tmp_path / "run"), "--rounds", "2"]
         code = program.main(["serve", *given, "--deadline", "0.1", *words])
-        return code, (capsys.readouterr().err.strip().splitlines() or [""])[-1]
+        told = capsys.readouterr()
+        run.out = told.out
+        return code, (told.err.strip().splitlines() or [""])[-1]
 
     return run
 
@@ -132,6 +134,13 @@ def test_sites_are_told_the_learning_rate_that_was_asked_for_or_the_plans_own():
 def test_a_run_that_is_done_is_told_as_that(serve, tmp_path, monkeypatch, told):
     monkeypatch.setattr(Server, "moved", lambda self: True)
     assert serve("--privacy", "none")[0] == 0 and told == [None]
+    for said in (
+        "2 sites, logistic, 2 rounds",
+        "nothing is noised",
+        "done: 2 rounds",
+        "run folder: ",
+    ):
+        assert said in serve.out
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert max(json.loads(line)["round"] for line in lines) == 2
 

@@ -15,8 +15,8 @@ from fedtorch.server import Server
 from fedtorch.tracking import Record
 
 
-def introduce(report: Report, opening: str, server: Server, who_has_what: Any) -> None:
-    """Model, privacy promise, the engine's choices, and who got what."""
+def introduce(report: Report, opening: str, server: Server, who_has_what: Any = None) -> None:
+    """Model, privacy promise, the engine's choices, and who got what, where that is known here."""
     model, private = server.model, server.private
     size = sum(p.numel() for p in model.parameters())
     report.say(f"{opening}, {size:,} parameters, {worded(server.recipe.strategy)}")
@@ -32,7 +32,7 @@ def introduce(report: Report, opening: str, server: Server, who_has_what: Any) -
         report.say(f"note: float buffers such as BatchNorm statistics are averaged{kept}")
     if server.round_number:
         report.say(f"resumed after round {server.round_number}")
-    elif not strict(server):  # who has what is nobody's to know
+    elif who_has_what is not None and not strict(server):  # who has what is nobody's to know
         report.say(who_has_what)
 
 
@@ -109,7 +109,7 @@ def conclude(
         if k.startswith("test_") and v
     )
     took = f" in {summary['seconds']:.1f} s" if "seconds" in summary else ""
-    report.say(f"{state}: {summary['rounds']} rounds{took}  {figures}")
+    report.say(f"{state}: {summary['rounds']} rounds{took}  {figures}".rstrip())
     if server.private:
         report.say(f"privacy: epsilon {summary['epsilon']:.3f} spent at delta {summary['delta']:g}")
         report.say(text(server.private))

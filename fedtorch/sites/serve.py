@@ -17,8 +17,7 @@ from fedtorch.data.tokens import PREFIX
 from fedtorch.rounds.figures import Metrics
 from fedtorch.rounds.observers import Observer
 from fedtorch.run import checkpoint, files, huggingface, loop
-from fedtorch.run.messages import starting_score, write_results
-from fedtorch.run.report import promise
+from fedtorch.run.messages import conclude, introduce, starting_score, write_results
 from fedtorch.server import Server
 from fedtorch.sites import statistics
 from fedtorch.sites.ends import EndedEarly, early, enough
@@ -97,8 +96,8 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         with loop.around(config, server, kept, TensorBoard(), began) as here:
             # before the first round: what is promised, and how good the model is untrained
             here.report.say(f"listening at {config.address}, waiting for {', '.join(config.sites)}")
-            for line in promise(server.private) if server.private else ["no privacy: no noise"]:
-                here.report.say(line)
+            opening = f"{len(config.sites)} sites, {config.model}, {config.rounds} rounds"
+            introduce(here.report, opening, server)
             ready = settled(session, config, here)
             test = own_test(own, session.options.plan) if ready else None
             judged = plan.judging(server.recipe, model, test) if test is not None else ({}, None)
@@ -122,6 +121,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         text = f"ended after {number} of {rounds} rounds: {why}; the model so far is saved"
         text += f" (go on: fedtorch serve --run-dir {folder} --resume)"
         raise EndedEarly(why.code, text, why.reason)
+    here.report.attempt("the report", conclude, here.report, folder, summary, False, server)
     return summary
 
 
