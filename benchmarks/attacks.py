@@ -1,12 +1,12 @@
 """Robust aggregators against simulated liars, on the bundled digits: rule, mixing before it, attack.
 
-    python -m benchmarks.attacks [SEEDS] [FILE]
+    python -m benchmarks.attacks [SEEDS] [FILE] [ROUNDS]
 
-25 clients, 5 of them liars, labels by Dirichlet 0.5, an MLP of 32 hidden units, 25 rounds of two epochs in
+25 clients, 5 of them liars, labels by Dirichlet 0.5, an MLP of 32 hidden units, 25 ROUNDS of two epochs in
 batches of 8 at rate 0.1, client momentum 0.9. Prints two tables, means over seeds, in percent: test
 accuracy, and what the attack did. That is the share of test rows taken for 9 - y under a label flip, and
 elsewhere the accuracy that is lost against the plain mean with nobody lying. With FILE each run is written
-there as it ends, and one that is there already is not run again.
+there as it ends, and one that is there already is not run again: take another for other ROUNDS.
 """
 
 import json
@@ -57,7 +57,9 @@ def flipped(output: Tensor, target: Tensor) -> Tensor:
     return (output.argmax(1) == 9 - target).float()
 
 
-def score(rule: Aggregator, threat: Threat | None, seed: int) -> tuple[float, float]:
+def score(
+    rule: Aggregator, threat: Threat | None, seed: int, rounds: int = ROUNDS
+) -> tuple[float, float]:
     """Test accuracy at the end, and the share of rows that are taken for 9 - y, in percent."""
     data = Digits().load(seed)
     ids, parts = partition(data, Dirichlet(alpha=0.5), CLIENTS, seed)
@@ -66,14 +68,16 @@ def score(rule: Aggregator, threat: Threat | None, seed: int) -> tuple[float, fl
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     recipe = Recipe(ClientMomentum(weighting="uniform"), batch_size=8, aggregator=rule)
     server = Server(model, clients, recipe, seed=seed, threat=threat)
-    for _ in server.rounds(ROUNDS):
+    for _ in server.rounds(rounds):
         pass
     assert data.test is not None
     found = evaluate(model, data.test, {"accuracy": accuracy, "flipped": flipped})
     return 100 * found["accuracy"], 100 * found["flipped"]
 
 
-def scores(seeds: int, file: Path | None) -> dict[tuple[str, str, int], tuple[float, float]]:
+def scores(
+    seeds: int, file: Path | None, rounds: int = ROUNDS
+) -> dict[tuple[str, str, int], tuple[float, float]]:
     """Of every rule, attack and seed."""
     found = {}
     if file and file.exists():
@@ -85,16 +89,16 @@ def scores(seeds: int, file: Path | None) -> dict[tuple[str, str, int], tuple[fl
             for attack, threat in ATTACKS.items():
                 if (rule, attack, seed) in found:
                     continue
-                both = found[rule, attack, seed] = score(RULES[rule], threat, seed)
+                both = found[rule, attack, seed] = score(RULES[rule], threat, seed, rounds)
                 if file:
                     with file.open("a") as out:
                         out.write(json.dumps([rule, attack, seed, *both]) + "\n")
     return found
 
 
-def main(seeds: int, file: Path | None) -> None:
+def main(seeds: int, file: Path | None, rounds: int = ROUNDS) -> None:
     """Both tables, and which rules hold."""
-    found = scores(seeds, file)
+    found = scores(seeds, file, rounds)
 
     def of(rule: str, attack: str, place: int = 0) -> list[float]:
         return [found[rule, attack, seed][place] for seed in range(seeds)]
@@ -124,4 +128,5 @@ def main(seeds: int, file: Path | None) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     given = sys.argv[1:]
-    main(int(given[0]) if given else 3, Path(given[1]) if given[1:] else None)
+    file = Path(given[1]) if given[1:] else None
+    main(int(given[0]) if given else 3, file, int(given[2]) if given[2:] else ROUNDS)
