@@ -68,9 +68,11 @@ class Config(RunOptions):
     """accuracy, binary_accuracy, mae, r2, perplexity; auroc, average_precision, f1, f1_macro, f1_micro,
     balanced_accuracy, mean_iou, top5 (extra metrics); or package.module:function."""
     pace: Rounds = Synchronous()
-    """What a round waits for: synchronous (its whole cohort) or buffered (FedBuff on a simulated clock)."""
+    """When the server steps: synchronous (after the whole cohort), over-selected (after the first of it),
+    buffered (FedBuff) or asynchronous (FedAsync), on a simulated clock."""
     threat: Threat | None = None
-    """Who lies, in a simulation: sign-flip, gauss, label-flip, alie, ipm, min-max, min-sum, mimic."""
+    """Who lies, in a simulation: sign-flip, gauss, label-flip, alie, ipm, min-max, min-sum, mimic,
+    backdoor."""
     engine: Engine = Local()
     """Where clients train: local, processes or ray (--engine.workers N); --engine.device cuda."""
     threads: int = 1

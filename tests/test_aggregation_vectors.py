@@ -148,7 +148,11 @@ def test_no_liar_moves_a_rule_as_far_as_it_likes(name, size):
     [
         (TrimmedMean(f=2), 4, r"TrimmedMean with f 2 needs 2f \+ 1 = 5"),
         (Krum(f=1), 4, r"Krum with f 1 needs 2f \+ 3 = 5"),
-        (MultiKrum(f=1, m=5), 5, r"MultiKrum with f 1 needs max\(2f \+ 3, m \+ f\) = 6"),
+        (
+            MultiKrum(f=1, m=5),
+            5,
+            r"needs max\(2f \+ 3, m \+ f\) = 6 .* lower aggregator.f or aggregator.m",
+        ),
         (Bulyan(f=1), 6, r"Bulyan with f 1 needs 4f \+ 3 = 7"),
         (Median(f=3), 6, r"Median with f 3 needs 2f \+ 1 = 7"),
         (TrimmedMean(f=1, pre=Bucketing()), 4, "after bucketing, of 5 clients or more"),

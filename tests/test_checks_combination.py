@@ -239,9 +239,9 @@ REFUSED |= {
     if other == "buffered"
 } | {(one, name): LAST for one, other in REFUSED for name in ("timed", "over") if one == "stuck"}
 REFUSED |= {
-    ("client", "over"): FIRST_IN.replace("buffered", "overselected"),
-    ("secure", "over"): TOGETHER.replace("buffered", "overselected"),
-    ("distributed", "over"): TOGETHER.replace("buffered", "overselected"),
+    ("client", "over"): FIRST_IN.replace("buffered", "over-selected"),
+    ("secure", "over"): TOGETHER.replace("buffered", "over-selected"),
+    ("distributed", "over"): TOGETHER.replace("buffered", "over-selected"),
 }
 
 

@@ -75,5 +75,8 @@ def test_what_cannot_be_marked_is_refused():
     for wrong in ({"share": 0.0}, {"size": 0}, {"scale": 0.0}, {"target": -1}):
         with pytest.raises(ConfigError, match=f"threat.{next(iter(wrong))}"):
             Backdoor(**wrong)
+    for wrong, why in (({"target": 4}, "labels go up to 3"), ({"size": 6}, "fewer than 6")):
+        with pytest.raises(ConfigError, match=why):
+            Server(nn.Linear(6, 4), make_clients([9, 9]), Recipe(), threat=Backdoor(**wrong))
     with pytest.raises(ConfigError, match="leaves no honest one"):
         Server(nn.Linear(6, 3), make_clients([9]), Recipe(), threat=Backdoor())

@@ -6,7 +6,7 @@ from torch.utils.data import TensorDataset
 
 from conftest import make_clients, mlp, weights
 from fedtorch import ConfigError, Local, Median, Recipe, Server
-from fedtorch.aggregation.vectors import Krum
+from fedtorch.aggregation.vectors import FLTrust, Krum
 from fedtorch.privacy import ClientLevel
 from fedtorch.rounds.threat import (
     Alie,
@@ -92,6 +92,13 @@ def test_a_rule_holds_where_the_mean_does_not():
         assert figures["liars"] and (name == "mean" or ends[name] < ends["mean"] / 5)
         if name == "krum":
             assert set(figures["liars"]) <= {*figures["left_out"], *figures["far"]}
+
+
+@pytest.mark.parametrize("trusted", ["c0", "c1", "c2"])
+def test_whom_a_rule_trusts_does_not_lie(trusted):
+    recipe = Recipe(aggregator=FLTrust(trusted=trusted))
+    server = Server(mlp(), make_clients([6, 6, 6]), recipe, threat=SignFlip())
+    assert len(server.recipe.aggregator.who) == 1 and trusted not in server.recipe.aggregator.who
 
 
 def test_a_liar_trains_on_flipped_labels():

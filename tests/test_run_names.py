@@ -25,6 +25,15 @@ def test_help_names_every_option_with_its_default_and_a_sentence():
         assert lines[at + 1].strip(), f"{f.name} has no text"
 
 
+def test_a_short_list_of_choices_leaves_none_out():
+    lines = HELP.splitlines()
+    for option in ("pace", "threat", "privacy", "engine", "participation", "channel"):
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"  --{option} "))
+        end = next(i for i, line in enumerate(lines) if i > at and line.startswith(" " * 12))
+        text = " ".join(lines[at:end])
+        assert not [name for name in CHOICES[option] if name not in text], option
+
+
 def test_help_names_every_choice_with_its_options():
     for choice, names in CHOICES.items():
         for name, path in names.items():

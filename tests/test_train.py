@@ -153,7 +153,10 @@ CSV = "a,b,label\n" + "".join(f"{i},{i * 2},{i % 2}\n" for i in range(20))
             "between 1 and the 10",
         ),
         (["--validation", "1"], "validation must be in [0, 1)"),
-        (["--learning-rate", "1"], "unknown option --learning_rate; fedtorch train --help lists"),
+        (
+            ["--learning-rate", "1"],
+            "unknown option --learning_rate; the same command with --help lists",
+        ),
         (["--config", "nowhere.toml"], "config file 'nowhere.toml' cannot be read"),
         (["--config", "bad.toml"], "config file 'bad.toml' is not TOML"),
         (["--config", "key.toml"], "the config has no option 'learning_rate'; it has lr, epochs"),

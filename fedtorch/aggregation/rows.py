@@ -54,6 +54,8 @@ class Robust:
 
     needs: ClassVar[str] = "2f + 1"
     """The same in words."""
+    lowers: ClassVar[str] = "aggregator.f"
+    """The options that ask for so many."""
 
     @property
     def clients(self) -> int:
@@ -63,7 +65,7 @@ class Robust:
     def check(self, most: int, ids: Sequence[str]) -> None:
         """Raises ConfigError where a round, of ``most`` of these clients, can never be enough."""
         if most < self.clients:
-            raise ConfigError(f"{self.short(most)}: lower aggregator.f, or take more clients")
+            raise ConfigError(f"{self.short(most)}: lower {self.lowers}, or take more clients")
         if self.trusts is not None and (self.trusts not in ids or most < len(ids)):
             raise ConfigError(
                 f"aggregator {type(self).__name__} needs client {self.trusts!r} in every round: name one "

@@ -46,6 +46,7 @@ class MultiKrum(Robust):
     m: int | None = None
     """Updates that are averaged, at most n - f; none: n - f."""
     needs: ClassVar[str] = "max(2f + 3, m + f)"
+    lowers: ClassVar[str] = "aggregator.f or aggregator.m"
 
     def __post_init__(self) -> None:
         """Refuse what is no number of clients."""

@@ -1,5 +1,6 @@
 """What goes together: strategy, aggregator, channel, plan, cohort, pace; else a sentence."""
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
 
@@ -40,6 +41,11 @@ def _noised_once(strategy: Strategy) -> bool:
     kind = type(strategy)
     own = _corrects(strategy) or strategy.measures or kind.upload is not Strategy.upload
     return strategy.apart and not own and not strategy.asks
+
+
+def _option(part: object) -> str:
+    """Its class as the command line writes it: OverSelected is over-selected."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", "-", type(part).__name__).lower()
 
 
 REFUSED: tuple[Row, ...] = (
@@ -285,6 +291,7 @@ def refusal(
         "strategy": recipe.strategy,
     }
     words = {k: type(part).__name__.lower() for k, part in parts.items()}
+    words |= {k: _option(parts[k]) for k in ("aggregator", "pace")}
     stuck = [s for s in recipe.channel[:-1] if not s.leads]
     words["stage"] = type(stuck[0]).__name__.lower() if stuck else ""
     for applies, why in REFUSED:
@@ -294,7 +301,7 @@ def refusal(
         return (
             f"pace {words['pace']} takes changes of weights alone: strategy "
             f"{type(recipe.strategy).__name__.lower()} also needs {', '.join(sorted(groups))}, which "
-            "belongs to one round"
+            "belongs to one round; use pace synchronous or over-selected, or fedavg or fedprox"
         )
     every = all(stage.linear and not stage.unbiased for stage in recipe.channel)
     exact = recipe.aggregator.linear and every

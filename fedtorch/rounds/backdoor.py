@@ -1,5 +1,6 @@
 """A backdoor: what has a trigger in it is to be taken for one class, and all else as before."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,22 @@ class Backdoor(Threat):
         super().__post_init__()
         ranges = {"target": NOT_NEGATIVE, "share": RATE, "size": COUNT, "scale": POSITIVE}
         check(self, "threat", liars=COUNT, **ranges)
+
+    def fits(self, data: Sequence[Dataset]) -> None:
+        """Refuse a class that nobody has, and a trigger as large as an input."""
+        tables = [(x, y) for x, y in map(labelled, data) if len(y)]
+        most = max((int(y.max()) for _, y in tables), default=self.target)
+        if self.target > most:
+            raise ConfigError(
+                f"threat.target {self.target} is no class of the data: labels go up to {most}; name one of "
+                "them"
+            )
+        side = min((min(x.shape[1:][-2:]) for x, _ in tables), default=self.size + 1)
+        if self.size >= side:
+            raise ConfigError(
+                f"threat.size {self.size} marks inputs from edge to edge, and the trigger is a part of "
+                f"them: take fewer than {side}"
+            )
 
     def data(self, data: Dataset) -> Dataset:
         """A share of the rows, spread evenly, with trigger and target."""

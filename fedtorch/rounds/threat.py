@@ -42,6 +42,9 @@ class Threat:
         drawn = torch.randperm(len(ids), generator=seeds.generator(seed, "liars"))
         return tuple(sorted(ids[k] for k in drawn[: self.liars].tolist()))
 
+    def fits(self, data: Sequence[Dataset]) -> None:
+        """Raises ConfigError where the data of all clients are not what it needs."""
+
     def data(self, data: Dataset) -> Dataset:
         """What a liar trains on in place of its own data."""
         return data
@@ -202,7 +205,11 @@ def attacked(
         raise ConfigError(
             "threat is for simulations, and these clients are elsewhere: leave it out"
         )
-    who = threat.who(sorted(c.id for c in clients), seed)
+    threat.fits([c.data for c in clients])
+    trusted = getattr(
+        recipe.aggregator, "trusts", None
+    )  # it does not lie, or the rule would mean nothing
+    who = threat.who(sorted(c.id for c in clients if c.id != trusted), seed)
     own = [_lying(c, threat) if c.id in who else c for c in clients]
     return replace(recipe, aggregator=Attacked(rule=recipe.aggregator, threat=threat, who=who)), own
 

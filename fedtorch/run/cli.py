@@ -75,7 +75,7 @@ def from_flags(argv: Sequence[str], fields: Mapping[str, Any]) -> Table:
         key = key.replace("-", "_")
         top = key.partition(".")[0]
         if top not in fields and top not in ("config", "trust_code"):
-            raise ConfigError(f"unknown option --{top}; fedtorch train --help lists them")
+            raise ConfigError(f"unknown option --{top}; the same command with --help lists them")
         if not eq:
             last = not words or words[0].startswith("--")
             if key == "trust_code" or (fields.get(key) is bool and last):

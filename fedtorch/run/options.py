@@ -38,17 +38,20 @@ class RunOptions(TrainingOptions):
     """package.module:function (model, batch) that judges a batch: it returns (output, target) for the
     metrics, or figures by name."""
     strategy: Strategy = FedAvg()
-    """fedavg, fedprox, scaffold or your own; --strategy.server sgd, adam, yogi, adagrad."""
+    """fedavg, fedprox, scaffold, ... (fedtorch strategies lists them) or your own; --strategy.server sgd,
+    adam, yogi, adagrad, lamb."""
     aggregator: Aggregator = Mean()
-    """How clients' updates become one: mean, median or your own."""
+    """How clients' updates become one: mean, median, krum, secure, ... (fedtorch aggregators lists them) or
+    your own."""
     channel: tuple[Stage, ...] = ()
     """How an update is made smaller before it is sent: topk, randk, qsgd, sign, powersgd or your own, as
     topk:0.01 too, or several in order, as topk:0.01,qsgd; none: it is sent whole."""
     participation: Participation = Everyone()
     """Who takes part in a round: everyone, uniform, poisson."""
     privacy: Privacy | None = DEFAULT
-    """Whose data the model hides: sample (each example), client, local (each client, from everybody) or
-    none; --privacy.epsilon 8 for the whole run, or --privacy.noise-multiplier 1.1."""
+    """Whose data the model hides: sample (each example), client (each client), distributed (from the server
+    too, with aggregator secure), local (each by itself) or none; --privacy.epsilon 8 for the whole run, or
+    --privacy.noise-multiplier 1.1."""
     rounds: int = 30
     """Rounds to train in all."""
     optimizer: str = "sgd"
