@@ -210,6 +210,10 @@ class Touch:
         (["--drop-last", "maybe"], "drop_last: expected bool, got maybe"),
         (["--strategy", "prox"], "unknown strategy 'prox'; there are fedavg, fedprox, scaffold"),
         (["--pace.size", "3"], "has no option 'size'; it has clock (--pace buffered has it)"),
+        (
+            ["--strategy", "scaffold", "--strategy.option", "3"],
+            "strategy.option: expected one of 1, 2, got 3",
+        ),
         (["--strategy.m", "1"], "strategy FedAvg has no option 'm'; it has server, weighting"),
         (["--strategy", "fedprox", "--strategy.mu", "x"], "strategy.mu: expected float, got x"),
         (

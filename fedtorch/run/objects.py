@@ -211,7 +211,12 @@ def _plain(message: str, where: str) -> str:
         value = rest.rpartition("Given value:")[2].strip() or "nothing"
         rest = f"expected {types[0].replace(', ', ' or ').replace('NoneType', 'null')}, got {value}"
     rest = rest.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
-    return f"{where + '.' if where else ''}{name}: {rest.replace('typing.', '')}"
+    rest = re.sub(r"Literal\[([^]]*)\]", _choices, rest.replace("typing.", ""))
+    return f"{where + '.' if where else ''}{name}: {rest}"
+
+
+def _choices(found: re.Match[str]) -> str:
+    return "one of " + found[1].replace("'", "")
 
 
 def _literal(text: Any) -> Any:
