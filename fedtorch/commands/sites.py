@@ -14,6 +14,7 @@ from fedtorch.run import cli
 from fedtorch.run import folder as folders
 from fedtorch.run.names import help_text
 from fedtorch.sites import keys as certificates
+from fedtorch.sites import sealed
 from fedtorch.sites.ends import EndedEarly
 from fedtorch.sites.options import ServeConfig, SiteConfig
 from fedtorch.sites.serve import FREE_ON_RESUME
@@ -92,10 +93,12 @@ def stoppable() -> Iterator[None]:
 def keys(argv: Sequence[str]) -> int:
     """Make certificates and keys for a trial."""
     words, given = words_and_options(
-        argv, "keys", {"server": True, "sites": True, "days": True, "help": False}
+        argv, "keys", {"server": True, "sites": True, "days": True, "he": False, "help": False}
     )
     if "help" in given or len(words) != 1:
-        print("usage: fedtorch keys FOLDER --server HOST[,HOST] --sites NAME[,NAME] [--days 365]")
+        print(
+            "usage: fedtorch keys FOLDER --server HOST[,HOST] --sites NAME[,NAME] [--days 365] [--he]"
+        )
         return 0 if "help" in given else 2
     days = given.get("days", "365")
     if not days.isdecimal() or not 0 < int(days) <= 3650:
@@ -105,6 +108,9 @@ def keys(argv: Sequence[str]) -> int:
     )
     for folder in certificates.make(Path(words[0]), hosts, sites, int(days)):
         print(f"made {folder}")
+    if "he" in given:
+        for path in sealed.make(Path(words[0]), [*certificates.fingerprints(Path(words[0]))]):
+            print(f"made {path}")
     print(
         "\n# who takes part, by certificate: for site.toml of a site that pins its peers\n[peers]"
     )

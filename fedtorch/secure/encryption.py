@@ -26,15 +26,16 @@ FLOOD = 1e-7
 """Standard deviation of the noise that is added before: a hundred times what decryption errs by."""
 
 
-def _tenseal() -> Any:
+def tenseal() -> Any:
+    """The library; raises ConfigError without it."""
     try:
-        import tenseal
+        import tenseal as library
     except ImportError as e:
         raise ConfigError(
             "aggregator he needs TenSEAL, which is not installed: pip install 'fedtorch[he]', or use "
             "aggregator secure, which needs nothing more"
         ) from e
-    return tenseal
+    return library
 
 
 def make_keys() -> tuple[bytes, bytes]:
@@ -42,7 +43,7 @@ def make_keys() -> tuple[bytes, bytes]:
 
     Raises ConfigError without TenSEAL.
     """
-    ts = _tenseal()
+    ts = tenseal()
     context = ts.context(ts.SCHEME_TYPE.CKKS, DEGREE, -1, list(PRIMES))
     context.global_scale = 2.0**SCALE
     secret = bytes(context.serialize(save_secret_key=True))
@@ -65,9 +66,22 @@ class Adder:
         """Numbers, none beyond ``MOST``, as ciphertexts of ``SLOTS`` of them."""
         return _encrypted(self._context, values)
 
+    def look(self, code: Sequence[bytes], size: int) -> None:
+        """Whether these are ciphertexts of so many numbers that add to others; raises ConfigError."""
+        ts, left = tenseal(), size
+        for block in code:
+            try:
+                found = ts.ckks_vector_from(self._context, block)
+                if found.size() != min(left, SLOTS):
+                    raise ValueError("another number of values than is due")
+                found += ts.ckks_vector(self._context, [0.0] * min(left, SLOTS))
+            except (ValueError, RuntimeError) as e:
+                raise ConfigError(f"this is no ciphertext that can be added: {e}") from e
+            left -= SLOTS
+
     def add(self, parts: Sequence[Sequence[bytes]]) -> list[bytes]:
         """The sum of several clients' ciphertexts."""
-        ts = _tenseal()
+        ts = tenseal()
         sums = [ts.ckks_vector_from(self._context, block) for block in parts[0]]
         for other in parts[1:]:
             for total, block in zip(sums, other, strict=True):
@@ -97,7 +111,7 @@ class Holder:
         key away (Li and Micciancio 2021, eprint 2020/1533). It errs by 1e-6 at most, but for a chance of
         1e-15 a number.
         """
-        ts = _tenseal()
+        ts = tenseal()
         found = [ts.ckks_vector_from(self._context, block).decrypt() for block in sums]
         whole = np.concatenate([np.asarray(f, np.float64) for f in found])
         noise = stream("aes", None, "flood").normal(whole.shape).numpy()
@@ -107,13 +121,13 @@ class Holder:
 
 def _context(key: bytes) -> Any:
     try:
-        return _tenseal().context_from(key)
+        return tenseal().context_from(key)
     except (ValueError, RuntimeError) as e:
         raise ConfigError(f"this is no key of homomorphic encryption: {e}") from e
 
 
 def _encrypted(context: Any, values: np.ndarray) -> list[bytes]:
-    ts = _tenseal()
+    ts = tenseal()
     if not np.abs(values).max(initial=0.0) <= MOST:
         raise ConfigError(f"a number beyond {MOST:g} cannot be encrypted for a sum")
     parts = (values[i : i + SLOTS] for i in range(0, len(values), SLOTS))

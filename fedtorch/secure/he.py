@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from fedtorch.aggregation.mean import Held
+from fedtorch.aggregation.mean import Held, RunningMean
+from fedtorch.options import POSITIVE, check
 from fedtorch.secure.encode import Layout
-from fedtorch.secure.encryption import MOST, Adder, Holder, make_keys
+from fedtorch.secure.encryption import MOST, Adder, Holder, make_keys, tenseal
 from fedtorch.secure.roster import LEAST
 from fedtorch.types import ConfigError, Params, Released
 
@@ -32,6 +33,13 @@ class HE:
     linear: ClassVar[bool] = True
     hides: ClassVar[bool] = True
 
+    phase_seconds: float = 30.0
+    """How long a site has to open the sum before another is asked; in a simulation it does nothing."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is no number of seconds."""
+        check(self, "aggregator", phase_seconds=POSITIVE)
+
     def check(self, most: int) -> None:
         """Raises ConfigError where a sum shows one, or without TenSEAL."""
         if most < LEAST:
@@ -39,7 +47,7 @@ class HE:
                 f"aggregator he needs {LEAST} clients a round, and there are {most}: of two each would "
                 "know the other's update; let more clients take part"
             )
-        _keys()
+        tenseal()
 
     def start(
         self, held: Held | None = None, seed: int = 0, dtype: torch.dtype = torch.float64
@@ -59,8 +67,9 @@ class EncryptedSum:
     def __init__(self) -> None:
         """Nothing added yet."""
         self.held, self.figures = Held(), dict[str, Any]()
-        secret, public = _keys()
-        self._client, self._server = Holder(secret), Adder(public)
+        self._mean: RunningMean | None = None
+        """Of sites, one of which has opened the sum: here is no key."""
+        self._parties: tuple[Holder, Adder] | None = None
         self._layout: Layout | None = None
         self._sum: list[bytes] = []
         self._came, self._clamped, self._bytes, self._seconds = 0, 0, 0, 0.0
@@ -80,6 +89,14 @@ class EncryptedSum:
 
     def add(self, update: Released) -> None:
         """Each client of a chunk: encrypted with the key, added without it."""
+        if update.summed:
+            self._mean = self._mean or RunningMean()
+            self._mean.add(update)
+            self._came += len(update.ids)
+            self._clamped += int(update.metrics["clamped"].sum().round())
+            return
+        secret, public = _keys()
+        client, server = self._parties = self._parties or (Holder(secret), Adder(public))
         start = time.process_time()
         for k in range(len(update.ids)):
             own = {g: {n: v[k] for n, v in s.items()} for g, s in update.sent.items()}
@@ -88,17 +105,17 @@ class EncryptedSum:
             self._layout = self._layout or Layout.of(shapes, {})
             values = self._layout.flat(own, {})
             self._clamped += int((np.abs(values) > self._range).sum())
-            code = self._client.encrypt(values.clip(-self._range, self._range))
+            code = client.encrypt(values.clip(-self._range, self._range))
             self._bytes += sum(map(len, code))
-            self._sum = self._server.add([self._sum, code]) if self._sum else code
+            self._sum = server.add([self._sum, code]) if self._sum else code
             self._came += 1
         self._seconds += time.process_time() - start
 
     def sums(self) -> dict[str, Params]:
         """Sum of each sent group, opened."""
-        assert self._layout is not None
+        assert self._layout is not None and self._parties is not None
         start = time.process_time()
-        found, _ = self._layout.unflat(self._client.opened(self._sum))
+        found, _ = self._layout.unflat(self._parties[0].opened(self._sum))
         self._seconds += time.process_time() - start
         return found
 
@@ -106,6 +123,10 @@ class EncryptedSum:
         """The mean of each sent group and of the float buffers; nothing where too few reported."""
         if self.short():
             return {}, {}
+        if self._mean is not None:
+            if self._clamped:
+                self.figures["clamped"] = self._clamped
+            return self._mean.result(start)
         means = {g: {n: v / self._came for n, v in s.items()} for g, s in self.sums().items()}
         self.figures |= {"bytes_up": self._bytes, "he_seconds": self._seconds}
         if self._clamped:

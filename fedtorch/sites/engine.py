@@ -19,6 +19,7 @@ from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.recipe import Recipe
 from fedtorch.secure.aggregator import Secure
+from fedtorch.secure.he import HE
 from fedtorch.sites import offer as plans
 from fedtorch.sites.reports import Reader, Visit, check_enough, judge
 from fedtorch.sites.rpc import Listener, log
@@ -59,6 +60,8 @@ class Sites:
     """Folder with key.pem, cert.pem and ca.pem; none: no TLS, loopback only."""
     deadline: float = 600.0
     """Seconds a round waits for its sites."""
+    public: Path | None = None
+    """The public key of sums under homomorphic encryption."""
     minimum: int = 1
     """Sites that must report for a round to count."""
     enough: int | None = None
@@ -84,11 +87,10 @@ class Sites:
         if self.enough is not None:
             check_enough(self.enough, self.minimum, len(clients), recipe.privacy)
         names = [c.id for c in clients]
-        if recipe.hides and recipe.secure is None:
-            raise ConfigError(
-                "aggregator he is for simulations: sites carry no encrypted sums; use aggregator secure, "
-                "which needs no common key"
-            )
+        if isinstance(recipe.aggregator, HE):
+            from fedtorch.sites.encrypted import EncryptedSession
+
+            return EncryptedSession(self, model, names, recipe)
         if isinstance(recipe.aggregator, Secure):
             from fedtorch.sites.masked import MaskedSession
 
@@ -130,7 +132,7 @@ class SitesSession:
         self.change = threading.Condition()
         # float64, every group of the strategy, and room for the header
         groups = max(len(self.reader.expected.sent), 1)
-        size = sum(v.numel() for v in state.values()) * 8 * (groups + 1)
+        size = self.room(sum(v.numel() for v in state.values()), groups)
         self.asking = asking(options.plan, names)
         """The round of statistics before the first, where the plan has one to come."""
         self.header_limit = self.reader.header_limit()
@@ -140,6 +142,10 @@ class SitesSession:
             options.address, options.keys, len(names), limit, self.handle, names
         )
         self.port = self.listener.port
+
+    def room(self, numbers: int, groups: int) -> int:
+        """Bytes of the tensors of the largest message: a model of so many numbers, and groups of them."""
+        return numbers * 8 * (groups + 1)
 
     # the server's thread
 

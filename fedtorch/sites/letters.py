@@ -1,6 +1,6 @@
 """Messages of a secure sum as messages of the wire, and back; what comes is looked at first."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -108,6 +108,19 @@ def read_down(phase: str, message: Message) -> Down:
             raise MessageError(f"there is no phase {short(phase)}")
 
 
+def blocks(code: Sequence[bytes]) -> dict[str, Params]:
+    """Ciphertexts, in their order, as groups."""
+    return {"secure": _rows(dict(enumerate(code)))}
+
+
+def read_blocks(message: Message, count: int) -> list[bytes]:
+    """So many ciphertexts of a message; raises MessageError for anything else."""
+    found = _bytes(message.groups.get("secure", {}), count)
+    if message.groups.keys() != {"secure"} or [*found] != [*range(count)]:
+        raise MessageError(f"{count} ciphertexts are due, and no other number")
+    return [*found.values()]
+
+
 def certificates(message: Message) -> dict[int, bytes]:
     """Certificates that came with the keys, by place."""
     return _bytes(message.groups["certificates"]) if "certificates" in message.groups else {}
@@ -156,7 +169,7 @@ def _rows(found: Mapping[int, bytes]) -> Params:
     }
 
 
-def _bytes(tree: Params) -> dict[int, bytes]:
+def _bytes(tree: Params, most: int = MOST_MEMBERS) -> dict[int, bytes]:
     if tree.keys() != {"places", "ends", "bytes"}:
         raise MessageError("a list of byte strings by place is of another form")
     places, ends, whole = _whole(tree, "places"), _whole(tree, "ends"), tree["bytes"]
@@ -164,7 +177,7 @@ def _bytes(tree: Params) -> dict[int, bytes]:
     sound = whole.dtype == torch.uint8 and whole.dim() == 1 and len(ends) == len(places)
     if not sound or starts[-1] != len(whole) or any(b < a for a, b in pairwise(starts)):
         raise MessageError("a list of byte strings does not have the lengths that it says")
-    if len({*places}) != len(places) or len(places) > MOST_MEMBERS:
+    if len({*places}) != len(places) or len(places) > most:
         raise MessageError("a list of byte strings has a place twice, or too many")
     data = whole.numpy().tobytes()
     return {k: data[a:b] for k, (a, b) in zip(places, pairwise(starts), strict=True)}

@@ -118,6 +118,11 @@ class Party:
             confirms=self._refusal,
         )
 
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is due."""
+        return self.half.phase == "done"
+
     def begin(self, update: Released) -> Message:
         """Keys, once the training is done."""
         self.vector = self.sums.seal(self.terms, update, self.task)

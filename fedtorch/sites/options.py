@@ -36,6 +36,9 @@ class SiteConfig:
     """This site's own data: csv, npz, idx, ...; e.g. --dataset csv --dataset.path FILE."""
     credentials: str = ""
     """Folder with key.pem, cert.pem and ca.pem."""
+    he_secret: str = ""
+    """The sites' common secret key, for aggregator he (fedtorch keys --he); none: he.secret in
+    credentials."""
     insecure: bool = False
     """No TLS and no keys: only for a server on this very machine."""
     state: str = "site"
@@ -119,6 +122,9 @@ class ServeConfig(RunOptions):
     """Where to listen, HOST:PORT; 0.0.0.0:8443 for every network of this machine."""
     credentials: str = ""
     """Folder with key.pem, cert.pem and ca.pem."""
+    he_public: str = ""
+    """The public half of the sites' common key, for aggregator he (fedtorch keys --he); none: he.public
+    in credentials."""
     insecure: bool = False
     """No TLS and no keys: only for sites on this very machine."""
     input_shape: list[int] = field(default_factory=list)

@@ -38,6 +38,7 @@ FREE_ON_RESUME = {
     "most_examples",
     "patience",
     "address",
+    "he_public",
 }
 """Options a resumed run may change."""
 
@@ -67,6 +68,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         plan=plan,
         address=config.address,
         keys=keys,
+        public=public_key(config),
         deadline=config.deadline,
         minimum=config.minimum,
         enough=config.enough,
@@ -135,6 +137,14 @@ class Traffic(Observer):
     def round(self, figures: Metrics) -> Metrics:
         """Those of the round that is over."""
         return self.server.mark(self.session.figures())
+
+
+def public_key(config: ServeConfig) -> Path | None:
+    """Where the public key of encrypted sums lies, if there is one."""
+    if config.he_public:
+        return Path(config.he_public)
+    own = Path(config.credentials, "he.public")
+    return own if config.credentials and own.exists() else None
 
 
 def settled(session: SitesSession, config: ServeConfig, here: loop.Loop) -> bool:

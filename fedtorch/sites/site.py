@@ -24,6 +24,7 @@ from fedtorch.privacy.run import BEFORE
 from fedtorch.recipe import Recipe
 from fedtorch.run import huggingface
 from fedtorch.secure.aggregator import Secure
+from fedtorch.secure.he import HE
 from fedtorch.secure.refused import Refused as NotSecure
 from fedtorch.sites import letters
 from fedtorch.sites import offer as plans
@@ -36,6 +37,7 @@ from fedtorch.sites.openings import Openings
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.reports import Reader
 from fedtorch.sites.rpc import Line, Refused, Unreachable
+from fedtorch.sites.sealed import Sealing, read_secret
 from fedtorch.sites.state import Answered, Base, VisitMemory
 from fedtorch.sites.statistics import Told, portion, told, words
 from fedtorch.sites.sums import Sums, check_apart
@@ -85,7 +87,9 @@ class Site:
         self.masks: Masks | None = None
         self.sums: Sums | None = None
         """Of a run with secure aggregation, once it is joined."""
-        self.party: Party | None = None
+        self.encrypted: Reader | None = None
+        """Of a run with homomorphic encryption, once it is joined."""
+        self.party: Party | Sealing | None = None
         """This site's part in the attempt at a secure round that is under way."""
         self.unshown: tuple[Task, Outcome] | None = None
         """The visit whose figures are shown when that round is over."""
@@ -124,6 +128,7 @@ class Site:
                 answer = self._work()
                 kind = answer.kind
                 if kind == "end":
+                    self._end_party()
                     return _ended(answer.facts.get("why"))
                 # an honest server lets a call for work wait itself
                 busy = kind in ("task", "phase", "statistics") or time.monotonic() - began > 1
@@ -228,16 +233,21 @@ class Site:
 
     def _join_sums(self, plan: plans.Plan, recipe: Recipe) -> None:
         """What secure aggregation needs of this site, where the plan has it."""
-        self.party = self.sums = None
+        self.party = self.sums = self.encrypted = None
         if isinstance(plan.aggregator, Secure):
             check_apart(plan)
             begun = self.answered.masked() and not self.config.lost_state
             self.masks = self.masks or Masks(self.config, Openings(self.folder, begun))
             self.sums = Sums(Reader.of(recipe, self.model, 0), plan.aggregator)
+        elif isinstance(plan.aggregator, HE) and not self.config.require_secure:
+            check_apart(plan)
+            read_secret(self.config)
+            self.encrypted = Reader.of(recipe, self.model, 0)
         elif self.config.require_secure:
             raise ConfigError(
-                f"the run aggregates by {type(plan.aggregator).__name__}, which shows the server what this "
-                "site sends, and this site's require_secure asks for secure aggregation"
+                f"the run aggregates by {type(plan.aggregator).__name__}, and this site's "
+                "require_secure asks for aggregator secure, under which no one site can help the server "
+                "to see what this one sends"
             )
 
     def _work(self) -> Message:
@@ -257,7 +267,7 @@ class Site:
             self._visit(answer)
         elif answer.kind == "statistics":
             self._tell(answer)
-        elif answer.kind == "phase" and self.sums is not None:
+        elif answer.kind == "phase" and (self.sums or self.encrypted):
             self._take_part(lambda party: party.go_on(answer))
         elif answer.kind not in ("wait", "end"):
             raise MessageError(f"the server sent {wire.short(answer.kind)}")
@@ -325,8 +335,10 @@ class Site:
         reply = messages.outcome_message(outcome, [self.client.id], **facts)
         return Message("report", reply.facts, reply.groups)
 
-    def _party(self, message: Message, task: Task) -> Party | None:
+    def _party(self, message: Message, task: Task) -> Party | Sealing | None:
         """This site's part in a secure round, before it trains for it; None where the run has none."""
+        if self.encrypted is not None and self.plan is not None:
+            return Sealing(self.config, self.encrypted, message, self.plan.run, task)
         if self.sums is None or self.plan is None:
             return None
         assert self.masks is not None  # with the sums
@@ -335,7 +347,7 @@ class Site:
         except NotSecure as e:
             raise MessageError(f"round {task.round + 1}: {e}") from e
 
-    def _take_part(self, step: Callable[[Party], Message]) -> None:
+    def _take_part(self, step: Callable[[Party | Sealing], Message]) -> None:
         """Report one phase of a secure round; what an honest server may meet with ends the round only."""
         party = self.party
         if party is None:
@@ -343,7 +355,7 @@ class Site:
         number = party.task.round
         try:
             self._send(step(party), number)
-            if party.half.phase == "done":
+            if party.done:
                 self._end_party()
         except NotSecure as e:
             self.party = None

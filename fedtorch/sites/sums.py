@@ -47,11 +47,7 @@ class Sums:
 
     def layout(self, task: Task) -> Layout:
         """Where what stands; weights that rest in this round are not in it."""
-        expected = self.reader.expected.without(self.reader.rests(task))
-        sent = {
-            g: {k: tuple(s) for k, (s, _) in names.items()} for g, names in expected.sent.items()
-        }
-        return Layout.of(sent, {k: tuple(s) for k, (s, _) in expected.buffers.items()})
+        return layout(self.reader, task)
 
     def terms(
         self,
@@ -127,6 +123,13 @@ class Sums:
         return self.secure.weight_cap or 1.0
 
 
+def layout(reader: Reader, task: Task) -> Layout:
+    """Where what stands in a sum of a round; weights that rest in it are not in it."""
+    expected = reader.expected.without(reader.rests(task))
+    sent = {g: {k: tuple(s) for k, (s, _) in names.items()} for g, names in expected.sent.items()}
+    return Layout.of(sent, {k: tuple(s) for k, (s, _) in expected.buffers.items()})
+
+
 def check_apart(plan: Plan) -> None:
     """Refuse what sites would tell beside the sum, or in one of few; raises ConfigError."""
     if isinstance(plan.aggregator, Secure) and plan.aggregator.neighbours is not None:
@@ -137,7 +140,8 @@ def check_apart(plan: Plan) -> None:
     if plan.standardize:
         raise ConfigError(
             "standardize has each site tell the server statistics of its own columns, in no sum of all: "
-            "with aggregator secure leave it out, and let sites scale by public numbers (dataset.bounds)"
+            "with aggregator secure (or he) leave it out, and let sites scale by public numbers "
+            "(dataset.bounds)"
         )
 
 
