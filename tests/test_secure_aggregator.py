@@ -273,6 +273,8 @@ def test_what_masks_do_not_hide_is_said():
     assert any("arXiv:2106.06089" in n for n in server.notes)
     near = Secure(neighbours=4, threshold=3)
     (said,) = (n for n in trained(Secure())[0].notes if "secure" in n)
+    for rule, told in ((Secure(), True), (Secure(weight_cap=20), False), (Mean(), False)):
+        assert any("clients count alike" in n for n in trained(rule, rounds=0)[0].notes) == told
     assert said.startswith("aggregator secure: a simulation adds the same whole numbers")
     assert any("(semi-honest)" in n for n in trained(near, rounds=0)[0].notes)
 

@@ -51,9 +51,12 @@ def check(
 
 def notes(recipe: Recipe, model: nn.Module, simulated: bool) -> list[str]:
     """What masks are in this run, and what of this model a sum still shows of one client."""
+    chosen, told = recipe.strategy.weighting, recipe.privacy.weighting == "examples"
+    alike = recipe.hides and chosen == "auto" and told and recipe.weighting == "uniform"
+    cap = "; aggregator.weight_cap weighs them" if recipe.secure else ""
+    said = [f"clients count alike, as none tells how many examples it has{cap}"] if alike else []
     if recipe.secure is None:
-        return []
-    said = []
+        return said
     if simulated:
         said.append(
             "aggregator secure: a simulation adds the same whole numbers without masks; bytes and seconds "
