@@ -1,5 +1,8 @@
 """The aggregator secure in a simulation: the same whole numbers, and nothing of one client beside them."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -355,3 +358,13 @@ def test_the_bytes_of_a_round_are_reported():
 def test_a_run_shows_no_figures_of_single_clients(flag, tmp_path, fedtorch):
     code, _, err = fedtorch("train", "--aggregator", "secure", "--privacy", "null", *flag.split())
     assert code == 2 and "shows figures of single clients" in err
+
+
+def test_images_come_out_of_a_sum_under_masks_and_not_out_of_a_noised_one():
+    shown = runpy.run_path(str(Path(__file__).parents[1] / "examples/masks_show.py"))
+    images, labels = shown["held"]()
+    good = []
+    for plan in (None, shown["NOISE"]):
+        near = shown["divided"](*shown["step"](images, labels, plan), images)[1]
+        good.append(int((near > shown["GOOD"]).sum()))
+    assert good[0] >= 9 and good[1] == 0
