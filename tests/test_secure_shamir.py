@@ -82,6 +82,18 @@ def test_fewer_than_the_threshold_are_distributed_alike_for_every_secret(t):
         assert {*seen[0].values()} == {1}  # each value once: nothing is learnt
 
 
+def test_two_of_three_shares_tell_nothing_of_any_secret_of_257():
+    prime, xs = 257, (1, 2, 3, 4)
+    first, second = (c.ravel() for c in np.meshgrid(np.arange(prime), np.arange(prime)))
+    for secret in range(prime):
+        one, other = (
+            shamir._value([first, second, secret], x, prime)
+            for x in (xs[secret % 4], xs[(secret + 1) % 4])
+        )
+        # over all polynomials each pair of values comes once, whatever the secret
+        assert (np.bincount(one * prime + other, minlength=prime**2) == 1).all()
+
+
 def test_a_place_of_numpy_does_not_overflow():
     places = np.arange(5)
     secret = 2**255 + 12345
