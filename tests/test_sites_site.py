@@ -357,7 +357,9 @@ def test_a_run_of_fewer_classes_than_the_data_is_refused_before_a_row_can_show_i
 
 def test_a_site_that_requires_masks_joins_no_run_without(data, tmp_path):
     server = Played(offer())
-    with pytest.raises(ConfigError, match="aggregates by Mean, which shows the server"):
+    with pytest.raises(
+        ConfigError, match="aggregates by Mean, and this site's require_secure asks"
+    ):
         play(server, data, tmp_path, require_secure=True)
     assert server.calls == ["join"]
     with pytest.raises(ConfigError, match="sign what they send: give --credentials"):

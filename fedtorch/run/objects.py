@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import threading
 import tomllib
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +24,9 @@ from fedtorch.types import ConfigError
 LISTS = (list[str], list[int], tuple[str, ...])
 
 Table = dict[str, Any]
+
+ONE = threading.Lock()
+"""jsonargparse keeps what it parses in its module: two threads at once refuse each other's options."""
 
 
 def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
@@ -185,9 +189,9 @@ def _named(value: Any) -> tuple[Any, Table]:
 
 
 def _checked(cls: Callable[..., Any], table: Table, skip: set[str], where: str) -> Table:
-    parser = parser_for(cls, skip)
     try:
-        checked = parser.parse_object(table, defaults=False)
+        with ONE:
+            checked = parser_for(cls, skip).parse_object(table, defaults=False)
     except ArgumentError as e:
         raise ConfigError(_plain(str(e), where)) from e
     return {k: v for k, v in vars(checked).items() if k in table}
