@@ -370,11 +370,13 @@ def test_an_update_in_the_clear_and_a_masked_one_too_late_are_refused(
 def test_a_call_that_a_dead_process_left_open_speaks_for_nobody(folder, tmp_path, monkeypatch):
     # it asks by no visit, and would be taken for a process that has lost its keys
     offered, opened = known(monkeypatch, offer(aggregator=Secure())), threading.Event()
-    begin, send, answers = Party.begin, Site._send, []
+    begin, send, answers, stale = Party.begin, Site._send, [], []
 
     def begun(self, update):
         if self.masks.own.name == "south":
             opened.wait(10)
+            while newest.get("west") is stale[0]:  # until west itself has asked again
+                time.sleep(0.01)
         return begin(self, update)
 
     def sent(self, message, round):
@@ -384,6 +386,7 @@ def test_a_call_that_a_dead_process_left_open_speaks_for_nobody(folder, tmp_path
             old.start()
             while newest.get("west") is before:  # until the old call is open
                 time.sleep(0.01)
+            stale.append(newest["west"])
             opened.set()
 
     monkeypatch.setattr(Party, "begin", begun)
