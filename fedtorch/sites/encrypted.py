@@ -1,7 +1,7 @@
 """The server's half of encrypted sums (CKKS): it adds what it cannot read, and a site opens it."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class EncryptedSession(SitesSession):
         """The sum of whoever reported in time, and a failure for each of the others."""
         visits = dict(self.visits)
         with self.change:
-            self._wait(
+            self.change.wait_for(
                 lambda: all(v.outcome or i in self.sealed for i, v in visits.items()),
                 self.options.deadline,
             )
@@ -109,14 +109,11 @@ class EncryptedSession(SitesSession):
         with self.change:
             self.opener, self.opened = name, None
             self.change.notify_all()
-            self._wait(lambda: self.opened is not None or not self.opener, self.rule.phase_seconds)
+            self.change.wait_for(
+                lambda: self.opened is not None or not self.opener, self.rule.phase_seconds
+            )
             found, self.opener = self.opened, ""
             return found
-
-    def _wait(self, done: Callable[[], bool], seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not done() and (left := end - time.monotonic()) > 0:
-            self.change.wait(left)
 
     # the sites' threads
 

@@ -139,11 +139,8 @@ class MaskedSession(SitesSession):
 
     def _begin(self, visits: dict[str, Visit], task: Task) -> Attempt:
         """Who is there is the roster; the others have no part in this round."""
-        end = time.monotonic() + self.secure.phase_seconds
-        while len(there := [i for i in visits if i in self._here()]) < len(visits):
-            if (left := end - time.monotonic()) <= 0:
-                break
-            self.change.wait(left)
+        self.change.wait_for(lambda: {*visits} <= {*self._here()}, self.secure.phase_seconds)
+        there = [i for i in visits if i in self._here()]
         shown = {i: self.listener.desk.certificates[i] for i in there}
         for visit in visits.values():
             visit.outcome = self._unfit(visit.site, shown)
@@ -174,12 +171,8 @@ class MaskedSession(SitesSession):
     def _sum(self, attempt: Attempt, visits: Mapping[str, Visit], task: Task) -> Released:
         half, seconds = attempt.half, self.options.deadline
         for phase in PHASES[:-1]:
-            end = time.monotonic() + seconds
             with self.change:
-                while self._awaited(attempt):
-                    if (left := end - time.monotonic()) <= 0:
-                        break
-                    self.change.wait(left)
+                self.change.wait_for(lambda: not self._awaited(attempt), seconds)
                 self._late(attempt, phase, seconds)
                 if phase == "open":
                     self.attempt = None  # the sum takes its time, and nothing is taken meanwhile
