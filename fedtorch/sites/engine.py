@@ -157,13 +157,15 @@ class SitesSession:
 
     def collect(self) -> Iterator[Released | Failure]:
         """Wait for the sites until enough have answered or the deadline is over; in a fixed order."""
-        end = time.monotonic() + self.options.deadline
         with self.change:
             most = self.options.enough or len(self.visits)
-            while self._reported() < most and any(v.outcome is None for v in self.visits.values()):
-                if (left := end - time.monotonic()) <= 0:
-                    break
-                self.change.wait(left)
+            self.change.wait_for(
+                lambda: (
+                    self._reported() >= most
+                    or all(v.outcome is not None for v in self.visits.values())
+                ),
+                self.options.deadline,
+            )
             self.last = [*self.visits.values()]
             self.visits = {}  # whatever comes now is late
         for visit in judge(self.last, most, self.least, self.options.deadline):
