@@ -62,7 +62,7 @@ def main(path: str) -> None:
         print(f"{name}: {int((rows[name][1] > GOOD).sum())} of {CLIENTS} images above {GOOD:g} dB")
     for line, (name, (pictures, near)) in zip(axes, rows.items(), strict=True):
         for k, (place, picture) in enumerate(zip(line, pictures, strict=True)):
-            place.imshow(picture.view(8, 8), cmap="gray_r", vmin=0, vmax=1)
+            place.imshow(picture.view(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
             place.set_xticks([])
             place.set_yticks([])
             if near is not None:
