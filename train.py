@@ -240,9 +240,10 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         report,
         kept.path,
         summary,
-        here.stop.asked > 0,
         server,
-        scores.table(),
+        here.why(),
+        here.stop.asked > 0,
+        scores.ends(),
     )
     ended(config, server, here.stop)
     return summary

@@ -42,6 +42,22 @@ def test_a_table_has_the_mean_the_worst_and_each_client():
     assert lines == ["| client | loss |", "| --- | --- |", "| a\\|b | 1 |", "| c |  |"]
 
 
+def test_the_best_and_the_worst_are_named_by_the_first_metric_that_is_no_loss():
+    scores = {str(k): {"loss": k / 10, "auroc": k / 10} for k in range(1, 9)}
+    here = "on their own validation data"
+    assert by_client.ends(scores, METRICS) == (
+        f"auroc {here}: best 8 (0.800), 7 (0.700), 6 (0.600); worst 1 (0.100), 2 (0.200), 3 (0.300)"
+    )
+    losses = {i: {"loss": s["loss"]} for i, s in scores.items()}
+    assert by_client.ends(losses, METRICS).startswith(f"loss {here}: best 1 (0.100), 2 (0.200)")
+    assert by_client.ends(scores, {}).startswith(f"auroc {here}: highest 8 (0.800)")
+    # who has no figure is not named, and nobody twice
+    assert by_client.ends(SCORES, METRICS) == f"auroc {here}: only b (0.750)"
+    three = {i: scores[i] for i in "123"}
+    assert by_client.ends(three, METRICS) == f"auroc {here}: best 3 (0.300); worst 1 (0.100)"
+    assert by_client.ends({"a": {"auroc": math.nan}}, METRICS) == f"auroc {here}: none"
+
+
 @pytest.mark.parametrize("private", [False, True])
 def test_a_run_judges_clients_with_the_weights_they_keep(tmp_path, monkeypatch, capsys, private):
     monkeypatch.chdir(tmp_path)
@@ -51,8 +67,9 @@ def test_a_run_judges_clients_with_the_weights_they_keep(tmp_path, monkeypatch, 
         --metrics accuracy,perplexity --run-dir r""".split()
     assert main(["train", *words]) == 0
     out = capsys.readouterr().out
-    table = out[out.index("clients on their own validation data") :].splitlines()
-    assert [row.split()[0] for row in table[2:8]] == ["(mean)", "(worst)", "0", "1", "2", "3"]
+    mark = "(not private) " if private else ""
+    (named,) = (line for line in out.splitlines() if "on their own validation data" in line)
+    assert named.startswith(f"{mark}clients: accuracy on their own validation data: best ")
     last = History.load("r")[-1]
     mark = "nonprivate_" if private else ""
     each = last[f"{mark}validation_by_client"]
@@ -67,4 +84,7 @@ def test_a_run_judges_clients_with_the_weights_they_keep(tmp_path, monkeypatch, 
         assert b"validation/by_client" in events.read_bytes()
         (own,) = Path("r/clients").glob("*/events*")
         assert b"validation_perplexity" in own.read_bytes()
-        assert main(["eval", "r"]) == 0 and "(worst)" in capsys.readouterr().out
+        assert main(["eval", "r"]) == 0
+        out = capsys.readouterr().out
+        table = out[out.index("clients on their own validation data") :].splitlines()
+        assert [row.split()[0] for row in table[2:8]] == ["(mean)", "(worst)", "0", "1", "2", "3"]

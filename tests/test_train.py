@@ -256,7 +256,7 @@ def test_nothing_that_is_reported_after_training_can_lose_the_model(fedtorch, mo
         raise LookupError("no metadata")
 
     # what privacy.json, the trackers and the last lines are made of
-    for name in ("statement", "text"):
+    for name in ("statement", "text", "cost"):
         monkeypatch.setattr(f"fedtorch.run.messages.{name}", fail)
     private = [w if w != "none" else "sample" for w in SMALL]
     code, out, err = fedtorch(*private)

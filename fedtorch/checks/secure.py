@@ -81,13 +81,18 @@ def notes(recipe: Recipe, model: nn.Module, simulated: bool) -> list[str]:
     ]
 
 
+def hides(aggregator: Aggregator) -> bool:
+    """Whether nobody sees the figures of a single client."""
+    return isinstance(aggregator, Secure | HE)
+
+
 def single(aggregator: Aggregator, validation: float, runs: int) -> None:
     """Raises ConfigError for options of a run that show figures of single clients.
 
     ``validation``: what share of each client's data judges the model; ``runs``: clients that are tracked.
     """
     shown = {"validation": validation, "tracking.client_runs": runs}
-    if isinstance(aggregator, Secure | HE) and (given := [k for k, v in shown.items() if v]):
+    if hides(aggregator) and (given := [k for k, v in shown.items() if v]):
         raise ConfigError(
             f"{given[0]} shows figures of single clients, and the aggregator hides them: leave it "
             "out, or take aggregator mean"

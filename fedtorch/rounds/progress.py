@@ -48,21 +48,32 @@ def _some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:SHOWN]) + more
 
 
-def summary(figures: Mapping[str, Any]) -> str:
-    """Loss, epsilon, test scores and speed of a round, in a line."""
+def parts(figures: Mapping[str, Any]) -> list[str]:
+    """What is told of a round, what matters most first: test scores, epsilon, losses, speed."""
+    tests = [k for k in figures if k.startswith("test_")]
+    first = [k for k in tests if k != "test_loss"][:1] or tests
     shown = {
+        **{k.replace("_", " "): k for k in first},
+        "epsilon": "privacy_epsilon",
+        **{k.replace("_", " "): k for k in tests if k not in first},
         "train loss": "train_loss",
         "(not private) train loss": "nonprivate_train_loss",
-        "epsilon": "privacy_epsilon",
-        **{k.replace("_", " "): k for k in figures if k.startswith("test_")},
     }
-    parts = [
+    told = [
         f"{label} {figures[k]:.4f}".replace(" nan", " -")
         for label, k in shown.items()
         if figures.get(k) is not None
     ]
     speed = _either(figures, "clients_per_second")
-    return "  ".join(parts if speed is None else [*parts, f"{speed:.1f} clients/s"])
+    return told if speed is None else [*told, f"{speed:.1f} clients/s"]
+
+
+def summary(figures: Mapping[str, Any], width: int | None = None) -> str:
+    """A round in a line of at most ``width`` characters: what matters less is left out first."""
+    told = parts(figures)
+    while width is not None and len(told) > 1 and len("  ".join(told)) > width:
+        told.pop()
+    return "  ".join(told)
 
 
 def _either(figures: Mapping[str, Any], name: str) -> Any:
@@ -87,7 +98,8 @@ class Bar:
         if self.live:
             done = figures["round"] / max(self.rounds, 1)
             bar = ("#" * round(done * WIDTH)).ljust(WIDTH, ".")
-            line = f"round {figures['round']}/{self.rounds} {bar} {summary(figures)}"
+            head = f"round {figures['round']}/{self.rounds} {bar} "
+            line = head + summary(figures, wide - len(head))
             print("\r" + line[:wide].ljust(wide), end="", flush=True)
             self.drawn = True
 

@@ -45,6 +45,22 @@ def rows(scores: Scores, metrics: Mapping[str, Loss], most: int) -> list[dict[st
     return [mean, worst, *each, *more]
 
 
+def ends(scores: Scores, metrics: Mapping[str, Loss], most: int = 3) -> str:
+    """The best and the worst clients by name, in a sentence, by the first metric that is no loss."""
+    names = _names(scores)
+    name = next((n for n in names if n != "loss"), names[0])
+    order = sorted((s[name], i) for i, s in scores.items() if not math.isnan(s.get(name, math.nan)))
+    bad = worse(metrics[name]) if name in metrics else None
+    first, last = ("lowest", "highest") if bad is None else ("worst", "best")
+    if bad == "high":
+        order.reverse()
+    few = min(most, len(order) // 2) or len(order)
+    low, high = order[:few], order[-few:][::-1]
+    groups = [(last, high), (first, low)] if len(order) > 1 else [("only", low)]
+    told = [f"{w} {', '.join(f'{i[:40]} ({v:.3f})' for v, i in g)}" for w, g in groups if g]
+    return f"{name.replace('_', ' ')} on their own validation data: {'; '.join(told) or 'none'}"
+
+
 def title(private: bool) -> str:
     """What stands above the table."""
     return f"{'(not private) ' if private else ''}clients on their own validation data"

@@ -21,6 +21,9 @@ from fedtorch.rounds.progress import summary, troubles
 WIDE = 10_000
 """Letters in a line where nobody's window is too narrow for a table."""
 
+SHORTEST, LONGEST = 10, 40
+"""Letters of the bar in a narrow window and in a wide one."""
+
 
 class _Screen(Console):
     """A console whose reader may go away, as with ``| head``: the run goes on without it."""
@@ -40,15 +43,17 @@ class Report(Observer):
 
         ``times``: with the time that is left, which tells how fast clients are.
         """
-        self.console = _Screen(highlight=False, soft_wrap=True)
+        self.console = _Screen(highlight=False)
         self.rounds = rounds
         live = self.console.is_terminal or self.console.is_jupyter
         self.lines = not live
         if not live:
             self.console.width = WIDE
+        self.line = BarColumn(SHORTEST)
+        self.taken = len(f"round {rounds}/{rounds}  ") + (len(" eta 0:00:00") if times else 0)
         self.bar = Progress(
             TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(),
+            self.line,
             TextColumn("{task.description}"),
             *([TextColumn("eta"), TimeRemainingColumn(compact=True)] if times else []),
             console=self.console,
@@ -59,7 +64,7 @@ class Report(Observer):
     def say(self, text: str | Table) -> None:
         """A line or a table above the bar; a screen that cannot take it does not end a run."""
         with suppress(OSError):
-            self.console.print(text, markup=False)
+            self.console.print(text, markup=False, soft_wrap=self.lines)
 
     def attempt(self, what: str, act: Callable[..., object], *args: object) -> None:
         """Write or tell what a run can do without; that it failed is one sentence, each time."""
@@ -73,7 +78,10 @@ class Report(Observer):
         """One round is done."""
         for line in troubles(figures):
             self.say(line)
-        line = summary(figures)
+        # a window may have become wider or narrower since the round before
+        room = self.console.width - self.taken - SHORTEST - 1
+        line = summary(figures, None if self.lines else room)
+        self.line.bar_width = min(LONGEST, SHORTEST + max(0, room - len(line)))
         self.bar.update(self.task, completed=figures["round"], description=line)
         if self.lines:
             self.say(f"round {figures['round']:>4}/{self.rounds}  {line}")

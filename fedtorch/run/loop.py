@@ -1,5 +1,6 @@
 """What stands around the rounds of a run, whoever holds the data: its folder, record, signals and end."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from fedtorch.checks import secure
 from fedtorch.client import Client
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.rounds.figures import Metrics
@@ -25,8 +27,8 @@ from fedtorch.tracking import Record, Tracking
 from fedtorch.training.evaluate import Judge, evaluate, evaluate_clients
 from fedtorch.training.losses import Loss, accuracy
 
-MOST_SHOWN, MOST_TOLD = 10, 200
-"""Clients in the table of scores on a screen, and in a tracker's text; ``metrics.jsonl`` has all."""
+MOST_TOLD = 200
+"""Clients in the table of scores in a tracker's text; ``metrics.jsonl`` has all."""
 
 
 @dataclass(eq=False)
@@ -51,6 +53,15 @@ class Loop(Observer):
         """All rounds are trained, somebody asked to stop, or the privacy budget has no room for more."""
         done = self.server.round_number >= self.options.rounds
         return self.stop.asked > 0 or done or not self.server.within_budget()
+
+    def why(self) -> str:
+        """Why no round follows, in words."""
+        done, rounds = self.server.round_number, self.options.rounds
+        if self.stop.asked:
+            return f"{signal.Signals(self.stop.asked).name} asked to; what was trained is saved"
+        if done >= rounds:
+            return f"all {rounds} rounds are trained"
+        return f"the privacy budget has no room for round {done + 1} of {rounds}"
 
     def due(self, every: int) -> bool:
         """Whether something comes that is done ``every`` so many rounds, and in the last."""
@@ -143,7 +154,7 @@ class Scores(Observer):
         own = server.mark(by_client.figures(self.by_client) | self._beside(kept))
         if self.loop.last and own and self.by_client:
             family = "nonprivate" if server.private else "validation"
-            table = by_client.markdown(self.table(MOST_TOLD))
+            table = by_client.markdown(self.table())
             self.loop.record.text(f"{family}/by_client", table, server.round_number)
         own |= server.mark({"seconds_evaluate": time.perf_counter() - start})
         return {f"test_{k}": v for k, v in self.last.items()} | own
@@ -175,7 +186,7 @@ class Scores(Observer):
             self.loop.report.say(f"note: {why}")
         self.told.add(why)
 
-    def table(self, most: int = MOST_SHOWN) -> list[dict[str, Any]]:
+    def table(self) -> list[dict[str, Any]]:
         """Mean, worst and each client's scores, none of which strict privacy tells."""
         if not self.by_client or strict(self.loop.server):
             return []
@@ -185,7 +196,19 @@ class Scores(Observer):
             for i, found in scores.items():
                 whole[i] |= {f"{what} {k}": v for k, v in found.items()}
             known |= {f"{what} {k}": m for k, m in self.metrics.items()}
-        return by_client.rows(whole, known, most)
+        return by_client.rows(whole, known, MOST_TOLD)
+
+    def ends(self) -> str:
+        """The best and the worst clients by name, in a sentence, where that is allowed."""
+        server = self.loop.server
+        if strict(server):
+            return "clients: privacy.strict names none"
+        if self.by_client:
+            mark = "(not private) " if server.private else ""
+            return f"{mark}clients: {by_client.ends(self.by_client, self.metrics)}"
+        if secure.hides(server.recipe.aggregator):
+            return "clients: the aggregator hides each"
+        return "clients: --validation 0.2 would name the best and the worst"
 
 
 @dataclass(eq=False)

@@ -1,16 +1,16 @@
 """What a run says to the person who started it: before the first round, and after the last."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.synchronous import Synchronous
 from fedtorch.run import cli, files, huggingface, trust
-from fedtorch.run.by_client import title, word
-from fedtorch.run.console import Report, table_of
+from fedtorch.run.by_client import word
+from fedtorch.run.console import Report
 from fedtorch.run.names import worded
-from fedtorch.run.report import promise, statement, text
+from fedtorch.run.report import cost, promise, statement, text
 from fedtorch.server import Server
 from fedtorch.tracking import Record
 
@@ -93,33 +93,35 @@ def _write_statement(path: Path, server: Server) -> None:
 def conclude(
     report: Report,
     folder: Path,
-    summary: dict[str, Any],
-    stopped: bool,
+    summary: Mapping[str, Any],
     server: Server,
-    clients: Sequence[Mapping[str, Any]] = (),
+    why: str,
+    go_on: bool = False,
+    clients: str = "",
 ) -> None:
-    """The last lines: how good, how long, where; ``clients``: their scores, a row each."""
-    if clients:
-        report.say(title(server.private is not None))
-        report.say(table_of(clients))
-    state = "stopped, saved" if stopped else "done" if server.moved() else "nothing learned"
-    figures = "  ".join(
-        f"{k.replace('_', ' ')} {word(v)}"
-        for k, v in summary.items()
-        if k.startswith("test_") and v
-    )
+    """Five lines: how good, how private, ``why`` it ended, the best and worst ``clients``, and where it is.
+
+    ``go_on``: the run was stopped, and can be continued.
+    """
+    state = "stopped, saved" if go_on else "done" if server.moved() else "nothing learned"
+    scores = {k: v for k, v in summary.items() if k.startswith("test_") and v}
+    figures = [f"{k.replace('_', ' ')} {word(v)}" for k, v in scores.items() if k != "test_loss"]
+    figures += [f"test loss {word(v)}" for k, v in scores.items() if k == "test_loss"]
     took = f" in {summary['seconds']:.1f} s" if "seconds" in summary else ""
-    report.say(f"{state}: {summary['rounds']} rounds{took}  {figures}".rstrip())
-    if server.private:
-        report.say(f"privacy: epsilon {summary['epsilon']:.3f} spent at delta {summary['delta']:g}")
-        report.say(text(server.private))
-        report.say("without privacy: --privacy none")
-    report.say(f"run folder: {folder}   model: {folder}/model.safetensors")
+    report.say("  ".join([f"{state}: {summary['rounds']} rounds{took}", *figures]))
+    report.say(f"privacy: {cost(server.private) if server.private else 'none'}")
+    report.say(f"ended because {why}{_continued(folder) if go_on else ''}")
+    if clients:
+        report.say(clients)
+    drawn = any(folder.glob("events.out.tfevents.*"))
+    watch = f"   watch: tensorboard --logdir {folder.parent}" if drawn else ""
+    report.say(f"run folder: {folder} (model.safetensors){watch}")
     if beside := huggingface.kept(folder):
         report.say(beside)
-    if stopped:
-        config = folder / "config.toml"
-        asked = trust.foreign(cli.read(config)) and not trust.remembered(config)
-        flag = f" {trust.FLAG}" if asked else ""
-        report.say(f"continue: fedtorch train --run-dir {folder} --resume{flag}")
-    report.say(f"watch: tensorboard --logdir {folder.parent}")
+
+
+def _continued(folder: Path) -> str:
+    config = folder / "config.toml"
+    asked = trust.foreign(cli.read(config)) and not trust.remembered(config)
+    flag = f" {trust.FLAG}" if asked else ""
+    return f"; continue: fedtorch train --run-dir {folder} --resume{flag}"

@@ -1,5 +1,6 @@
 """The privacy report: in plain words before training, in figures afterwards."""
 
+import math
 import statistics
 from dataclasses import fields, replace
 from typing import Any
@@ -8,6 +9,9 @@ from fedtorch.privacy import Privacy
 from fedtorch.privacy.noise.normals import way
 from fedtorch.privacy.run import BEFORE, PrivateRun
 from fedtorch.run.versions import installed
+
+NOBODY = 15.0
+"""Above this epsilon odds may change millions of times over, and no number says that well."""
 
 
 def promise(run: PrivateRun) -> list[str]:
@@ -22,9 +26,32 @@ def promise(run: PrivateRun) -> list[str]:
         f"trusted: {words['trusted']}; neighbouring: {words['neighbouring']}",
         f"noise multiplier {run.noise:.4g}, planned epsilon {epsilon:.3f} at delta {run.delta:g} over "
         f"{run.rounds} rounds ({plan.accountant} accountant)",
-        f"in plain words: whatever anybody knew before, seeing {seen} can change the odds "
-        f"that {words['unit']} took part at most {_odds(epsilon)}, but for a chance of {run.delta:g}",
+        f"in plain words: {_plainly(epsilon, seen, words['unit'], run.delta)}",
     ]
+
+
+def _plainly(epsilon: float, seen: str, unit: str, delta: float) -> str:
+    if epsilon > NOBODY:
+        return (
+            f"epsilon {epsilon:.4g} protects nobody: who sees {seen} may tell for sure whether {unit} took "
+            "part; up to 8 is usual, up to 1 is strong"
+        )
+    return (
+        f"whatever anybody knew before, seeing {seen} can change the odds that {unit} took part at most "
+        f"{_odds(epsilon)}, but for a chance of {delta:g}"
+    )
+
+
+def cost(run: PrivateRun) -> str:
+    """What was spent, in a sentence."""
+    spent, unit = run.spent(), run.plan.describe()["unit"]
+    odds = (
+        "which protects nobody" if spent > NOBODY else f"which changes odds at most {_odds(spent)}"
+    )
+    return (
+        f"epsilon {spent:.3f} spent at delta {run.delta:g} for {unit}, {odds}; privacy.json has all "
+        "(without: --privacy none)"
+    )
 
 
 def statistics_of(run: PrivateRun) -> str:
@@ -37,7 +64,7 @@ def statistics_of(run: PrivateRun) -> str:
 
 
 def _odds(epsilon: float) -> str:
-    factor = 2.718281828459045 ** min(epsilon, 700)
+    factor = math.exp(epsilon)
     return f"{factor:,.0f}-fold" if factor >= 10 else f"{factor:.1f}-fold"
 
 

@@ -123,7 +123,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         text = f"ended after {number} of {rounds} rounds: {why}; the model so far is saved"
         text += f" (go on: fedtorch serve --run-dir {folder} --resume)"
         raise EndedEarly(why.code, text, why.reason)
-    here.report.attempt("the report", conclude, here.report, folder, summary, False, server)
+    here.report.attempt("the report", conclude, here.report, folder, summary, server, here.why())
     return summary
 
 
