@@ -58,7 +58,7 @@ class Loop(Observer):
         """Why no round follows, in words."""
         done, rounds = self.server.round_number, self.options.rounds
         if self.stop.asked:
-            return f"{signal.Signals(self.stop.asked).name} asked to; what was trained is saved"
+            return f"{signal.Signals(self.stop.asked).name} asked it to stop"
         if done >= rounds:
             return f"all {rounds} rounds are trained"
         return f"the privacy budget has no room for round {done + 1} of {rounds}"
