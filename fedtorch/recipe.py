@@ -90,6 +90,16 @@ class Recipe(TrainingOptions):
         """What is asked for the losses of a batch: the step, or that of the loss."""
         return Supervised(self.loss) if self.step is None else self.step
 
+    @property
+    def judge(self) -> Loss:
+        """The loss, to judge a model by; raises ConfigError where it is not known."""
+        if self.step is None and self.local is None:
+            return self.loss
+        raise ConfigError(
+            "what to judge by is not known where clients train by a step of their own: give metrics, or "
+            "step=fn, which returns output and target, or figures by name"
+        )
+
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """Of each example of a batch, [B], or one number for the whole of it.
 

@@ -2,49 +2,40 @@
 
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from fedtorch import seeds
-from fedtorch.aggregation.mean import Gathering, Held, moved
-from fedtorch.aggregation.rows import Robust
-from fedtorch.channel import base as channel
+from fedtorch.aggregation.mean import Gathering, added
 from fedtorch.checks import combination, handed, secure, strategies
-from fedtorch.checks.model import trainable
 from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
 from fedtorch.engines.travels import Weights
 from fedtorch.options import NOT_NEGATIVE, fit, within
-from fedtorch.privacy import Privacy, models
+from fedtorch.privacy import models
 from fedtorch.privacy.accounting.ledger import Ledger
-from fedtorch.privacy.run import BudgetSpent, PrivateRun, opened
+from fedtorch.privacy.run import BudgetSpent, PrivateRun, charge, opened
 from fedtorch.recipe import Recipe
-from fedtorch.rounds.figures import Metrics, Reports, norm, traffic
-from fedtorch.rounds.gather import Arrival, Gathered, UnderWay, gather
+from fedtorch.rounds.figures import Metrics, Reports, why_nobody
+from fedtorch.rounds.gather import Arrival, Gathered, UnderWay, gather, start_sum
 from fedtorch.rounds.history import History
+from fedtorch.rounds.moved import Moved
 from fedtorch.rounds.observers import Observer, looks
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.progress import Bar
 from fedtorch.rounds.schedules import Constant, Schedule
+from fedtorch.rounds.state import ServerState
 from fedtorch.rounds.synchronous import Asked, Rounds, Step, Synchronous
-from fedtorch.rounds.threat import Threat, attacked
-from fedtorch.secure.aggregator import SecureSum
-from fedtorch.secure.he import EncryptedSum
-from fedtorch.secure.roster import LEAST
-from fedtorch.strategies import lora
-from fedtorch.strategies.base import Strategy, sends, uploads
+from fedtorch.rounds.threat import Threat
+from fedtorch.strategies.base import sends, uploads
 from fedtorch.training.evaluate import Judge, evaluate
 from fedtorch.training.losses import Loss
-from fedtorch.training.module import load, statistics
+from fedtorch.training.module import load
 from fedtorch.training.outline import copied
-from fedtorch.training.personal import personal, shared
-from fedtorch.tree import all_finite, to_float64
 from fedtorch.types import ConfigError, Failure, Params, Task
 
 NOBODY = "a round in which no client counted, and the model stays as it was"
@@ -75,6 +66,7 @@ class Server:
 
         ``threat``: which of the clients lie and how, in a simulation.
         """
+        # what was handed over, and whether it goes together
         fit("the model", model, nn.Module)
         self.recipe: Recipe = fit("recipe", recipe or Recipe(), Recipe)
         self.participation: Participation = fit("participation", participation, Participation)
@@ -87,68 +79,52 @@ class Server:
             fit("an observer", o, Observer) for o in fit("observers", observers, Sequence)
         ]
         """Shown what clients send as it arrives, and each round's figures."""
-        participation.check(len(clients))
-        combination.check(self.recipe, participation, pace)
-        if isinstance(self.recipe.aggregator, Robust):
-            self.recipe.aggregator.check(participation.most(len(clients)), self.ids)
-        masks = secure.check(self.recipe, participation, len(clients), self.observers, threat)
         self.threat = threat
-        if threat is not None:
-            fit("threat", threat, Threat)
-            self.recipe, clients = attacked(self.recipe, clients, threat, seed)
-            combination.check(self.recipe, participation, pace)
-        if self.recipe.privacy.fix_model:
-            model = models.fixed(model)
-        strategy = combination.settled(self.recipe.strategy, pace).prepare(model)
-        self.recipe = replace(self.recipe, strategy=strategy)
-        self.model = model
-        # what is trained, what travels, and what the server keeps
-        own = personal(model, strategy.personal)
-        self.trainable = shared(model, strategy.personal)
-        trainable(model)
-        self._parameters = handed.parameters(model)
-        averaged = statistics(model) - own if self.recipe.privacy.statistics else set()
-        self._weights = Weights(model, {*self.trainable} | averaged)
-        params = {k: self._weights.first[k] for k in self.trainable}
-        self._dtype = params[self.trainable[0]].dtype
-        with seeds.seeded(seeds.derive(seed, "strategy", "init")):
-            self.extras, self.hidden = strategy.init(params), strategy.hold(params)
-        """Groups of the strategy: those that are broadcast, and those that are not."""
-        self.optimizer_state = strategy.server.init(params) if strategy.server else {}
+        self.recipe, clients, masks = handed.settled(
+            self.recipe, clients, participation, pace, self.observers, threat, seed
+        )
+        # what is trained, what travels, and what is remembered
+        self.model = models.fixed(model) if self.recipe.privacy.fix_model else model
+        strategy = self.recipe.strategy.prepare(self.model)
+        self._weights = Weights(self.model, replace(self.recipe, strategy=strategy))
+        params = self._weights.trained
+        self.state = ServerState.first(strategy, params, seed)
+        """What is remembered from round to round beside the weights."""
         like = sends(strategy, params, self.extras)
-        self.recipe = replace(self.recipe, privacy=self._placed(like))
-        self.session = runs_on.open(model, clients, self.recipe)
+        self.recipe = replace(self.recipe, strategy=strategy)
+        self.recipe = secure.placed(self.recipe, participation.most(len(clients)), like)
+        # who trains them, when, and at what price
+        self.session = runs_on.open(self.model, clients, self.recipe)
         strategies.check(strategy, params, self.extras)
         self._coded = uploads(strategy, params, self.extras) if self.recipe.channel else {}
-        # of a client that is elsewhere the server knows the name alone
-        sizes = [len(c) for c in clients] if all(hasattr(c, "__len__") for c in clients) else None
         groups = {*like, *self.extras, *strategy.remember(params)} - {"delta"}
         combination.check(self.recipe, participation, pace, groups)
-        down = sum(v.numel() * v.element_size() for v in params.values())
-        up = channel.bytes_of(self.recipe.channel, self._coded) if self._coded else down
-        self.under_way = UnderWay(pace, Asked(self.recipe, participation, sizes, down + up))
+        sizes = handed.sizes(clients)
+        asked = Asked.of(self.recipe, participation, sizes, params, self._coded)
+        self.under_way = UnderWay(pace, asked)
         self.books = opened(self.recipe.privacy, self.ids, like)
         """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
-        self.notes = [
-            *lora.notes(model, strategy),
-            *self.session.notes,
-            *handed.notes(model, self.recipe, like, len(clients)),
-            *pace.check(self.under_way.asked),
-            *masks,
-            *secure.notes(self.recipe, model, simulated=sizes is not None),
-            *self.books.check(),
-        ]
+        said = handed.notes(
+            self.model, self.recipe, like, len(clients), simulated=sizes is not None
+        )
+        self.notes = [*said, *self.session.notes, *pace.check(asked), *masks, *self.books.check()]
         self.round_number = 0
-        self.held: Held = {}
-        """What the aggregator keeps from round to round."""
         self.visits = Reports()
         """What each client of the last round reported."""
         self.last_step: Params = {}
         """What the last round added to the trainable weights."""
-        self.failed_step = False
-        """Whether the last round's step was not finite, and the round before stands."""
         self.nobody = False
         """Whether no client counted in the last round, and nothing was released."""
+
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the weights that are trained and everybody's."""
+        return list(self._weights.trained)
+
+    @property
+    def extras(self) -> dict[str, Params]:
+        """Groups of the strategy that are broadcast."""
+        return self.state.extras
 
     @property
     def private(self) -> PrivateRun | None:
@@ -161,33 +137,33 @@ class Server:
         Raises BudgetSpent, before anybody trains, when the privacy budget has no room for it.
         """
         start = time.perf_counter()
-        handed.unchanged(self.model, self._parameters)
+        self._weights.unchanged()
+        # whom to ask: paid for before anything is sent
         step = self._step()
         self.under_way.drawn = None  # coins serve one round: one that is tried again draws anew
-        self._charge(step.asked)
+        charge(self.books, step.asked, self.round_number)
         task = self.under_way.tasks[self.round_number] = self._task()
         sampled = time.perf_counter()
-        draw = seeds.derive(self.seed, "aggregator", self.round_number)
-        total = self.recipe.aggregator.start(self.held, draw, self._dtype)
-        if isinstance(total, EncryptedSum):
-            total.expect(sum(map(len, step.asked)))
-        if isinstance(total, SecureSum):
-            total.expect(sum(map(len, step.asked)), self.recipe.privacy)
+        # they train, and are added up as they come
+        asked, dtype = sum(map(len, step.asked)), self._weights.dtype
+        total = start_sum(self.recipe, self.state.held, task, dtype, asked)
         came = gather(total, self._arrivals(step), self.recipe, self._coded, self.observers)
-        self.visits = came.reports
         trained = time.perf_counter()
-        means, buffers = self._move(self._weights.first | task.state, total)
+        # the model moves
+        moved = self._move(task, total, came)
+        self.visits, self.last_step, self.nobody = came.reports, moved.delta, moved.nobody
         self.round_number += 1
         self.under_way.land(step)
+        # what there is to tell, and who is told
         figures = {
             "round": self.round_number,
-            **self._figures(task, step, came, means, buffers),
+            **moved.figures(task, step, came, self.recipe, self._weights.first),
             **step.figures,
             **total.figures,
             "seconds_sample": sampled - start,
             "seconds_train": trained - sampled,
             "seconds_aggregate": time.perf_counter() - trained,
-            **self.visits.speed(trained - sampled),
+            **came.reports.speed(trained - sampled),
         }
         figures["bytes_down"] += total.figures.get("secure_bytes_down", 0)
         figures = self.mark(figures) | self.books.figures()
@@ -211,7 +187,7 @@ class Server:
         if id not in self.ids:
             raise ConfigError(f"there is no client {id!r}")
         made = copied(self.model)
-        load(made, self._state() | self.own().get(id, {}))
+        load(made, self._weights.now() | self.own().get(id, {}))
         return made
 
     def mark(self, figures: Metrics) -> Metrics:
@@ -235,13 +211,12 @@ class Server:
                     raise
                 return
             if self.nobody:
-                warnings.warn(f"{NOBODY}: {_why(figures)}", stacklevel=2)
+                warnings.warn(f"{NOBODY}: {why_nobody(figures)}", stacklevel=2)
             yield figures
 
     def moved(self) -> bool:
         """Whether any round has changed a weight that is trained."""
-        now, first = self._weights.now(), self._weights.first
-        return any(not torch.equal(now[k], first[k]) for k in self.trainable)
+        return self._weights.moved()
 
     def fit(self, rounds: int, progress: bool = True) -> History:
         """Train ``rounds`` more rounds, with a bar on a terminal or in a notebook; all their figures."""
@@ -267,12 +242,7 @@ class Server:
         is not known, as with a recipe that has a step.
         """
         if metrics is None and step is None:
-            if self.recipe.step is not None or self.recipe.local is not None:
-                raise ConfigError(
-                    "what to judge by is not known where clients train by a step of their own: give "
-                    "metrics, or step=fn, which returns output and target, or figures by name"
-                )
-            metrics = {"loss": self.recipe.loss}
+            metrics = {"loss": self.recipe.judge}
         return evaluate(self.model, data, metrics or (), batch_size, step=step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -281,19 +251,14 @@ class Server:
         Of the model only what has changed or will: a run goes on from the same frozen weights, whose digest
         says so.
         """
-        model = self._weights.travel()
         return {
             "round": self.round_number,
             "seed": self.seed,
-            "model": model,
-            "base": self._weights.rest(model),
-            "extras": self.extras,
-            "optimizer": self.optimizer_state,
+            **self._weights.state_dict(),
+            **self.state.state_dict(),
             "memory": self.session.memory(),
             "privacy": self.books.state_dict(),
             **self.under_way.state_dict(),
-            **({"aggregator": self.held} if self.held else {}),
-            **({"hidden": self.hidden} if self.hidden else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any], ledger: Ledger | None = None) -> None:
@@ -304,20 +269,13 @@ class Server:
         missing = [k for k in self.state_dict() if k not in {"base", *state}]
         if missing:
             raise ConfigError(f"the checkpoint has no {missing[0]!r}: another version wrote it")
-        model = self._weights.first | state["model"]
-        handed.same_shapes(self._weights.first, model)
-        if "base" in state and state["base"] != self._weights.rest(state["model"]):
-            raise ConfigError(
-                "the checkpoint is of another model: its frozen weights or constants are not these; make "
-                "the Server with the model as it was before training"
-            )
+        model = self._weights.check(state)
         self.books.load_state_dict(state["privacy"], ledger)
         load(self.model, model)
         self.round_number, self.seed = state["round"], state["seed"]
-        self.extras, self.optimizer_state = state["extras"], state["optimizer"]
+        self.state = self.state.loaded(state)
         self.session.restore(state["memory"])
         self.under_way.load_state_dict(state, self.seed)
-        self.held, self.hidden = state.get("aggregator", {}), state.get("hidden", self.hidden)
 
     def close(self) -> None:
         """Let the engine's workers go."""
@@ -340,114 +298,36 @@ class Server:
         chosen = self.recipe.privacy.cohort(n, self.round_number)
         return self.participation.cohort(n, self.seed, self.round_number, chosen, self.ids)
 
-    def _charge(self, asked: list[list[int]]) -> None:
-        # before anything is sent: what is asked for is paid for, whatever comes back
-        for who in asked:
-            if not self.books.affordable(who, self.round_number):
-                raise BudgetSpent(
-                    f"round {self.round_number + 1} would spend more than the privacy plan's epsilon: "
-                    "the model so far is the last the budget pays for"
-                )
-            self.books.charge(who, self.round_number)
-
     def _task(self) -> Task:
         lr = self.recipe.learning_rate * self.schedule(self.round_number)
         numbers = self.books.numbers(self.round_number)
         return Task(self._weights.travel(), self.extras, self.round_number, self.seed, lr, numbers)
-
-    def _placed(self, like: dict[str, Params]) -> Privacy:
-        """The plan, which under masks must know how many there are, of clients and of numbers."""
-        plan, masks = self.recipe.privacy, self.recipe.secure
-        if masks is None or not plan.masked:
-            return plan
-        most = self.participation.most(len(self.ids))
-        numbers = sum(v.numel() for p in like.values() for v in p.values())
-        return plan.placed(most, max(LEAST, masks.needed(most)), numbers)
-
-    def _state(self) -> Params:
-        """A copy of the model's parameters and buffers, on the CPU."""
-        return {k: v.clone() for k, v in self._weights.now().items()}
 
     def _arrivals(self, step: Step) -> Iterator[Arrival]:
         """Let them train; first who was lost on the way."""
         for i, why in step.lost.items():
             yield Arrival(Failure(self.ids[i], *why), self.under_way.tasks[self.round_number], 1.0)
         for ids, task, due in self.under_way.visits(step, self.ids):
-            now = self._state() if due.mixes else None
+            now = self._weights.copied() if due.mixes else None
             self.session.submit(ids, task)
             for outcome in self.session.collect():
                 yield Arrival(outcome, task, due.factor, now)
 
-    def _move(self, state: Params, gathered: Gathering) -> tuple[dict[str, Params], Params]:
-        """Step from ``state``; returns what was sent as one, before any noise, and the buffers so.
-
-        A step that is not finite is not taken: the round has failed, and what the server keeps stays.
-        """
-        strategy, reported = self.recipe.strategy, len(self.visits.ids)
-        self.failed_step = False
+    def _move(self, task: Task, gathered: Gathering, came: Gathered) -> Moved:
+        """Step from the weights of ``task``; where that is not finite nothing moves."""
+        weights, reported = self._weights.first | task.state, len(came.reports.ids)
         # noise comes first: all that the strategy and the server optimizer do is post-processing
-        few = isinstance(gathered, SecureSum | EncryptedSum) and gathered.short()
-        released = None if few else self.books.release(gathered.sums)
-        means, buffers = came = gathered.result(state) if reported else ({}, {})
-        self.nobody = not (means or released)
-        delta: Params = {}
-        if means or released:
-            sent, buffers = (released, {}) if released else (means, buffers)
-            share = self.recipe.privacy.share()
-            computes = strategy.server is not None or type(strategy).step is not Strategy.step
-            if computes:  # with what was sent, and does not only add it
-                sent = {g: to_float64(v) for g, v in sent.items()}
-            known = self.extras | self.hidden
-            kept = self.optimizer_state
-            draw = seeds.derive(self.seed, "strategy", "step", self.round_number)
-            # what a step of the user's own draws at random, a resumed run draws again
-            with seeds.seeded(draw) if computes else nullcontext():
-                delta, extras = strategy.step(sent, known, share or reported / len(self.ids))
-                if strategy.server is not None:
-                    delta, kept = strategy.server.step_from(state, delta, kept)
-            new = moved(state, delta, buffers)
-            # one infinite moment would keep the optimizer from ever moving again
-            if new is None or not all(map(all_finite, [*extras.values(), *kept.values()])):
-                self.failed_step, delta = True, {}
-            else:
-                self.optimizer_state, self.held = kept, gathered.held
-                self.hidden = {g: extras[g] for g in self.hidden}
-                self.extras = {g: v for g, v in extras.items() if g not in self.hidden}
-                load(self.model, new)
-        self.last_step = delta
-        return came
-
-    def _figures(
-        self, task: Task, step: Step, came: Gathered, means: dict[str, Params], buffers: Params
-    ) -> Metrics:
-        kinds = [f.kind for f in came.failed]
-        reported, mean = len(self.visits.ids), means.get("delta")
-        step_norm = norm(self.last_step)
-        # the step often is the mean
-        mean_norm = step_norm if mean is self.last_step else norm(mean) if mean else None
-        if not self.recipe.aggregator.linear:
-            mean_norm = None  # a cosine to the mean is one of a weighted mean
-        sent = {"buffers": buffers} | ({} if self._coded else means)
-        asked = sum(map(len, step.asked))
-        return {
-            "lr": task.lr,
-            # in the order of their ids: chunks are formed by size, which is nobody's to know
-            "cohort": sorted(self.visits.ids),
-            "failed": {f.id: f.kind for f in sorted(came.failed, key=lambda f: f.id)},
-            "clients": reported,
-            "dropped": kinds.count("dropped"),
-            "nonfinite": kinds.count("nonfinite"),
-            **self.visits.figures(mean_norm),
-            "step_norm": step_norm,
-            **({"step_failed": 1} if self.failed_step else {}),
-            **({"nobody": 1} if self.nobody else {}),
-            **traffic(
-                task, self._weights.first, sent, asked=asked, reported=reported, coded=came.coded
-            ),
-        }
-
-
-def _why(figures: Metrics) -> str:
-    failed = figures.get("failed") or figures.get("nonprivate_failed") or {}
-    kinds = Counter(failed.values())
-    return ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "nobody was there"
+        released = None if came.short else self.books.release(gathered.sums)
+        means, buffers = gathered.result(weights) if reported else ({}, {})
+        if not (means or released):
+            return Moved(means, buffers, nobody=True)
+        share = self.recipe.privacy.share() or reported / len(self.ids)
+        draw = seeds.derive(self.seed, "strategy", "step", self.round_number)
+        sent = released or means
+        delta, state = self.state.step(self.recipe.strategy, sent, share, weights, draw)
+        new = added(weights, delta, {} if released else buffers)
+        if new is None or not state.finite:
+            return Moved(means, buffers, failed=True)
+        load(self.model, new)
+        self.state = replace(state, held=gathered.held)
+        return Moved(means, buffers, delta)

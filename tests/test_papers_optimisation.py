@@ -211,7 +211,7 @@ def test_what_the_server_holds_is_not_broadcast():
     server = Server(mlp(), make_clients(SIZES), Recipe(FedDyn()))
     figures, plain = server.round(), Server(mlp(), make_clients(SIZES), Recipe()).round()
     assert figures["bytes_down"] == plain["bytes_down"]
-    assert server.hidden["h"]["0.weight"].abs().sum() > 0 and not server.extras
+    assert server.state.hidden["h"]["0.weight"].abs().sum() > 0 and not server.extras
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_noise_comes_before_the_server_optimizer():
     plan = ClientLevel(clip=0.1, noise_multiplier=1.0, rounds=2)
     private = server(net, clients((5,) * 4, 40, 0.0), plan, strategy=FedAvg(server=ServerAdam()))
     private.round()
-    assert private.optimizer_state["m"]["weight"].abs().min() > 0  # the moments have seen noise
+    assert private.state.optimizer["m"]["weight"].abs().min() > 0  # the moments have seen noise
 
 
 @pytest.mark.parametrize(

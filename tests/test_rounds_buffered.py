@@ -49,7 +49,9 @@ def trained(rounds, pace=PACE, engine=Local(), model=net, state=None, **options)
 
 
 def worst(a, b):
-    return max(float((a._state()[k] - v).abs().max()) for k, v in b._state().items())
+    return max(
+        float((a._weights.copied()[k] - v).abs().max()) for k, v in b._weights.copied().items()
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
@@ -142,8 +144,8 @@ def test_statistics_are_mixed_in_as_weights_are():
     whole, _ = trained(1, pace=every, model=normed, batch_size=None)
     for name, start in normed().state_dict().items():
         if "num_batches" not in name:
-            middle = (start + whole._state()[name]) / 2
-            assert torch.allclose(server._state()[name], middle, atol=1e-6), name
+            middle = (start + whole._weights.copied()[name]) / 2
+            assert torch.allclose(server._weights.copied()[name], middle, atol=1e-6), name
 
 
 def test_solvers_and_engines_agree():

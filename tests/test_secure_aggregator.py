@@ -113,7 +113,10 @@ def test_the_protocol_opens_the_very_sum_of_the_simulation():
         Recipe(aggregator=_Shown(), epochs=1),
         engine=Local(solver="general"),
     )
-    seen, start = watched(plain), {k: v.double().clone() for k, v in plain._state().items()}
+    seen, start = (
+        watched(plain),
+        {k: v.double().clone() for k, v in plain._weights.copied().items()},
+    )
     plain.round()
     rows = [(u, k) for u in seen for k in range(len(u.ids))]
     by_id = {u.ids[k]: (u, k) for u, k in rows}

@@ -8,7 +8,7 @@ import torch
 
 from conftest import make_clients, mlp
 from fedtorch import HE, ConfigError, FedAvg, Mean, Observer, Recipe, Server, TopK
-from fedtorch.privacy import ClientLevel, DistributedDP
+from fedtorch.privacy import ClientLevel, DistributedDP, Nothing
 from fedtorch.secure.encryption import FLOOD, MOST, SLOTS, STEP, Adder, Holder, make_keys
 from fedtorch.secure.he import EncryptedSum
 
@@ -89,7 +89,7 @@ def test_buffers_are_in_the_sum_and_long_numbers_are_clamped_and_counted():
     server.round()
     assert not torch.equal(net[1].running_mean, before)
     total = EncryptedSum()
-    total.expect(3)
+    total.expect(3, Nothing())
     wild = Server(mlp(), make_clients([9, 7, 8]), Recipe(aggregator=HE(), lr=1e7, epochs=1))
     assert wild.round()["clamped"] > 0
 

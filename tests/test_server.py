@@ -122,12 +122,12 @@ def test_a_step_that_is_not_finite_is_a_failed_round_and_not_the_end(where, caps
     model = mlp()
     server = Server(model, make_clients([10]), Recipe(FedAvg(server=Spike(ServerAdam(), where))))
     assert "step_failed" not in server.round()
-    before, kept = weights(model), copy.deepcopy(server.optimizer_state)
+    before, kept = weights(model), copy.deepcopy(server.state.optimizer)
     figures = server.round()
     assert figures["step_failed"] and figures["step_norm"] == 0 and figures["round"] == 2
     assert all(torch.equal(before[k], v) for k, v in weights(model).items())
     for group, tree in kept.items():
-        assert all(torch.equal(server.optimizer_state[group][k], v) for k, v in tree.items())
+        assert all(torch.equal(server.state.optimizer[group][k], v) for k, v in tree.items())
     with Report(3, 0) as report:
         report.round(figures)
     assert "round 2: failed, the server's step is not finite" in capsys.readouterr().out

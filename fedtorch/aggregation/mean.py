@@ -124,7 +124,7 @@ def _only(stack: Stack) -> Params:
     return {k: v[0].cpu() for k, v in stack.items()}
 
 
-def moved(state: Params, delta: Params, buffers: Params) -> Params | None:
+def added(state: Params, delta: Params, buffers: Params) -> Params | None:
     """``state`` with ``delta`` added and ``buffers`` in place of its own.
 
     None when the result is not finite.

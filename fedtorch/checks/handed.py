@@ -1,14 +1,22 @@
-"""What a server is handed: clients with names of their own, and a model that stays the one they copied."""
+"""What a server is handed: clients with names of their own, and parts that go together."""
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from fedtorch.options import shown
+from fedtorch.aggregation.rows import Robust
+from fedtorch.checks import combination, secure
+from fedtorch.client import Client
+from fedtorch.options import fit, shown
 from fedtorch.recipe import Recipe
+from fedtorch.rounds.observers import Observer
+from fedtorch.rounds.participation import Participation
+from fedtorch.rounds.synchronous import Rounds
+from fedtorch.rounds.threat import Threat, attacked
+from fedtorch.strategies import lora
 from fedtorch.types import ConfigError, Params
 
 
@@ -24,37 +32,41 @@ def names(clients: Sequence[Any]) -> list[str]:
     return ids
 
 
-def parameters(model: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
-    """Shape of each parameter, and whether it is trained."""
-    return {k: (p.shape, p.requires_grad) for k, p in model.named_parameters()}
+def sizes(clients: Sequence[Any]) -> list[int] | None:
+    """How many examples each has; None: they are elsewhere, and their server knows the names alone."""
+    return [len(c) for c in clients] if all(hasattr(c, "__len__") for c in clients) else None
 
 
-def unchanged(model: nn.Module, before: dict[str, tuple[torch.Size, bool]]) -> None:
-    """Refuse a model whose parameters are no longer those that the engine was given a copy of."""
-    now = parameters(model)
-    if now == before:
-        return
-    name = next(k for k in {**before, **now} if now.get(k) != before.get(k))
-    was, what = before.get(name), now.get(name)
-    how = "is new" if was is None else "is gone" if what is None else "has another shape"
-    if was and what and was[0] == what[0]:
-        how = "was unfrozen" if what[1] else "was frozen"
-    raise ConfigError(
-        f"parameter {name} of server.model {how} after Server() was made, and clients still train "
-        "the model as it was then: make a new Server with the changed model"
-    )
+def settled(
+    recipe: Recipe,
+    clients: Sequence[Client],
+    participation: Participation,
+    pace: Rounds,
+    observers: Sequence[Observer],
+    threat: Threat | None,
+    seed: int,
+) -> tuple[Recipe, Sequence[Client], list[str]]:
+    """Recipe and clients with the liars among them, and notes on what masks do not hide.
+
+    Raises ConfigError where these do not go together.
+    """
+    participation.check(len(clients))
+    combination.check(recipe, participation, pace)
+    if isinstance(recipe.aggregator, Robust):
+        recipe.aggregator.check(participation.most(len(clients)), [c.id for c in clients])
+    said = secure.check(recipe, participation, len(clients), observers, threat)
+    if threat is not None:
+        recipe, clients = attacked(recipe, clients, fit("threat", threat, Threat), seed)
+        combination.check(recipe, participation, pace)
+    strategy = combination.settled(recipe.strategy, pace)
+    return replace(recipe, strategy=strategy), clients, said
 
 
-def same_shapes(own: Params, other: Params) -> None:
-    """Refuse the weights of another model."""
-    for k in {**own, **other}:
-        if k not in own or k not in other or own[k].shape != other[k].shape:
-            raise ConfigError(f"the checkpoint is of another model: {k!r} does not match")
-
-
-def notes(model: nn.Module, recipe: Recipe, sent: dict[str, Params], clients: int) -> list[str]:
+def notes(
+    model: nn.Module, recipe: Recipe, sent: dict[str, Params], clients: int, simulated: bool
+) -> list[str]:
     """What is to be said of model and recipe; ``sent``: what a client sends, in names and shapes."""
-    found = []
+    found = lora.notes(model, recipe.strategy)
     lightning = hasattr(model, "training_step") and hasattr(model, "configure_optimizers")
     if lightning and recipe.step is None and recipe.local is None:
         found.append(
@@ -80,4 +92,4 @@ def notes(model: nn.Module, recipe: Recipe, sent: dict[str, Params], clients: in
             f"{type(recipe.aggregator).__name__} keeps every client's update until the round ends: up to "
             f"{clients * each / 1e6:,.1f} MB"
         )
-    return found
+    return [*found, *secure.notes(recipe, model, simulated)]

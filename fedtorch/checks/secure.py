@@ -1,6 +1,7 @@
 """What cannot be had where nobody sees a client's own update, and what masks do not hide."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -11,7 +12,8 @@ from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.threat import Threat
 from fedtorch.secure.aggregator import Secure
 from fedtorch.secure.he import HE
-from fedtorch.types import ConfigError
+from fedtorch.secure.roster import LEAST
+from fedtorch.types import ConfigError, Params
 
 
 def check(
@@ -47,6 +49,15 @@ def check(
         "server can work out single clients' updates (arXiv:2106.06089); participation everyone gives it "
         "no such differences"
     ]
+
+
+def placed(recipe: Recipe, most: int, sent: Mapping[str, Params]) -> Recipe:
+    """With a plan that knows, under masks, how many clients there are at ``most`` and how many numbers."""
+    plan, masks = recipe.privacy, recipe.secure
+    if masks is None or not plan.masked:
+        return recipe
+    numbers = sum(v.numel() for p in sent.values() for v in p.values())
+    return replace(recipe, privacy=plan.placed(most, max(LEAST, masks.needed(most)), numbers))
 
 
 def notes(recipe: Recipe, model: nn.Module, simulated: bool) -> list[str]:

@@ -1,14 +1,18 @@
 """What of a server's model travels: what is trained, and what else clients were not given so."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fedtorch.checks.model import trainable
 from fedtorch.engines.messages import digest
-from fedtorch.training.module import snapshot, to
+from fedtorch.recipe import Recipe
+from fedtorch.training.module import snapshot, statistics, to
+from fedtorch.training.personal import personal, shared
 from fedtorch.tree import alike
-from fedtorch.types import Params
+from fedtorch.types import ConfigError, Params
 
 CPU = torch.device("cpu")
 
@@ -19,11 +23,40 @@ class Weights:
     A buffer that a forward made is nobody's; of one that it made larger, the first is.
     """
 
-    def __init__(self, model: nn.Module, sent: Iterable[str]) -> None:
-        """``sent``: names of what is trained, and of running statistics, as they are about to move."""
-        self.model, self.sent = model, {*sent}
-        self.first = to(snapshot(model), CPU)
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        """Raises ConfigError naming what nothing here can train or average."""
+        patterns = recipe.strategy.personal
+        own, names = personal(model, patterns), shared(model, patterns)
+        trainable(model)
+        self.model = model
+        self.first: Params = to(snapshot(model), CPU)
+        self.trained = {k: self.first[k] for k in names}
+        """Those that are trained and everybody's, as they were handed over."""
+        averaged = statistics(model) - own if recipe.privacy.statistics else set()
+        self._sent = {*names} | averaged
+        self._shapes = _shapes(model)
         self._digests: dict[tuple[str, ...], str] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first that is trained."""
+        first: Tensor = next(iter(self.trained.values()))
+        return first.dtype
+
+    def unchanged(self) -> None:
+        """Refuse a model whose parameters are no longer those that the engine was given a copy of."""
+        before, now = self._shapes, _shapes(self.model)
+        if now == before:
+            return
+        name = next(k for k in {**before, **now} if now.get(k) != before.get(k))
+        was, what = before.get(name), now.get(name)
+        how = "is new" if was is None else "is gone" if what is None else "has another shape"
+        if was and what and was[0] == what[0]:
+            how = "was unfrozen" if what[1] else "was frozen"
+        raise ConfigError(
+            f"parameter {name} of server.model {how} after Server() was made, and clients still train "
+            "the model as it was then: make a new Server with the changed model"
+        )
 
     def now(self) -> Params:
         """As they are, not copied where the model is on the CPU."""
@@ -31,14 +64,47 @@ class Weights:
         now = {k: v.detach().to(CPU) for k, v in model}
         return {k: now[k] if now[k].shape == v.shape else v for k, v in self.first.items()}
 
+    def copied(self) -> Params:
+        """A copy of them."""
+        return {k: v.clone() for k, v in self.now().items()}
+
+    def moved(self) -> bool:
+        """Whether any that is trained is no longer what it was."""
+        now = self.now()
+        return any(not torch.equal(now[k], v) for k, v in self.trained.items())
+
     def travel(self) -> Params:
         """A copy of what clients do not have with the model."""
         now, first = self.now(), self.first
-        return {k: v.clone() for k, v in now.items() if k in self.sent or not alike(v, first[k])}
+        return {k: v.clone() for k, v in now.items() if k in self._sent or not alike(v, first[k])}
 
-    def rest(self, model: Params) -> str:
+    def state_dict(self) -> dict[str, Any]:
+        """What has changed or will, and a digest of the rest."""
+        model = self.travel()
+        return {"model": model, "base": self._rest(model)}
+
+    def check(self, state: Mapping[str, Any]) -> Params:
+        """All weights of a checkpoint; raises ConfigError when it belongs to another model."""
+        first = self.first
+        model: Params = first | state["model"]
+        for k, v in model.items():
+            if k not in first or first[k].shape != v.shape:
+                raise ConfigError(f"the checkpoint is of another model: {k!r} does not match")
+        if "base" in state and state["base"] != self._rest(state["model"]):
+            raise ConfigError(
+                "the checkpoint is of another model: its frozen weights or constants are not these; make "
+                "the Server with the model as it was before training"
+            )
+        return model
+
+    def _rest(self, model: Params) -> str:
         """Digest of the model as it was handed over, but for what ``model`` has."""
         rest = tuple(k for k in self.first if k not in model)
         if rest not in self._digests:  # they are the same from round to round
             self._digests[rest] = digest({k: self.first[k] for k in rest})
         return self._digests[rest]
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
+    """Shape of each parameter, and whether it is trained."""
+    return {k: (p.shape, p.requires_grad) for k, p in model.named_parameters()}

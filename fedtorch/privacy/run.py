@@ -216,6 +216,20 @@ class PrivateRun:
             self.state["past"] = []
 
 
+def charge(books: "PrivateRun | OpenRun", asked: Sequence[Sequence[int]], round: int) -> None:
+    """Enter a round before anything is sent: what is asked for is paid for, whatever comes back.
+
+    ``asked``: indices of clients, and once more of those that are asked again. Raises BudgetSpent.
+    """
+    for who in asked:
+        if not books.affordable(who, round):
+            raise BudgetSpent(
+                f"round {round + 1} would spend more than the privacy plan's epsilon: the model so far is "
+                "the last the budget pays for"
+            )
+        books.charge(who, round)
+
+
 def opened(plan: Privacy, ids: Sequence[str], groups: dict[str, Params]) -> "PrivateRun | OpenRun":
     """The books of a run under ``plan``; ``groups`` has the shapes of what a client sends."""
     return PrivateRun(plan, ids, groups) if plan.claims else OpenRun()

@@ -1,6 +1,7 @@
 """The figures of a round, from what its clients reported."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,6 +123,15 @@ def norm(params: Params) -> float:
     if not 1e-30 < total < math.inf:  # so small or large that squares lose their digits in float32
         total = sum(float(v.double().square().sum()) for v in flat)
     return math.sqrt(total)
+
+
+def why_nobody(figures: Metrics) -> str:
+    """How many failed in which way, in words."""
+    failed = figures.get("failed") or figures.get("nonprivate_failed") or {}
+    return (
+        ", ".join(f"{n} {kind}" for kind, n in Counter(failed.values()).items())
+        or "nobody was there"
+    )
 
 
 def _precise(v: Tensor) -> Tensor:

@@ -5,10 +5,13 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from fedtorch.aggregation.mean import Gathering
+import torch
+
+from fedtorch import seeds
+from fedtorch.aggregation.mean import Gathering, Held
 from fedtorch.channel import base as channel
 from fedtorch.recipe import Recipe
-from fedtorch.rounds.figures import Reports
+from fedtorch.rounds.figures import Metrics, Reports
 from fedtorch.rounds.observers import Observer, looks
 from fedtorch.rounds.synchronous import Asked, Draw, Due, Rounds, Step
 from fedtorch.secure.aggregator import SecureSum
@@ -84,6 +87,29 @@ class Gathered:
     """Who has no usable update, and why."""
     coded: int = 0
     """Bytes of the updates as a channel has encoded them."""
+    short: bool = False
+    """Too few have reported for their sum to be opened."""
+
+    def figures(self) -> Metrics:
+        """Who was there."""
+        kinds = [f.kind for f in self.failed]
+        return {
+            # in the order of their ids: chunks are formed by size, which is nobody's to know
+            "cohort": sorted(self.reports.ids),
+            "failed": {f.id: f.kind for f in sorted(self.failed, key=lambda f: f.id)},
+            "clients": len(self.reports.ids),
+            "dropped": kinds.count("dropped"),
+            "nonfinite": kinds.count("nonfinite"),
+        }
+
+
+def start_sum(recipe: Recipe, held: Held, task: Task, dtype: torch.dtype, asked: int) -> Gathering:
+    """Nothing gathered yet, of so many clients that are sent this task; ``dtype``: of the weights."""
+    draw = seeds.derive(task.seed, "aggregator", task.round)
+    total = recipe.aggregator.start(held, draw, dtype)
+    if isinstance(total, SecureSum | EncryptedSum):
+        total.expect(asked, recipe.privacy)
+    return total
 
 
 def gather(
@@ -117,10 +143,11 @@ def gather(
             if not recipe.hides and looks(observer):
                 # at a copy: nothing stands between a clip and its noise
                 observer.sent(deepcopy(outcome))
-    reports = Reports.of(chunks)
-    if isinstance(total, SecureSum | EncryptedSum) and chunks:
-        reports = reports.together(opened=not total.short())
-    return Gathered(reports, failed, size)
+    reports, short = Reports.of(chunks), False
+    if isinstance(total, SecureSum | EncryptedSum):
+        short = total.short()
+        reports = reports.together(opened=not short) if chunks else reports
+    return Gathered(reports, failed, size, short)
 
 
 def mixed(update: Released, sent: Params, now: Params, share: float) -> Released:

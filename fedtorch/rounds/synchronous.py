@@ -1,15 +1,16 @@
 """What a round waits for: which visits a step of the server is made of. Synchronous: all it asked."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from fedtorch.channel import base as channel
 from fedtorch.options import Range, check
 from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.participation import Participation
 from fedtorch.rounds.sky import Sky, check_sizes
-from fedtorch.types import ConfigError
+from fedtorch.types import ConfigError, Params
 
 DROPPED = "dropped", "it dropped out"
 
@@ -57,6 +58,20 @@ class Asked(NamedTuple):
     """Examples of each client; None: its server does not know them."""
     bytes: int
     """Of one visit, down and up."""
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Any,
+        participation: Participation,
+        sizes: Sequence[int] | None,
+        weights: Params,
+        coded: Mapping[str, Params],
+    ) -> "Asked":
+        """``coded``: names and shapes of what a channel encodes, by group."""
+        down = sum(v.numel() * v.element_size() for v in weights.values())
+        up = channel.bytes_of(recipe.channel, coded) if coded else down
+        return cls(recipe, participation, sizes, down + up)
 
 
 class Rounds(Protocol):

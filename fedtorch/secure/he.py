@@ -13,6 +13,7 @@ import torch
 
 from fedtorch.aggregation.mean import Held, RunningMean
 from fedtorch.options import POSITIVE, check
+from fedtorch.privacy import Privacy
 from fedtorch.secure.encode import Layout
 from fedtorch.secure.encryption import MOST, Adder, Holder, make_keys, tenseal
 from fedtorch.secure.roster import LEAST
@@ -75,7 +76,7 @@ class EncryptedSum:
         self._came, self._clamped, self._bytes, self._seconds = 0, 0, 0, 0.0
         self._range = MOST
 
-    def expect(self, asked: int) -> None:
+    def expect(self, asked: int, privacy: Privacy) -> None:
         """So many clients are asked: a number of each may be so large that their sum fits."""
         self._range = MOST / max(asked, 1)
 
