@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import fedtorch  # noqa: F401  (first: Ctrl-C while torch is read is one line there)
 
@@ -61,6 +61,9 @@ class Config(RunOptions):
     """Number of clients; none: 10, or every owner with a natural partition."""
     validation: float = 0.0
     """Share of each client's examples held out of training to validate the global model on."""
+    evaluate: Literal["shared", "personal"] = "shared"
+    """What is judged: the shared model on test data; personal: each client's own model too, on a fifth of
+    its own examples (or the share that validation says)."""
     finetune_steps: int = 0
     """In the end each client takes so many local steps from the model on its own examples, and is judged
     once more on its validation share: what a personal model has to be better than."""
@@ -92,10 +95,12 @@ class Config(RunOptions):
         counts = ("eval_every", "checkpoint_every", "threads", "clients")
         ranges = {"validation": SHARE, "finetune_steps": NOT_NEGATIVE}
         check(self, "", **ranges, **dict.fromkeys(counts, COUNT))
+        if self.evaluate == "personal" and not self.validation:
+            object.__setattr__(self, "validation", 0.2)
         if self.finetune_steps and not self.validation:
             raise ConfigError(
                 "finetune_steps judges each client on its validation share, and there is none: add "
-                "--validation 0.2"
+                "--evaluate personal, or --validation 0.2"
             )
         words, usual = (getattr(d, "vocabulary", None) for d in (self.dataset, type(self.dataset)))
         secure.single(self.aggregator, self.validation, getattr(self.tracking, "client_runs", 0))

@@ -5,6 +5,7 @@ True is no number, text is no number, and NaN is in no range. NumPy's numbers be
 
 import importlib
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -113,6 +114,11 @@ def fit(name: str, value: Any, kind: Any) -> Any:
     # a class where one of its objects, or a function, is asked for
     fix = f" (write {value.__name__}(...))" if isinstance(value, type) and str not in kinds else ""
     raise ConfigError(f"{name} must be {' or '.join(words)}, got {shown(value)}{fix}")
+
+
+def typed(part: object) -> str:
+    """The name of a choice's class as options write it: TrimmedMean is trimmed-mean, FedAvg is fedavg."""
+    return re.sub("(?<=[a-z])(?<!Fed)(?=[A-Z][a-z])", "-", type(part).__name__).lower()
 
 
 def shown(value: Any) -> str:

@@ -146,17 +146,17 @@ def test_no_liar_moves_a_rule_as_far_as_it_likes(name, size):
 @pytest.mark.parametrize(
     "rule, clients, why",
     [
-        (TrimmedMean(f=2), 4, r"TrimmedMean with f 2 needs 2f \+ 1 = 5"),
-        (Krum(f=1), 4, r"Krum with f 1 needs 2f \+ 3 = 5"),
+        (TrimmedMean(f=2), 4, r"aggregator trimmed-mean with f 2 needs 2f \+ 1 = 5"),
+        (Krum(f=1), 4, r"krum with f 1 needs 2f \+ 3 = 5"),
         (
             MultiKrum(f=1, m=5),
             5,
             r"needs max\(2f \+ 3, m \+ f\) = 6 .* lower aggregator.f or aggregator.m",
         ),
-        (Bulyan(f=1), 6, r"Bulyan with f 1 needs 4f \+ 3 = 7"),
-        (Median(f=3), 6, r"Median with f 3 needs 2f \+ 1 = 7"),
+        (Bulyan(f=1), 6, r"bulyan with f 1 needs 4f \+ 3 = 7"),
+        (Median(f=3), 6, r"median with f 3 needs 2f \+ 1 = 7"),
         (TrimmedMean(f=1, pre=Bucketing()), 4, "after bucketing, of 5 clients or more"),
-        (FLTrust(), 5, "FLTrust needs client 'server' in every round"),
+        (FLTrust(), 5, "fltrust needs client 'server' in every round"),
     ],
     ids=str,
 )

@@ -281,6 +281,7 @@ OVERRULED = [
     ({"local": untrained, "strategy": Scaffold()}, "scaffold changes the gradients of local steps"),
     ({"local": untrained, "strategy": Ditto()}, "takes them in several passes or"),
     ({"strategy": APFL(), "accumulate": 2}, "takes steps of its own by the gradient"),
+    ({"strategy": PFedMe(lam=10.0)}, "from 1 on they overshoot"),
     ({"strategy": FedNova(), "optimizer": "Adam"}, "holds for clients that train with SGD"),
     ({"strategy": FedNova(), "scheduler": ConstantLR}, "scheduler says it to nobody"),
     ({"lr_floor": 0.1}, "lr_floor needs lr_decay linear or cosine"),

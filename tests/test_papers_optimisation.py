@@ -267,6 +267,28 @@ def test_what_does_not_go_together_is_refused_by_name(make, why):
         Server(mlp(), make_clients([9, 7]), make())
 
 
+@pytest.mark.parametrize(
+    "tap, why", [("0", "no trained weight comes before"), ("3", "does not run")]
+)
+def test_moon_is_refused_where_its_contrast_would_move_nothing(tap, why):
+    class Flat(torch.nn.Sequential):
+        def forward(self, x):
+            return self[2](self[1](self[0](x)))
+
+    model = Flat(torch.nn.Flatten(), *[torch.nn.Linear(6, 6) for _ in range(3)])
+    with pytest.raises(ConfigError, match=why):
+        Server(model, make_clients([9, 7]), Recipe(MOON(tap=tap)))
+
+
+def test_an_objective_is_tried_before_the_first_round():
+    class Wild(FedAvg):
+        def objective(self, step, ctx):
+            return lambda model, batch: step(model, batch) @ torch.ones(99)
+
+    with pytest.raises(ConfigError, match="objective of strategy wild fails for model Sequential"):
+        Server(mlp(), make_clients([9, 7]), Recipe(Wild()))
+
+
 def test_a_channel_takes_scaled_changes_and_leaves_numbers_alone():
     recipe = Recipe(FedNova(), channel=(TopK(share=0.5),))
     server = Server(mlp(), make_clients(SIZES), recipe)

@@ -317,8 +317,9 @@ def test_a_run_judges_own_shared_and_fine_tuned_models_side_by_side(fedtorch):
         "--rounds",
         2,
     ]
-    given = ["--strategy", "ditto", "--validation", 0.3, "--finetune-steps", 5, "--run-dir", "run"]
-    code, out, _ = fedtorch(*small, *given)
+    given = ["--strategy", "ditto", "--evaluate", "personal", "--finetune-steps", 5]
+    code, out, _ = fedtorch(*small, *given, "--run-dir", "run")
+    assert "validation = 0.2" in Path("run/config.toml").read_text()
     assert code == 0 and "shared" in out and "finetuned" in out
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     last = lines[-1]
@@ -327,4 +328,4 @@ def test_a_run_judges_own_shared_and_fine_tuned_models_side_by_side(fedtorch):
     assert last["finetuned_by_client"].keys() == last["validation_by_client"].keys()
     assert not any("finetuned" in name for line in lines[:-1] for name in line)
     code, _, err = fedtorch(*small, "--finetune-steps", 5)
-    assert code == 2 and "add --validation 0.2" in err
+    assert code == 2 and "add --evaluate personal, or --validation 0.2" in err

@@ -5,7 +5,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from conftest import make_clients, mlp, weights
-from fedtorch import ConfigError, Local, Median, Recipe, Server
+from fedtorch import ConfigError, FedAvg, Local, Median, Recipe, Scaffold, Server
 from fedtorch.aggregation.vectors import FLTrust, Krum
 from fedtorch.privacy import ClientLevel
 from fedtorch.rounds.threat import (
@@ -63,7 +63,7 @@ def test_labels_are_turned_round():
 
 
 def run(threat: Threat | None, chunk: int = 1, **options: object) -> tuple[Server, dict]:
-    recipe = Recipe(epochs=1, strategy=Recipe().strategy.__class__(weighting="uniform"), **options)
+    recipe = Recipe(**{"epochs": 1, "strategy": FedAvg(weighting="uniform"), **options})
     engine = Local(chunk=chunk)
     server = Server(mlp(), make_clients([9] * 6), recipe, engine=engine, threat=threat, seed=4)
     return server, server.round()
@@ -114,6 +114,14 @@ def test_a_liar_trains_on_flipped_labels():
         (lambda: Ipm(liars=0), "threat.liars must be at least 1"),
         (lambda: Ipm(epsilon=-1.0), "threat.epsilon must be a number >= 0"),
         (
+            lambda: run(Ipm(), strategy=Scaffold()),
+            "threat ipm puts its own in the place of .* scaffold needs the mean .* or leave threat out",
+        ),
+        (
+            lambda: run(Ipm(), strategy=FedAvg(weighting="examples")),
+            "threat ipm .*: aggregator mean counts every client once",
+        ),
+        (
             lambda: run(
                 Ipm(), privacy=ClientLevel(noise_multiplier=1.0, rounds=1, insecure_seed=1)
             ),
@@ -141,4 +149,5 @@ def test_a_threat_is_named_on_the_command_line(fedtorch):
     code, out, _ = fedtorch(
         *small, "--threat", "sign-flip", "--threat.liars", 2, "--aggregator", "median"
     )
-    assert code == 0 and "threat sign-flip (liars 2, scale 1)" in out
+    assert code == 0 and "threat sign-flip (liars 2, scale 1): " in out and "clients lie" in out
+    assert "attacked" not in out

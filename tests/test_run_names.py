@@ -1,8 +1,10 @@
 import dataclasses
 
 from fedtorch.commands.train import train_module
-from fedtorch.options import find
+from fedtorch.options import find, typed
+from fedtorch.rounds.buffered import Asynchronous, Buffered
 from fedtorch.run.names import CHOICES, help_text
+from fedtorch.run.objects import choose
 
 Config = train_module().Config
 HELP = help_text(Config, "fedtorch train")
@@ -41,6 +43,28 @@ def test_help_names_every_choice_with_its_options():
             for f in dataclasses.fields(find(path)):
                 if f"{choice}.{f.name}" not in CHOICES:
                     assert f"--{choice}.{f.name}" in HELP
+
+
+def test_messages_spell_a_choice_as_options_do():
+    written = {
+        find(path): name
+        for choice in (
+            "strategy",
+            "aggregator",
+            "aggregator.pre",
+            "pace",
+            "threat",
+            "participation",
+        )
+        for name, path in CHOICES[choice].items()
+    }
+    found = {name: typed(object.__new__(kind)) for kind, name in written.items()}
+    assert {n: w for n, w in found.items() if n != w} == {"lg": "lgfedavg"}
+
+
+def test_paces_go_by_the_names_of_their_papers_too():
+    assert choose("pace", {"name": "fedbuff", "size": 3}) == Buffered(size=3)
+    assert choose("pace", "FedAsync") == Asynchronous()
 
 
 def test_help_fits_a_terminal():

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedtorch.aggregation.mean import Held
 from fedtorch.aggregation.mixing import Mixing
 from fedtorch.aggregation.table import Table, distances
-from fedtorch.options import NOT_NEGATIVE, check
+from fedtorch.options import NOT_NEGATIVE, check, typed
 from fedtorch.types import ConfigError, Params, Released, Stack
 
 BUFFERS = "buffers"
@@ -68,7 +68,7 @@ class Robust:
             raise ConfigError(f"{self.short(most)}: lower {self.lowers}, or take more clients")
         if self.trusts is not None and (self.trusts not in ids or most < len(ids)):
             raise ConfigError(
-                f"aggregator {type(self).__name__} needs client {self.trusts!r} in every round: name one "
+                f"aggregator {typed(self)} needs client {self.trusts!r} in every round: name one "
                 "that there is (aggregator.trusted), and take participation everyone"
             )
         made = torch.zeros(())
@@ -78,24 +78,22 @@ class Robust:
                 made = self.combine({"delta": {"w": rows}})["delta"]["w"]
         if not bool(made.isfinite().all()):
             raise ConfigError(
-                f"aggregator {type(self).__name__} makes no number of {most} finite updates, as where it "
+                f"aggregator {typed(self)} makes no number of {most} finite updates, as where it "
                 "leaves all of them out: let it leave out fewer, or let more clients take part"
             )
 
     def short(self, clients: int) -> str:
         """Why so few will not do."""
-        before = "" if self.pre is None else f" after {type(self.pre).__name__.lower()}"
+        before = "" if self.pre is None else f" after {typed(self.pre)}"
         return (
-            f"aggregator {type(self).__name__} with f {self.f} needs {self.needs} = {self.least} updates"
+            f"aggregator {typed(self)} with f {self.f} needs {self.needs} = {self.least} updates"
             f"{before}, of {self.clients} clients or more, and a round has {clients}"
         )
 
     def missing(self, ids: Sequence[str]) -> str | None:
         """Why these clients are too few for the rule, or None."""
         if self.trusts is not None and self.trusts not in ids:
-            return (
-                f"aggregator {type(self).__name__} needs client {self.trusts!r}, who did not report"
-            )
+            return f"aggregator {typed(self)} needs client {self.trusts!r}, who did not report"
         return self.short(len(ids)) if len(ids) < self.clients else None
 
     def combine(self, sent: dict[str, Stack]) -> dict[str, Params]:

@@ -1,15 +1,17 @@
 """What goes together: strategy, aggregator, channel, plan, cohort, pace; else a sentence."""
 
-import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from typing import Any
 
 from torch.optim import SGD
 
+from fedtorch.options import typed
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.synchronous import Rounds, Synchronous
-from fedtorch.strategies import Strategy
+from fedtorch.rounds.threat import Attacked
+from fedtorch.strategies import PFedMe, Strategy
 from fedtorch.training.local_steps import varies
 from fedtorch.types import ConfigError
 
@@ -43,9 +45,9 @@ def _noised_once(strategy: Strategy) -> bool:
     return strategy.apart and not own and not strategy.asks
 
 
-def _option(part: object) -> str:
-    """Its class as the command line writes it: OverSelected is over-selected."""
-    return re.sub("(?<=[a-z])(?=[A-Z])", "-", type(part).__name__).lower()
+def _too_far(strategy: PFedMe, recipe: Recipe) -> bool:
+    rates = recipe.learning_rate, strategy.inner_lr or recipe.learning_rate
+    return max(rates) * strategy.lam >= 1
 
 
 REFUSED: tuple[Row, ...] = (
@@ -217,6 +219,11 @@ REFUSED: tuple[Row, ...] = (
         "accumulate, lr_warmup, lr_decay and scheduler, and use --optimizer SGD without momentum or decay",
     ),
     (
+        lambda r, who, pace: isinstance(r.strategy, PFedMe) and _too_far(r.strategy, r),
+        "strategy pfedme goes lr lam of the way to a client's own model on each batch, and that model "
+        "inner_lr lam of the way back: from 1 on they overshoot; lower lr or strategy.lam",
+    ),
+    (
         lambda r, who, pace: r.privacy.claims and r.strategy.measures,
         "strategy {strategy} sends numbers that no noise is made for, such as lengths or steps, which void "
         "the privacy claim: use fedavg, which is the same where all take equally many steps",
@@ -284,23 +291,39 @@ def refusal(
 
     ``groups``: what the strategy sends, broadcasts or remembers beside the change of the weights.
     """
+    attack: Any = recipe.aggregator
+    if isinstance(attack, Attacked):
+        honest = replace(recipe, aggregator=attack.rule)
+        if why := refusal(honest, participation, pace, groups):
+            return why
+        why = _refused(recipe, participation, pace, groups)
+        lies = f"threat {typed(attack.threat)} puts its own in the place of what single clients send, so"
+        return (
+            why
+            and f"{lies} the server has no mean of what they learned: {why}; or leave threat out"
+        )
+    return _refused(recipe, participation, pace, groups)
+
+
+def _refused(
+    recipe: Recipe, participation: Participation, pace: Rounds, groups: Collection[str]
+) -> str | None:
     parts = {
         "aggregator": recipe.aggregator,
         "participation": participation,
         "pace": pace,
         "strategy": recipe.strategy,
     }
-    words = {k: type(part).__name__.lower() for k, part in parts.items()}
-    words |= {k: _option(parts[k]) for k in ("aggregator", "pace")}
+    words = {k: typed(getattr(part, "rule", part)) for k, part in parts.items()}
     stuck = [s for s in recipe.channel[:-1] if not s.leads]
-    words["stage"] = type(stuck[0]).__name__.lower() if stuck else ""
+    words["stage"] = typed(stuck[0]) if stuck else ""
     for applies, why in REFUSED:
         if applies(recipe, participation, pace):
             return why.format(**words)
     if pace.overlaps and groups:
         return (
             f"pace {words['pace']} takes changes of weights alone: strategy "
-            f"{type(recipe.strategy).__name__.lower()} also needs {', '.join(sorted(groups))}, which "
+            f"{words['strategy']} also needs {', '.join(sorted(groups))}, which "
             "belongs to one round; use pace synchronous or over-selected, or fedavg or fedprox"
         )
     every = all(stage.linear and not stage.unbiased for stage in recipe.channel)

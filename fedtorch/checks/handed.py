@@ -10,12 +10,12 @@ from torch import nn
 from fedtorch.aggregation.rows import Robust
 from fedtorch.checks import combination, secure
 from fedtorch.client import Client
-from fedtorch.options import fit, shown
+from fedtorch.options import fit, shown, typed
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.observers import Observer
 from fedtorch.rounds.participation import Participation
 from fedtorch.rounds.synchronous import Rounds
-from fedtorch.rounds.threat import Threat, attacked
+from fedtorch.rounds.threat import Attacked, Threat, attacked
 from fedtorch.strategies import lora
 from fedtorch.types import ConfigError, Params
 
@@ -88,8 +88,10 @@ def notes(
         )
     if not recipe.aggregator.linear:
         each = sum(v.numel() * v.element_size() for p in sent.values() for v in p.values())
+        rule: Any = recipe.aggregator
+        who = f"threat {typed(rule.threat)}" if isinstance(rule, Attacked) else typed(rule)
         found.append(
-            f"{type(recipe.aggregator).__name__} keeps every client's update until the round ends: up to "
+            f"{who} keeps every client's update until the round ends: up to "
             f"{clients * each / 1e6:,.1f} MB"
         )
     return [*found, *secure.notes(recipe, model, simulated)]

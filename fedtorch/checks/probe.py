@@ -14,6 +14,7 @@ from fedtorch.checks.model import trainable
 from fedtorch.checks.stacking import layout
 from fedtorch.checks.tried import first, shape
 from fedtorch.client import Client
+from fedtorch.options import typed
 from fedtorch.privacy import Nothing
 from fedtorch.recipe import Recipe
 from fedtorch.strategies.base import still
@@ -55,6 +56,7 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Found:
                 continue
             batch = _backward(model, client, index, recipe)
             take()
+            _objective(model, batch, recipe)
         if (
             take is not None
         ):  # after all steps, between which it would hide what they leave each other
@@ -233,6 +235,24 @@ def _no_classes(output: Any, target: Any) -> str:
         return f"; of {output.shape[1]} outputs the classes are 0 to {output.shape[1] - 1}"
     kind = str(target.dtype).removeprefix("torch.")
     return f"; the labels are {kind}, and classes must be int64: y.long(), y.astype('int64')"
+
+
+def _objective(model: nn.Module, batch: Any, recipe: Recipe) -> None:
+    """Raises ConfigError where a strategy that changes what is minimised cannot, for this model."""
+    strategy = recipe.strategy
+    if not strategy.contrasts:
+        return
+    start = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
+    try:
+        asked = strategy.objective(recipe.asked, still(strategy, start, strategy.init(start)))
+        reduce(asked(model, batch)).mean().backward()
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(
+            f"the objective of strategy {typed(strategy)} fails for model {type(model).__name__}: "
+            f"{type(e).__name__}: {first(e)}"
+        ) from e
 
 
 def visit_alone(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from fedtorch.aggregation.mean import Aggregator
+from fedtorch.options import typed
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.observers import Observer, looks
 from fedtorch.rounds.participation import Everyone, Participation
@@ -26,7 +27,7 @@ def check(
     """Raises ConfigError where the aggregator secure cannot be had; notes on what it does not hide."""
     if not recipe.hides:
         return []
-    name = type(recipe.aggregator).__name__.lower()
+    name = typed(recipe.aggregator)
     if isinstance(recipe.aggregator, HE):
         recipe.aggregator.check(participation.most(clients))
     elif recipe.secure is not None:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from fedtorch.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, check
+from fedtorch.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, check, typed
 from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.sky import Flight, Sky, check_sizes
 from fedtorch.rounds.synchronous import Asked, Draw, Due, Step
@@ -136,7 +136,7 @@ def taken(sky: Sky, arrived: list[Flight], due: list[Due], round: int) -> Step:
 
 def overlapping(pace: Buffered | Asynchronous, asked: Asked, counts: str) -> list[str]:
     """Notes on how clients count and what privacy costs; raises ConfigError where there are too few."""
-    name = type(pace).__name__.lower()
+    name = typed(pace)
     clients = check_sizes(name, asked)
     if (pace.concurrency or 0) > clients:
         raise ConfigError(

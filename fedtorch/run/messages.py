@@ -6,6 +6,7 @@ from typing import Any
 
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.synchronous import Synchronous
+from fedtorch.rounds.threat import Attacked
 from fedtorch.run import cli, files, huggingface, trust
 from fedtorch.run.by_client import word
 from fedtorch.run.console import Report
@@ -37,14 +38,15 @@ def introduce(report: Report, opening: str, server: Server, who_has_what: Any = 
 
 
 def _parts(server: Server) -> list[str]:
-    """Aggregator, channel and pace, a line each, where they are not the usual ones."""
-    recipe, usual = server.recipe, Recipe()
+    """Aggregator, threat, channel and pace, a line each, where they are not the usual ones."""
+    recipe, lies = server.recipe, list[str]()
+    rule: Any = recipe.aggregator
+    if isinstance(rule, Attacked):
+        lies = [f"threat {worded(rule.threat)}: {', '.join(rule.who)} of the clients lie"]
+        rule = rule.rule
     return [
-        *(
-            [f"aggregator {worded(recipe.aggregator)}"]
-            if recipe.aggregator != usual.aggregator
-            else []
-        ),
+        *([f"aggregator {worded(rule)}"] if rule != Recipe().aggregator else []),
+        *lies,
         *(f"channel {worded(stage)}" for stage in recipe.channel),
         *([f"pace {worded(server.pace)}"] if server.pace != Synchronous() else []),
     ]

@@ -134,6 +134,9 @@ CHOICES: dict[str, dict[str, str]] = {
 }
 """Short names of each choice; the dotted path is what a user's own class is given by."""
 
+ALIASES = {"pace": {"fedbuff": "buffered", "fedasync": "asynchronous"}}
+"""Other names that people know some of them by."""
+
 WANTED = {
     "dataset": ("load", "it must be a dataclass with a method load(seed)"),
     "lora": ("fedtorch.run.huggingface.LoRA", "it must be a subclass of LoRA"),

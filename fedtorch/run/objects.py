@@ -18,7 +18,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from fedtorch.options import find
-from fedtorch.run.names import CHOICES, FREE, SEVERAL, WANTED, grouped
+from fedtorch.run.names import ALIASES, CHOICES, FREE, SEVERAL, WANTED, grouped
 from fedtorch.types import ConfigError
 
 LISTS = (list[str], list[int], tuple[str, ...])
@@ -161,6 +161,7 @@ def _entry(value: Any) -> Any:
 
 def _class(choice: str, name: str) -> Callable[..., Any]:
     names = CHOICES[choice]
+    name = ALIASES.get(choice, {}).get(name.lower(), name)
     if name.lower() in names:
         return find(names[name.lower()])  # type: ignore[no-any-return]
     if "." not in name and ":" not in name:

@@ -60,6 +60,7 @@ class MOON(Strategy):
         def contrasted(model: nn.Module, batch: Any) -> Tensor:
             with self._seen(model) as seen:
                 losses = reduce(step(model, batch))
+                self._moves(seen)
                 z = seen[-1]
                 with torch.no_grad(), evaluating(model):
                     for weights in (sent, last):
@@ -72,6 +73,18 @@ class MOON(Strategy):
     def upload(self, params: Stack, ctx: Context) -> tuple[dict[str, Stack], dict[str, Stack]]:
         """The change; the model stays for the next visit."""
         return {"delta": tmap(torch.sub, params, ctx.anchor)}, {"last": params}
+
+    def _moves(self, seen: list[Tensor]) -> None:
+        """Refuse features that no step can change: the contrast would do nothing."""
+        why = "no trained weight comes before it, so that the contrast would move nothing"
+        if not seen:
+            why = "the model does not run it"
+        elif seen[-1].requires_grad or not torch.is_grad_enabled():
+            return
+        raise ConfigError(
+            f"strategy.tap {self.tap!r} gives no features to learn: {why}; name a layer behind trained "
+            "ones, such as the one before the last"
+        )
 
     @contextmanager
     def _seen(self, model: nn.Module) -> Iterator[list[Tensor]]:

@@ -18,8 +18,8 @@ class PFedMe(Strategy):
     """On each batch theta_k steps by its gradient + lam (theta_k - w_k), then w_k goes lr lam of the way.
 
     Dinh et al. 2020, arXiv:2006.08848, Alg. 1. theta_k is what the client uses; it starts from w in every
-    visit. The paper averages clients alike; its beta is the rate of a server optimizer (sgd). Keep lr lam
-    below 1.
+    visit. The paper averages clients alike; its beta is the rate of a server optimizer (sgd). lr lam
+    must be below 1.
     """
 
     steps_itself: ClassVar[bool] = True
