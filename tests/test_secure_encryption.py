@@ -31,10 +31,12 @@ def test_a_sum_is_that_of_plain_numbers_to_a_millionth(keys):
     client, server = Holder(secret), Adder(public)
     code = server.add([client.encrypt(v) for v in values])
     assert len(code) == 2
-    found = client.opened(code)
+    found = client.opened(code, SLOTS + 700)
     assert np.abs(found - values.sum(0)).max() < 1e-6
     assert (found / STEP == np.rint(found / STEP)).all()
-    again = client.opened(code)  # noise is fresh: no two openings give the same low bits
+    again = client.opened(
+        code, SLOTS + 700
+    )  # noise is fresh: no two openings give the same low bits
     assert 0 < np.abs(again - found).max() < 2e-6
     assert np.std(again - found) == pytest.approx((2 * (FLOOD**2 + STEP**2 / 12)) ** 0.5, rel=0.15)
 

@@ -53,12 +53,12 @@ class Died(BaseException):
 class Crowd:
     """Sites at work in threads of this process; one that died may be started again."""
 
-    def __init__(self, folder, port, state, **options):
+    def __init__(self, folder, port, state, names=NAMES, **options):
         self.folder, self.port, self.state, self.options = folder, port, state, options
         self.sites: dict[str, Site] = {}
         self.threads: dict[str, threading.Thread] = {}
         self.codes: dict[str, object] = {}
-        for name in NAMES:
+        for name in names:
             self.start(name)
 
     def start(self, name):

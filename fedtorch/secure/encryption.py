@@ -5,6 +5,7 @@ Ring dimension 4,096 with primes of 54 and 54 bits: 108 of the 109 bits that 128
 enough for sums, which need no multiplication. TenSEAL is used in this file alone.
 """
 
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ MOST = 2.0 ** (PRIMES[0] - SCALE - 2)
 """Largest number of a sum, with a bit to spare: beyond twice as much it would wrap without a word."""
 STEP = 2.0**-23
 """What leaves a holder of the key is rounded to whole multiples of it."""
+_TAIL = b"\x19" + struct.pack("<d", 2.0**SCALE)
+"""How the library ends a ciphertext."""
 FLOOD = 1e-7
 """Standard deviation of the noise that is added before: a hundred times what decryption errs by."""
 
@@ -68,16 +71,13 @@ class Adder:
 
     def look(self, code: Sequence[bytes], size: int) -> None:
         """Whether these are ciphertexts of so many numbers that add to others; raises ConfigError."""
-        ts, left = tenseal(), size
-        for block in code:
+        ts = tenseal()
+        for k, block in enumerate(code):
+            found = _vector(self._context, block, min(size - k * SLOTS, SLOTS))
             try:
-                found = ts.ckks_vector_from(self._context, block)
-                if found.size() != min(left, SLOTS):
-                    raise ValueError("another number of values than is due")
-                found += ts.ckks_vector(self._context, [0.0] * min(left, SLOTS))
+                found += ts.ckks_vector(self._context, [0.0] * found.size())
             except (ValueError, RuntimeError) as e:
                 raise ConfigError(f"this is no ciphertext that can be added: {e}") from e
-            left -= SLOTS
 
     def add(self, parts: Sequence[Sequence[bytes]]) -> list[bytes]:
         """The sum of several clients' ciphertexts."""
@@ -104,19 +104,27 @@ class Holder:
         """Numbers, none beyond ``MOST``, as ciphertexts of ``SLOTS`` of them."""
         return _encrypted(self._context, values)
 
-    def opened(self, sums: Sequence[bytes]) -> np.ndarray:
-        """A sum as it may be told: with noise of ``FLOOD``, rounded to ``STEP``.
+    def opened(self, sums: Sequence[bytes], size: int) -> np.ndarray:
+        """A sum of so many numbers as it may be told: see ``told``."""
+        return told(self.exact(sums, size))
 
-        What CKKS decrypts to carries an error that is made of the key: told as it is, some of it gives the
-        key away (Li and Micciancio 2021, eprint 2020/1533). It errs by 1e-6 at most, but for a chance of
-        1e-15 a number.
-        """
-        ts = tenseal()
-        found = [ts.ckks_vector_from(self._context, block).decrypt() for block in sums]
-        whole = np.concatenate([np.asarray(f, np.float64) for f in found])
-        noise = stream("aes", None, "flood").normal(whole.shape).numpy()
-        rounded: np.ndarray = np.rint((whole + FLOOD * noise) / STEP) * STEP
-        return rounded
+    def exact(self, sums: Sequence[bytes], size: int) -> np.ndarray:
+        """A sum as it comes out, for the eyes of its holder alone; raises ConfigError for anything else."""
+        left = [min(size - k * SLOTS, SLOTS) for k in range(len(sums))]
+        found = [_vector(self._context, b, n) for b, n in zip(sums, left, strict=True)]
+        return np.concatenate([np.asarray(f.decrypt(), np.float64) for f in found])
+
+
+def told(exact: np.ndarray) -> np.ndarray:
+    """A sum as it may leave the holder of the key: with noise of ``FLOOD``, rounded to ``STEP``.
+
+    What CKKS decrypts to carries an error that is made of the key: told as it is, some of it gives the key
+    away (Li and Micciancio 2021, eprint 2020/1533). It errs by 1e-6 at most, but for a chance of 1e-15 a
+    number.
+    """
+    noise = stream("aes", None, "flood").normal(exact.shape).numpy()
+    rounded: np.ndarray = np.rint((exact + FLOOD * noise) / STEP) * STEP
+    return rounded
 
 
 def _context(key: bytes) -> Any:
@@ -124,6 +132,27 @@ def _context(key: bytes) -> Any:
         return tenseal().context_from(key)
     except (ValueError, RuntimeError) as e:
         raise ConfigError(f"this is no key of homomorphic encryption: {e}") from e
+
+
+def _vector(context: Any, block: bytes, size: int) -> Any:
+    """A ciphertext of so many numbers; raises ConfigError for anything else.
+
+    The library takes an envelope without a ciphertext in it, or with another scale, and falls over it
+    later, process and all: so the envelope (sizes, ciphertexts and scale of a protobuf) is read here first.
+    """
+    head = b"\x0a" + _varint(len(_varint(size))) + _varint(size) + b"\x12"
+    rest = block[len(head) : -len(_TAIL)]
+    whole = block.startswith(head) and block.endswith(_TAIL)
+    if not whole or all(rest[:k] != _varint(len(rest) - k) for k in range(1, 6)):
+        raise ConfigError(f"this is no ciphertext of {size} numbers under the scale of 2^{SCALE}")
+    try:
+        return tenseal().ckks_vector_from(context, block)
+    except (ValueError, RuntimeError) as e:
+        raise ConfigError(f"this is no ciphertext that can be added: {e}") from e
+
+
+def _varint(n: int) -> bytes:
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + _varint(n >> 7)
 
 
 def _encrypted(context: Any, values: np.ndarray) -> list[bytes]:

@@ -35,7 +35,7 @@ class HE:
     hides: ClassVar[bool] = True
 
     phase_seconds: float = 30.0
-    """How long a site has to open the sum before another is asked; in a simulation it does nothing."""
+    """How long a site has to open the sum, else the round is lost; in a simulation it does nothing."""
 
     def __post_init__(self) -> None:
         """Refuse what is no number of seconds."""
@@ -116,7 +116,7 @@ class EncryptedSum:
         """Sum of each sent group, opened."""
         assert self._layout is not None and self._parties is not None
         start = time.process_time()
-        found, _ = self._layout.unflat(self._parties[0].opened(self._sum))
+        found, _ = self._layout.unflat(self._parties[0].opened(self._sum, self._layout.values))
         self._seconds += time.process_time() - start
         return found
 

@@ -16,7 +16,7 @@ from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.sums import Sums
 from fedtorch.types import ConfigError, Released, Task
 
-HARMLESS = ("few", "box", "share", "replay")
+HARMLESS = ("few", "box", "share", "replay", "tags")
 """Refusals that an honest server may meet with: a site leaves that round out, and stays in the run."""
 
 log = logging.getLogger("fedtorch.site")

@@ -15,6 +15,8 @@ from fedtorch.types import ConfigError
 
 APART = 3
 """So many sites must two lists of a round differ by; and it may happen once."""
+ENCRYPTED = "\nencrypted"
+"""After a run's name: who was to open its encrypted sums."""
 Entry = tuple[int, frozenset[str]]
 """Round and survivors."""
 
@@ -75,6 +77,23 @@ class Openings:
                 "what so few of them sent would show"
             )
         return None
+
+    def passed_on(self, run: str, round: int, opener: str, noised: bool) -> str | None:
+        """Why an encrypted update may not be sent for this site to open its sum; None where it may.
+
+        Who opens keeps the lists of the sums that it opened, so a round has one opener however often it is
+        done again.
+        """
+        why = self.refusal(run + ENCRYPTED, round, [opener], noised)
+        before = [who for number, who in self.runs.get(run + ENCRYPTED, []) if number == round]
+        if why and before:
+            (known,) = before[0]
+            return f"round {round + 1} is done again, and {known} was to open its sum, not {opener}"
+        return why
+
+    def pass_on(self, run: str, round: int, opener: str) -> None:
+        """Enter who is to open the sum that this site's encrypted update will be in."""
+        self.keep(run + ENCRYPTED, round, [opener])
 
     def keep(self, run: str, round: int, names: Sequence[str]) -> None:
         """Enter a list before it is signed; on disk when this returns, or raises ConfigError."""

@@ -3,9 +3,11 @@
 import hashlib
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +15,12 @@ from torch import Tensor
 
 from fedtorch.engines.wire import Message, MessageError, short
 from fedtorch.secure.encode import Layout
-from fedtorch.secure.encryption import MOST, SLOTS, Adder, Holder, make_keys
+from fedtorch.secure.encryption import MOST, SLOTS, Adder, Holder, make_keys, told
 from fedtorch.secure.refused import Refused
-from fedtorch.secure.roster import LEAST
+from fedtorch.secure.roster import ATTEMPT, LEAST, task_digest
+from fedtorch.secure.tags import TAGS, Tags
 from fedtorch.sites import letters
+from fedtorch.sites.openings import Openings
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.reports import Reader
 from fedtorch.sites.sums import layout
@@ -27,6 +31,7 @@ SECRET = b"fedtorch he secret 1\n"
 """How a secret key's file begins; then comes the digest of the public half that it belongs to."""
 UNIT = 2.0**17
 """Counts ride in such units: with noise of 1e-7 and three sites, eleven million examples to the unit."""
+ATTEMPTS = re.compile(rf"[0-9a-f]{{{2 * ATTEMPT}}}")
 RIDERS = 4
 """Numbers beside the update: sites in the sum, their examples, their losses, how many were clamped."""
 
@@ -66,7 +71,7 @@ def read_public(path: Path | None) -> tuple[Adder, bytes]:
     return Adder(data), hashlib.sha256(data).digest()
 
 
-def read_secret(config: SiteConfig) -> tuple[Holder, bytes]:
+def read_secret(config: SiteConfig) -> tuple[bytes, bytes]:
     """A site's key and the digest of its public half; raises ConfigError for none."""
     path = config.he_secret
     if not path and config.credentials and (own := Path(config.credentials, "he.secret")).exists():
@@ -82,7 +87,35 @@ def read_secret(config: SiteConfig) -> tuple[Holder, bytes]:
             f"{path} is no secret key of fedtorch keys --he: give a site its he.secret"
         )
     at = len(SECRET) + 32
-    return Holder(data[at:]), data[len(SECRET) : at]
+    return data[at:], data[len(SECRET) : at]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the server says of an encrypted round, beside its task."""
+
+    asked: int
+    """Sites that may be in the sum."""
+    least: int
+    """Sites that must be."""
+    attempt: str
+    """Random, in hex."""
+    opener: str
+    """The one site that may open the sum: two could be shown two lists."""
+
+    @classmethod
+    def read(cls, message: Message) -> "Round":
+        """Of a task; raises MessageError where it does not say."""
+        said = message.facts.get("he")
+        said = said if isinstance(said, dict) else {}
+        asked, least, opener = said.get("asked"), said.get("least"), said.get("opener")
+        if type(asked) is not int or type(least) is not int:
+            raise MessageError("the task does not say how many are in its sum")
+        if not LEAST <= least <= asked <= letters.MOST_MEMBERS:
+            raise MessageError(f"the task has a sum of {least} to {asked} sites")
+        if not isinstance(opener, str) or not ATTEMPTS.fullmatch(str(said.get("attempt"))):
+            raise MessageError("the task does not say which site opens its sum")
+        return cls(asked, least, said["attempt"], opener)
 
 
 @dataclass(frozen=True)
@@ -103,21 +136,39 @@ class Vector:
 
     @property
     def size(self) -> int:
-        """Numbers, with the riders."""
+        """Numbers that are told of a sum, with the riders."""
         return self.layout.values + RIDERS
+
+    @property
+    def whole(self) -> int:
+        """Numbers that are encrypted, with the tags."""
+        return self.size + TAGS
 
     @property
     def blocks(self) -> int:
         """Ciphertexts."""
-        return math.ceil(self.size / SLOTS)
+        return math.ceil(self.whole / SLOTS)
+
+    @property
+    def top(self) -> float:
+        """The largest number of one site's, so that no sum can wrap."""
+        return MOST / self.asked
+
+    def about(self, run: str, round: Round) -> dict[str, Any]:
+        """What the tags of a round hang on: who was told anything else makes others."""
+        facts = {"attempt": round.attempt, "opener": round.opener, "least": round.least}
+        facts |= {"run": run, "task": task_digest(self.task).hex()}
+        return facts | {"asked": self.asked, "size": self.size}
 
     def seal(self, update: Released) -> np.ndarray:
-        """One site's numbers, none so large that a sum could wrap."""
+        """One site's numbers, none so large that a sum could wrap; raises Refused for NaN and infinity."""
         own = {g: row(s, 0) for g, s in update.sent.items()}
         changes = {
             k: v[0].double() - self.task.state[k].double() for k, v in update.buffers.items()
         }
-        values, top = self.layout.flat(own, changes), MOST / self.asked
+        values, top = self.layout.flat(own, changes), self.top
+        if not np.isfinite(values).all():
+            raise Refused("nonfinite", "its update has a number that is not finite")
         examples = loss = 0.0
         if self.tells:
             examples = float(update.metrics["examples"]) / UNIT
@@ -159,51 +210,83 @@ class Sealing:
     """This site's part in one round: it encrypts its update, and may be the one that opens the sum."""
 
     def __init__(
-        self, config: SiteConfig, reader: Reader, message: Message, run: str, task: Task
+        self,
+        config: SiteConfig,
+        openings: Openings,
+        reader: Reader,
+        message: Message,
+        run: str,
+        task: Task,
     ) -> None:
         """Raises MessageError or ConfigError for a round that this site has no part in."""
-        said = message.facts.get("he")
-        asked = said.get("asked") if isinstance(said, dict) else None
-        if (
-            not isinstance(said, dict)
-            or type(asked) is not int
-            or not asked <= letters.MOST_MEMBERS
-        ):
-            raise MessageError("the task does not say how many are in its sum")
-        self.least = max(LEAST, config.least_peers + 1)
-        if asked < self.least:
+        self.round = Round.read(message)
+        if (others := self.round.least - 1) < config.least_peers:
             raise ConfigError(
-                f"the sum of this round has {asked - 1} other sites, and this site's least_peers is "
-                f"{config.least_peers}"
+                f"a sum of this round may have as few as {others} other sites, and this site's least_peers "
+                f"is {config.least_peers}: let the server ask for more (--minimum), or lower least_peers"
             )
-        self.holder, key = read_secret(config)
-        if said.get("key") != key.hex():
+        secret, key = read_secret(config)
+        if message.facts["he"].get("key") != key.hex():
             raise ConfigError(
                 "this site's he.secret is not of the pair of which the server has the public half: spread "
                 "the files of one fedtorch keys --he"
             )
+        self.holder, self.name, self.openings = Holder(secret), config.name, openings
         self.visit: str = message.facts["visit"]
         self.run, self.task, self.done = run, task, False
-        self.vector = Vector.of(reader, task, asked)
+        self.vector = Vector.of(reader, task, self.round.asked)
+        self.tags = Tags(secret, self.vector.about(run, self.round), self.vector.top)
+        self.noised = reader.recipe.privacy.per_client
+        self.declined = openings.passed_on(run, task.round, self.round.opener, self.noised)
+        """Why this site does not send its update; None where it does."""
 
     def begin(self, update: Released) -> Message:
         """This site's update, encrypted."""
-        return self._report("sealed", letters.blocks(self.holder.encrypt(self.vector.seal(update))))
+        self.openings.pass_on(self.run, self.task.round, self.round.opener)
+        own = self.vector.seal(update)
+        whole = np.concatenate([own, self.tags.of(self.name, own)])
+        return self._report("sealed", letters.blocks(self.holder.encrypt(whole)))
 
     def go_on(self, message: Message) -> Message:
-        """The sum, opened once, and rounded; raises Refused for that of too few."""
+        """The sum, opened once, and rounded; raises Refused or MessageError for any other than is due."""
         if message.facts.get("visit") != self.visit or message.facts.get("phase") != "open":
             raise MessageError(
                 f"a phase of a visit that this site is not in: {short(str(message.kind))}"
             )
-        found = self.holder.opened(letters.read_blocks(message, self.vector.blocks))
-        self.done = True
-        count = float(found[-RIDERS]) if len(found) == self.vector.size else 0.0
-        if abs(count - round(count)) > 1e-3 or not self.least <= round(count) <= self.vector.asked:
-            raise Refused(
-                "few", f"the sum to open is of {count:.3g} sites, and {self.least} are due"
+        if self.round.opener != self.name:
+            raise MessageError(
+                f"asked to open a sum that is for {short(self.round.opener)} to open"
             )
-        return self._report("open", {"secure": {"values": torch.from_numpy(found)}})
+        names = self._names(message)
+        try:
+            code = letters.read_blocks(message, self.vector.blocks)
+            found = self.holder.exact(code, self.vector.whole)
+        except ConfigError as e:
+            raise MessageError(str(e)) from e
+        values, tags = found[:-TAGS], found[-TAGS:]
+        if not self.tags.fit(names, values, tags):
+            raise Refused(
+                "tags",
+                f"what came to be opened is not the sum of what {', '.join(names)} sent in this round: a "
+                "site has another key or another model, or the server added other numbers",
+            )
+        if why := self.openings.refusal(self.run, self.task.round, names, self.noised):
+            raise Refused("replay", why)
+        self.openings.keep(self.run, self.task.round, names)
+        self.done = True
+        return self._report("open", {"secure": {"values": torch.from_numpy(told(values))}})
+
+    def _names(self, message: Message) -> list[str]:
+        """Whose sum it is said to be; raises Refused for too few."""
+        said = message.facts.get("sites")
+        if not isinstance(said, list) or not all(isinstance(n, str) for n in said):
+            raise MessageError("the server does not say whose sum it is")
+        count = len({*said})
+        if count != len(said) or not self.round.least <= count <= self.round.asked:
+            raise Refused(
+                "few", f"the sum to open is of {count} sites, and {self.round.least} are due"
+            )
+        return said
 
     def _report(self, phase: str, groups: dict[str, dict[str, Tensor]]) -> Message:
         facts = {"run": self.run, "visit": self.visit, "round": self.task.round, "phase": phase}

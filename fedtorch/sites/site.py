@@ -84,6 +84,8 @@ class Site:
         """Asked for in this run: those that were answered, by earlier processes too, and those refused."""
         self.offered_again = False
         """Whether the plan was looked at again since the last visit within it."""
+        self.openings: Openings | None = None
+        """Sums that this site let be opened, once a run has such sums."""
         self.masks: Masks | None = None
         self.sums: Sums | None = None
         """Of a run with secure aggregation, once it is joined."""
@@ -234,13 +236,15 @@ class Site:
     def _join_sums(self, plan: plans.Plan, recipe: Recipe) -> None:
         """What secure aggregation needs of this site, where the plan has it."""
         self.party = self.sums = self.encrypted = None
-        if isinstance(plan.aggregator, Secure):
+        if isinstance(plan.aggregator, Secure | HE):
             check_apart(plan)
-            begun = self.answered.masked() and not self.config.lost_state
-            self.masks = self.masks or Masks(self.config, Openings(self.folder, begun))
+            begun = self.answered.summed() and not self.config.lost_state
+            self.openings = self.openings or Openings(self.folder, begun)
+        if isinstance(plan.aggregator, Secure):
+            assert self.openings is not None
+            self.masks = self.masks or Masks(self.config, self.openings)
             self.sums = Sums(Reader.of(recipe, self.model, 0), plan.aggregator)
         elif isinstance(plan.aggregator, HE) and not self.config.require_secure:
-            check_apart(plan)
             read_secret(self.config)
             self.encrypted = Reader.of(recipe, self.model, 0)
         elif self.config.require_secure:
@@ -337,8 +341,9 @@ class Site:
 
     def _party(self, message: Message, task: Task) -> Party | Sealing | None:
         """This site's part in a secure round, before it trains for it; None where the run has none."""
-        if self.encrypted is not None and self.plan is not None:
-            return Sealing(self.config, self.encrypted, message, self.plan.run, task)
+        if self.encrypted is not None and self.plan is not None and self.openings is not None:
+            reader, run = self.encrypted, self.plan.run
+            return Sealing(self.config, self.openings, reader, message, run, task)
         if self.sums is None or self.plan is None:
             return None
         assert self.masks is not None  # with the sums
@@ -442,6 +447,9 @@ class Site:
         try:
             if beyond:
                 raise OverBudget(beyond)
+            if isinstance(self.party, Sealing) and self.party.declined:
+                log.error("round %d: this site declines: %s", task.round + 1, self.party.declined)
+                return Outcome(NOBODY, [Failure(self.client.id, "declined", "")], {})
             self.budget.charge(self.plan.privacy, task.round, task.privacy.get("noise", 0.0))
         except OverBudget as e:
             log.warning("round %d: not done, %s", task.round + 1, e)

@@ -24,6 +24,7 @@ from fedtorch.engines import messages
 from fedtorch.engines.wire import MessageError
 from fedtorch.run import checkpoint, objects
 from fedtorch.secure.aggregator import Secure
+from fedtorch.secure.he import HE
 from fedtorch.sites.offer import MOST_ROUNDS, Plan
 from fedtorch.types import ConfigError, Params
 
@@ -180,8 +181,8 @@ class Answered:
                 f"{rounds:,}, which cost more: agree by giving this site a max_epsilon"
             )
 
-    def masked(self) -> bool:
-        """Whether this site has answered a visit of a run with secure aggregation."""
+    def summed(self) -> bool:
+        """Whether this site has answered a visit of a run of masked or encrypted sums."""
         return any(e.get("secure") is not None for e in self.runs.values())
 
     def most(self, plan: Plan) -> int | None:
@@ -219,8 +220,8 @@ class Answered:
 
 
 def _masks(plan: Plan) -> Any:
-    """What a plan says of secure aggregation, as plain values; None where it has none."""
-    if not isinstance(plan.aggregator, Secure):
+    """What a plan says of masked or encrypted sums, as plain values; None where it has none."""
+    if not isinstance(plan.aggregator, Secure | HE):
         return None
     return json.loads(json.dumps(objects.describe(plan)["aggregator"]))
 
