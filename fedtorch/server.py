@@ -11,6 +11,7 @@ from torch import nn
 
 from fedtorch import seeds
 from fedtorch.aggregation.mean import Gathering, added
+from fedtorch.channel.base import without_unsent
 from fedtorch.checks import combination, handed, secure, strategies
 from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
@@ -179,7 +180,8 @@ class Server:
         Empty where clients live elsewhere, as sites do. Nothing noised them on the client's way here.
         """
         shared, strategy = self._weights.now(), self.recipe.strategy
-        found = {i: strategy.own(shared, m, self.extras) for i, m in self.session.memory().items()}
+        kept = {i: without_unsent(m) for i, m in self.session.memory().items()}
+        found = {i: strategy.own(shared, m, self.extras) for i, m in kept.items()}
         return {i: own for i, own in found.items() if own}
 
     def model_of(self, id: str) -> nn.Module:

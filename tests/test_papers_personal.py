@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from conftest import make_clients, mlp, weights
-from fedtorch import Client, ConfigError, FedAvg, Local, Recipe, Server, Uniform
+from fedtorch import Client, ConfigError, FedAvg, Local, Recipe, Server, TopK, Uniform
 from fedtorch.engines import Processes
 from fedtorch.privacy import ClientLevel, SampleLevel
 from fedtorch.run.finetune import finetuned
@@ -216,6 +216,26 @@ def test_what_stays_with_a_client_costs_no_privacy_and_moves_nothing_that_is_sha
     for other in ends[1:]:
         assert all(torch.equal(v, other[k]) for k, v in ends[0].items())
     assert spent[:2] == spent[2:4] == spent[4:] and len(own) == len(SIZES)
+
+
+@pytest.mark.parametrize("strategy", [Ditto(), APFL()], ids=lambda s: type(s).__name__)
+def test_one_row_that_spoils_a_model_of_ones_own_does_not_decide_who_counts(strategy):
+    """Nobody clips passes that stay with a client; what is shared is FedAvg's to the bit all the same."""
+    plan = SampleLevel(
+        noise_multiplier=0.7, sample_rate=1.0, batch_size=8, rounds=2, steps=2, insecure_seed=1
+    )
+    for channel in ((), (TopK(share=0.3),)):
+        ends = []
+        for each in (FedAvg(), strategy):
+            members = make_clients(SIZES)
+            members[1].data.tensors[0][2] = torch.nan
+            recipe = Recipe(each, privacy=plan, lr=0.1, channel=channel)
+            server = Server(mlp(), members, recipe, engine=Local(solver="general"))
+            for figures in server.rounds(2):
+                assert figures["clients"] == len(SIZES) and not figures["failed"]
+            ends.append(weights(server.model))
+        assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+        assert server.own().keys() == {"c0", "c2", "c3", "c4"}, "its own model is the shared one"
 
 
 def test_whole_models_are_weights_and_steps_plain_sgd():

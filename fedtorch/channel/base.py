@@ -19,6 +19,11 @@ THEN = "then/"
 """Before the names of what the next stage has made of a code."""
 
 
+def without_unsent(memory: Mapping[str, Params]) -> dict[str, Params]:
+    """What a client remembers but for the channel's part: what the strategy knows of its last visit."""
+    return {g: m for g, m in memory.items() if not g.startswith(UNSENT)}
+
+
 @dataclass(frozen=True)
 class Turn:
     """What coding one visit may draw from and go on from."""

@@ -354,10 +354,11 @@ class Privacy(ABC):
 
     @final
     def release(self, raw: Raw, task: Task) -> tuple[Released, Tensor]:
-        """What leaves the clients of what their visits left, and whose update was finite, [K] bool.
+        """What leaves the clients of what their visits left, and whose visit was finite, [K] bool.
 
         Clip, noise, figures and buffers are the plan's; a client that is not finite is left out, or sends
-        zero where who reports would tell of its data.
+        zero where who reports would tell of its data. What stays with a client, which nobody clips or
+        noises, has no say in that under a plan that claims anything.
         Guarantee: whatever else a strategy or a solver left in ``raw`` stays where it is.
         """
         found = self._mean(raw, task) if raw.groups is None else self._each(raw, task)
@@ -377,7 +378,7 @@ class Privacy(ABC):
             {name: v[kept] for name, v in figures.items()},
             summed=raw.groups is None,
         )
-        return released, good
+        return released, good if raw.settled is None else good & raw.settled
 
     def _reporting(self, good: Tensor) -> Tensor:
         return torch.ones_like(good) if self.always_reports else good
@@ -387,7 +388,7 @@ class Privacy(ABC):
         groups = raw.groups or {}
         norms = {g: sq_norms(s) for g, s in groups.items()}
         good = torch.stack([n.isfinite() for n in norms.values()]).all(0).cpu()
-        if raw.settled is not None:
+        if raw.settled is not None and not self.claims:
             good = good & raw.settled
         if self.claims:
             groups = self.client(groups, raw.examples, task, raw.ids)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.channel.base import UNSENT, Turn, decode, encode
+from fedtorch.channel.base import Turn, decode, encode, without_unsent
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.strategies.base import Strategy
@@ -148,10 +148,7 @@ def context(
     patterns = recipe.strategy.personal
     anchor = {k: task.state[k] for k in shared(model, patterns)}
     device = next(iter(anchor.values())).device
-    kept = [
-        {g: m for g, m in c.memory.items() if g != GROUP and not g.startswith(UNSENT)}
-        for c in clients
-    ]
+    kept = [{g: m for g, m in without_unsent(c.memory).items() if g != GROUP} for c in clients]
     floats = {k: task.state[k] for k in buffers(model)} if recipe.strategy.floats else {}
     floats = {k: v for k, v in floats.items() if v.is_floating_point()}
     memory = [m or recipe.strategy.remember(anchor | floats) for m in kept]
