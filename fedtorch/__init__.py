@@ -28,6 +28,8 @@ with reading():
     from fedtorch.recipe import Recipe
     from fedtorch.rounds.observers import Observer
     from fedtorch.rounds.participation import Everyone, Poisson, Uniform
+    from fedtorch.run.callbacks import BestModel, Checkpoint, EarlyStopping
+    from fedtorch.run.resume import resume
     from fedtorch.run.setup import divide
     from fedtorch.secure.aggregator import Secure
     from fedtorch.secure.he import HE
@@ -91,14 +93,17 @@ __all__ = [
     "IFCA",
     "MOON",
     "QSGD",
+    "BestModel",
     "Bulyan",
     "CentredClip",
+    "Checkpoint",
     "Client",
     "ClientMomentum",
     "ClientOptimizer",
     "ConfigError",
     "Correction",
     "Ditto",
+    "EarlyStopping",
     "Everyone",
     "FFALoRA",
     "FLTrust",
@@ -147,4 +152,5 @@ __all__ = [
     "evaluate",
     "from_pandas",
     "local_update",
+    "resume",
 ]

@@ -3,7 +3,6 @@
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -22,12 +21,13 @@ from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent, PrivateRun, charge, opened
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics, Reports, why_nobody
+from fedtorch.rounds.fitting import fitted
 from fedtorch.rounds.gather import Arrival, Gathered, UnderWay, gather, start_sum
 from fedtorch.rounds.history import History
+from fedtorch.rounds.judged import Judged, asked_of_clients, judging, of_clients
 from fedtorch.rounds.moved import Moved
-from fedtorch.rounds.observers import Observer, looks
+from fedtorch.rounds.observers import Observer, Remembered, asks_to_stop, attending, looks
 from fedtorch.rounds.participation import Everyone, Participation
-from fedtorch.rounds.progress import Bar
 from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.rounds.state import ServerState
 from fedtorch.rounds.synchronous import Asked, Rounds, Step, Synchronous
@@ -37,6 +37,7 @@ from fedtorch.training.evaluate import Judge, evaluate
 from fedtorch.training.losses import Loss
 from fedtorch.training.module import load
 from fedtorch.training.outline import copied
+from fedtorch.training.predict import predict
 from fedtorch.types import ConfigError, Failure, Params, Task
 
 NOBODY = "a round in which no client counted, and the model stays as it was"
@@ -109,7 +110,12 @@ class Server:
             self.model, self.recipe, like, len(clients), simulated=sizes is not None
         )
         self.notes = [*said, *self.session.notes, *pace.check(asked), *masks, *self.books.check()]
+        self.clients = clients
         self.round_number = 0
+        self.history = History()
+        """Figures of all rounds that ``fit`` trained, those of one that was interrupted too."""
+        self.remembered = Remembered()
+        """What callbacks remember that are not here now."""
         self.visits = Reports()
         """What each client of the last round reported."""
         self.last_step: Params = {}
@@ -139,6 +145,7 @@ class Server:
         """
         start = time.perf_counter()
         self._weights.unchanged()
+        self._weights.back()
         # whom to ask: paid for before anything is sent
         step = self._step()
         self.under_way.drawn = None  # coins serve one round: one that is tried again draws anew
@@ -200,10 +207,20 @@ class Server:
         """Whether the privacy plan's epsilon has room for another round."""
         return all(self.books.affordable(who, self.round_number) for who in self._step().asked)
 
+    @property
+    def stopped(self) -> str:
+        """Why one of the observers wants no more rounds, in a sentence; empty: none of them does."""
+        return asks_to_stop(self.observers)
+
     def rounds(self, n: int) -> Iterator[Metrics]:
         """Train ``n`` more rounds, one at a time, or until the privacy budget is spent."""
         within("rounds", fit("rounds", n, int), NOT_NEGATIVE)
-        for _ in range(n):
+        last = self.round_number + n
+        with attending(self, (), (), last, {"round": self.round_number}):
+            yield from self._rounds(last)
+
+    def _rounds(self, last: int) -> Iterator[Metrics]:
+        while self.round_number < last and not self.stopped:
             if self.recipe.privacy.budget == "stop" and not self.within_budget():
                 return
             try:
@@ -213,22 +230,45 @@ class Server:
                     raise
                 return
             if self.nobody:
-                warnings.warn(f"{NOBODY}: {why_nobody(figures)}", stacklevel=2)
+                warnings.warn(f"{NOBODY}: {why_nobody(figures)}", stacklevel=3)
             yield figures
 
     def moved(self) -> bool:
         """Whether any round has changed a weight that is trained."""
         return self._weights.moved()
 
-    def fit(self, rounds: int, progress: bool = True) -> History:
-        """Train ``rounds`` more rounds, with a bar on a terminal or in a notebook; all their figures."""
-        history = History()
-        with closing(Bar(self.round_number + rounds)) as bar:
-            for figures in self.rounds(rounds):
-                history.append(figures)
-                if progress:
-                    bar.round(figures)
-        return history
+    def fit(
+        self,
+        rounds: int,
+        test: Any = None,
+        metrics: Mapping[str, Loss | str] | Sequence[str] | None = None,
+        *,
+        callbacks: Sequence[Observer] = (),
+        every: int = 1,
+        step: Judge | None = None,
+        progress: bool = True,
+    ) -> History:
+        """Train ``rounds`` more rounds, with a bar on a terminal or in a notebook; all their figures.
+
+        ``test``: data of any kind that a client takes. With it, or ``metrics``, the model is judged before
+        the first round and then every so many (``every``): ``test_loss``, what is usual beside the loss or
+        ``metrics`` (by name, ``["auroc"]``) or ``step`` as of ``evaluate``; and clients that have
+        validation data on those, ``validation_loss``. ``callbacks``: observers of this fit alone,
+        ``EarlyStopping``, ``BestModel``, ``Checkpoint``, ``Record`` or your own.
+
+        An interrupt (Ctrl-C, a notebook's stop) ends training after the round; a second one ends it at
+        once. Both raise KeyboardInterrupt, and ``server.history`` has what was trained. Raises ConfigError
+        before any training where something does not fit.
+        """
+        within("rounds", fit("rounds", rounds, int), NOT_NEGATIVE)
+        fit("callbacks", callbacks, Sequence)
+        secure.seen(self.recipe, [fit("a callback", c, Observer) for c in callbacks])
+        last, judged = self.round_number + rounds, (test, metrics, step)
+        self._weights.back()
+        judge = None
+        if any(j is not None for j in judged):
+            judge = Judged(self, test, metrics, every, step)
+        return fitted(self, self._rounds(last), last, judge, callbacks, progress)
 
     def evaluate(
         self,
@@ -243,9 +283,34 @@ class Server:
         Without ``metrics`` or ``step`` it is the loss that clients train by. Raises ConfigError where that
         is not known, as with a recipe that has a step.
         """
-        if metrics is None and step is None:
-            metrics = {"loss": self.recipe.judge}
-        return evaluate(self.model, data, metrics or (), batch_size, step=step)
+        chosen = judging(self.recipe, metrics) if step is None else metrics or ()
+        return evaluate(self.model, data, chosen, batch_size, step=step)
+
+    def evaluate_clients(
+        self,
+        metrics: Mapping[str, Loss | str] | Sequence[str] | None = None,
+        *,
+        step: Judge | None = None,
+    ) -> dict[str, dict[str, float]]:
+        """The global model on each client's own validation data, with the weights that it keeps, by id.
+
+        Metrics as of ``fit``. No privacy guarantee covers these figures. Raises ConfigError where no client
+        has validation data, or an aggregator or a strict plan hides what is a single client's.
+        """
+        asked_of_clients(self.recipe, self.clients)
+        chosen = judging(self.recipe, metrics, usual=True) if step is None else metrics or ()
+        return of_clients(self, self.clients, chosen, step)
+
+    def predict(self, x: Any, batch_size: int = 512) -> Any:
+        """What the global model gives for inputs ``x``, a row for each example, as ``fedtorch.predict``."""
+        return predict(self.model, x, batch_size)
+
+    def show(self, weights: Params) -> None:
+        """Put other weights into the model, such as the best: training goes on from the last round's.
+
+        ``state_dict()`` holds the last round's as well.
+        """
+        self._weights.show(weights)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a later run needs to go on exactly as this one would.
@@ -253,6 +318,7 @@ class Server:
         Of the model only what has changed or will: a run goes on from the same frozen weights, whose digest
         says so.
         """
+        kept = self.remembered.of(self.observers)
         return {
             "round": self.round_number,
             "seed": self.seed,
@@ -261,6 +327,7 @@ class Server:
             "memory": self.session.memory(),
             "privacy": self.books.state_dict(),
             **self.under_way.state_dict(),
+            **({"observers": kept} if kept else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any], ledger: Ledger | None = None) -> None:
@@ -268,14 +335,16 @@ class Server:
 
         ``ledger`` is the privacy ledger where the run kept it in a file (``Ledger.resume``).
         """
-        missing = [k for k in self.state_dict() if k not in {"base", *state}]
+        missing = [k for k in self.state_dict() if k not in {"base", "observers", *state}]
         if missing:
             raise ConfigError(f"the checkpoint has no {missing[0]!r}: another version wrote it")
         model = self._weights.check(state)
         self.books.load_state_dict(state["privacy"], ledger)
+        self._weights.aside = None
         load(self.model, model)
         self.round_number, self.seed = state["round"], state["seed"]
         self.state = self.state.loaded(state)
+        self.remembered = Remembered(waiting=dict(state.get("observers", {})))
         self.session.restore(state["memory"])
         self.under_way.load_state_dict(state, self.seed)
 

@@ -32,12 +32,7 @@ def check(
         recipe.aggregator.check(participation.most(clients))
     elif recipe.secure is not None:
         recipe.secure.check(participation.most(clients), recipe.privacy)
-    for observer in observers:
-        if looks(observer):
-            raise ConfigError(
-                f"observer {type(observer).__name__} looks at what clients send (sent), which aggregator "
-                f"{name} shows to nobody: leave the observer out, or take aggregator mean"
-            )
+    seen(recipe, observers)
     if threat is not None:
         raise ConfigError(
             f"threat and aggregator {name} do not go together: the sum is that of aggregator mean, which "
@@ -59,6 +54,17 @@ def placed(recipe: Recipe, most: int, sent: Mapping[str, Params]) -> Recipe:
         return recipe
     numbers = sum(v.numel() for p in sent.values() for v in p.values())
     return replace(recipe, privacy=plan.placed(most, max(LEAST, masks.needed(most)), numbers))
+
+
+def seen(recipe: Recipe, observers: Sequence[Observer]) -> None:
+    """Raises ConfigError where one looks at updates that the aggregator hides."""
+    looking = [o for o in observers if looks(o)]
+    if recipe.hides and looking:
+        raise ConfigError(
+            f"observer {type(looking[0]).__name__} looks at what clients send (sent), which aggregator "
+            f"{type(recipe.aggregator).__name__.lower()} shows to nobody: leave the observer out, or take "
+            "aggregator mean"
+        )
 
 
 def notes(recipe: Recipe, model: nn.Module, simulated: bool) -> list[str]:

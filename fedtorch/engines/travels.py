@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedtorch.checks.model import trainable
 from fedtorch.engines.messages import digest
 from fedtorch.recipe import Recipe
-from fedtorch.training.module import snapshot, statistics, to
+from fedtorch.training.module import load, snapshot, statistics, to
 from fedtorch.training.personal import personal, shared
 from fedtorch.tree import alike
 from fedtorch.types import ConfigError, Params
@@ -36,6 +36,8 @@ class Weights:
         self._sent = {*names} | averaged
         self._shapes = _shapes(model)
         self._digests: dict[tuple[str, ...], str] = {}
+        self.aside: tuple[Params, Params] | None = None
+        """Weights that are shown in the place of the last round's, and those."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,6 +70,25 @@ class Weights:
         """A copy of them."""
         return {k: v.clone() for k, v in self.now().items()}
 
+    def show(self, weights: Params) -> None:
+        """Put other weights into the model; what travels and is saved is what was in it before."""
+        self.seen()
+        last = self.aside[1] if self.aside else self.copied()
+        load(self.model, {k: weights[k] for k in last})
+        self.aside = (self.copied(), last)
+
+    def seen(self) -> None:
+        """Whether what is shown still is in the model: what somebody else has put there is to stay."""
+        if self.aside and not all(alike(v, self.aside[0][k]) for k, v in self.now().items()):
+            self.aside = None
+
+    def back(self) -> None:
+        """The weights of the last round again."""
+        self.seen()
+        if self.aside:
+            load(self.model, self.aside[1])
+            self.aside = None
+
     def moved(self) -> bool:
         """Whether any that is trained is no longer what it was."""
         now = self.now()
@@ -75,7 +96,8 @@ class Weights:
 
     def travel(self) -> Params:
         """A copy of what clients do not have with the model."""
-        now, first = self.now(), self.first
+        self.seen()
+        now, first = self.aside[1] if self.aside else self.now(), self.first
         return {k: v.clone() for k, v in now.items() if k in self._sent or not alike(v, first[k])}
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 WIDTH = 20
@@ -83,27 +85,62 @@ def _either(figures: Mapping[str, Any], name: str) -> Any:
 class Bar:
     """One line that is written over and over, on a terminal and in a notebook; none elsewhere."""
 
-    def __init__(self, rounds: int) -> None:
-        """``rounds`` is the last one to come."""
-        self.rounds = rounds
+    def __init__(self, rounds: int, shown: bool = True) -> None:
+        """``rounds`` is the last one to come; ``shown``: whether anything is said at all."""
+        self.rounds, self.shown = rounds, shown
         notebook = "ipykernel" in sys.modules
         self.live = notebook or (sys.stdout.isatty() and os.environ.get("TERM") != "dumb")
         self.drawn = False
 
+    def say(self, *lines: str) -> None:
+        """Lines of their own, over the bar."""
+        for line in lines if self.shown else ():
+            print(("\r" + line).ljust(self._wide) if self.drawn else line, flush=True)
+
     def round(self, figures: Mapping[str, Any]) -> None:
         """One round is done."""
-        wide = shutil.get_terminal_size().columns - 1
-        for line in troubles(figures):
-            print(("\r" + line).ljust(wide) if self.drawn else line)
-        if self.live:
+        self.say(*troubles(figures))
+        if self.live and self.shown:
             done = figures["round"] / max(self.rounds, 1)
             bar = ("#" * round(done * WIDTH)).ljust(WIDTH, ".")
             head = f"round {figures['round']}/{self.rounds} {bar} "
-            line = head + summary(figures, wide - len(head))
-            print("\r" + line[:wide].ljust(wide), end="", flush=True)
+            line = head + summary(figures, self._wide - len(head))
+            print("\r" + line[: self._wide].ljust(self._wide), end="", flush=True)
             self.drawn = True
 
     def close(self) -> None:
         """Leave the line as it stands."""
         if self.drawn:
             print()
+
+    @property
+    def _wide(self) -> int:
+        return shutil.get_terminal_size().columns - 1
+
+
+class Interrupts:
+    """SIGINT in the main thread: the first one is remembered, the next raises KeyboardInterrupt."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        """``say`` is told what comes of it."""
+        self.say, self.asked = say, False
+        self.before: Any = None
+
+    def __enter__(self) -> "Interrupts":
+        """Take the signal over, but where somebody has given it a meaning of their own."""
+        main = threading.current_thread() is threading.main_thread()
+        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self.before = signal.signal(signal.SIGINT, self.on_signal)
+        return self
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Remember the first, give up on the second."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.say("stopping after this round (interrupt once more: at once)")
+
+    def __exit__(self, *error: object) -> None:
+        """Give the signal back."""
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)

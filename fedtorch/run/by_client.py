@@ -4,37 +4,21 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedtorch.rounds.judged import Scores, metrics_of, values
+from fedtorch.rounds.judged import by_client as figures
 from fedtorch.training.losses import Loss
 from fedtorch.training.metrics import worse
 
-Scores = Mapping[str, Mapping[str, float]]
-"""Client -> name of a metric -> figure; NaN where a client's data have none."""
-
-
-def figures(scores: Scores) -> dict[str, Any]:
-    """Mean, lowest and highest of the clients that have the figure, and ``validation_by_client``."""
-    if not scores:
-        return {}
-    found: dict[str, Any] = {}
-    for name in _names(scores):
-        values = _values(scores, name) or [math.nan]
-        found[f"validation_{name}"] = sum(values) / len(values)
-        found[f"validation_{name}_min"] = min(values)
-        found[f"validation_{name}_max"] = max(values)
-    # JSON has no NaN
-    each = {
-        i: {k: v if math.isfinite(v) else None for k, v in s.items()} for i, s in scores.items()
-    }
-    return found | {"validation_by_client": each}
+__all__ = ["ends", "figures", "markdown", "rows", "title", "word"]
 
 
 def rows(scores: Scores, metrics: Mapping[str, Loss], most: int) -> list[dict[str, Any]]:
     """A table: the mean, the worst (both ends where it is not known which), and ``most`` clients."""
     mean, worst = {"client": "(mean)"}, {"client": "(worst)"}
-    for name in _names(scores):
-        values = _values(scores, name) or [math.nan]
-        low, high = min(values), max(values)
-        mean[name] = word(sum(values) / len(values))
+    for name in metrics_of(scores):
+        own = values(scores, name) or [math.nan]
+        low, high = min(own), max(own)
+        mean[name] = word(sum(own) / len(own))
         ends = {"low": word(low), "high": word(high), None: f"{word(low)} to {word(high)}"}
         worst[name] = ends[worse(metrics[name]) if name in metrics else None]
     each = [
@@ -47,7 +31,7 @@ def rows(scores: Scores, metrics: Mapping[str, Loss], most: int) -> list[dict[st
 
 def ends(scores: Scores, metrics: Mapping[str, Loss], most: int = 3) -> str:
     """The best and the worst clients by name, in a sentence, by the first metric that is no loss."""
-    names = _names(scores)
+    names = metrics_of(scores)
     name = next((n for n in names if n != "loss"), names[0])
     order = sorted((s[name], i) for i, s in scores.items() if not math.isnan(s.get(name, math.nan)))
     bad = worse(metrics[name]) if name in metrics else None
@@ -78,11 +62,3 @@ def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(
         "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
     )
-
-
-def _names(scores: Scores) -> list[str]:
-    return list(dict.fromkeys(k for s in scores.values() for k in s))
-
-
-def _values(scores: Scores, name: str) -> list[float]:
-    return [s[name] for s in scores.values() if not math.isnan(s.get(name, math.nan))]

@@ -1,0 +1,66 @@
+"""Going on from a folder of ``Checkpoint`` or ``Record``."""
+
+from pathlib import Path
+
+import torch
+
+from fedtorch.options import fit
+from fedtorch.privacy.accounting.ledger import Ledger
+from fedtorch.run import checkpoint, files
+from fedtorch.server import Server
+from fedtorch.types import ConfigError
+
+
+def resume(server: Server, folder: str | Path) -> bool:
+    """Bring ``server`` to the newest checkpoint of a folder; False: there is none yet, and nothing is done.
+
+    The server must be made as that of the run was. What callbacks remember goes to those of the next
+    ``fit``: n rounds, a break and m more end as n + m. Raises ConfigError where the folder's run is
+    another's, or a privacy ledger is missing.
+    """
+    fit("server", server, Server)
+    path = Path(fit("folder", folder, str | Path)).expanduser()
+    if not checkpoint.everything(path / "checkpoints"):
+        return False
+    saved, damaged = checkpoint.newest(path / "checkpoints")
+    for _, why in damaged:
+        print(f"warning: {why}; going on from the one before, round {saved['round']}")
+    private = saved.get("privacy")
+    ledger = Ledger.resume(path / files.LEDGER, private["ledger"]) if private else None
+    server.load_state_dict(saved, ledger)
+    return True
+
+
+def goes_on(server: Server, path: Path) -> None:
+    """Raises ConfigError where the folder holds another run than the server's, and no new one can begin.
+
+    Under a privacy plan the ledger is kept there from now on.
+    """
+    keep_ledger(server, path)
+    if not checkpoint.everything(path / "checkpoints"):
+        return
+    saved, now = checkpoint.load(path / "checkpoints"), server.state_dict()
+    same = saved["round"] == now["round"] and saved["model"].keys() == now["model"].keys()
+    if not (same and all(torch.equal(v, now["model"][k]) for k, v in saved["model"].items())):
+        raise ConfigError(
+            f"{path} already holds a run, which has come to round {saved['round']}: go on with it by "
+            f"fedtorch.resume(server, {str(path)!r}) before fit, or choose another folder"
+        )
+
+
+def keep_ledger(server: Server, path: Path) -> None:
+    """Charge to a journal in the folder, which gets what is charged already."""
+    if server.private is None:
+        return
+    before = server.private.ledger
+    if before.journal is not None:
+        if before.journal.path.resolve() != (path / files.LEDGER).resolve():
+            raise ConfigError(
+                f"the privacy ledger of this run is {before.journal.path}, and it has one alone: keep "
+                f"checkpoints and record in {before.journal.path.parent}"
+            )
+        return
+    kept = Ledger(path / files.LEDGER, server.private.plan.unit)
+    for entry in before.entries:
+        kept.charge(entry.round, entry.event, entry.clients)
+    server.private.ledger = kept
