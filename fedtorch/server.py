@@ -335,9 +335,7 @@ class Server:
 
         ``ledger`` is the privacy ledger where the run kept it in a file (``Ledger.resume``).
         """
-        missing = [k for k in self.state_dict() if k not in {"base", "observers", *state}]
-        if missing:
-            raise ConfigError(f"the checkpoint has no {missing[0]!r}: another version wrote it")
+        handed.same_parts(self.state_dict(), state)
         model = self._weights.check(state)
         self.books.load_state_dict(state["privacy"], ledger)
         self._weights.aside = None

@@ -251,6 +251,26 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(fedtorch, begun
     same(begun / "three", "run")
 
 
+@pytest.mark.parametrize(
+    "part, value, why",
+    [
+        ("round", "2", "'s round is not what this run keeps there"),
+        ("round", -1, "'s round is not"),
+        ("memory", None, "'s memory is not"),
+        ("optimizer", [], "'s optimizer is not"),
+        ("extras", {"c": {"1.weight": torch.zeros(2)}}, "'s extras.c.1.weight is not"),
+        ("model", 3, "is not one that this run can go on from"),
+    ],
+    ids=["text", "negative", "none", "list", "shape", "number"],
+)
+def test_a_checkpoint_of_other_parts_is_one_sentence(fedtorch, begun, part, value, why):
+    shutil.copytree(begun / "two", "run")
+    path = Path("run/checkpoints/round-000002.pt")
+    torch.save(torch.load(path, weights_only=True) | {part: value}, path)
+    code, _, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 3)
+    assert code == 2 and why in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("how", ["cut", "pickle"])
 def test_a_run_without_a_whole_checkpoint_is_one_sentence_and_stays_as_it_is(fedtorch, begun, how):
     shutil.copytree(begun / "one", "run")

@@ -1,11 +1,11 @@
 """What a server is handed: clients with names of their own, and parts that go together."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedtorch.aggregation.rows import Robust
 from fedtorch.checks import combination, secure
@@ -30,6 +30,38 @@ def names(clients: Sequence[Any]) -> list[str]:
     if twice := [i for i, n in Counter(ids).items() if n > 1]:
         raise ConfigError(f"client ids must differ, but {twice[0]!r} is there twice")
     return ids
+
+
+def same_parts(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless a checkpoint has what a server has ``now``, in the same types and shapes.
+
+    But for its model and its plan, which have checks of their own, and what it may be without: the digest
+    of what it leaves out, and what observers keep.
+    """
+    for name, value in now.items():
+        if name in ("base", "observers"):
+            continue
+        if name not in saved:
+            raise ConfigError(f"the checkpoint has no {name!r}: another version wrote it")
+        if name not in ("model", "privacy") and (odd := _odd(name, value, saved[name])):
+            raise ConfigError(
+                f"the checkpoint's {odd} is not what this run keeps there: another version wrote it, or it "
+                "was edited"
+            )
+
+
+def _odd(name: str, now: Any, saved: Any) -> str:
+    """Where two nestings differ, by name; empty: nowhere."""
+    if isinstance(now, Mapping):
+        if not isinstance(saved, Mapping):
+            return name
+        found = (_odd(f"{name}.{k}", v, saved.get(k)) for k, v in now.items())
+        return next(filter(None, found), "")
+    if isinstance(now, Tensor):
+        return "" if isinstance(saved, Tensor) and saved.shape == now.shape else name
+    if isinstance(now, int):
+        return "" if type(saved) is int and saved >= 0 else name
+    return ""
 
 
 def sizes(clients: Sequence[Any]) -> list[int] | None:

@@ -1,8 +1,8 @@
 """A run folder: held by one process, bound to its config, resumed from what is whole in it."""
 
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count, zip_longest
 from pathlib import Path
@@ -85,7 +85,22 @@ def resume(folder: Path, held: ExitStack) -> tuple[Folder, dict[str, Any]]:
         path.replace(path.with_name(f"{path.name}.damaged"))
         print(f"warning: {why}; going on from the one before, round {saved['round']}")
     (folder / files.SUMS).unlink(missing_ok=True)  # what it sums up is about to grow
-    return Folder(folder, str(saved["config"]), saved.get("record")), saved
+    seal = saved.get("record")
+    return Folder(folder, str(saved["config"]), seal if isinstance(seal, Mapping) else None), saved
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """In here what does not fit is the checkpoint's fault; raises ConfigError."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise ConfigError(
+            f"the newest checkpoint in {folder} is not one that this run can go on from: another version "
+            f"wrote it, or it was edited ({type(e).__name__}: {str(e).partition(chr(10))[0]})"
+        ) from e
 
 
 def config(folder: Path) -> Path:

@@ -244,9 +244,10 @@ def open_folder(
     if options.resume:
         kept, saved = folders.resume(folder, held)
         check(folder)
-        private = saved.get("privacy")
-        ledger = Ledger.resume(folder / files.LEDGER, private["ledger"]) if private else None
-        server.load_state_dict(saved, ledger)
+        with folders.reading(folder):
+            private = saved.get("privacy")
+            ledger = Ledger.resume(folder / files.LEDGER, private["ledger"]) if private else None
+            server.load_state_dict(saved, ledger)
         return kept
     table = {k: v for k, v in objects.describe(options).items() if k not in ("resume", "run_dir")}
     kept = folders.start(folder, table, held)
