@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help train test check format wheel wheel-check screenshots mutants shape clean demo-sites
+.PHONY: help train test check format wheel wheel-check screenshots mutants shape clean demo-sites docs
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -23,12 +23,17 @@ train: $(VENV)/.run  ## train the default model; ARGS="--rounds 5" passes option
 test: $(VENV)/.dev  ## run every test
 	$(PY) -m pytest
 
-check: $(VENV)/.dev  ## format, lint, types, layers, then the tests
+check: $(VENV)/.dev  ## format, lint, types, layers, the site, then the tests
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(MAKE) docs
 	$(MAKE) test
+
+docs: $(VENV)/.dev  ## the documentation site, into build/docs; a warning is an error, examples in docstrings run
+	$(PY) -m sphinx -W --keep-going -n -q -d build/doctrees -b html docs build/docs
+	$(PY) -m sphinx -W --keep-going -n -q -d build/doctrees -b doctest docs build/doctest
 
 format: $(VENV)/.dev  ## put the code into shape
 	$(VENV)/bin/ruff format .

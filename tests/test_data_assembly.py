@@ -317,15 +317,15 @@ def test_a_parquet_file_is_the_table_it_was_written_from(tmp_path):
 @pytest.mark.skipif(
     not (SHARED / "heart-disease").is_dir(), reason="the heart disease files are not there"
 )
-def test_the_readmes_command_goes_from_four_hospitals_files_to_a_private_model(
+def test_the_pages_command_goes_from_four_hospitals_files_to_a_private_model(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     Path("heart").mkdir()
     for file in (SHARED / "heart-disease").glob("*.data"):  # as they are downloaded
         (Path("heart") / file.name).write_text(file.read_text().replace("NaN", "?"))
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    command = readme[readme.index("fedtorch train --dataset csv --dataset.path 'heart") :]
+    page = (Path(__file__).parents[1] / "docs" / "own-data.md").read_text()
+    command = page[page.index("fedtorch train --dataset csv --dataset.path 'heart") :]
     words = shlex.split(command[: command.index("```")].replace("\\\n", " "))
     assert main([*words[1:], "--run-dir", "r", "--tracking", "none"]) == 0
     said = capsys.readouterr().out
