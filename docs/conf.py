@@ -1,7 +1,7 @@
-"""The site: ``make docs`` makes it of the pages beside this file, of the package's docstrings and of its own help.
+"""The site: ``make docs`` makes it of the pages beside this file, of docstrings and of the commands' help.
 
-Nothing is fetched. Names of torch and others are linked by a list of places (``ELSEWHERE``) that becomes inventories for
-intersphinx in the build folder: a build without the internet is the same as one with it.
+Nothing is fetched. Names of torch and others are linked by a list of places (``ELSEWHERE``), which becomes
+inventories for intersphinx in the build folder: a build without the internet is the same as one with it.
 """
 
 import ast
@@ -48,6 +48,7 @@ autodoc_default_options = {"members": True, "show-inheritance": True}
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 88
 
+ABC = ("Callable", "Collection", "Hashable", "Iterable", "Iterator", "Mapping", "Sequence")
 ELSEWHERE = {
     "torch": (
         "https://docs.pytorch.org/docs/stable/",
@@ -67,10 +68,7 @@ ELSEWHERE = {
     "python": (
         "https://docs.python.org/3/",
         {
-            **{
-                f"collections.abc.{n}": "library/collections.abc.html"
-                for n in "Callable Collection Hashable Iterable Iterator Mapping Sequence".split()
-            },
+            **{f"collections.abc.{n}": "library/collections.abc.html" for n in ABC},
             "pathlib.Path": "library/pathlib.html",
             "abc.ABC": "library/abc.html",
         },
@@ -113,7 +111,9 @@ def relink(app: object, name: str, source: list[str]) -> None:
         source[0] = re.sub(rf"\]\({re.escape(file)}(?=[)#])", f"]({page}", source[0])
 
 
-def plain(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+def plain(
+    app: object, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
     """Docstrings are prose, with formulas in plain characters: |x|, w_k, a * b are no markup in them."""
     example = False
     for k, line in enumerate(lines):

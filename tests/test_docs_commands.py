@@ -1,6 +1,7 @@
 """Lessons can be followed: what a page says to type is typed, in its order, in an empty folder."""
 
 import importlib.util
+import itertools
 import re
 import shlex
 import socket
@@ -16,23 +17,9 @@ from fedtorch.__main__ import main
 from fedtorch.run import cli
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.site import Site
+from test_docs import LESSONS, parse
 
 ROOT = Path(__file__).parents[1]
-LESSONS = {
-    "README.md": 1,
-    "docs/index.md": 2,
-    "docs/first-run.md": 5,
-    "docs/own-data.md": 7,
-    "docs/choose.md": 3,
-    "docs/private.md": 5,
-    "docs/write-strategy.md": 4,
-    "docs/stop-resume.md": 8,
-    "docs/watch.md": 3,
-    "docs/inside-flower.md": 1,
-    "docs/from-flower.md": 1,
-    "docs/fast-path.md": 0,
-}
-"""Pages, and how many commands and blocks of Python each has at least that are done here."""
 NEEDS = {"mlflow": "mlflow", "wandb": "wandb"}
 """Words of a command that want a package of their own, which may not be here."""
 
@@ -41,7 +28,9 @@ def steps(page: str) -> list[tuple[str, str]]:
     """The page's blocks of Python and its lines of shell, in order."""
     text = (ROOT / page).read_text()
     found = []
-    for language, block in re.findall(r"^```(python|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    for language, block in re.findall(
+        r"^```(python|sh)\n(.*?)^```", text, re.MULTILINE | re.DOTALL
+    ):
         lines = block.replace("\\\n", " ").splitlines() if language == "sh" else [block]
         found += [(language, line) for line in lines if line.strip()]
     return found
@@ -49,10 +38,10 @@ def steps(page: str) -> list[tuple[str, str]]:
 
 def doable(words: list[str]) -> bool:
     """Whether it is a command of ours, and the page before it has made what it reads."""
-    if words[:1] != ["fedtorch"] or "--config" in words:
+    if words[:1] != ["fedtorch"]:
         return False
     missing = [v for k, v in NEEDS.items() if k in words and importlib.util.find_spec(v) is None]
-    options = dict(zip(words, words[1:], strict=False))
+    options = dict(itertools.pairwise(words))
     path = options.get("--dataset.path")
     return not missing and (path is None or Path(path).exists())
 
@@ -67,6 +56,7 @@ def quick(words: list[str]) -> list[str]:
 def test_a_lesson_can_be_followed(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    Path("run.toml").write_text("rounds = 2\n")
     names: dict[str, object] = {"__name__": "lesson"}
     done = 0
     with torch.random.fork_rng():
@@ -75,6 +65,7 @@ def test_a_lesson_can_be_followed(page, tmp_path, monkeypatch, capsys):
             if language == "python":
                 exec(compile(text, f"{page} step {k}", "exec"), names)
             elif not doable(words):
+                parse(words)
                 continue
             else:
                 assert main(quick(words)[1:]) == 0, (text, capsys.readouterr().err)
