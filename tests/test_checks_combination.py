@@ -264,6 +264,14 @@ OVERRULED = [
         "voids amplification by secret coins",
     ),
     (
+        {
+            "aggregator": Secure(),
+            "privacy": DistributedDP(**NOISE),
+            "participation": Poisson(rate=0.5),
+        },
+        "participation everyone or uniform in place of poisson",
+    ),
+    (
         {"aggregator": Secure(neighbours=2), "privacy": DistributedDP(**NOISE)},
         "leave neighbours out",
     ),

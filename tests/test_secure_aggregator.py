@@ -24,6 +24,7 @@ from fedtorch import (
     Uniform,
 )
 from fedtorch.privacy import AdaptiveClip, ClientLevel, Nothing, SampleLevel
+from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.rounds.progress import troubles
 from fedtorch.rounds.threat import SignFlip
 from fedtorch.secure import costs
@@ -136,7 +137,7 @@ def test_the_protocol_opens_the_very_sum_of_the_simulation():
     assert (figures.weight, figures.examples, figures.clamped) == (4, sum(SIZES) - SIZES[2], 0)
     # the simulation, of the four
     total = recipe.aggregator.start()
-    total.expect(5, recipe.privacy)
+    total.expect(5, recipe.privacy, 1.0)
     for u, k in (by_id[f"c{i}"] for i in (3, 0, 4, 1)):
         total.add(_one(u, k))
     found, buffers = total.result(start)
@@ -329,11 +330,26 @@ def test_a_sum_that_sites_have_opened_goes_through_as_it_is():
     )
     for rule in (Secure(), Secure(width=32, range=1.0)):
         total = rule.start()
-        total.expect(3, Nothing())
+        total.expect(3, Nothing(), 0.0)
         total.add(opened)
         assert torch.equal(total.result({})[0]["delta"]["w"], mean[0])
         assert torch.equal(total.sums()["delta"]["w"], 1.5 * mean[0])
         assert total.figures["clamped"] == 2
+
+
+def test_rounding_stays_within_an_adaptive_clip_of_the_round():
+    plan = ClientLevel(clip=1.0, adaptive=AdaptiveClip(), **NOISE)
+    steps = Secure(width=32, range=1.0).coding(10_000, plan).scale
+    row = torch.full((1, 10**5), (round(steps / 1000) // 2 * 2 - 0.5) / steps, dtype=torch.float64)
+    bit = torch.full((1, 1), 0.5, dtype=torch.float64)
+    clip = float(row.norm())  # which is not the plan's first
+    total = Secure(width=32, range=1.0).start()
+    total.expect(10_000, plan, clip)
+    sent = {"delta": {"w": row}, CLIP_BIT: {"bit": bit}}
+    total.add(Released.received(("a",), sent, {}, torch.ones(1)))
+    found = total.sums()
+    assert 0.997 * clip < found["delta"]["w"].norm() <= clip
+    assert 0 <= 0.5 - float(found[CLIP_BIT]["bit"]) <= 1 / steps
 
 
 def test_the_terms_of_a_round_follow_from_options_and_roster():

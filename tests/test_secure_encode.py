@@ -143,3 +143,7 @@ def test_rounding_makes_no_update_longer_than_what_noise_is_made_for():
     assert sent(short) <= norm and np.linalg.norm(short) > 0.997 * norm
     few = worst[:9]  # short enough as it is
     assert np.array_equal(shortened(coding, few, norm), few)
+    # adaptive clipping's bit has noise of its own, and is not longer than a half either
+    both = shortened(coding, np.append(worst, 0.5), norm, (slice(10**6, 10**6 + 1),))
+    assert np.array_equal(both[:-1], short) and coding.encode(both)[0][-1] == coding.scale // 2
+    assert coding.scale % 2

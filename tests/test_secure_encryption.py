@@ -91,7 +91,7 @@ def test_buffers_are_in_the_sum_and_long_numbers_are_clamped_and_counted():
     server.round()
     assert not torch.equal(net[1].running_mean, before)
     total = EncryptedSum()
-    total.expect(3, Nothing())
+    total.expect(3, Nothing(), 0.0)
     wild = Server(mlp(), make_clients([9, 7, 8]), Recipe(aggregator=HE(), lr=1e7, epochs=1))
     assert wild.round()["clamped"] > 0
 

@@ -8,7 +8,7 @@ from torch.optim import SGD
 
 from fedtorch.options import typed
 from fedtorch.recipe import Recipe
-from fedtorch.rounds.participation import Everyone, Participation
+from fedtorch.rounds.participation import Everyone, Participation, Uniform
 from fedtorch.rounds.synchronous import Rounds, Synchronous
 from fedtorch.rounds.threat import Attacked
 from fedtorch.strategies import PFedMe, Strategy
@@ -145,6 +145,12 @@ REFUSED: tuple[Row, ...] = (
         lambda r, who, pace: r.privacy.masked and r.secure and r.secure.neighbours,
         "privacy distributed holds against a server that lies, and aggregator.neighbours only against one "
         "that follows the protocol: leave neighbours out",
+    ),
+    (
+        lambda r, who, pace: r.privacy.masked and not isinstance(who, Everyone | Uniform),
+        "privacy distributed makes each client's share of the noise for rounds of one size, and sums of "
+        "fewer are not opened: use participation everyone or uniform in place of {participation} (for "
+        "chance in who takes part nothing is claimed)",
     ),
     (
         lambda r, who, pace: r.hides and r.privacy.statistics_noise,

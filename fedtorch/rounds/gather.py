@@ -108,7 +108,7 @@ def start_sum(recipe: Recipe, held: Held, task: Task, dtype: torch.dtype, asked:
     draw = seeds.derive(task.seed, "aggregator", task.round)
     total = recipe.aggregator.start(held, draw, dtype)
     if isinstance(total, SecureSum | EncryptedSum):
-        total.expect(asked, recipe.privacy)
+        total.expect(asked, recipe.privacy, task.privacy.get("clip", 0.0))
     return total
 
 

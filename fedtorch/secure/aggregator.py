@@ -161,13 +161,12 @@ class SecureSum:
         self._mean = RunningMean()
         self._whole: WholeSum | None = None
 
-    def expect(self, asked: int, privacy: Privacy) -> None:
-        """So many clients are asked."""
+    def expect(self, asked: int, privacy: Privacy, clip: float) -> None:
+        """So many clients are asked; ``clip``: the clipping norm of this round."""
         self._asked, self._fewest = asked, privacy.fewest
         if self._rule.apart and asked:
             coding = self._rule.coding(asked, privacy)
-            fixed = privacy.central and getattr(privacy, "adaptive", None) is None
-            cap, norm = self._rule.weight_cap, privacy.clip if fixed else None
+            cap, norm = self._rule.weight_cap, clip if privacy.central else None
             self._whole = WholeSum(coding, cap, norm)
 
     def add(self, update: Released) -> None:

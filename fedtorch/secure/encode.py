@@ -79,11 +79,23 @@ class Coding:
         return sums / np.float64(self.scale)
 
 
-def shortened(coding: Coding, values: np.ndarray, norm: float) -> np.ndarray:
-    """Values [d] scaled down, where need be, to a length that rounding takes no further than ``norm``."""
-    most = max(0.0, norm - math.sqrt(len(values)) / (2 * coding.scale))
-    length = math.sqrt(float(values @ values))
-    return values * (most / length) if length > most else values
+def shortened(
+    coding: Coding, values: np.ndarray, norm: float, apart: tuple[slice, ...] = ()
+) -> np.ndarray:
+    """Values [d] scaled down, where need be, to a length that rounding takes no further than ``norm``.
+
+    ``apart``: what has noise of its own is not in that length; it is rounded towards zero.
+    """
+    long, bits = values.copy(), [(at, values[at]) for at in apart]
+    for at, _ in bits:
+        long[at] = 0
+    count = len(values) - sum(len(v) for _, v in bits)
+    most = max(0.0, norm - math.sqrt(count) / (2 * coding.scale))
+    length = math.sqrt(float(long @ long))
+    long *= most / length if length > most else 1.0
+    for at, own in bits:
+        long[at] = np.trunc(own * coding.scale) / coding.scale
+    return long
 
 
 def whole(width: int, clients: int) -> int:
@@ -139,6 +151,12 @@ class Layout:
                 raise Refused("message", f"{group} has no {name} of the shape that was agreed")
             out[at : at + own.numel()] = own.detach().reshape(-1).double().cpu().numpy()
         return out
+
+    def places(self, group: str) -> tuple[slice, ...]:
+        """Where the numbers of a group stand."""
+        return tuple(
+            slice(at, at + math.prod(shape)) for at, own, _, shape in self._places() if own == group
+        )
 
     def unflat(self, vector: np.ndarray) -> tuple[dict[str, Params], Params]:
         """A vector without riders as groups and changes of buffers, float64."""

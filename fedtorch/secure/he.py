@@ -76,7 +76,7 @@ class EncryptedSum:
         self._came, self._clamped, self._bytes, self._seconds = 0, 0, 0, 0.0
         self._range = MOST
 
-    def expect(self, asked: int, privacy: Privacy) -> None:
+    def expect(self, asked: int, privacy: Privacy, clip: float) -> None:
         """So many clients are asked: a number of each may be so large that their sum fits."""
         self._range = MOST / max(asked, 1)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.secure.encode import RIDERS, Coding, Figures, Layout, riders, shortened, unseal
 from fedtorch.types import Params, Released, Stack
 
@@ -33,7 +34,9 @@ class WholeSum:
             sent = {g: _row(s, k) for g, s in update.sent.items()}
             share = float(update.weight[k]) / (self._cap or 1)
             flat = self._layout.flat(sent, {})
-            flat = flat if self._norm is None else shortened(self._coding, flat, self._norm)
+            if self._norm is not None:
+                bits = self._layout.places(CLIP_BIT)
+                flat = shortened(self._coding, flat, self._norm, bits)
             coded, beyond = self._coding.encode(flat, share)
             self._total += coded
             told = {n: float(update.metrics[n][k]) for n in ("examples",) if n in update.metrics}

@@ -195,15 +195,16 @@ class SitesSession:
             self.asking.close(settled=True)
 
     def figures(self) -> dict[str, float]:
-        """Bytes and seconds of each site in the last round."""
+        """Bytes and seconds of each site in the last round; no seconds where a sum hides each."""
         found: dict[str, float] = {}
         for v in self.last:
             found |= {
                 f"site_{v.site}_bytes_sent": v.sent,
                 f"site_{v.site}_bytes_received": v.received,
-                f"site_{v.site}_seconds": round(v.seconds, 3),
                 f"site_{v.site}_reported": float(v.updated),
             }
+            if not self.recipe.hides:
+                found[f"site_{v.site}_seconds"] = round(v.seconds, 3)
         return found
 
     def memory(self) -> dict[str, dict[str, Params]]:

@@ -88,10 +88,10 @@ class Sums:
         if self.tells:
             told = update.metrics
             figures = Figures(figures.weight, float(told["examples"]), float(told["train_loss"]))
-        values = self.layout(task).flat(own, changes)
-        coding, privacy = _coding(terms), self.reader.recipe.privacy
-        if privacy.central and terms.width == 32 and CLIP_BIT not in own:
-            values = shortened(coding, values, task.privacy["clip"])
+        laid = self.layout(task)
+        values, coding = laid.flat(own, changes), _coding(terms)
+        if self.reader.recipe.privacy.central and terms.width == 32:
+            values = shortened(coding, values, task.privacy["clip"], laid.places(CLIP_BIT))
         return to_words(seal(coding, values, figures), terms.width)
 
     def unseal(self, terms: Terms, words: np.ndarray, ids: Sequence[str], task: Task) -> Released:
