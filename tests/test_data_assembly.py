@@ -291,6 +291,33 @@ def test_a_data_frame_has_the_options_of_a_file(tmp_path):
         from_pandas(frame, target="sick", fill={"age": 40})
 
 
+def test_what_a_data_frame_leaves_missing_or_sets_apart_is_not_guessed():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"a": [0.5, 1.5, 2.5] * 8, "y": [0, 1, 1] * 8})
+    odd = frame.assign(w=pandas.Categorical(["x|y", "z", "z"] * 8))
+    with pytest.raises(
+        ConfigError, match=r"column 'w' has a category 'x\|y', and \| sets .* apart"
+    ):
+        from_pandas(odd, target="y")
+    with pytest.raises(ConfigError, match=r"column 'w' has a category 'x\|y'"):
+        from_pandas(odd.assign(w=odd.w.astype(str)), target="y", categories={"w": ["x|y", "z"]})
+    holders = frame.assign(who=pandas.array([None, 1, 2] * 8, dtype="Int64"))
+    with pytest.raises(ConfigError, match=r"row 0: column 'who' holds '<NA>', a missing .* whose"):
+        from_pandas(holders, target="y", client="who")
+    with pytest.raises(ConfigError, match=r"'1 days 02:00:00', not a number; a date or time"):
+        from_pandas(frame.assign(t=pandas.to_timedelta([26] * 24, unit="h")), target="y")
+
+
+def test_an_index_with_a_name_is_not_what_a_parquet_file_predicts(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame({"a": [0.5, 1.5] * 9, "y": [0, 1] * 9, "ward": [7, 7, 8] * 6})
+    frame.set_index("ward").to_parquet(tmp_path / "t.parquet")
+    data = Csv(str(tmp_path / "t.parquet"), test_fraction=0).load(0)
+    assert data.train.tensors[0].tolist() == frame[["ward", "a"]].to_numpy().tolist()
+    assert data.train.tensors[1].tolist() == frame["y"].tolist()
+
+
 def test_a_parquet_file_is_the_table_it_was_written_from(tmp_path):
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")

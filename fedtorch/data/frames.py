@@ -1,6 +1,7 @@
 """Tables of typed columns: parquet files, and data frames of pandas or what looks like them."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ def parquet(path: Path, how: Format = Format()) -> Sheet:
     except ImportError as e:
         raise ConfigError(f"{path}: parquet needs pyarrow: pip install 'fedtorch[tables]'") from e
     try:
-        columns = reader.read_table(path).to_pydict()
+        table = reader.read_table(path)
+        columns = table.to_pydict()
     except (OSError, ValueError, NotImplementedError) as e:  # pyarrow's own errors are among these
         raise ConfigError(f"dataset.path must be a parquet file: {e}") from e
-    index = [c for c in columns if c.startswith(INDEX)]
-    if index:
-        columns = {c: v for c, v in columns.items() if c not in index}
-    found = written(str(path), columns, how)
-    return replace(found, notes=("pandas' index is left out",)) if index else found
+    known = json.loads((table.schema.metadata or {}).get(b"pandas", b"{}")).get("index_columns", [])
+    index = [c for c in known if isinstance(c, str) and c in columns]
+    nameless = [c for c in columns if c.startswith(INDEX)]
+    # pandas writes an index last, where the target is looked for: it comes first, as in its CSV files
+    order = [*index, *(c for c in columns if c not in index)]
+    found = written(str(path), {c: columns[c] for c in order if c not in nameless}, how)
+    return replace(found, notes=("pandas' index is left out",)) if nameless else found
 
 
 def frame(df: Any, name: str) -> Sheet:
@@ -45,6 +49,20 @@ def declared(df: Any) -> dict[str, list[str]]:
     """Categories of the columns whose type names them."""
     found = {str(c): getattr(df[c].dtype, "categories", None) for c in df.columns}
     return {c: [text(v) for v in names] for c, names in found.items() if names is not None}
+
+
+BAR = "|"
+"""Sets categories apart where they are declared."""
+
+
+def one_by_one(column: str, names: Iterable[Any]) -> str:
+    """Categories of a column as an option declares them; raises ConfigError where that would part one."""
+    texts = [text(v) for v in names]
+    if odd := [n for n in texts if BAR in n]:
+        raise ConfigError(
+            f"column {column!r} has a category {odd[0]!r}, and {BAR} sets categories apart: rename it"
+        )
+    return BAR.join(texts)
 
 
 def written(path: str, columns: Mapping[str, Sequence[Any]], how: Format) -> Sheet:

@@ -79,10 +79,10 @@ def owners(given: TableOptions, table: Sheet) -> list[str] | None:
     if not given.client:
         return [Path(f).stem for f in table.files] or None
     owners = table.column(given.client)
-    if "" in owners:
-        raise ConfigError(
-            f"{table.place(owners.index(''))}: column {given.client!r} is empty: whose row is it?"
-        )
+    for i, owner in enumerate(owners):
+        if table.missing(owner):
+            what = f"holds {owner!r}, a missing value" if owner else "is empty"
+            raise ConfigError(f"{table.place(i)}: column {given.client!r} {what}: whose row is it?")
     return owners
 
 

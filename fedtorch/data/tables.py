@@ -52,13 +52,13 @@ def from_pandas(
     table = frames.frame(df, "the data frame")
     own = frames.declared(df)
     roles = (options.get("target") or table.header[-1], options.get("client"))
-    options["bounds"] = _entries(bounds, lambda b: f"{b[0]}:{b[1]}")
-    options["fill"] = _entries(fill, str)
-    given = _entries(categories, lambda c: "|".join(map(frames.text, c)))
+    options["bounds"] = _entries(bounds, lambda _, b: f"{b[0]}:{b[1]}")
+    options["fill"] = _entries(fill, lambda _, value: str(value))
+    given = _entries(categories, frames.one_by_one)
     taken = {*(e.partition("=")[0] for e in given), *roles, *options.get("drop", ())}
     options["categories"] = [
         *given,
-        *(f"{c}={'|'.join(n)}" for c, n in own.items() if c not in taken),
+        *(f"{c}={frames.one_by_one(c, n)}" for c, n in own.items() if c not in taken),
     ]
     if len(own.get(roles[0], ())) > 1 and options.get("kind") != "regression":
         options.setdefault("classes", own[roles[0]])
@@ -66,10 +66,12 @@ def from_pandas(
     return assembled(TableOptions(**options), table, held, seed)
 
 
-def _entries(table: Mapping[str, Any] | Sequence[str], written: Callable[[Any], str]) -> list[str]:
-    return (
-        [f"{k}={written(v)}" for k, v in table.items()] if isinstance(table, Mapping) else [*table]
-    )
+def _entries(
+    table: Mapping[str, Any] | Sequence[str], written: Callable[[str, Any], str]
+) -> list[str]:
+    if not isinstance(table, Mapping):
+        return [*table]
+    return [f"{k}={written(k, v)}" for k, v in table.items()]
 
 
 def _files(path: str, how: Format) -> Sheet:
