@@ -29,6 +29,7 @@ with reading():
     from fedtorch.rounds.observers import Observer
     from fedtorch.rounds.participation import Everyone, Poisson, Uniform
     from fedtorch.run.callbacks import BestModel, Checkpoint, EarlyStopping
+    from fedtorch.run.recorded import Record
     from fedtorch.run.resume import resume
     from fedtorch.run.setup import divide
     from fedtorch.secure.aggregator import Secure
@@ -132,6 +133,7 @@ __all__ = [
     "QFedAvg",
     "RandomK",
     "Recipe",
+    "Record",
     "RoLoRA",
     "Robust",
     "Scaffold",

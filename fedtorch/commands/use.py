@@ -1,6 +1,7 @@
 """``fedtorch eval`` and ``fedtorch predict``: a trained model put to use."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -22,6 +23,7 @@ from fedtorch.privacy.run import mark
 from fedtorch.recipe import Recipe
 from fedtorch.run import by_client, checkpoint, cli, files, objects, results, setup, steps, trust
 from fedtorch.run.console import show_table
+from fedtorch.run.folder import MADE_BY
 from fedtorch.training.evaluate import evaluate, evaluate_clients
 from fedtorch.training.personal import GROUP
 from fedtorch.training.stacked import forward
@@ -62,6 +64,10 @@ def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool 
     """
     train = train_module()
     tell([run := results.load(folder)])
+    if MADE_BY in run.options:
+        raise ConfigError(
+            f"the run in {folder} was made in Python, where its model is: fedtorch.load({folder!r}, model)"
+        )
     table = cli.read(run.folder / "config.toml")
     if not trusted:
         own = trust.remembered(run.folder / "config.toml")
@@ -88,6 +94,8 @@ def evaluate_run(argv: Sequence[str]) -> int:
     words, given = words_and_options(argv, "eval", {"json": False, TRUST: False})
     if len(words) != 1:
         raise ConfigError(f"fedtorch eval takes one run folder, but got {len(words)}")
+    if MADE_BY in (saved := results.load(words[0])).options:
+        return recorded(saved, "json" in given)
     run = trained(words[0], TRUST in given, judged=True)
     config, data = run.config, run.data
     loss, _ = setup.loss_and_metrics(data.kind, config.loss, config.metrics)
@@ -120,6 +128,33 @@ def evaluate_run(argv: Sequence[str]) -> int:
     if table:
         print(by_client.title(private is not None))
         show_table(table)
+    return 0
+
+
+def recorded(run: results.Saved, as_json: bool) -> int:
+    """What a run wrote down of its last round, whose model and data are known to Python alone."""
+    tell([run])
+    kept = run.summary.get("model_of_round")
+    last = next((m for m in run.history if m["round"] == kept), run.history.last())
+    prefix = "nonprivate_" if "nonprivate_validation_by_client" in last else ""
+    each = last.get(f"{prefix}validation_by_client") or {}
+    figures = {k: v for k, v in last.items() if "test_" in k or "validation_" in k}
+    _note(
+        "the run was made in Python, where its model and data are: these are the figures of round "
+        f"{last.get('round', 0)} as it wrote them down"
+    )
+    if as_json:
+        print(json.dumps(figures))
+        return 0
+    for k, v in figures.items():
+        if isinstance(v, float):
+            print(f"{k.replace('_', ' '):<28} {by_client.word(v)}")
+    if each:
+        scores = {
+            i: {k: math.nan if v is None else v for k, v in s.items()} for i, s in each.items()
+        }
+        print(by_client.title(bool(prefix)))
+        show_table(by_client.rows(scores, {}, len(scores)))
     return 0
 
 

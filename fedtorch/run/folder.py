@@ -1,6 +1,7 @@
 """A run folder: held by one process, bound to its config, resumed from what is whole in it."""
 
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from fedtorch.run import checkpoint, files, trust
 from fedtorch.types import ConfigError
 
 CONFIG = "config.toml"
+
+MADE_BY = "made_by"
+"""In a config: who made the run, where that was not the command."""
 
 Seal = Mapping[str, Any]
 """Length and digest of the record at a checkpoint; see ``fedtorch.tracking.record``."""
@@ -116,6 +120,11 @@ def config(folder: Path) -> Path:
             disk.replace(folder / CONFIG, str(saved.get("config", "")))
             print(f"note: {folder / CONFIG} was missing and is written again from the checkpoint")
         same_config(folder, saved)
+    if MADE_BY in tomllib.loads(str(saved["config"])):
+        raise ConfigError(
+            f"the run in {folder} was made in Python, where its model and data are: go on there by "
+            f"fedtorch.resume(server, {str(folder)!r})"
+        )
     return folder / CONFIG
 
 
