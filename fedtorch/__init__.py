@@ -32,6 +32,7 @@ with reading():
     from fedtorch.run.recorded import Record
     from fedtorch.run.resume import resume
     from fedtorch.run.setup import divide
+    from fedtorch.saved import Trained, load
     from fedtorch.secure.aggregator import Secure
     from fedtorch.secure.he import HE
     from fedtorch.server import Server
@@ -148,11 +149,13 @@ __all__ = [
     "Stage",
     "Strategy",
     "TopK",
+    "Trained",
     "TrimmedMean",
     "Uniform",
     "divide",
     "evaluate",
     "from_pandas",
+    "load",
     "local_update",
     "resume",
 ]

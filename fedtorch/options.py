@@ -8,7 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from numbers import Integral, Real
 from types import ModuleType, NoneType, UnionType
@@ -194,6 +194,34 @@ def _words(kind: Any) -> str:
         return "a function"
     name = getattr(origin, "__name__", str(origin))
     return f"an {name}" if name[0] in "AEIOU" else f"a {name}"
+
+
+CLAIM = ("epsilon", "delta")
+"""What a privacy plan promises, which is told in any case."""
+
+
+def brief(part: Any) -> str:
+    """A dataclass in a line: what differs from its defaults, ``FedProx(mu=0.1)``; functions by name."""
+    shown = [
+        f"{f.name}={getattr(value, '__name__', None) or repr(value)}"
+        for f in fields(part)
+        if f.repr
+        and (value := getattr(part, f.name)) is not None
+        and (f.name in CLAIM or not _usual(f, value))
+    ]
+    return f"{type(part).__name__}({', '.join(shown)})"
+
+
+def _usual(f: "Field[Any]", value: Any) -> bool:
+    if f.default_factory is not MISSING:
+        return bool(value == f.default_factory())
+    return f.default is not MISSING and (value is f.default or bool(value == f.default))
+
+
+def briefly(cls: type) -> None:
+    """Let a class and what is made of it be shown by ``brief``; for ``__init_subclass__``."""
+    if "__repr__" not in vars(cls):
+        cls.__repr__ = brief  # type: ignore[assignment]
 
 
 def find(path: str) -> Any:

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fedtorch.aggregation.mean import Aggregator, Mean
 from fedtorch.channel.base import Stage
-from fedtorch.options import TrainingOptions, fit
+from fedtorch.options import TrainingOptions, brief, fit
 from fedtorch.privacy import Nothing, Privacy
 from fedtorch.secure.aggregator import Secure
 from fedtorch.strategies import FedAvg, Strategy
@@ -26,6 +26,8 @@ from fedtorch.types import ConfigError
 @dataclass(frozen=True)
 class Recipe(TrainingOptions):
     """How every client trains in a visit, and how their work is combined."""
+
+    __repr__ = brief
 
     strategy: Strategy = FedAvg()
     _: KW_ONLY

@@ -4,6 +4,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from fedtorch.aggregation.mean import Gathering, added
 from fedtorch.channel.base import without_unsent
 from fedtorch.checks import combination, handed, secure, strategies
 from fedtorch.client import Client
+from fedtorch.data.base import Data
 from fedtorch.engines import Engine, Local
 from fedtorch.engines.travels import Weights
 from fedtorch.options import NOT_NEGATIVE, fit, within
@@ -32,6 +34,7 @@ from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.rounds.state import ServerState
 from fedtorch.rounds.synchronous import Asked, Rounds, Step, Synchronous
 from fedtorch.rounds.threat import Threat
+from fedtorch.saved import save
 from fedtorch.strategies.base import sends, uploads
 from fedtorch.training.evaluate import Judge, evaluate
 from fedtorch.training.losses import Loss
@@ -304,6 +307,13 @@ class Server:
     def predict(self, x: Any, batch_size: int = 512) -> Any:
         """What the global model gives for inputs ``x``, a row for each example, as ``fedtorch.predict``."""
         return predict(self.model, x, batch_size)
+
+    def save(self, path: str | Path, data: Data | None = None) -> None:
+        """The global model into a safetensors file, which ``fedtorch.load(path, model)`` reads.
+
+        ``data``: what was loaded, whose classes' names and preparation are kept with it.
+        """
+        save(path, self.model, data)
 
     def show(self, weights: Params) -> None:
         """Put other weights into the model, such as the best: training goes on from the last round's.

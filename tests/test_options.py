@@ -24,6 +24,7 @@ from fedtorch import (
     Server,
     ServerAdam,
     Strategy,
+    TopK,
     Uniform,
 )
 from fedtorch.data import Csv, Digits, Dirichlet, HuggingFace, Idx, Npz, QuantitySkew, Shards, Text
@@ -298,3 +299,23 @@ def test_fix_model_from_python_trains_a_copy_without_the_layers() -> None:
     assert isinstance(server.model[1], nn.GroupNorm)  # type: ignore[index]
     assert not torch.equal(before, server.model[2].weight)  # type: ignore[index]
     assert isinstance(net[1], nn.BatchNorm1d)
+
+
+@pytest.mark.parametrize(
+    ("part", "shown"),
+    [
+        (FedProx(mu=0.3, server=ServerAdam(lr=0.1)), "FedProx(server=ServerAdam(lr=0.1), mu=0.3)"),
+        (FedAvg(), "FedAvg()"),
+        (
+            Recipe(FedProx(mu=0.2), lr=0.1),
+            "Recipe(lr=0.1, strategy=FedProx(mu=0.2), loss=cross_entropy)",
+        ),
+        (SampleLevel(epsilon=3.0, rounds=8), "SampleLevel(epsilon=3.0, delta=1e-05, rounds=8)"),
+        (TopK(share=0.2), "TopK(share=0.2)"),
+        (Uniform(cohort_size=3), "Uniform(cohort_size=3)"),
+        (Local(chunk=3), "Local(chunk=3)"),
+    ],
+    ids=["nested", "usual", "recipe", "plan", "stage", "cohort", "engine"],
+)
+def test_what_is_public_shows_in_one_line_what_is_not_usual(part, shown):
+    assert repr(part) == shown

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedtorch.aggregation.mean import Held
 from fedtorch.aggregation.mixing import Mixing
 from fedtorch.aggregation.table import Table, distances
-from fedtorch.options import NOT_NEGATIVE, check, typed
+from fedtorch.options import NOT_NEGATIVE, briefly, check, typed
 from fedtorch.types import ConfigError, Params, Released, Stack
 
 BUFFERS = "buffers"
@@ -31,6 +31,10 @@ class Robust:
     Every client counts once, whatever it says of its size: who lies would say a billion. A rule of this
     package overrides ``across`` or ``shares``, which see each group of what is sent by itself.
     """
+
+    def __init_subclass__(cls) -> None:
+        """Show what differs from the defaults."""
+        briefly(cls)
 
     linear: ClassVar[bool] = False
     keeps: ClassVar[bool] = False

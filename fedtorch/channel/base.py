@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from fedtorch import seeds
-from fedtorch.options import check
+from fedtorch.options import briefly, check
 from fedtorch.tree import expand, row, stack, tmap, to_float64
 from fedtorch.types import ConfigError, Params, Released, Stack, Task
 
@@ -56,6 +56,10 @@ class Stage:
     and what earlier codes left out, together, and keeps what this code leaves out. A code that is biased,
     as that of the largest numbers is, needs it to reach what training without a channel reaches.
     """
+
+    def __init_subclass__(cls) -> None:
+        """Show what differs from the defaults."""
+        briefly(cls)
 
     linear: ClassVar[bool] = False
     """Whether codes of one visit may be added up, and their sum decoded."""

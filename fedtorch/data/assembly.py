@@ -177,6 +177,11 @@ def unlabelled(path: Path, done: Preparation) -> Tensor:
         table = frames.parquet(path, how)
     else:
         table = separated.unnamed(path, how, done.header, done.target)
+    return rows(table, path, done)
+
+
+def rows(table: Sheet, path: Path, done: Preparation) -> Tensor:
+    """Inputs of a table that came from ``path``, prepared so: [N, width]."""
     if missing := [n for n in done.columns if n not in table.header]:
         raise ConfigError(f"{path} has no column {missing[0]!r}, which the model was trained on")
     table = table.only(done.columns)

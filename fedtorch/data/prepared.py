@@ -86,11 +86,19 @@ def load(folder: Path) -> Prepared | None:
             raise ValueError("its digest does not match")
         if table.pop("format") != FORMAT:
             raise ValueError("another version wrote it")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise ConfigError(f"{path} is damaged: {e}") from e
+    return read(table, path)
+
+
+def read(table: dict[str, Any], path: Path) -> Prepared:
+    """From a table as ``asdict`` gives it; raises ConfigError naming ``path`` if it is damaged."""
+    try:
         table = {k: _tuples(v) for k, v in table.items()}
         table["facts"] = {str(k): _tuples(v) for k, v in table["facts"].items()}
-        steps = {k: _tuples(v) for k, v in table.pop("preparation").items()}
+        steps = {k: _tuples(v) for k, v in dict(table.pop("preparation")).items()}
         return Prepared(preparation=Preparation(**steps), **table)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise ConfigError(f"{path} is damaged: {e}") from e
 
 

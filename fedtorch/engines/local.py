@@ -14,7 +14,7 @@ from fedtorch.checks.probe import fits
 from fedtorch.checks.standins import shown
 from fedtorch.client import Client
 from fedtorch.engines.solver_choice import Choice, choose
-from fedtorch.options import COUNT, check
+from fedtorch.options import COUNT, brief, check
 from fedtorch.recipe import Recipe
 from fedtorch.training import local_steps
 from fedtorch.training.local_update import local_update
@@ -26,6 +26,8 @@ from fedtorch.types import ConfigError, Failure, Params, Released, Task
 @dataclass(frozen=True, kw_only=True)
 class Local:
     """Clients train in this process."""
+
+    __repr__ = brief
 
     chunk: int | None = None
     """Clients trained side by side; none: as many as stay in cache."""

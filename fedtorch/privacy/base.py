@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedtorch import seeds
-from fedtorch.options import COUNT, POSITIVE, RATE, TrainingOptions, check
+from fedtorch.options import COUNT, POSITIVE, RATE, TrainingOptions, briefly, check
 from fedtorch.privacy.accounting.events import (
     Event,
     calibrate,
@@ -129,6 +129,7 @@ class Privacy(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         """There is one way out for all plans; raises TypeError where one has another."""
         super().__init_subclass__(**options)
+        briefly(cls)
         if cls.release is not Privacy.release:
             raise TypeError(
                 f"{cls.__name__}.release: a plan clips and noises in client() and server()"

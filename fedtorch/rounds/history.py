@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from difflib import get_close_matches
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,46 @@ class History(list[dict[str, Any]]):
         except ImportError as e:
             raise ConfigError("to_pandas needs the package pandas: pip install pandas") from e
         return pandas.DataFrame(list(self)).set_index("round")
+
+    def plot(self, *names: str) -> Any:
+        """A matplotlib figure over rounds: a panel for each figure named, with clients' range as a band.
+
+        Without names: the losses, each test figure, and epsilon where the run is private. A notebook shows
+        it, ``.savefig("run.png")`` keeps it. Raises ConfigError naming a figure that no round has.
+        """
+        from fedtorch.rounds.plot import panels  # matplotlib takes its time
+
+        there = {k for m in self for k, v in m.items() if isinstance(v, (int, float))} - {"round"}
+        for name in names:
+            if name not in there:
+                near = get_close_matches(str(name), there, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                some = ", ".join(sorted(there)[:20]) or "none: no round was trained"
+                raise ConfigError(f"no round has a figure {name!r}{hint} (there are {some})")
+        asked = {n: [n] for n in names} if names else self._usual(there)
+        if not asked:
+            raise ConfigError("there is nothing to plot: no round was trained")
+        lines = {
+            title.replace("_", " "): {n.replace("_", " "): self.column(n) for n in found}
+            for title, found in asked.items()
+        }
+        ends = {n: (self.column(f"{n}_min"), self.column(f"{n}_max")) for n in there}
+        bands = {
+            n.replace("_", " "): e for n, e in ends.items() if len(e[0]) == len(self.column(n))
+        }
+        return panels(lines, bands)
+
+    def _usual(self, there: set[str]) -> dict[str, list[str]]:
+        """Title -> figures of the panels that are drawn unless others are asked for."""
+        tests = [k for k in self.last() if k.startswith("test_") and k in there]
+        own = {t: f"validation_{t[5:]}" for t in tests}
+        found = {
+            "loss": ["train_loss", "nonprivate_train_loss", "test_loss", "validation_loss"],
+            **{t[5:]: [t, own[t]] for t in tests if t != "test_loss"},
+            "epsilon": ["privacy_epsilon", "privacy_epsilon_planned"],
+        }
+        kept = {t: [n for n in names if n in there] for t, names in found.items()}
+        return {t: names for t, names in kept.items() if names}
 
     def _names(self) -> list[str]:
         last = self.last()

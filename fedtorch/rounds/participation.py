@@ -6,13 +6,17 @@ from dataclasses import dataclass
 import torch
 
 from fedtorch import seeds
-from fedtorch.options import COUNT, RATE, SHARE, check
+from fedtorch.options import COUNT, RATE, SHARE, briefly, check
 from fedtorch.types import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Participation:
     """Base: draw a cohort, then lose some of it on the way."""
+
+    def __init_subclass__(cls) -> None:
+        """Show what differs from the defaults."""
+        briefly(cls)
 
     dropout: float = 0.0
     """Chance that a chosen client never reports back (a simulated failure)."""

@@ -6,18 +6,16 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import nn
 
-from fedtorch import disk
+from fedtorch import disk, saved
 from fedtorch.run import checkpoint, versions
+from fedtorch.saved import SafetensorError
+from fedtorch.saved import savable as savable
 from fedtorch.types import ConfigError
 
 PACKAGES = ("fedtorch", "torch", "numpy", "numba", "tensorboard", "safetensors")
@@ -31,9 +29,6 @@ SUMS = "SHA256SUMS"
 
 SUMMED = ("config.toml", "metrics.jsonl", MODEL, "summary.json", "privacy.json", LEDGER)
 """Files that must stay what they are once a run has ended."""
-
-EXTRA = "extra_state"
-"""In the model file's metadata: what ``get_extra_state`` of its modules gave, as JSON."""
 
 
 def create(folder: Path) -> None:
@@ -103,40 +98,13 @@ def write_model(folder: Path, model: nn.Module, command: str = "train") -> None:
 
     Raises ConfigError when it cannot be written: the run is not lost while it has a checkpoint.
     """
-    whole = model.state_dict()
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in tensors(whole).items()}
-    extra = {k: v for k, v in whole.items() if k not in state}
     try:
-        with disk.whole(folder / MODEL) as file:
-            told = {EXTRA: json.dumps(extra)} if extra else {}
-            file.write(save(state, {"sha256": digest(state), **told}))
+        saved.write(folder / MODEL, model)
     except (OSError, SafetensorError) as e:
         raise ConfigError(
             f"the trained model cannot be written to {folder} ({getattr(e, 'strerror', None) or e}): "
             f"make room, then fedtorch {command} --run-dir {folder} --resume"
         ) from e
-
-
-def savable(model: nn.Module) -> None:
-    """Raises ConfigError naming what ``write_model`` could not save, before anything is trained."""
-    for name, value in model.state_dict().items():
-        where = f"{name} of model {type(model).__name__}"
-        try:
-            if isinstance(value, Tensor):
-                save({name: torch.empty(0, dtype=value.dtype)})
-            elif json.loads(json.dumps(value)) != value:
-                raise ValueError("it does not come back as it was")
-        except Exception as e:
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ConfigError(
-                f"{where} is {kind}, which a model file cannot hold ({e}): a state_dict may hold tensors "
-                "and, as extra state, what JSON can"
-            ) from e
-
-
-def tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Of a ``state_dict``; the rest is a module's extra state."""
-    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
 
 
 def write_json(path: Path, table: dict[str, Any]) -> None:
@@ -154,31 +122,7 @@ def read_model(folder: Path, model: nn.Module) -> None:
         raise ConfigError(
             f"{folder} holds no trained model yet: fedtorch train --run-dir {folder} --resume"
         )
-    try:
-        state = load_file(path)
-        with safe_open(path, "pt") as file:
-            told = file.metadata() or {}
-        if told.get("sha256") != digest(state):
-            why = (
-                "its numbers do not match its digest"
-                if "sha256" in told
-                else "it carries no digest"
-            )
-            raise ConfigError(f"{path} is damaged or of another version: {why}")
-        model.load_state_dict(state | json.loads(told.get(EXTRA, "{}")))
-    except ConfigError:
-        raise
-    except (SafetensorError, RuntimeError, OSError, ValueError) as e:
-        raise ConfigError(f"{path} cannot be used: {str(e).splitlines()[0]}") from e
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and numbers of tensors on the CPU."""
-    sha = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        sha.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        sha.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+    saved.read(path, model)
 
 
 def write_sums(folder: Path) -> None:

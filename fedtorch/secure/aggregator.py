@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedtorch.aggregation.mean import Held, RunningMean
-from fedtorch.options import COUNT, POSITIVE, Range, check
+from fedtorch.options import COUNT, POSITIVE, Range, brief, check
 from fedtorch.privacy import Privacy
 from fedtorch.secure import costs
 from fedtorch.secure.encode import RIDERS, Coding
@@ -29,6 +29,8 @@ class Secure:
     Fewer than ``threshold`` of those asked, and the round is lost: the model stays as it was. What masks
     hide is whose update it is; what all of them together say of somebody's data they do not hide.
     """
+
+    __repr__ = brief
 
     linear: ClassVar[bool] = True
     hides: ClassVar[bool] = True

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fedtorch.aggregation.mean import Held, RunningMean
-from fedtorch.options import POSITIVE, check
+from fedtorch.options import POSITIVE, brief, check
 from fedtorch.privacy import Privacy
 from fedtorch.secure.encode import Layout
 from fedtorch.secure.encryption import MOST, Adder, Holder, make_keys, tenseal
@@ -30,6 +30,8 @@ class HE:
     clamped, and counted. What is opened has noise of 1e-7 and is rounded, so that it does not give the key
     away; a run is therefore not repeatable to the last bit.
     """
+
+    __repr__ = brief
 
     linear: ClassVar[bool] = True
     hides: ClassVar[bool] = True

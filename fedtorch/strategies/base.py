@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fedtorch.options import check
+from fedtorch.options import briefly, check
 from fedtorch.training.module import statistics
 from fedtorch.training.optimizer import ServerOptimizer
 from fedtorch.training.step import Step
@@ -55,6 +55,10 @@ class Strategy:
     Override the methods that differ; a method never stores to ``self``. Client methods see K clients
     at once: everything that varies per client has a leading axis.
     """
+
+    def __init_subclass__(cls) -> None:
+        """Show what differs from the defaults."""
+        briefly(cls)
 
     floats: ClassVar[bool] = False
     """Whether ``remember`` is given float buffers beside the weights."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtorch.options import POSITIVE, SHARE, check, find, fit, shown
+from fedtorch.options import POSITIVE, SHARE, brief, briefly, check, find, fit, shown
 from fedtorch.tree import tmap
 from fedtorch.types import ConfigError, Params
 
@@ -23,6 +23,10 @@ State = dict[str, Params]
 @dataclass(frozen=True, kw_only=True)
 class ServerOptimizer:
     """Base: named state groups, one pure step. ``step`` returns what is added to the weights."""
+
+    def __init_subclass__(cls) -> None:
+        """Show what differs from the defaults."""
+        briefly(cls)
 
     lr: float = 1.0
     """Server learning rate."""
@@ -147,6 +151,8 @@ class ClientOptimizer:
 
     What it keeps of earlier gradients does not outlive the visit.
     """
+
+    __repr__ = brief
 
     name: str | Maker = "SGD"
     """Class in torch.optim (any case), ``package.module.Class``, a class, or ``fn(model, lr)``: it gives

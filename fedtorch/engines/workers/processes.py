@@ -25,7 +25,7 @@ from fedtorch.engines.messages import read_outcome, task_message
 from fedtorch.engines.workers import kit, pool
 from fedtorch.engines.workers.board import DEATHS, Job
 from fedtorch.engines.workers.worker import serve
-from fedtorch.options import COUNT, check
+from fedtorch.options import COUNT, brief, check
 from fedtorch.recipe import Recipe
 from fedtorch.types import ClientError, ConfigError, Failure, Released
 
@@ -36,6 +36,8 @@ START_SECONDS = 120.0
 @dataclass(frozen=True, kw_only=True)
 class Processes:
     """Clients train in worker processes of this machine."""
+
+    __repr__ = brief
 
     workers: int | None = None
     """Worker processes; none: one for each core, or for each GPU with device cuda."""
