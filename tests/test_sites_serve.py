@@ -171,6 +171,26 @@ def test_a_full_disk_is_said_and_the_rounds_go_on(serve, tmp_path, monkeypatch, 
     assert code == 2 and "No space left on device" in said
 
 
+def test_sites_keep_what_the_last_checkpoint_that_was_written_knows(serve, monkeypatch):
+    real, save, room, told = SitesSession.submit, checkpoint.save, [1, 1], []
+
+    def submit(self, ids, task):
+        told.append(self.saved.get("north"))
+        self.counted = {"north": f"{task.round:032x}"}
+        real(self, ids, task)
+
+    def saved(*args, **kwargs):
+        if not room:
+            raise OSError(28, "No space left on device")
+        room.pop()
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(SitesSession, "submit", submit)
+    monkeypatch.setattr(checkpoint, "save", saved)
+    assert serve("--privacy", "none", "--rounds", "4")[0] == 1
+    assert told == [None, *[f"{0:032x}"] * 3]
+
+
 @pytest.fixture
 def site(tmp_path, capsys):
     """``fedtorch site`` in this process, whose server is not there."""

@@ -290,14 +290,27 @@ def test_the_visit_that_counts_is_kept_however_many_late_ones_follow(tmp_path):
     memory = VisitMemory(tmp_path)
     memory.keep("a", {"c": {"w": torch.ones(1)}})
     for k in range(3 * KEPT):
-        memory.keep(f"late {k}", {}, after="a")
+        memory.keep(f"late {k}", {}, "a")
     for again in (memory, VisitMemory(tmp_path)):
         assert torch.equal(again.after("a")["c"]["w"], torch.ones(1))
         assert len(again.visits) <= KEPT + 1
-    memory.keep("b", {}, after="a")
+    memory.keep("b", {}, "a")
     for k in range(KEPT):
-        memory.keep(f"later {k}", {}, after="b")
+        memory.keep(f"later {k}", {}, "b")
     assert memory.after("a") is None and memory.after("b") == {} == memory.after("")
+
+
+def test_the_visit_that_a_checkpoint_knows_is_kept_while_none_is_written(data, tmp_path):
+    server, first = Played(offer()), f"{0:032x}"
+    names = [f"{k:032x}" for k in range(KEPT + 3)]
+    server.tasks = [server.task(0)] + [
+        server.task(k, after=names[k - 1], saved=first) for k in range(1, len(names))
+    ]
+    code, made = play(server, data, tmp_path)
+    kept = {v.split()[1] for v in made.memory.visits}
+    assert code == 0 and kept == {first, *names[-KEPT:]}
+    server.tasks = [server.task(1, after=names[0], saved="x")]
+    assert play(server, data, tmp_path)[0] == 1
 
 
 def full(*args, **kwargs):

@@ -124,6 +124,9 @@ class SitesSession:
         self.newest: dict[str, Message] = {}
         """The last call for work of each site."""
         self.counted: dict[str, str] = {}
+        """The last visit of each site that counted."""
+        self.saved: dict[str, str] = {}
+        """The same in the last checkpoint that was written."""
         self.visits: dict[str, Visit] = {}
         self.last: list[Visit] = []
         self.closing = False
@@ -215,6 +218,7 @@ class SitesSession:
     def restore(self, memory: dict[str, dict[str, Params]]) -> None:
         """Go on from a checkpoint: later visits have not been."""
         self.counted = {i: bytes(m["visit"]["nonce"].tolist()).hex() for i, m in memory.items()}
+        self.saved = {**self.counted}
 
     def close(self) -> None:
         """Tell sites that call that the run is over, and stop listening."""
@@ -300,6 +304,8 @@ class SitesSession:
         visit.taken = True
         left = self.options.deadline - (time.monotonic() - visit.asked)
         facts = {"visit": visit.nonce, "after": self.counted.get(visit.site, ""), "seconds": left}
+        if saved := self.saved.get(visit.site):
+            facts["saved"] = saved
         message = messages.task_message(visit.task, **facts, **more)
         lacks = self._lacks(asked.facts)
         once = {"rest": lacks} if lacks else {}

@@ -107,7 +107,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
             starting_score(here.record, here.report, scores.last, server)
 
             # who looks at each round, in this order: the end is seen first, and saving comes last
-            traffic, saving = Traffic(server, session), loop.Checkpoints(here)
+            traffic, saving = Traffic(server, session), Checkpoints(here)
             server.observers += [here, traffic, scores, here.record, here.report, saving]
 
             # the rounds
@@ -125,6 +125,18 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         raise EndedEarly(why.code, text, why.reason)
     here.report.attempt("the report", conclude, here.report, folder, summary, server, here.why())
     return summary
+
+
+@dataclass(eq=False)
+class Checkpoints(loop.Checkpoints):
+    """Sites keep what they remember of the visits in the last one, until there is another."""
+
+    def save(self) -> None:
+        """A checkpoint that could not be written is none."""
+        super().save()
+        session = self.loop.server.session
+        assert isinstance(session, SitesSession)
+        session.saved = {**session.counted}
 
 
 @dataclass(eq=False)

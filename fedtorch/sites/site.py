@@ -285,6 +285,9 @@ class Site:
             raise MessageError("the task names no visit")
         if not (isinstance(after, str) and (not after or VISIT.fullmatch(after))):
             raise MessageError("the task does not say which visit was the last")
+        saved = message.facts.get("saved", "")
+        if not (isinstance(saved, str) and (not saved or VISIT.fullmatch(saved))):
+            raise MessageError("the task does not say which visit a checkpoint knows")
         beyond = self.answered.beyond(self.plan, task.round)
         if beyond and not self.offered_again:
             # a run that was made longer offers a longer plan, and gives this visit again
@@ -301,7 +304,8 @@ class Site:
         if outcome is None:
             self.answered.enter(self.plan)
             outcome = self._train(task)
-        self.memory.keep(self._named(visit), self.client.memory, self._named(after))
+        stay = self._named(after), self._named(saved)
+        self.memory.keep(self._named(visit), self.client.memory, *stay)
         if self.party is not None and outcome.update.ids:
             self.unshown = task, outcome  # to look at it takes time, of which phases have little
             self._take_part(lambda party: party.begin(outcome.update))

@@ -34,7 +34,7 @@ BASE = "fedtorch site base 1"
 log = logging.getLogger("fedtorch.site")
 
 KEPT = 4
-"""Newest visits whose memory is kept, beside the one that the server went on from."""
+"""Newest visits whose memory is kept, beside those that the server goes on from, now or when resumed."""
 
 AGAIN = 10
 """Visits that a plan without privacy may ask for beyond two for each of its rounds."""
@@ -60,15 +60,16 @@ class VisitMemory:
         """Whether a run, whichever, has a visit of this name."""
         return any(kept.endswith(f" {visit}") for kept in self.visits)
 
-    def keep(self, visit: str, memory: dict[str, Params], after: str = "") -> None:
+    def keep(self, visit: str, memory: dict[str, Params], *stay: str) -> None:
         """Remember what a visit left, before the server hears of it; raises ConfigError if that fails.
 
-        ``after``, the visit it went on from, stays: many late visits may follow it and none of them count.
+        Of the visits before, these ``stay``: the one that it went on from, as many late ones may follow it
+        and none of them count; and the last that a checkpoint of the server's knows.
         """
         self.visits.pop(visit, None)
         self.visits[visit] = memory
         for old in [*self.visits][:-KEPT]:
-            if old != after:
+            if old not in stay:
                 del self.visits[old]
         try:
             with disk.whole(self.path) as file:
