@@ -25,7 +25,7 @@ from fedtorch.rounds.history import read
 from fedtorch.run import checkpoint
 from fedtorch.tracking import Record, TensorBoard, drawings
 from fedtorch.tracking.record import Lines
-from fedtorch.tracking.tags import FAMILIES, TAGS, layout
+from fedtorch.tracking.tags import FAMILIES, SMOOTHED, TAGS, layout, overview, purpose
 from fedtorch.tracking.tensorboard import protos
 from fedtorch.tracking.tensorboard.events import trim
 from fedtorch.tracking.tensorboard.protos import EventFile, events
@@ -162,11 +162,68 @@ def test_hparams_hold_the_config_and_name_the_metrics(finished):
     assert start.hparams["lr"].number_value == 0.1
     assert start.hparams["strategy"].string_value == "fedavg"
     assert start.hparams["model"].string_value == "logistic"
-    experiment = metadata.parse_experiment_plugin_data(content[metadata.EXPERIMENT_TAG])
-    named = [m.name.tag for m in experiment.metric_infos]
-    assert {"test/loss", "test/accuracy", "train/loss"} <= set(named)
-    assert "lr" in {h.name for h in experiment.hparam_infos}
+    assert "run_dir" not in start.hparams and metadata.EXPERIMENT_TAG not in content
     assert metadata.SESSION_END_INFO_TAG in content
+
+
+def test_hparams_ticks_what_differs_and_the_overview(tmp_path):
+    from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams.backend_context import Context
+
+    for name, words in (("a", ()), ("b", ("--lr", "0.3"))):
+        more = ("--rounds", "1", "--validation", "0.2", *NO_PICTURES, *words)
+        assert run(tmp_path / name, *more) == 0
+    runs = plugin_event_multiplexer.EventMultiplexer()
+    runs.AddRunsFromDirectory(str(tmp_path))
+    board = Context(
+        TBContext(data_provider=data_provider.MultiplexerDataProvider(runs.Reload(), str(tmp_path)))
+    )
+    here = RequestContext()
+    found = board.hparams_metadata(here, "")
+    experiment = board.experiment_from_metadata(here, "", True, found, [])
+    assert [h.name for h in experiment.hparam_infos if h.differs] == ["lr"]
+    assert experiment.hparam_infos[0].name == "lr"  # TensorBoard ticks the first five of each
+    first = [m.name.tag.removeprefix("_overview/") for m in experiment.metric_infos][:4]
+    assert first == ["seconds", "test_accuracy", "test_loss", "worst_client_accuracy"]
+
+
+def test_curves_say_what_they_are_for(finished):
+    about = accumulate(finished).SummaryMetadata
+    assert about("train/loss").summary_description.startswith("loss: training loss over the visit")
+    assert purpose("_overview/epsilon").endswith(SMOOTHED)
+    assert purpose("nonprivate/client_loss_q1").startswith("not private. loss: first quartile")
+    assert purpose("test/f1") == ""
+
+
+def test_the_overview_shows_the_worst_end_where_it_is_known():
+    values = {"test/mae": 1.0, "validation/mae_min": 0.5, "validation/mae_max": 2.0}
+    values |= {"nonprivate/validation_mae_max": 3.0}
+    found = overview(values, ("mae", "high"))
+    own = {"worst_client_mae": 2.0, "worst_client_mae_not_private": 3.0}
+    assert found == {f"_overview/{k}": v for k, v in ({"test_mae": 1.0} | own).items()}
+    assert overview(values, ("mae", None)) == {"_overview/test_mae": 1.0}
+
+
+def test_a_map_of_clients_and_rounds_has_whole_names_and_grey_where_nothing_is(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(drawings, "_png", lambda figure: drawn.append(figure) or b"")
+    long = "University Hospital of the North, ward for children"
+    rounds = {1: {long: 0.5, "west": 0.7}, 2: {long: 0.6, "west": None}}
+    drawings.client_map([long, "west"], rounds, "accuracy")
+    parts = torch.arange(4).split(2)
+    drawings.partition_map([long, "west"], parts, torch.tensor([0, 1, 0, 1]))
+    drawings.participation_map([long, "west"], {1: {long: 1}, 2: {"west": 2}})
+    for figure in drawn:
+        ticks = [*figure.axes[0].get_xticklabels(), *figure.axes[0].get_yticklabels()]
+        figure.canvas.draw()
+        for tick in ticks:
+            box = tick.get_window_extent()
+            assert min(box.x0, box.y0) >= 0, tick
+        assert long in [tick.get_text() for tick in ticks]
+    shown = drawn[0].axes[0].images[0].get_array()
+    assert shown[:, 0].tolist() == [0.5, 0.7] and shown.mask[1, 1]
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -497,15 +554,14 @@ def test_a_private_run_marks_what_is_not_covered(tmp_path):
     folder = tmp_path / "run"
     words = ["--model", "logistic", "--clients", "5", "--rounds", "2", "--privacy", "sample"]
     assert train_module().main([*words, "--run-dir", str(folder)]) == 0
-    tags = accumulate(folder).Tags()
+    found = accumulate(folder).Tags()
+    scalars = set(found["scalars"])
     written = {t.tag for n, t in TAGS.items() if n.startswith("privacy_")}
-    assert written <= set(tags["scalars"])
-    assert {"nonprivate/train_loss", "nonprivate/client_loss_q1"} <= set(tags["scalars"])
-    assert {"train/loss", "clients/loss_q1"}.isdisjoint(tags["scalars"])
-    content = plugin_content(folder, "hparams")[metadata.EXPERIMENT_TAG]
-    judged = metadata.parse_experiment_plugin_data(content).metric_infos
-    assert "privacy/epsilon" in {m.name.tag for m in judged}
-    assert {"nonprivate/partition", "nonprivate/participation"} <= set(tags["images"])
+    assert written <= scalars
+    assert {"nonprivate/train_loss", "nonprivate/client_loss_q1"} <= scalars
+    assert {"train/loss", "clients/loss_q1"}.isdisjoint(scalars)
+    assert "_overview/epsilon" in scalars
+    assert {"nonprivate/partition", "nonprivate/participation"} <= set(found["images"])
 
 
 def test_pictures_of_a_model_that_branches():

@@ -11,13 +11,29 @@ MOST = 100
 """Clients, and rounds, that a map shows."""
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+NAMED = 60
+"""Clients whose names stand beside a map."""
+
+
+def _figure(width: float, height: float, left: float = 0, below: float = 0) -> tuple[Any, Any]:
+    """A picture and its axes, with so many inches more at the left and below, for names."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
     # margins in inches, not matplotlib's automatic layout, which takes longer than the drawing
+    width, height = width + left, height + below
     figure = Figure(figsize=(width, height))
-    box = (0.75 / width, 0.65 / height, 1 - 0.95 / width, 1 - 1.05 / height)
+    box = (
+        (0.75 + left) / width,
+        (0.65 + below) / height,
+        1 - (0.95 + left) / width,
+        1 - (1.05 + below) / height,
+    )
     return figure, figure.add_axes(box)
+
+
+def _room(names: Sequence[str]) -> float:
+    """Inches that the longest of these names takes, at the size of ticks."""
+    return 0.09 * max((len(name) for name in names), default=0)
 
 
 def _png(figure: Any) -> bytes:
@@ -29,7 +45,9 @@ def _png(figure: Any) -> bytes:
 def partition_map(ids: Sequence[str], parts: Sequence[Tensor], labels: Tensor | None) -> bytes:
     """Label-by-client heat map, or client sizes where there are no labels; at most 100 clients."""
     shown = list(range(min(len(ids), MOST)))
-    figure, axes = _figure(max(5.0, 0.22 * len(shown) + 2), 4)
+    names = [ids[k] for k in shown] if len(shown) <= NAMED else []
+    turned = _room(names) > 0.45
+    figure, axes = _figure(max(5.0, 0.22 * len(shown) + 2), 4, below=turned * _room(names))
     if labels is None:
         axes.bar(shown, [len(parts[k]) for k in shown])
         axes.set_ylabel("examples")
@@ -41,8 +59,8 @@ def partition_map(ids: Sequence[str], parts: Sequence[Tensor], labels: Tensor | 
         axes.set_ylabel("label")
         if classes <= 20:
             axes.set_yticks(range(classes))
-    if len(shown) <= 30:
-        axes.set_xticks(shown, [ids[k][:16] for k in shown], rotation=90 if len(shown) > 10 else 0)
+    if names:
+        axes.set_xticks(shown, names, rotation=90 if turned else 0)
     axes.set_xlabel("client" + _first(len(ids)))
     axes.set_title("Who holds what")
     return _png(figure)
@@ -56,7 +74,10 @@ def participation_map(ids: Sequence[str], rounds: Mapping[int, Mapping[str, int]
     steps = sorted(rounds)[-MOST:]
     shown = ids[:MOST]
     table = np.array([[rounds[r].get(i, 0) for r in steps] for i in shown])
-    figure, axes = _figure(max(5.0, 0.06 * len(steps) + 3), max(2.5, 0.07 * len(shown) + 1.5))
+    named = len(shown) <= NAMED
+    tall = (0.18 if named else 0.07) * len(shown) + 1.5
+    wide = max(5.0, 0.06 * len(steps) + 3)
+    figure, axes = _figure(wide, max(2.5, tall), left=_room(shown) if named else 0)
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -73,11 +94,38 @@ def participation_map(ids: Sequence[str], rounds: Mapping[int, Mapping[str, int]
         handles=[Patch(color=c, label=w) for w, c in words.items()],
         loc="upper right", ncols=len(words), fontsize="small", frameon=False,
     )  # fmt: skip
-    if len(shown) <= 30:
-        axes.set_yticks(range(len(shown)), [i[:16] for i in shown])
+    if named:
+        axes.set_yticks(range(len(shown)), shown)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("round")
     axes.set_ylabel("client" + _first(len(ids)))
+    return _png(figure)
+
+
+def client_map(
+    ids: Sequence[str], rounds: Mapping[int, Mapping[str, float | None]], name: str
+) -> bytes:
+    """Client by round, shaded by a figure of the client's own data; grey where there is none."""
+    steps, shown = sorted(rounds)[-MOST:], ids[:MOST]
+    values = [[rounds[r].get(i) for r in steps] for i in shown]
+    table = np.array([[np.nan if v is None else v for v in row] for row in values], float)
+    named = len(shown) <= NAMED
+    tall = (0.18 if named else 0.07) * len(shown) + 1.5
+    wide = max(5.0, 0.08 * len(steps) + 3)
+    figure, axes = _figure(wide, max(2.5, tall), left=_room(shown) if named else 0)
+    axes.set_facecolor("#dddddd")
+    image = axes.imshow(
+        np.ma.masked_invalid(table), aspect="auto", cmap="viridis", interpolation="nearest",
+        extent=(-0.5, len(steps) - 0.5, len(shown) - 0.5, -0.5),
+    )  # fmt: skip
+    figure.colorbar(image, label=name)
+    every = max(1, -(-len(steps) // 10))
+    axes.set_xticks(range(0, len(steps), every), [str(r) for r in steps[::every]])
+    if named:
+        axes.set_yticks(range(len(shown)), shown)
+    axes.set_xlabel("round")
+    axes.set_ylabel("client" + _first(len(ids)))
+    axes.set_title(f"{name} on each client's validation data")
     return _png(figure)
 
 

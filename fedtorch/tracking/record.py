@@ -15,7 +15,7 @@ from fedtorch import disk
 from fedtorch.rounds.history import NAME, sift
 from fedtorch.rounds.observers import Observer
 from fedtorch.tracking.base import Tracker, Tracking
-from fedtorch.tracking.tags import tag_of
+from fedtorch.tracking.tags import Judged, overview, tag_of
 
 Metrics = Mapping[str, Any]
 
@@ -57,6 +57,8 @@ class Record(Observer):
         self.began = time.perf_counter() - before
         self.mark: Callable[[dict[str, Any]], dict[str, Any]] = dict
         """The record's own figures that may be told."""
+        self.judged: Judged = ("loss", "high")
+        """The metric that the overview shows."""
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
         self.drawing: list[tuple[str, int, Future[bytes]]] = []
 
@@ -94,7 +96,7 @@ class Record(Observer):
             for name, value in metrics.items()
             if isinstance(value, (int, float)) and (tag := tag_of(name))
         }
-        self._pass("scalars", scalars, int(metrics["round"]))
+        self._pass("scalars", overview(scalars, self.judged) | scalars, int(metrics["round"]))
         self._collect(wait=False)
         self._pass("flush")
         self.seconds = time.perf_counter() - start

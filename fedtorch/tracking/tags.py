@@ -1,6 +1,10 @@
 """Every scalar tag there is, with its unit and what it is for; docs/tensorboard.md is this table."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
+
+OVERVIEW = "_overview"
+"""The group that stands first on every page: TensorBoard sorts a stroke before letters."""
 
 
 class Tag(NamedTuple):
@@ -94,30 +98,8 @@ TAGS: dict[str, Tag] = {
 }
 """Figure of a round -> its tag."""
 
-FAMILIES = ("test", "validation", "privacy", "nonprivate", "site")
+FAMILIES = ("test", "validation", "privacy", "nonprivate", "site", OVERVIEW)
 """A figure ``test_f1`` that has no line of its own becomes the tag ``test/f1``, and so on."""
-
-OPTIONS: dict[str, float | str] = {
-    "dataset": "",
-    "partition": "",
-    "partition.alpha": 0.0,
-    "clients": 0,
-    "model": "",
-    "strategy": "",
-    "strategy.mu": 0.0,
-    "strategy.server": "",
-    "strategy.server.lr": 0.0,
-    "participation": "",
-    "privacy": "",
-    "privacy.epsilon": 0.0,
-    "rounds": 0,
-    "optimizer": "",
-    "lr": 0.0,
-    "epochs": 0,
-    "batch_size": 0,
-    "seed": 0,
-}
-"""Columns of the HParams table and an example of each; TensorBoard takes one run's columns for all."""
 
 
 def tag_of(figure: str) -> str | None:
@@ -127,6 +109,46 @@ def tag_of(figure: str) -> str | None:
     family, _, name = figure.partition("_")
     return f"{family}/{name}" if family in FAMILIES and name else None
 
+
+Judged = tuple[str, str | None]
+"""A metric's name, and which of its figures are bad: ``low``, ``high`` or, where nobody knows, None."""
+
+
+def overview(values: Mapping[str, float], judged: Judged) -> dict[str, float]:
+    """What one looks at first, of a round's values by tag: test, epsilon, worst client, seconds.
+
+    Five curves at most: HParams ticks the first five tags that there are.
+    """
+    name, bad = judged
+    end = {"low": "min", "high": "max"}.get(bad or "", "")
+    found = {
+        f"test_{name}": f"test/{name}",
+        "test_loss": "test/loss",
+        "epsilon": "privacy/epsilon",
+        f"worst_client_{name}": f"validation/{name}_{end}",
+        f"worst_client_{name}_not_private": f"nonprivate/validation_{name}_{end}",
+        "seconds": "time/elapsed",
+    }
+    return {f"{OVERVIEW}/{k}": values[tag] for k, tag in found.items() if tag in values}
+
+
+def purpose(tag: str) -> str:
+    """One sentence on a curve, its unit first, for the sign beside its title; or nothing."""
+    plain = tag.removeprefix("nonprivate/").removeprefix(f"{OVERVIEW}/")
+    known = next((t for n, t in TAGS.items() if tag == t.tag or plain in (n, t.tag)), None)
+    words = (
+        f"{known.unit}: {known.purpose}" if known and known.unit else known.purpose if known else ""
+    )
+    if tag in ("privacy/epsilon", f"{OVERVIEW}/epsilon"):
+        words = f"{TAGS['privacy_epsilon'].purpose}. {SMOOTHED}"
+    return (
+        words
+        if tag == plain or not tag.startswith("nonprivate")
+        else f"not private. {words}".strip()
+    )
+
+
+SMOOTHED = "Set smoothing to 0: a smoothed curve shows less epsilon than was spent."
 
 Chart = tuple[str, list[str]]
 """Kind (``Multiline`` or ``Margin``: value, lower, upper) and tags, which may be patterns."""
@@ -141,7 +163,7 @@ def layout(private: bool) -> dict[str, dict[str, Chart]]:
     pages: dict[str, dict[str, Chart]] = {
         "Overview": {
             "Test metrics": ("Multiline", ["test/(?!loss)"]),
-            "Loss: test and train": ("Multiline", ["test/loss", train]),
+            "Loss: \u25fc test, \u25c6 train": ("Multiline", ["test/loss", train]),
             "How far the model moves": ("Multiline", ["train/step_norm"]),
         },
         "Clients": {
@@ -153,29 +175,35 @@ def layout(private: bool) -> dict[str, dict[str, Chart]]:
                 "Margin",
                 [train, f"{clients}loss_min", f"{clients}loss_max"],
             ),
-            "Training loss: worst tenth against mean": (
+            "Training loss: \u25fc worst tenth, \u25c6 mean": (
                 "Multiline",
                 [f"{clients}loss_worst10", train],
             ),
             "Drift: cosine of updates to their mean": ("Multiline", [f"{one}cosine_to_mean"]),
             "Length of client updates": ("Multiline", ["(clients|nonprivate)/update_norm"]),
-            "Took part, dropped out, left out": (
+            "Clients: \u25fc took part, \u25c6 dropped out, \u25b2 left out": (
                 "Multiline",
                 [".*(reported|clients)$", ".*dropped$", ".*nonfinite$"],
             ),
         },
         "Privacy": {
-            "Epsilon: spent and planned": ("Multiline", ["privacy/epsilon.*"]),
-            "Noise and clipping": ("Multiline", ["privacy/(noise|clip).*"]),
+            "Epsilon: \u25fc spent, \u25c6 planned (set smoothing to 0)": (
+                "Multiline",
+                ["privacy/epsilon$", "privacy/epsilon_planned"],
+            ),
+            "\u25fc Noise multiplier, \u25c6 its deviation, \u25b2 clip": (
+                "Multiline",
+                ["privacy/noise_multiplier", "privacy/noise_std", "privacy/clip_norm"],
+            ),
         },
         "System": {
-            "Seconds by phase": (
+            "Seconds: \u25fc sample, \u25c6 train, \u25b2 aggregate, \u2605 evaluate, \u271a log": (
                 "Multiline",
                 [f"time/{phase}" for phase in ("sample", "train", "aggregate", "evaluate", "log")],
             ),
             "Clients a second": ("Multiline", [".*clients_per_second"]),
             "Examples a second": ("Multiline", [".*examples_per_second"]),
-            "Bytes down and up": ("Multiline", [".*bytes_(down|up)"]),
+            "Bytes: \u25fc down, \u25c6 up": ("Multiline", [".*bytes_down", ".*bytes_up"]),
         },
     }
     return pages if private else {k: v for k, v in pages.items() if k != "Privacy"}

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fedtorch import disk
 from fedtorch.tracking.base import Tracker, Tracking
-from fedtorch.tracking.tags import OPTIONS, layout
+from fedtorch.tracking.tags import layout, purpose
 from fedtorch.tracking.tensorboard import protos
 from fedtorch.tracking.tensorboard.protos import EventFile
 
+PLACES = {"run_dir", "resume", "trust_code"}
+"""Options that say where a run is, and differ for that reason alone."""
 CLIENTS = "clients/client-"
 """Tags that start like this go into the run of that client."""
 
@@ -36,21 +38,22 @@ class EventTracker(Tracker):
         """Opens the run's file at once, so that a folder that cannot be written shows now."""
         self.folder, self.compare = folder, compare
         self.clock: Callable[[], float] = time.time
+        self.known: dict[str, set[str]] = {}
+        """Curves of each run that have begun, whose purpose is written."""
         self.files = {"": EventFile(folder, disk.EVENTS)}
 
     def config(self, table: Mapping[str, Any], metrics: Sequence[str], private: bool) -> None:
         """Hyperparameters and the Custom Scalars pages."""
         pages = layout(private)
-        values = {k: _plain(v) for k, v in table.items()}
-        columns = {k: values.get(k, "") for k in self.compare} or OPTIONS
-        # parallel coordinates leave out runs without a value: no column that only some could fill
-        private = private or any(c.startswith("privacy") for c in self.compare)
-        judged = [*metrics, "time/elapsed", *(["privacy/epsilon"] if private else ["train/loss"])]
-        for proto in (
-            protos.experiment(columns, judged),
-            protos.session(values),
-            protos.pages(pages),
-        ):
+        values = {k: _plain(v) for k, v in table.items() if k not in PLACES}
+        # a sweep says which columns there are; else TensorBoard puts those first in which runs differ
+        if self.compare:
+            columns = {k: values.get(k, "") for k in self.compare}
+            # parallel coordinates leave out runs without a value: no column that only some could fill
+            private = private or any(c.startswith("privacy") for c in self.compare)
+            ends = [*metrics[::-1], *(["privacy/epsilon"] if private else ["train/loss"])]
+            self.files[""].write(protos.experiment(columns, [*ends, "time/elapsed"]), 0)
+        for proto in (protos.session(values), protos.pages(pages)):
             self.files[""].write(proto, 0)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
@@ -63,7 +66,9 @@ class EventTracker(Tracker):
         for run, own in runs.items():
             if run not in self.files:
                 self.files[run] = EventFile(self.folder / run, disk.EVENTS)
-            self.files[run].write(protos.scalars(own), step)
+            new = own.keys() - self.known.setdefault(run, set())
+            self.known[run] |= new
+            self.files[run].write(protos.scalars(own, {tag: purpose(tag) for tag in new}), step)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Under Text."""

@@ -1,6 +1,6 @@
 """Pictures, histograms and points of a run, made from the server and the test data."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from fedtorch.tracking import drawings
 from fedtorch.tracking.record import Record
 from fedtorch.tracking.tensorboard.graph import modules
 from fedtorch.training.batches import fetch, len_of
+from fedtorch.training.losses import Loss
+from fedtorch.training.metrics import worse
 from fedtorch.training.module import evaluating
 from fedtorch.training.outline import copied
 from fedtorch.training.stacked import forward, to
@@ -66,12 +68,14 @@ class Pictures(Observer):
     def start(
         self,
         table: Mapping[str, Any],
-        metrics: Iterable[str],
+        metrics: Mapping[str, Loss],
         ids: list[str],
         parts: list[Tensor],
     ) -> None:
         """Before the first round: the options, who holds what, and the model."""
         self.record.config(table, tuple(f"test/{m}" for m in metrics))
+        name = next((m for m in metrics if m != "loss"), "loss")
+        self.record.judged = name, worse(metrics[name])
         fresh = self.server.round_number == 0
         if fresh:
             self.record.text("config", "\n".join(f"    {k} = {v!r}" for k, v in table.items()))
@@ -103,6 +107,7 @@ class Pictures(Observer):
             return
         if not self.strict:
             self._participation(step)
+            self._by_client(step)
         known = self.pairs and self.data.kind == "classification"
         if known and len_of(self.data.test) and self._classes():
             self._test(step)
@@ -195,6 +200,20 @@ class Pictures(Observer):
         sums = torch.zeros(len(flat), SKETCH).index_add_(1, place, flat * sign)
         self.points += [(s, step, i) for s, i in zip(sums, update.ids, strict=True)]
         self.points = self.points[-MOST_POINTS:]
+
+    def _by_client(self, step: int) -> None:
+        """A map of clients and rounds for each figure of their validation data."""
+        mark = "nonprivate_" if self.under == "nonprivate" else ""
+        told = {
+            int(m["round"]): m[f"{mark}validation_by_client"]
+            for m in self.record.history
+            if m.get(f"{mark}validation_by_client")
+        }
+        for name in next(iter(next(iter(told.values()), {}).values()), {}):
+            values = {r: {i: s.get(name) for i, s in each.items()} for r, each in told.items()}
+            args = (self.server.ids, values, name)
+            tag = f"{self.under}/validation_{name}_by_client"
+            self.record.picture(tag, step, drawings.client_map, *args)
 
 
 def predictions(model: torch.nn.Module, data: Data, most: int = 10_000) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,13 @@ BINS = 30
 """Bars of a histogram."""
 
 
-def scalars(values: Mapping[str, float]) -> Any:
-    """Curves' points, all of one step."""
-    return Summary(value=[Summary.Value(tag=t, simple_value=v) for t, v in values.items()])
+def scalars(values: Mapping[str, float], purposes: Mapping[str, str]) -> Any:
+    """Curves' points, all of one step; what a curve is for is told with its first point."""
+    made = Summary(value=[Summary.Value(tag=t, simple_value=v) for t, v in values.items()])
+    for value in made.value:
+        if words := purposes.get(value.tag):
+            value.metadata.summary_description = words
+    return made
 
 
 def text(tag: str, words: str) -> Any:
