@@ -17,7 +17,7 @@ from docutils.parsers.rst import Directive
 from pygments.lexers.special import TextLexer
 
 import fedtorch
-from fedtorch.__main__ import main
+from fedtorch.__main__ import COMMANDS, main
 
 HERE = Path(__file__).parent
 
@@ -106,7 +106,9 @@ PAGES = {
 
 
 def relink(app: object, name: str, source: list[str]) -> None:
-    """Links that are right among the files lead to pages on the site."""
+    """Links that are right among the files lead to pages on the site; all commands are on their page."""
+    if name == "cli":
+        source[0] += "".join(f"\n## fedtorch {c}\n\n```{{help}} {c}\n```\n" for c in COMMANDS)
     for file, page in PAGES.items():
         source[0] = re.sub(rf"\]\({re.escape(file)}(?=[)#])", f"]({page}", source[0])
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import fedtorch
 from conftest import weights
-from fedtorch import Local
+from fedtorch import Local, privacy
 from fedtorch.__main__ import COMMANDS
 from fedtorch.commands.train import train_module
 from fedtorch.engines import Processes
@@ -126,6 +127,13 @@ def test_speeds_on_a_page_are_those_of_the_results():
     results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
     measured = {n for pair in re.findall(r"([\d.]+)(?: to ([\d.]+))? x", results) for n in pair}
     assert [n for pair in ratios for n in pair if n not in measured] == []
+
+
+def test_every_public_name_is_on_a_page_of_the_reference():
+    pages = "".join(path.read_text() for path in (ROOT / "docs").glob("api*.md"))
+    named = {*re.findall(r"^\.\. auto\w+:: (fedtorch[\w.]*)$", pages, re.MULTILINE)}
+    plans = {f"fedtorch.privacy.{n}" for n in privacy.__all__ if n.istitle() or not n.isupper()}
+    assert {f"fedtorch.{n}" for n in fedtorch.__all__} | plans <= named
 
 
 def test_no_line_of_prose_is_wider_than_a_page():

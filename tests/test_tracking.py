@@ -77,6 +77,7 @@ def test_the_documentation_is_the_table_of_tags():
 
 
 BEFORE = {"test/loss", "test/accuracy", "time/elapsed", "time/log"}
+BEFORE |= {f"_overview/{name}" for name in ("test_loss", "test_accuracy", "seconds")}
 """Tags that round 0 has: the score before any training."""
 
 
