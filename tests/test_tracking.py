@@ -121,6 +121,7 @@ def test_pictures_histograms_graph_and_text(finished):
     tags = record.Tags()
     assert set(tags["images"]) == {
         "data/partition", "data/participation", "test/confusion", "test/mistakes",
+        "data/validation_accuracy_by_client", "data/validation_loss_by_client",
     }  # fmt: skip
     assert [i.step for i in record.Images("test/confusion")] == [2, 4]
     assert {"weights/1.weight", "updates/1.bias", "validation/accuracy_by_client"} <= set(
@@ -366,6 +367,7 @@ def test_client_data_goes_under_nonprivate_in_a_private_run(tmp_path):
         record.text("privacy", "**epsilon** 0.5")
     found = accumulate(tmp_path)
     assert sorted(found.Tags()["scalars"]) == [
+        "_overview/epsilon", "_overview/seconds",
         "nonprivate/train_loss", "privacy/epsilon", "time/elapsed", "time/log",
     ]  # fmt: skip
     assert "privacy" in found.Tags()["tensors"]

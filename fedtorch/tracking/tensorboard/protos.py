@@ -37,6 +37,7 @@ def scalars(values: Mapping[str, float], purposes: Mapping[str, str]) -> Any:
     for value in made.value:
         if words := purposes.get(value.tag):
             value.metadata.summary_description = words
+            value.metadata.plugin_data.plugin_name = "scalars"
     return made
 
 
