@@ -45,3 +45,43 @@ def test_a_model_may_write_on_its_batch_and_keep_statistics_still_by_itself():
     assert torch.equal(model[1].running_mean, before)
     with pytest.raises(ConfigError, match=r"BatchNorm1d.* mixes the examples"):
         Server(nn.Sequential(*model), make_clients([8]), Recipe(privacy=plan))
+
+
+def test_narrow_numbers_are_named_and_not_taken_for_mixing():
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.b(self.a(x).relu()).float()
+
+    with pytest.raises(ConfigError, match=r"computes in bfloat16 .*: compute in float32"):
+        Server(Half(), make_clients([8]), Recipe(privacy=SampleLevel(rounds=1)))
+
+
+def test_weights_of_two_types_have_private_gradients_and_keep_their_types():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4).double()
+
+        def forward(self, x):
+            return self.b(self.a(x).relu().double())
+
+    torch.manual_seed(0)
+    model, (client,) = Two(), make_clients([8])
+    wanted = {k: torch.zeros_like(p) for k, p in model.named_parameters()}
+    for x, y in client.data:
+        loss = nn.functional.cross_entropy(model(x[None]), y[None])
+        grads = torch.autograd.grad(loss, [*model.parameters()])
+        norm = sum(float(g.double().square().sum()) for g in grads) ** 0.5
+        for (k, total), g in zip(wanted.items(), grads, strict=True):
+            wanted[k] = total + min(1.0, 0.5 / norm) * g
+    wanted = {k: p.detach() - 0.1 * wanted[k] / 8 for k, p in model.named_parameters()}
+    options = {"noise_multiplier": 1e-9, "sample_rate": 1.0, "steps": 1, "batch_size": 8}
+    plan = SampleLevel(clip=0.5, rounds=1, **options)
+    Server(model, [client], Recipe(lr=0.1, privacy=plan)).round()
+    for k, p in model.named_parameters():
+        assert p.dtype == wanted[k].dtype and (p - wanted[k]).abs().max() <= 1e-6, k

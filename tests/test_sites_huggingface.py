@@ -11,6 +11,7 @@ import torch
 import tiny
 from fedtorch import Client, Local, Server, seeds
 from fedtorch.data import LabelledText
+from fedtorch.privacy import SampleLevel
 from fedtorch.run import huggingface
 from fedtorch.run.huggingface import LoRA
 from fedtorch.sites import offer as plans
@@ -63,11 +64,19 @@ def site(folder, name, **changes) -> SiteConfig:
     return SiteConfig(name=name, insecure=True, patience=20.0, **given | changes)
 
 
-@pytest.mark.parametrize("aggregation", ["ffa", "fedex"])
+# the noise of a test is no secret, so that it is the same again
+PRIVATE = {"privacy": SampleLevel(noise_multiplier=0.5, batch_size=4, insecure_seed=1), "rounds": 2}
+
+
+@pytest.mark.parametrize(
+    "aggregation, options",
+    [("ffa", {}), ("fedex", {}), ("ffa", PRIVATE)],
+    ids=["ffa", "fedex", "ffa sample level"],
+)
 def test_only_adapters_travel_and_the_weights_are_those_of_one_process(
-    folder, tmp_path, aggregation
+    folder, tmp_path, aggregation, options
 ):
-    plan = offer(folder, lora=LoRA(rank=2, aggregation=aggregation))
+    plan = offer(folder, lora=LoRA(rank=2, aggregation=aggregation), **options)
     with seeds.seeded(1):
         model, recipe = plan.build()
     plan = replace(plan, weights=model.digest)

@@ -5,7 +5,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedtorch import seeds
 from fedtorch.checks.held import draws_numbers
@@ -86,10 +87,40 @@ def _per_example(
         with torch.no_grad(), untouched(model), seeds.seeded(0):
             kept(training(model), batch, recipe)
     elif why := mixes_examples(model, batch, recipe):
+        if kind := _narrow(model, batch, recipe):
+            raise ConfigError(
+                f"model {name} or its loss computes in {kind} (torch.autocast, or a cast of its own), "
+                "which rounds so much that nothing shows that an example's gradient is its own: compute in "
+                "float32"
+            )
         raise ConfigError(
             f"model {name} or its loss mixes the examples of a batch ({why}), so that "
             "clipping by example protects nobody"
         )
+
+
+class _Kinds(TorchDispatchMode):
+    """Which types of half the digits or fewer are computed in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **kwargs or {})
+        self.found |= (
+            {out.dtype} & {torch.float16, torch.bfloat16} if isinstance(out, Tensor) else set()
+        )
+        return out
+
+
+def _narrow(model: nn.Module, batch: Any, recipe: Recipe) -> str:
+    """The narrow type that something is computed in; nothing if there is none."""
+    with torch.no_grad(), untouched(model), seeds.seeded(0), _Kinds() as kinds:
+        recipe.losses(training(model), batch)
+    return " and ".join(sorted(str(k).removeprefix("torch.") for k in kinds.found))
 
 
 def _reached(model: nn.Module, batch: Any, recipe: Recipe) -> set[str]:

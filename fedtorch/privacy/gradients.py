@@ -63,7 +63,8 @@ class PrivateSteps:
         for k, row in enumerate(flat):
             self.noisy(row, k)
         flat.div_(self.divisor)
-        return split(flat, {k: v.shape[1:] for k, v in sums.items()})
+        made = split(flat, {k: v.shape[1:] for k, v in sums.items()})
+        return {k: v.to(sums[k].dtype) for k, v in made.items()}  # of mixed types, as each was
 
 
 def rounded(factors: Tensor, like: Tensor) -> Tensor:
