@@ -16,7 +16,16 @@ from fedtorch.training.losses import cross_entropy, mean_squared_error
         (nn.Linear(5, 4), Recipe(), r"model Linear cannot take a batch \[5, 6\]"),
         (nn.Flatten(), Recipe(), "no trainable parameters"),
         (nn.Linear(6, 4).requires_grad_(False), Recipe(), "no trainable parameters"),
-        (nn.Linear(6, 4, dtype=torch.complex64), Recipe(), "complex parameters"),
+        (
+            nn.Linear(6, 4, dtype=torch.complex64),
+            Recipe(),
+            r"complex par.* \(torch\.view_as_complex\)",
+        ),
+        (
+            nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)),
+            Recipe(loss=nn.BCEWithLogitsLoss(reduction="none")),
+            r"does not fit .* the labels are int64, .*: y\.float\(\)",
+        ),
         (nn.LazyLinear(4), Recipe(), "lazy layers"),
         (nn.Linear(6, 2), Recipe(loss=mean_squared_error), "one output for each target"),
         (nn.Linear(6, 4), Recipe(loss=lambda o, t: t.float()), "does not depend on the parameters"),

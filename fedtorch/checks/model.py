@@ -25,7 +25,10 @@ def trainable(model: nn.Module) -> None:
         fix = ": quantized layers have none, hand over the model they were made from"
         raise ConfigError(f"model {name} has no trainable parameters{fix if quantized else ''}")
     if any(p.is_complex() for p in params):
-        raise ConfigError(f"model {name} has complex parameters, which are not supported")
+        raise ConfigError(
+            f"model {name} has complex parameters, which are not supported: keep real ones of shape "
+            "[..., 2], and let the forward make them complex (torch.view_as_complex)"
+        )
     if loose := [k for k, p in model.named_parameters() if not p.is_leaf]:
         raise ConfigError(
             f"parameter {loose[0]} of model {name} is computed from others: detach it"

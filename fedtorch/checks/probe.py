@@ -194,7 +194,7 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
     except Exception as e:
         raise ConfigError(
             f"the loss does not fit model {name} (output {shape(output)}) and the labels "
-            f"{shape(y)}: {first(e)}{_no_classes(output, y) or other_types(model, y)}"
+            f"{shape(y)}: {first(e)}{_no_classes(output, y) or _whole(output, y) or other_types(model, y)}"
         ) from e
     if _spread_out(recipe, output, y, found):
         raise ConfigError(
@@ -202,6 +202,17 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
             f"as shapes that differ are broadcast{ONE_AXIS}"
         )
     return found
+
+
+def _whole(output: Any, target: Any) -> str:
+    """What to do where labels are whole and stand beside outputs that are not."""
+    if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
+        return ""
+    whole = not target.is_floating_point() and output.is_floating_point()
+    if not whole or output.shape != target.shape:
+        return ""
+    kind = str(target.dtype).removeprefix("torch.")
+    return f"; the labels are {kind}, and this loss may want them as the outputs are: y.float()"
 
 
 ONE_AXIS = "; give the labels as [N, 1], y[:, None], or end the model with nn.Flatten(0)"
