@@ -26,9 +26,9 @@ from fedtorch.privacy.accounting.events import (
 from fedtorch.privacy.clipping import check_clip
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import Stream, stream
+from fedtorch.privacy.release import FIGURES, finite_loss, let_go
 from fedtorch.training.batches import batch_order
-from fedtorch.tree import expand, moving, per_client, sq_norms, tmap
-from fedtorch.types import NUMBERS, ConfigError, Params, Raw, Released, Stack, Task
+from fedtorch.types import ConfigError, Params, Raw, Released, Stack, Task
 
 State = dict[str, Any]
 """What a plan carries from round to round: public numbers, and noise already released."""
@@ -37,12 +37,6 @@ DEFAULT_EPSILON = 8.0
 
 STATISTICS_NOISE = 10.0
 """Noise multiplier of statistics of columns: the noise of a usual run grows by 0.1 % for them."""
-
-FIGURES = frozenset(("train_loss", "examples", "visited", "steps", "update_norm"))
-"""Figures of a visit that a client may tell at most, each by its name."""
-
-LARGEST_LOSS = 1e6
-"""Under a plan losses beyond it, or that are no numbers, are told as this."""
 
 LEAST_NOISE = 1e-30
 """Standard deviation of noise that float32 still has digits for, many steps and divisors later."""
@@ -346,12 +340,7 @@ class Privacy(ABC):
         # nobody else is trusted: what is not noised does not leave
         if self.strict and self.per_client:
             return {k: v for k, v in figures.items() if k == "update_norm"}
-        if "train_loss" not in figures:
-            return {k: v for k, v in figures.items() if k in FIGURES}
-        loss = figures["train_loss"]
-        # a server takes a figure that is not finite for a broken message: one row would leave a client out
-        loss = loss.nan_to_num(LARGEST_LOSS).clamp(-LARGEST_LOSS, LARGEST_LOSS)
-        return {k: v for k, v in (figures | {"train_loss": loss}).items() if k in FIGURES}
+        return {k: v for k, v in finite_loss(figures).items() if k in FIGURES}
 
     @final
     def release(self, raw: Raw, task: Task) -> tuple[Released, Tensor]:
@@ -362,65 +351,7 @@ class Privacy(ABC):
         noises, has no say in that under a plan that claims anything.
         Guarantee: whatever else a strategy or a solver left in ``raw`` stays where it is.
         """
-        found = self._mean(raw, task) if raw.groups is None else self._each(raw, task)
-        sent, buffers, norms, good = found
-        keep = self._reporting(good)
-        # a slice is a view, a mask would copy everything
-        kept = slice(None) if keep.all() else keep
-        figures = self.disclosed(raw.figures | {"update_norm": norms})
-        if raw.groups is not None:
-            sent = {g: {n: v[kept] for n, v in s.items()} for g, s in sent.items()}
-            buffers = moving({n: v[kept] for n, v in buffers.items()}, task.state)
-        released = Released.received(
-            tuple(i for i, k in zip(raw.ids, keep.tolist(), strict=True) if k),
-            sent,
-            buffers,
-            raw.weight[kept],
-            {name: v[kept] for name, v in figures.items()},
-            summed=raw.groups is None,
-        )
-        return released, good if raw.settled is None else good & raw.settled
-
-    def _reporting(self, good: Tensor) -> Tensor:
-        return torch.ones_like(good) if self.always_reports else good
-
-    def _each(self, raw: Raw, task: Task) -> tuple[dict[str, Stack], Stack, Tensor, Tensor]:
-        """Every client's own upload, its buffers, its norm as it is sent, and whether it was finite."""
-        groups = raw.groups or {}
-        norms = {g: sq_norms(s) for g, s in groups.items()}
-        good = torch.stack([n.isfinite() for n in norms.values()]).all(0).cpu()
-        if raw.settled is not None and not self.claims:
-            good = good & raw.settled
-        if self.claims:
-            groups = self.client(groups, raw.examples, task, raw.ids)
-            norms["delta"] = sq_norms(groups["delta"])
-        if raw.measured:  # which a plan that claims anything refuses
-            scale, numbers = raw.measured(norms["delta"].sqrt().cpu())
-            delta = tmap(lambda v: v * per_client(scale, v), groups["delta"])
-            groups = groups | {"delta": delta} | ({NUMBERS: numbers} if numbers else {})
-        buffers = raw.results.rows()[1] if self.statistics else {}
-        buffers = {k: v for k, v in buffers.items() if k not in raw.personal}
-        return groups, buffers, norms["delta"].sqrt().cpu(), good
-
-    def _mean(self, raw: Raw, task: Task) -> tuple[dict[str, Stack], Stack, Tensor, Tensor]:
-        """The same of the weighted mean of those that are finite, each scaled: one row."""
-        # where the plan clips by a norm it must not be less than the exact one
-        norms = raw.results.sq_norms(upper=self.always_reports).cpu().sqrt()
-        if raw.settled is not None:
-            norms = torch.where(raw.settled, norms, torch.nan)
-        good = norms.isfinite()
-        part = torch.where(good, self.scale(norms, raw.examples, task), 0.0)
-        norms = norms if bool(good.all()) else torch.where(good, norms, 0)
-        if not (counted := self._reporting(good)).any():
-            return {"delta": {}}, {}, norms, good
-        share = torch.where(counted, raw.weight.double(), 0)
-        share = share / share.sum()
-        scale, numbers = raw.measured(norms) if raw.measured else (torch.ones_like(norms), {})
-        sent = {"delta": expand(raw.results.weighted_sum(share * part * scale))}
-        if numbers:
-            sent[NUMBERS] = {n: (share @ v)[None] for n, v in numbers.items()}
-        buffers = raw.results.mean_buffers(share) if self.statistics else {}
-        return sent, buffers, norms * part, good
+        return let_go(self, raw, task)
 
     def taken(self, update: Released, groups: Collection[str], task: Task) -> Released:
         """What the server takes of an update of which a channel has decoded these groups."""

@@ -22,8 +22,6 @@ from fedtorch.sites.reports import Visit
 from fedtorch.sites.rpc import log
 from fedtorch.sites.sealed import RIDERS, Round, Vector, read_public
 from fedtorch.sites.sums import check_apart
-from fedtorch.training.module import snapshot
-from fedtorch.training.personal import personal
 from fedtorch.types import ConfigError, Failure, Released, Task
 
 CIPHERTEXT = 2 * 2 * SLOTS * 8 + 1024
@@ -43,8 +41,6 @@ class EncryptedSession(SitesSession):
         check_apart(options.plan)
         self.rule = recipe.aggregator
         self.adder, self.key = read_public(options.public)
-        own = personal(model, recipe.strategy.personal)
-        self.given = {k: v.cpu() for k, v in snapshot(model).items() if k not in own}
         self.sealed: dict[str, list[bytes]] = {}
         """Ciphertexts of this round, by site, in the order in which they came."""
         self.sum: list[bytes] | None = None
@@ -99,9 +95,7 @@ class EncryptedSession(SitesSession):
             )
             for name, visit in visits.items():
                 if visit.outcome is None and name not in self.sealed:
-                    kind = "late" if visit.taken else "absent"
-                    why = f"no report in {self.options.deadline:g} s"
-                    visit.outcome = Failure(name, kind, why)
+                    visit.missed(f"no report in {self.options.deadline:g} s")
         total = self._open_sum(visits)
         with self.change:
             self.visits, self.last = {}, [*visits.values()]
@@ -111,7 +105,7 @@ class EncryptedSession(SitesSession):
             yield total
         for visit in self.last:
             if isinstance(visit.outcome, Failure):
-                yield visit.outcome
+                yield self.missed(visit, visit.outcome)
 
     def _open_sum(self, visits: dict[str, Visit]) -> Released | None:
         came, opener = [i for i in visits if i in self.sealed], self.terms.opener

@@ -26,7 +26,7 @@ from fedtorch.sites.rpc import Listener, log
 from fedtorch.sites.statistics import asking
 from fedtorch.training.losses import LOSSES
 from fedtorch.training.module import snapshot
-from fedtorch.training.personal import shared
+from fedtorch.training.personal import personal, shared
 from fedtorch.types import ConfigError, Failure, Params, Released, Task
 
 HOLD_SECONDS = 20.0
@@ -112,6 +112,9 @@ class SitesSession:
         brought = shared(model, recipe.strategy.personal)
         self.rest = {k: v.cpu() for k, v in state.items() if k not in brought}
         """What a site is given once, unless the model it built itself has the same."""
+        own = personal(model, recipe.strategy.personal)
+        self.given = {k: v.cpu() for k, v in state.items() if k not in own}
+        """What a site's model has before a task is loaded into it, but for what is its own."""
         self.digest, self.parts = messages.digest(self.rest), messages.short_digests(self.rest)
         self.options, self.names = options, names
         self.recipe = recipe
@@ -176,10 +179,16 @@ class SitesSession:
             assert outcome is not None  # a judge's work
             if isinstance(outcome, Released):
                 self.counted[visit.site] = visit.nonce
-            elif outcome.kind in ("late", "absent"):
-                number = visit.task.round + 1
-                log.warning("round %d goes on without %s: %s", number, visit.site, outcome.reason)
-            yield outcome
+                yield outcome
+            else:
+                yield self.missed(visit, outcome)
+
+    def missed(self, visit: Visit, failure: Failure) -> Failure:
+        """Say so of a site that the round goes on without; the failure as it is."""
+        if failure.kind in ("late", "absent"):
+            number = visit.task.round + 1
+            log.warning("round %d goes on without %s: %s", number, visit.site, failure.reason)
+        return failure
 
     def wait_for_sites(self, seconds: float) -> list[str]:
         """Wait until enough sites are there for a round to count; returns who is."""

@@ -19,8 +19,6 @@ from fedtorch.sites.engine import Sites, SitesSession, over
 from fedtorch.sites.reports import Visit
 from fedtorch.sites.rpc import log, read_keys
 from fedtorch.sites.sums import Sums, check_apart
-from fedtorch.training.module import snapshot
-from fedtorch.training.personal import personal
 from fedtorch.types import ConfigError, Failure, Released, Task
 
 SENT = {
@@ -93,8 +91,6 @@ class MaskedSession(SitesSession):
         self.secure = recipe.aggregator
         check_apart(options.plan)
         _, _, self.authority = read_keys(options.keys)
-        own = personal(model, recipe.strategy.personal)
-        self.given = {k: v.cpu() for k, v in snapshot(model).items() if k not in own}
         self.attempt: Attempt | None = None
         self.asked: tuple[list[str], Task] | None = None
         super().__init__(options, model, names, recipe)
@@ -132,10 +128,7 @@ class MaskedSession(SitesSession):
             yield total
         for visit in self.last:
             if isinstance(visit.outcome, Failure):
-                if visit.outcome.kind in ("late", "absent"):
-                    why = visit.outcome.reason
-                    log.warning("round %d goes on without %s: %s", task.round + 1, visit.site, why)
-                yield visit.outcome
+                yield self.missed(visit, visit.outcome)
 
     def _begin(self, visits: dict[str, Visit], task: Task) -> Attempt:
         """Who is there is the roster; the others have no part in this round."""
@@ -210,10 +203,7 @@ class MaskedSession(SitesSession):
         for place in attempt.half.waiting:
             visit = self.visits[attempt.names[place]]
             if visit.outcome is None:
-                kind = "late" if visit.taken else "absent"
-                visit.outcome = Failure(
-                    visit.site, kind, f"it did not send {SENT[phase]} in {seconds:g} s"
-                )
+                visit.missed(f"it did not send {SENT[phase]} in {seconds:g} s")
 
     # the sites' threads
 

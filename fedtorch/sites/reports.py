@@ -13,9 +13,9 @@ from fedtorch.engines import messages, wire
 from fedtorch.engines.messages import Expected
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.privacy import Privacy
-from fedtorch.privacy.base import FIGURES
 from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.privacy.clipping import joint_norms
+from fedtorch.privacy.release import FIGURES
 from fedtorch.recipe import Recipe
 from fedtorch.strategies.base import sends, uploads
 from fedtorch.training.personal import personal, shared
@@ -181,6 +181,10 @@ class Visit:
         """Whether it brought an update."""
         return isinstance(self.outcome, Released)
 
+    def missed(self, why: str) -> None:
+        """It brought nothing in time: late, or absent if the site never asked for the task."""
+        self.outcome = Failure(self.site, "late" if self.taken else "absent", why)
+
 
 def judge(visits: Sequence[Visit], most: int, least: int, deadline: float) -> Sequence[Visit]:
     """Give every visit of a round that is over its outcome; the order stays.
@@ -190,10 +194,8 @@ def judge(visits: Sequence[Visit], most: int, least: int, deadline: float) -> Se
     first = sorted((v for v in visits if v.updated), key=lambda v: v.place)[:most]
     for visit in visits:
         if visit.outcome is None or (visit.updated and visit not in first):
-            kind = "late" if visit.taken else "absent"
             full = len(first) == most
-            why = f"{most} others had reported" if full else f"no report in {deadline:g} s"
-            visit.outcome = Failure(visit.site, kind, why)
+            visit.missed(f"{most} others had reported" if full else f"no report in {deadline:g} s")
         elif visit.updated and len(first) < least:
             few = f"only {len(first)} sites reported"
             visit.outcome = Failure(visit.site, "toofew", few)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.engines.wire import Message, MessageError, short
-from fedtorch.secure.encode import Layout
+from fedtorch.secure.encode import Figures, Layout
 from fedtorch.secure.encryption import MOST, SLOTS, Adder, Holder, make_keys, told
 from fedtorch.secure.refused import Refused
 from fedtorch.secure.roster import ATTEMPT, LEAST, task_digest
@@ -23,8 +23,7 @@ from fedtorch.sites import letters
 from fedtorch.sites.openings import Openings
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.reports import Reader
-from fedtorch.sites.sums import layout
-from fedtorch.tree import expand, row
+from fedtorch.sites.sums import layout, numbers, together
 from fedtorch.types import ConfigError, Released, Task
 
 SECRET = b"fedtorch he secret 1\n"
@@ -162,13 +161,7 @@ class Vector:
 
     def seal(self, update: Released) -> np.ndarray:
         """One site's numbers, none so large that a sum could wrap; raises Refused for NaN and infinity."""
-        own = {g: row(s, 0) for g, s in update.sent.items()}
-        changes = {
-            k: v[0].double() - self.task.state[k].double() for k, v in update.buffers.items()
-        }
-        values, top = self.layout.flat(own, changes), self.top
-        if not np.isfinite(values).all():
-            raise Refused("nonfinite", "its update has a number that is not finite")
+        values, top = numbers(self.layout, update, self.task), MOST / self.asked
         examples = loss = 0.0
         if self.tells:
             examples = float(update.metrics["examples"]) / UNIT
@@ -191,19 +184,11 @@ class Vector:
 
     def unseal(self, found: np.ndarray, ids: Sequence[str]) -> Released:
         """The update of all of ``ids`` together."""
-        count = len(ids)
-        sent, changes = self.layout.unflat(found[:-RIDERS] / count)
-        _, examples, loss, beyond = found[-RIDERS:]
-        each = torch.full((count,), 1 / count, dtype=torch.float64)
-        told = {"examples": each * round(examples * UNIT), "train_loss": each * loss}
-        return Released.received(
-            ids=tuple(ids),
-            sent={g: expand(s) for g, s in sent.items()},
-            buffers=expand({k: self.task.state[k].double() + v for k, v in changes.items()}),
-            weight=torch.ones(count, dtype=torch.float64),
-            metrics={"clamped": each * round(beyond * UNIT)} | (told if self.tells else {}),
-            summed=True,
-        )
+        count, (_, examples, loss, beyond) = len(ids), found[-RIDERS:]
+        clamped = round(beyond * UNIT)
+        figures = Figures(count, round(examples * UNIT), loss / count, clamped)
+        mean = found[:-RIDERS] / count
+        return together(self.layout, mean, ids, self.task, figures, self.tells)
 
 
 class Sealing:

@@ -81,15 +81,13 @@ class Sums:
 
     def seal(self, terms: Terms, update: Released, task: Task) -> np.ndarray:
         """One site's update as words, ready for its masks; raises Refused where it is not finite."""
-        own = {g: row(s, 0) for g, s in update.sent.items()}
-        changes = {k: v[0].double() - task.state[k].double() for k, v in update.buffers.items()}
         weight = float(update.weight) / self._cap
         figures = Figures(min(weight, 1.0))
         if self.tells:
             told = update.metrics
             figures = Figures(figures.weight, float(told["examples"]), float(told["train_loss"]))
         laid = self.layout(task)
-        values, coding = laid.flat(own, changes), _coding(terms)
+        values, coding = numbers(laid, update, task), _coding(terms)
         if self.reader.recipe.privacy.central and terms.width == 32:
             values = shortened(coding, values, task.privacy["clip"], laid.places(CLIP_BIT))
         return to_words(seal(coding, values, figures), terms.width)
@@ -100,23 +98,15 @@ class Sums:
         Figures are those of all, parted alike.
         """
         values, figures = unseal(_coding(terms), from_words(words), len(ids))
-        sent, changes = self.layout(task).unflat(values)
-        norm = float(joint_norms({g: expand(s) for g, s in sent.items() if g != CLIP_BIT}))
+        figures = replace(figures, weight=figures.weight * self._cap)
+        total = together(self.layout(task), values, ids, task, figures, self.tells)
+        norm = float(joint_norms({g: s for g, s in total.sent.items() if g != CLIP_BIT}))
         clip = task.privacy.get("clip", 0.0)
         if self.reader.recipe.privacy.central and norm > clip * (1 + 1e-6):
             raise Refused(
                 "sum", f"the mean has norm {norm:.6g}, above the clipping norm {clip:.6g}"
             )
-        each = torch.full((len(ids),), 1 / len(ids), dtype=torch.float64)
-        told = {"examples": each * figures.examples, "train_loss": each * len(ids) * figures.loss}
-        return Released.received(
-            ids=tuple(ids),
-            sent={g: expand(s) for g, s in sent.items()},
-            buffers=expand({k: task.state[k].double() + v for k, v in changes.items()}),
-            weight=each * figures.weight * self._cap,
-            metrics={"clamped": each * figures.clamped} | (told if self.tells else {}),
-            summed=True,
-        )
+        return total
 
     @property
     def _cap(self) -> float:
@@ -128,6 +118,34 @@ def layout(reader: Reader, task: Task) -> Layout:
     expected = reader.expected.without(reader.rests(task))
     sent = {g: {k: tuple(s) for k, (s, _) in names.items()} for g, names in expected.sent.items()}
     return Layout.of(sent, {k: tuple(s) for k, (s, _) in expected.buffers.items()})
+
+
+def numbers(layout: Layout, update: Released, task: Task) -> np.ndarray:
+    """One site's update as a vector, of buffers what its visit added to them; ``task`` is filled."""
+    own = {g: row(s, 0) for g, s in update.sent.items()}
+    changes = {k: v[0].double() - task.state[k].double() for k, v in update.buffers.items()}
+    return layout.flat(own, changes)
+
+
+def together(
+    layout: Layout, mean: np.ndarray, ids: Sequence[str], task: Task, figures: Figures, tells: bool
+) -> Released:
+    """The update of all of ``ids`` together: their mean, and figures of all, parted alike.
+
+    ``tells``: examples and losses have come with it.
+    """
+    sent, changes = layout.unflat(mean)
+    each = torch.full((len(ids),), 1 / len(ids), dtype=torch.float64)
+    loss = torch.full_like(each, figures.loss)
+    told = {"examples": each * figures.examples, "train_loss": loss} if tells else {}
+    return Released.received(
+        ids=tuple(ids),
+        sent={g: expand(s) for g, s in sent.items()},
+        buffers=expand({k: task.state[k].double() + v for k, v in changes.items()}),
+        weight=each * figures.weight,
+        metrics={"clamped": each * figures.clamped, **told},
+        summed=True,
+    )
 
 
 def check_apart(plan: Plan) -> None:

@@ -1,0 +1,115 @@
+"""The one way out for what clients learned: clip and noise of the plan, and no side door."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fedtorch.tree import expand, moving, per_client, sq_norms, tmap
+from fedtorch.types import NUMBERS, Raw, Released, Stack, Task
+
+FIGURES = frozenset(("train_loss", "examples", "visited", "steps", "update_norm"))
+"""Figures of a visit that a client may tell at most, each by its name."""
+
+LARGEST_LOSS = 1e6
+"""Under a plan losses beyond it, or that are no numbers, are told as this."""
+
+Found = tuple[dict[str, Stack], Stack, Tensor, Tensor]
+"""What is sent, buffers, norms as they are sent, and who was finite."""
+
+
+class Guard(Protocol):
+    """What the way out asks of a privacy plan."""
+
+    claims: ClassVar[bool]
+    statistics: ClassVar[bool]
+
+    @property
+    def always_reports(self) -> bool:
+        """Whether a client whose update is not finite sends zero."""
+
+    def client(
+        self, sent: dict[str, Stack], examples: Tensor, task: Task, ids: Sequence[str]
+    ) -> dict[str, Stack]:
+        """What leaves the client in place of ``sent``, each group [K, ...]."""
+
+    def scale(self, norms: Tensor, examples: Tensor, task: Task) -> Tensor:
+        """What each update is multiplied by, [K], where a sum will do."""
+
+    def disclosed(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the clients' figures, [K] each, that they may tell."""
+
+
+def let_go(plan: Guard, raw: Raw, task: Task) -> tuple[Released, Tensor]:
+    """What leaves the clients, and whose visit was finite, [K] bool (``Privacy.release``)."""
+    found = _mean(plan, raw, task) if raw.groups is None else _each(plan, raw, task)
+    sent, buffers, norms, good = found
+    keep = _reporting(plan, good)
+    # a slice is a view, a mask would copy everything
+    kept = slice(None) if keep.all() else keep
+    figures = plan.disclosed(raw.figures | {"update_norm": norms})
+    if raw.groups is not None:
+        sent = {g: {n: v[kept] for n, v in s.items()} for g, s in sent.items()}
+        buffers = moving({n: v[kept] for n, v in buffers.items()}, task.state)
+    released = Released.received(
+        tuple(i for i, k in zip(raw.ids, keep.tolist(), strict=True) if k),
+        sent,
+        buffers,
+        raw.weight[kept],
+        {name: v[kept] for name, v in figures.items()},
+        summed=raw.groups is None,
+    )
+    return released, good if raw.settled is None else good & raw.settled
+
+
+def _reporting(plan: Guard, good: Tensor) -> Tensor:
+    return torch.ones_like(good) if plan.always_reports else good
+
+
+def _each(plan: Guard, raw: Raw, task: Task) -> Found:
+    """Every client's own upload, its buffers, its norm as it is sent, and whether it was finite."""
+    groups = raw.groups or {}
+    norms = {g: sq_norms(s) for g, s in groups.items()}
+    good = torch.stack([n.isfinite() for n in norms.values()]).all(0).cpu()
+    if raw.settled is not None and not plan.claims:
+        good = good & raw.settled
+    if plan.claims:
+        groups = plan.client(groups, raw.examples, task, raw.ids)
+        norms["delta"] = sq_norms(groups["delta"])
+    if raw.measured:  # which a plan that claims anything refuses
+        scale, numbers = raw.measured(norms["delta"].sqrt().cpu())
+        delta = tmap(lambda v: v * per_client(scale, v), groups["delta"])
+        groups = groups | {"delta": delta} | ({NUMBERS: numbers} if numbers else {})
+    buffers = raw.results.rows()[1] if plan.statistics else {}
+    buffers = {k: v for k, v in buffers.items() if k not in raw.personal}
+    return groups, buffers, norms["delta"].sqrt().cpu(), good
+
+
+def _mean(plan: Guard, raw: Raw, task: Task) -> Found:
+    """The same of the weighted mean of those that are finite, each scaled: one row."""
+    # where the plan clips by a norm it must not be less than the exact one
+    norms = raw.results.sq_norms(upper=plan.always_reports).cpu().sqrt()
+    if raw.settled is not None:
+        norms = torch.where(raw.settled, norms, torch.nan)
+    good = norms.isfinite()
+    part = torch.where(good, plan.scale(norms, raw.examples, task), 0.0)
+    norms = norms if bool(good.all()) else torch.where(good, norms, 0)
+    if not (counted := _reporting(plan, good)).any():
+        return {"delta": {}}, {}, norms, good
+    share = torch.where(counted, raw.weight.double(), 0)
+    share = share / share.sum()
+    scale, numbers = raw.measured(norms) if raw.measured else (torch.ones_like(norms), {})
+    sent = {"delta": expand(raw.results.weighted_sum(share * part * scale))}
+    if numbers:
+        sent[NUMBERS] = {n: (share @ v)[None] for n, v in numbers.items()}
+    buffers = raw.results.mean_buffers(share) if plan.statistics else {}
+    return sent, buffers, norms * part, good
+
+
+def finite_loss(figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With losses that are numbers: a server takes others for a broken message, and drops the client."""
+    if "train_loss" not in figures:
+        return figures
+    loss = figures["train_loss"].nan_to_num(LARGEST_LOSS).clamp(-LARGEST_LOSS, LARGEST_LOSS)
+    return figures | {"train_loss": loss}
