@@ -115,6 +115,14 @@ class First(Robust):
         return {g: {n: v[0] for n, v in s.items()} for g, s in sent.items()}
 
 
+def test_a_rule_that_does_nothing_is_refused():
+    class Idle(Robust):
+        pass
+
+    with pytest.raises(ConfigError, match="Idle has none of combine, across and shares"):
+        Idle()
+
+
 def test_rows_come_by_id_however_chunks_arrive_and_are_copies():
     late, early = update("dc", [4.0, 3.0]), update("ba", [2.0, 1.0])
     rows = First().start()

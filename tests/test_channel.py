@@ -313,3 +313,13 @@ def test_one_of_your_own_has_both_halves():
 
     with pytest.raises(ConfigError, match="overrides neither decode nor decoded"):
         Half()
+
+    class Drawn(Stage):
+        def coded(self, sent, turn):
+            return {"code": sent["w"] + turn.common}
+
+        def decoded(self, code, like, turn):
+            return {"w": code["code"] - turn.common}
+
+    stage, sent = Drawn(), {"w": torch.ones(1, 2)}
+    assert torch.equal(stage.decode(stage.encode(sent), sent)["w"], sent["w"])

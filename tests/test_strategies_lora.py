@@ -190,5 +190,5 @@ def test_a_frozen_half_and_a_server_optimizer_are_refused():
         half[0].lora_A.default.weight.requires_grad_(False)
         with pytest.raises(ConfigError, match="FFALoRA, which needs nothing more"):
             Server(half, clients(), Recipe(kind()))
-        with pytest.raises(ConfigError, match=r"leave out strategy\.server"):
+        with pytest.raises(ConfigError, match=r"leave strategy\.server out, or use ffalora"):
             kind(server=ServerAdam())

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,9 +24,40 @@ FAR = 5.0
 """An update is named whose distance to the others is so many times the usual one."""
 
 
+@runtime_checkable
+class ByUpdate(Protocol):
+    """A rule that looks at all groups together."""
+
+    def combine(self, sent: dict[str, Stack]) -> dict[str, Params]:
+        """What K clients sent, each group [K, ...] in float64 -> one of each.
+
+        The groups are ``"delta"``, the strategy's own and, where visits moved any, ``"buffers"`` (changes
+        too). Clients come in the order of their ids, on the CPU; none is NaN or infinite.
+        """
+
+
+@runtime_checkable
+class ByColumn(Protocol):
+    """A rule that looks at each number by itself."""
+
+    def across(self, rows: Tensor) -> Tensor:
+        """Some columns of every update, [K, c] in float64 -> [c]."""
+
+
+@runtime_checkable
+class ByDistance(Protocol):
+    """A rule that looks at how far updates are from each other."""
+
+    def shares(self, points: Tensor) -> Tensor:
+        """How much of each update the result has, [K + 1].
+
+        ``points`` [K + 1, axes]: updates as ``Table.points`` has them, then the reference.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Robust:
-    """A rule that is given each client's update; one of your own overrides ``combine``.
+    """A rule that is given each client's update; one of your own has ``combine`` (``ByUpdate``).
 
     Every client counts once, whatever it says of its size: who lies would say a billion. A rule of this
     package overrides ``across`` or ``shares``, which see each group of what is sent by itself.
@@ -46,8 +77,11 @@ class Robust:
     """What is done to updates before the rule: nnm, bucketing or none."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no number of clients."""
+        """Refuse what is no number of clients, and a rule that does nothing."""
         check(self, "aggregator", f=NOT_NEGATIVE)
+        ways = isinstance(self, ByUpdate | ByColumn | ByDistance)
+        if not ways and type(self).merge is Robust.merge:
+            raise ConfigError(f"{type(self).__name__} has none of combine, across and shares")
         if self.pre is not None:
             self.pre.fits(self.f)
 
@@ -76,7 +110,7 @@ class Robust:
                 "that there is (aggregator.trusted), and take participation everyone"
             )
         made = torch.zeros(())
-        if type(self).combine is not Robust.combine:
+        if isinstance(self, ByUpdate):
             with suppress(Exception):  # of a rule that is made for some model's groups alone
                 rows = torch.arange(3.0 * most).double().view(most, 3)
                 made = self.combine({"delta": {"w": rows}})["delta"]["w"]
@@ -100,25 +134,6 @@ class Robust:
             return f"aggregator {typed(self)} needs client {self.trusts!r}, who did not report"
         return self.short(len(ids)) if len(ids) < self.clients else None
 
-    def combine(self, sent: dict[str, Stack]) -> dict[str, Params]:
-        """What K clients sent, each group [K, ...] in float64 -> one of each.
-
-        The groups are ``"delta"``, the strategy's own and, where visits moved any, ``"buffers"`` (changes
-        too). Clients come in the order of their ids, on the CPU; none is NaN or infinite.
-        """
-        raise NotImplementedError
-
-    def across(self, rows: Tensor) -> Tensor:
-        """Some columns of every update, [K, c] in float64 -> [c]."""
-        raise NotImplementedError
-
-    def shares(self, points: Tensor) -> Tensor:
-        """How much of each update the result has, [K + 1], from how far they are from each other.
-
-        ``points`` [K + 1, axes]: updates as ``Table.points`` has them, then the reference.
-        """
-        raise ConfigError(f"{type(self).__name__} overrides none of combine, across and shares")
-
     @property
     def trusts(self) -> str | None:
         """Id of a client that has to be there, and whose update is the first row."""
@@ -126,8 +141,9 @@ class Robust:
 
     def merge(self, table: Table) -> tuple[Params, Tensor]:
         """One of all rows, and each row's share of it, [rows]; 1 where columns go their own ways."""
-        if type(self).across is not Robust.across:
+        if isinstance(self, ByColumn):
             return table.each(lambda block: self.across(block[:-1])), torch.ones(len(table))
+        assert isinstance(self, ByDistance)
         shares = self.shares(table.points)
         return table.each(lambda block: shares @ block), shares[:-1]
 
@@ -176,7 +192,7 @@ class Rows:
         groups = self._sent | ({BUFFERS: changes} if changes else {})
         place = sorted(range(len(self._ids)), key=self._key)
         tables = {g: Table(v, torch.tensor(place), self.held.get(g)) for g, v in groups.items()}
-        if type(self._rule).combine is not Robust.combine:
+        if isinstance(self._rule, ByUpdate):
             found = self._rule.combine({g: self._mixed(t).whole() for g, t in tables.items()})
         else:
             found = {g: self._merged(g, t, place) for g, t in tables.items()}

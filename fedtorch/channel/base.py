@@ -84,14 +84,14 @@ class Stage:
 
         Their shapes hang on the group's alone. They travel as they are, and are counted so.
         """
-        raise NotImplementedError
+        return self.coded(sent, Turn())
 
     def decode(self, code: Stack, like: Params) -> Stack:
         """What ``encode`` made, in float64 and in the names and shapes of ``like``, [K, ...].
 
         Raises ValueError for a code that ``encode`` does not make: at the server it came from outside.
         """
-        raise NotImplementedError
+        return self.decoded(code, like, Turn())
 
     def coded(self, sent: Stack, turn: Turn) -> Stack:
         """The same as ``encode``, of a stage that draws from ``turn`` or goes on from its memory."""

@@ -161,7 +161,9 @@ class Vector:
 
     def seal(self, update: Released) -> np.ndarray:
         """One site's numbers, none so large that a sum could wrap; raises Refused for NaN and infinity."""
-        values, top = numbers(self.layout, update, self.task), MOST / self.asked
+        values, top = numbers(self.layout, update, self.task), self.top
+        if not np.isfinite(values).all():
+            raise Refused("nonfinite", "its update has a number that is not finite")
         examples = loss = 0.0
         if self.tells:
             examples = float(update.metrics["examples"]) / UNIT

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fedtorch.options import briefly, check
+from fedtorch.options import briefly, check, typed
 from fedtorch.training.module import statistics
 from fedtorch.training.optimizer import ServerOptimizer
 from fedtorch.training.step import Step
@@ -235,6 +235,14 @@ class Strategy:
 @dataclass(frozen=True, kw_only=True)
 class FedAvg(Strategy):
     """Weighted mean of the clients' weights (McMahan et al. 2017, arXiv:1602.05629, Alg. 1)."""
+
+
+def no_optimizer(strategy: Strategy, why: str, instead: str = "fedavg") -> None:
+    """Raises ConfigError where a server optimizer would follow a step that leaves no room for it."""
+    if strategy.server is not None:
+        raise ConfigError(
+            f"strategy {typed(strategy)} {why}: leave strategy.server out, or use {instead}"
+        )
 
 
 def whole_models(strategy: Strategy, model: nn.Module) -> None:

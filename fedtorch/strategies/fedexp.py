@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fedtorch.options import NOT_NEGATIVE, check
-from fedtorch.strategies.base import Strategy
-from fedtorch.types import ConfigError, Context, Params
+from fedtorch.strategies.base import Strategy, no_optimizer
+from fedtorch.types import Context, Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,7 @@ class FedExP(Strategy):
     def __post_init__(self) -> None:
         """Refuse a second server rate."""
         check(self, "strategy", eps=NOT_NEGATIVE)
-        if self.server is not None:
-            raise ConfigError(
-                "strategy fedexp sets the server's rate itself: leave strategy.server out, or use fedavg"
-            )
+        no_optimizer(self, "sets the server's rate itself")
 
     def admits(self, linear: bool) -> str | None:
         """Lengths and the mean are of the same changes."""

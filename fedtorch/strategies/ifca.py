@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from fedtorch import seeds
 from fedtorch.options import COUNT, NOT_NEGATIVE, check
-from fedtorch.strategies.base import Solve, Strategy, whole_models
+from fedtorch.strategies.base import Solve, Strategy, no_optimizer, whole_models
 from fedtorch.tree import per_client, tmap
-from fedtorch.types import ConfigError, Context, Params, Stack
+from fedtorch.types import Context, Params, Stack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,7 @@ class IFCA(Strategy):
     def __post_init__(self) -> None:
         """Refuse one model, which is FedAvg's, and a server optimizer, which knows of one."""
         check(self, "strategy", clusters=COUNT, spread=NOT_NEGATIVE)
-        if self.server is not None:
-            raise ConfigError("strategy ifca has several models: leave strategy.server out")
+        no_optimizer(self, "has several models")
 
     @property
     def asks(self) -> bool:

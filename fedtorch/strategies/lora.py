@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedtorch.strategies.base import FedAvg, Strategy
+from fedtorch.strategies.base import FedAvg, Strategy, no_optimizer
 from fedtorch.types import ConfigError, Params, Stack
 
 TURN = "turn"
@@ -42,7 +42,7 @@ class RoLoRA(Strategy):
     def __post_init__(self) -> None:
         """Refuse a server optimizer, whose memory would move the half that rests."""
         super().__post_init__()
-        _no_optimizer(self)
+        no_optimizer(self, "takes the clients' means as they are", "ffalora")
 
     def prepare(self, model: nn.Module) -> Strategy:
         """Raises ConfigError where there is nothing to take turns."""
@@ -94,7 +94,7 @@ class FedExLoRA(Strategy):
     def __post_init__(self) -> None:
         """Refuse a server optimizer: what is added to W belongs to the means as they are."""
         super().__post_init__()
-        _no_optimizer(self)
+        no_optimizer(self, "takes the clients' means as they are", "ffalora")
 
     def admits(self, linear: bool) -> str | None:
         """Means of products and products of means must be of the same updates."""
@@ -206,12 +206,4 @@ def _both(model: nn.Module, who: str) -> None:
         raise ConfigError(
             f"{who} trains A and B, and one of them is frozen in this model: take FFALoRA, which needs "
             "nothing more, or unfreeze it"
-        )
-
-
-def _no_optimizer(strategy: Strategy) -> None:
-    if strategy.server is not None:
-        raise ConfigError(
-            f"{type(strategy).__name__} takes the clients' means as they are: leave out strategy.server, "
-            "or take FFALoRA"
         )

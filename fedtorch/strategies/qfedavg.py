@@ -6,8 +6,8 @@ from typing import Literal
 from torch import Tensor
 
 from fedtorch.options import NOT_NEGATIVE, check
-from fedtorch.strategies.base import Strategy
-from fedtorch.types import ConfigError, Context, Params
+from fedtorch.strategies.base import Strategy, no_optimizer
+from fedtorch.types import Context, Params
 
 LEAST = 1e-10
 """Loss of a client that has none left: 0 ** (q - 1) is no number."""
@@ -29,10 +29,7 @@ class QFedAvg(Strategy):
     def __post_init__(self) -> None:
         """Refuse a second server rate, and a power that would prefer those that fare well."""
         check(self, "strategy", q=NOT_NEGATIVE)
-        if self.server is not None:
-            raise ConfigError(
-                "strategy qfedavg sets the server's rate itself: leave strategy.server out, or use fedavg"
-            )
+        no_optimizer(self, "sets the server's rate itself")
 
     @property
     def asks(self) -> bool:
