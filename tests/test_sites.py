@@ -34,6 +34,7 @@ from fedtorch.sites import keys
 from fedtorch.sites import offer as offers
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.engine import ALIVE_SECONDS, SMALL, Sites, remotes
+from fedtorch.sites.joined import Joined
 from fedtorch.sites.limits import accept
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.reports import Visit, expected, judge
@@ -513,7 +514,9 @@ class Cable:
         self.ends = []
 
 
-def test_a_report_outlives_a_line_that_breaks_and_is_charged_once(folder, tmp_path, caplog):
+def test_a_report_outlives_a_line_that_breaks_and_is_charged_once(
+    folder, tmp_path, caplog, monkeypatch
+):
     privacy = SampleLevel(noise_multiplier=1.0, rounds=2, steps=2, insecure_seed=5)
     offered = offer(privacy=privacy)
     with server(folder, offered, keys=None) as there:
@@ -524,14 +527,15 @@ def test_a_report_outlives_a_line_that_breaks_and_is_charged_once(folder, tmp_pa
             sites(folder, cable.own_port, tmp_path, ["north"], **options) as (north,),
             sites(folder, there.session.port, tmp_path, ["south"], **options),
         ):
-            train = north._train
+            train = Joined.train
 
-            def then_cut(task):
-                outcome = train(task)
-                cable.cut(0.3 * task.round)
+            def then_cut(joined, client, task):
+                outcome = train(joined, client, task)
+                if client.id == "north":
+                    cable.cut(0.3 * task.round)
                 return outcome
 
-            north._train = then_cut
+            monkeypatch.setattr(Joined, "train", then_cut)
             for figures in there.rounds(2):
                 assert figures["cohort"] == NAMES
             there.close()
@@ -775,13 +779,13 @@ def test_a_site_that_knows_another_run_joins_this_one(folder, tmp_path, caplog, 
         server(folder, offered, names=alone) as there,
         sites(folder, there.session.port, tmp_path, names=alone) as (site,),
     ):
-        site.plan = replace(site.plan, run="one that is over")
+        site.joined.plan = replace(site.joined.plan, run="one that is over")
         end = time.monotonic() + 30
         while caplog.text.count("joined run test") < 2 and time.monotonic() < end:
             time.sleep(0.05)
         assert [f["cohort"] for f in there.rounds(1)] == [alone]
         there.close()
-    assert site.plan.run == offered.run
+    assert site.joined.plan.run == offered.run
     assert caplog.text.count("joined run test") == 2
 
 

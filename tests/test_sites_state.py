@@ -214,7 +214,7 @@ def test_a_base_that_was_sent_once_is_kept_over_restarts(data, tmp_path, monkeyp
     for k in range(2):  # the second process of the site has the base on its disk
         server.tasks = [server.task(2 * k), server.task(2 * k + 1, after="")]
         code, site = play(server, data, tmp_path / "state")
-        assert code == 0 and torch.equal(site.given["0.weight"], server.base["0.weight"])
+        assert code == 0 and torch.equal(site.joined.given["0.weight"], server.base["0.weight"])
     assert server.brought == [True, False, False, False] and len(server.reports) == 4
     assert all(set(r.groups["sent/delta"]) == {"2.weight", "2.bias"} for r in server.reports)
     # of another run, damaged, or on a full disk: it is sent again, and the work goes on

@@ -20,10 +20,11 @@ from fedtorch.privacy.run import BEFORE
 from fedtorch.sites import offer as plans
 from fedtorch.sites import statistics
 from fedtorch.sites.engine import Sites, remotes
+from fedtorch.sites.joined import NOBODY
 from fedtorch.sites.limits import accept
 from fedtorch.sites.options import ServeConfig, SiteConfig
 from fedtorch.sites.serve import keep, known, make_plan
-from fedtorch.sites.site import NOBODY, Site
+from fedtorch.sites.site import Site
 from fedtorch.types import ConfigError, Failure, Released
 
 pytestmark = pytest.mark.timeout(120)

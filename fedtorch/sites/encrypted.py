@@ -98,14 +98,8 @@ class EncryptedSession(SitesSession):
                     visit.missed(f"no report in {self.options.deadline:g} s")
         total = self._open_sum(visits)
         with self.change:
-            self.visits, self.last = {}, [*visits.values()]
-        if total is not None:
-            for name in total.ids:
-                visits[name].outcome, self.counted[name] = total, visits[name].nonce
-            yield total
-        for visit in self.last:
-            if isinstance(visit.outcome, Failure):
-                yield self.missed(visit, visit.outcome)
+            self.visits = {}
+        yield from self.came_to(total, visits)
 
     def _open_sum(self, visits: dict[str, Visit]) -> Released | None:
         came, opener = [i for i in visits if i in self.sealed], self.terms.opener

@@ -183,6 +183,19 @@ class SitesSession:
             else:
                 yield self.missed(visit, outcome)
 
+    def came_to(
+        self, total: Released | None, visits: Mapping[str, Visit]
+    ) -> Iterator[Released | Failure]:
+        """A round whose updates come as one: the sum of whoever is in it, and why the others are not."""
+        self.last = [*visits.values()]
+        if total is not None:
+            for name in total.ids:
+                visits[name].outcome, self.counted[name] = total, visits[name].nonce
+            yield total
+        for visit in self.last:
+            if isinstance(visit.outcome, Failure):
+                yield self.missed(visit, visit.outcome)
+
     def missed(self, visit: Visit, failure: Failure) -> Failure:
         """Say so of a site that the round goes on without; the failure as it is."""
         if failure.kind in ("late", "absent"):

@@ -121,14 +121,7 @@ class MaskedSession(SitesSession):
         finally:
             with self.change:
                 self.visits, self.attempt = {}, None
-        self.last = [*visits.values()]
-        if total is not None:
-            for name in total.ids:
-                visits[name].outcome, self.counted[name] = total, visits[name].nonce
-            yield total
-        for visit in self.last:
-            if isinstance(visit.outcome, Failure):
-                yield self.missed(visit, visit.outcome)
+        yield from self.came_to(total, visits)
 
     def _begin(self, visits: dict[str, Visit], task: Task) -> Attempt:
         """Who is there is the roster; the others have no part in this round."""

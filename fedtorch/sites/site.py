@@ -9,10 +9,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from fedtorch import disk
-from fedtorch.channel.base import remembers
 from fedtorch.checks.outputs import classes_fit
 from fedtorch.client import Client
 from fedtorch.data import prepared
@@ -21,38 +18,30 @@ from fedtorch.engines import Local, messages, wire
 from fedtorch.engines.messages import Outcome
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.privacy.run import BEFORE
-from fedtorch.recipe import Recipe
 from fedtorch.run import huggingface
-from fedtorch.secure.aggregator import Secure
-from fedtorch.secure.he import HE
 from fedtorch.secure.refused import Refused as NotSecure
 from fedtorch.sites import letters
 from fedtorch.sites import offer as plans
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.curves import Curves
 from fedtorch.sites.ends import ENDS
+from fedtorch.sites.joined import NOBODY, Joined
 from fedtorch.sites.limits import accept
-from fedtorch.sites.masks import HARMLESS, Masks, Party
-from fedtorch.sites.openings import Openings
+from fedtorch.sites.masks import HARMLESS, Party
 from fedtorch.sites.options import SiteConfig
-from fedtorch.sites.reports import Reader
+from fedtorch.sites.parties import Parties
 from fedtorch.sites.rpc import Line, Refused, Unreachable
-from fedtorch.sites.sealed import Sealing, read_secret
+from fedtorch.sites.sealed import Sealing
 from fedtorch.sites.state import Answered, Base, VisitMemory
 from fedtorch.sites.statistics import Told, portion, told, words
-from fedtorch.sites.sums import Sums, check_apart
-from fedtorch.strategies.base import uploads
 from fedtorch.training.evaluate import evaluate
 from fedtorch.training.module import load
-from fedtorch.training.personal import GROUP, given, personal
-from fedtorch.types import ClientError, ConfigError, Failure, Params, Released, Task
+from fedtorch.training.personal import GROUP
+from fedtorch.types import ConfigError, Failure, Params, Task
 
 MOST_PLAN = 1 << 16
 """Bytes of a plan's header."""
 VISIT = re.compile(r"[0-9a-f]{32}")
-NOBODY = Released.received((), {}, {}, torch.zeros(0))
-"""The update of a site that sends none."""
-
 log = logging.getLogger("fedtorch.site")
 
 
@@ -77,23 +66,15 @@ class Site:
             self._open(held)
             self.held = held.pop_all()
         self.curves = Curves(self.folder / "tensorboard")
-        self.plan: plans.Plan | None = None
-        self.schema: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
-        """What a task may hold: shape and type of each tensor, by group."""
+        self.joined: Joined | None = None
         self.visits = 0
         """Asked for in this run: those that were answered, by earlier processes too, and those refused."""
         self.offered_again = False
         """Whether the plan was looked at again since the last visit within it."""
-        self.openings: Openings | None = None
-        """Sums that this site let be opened, once a run has such sums."""
-        self.masks: Masks | None = None
-        self.sums: Sums | None = None
-        """Of a run with secure aggregation, once it is joined."""
-        self.encrypted: Reader | None = None
-        """Of a run with homomorphic encryption, once it is joined."""
+        self.parties = Parties(config, self.folder, self.answered)
         self.party: Party | Sealing | None = None
         """This site's part in the attempt at a secure round that is under way."""
-        self.unshown: tuple[Task, Outcome] | None = None
+        self.unshown: tuple[Joined, Task, Outcome] | None = None
         """The visit whose figures are shown when that round is over."""
 
     def _open(self, held: ExitStack) -> None:
@@ -124,10 +105,9 @@ class Site:
         away_since, idle = None, 0
         while True:
             try:
-                if self.plan is None:
-                    self._join()
+                joined = self.joined or self._join()
                 began = time.monotonic()
-                answer = self._work()
+                answer = self._work(joined)
                 kind = answer.kind
                 if kind == "end":
                     self._end_party()
@@ -158,39 +138,44 @@ class Site:
         self.curves.close()
         self.held.close()
 
-    def _join(self) -> None:
+    def _join(self) -> Joined:
         answer = self._ask("join", Message("join"), 30)
         table = answer.facts.get("plan")
         if answer.kind != "plan" or not isinstance(table, dict):
             raise ConfigError("the server's answer is no plan")
+        # what it is, and whether this site takes part in such a run
         plan = accept(table, self.config)
         self._fit(plan)
-        self.model, recipe = plan.build()
-        huggingface.same_weights(self.model, plan.weights, plan.place)
-        recipe = replace(recipe, strategy=recipe.strategy.prepare(self.model))
+        model, recipe = plan.build()
+        huggingface.same_weights(model, plan.weights, plan.place)
+        recipe = replace(recipe, strategy=recipe.strategy.prepare(model))
         if plan.kind == "classification" and self.data.outputs > 1 and not plan.step:
             # else a step would fail where a row of another class is in it, and tell that there is one
-            classes_fit(self.model, self.data.train, self.data.labels, self.data.outputs)
+            classes_fit(model, self.data.train, self.data.labels, self.data.outputs)
         derived = bool(self.data.preparation.derived)
         self.budget.admit(recipe, self.config.insecure, derived, self.config.require_secure)
         self.answered.agree(plan, self.budget.most is not None)
-        self._join_sums(plan, recipe)
+        self.party = None
+        self.parties.join(plan, recipe, model)
+        # statistics of columns come first
+        joined = Joined(plan, model, recipe)
         if plan.standardize and not plan.center:
-            self.plan, self.has, self.schema = plan, "", {}
+            self.joined = joined
             log.info("joined run %s to tell statistics of columns; %s", plan.run, _promise(plan))
-            return
+            return joined
+        # then tasks
         engine = Local(chunk=1, device=self.config.device)
-        self.session = engine.open(self.model, [self.client], self.budget.told(recipe))
-        self.judged = plan.judging(recipe, self.model, self.data.test)
-        self._expect(recipe)
-        self.has, self.wanted = self._digest(), answer.facts.get("base")
-        self.plan, self.visits = plan, self.answered.visits(plan.run)
+        session = engine.open(model, [self.client], self.budget.told(recipe))
+        self.judged = plan.judging(recipe, model, self.data.test)
+        joined.open(session, self.base, answer.facts.get("base"))
+        self.joined, self.visits = joined, self.answered.visits(plan.run)
         most = min(self.answered.most(plan) or self.config.max_rounds, self.config.max_rounds)
         log.info(
             "joined run %s: %s, %s; %s; %s of at most %s visits are done",
             *(plan.run, plan.model, recipe.strategy, _promise(plan)),
             *(f"{self.visits:,}", f"{most:,}"),
         )
+        return joined
 
     def _fit(self, plan: plans.Plan) -> None:
         """Scale this site's data as the plan says; raises ConfigError where it is about others."""
@@ -211,75 +196,24 @@ class Site:
             )
         huggingface.same_tokens(plan.facts, self.data.facts, plan.model)
 
-    def _expect(self, recipe: Recipe) -> None:
-        """Names, shapes and types of all that a task, and this site's memory, can hold."""
-        strategy = recipe.strategy
-        own = personal(self.model, strategy.personal)
-        trained = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        params = {k: p.detach() for k, p in trained.items() if k not in own}
-        self.given = given(self.model, strategy.personal)
-        whole = messages.schema(self.given)
-        rest = {k: v for k, v in whole.items() if k not in params}
-        self.schema = {"state": whole, "rest": rest}
-        self.kept = self.base.of(rest)
-        self.given |= self.kept
-        for group, tree in strategy.init(params).items():
-            self.schema[f"extras/{group}"] = messages.schema(tree)
-        floats = {k: b for k, b in self.model.named_buffers() if b.is_floating_point()}
-        memory = strategy.remember(params | (floats if strategy.floats else {}))
-        memory |= {GROUP: {k: self.given[k] for k in own}} if own else {}
-        if recipe.channel:
-            sends = uploads(strategy, params, strategy.init(params))
-            memory |= remembers(recipe.channel, sends)
-        self.remembered = {g: messages.schema(tree) for g, tree in memory.items()}
-
-    def _join_sums(self, plan: plans.Plan, recipe: Recipe) -> None:
-        """What secure aggregation needs of this site, where the plan has it."""
-        self.party = self.sums = self.encrypted = None
-        if isinstance(plan.aggregator, Secure | HE):
-            check_apart(plan)
-            begun = self.answered.summed() and not self.config.lost_state
-            self.openings = self.openings or Openings(self.folder, begun)
-        if isinstance(plan.aggregator, Secure):
-            assert self.openings is not None
-            self.masks = self.masks or Masks(self.config, self.openings)
-            self.sums = Sums(Reader.of(recipe, self.model, 0), plan.aggregator)
-        elif isinstance(plan.aggregator, HE) and not self.config.require_secure:
-            read_secret(self.config)
-            self.encrypted = Reader.of(recipe, self.model, 0)
-        elif self.config.require_secure:
-            raise ConfigError(
-                f"the run aggregates by {type(plan.aggregator).__name__}, and this site's "
-                "require_secure asks for aggregator secure, under which no one site can help the server "
-                "to see what this one sends"
-            )
-
-    def _work(self) -> Message:
+    def _work(self, joined: Joined) -> Message:
         """One call for work, and the work; the server's answer."""
-        assert self.plan is not None
-        facts: dict[str, object] = {"run": self.plan.run, "has": self.has}
-        facts |= {"scaled": bool(self.plan.center)} if self.plan.standardize else {}
-        facts |= {"visit": self.party.visit} if self.party else {}
-        if self.has and self.has != self.wanted:  # only what differs is sent
-            facts |= {
-                "own": messages.short_digests({k: self.given[k] for k in self.schema["rest"]})
-            }
+        facts = joined.call() | ({"visit": self.party.visit} if self.party else {})
         answer = self._ask("fetch", Message("fetch", facts), 60)
         if answer.kind == "rejoin":
-            self.plan = None
+            self.joined = None
         elif answer.kind == "task":
-            self._visit(answer)
+            self._visit(joined, answer)
         elif answer.kind == "statistics":
-            self._tell(answer)
-        elif answer.kind == "phase" and (self.sums or self.encrypted):
-            self._take_part(lambda party: party.go_on(answer))
+            self._tell(joined.plan, answer)
+        elif answer.kind == "phase" and self.parties.any:
+            self._take_part(joined, lambda party: party.go_on(answer))
         elif answer.kind not in ("wait", "end"):
             raise MessageError(f"the server sent {wire.short(answer.kind)}")
         return answer
 
-    def _visit(self, message: Message) -> None:
-        assert self.plan is not None
-        task = self._read(message)
+    def _visit(self, joined: Joined, message: Message) -> None:
+        plan, task = joined.plan, self._read(joined, message)
         visit, after = message.facts.get("visit"), message.facts.get("after")
         if not (isinstance(visit, str) and VISIT.fullmatch(visit)):
             raise MessageError("the task names no visit")
@@ -288,35 +222,36 @@ class Site:
         saved = message.facts.get("saved", "")
         if not (isinstance(saved, str) and (not saved or VISIT.fullmatch(saved))):
             raise MessageError("the task does not say which visit a checkpoint knows")
-        beyond = self.answered.beyond(self.plan, task.round)
+        beyond = self.answered.beyond(plan, task.round)
         if beyond and not self.offered_again:
             # a run that was made longer offers a longer plan, and gives this visit again
-            self.plan, self.offered_again = None, True
+            self.joined, self.offered_again = None, True
             return
-        if beyond and self.plan.privacy is None:
+        if beyond and plan.privacy is None:
             raise MessageError(beyond)
         self.offered_again = bool(beyond)
         self._end_party()
-        self.party = self._party(message, task)
-        self.client.memory = self._memory(task, after)
+        self.party = self.parties.part(message, plan.run, task)
+        self.client.memory = self._memory(joined, task, after)
         self.visits += 1
-        outcome = self._declined(task, beyond)
+        outcome = self._declined(plan, task, beyond)
         if outcome is None:
-            self.answered.enter(self.plan)
-            outcome = self._train(task)
-        stay = self._named(after), self._named(saved)
-        self.memory.keep(self._named(visit), self.client.memory, *stay)
+            self.answered.enter(plan)
+            outcome = joined.train(self.client, task)
+        stay = _named(plan, after), _named(plan, saved)
+        self.memory.keep(_named(plan, visit), self.client.memory, *stay)
         if self.party is not None and outcome.update.ids:
-            self.unshown = task, outcome  # to look at it takes time, of which phases have little
-            self._take_part(lambda party: party.begin(outcome.update))
+            # to look at it takes time, of which phases have little
+            self.unshown = joined, task, outcome
+            self._take_part(joined, lambda party: party.begin(outcome.update))
             return
-        self._send(self._report(outcome, visit, task.round), task.round)
-        self._show(task, outcome)
+        self._send(self._report(plan.run, outcome, visit, task.round), task.round)
+        self._show(joined, task, outcome)
 
-    def _tell(self, message: Message) -> None:
+    def _tell(self, plan: plans.Plan, message: Message) -> None:
         """Statistics of the columns that the plan names, once in a run; asked again, the same."""
-        plan, visit = self.plan, message.facts.get("visit")
-        assert plan is not None and plan.privacy is not None
+        visit = message.facts.get("visit")
+        assert plan.privacy is not None
         if not plan.standardize or plan.center or self.unscaled.asks is None:
             raise MessageError("the server asks for statistics that its plan does not have")
         if not (isinstance(visit, str) and VISIT.fullmatch(visit)):
@@ -334,29 +269,15 @@ class Site:
         if vector is not None:
             outcome = told(self.client.id, vector)
         assert outcome is not None  # one of the two
-        self._send(self._report(outcome, visit, BEFORE), BEFORE)
+        self._send(self._report(plan.run, outcome, visit, BEFORE), BEFORE)
 
-    def _report(self, outcome: Outcome, visit: str, round: int) -> Message:
+    def _report(self, run: str, outcome: Outcome, visit: str, round: int) -> Message:
         """What a visit came to, as a report."""
-        assert self.plan is not None
-        facts = {"run": self.plan.run, "visit": visit, "round": round}
+        facts = {"run": run, "visit": visit, "round": round}
         reply = messages.outcome_message(outcome, [self.client.id], **facts)
         return Message("report", reply.facts, reply.groups)
 
-    def _party(self, message: Message, task: Task) -> Party | Sealing | None:
-        """This site's part in a secure round, before it trains for it; None where the run has none."""
-        if self.encrypted is not None and self.plan is not None and self.openings is not None:
-            reader, run = self.encrypted, self.plan.run
-            return Sealing(self.config, self.openings, reader, message, run, task)
-        if self.sums is None or self.plan is None:
-            return None
-        assert self.masks is not None  # with the sums
-        try:
-            return Party(self.masks, self.sums, message, self.plan.run, task)
-        except NotSecure as e:
-            raise MessageError(f"round {task.round + 1}: {e}") from e
-
-    def _take_part(self, step: Callable[[Party | Sealing], Message]) -> None:
+    def _take_part(self, joined: Joined, step: Callable[[Party | Sealing], Message]) -> None:
         """Report one phase of a secure round; what an honest server may meet with ends the round only."""
         party = self.party
         if party is None:
@@ -371,8 +292,8 @@ class Site:
             if e.kind not in HARMLESS:
                 raise MessageError(f"round {number + 1}: {e}") from e
             log.error("round %d: this site declines: %s", number + 1, e)
-            declined = Failure(self.client.id, "declined", "")
-            self._send(self._report(Outcome(NOBODY, [declined], {}), party.visit, number), number)
+            declined = Outcome(NOBODY, [Failure(self.client.id, "declined", "")], {})
+            self._send(self._report(joined.plan.run, declined, party.visit, number), number)
             self._end_party()
 
     def _end_party(self) -> None:
@@ -382,54 +303,19 @@ class Site:
             shown, self.unshown = self.unshown, None
             self._show(*shown)
 
-    def _read(self, message: Message) -> Task:
-        """The task in a message; raises MessageError unless it is one of the plan that was joined."""
-        assert self.plan is not None
-        task = messages.read_task(message)
-        groups = {g: t for g, t in message.groups.items() if t}
-        if odd := sorted((groups.keys() ^ self.schema.keys()) - {"rest"}):
-            raise MessageError(f"the group {wire.short(odd[0])} of the task is on one side only")
-        for group, names in self.schema.items():
-            some = groups.get(group, {})
-            # what never changes is in no task, or once in one
-            left = self.schema["rest"].keys() - some.keys() if group in ("state", "rest") else ()
-            messages.same_schema(some, {k: v for k, v in names.items() if k not in left})
-        if "rest" in groups:
-            self.given |= groups["rest"]
-            self.has = self._digest()
-            if self.wanted is not None and self.has != self.wanted:
-                raise MessageError("the frozen weights that came are not those that the run has")
-            self.base.keep(self.kept | groups["rest"])
-        task = task.filled(self.given)
-        if task.lr <= 0:
-            raise MessageError(f"the learning rate is {task.lr:g}")
-        if self.plan.privacy:
-            try:
-                self.plan.privacy.hold(task.privacy)
-            except ConfigError as e:
-                raise MessageError(f"round {task.round + 1}: {e}") from e
-        most = self.config.max_rounds
+    def _read(self, joined: Joined, message: Message) -> Task:
+        """The task in a message; raises MessageError unless it is one of the run, and within its rounds."""
+        task, most = joined.read(message), self.config.max_rounds
         if task.round >= most or self.visits >= most:
             raise MessageError(
                 f"round {task.round + 1} is beyond this site's max_rounds of {most:,}"
             )
         return task
 
-    def _digest(self) -> str:
-        """Of what this site's model has beside what every task brings."""
-        return messages.digest({k: self.given[k] for k in self.schema["rest"]})
-
-    def _named(self, visit: str) -> str:
-        # what another plan left unnoised, as weights that are this site's own, must not come into this run
-        assert self.plan is not None
-        return f"{self.plan.run} {visit}" if visit else ""
-
-    def _memory(self, task: Task, after: str) -> dict[str, Params]:
+    def _memory(self, joined: Joined, task: Task, after: str) -> dict[str, Params]:
         """What this site remembers; raises ConfigError where its state folder is another than it was."""
-        kept = self.memory.after(self._named(after))
-        # a client that is never finite may have nothing but what its codes left out
-        fits = all(messages.schema(t) == self.remembered.get(g) for g, t in (kept or {}).items())
-        if not fits or (kept is None and self.memory.elsewhere(after)):
+        kept = self.memory.after(_named(joined.plan, after))
+        if not joined.fits(kept or {}) or (kept is None and self.memory.elsewhere(after)):
             raise MessageError(f"round {task.round + 1} goes on from a visit of another run")
         if kept is not None:
             return kept
@@ -445,32 +331,19 @@ class Site:
         log.warning("round %d: %s; this site starts afresh", task.round + 1, told)
         return {}
 
-    def _declined(self, task: Task, beyond: str) -> Outcome | None:
+    def _declined(self, plan: plans.Plan, task: Task, beyond: str) -> Outcome | None:
         """Charge this site's own ledger; None when it has room, and the plan too, else what to send."""
-        assert self.plan is not None
         try:
             if beyond:
                 raise OverBudget(beyond)
             if isinstance(self.party, Sealing) and self.party.declined:
                 log.error("round %d: this site declines: %s", task.round + 1, self.party.declined)
                 return Outcome(NOBODY, [Failure(self.client.id, "declined", "")], {})
-            self.budget.charge(self.plan.privacy, task.round, task.privacy.get("noise", 0.0))
+            self.budget.charge(plan.privacy, task.round, task.privacy.get("noise", 0.0))
         except OverBudget as e:
             log.warning("round %d: not done, %s", task.round + 1, e)
             return Outcome(NOBODY, [_spent(self.client.id)], {})
         return None
-
-    def _train(self, task: Task) -> Outcome:
-        self.session.submit([self.client.id], task)
-        try:
-            (outcome,) = [*self.session.collect()]
-        except (ClientError, MemoryError) as e:
-            # the text may quote a row of data: it stays in this site's own log
-            log.error("round %d: %s", task.round + 1, str(e) or type(e).__name__)
-            outcome = Failure(self.client.id, "error", "its model or data raised an error")
-        if isinstance(outcome, Failure):
-            return Outcome(NOBODY, [outcome], {})
-        return Outcome(outcome, [], {})
 
     def _send(self, message: Message, round: int) -> None:
         """Report, again and again while the line is down; a late report is let go."""
@@ -490,14 +363,13 @@ class Site:
                 times += 1
                 _pause(times)
 
-    def _show(self, task: Task, outcome: Outcome) -> None:
+    def _show(self, joined: Joined, task: Task, outcome: Outcome) -> None:
         """This site's own figures, for its own eyes: how the global model does on its test rows."""
-        assert self.plan is not None
-        load(self.model, task.state | self.client.memory.get(GROUP, {}))
+        load(joined.model, task.state | self.client.memory.get(GROUP, {}))
         wanted, judge = self.judged
-        scores = evaluate(self.model, self.data.test, wanted, step=judge)
+        scores = evaluate(joined.model, self.data.test, wanted, step=judge)
         figures = {f"site/test_{k}": v for k, v in scores.items()}
-        if self.plan.privacy is not None:
+        if joined.plan.privacy is not None:
             figures["site/epsilon"] = self.budget.spent()  # the very figure that max_epsilon holds
         for name in ("train_loss", "update_norm"):
             # a visit that failed has none, and under strict privacy the loss is not told
@@ -509,9 +381,14 @@ class Site:
 
     def _ask(self, method: str, message: Message, seconds: float) -> Message:
         data = self.line.call(method, wire.encode(message), seconds)
-        room = MOST_PLAN if method == "join" else wire.header_room(self.schema)
-        room += letters.ROSTER if self.sums is not None else 0
+        room = MOST_PLAN if self.joined is None else wire.header_room(self.joined.schema)
+        room += letters.ROSTER if self.parties.sums is not None else 0
         return wire.decode(data, self.limit, room)
+
+
+def _named(plan: plans.Plan, visit: str) -> str:
+    # what another plan left unnoised, as weights that are this site's own, must not come into this run
+    return f"{plan.run} {visit}" if visit else ""
 
 
 def _spent(site: str) -> Failure:

@@ -64,6 +64,8 @@ class Strategy:
     """Whether ``remember`` is given float buffers beside the weights."""
     sgd: ClassVar[bool] = False
     """Whether its equations hold for clients that train with SGD alone."""
+    needs_mean: ClassVar[str] = ""
+    """A sentence that refuses another rule or a code, where it needs the very mean of what clients sent."""
 
     server: ServerOptimizer | None = None
     """Server optimizer fed with the mean delta; none: the mean delta is simply added."""
@@ -130,7 +132,7 @@ class Strategy:
 
         ``linear``: the server gets the very mean of what clients sent, not a median or a part of it.
         """
-        return None
+        return None if linear else self.needs_mean or None
 
     def prepare(self, model: nn.Module) -> "Strategy":
         """Freeze what is not to be trained, and return the strategy with what it must know of the model.

@@ -1,7 +1,7 @@
 """FedDyn: each client's loss is tilted so that all of them agree where the whole loss is least."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -20,6 +20,11 @@ class FedDyn(Strategy):
     evaluated. With few clients a round h grows: take a smaller alpha.
     """
 
+    needs_mean: ClassVar[str] = (
+        "strategy feddyn needs the mean of what clients send: what the server keeps is no more the "
+        "mean of what clients keep; take aggregator mean and no channel, or fedavg or fedprox"
+    )
+
     alpha: float = 0.1
     """How strongly clients are tied to the global model."""
     weighting: Literal["auto", "examples", "uniform"] = "uniform"
@@ -28,15 +33,6 @@ class FedDyn(Strategy):
     def __post_init__(self) -> None:
         """Refuse what would divide by zero."""
         check(self, "strategy", alpha=POSITIVE)
-
-    def admits(self, linear: bool) -> str | None:
-        """The server's h must stay the mean of the clients' g."""
-        if linear:
-            return None
-        return (
-            "strategy feddyn needs the mean of what clients send: what the server keeps is no more the "
-            "mean of what clients keep; take aggregator mean and no channel, or fedavg or fedprox"
-        )
 
     def hold(self, params: Params) -> dict[str, Params]:
         """The server's h, zero at first."""

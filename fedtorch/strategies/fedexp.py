@@ -1,6 +1,7 @@
 """FedExP: the server steps the further, the more clients' changes cancel."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ class FedExP(Strategy):
     The paper averages clients alike, and reports the mean of the last two models.
     """
 
+    needs_mean: ClassVar[str] = (
+        "strategy fedexp compares the lengths of clients' changes with that of their very mean: take "
+        "aggregator mean and no channel, or fedavg with a server optimizer"
+    )
+
     eps: float = 1e-3
     """Keeps the rate finite where all changes cancel."""
 
@@ -24,15 +30,6 @@ class FedExP(Strategy):
         """Refuse a second server rate."""
         check(self, "strategy", eps=NOT_NEGATIVE)
         no_optimizer(self, "sets the server's rate itself")
-
-    def admits(self, linear: bool) -> str | None:
-        """Lengths and the mean are of the same changes."""
-        if linear:
-            return None
-        return (
-            "strategy fedexp compares the lengths of clients' changes with that of their very mean: take "
-            "aggregator mean and no channel, or fedavg with a server optimizer"
-        )
 
     def numbers(self, ctx: Context, norms: Tensor) -> dict[str, Tensor]:
         """Each change's squared length."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,11 @@ class IFCA(Strategy):
     sent down, and as much comes up, zeros but for one.
     """
 
+    needs_mean: ClassVar[str] = (
+        "strategy ifca divides what the members of a cluster send by how many they are: take "
+        "aggregator mean and no channel, or fedavg"
+    )
+
     clusters: int = 2
     """Models."""
     spread: float = 1.0
@@ -38,15 +44,6 @@ class IFCA(Strategy):
     def asks(self) -> bool:
         """For losses."""
         return True
-
-    def admits(self, linear: bool) -> str | None:
-        """A model's members are counted."""
-        if linear:
-            return None
-        return (
-            "strategy ifca divides what the members of a cluster send by how many they are: take "
-            "aggregator mean and no channel, or fedavg"
-        )
 
     def prepare(self, model: nn.Module) -> Strategy:
         """Raises ConfigError where there is more than weights."""

@@ -6,7 +6,7 @@ Layers are those of ``peft``, or any with ``lora_A``, ``lora_B``, ``scaling`` an
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,11 @@ class FedExLoRA(Strategy):
     what clients were given, is in every later download.
     """
 
+    needs_mean: ClassVar[str] = (
+        "FedExLoRA adds to the model what the means of A and B leave out: another rule, or a code that "
+        "changes them, has no such rest; take aggregator mean and no channel, or FFALoRA"
+    )
+
     adapters: tuple[Adapter, ...] = field(default=(), repr=False)
     """Of the model; found by ``prepare``."""
 
@@ -95,15 +100,6 @@ class FedExLoRA(Strategy):
         """Refuse a server optimizer: what is added to W belongs to the means as they are."""
         super().__post_init__()
         no_optimizer(self, "takes the clients' means as they are", "ffalora")
-
-    def admits(self, linear: bool) -> str | None:
-        """Means of products and products of means must be of the same updates."""
-        if linear:
-            return None
-        return (
-            "FedExLoRA adds to the model what the means of A and B leave out: another rule, or a code that "
-            "changes them, has no such rest; take aggregator mean and no channel, or FFALoRA"
-        )
 
     def prepare(self, model: nn.Module) -> Strategy:
         """The strategy that knows this model's layers; raises ConfigError for those without such a form."""

@@ -1,7 +1,7 @@
 """q-FedAvg: whom the model serves badly counts for more."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -21,6 +21,11 @@ class QFedAvg(Strategy):
     and 1 / lr the paper's L. Clients count alike.
     """
 
+    needs_mean: ClassVar[str] = (
+        "strategy qfedavg sets its rate by the lengths of the very changes that are summed: take "
+        "aggregator mean and no channel, or fedavg"
+    )
+
     q: float = 1.0
     """How much more a client with a large loss counts; 0 is FedAvg with clients alike."""
     weighting: Literal["auto", "examples", "uniform"] = "uniform"
@@ -35,15 +40,6 @@ class QFedAvg(Strategy):
     def asks(self) -> bool:
         """For each client's loss."""
         return True
-
-    def admits(self, linear: bool) -> str | None:
-        """Lengths and changes are of the same clients."""
-        if linear:
-            return None
-        return (
-            "strategy qfedavg sets its rate by the lengths of the very changes that are summed: take "
-            "aggregator mean and no channel, or fedavg"
-        )
 
     def scale(self, ctx: Context, norms: Tensor) -> Tensor:
         """F^q."""

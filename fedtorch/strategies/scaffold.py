@@ -1,7 +1,7 @@
 """SCAFFOLD: control variates correct each client's drift."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -20,6 +20,12 @@ class Scaffold(Strategy):
     and steps with plain SGD; other client optimizers run, outside its analysis.
     """
 
+    needs_mean: ClassVar[str] = (
+        "strategy scaffold needs the mean of what clients send: control variates that are no more the "
+        "mean of the clients' draw the model away; take aggregator mean and no channel, or strategy "
+        "fedavg or fedprox"
+    )
+
     weighting: Literal["auto", "examples", "uniform"] = "uniform"
     """The paper's mean; 'examples' weighs deltas and control variates by client size."""
     option: Literal[1, 2] = 2
@@ -34,16 +40,6 @@ class Scaffold(Strategy):
     def needs_rates(self) -> bool:
         """Option 2 divides by the rates of the steps."""
         return self.option == 2
-
-    def admits(self, linear: bool) -> str | None:
-        """The server's control variate must stay the mean of the clients'."""
-        if linear:
-            return None
-        return (
-            "strategy scaffold needs the mean of what clients send: control variates that are no more the "
-            "mean of the clients' draw the model away; take aggregator mean and no channel, or strategy "
-            "fedavg or fedprox"
-        )
 
     def init(self, params: Params) -> dict[str, Params]:
         """The server's control variate c, zero at first."""

@@ -5,6 +5,7 @@ over the L1 sensitivity. T Gaussian releases at noise s cost what one costs at s
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import scipy  # scipy.special comes with its first use: half of what `import fedtorch` would cost
@@ -33,13 +34,7 @@ def gaussian_epsilon(noise: float, delta: float) -> float:
         high *= 2
         if math.isinf(high):
             return math.inf
-    low = 0.0
-    while high - low > 1e-14 * high:
-        middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        low, high = (middle, high) if _log_delta(noise, middle) > target else (low, middle)
-    return high
+    return _bisected(lambda e: _log_delta(noise, e) > target, 0.0, high)
 
 
 def gaussian_noise(epsilon: float, delta: float) -> float:
@@ -50,11 +45,16 @@ def gaussian_noise(epsilon: float, delta: float) -> float:
         low /= 2
     while _log_delta(high, epsilon) > target:
         high *= 2
+    return _bisected(lambda noise: _log_delta(noise, epsilon) > target, low, high)
+
+
+def _bisected(less: Callable[[float], bool], low: float, high: float) -> float:
+    """Least number from ``low`` to ``high`` that will do, or a last digit more."""
     while high - low > 1e-14 * high:
         middle = (low + high) / 2
         if not low < middle < high:
             break
-        low, high = (middle, high) if _log_delta(middle, epsilon) > target else (low, middle)
+        low, high = (middle, high) if less(middle) else (low, middle)
     return high
 
 

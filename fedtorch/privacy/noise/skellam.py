@@ -20,8 +20,6 @@ from fedtorch.privacy.noise.keystream import Scratch, Words
 BITS = 128
 """Of each cumulative probability, and of the uniform number that is held to it."""
 
-HALF = BITS // 2
-
 BLOCK = 1 << 15
 """Numbers drawn at a time."""
 
