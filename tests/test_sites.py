@@ -785,7 +785,7 @@ def test_a_site_that_knows_another_run_joins_this_one(folder, tmp_path, caplog, 
             time.sleep(0.05)
         assert [f["cohort"] for f in there.rounds(1)] == [alone]
         there.close()
-    assert site.joined.plan.run == offered.run
+    assert site.plan.run == offered.run
     assert caplog.text.count("joined run test") == 2
 
 

@@ -77,6 +77,11 @@ class Site:
         self.unshown: tuple[Joined, Task, Outcome] | None = None
         """The visit whose figures are shown when that round is over."""
 
+    @property
+    def plan(self) -> plans.Plan | None:
+        """Of the run that is joined."""
+        return self.joined.plan if self.joined else None
+
     def _open(self, held: ExitStack) -> None:
         """The state folder, as ``held`` will let it go again, and the line to the server."""
         config = self.config
