@@ -147,7 +147,7 @@ def test_sites_give_the_weights_of_one_process(folder, tmp_path, parts):
         told = there.session.figures()
         there.close()
     # the sites took the fast path, and one process takes the general one
-    assert all("fast path, up to 1 client" in " ".join(s.session.notes) for s in made)
+    assert all("fast path, up to 1 client" in " ".join(s.joined.session.notes) for s in made)
     wanted = here(folder, offered, 3, engine=Local(chunk=1, solver="general"))
     worst = max((wanted[k] - v).abs().max().item() for k, v in there.model.state_dict().items())
     assert worst <= 1e-6
@@ -177,7 +177,8 @@ def test_a_step_that_every_site_has_gives_the_weights_of_one_process(folder, tmp
     # what a site shows its own people is by the step, too
     metrics, judge = made[0].judged
     assert (
-        not metrics and judge(made[0].model, (torch.zeros(1, 6), torch.zeros(1).long()))["loss"] > 0
+        not metrics
+        and judge(made[0].joined.model, (torch.zeros(1, 6), torch.zeros(1).long()))["loss"] > 0
     )
 
 

@@ -82,6 +82,7 @@ class Loaded:
 
 def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) -> Data:
     """From text to data."""
+    # which columns are what
     target = given.target or table.header[-1]
     names, dropped, remarks = roles.features(given, table, target)
     keys = roles.owners(given, table)
@@ -92,6 +93,7 @@ def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) 
         if test is None
         else sheet.stacked(table.path, [table.only(used), test.only(used)])
     )
+    # words become numbers, and gaps are dropped or refused
     known, found, notes = columns.categories(both, names, given.categories)
     numbers = columns.codes(both, names, known)
     if given.missing == "drop":
@@ -103,6 +105,7 @@ def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) 
     if place := gap(numbers, [n in whole for n in names]):
         row, name = place[0], names[place[1]]
         raise both.wrong(row, name, both.column(name)[row])
+    # targets, and which rows are held out
     y = understood(table.path, *roles.target_of(given, both, target))
     remarks += roles.unseen(given, both, target)
     if test is None:
@@ -110,8 +113,10 @@ def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) 
         parts = split([first, y.y, *([keys] if keys else [])], given.test_fraction, seed)
     else:
         parts = torch.arange(n), torch.arange(n, len(numbers))
+    # one scale for all columns, by training rows alone
     scaling, words = scaled_and_filled(given, names, known, found, numbers[parts[0].numpy()])
     scaled = bool(words)
+    # what was done, so that other rows can be prepared alike
     done = Preparation(
         classes=y.classes,
         columns=tuple(names),

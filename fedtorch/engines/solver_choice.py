@@ -64,6 +64,7 @@ def choose(
 
     ``changes``: what changes of the model as it runs, beside weights and buffers.
     """
+    # what no solver can do
     half = check(solver, dtype, recipe)
     asked, plan = recipe.privacy, recipe.privacy.per_example
     size = min(chunk or _automatic(model), len(clients))
@@ -72,6 +73,7 @@ def choose(
     alone = apart.needed(model, tried, recipe)
     private_step.fits(model, tried, recipe, alone)
     notes += private_step.warnings(clients, recipe.privacy)
+    # the fast path, where it can and pays
     if solver in ("auto", "fast"):
         found = offered(model, tried, recipe, half, changes)
         least = SMALL_PRIVATE if plan else SMALL
@@ -91,6 +93,7 @@ def choose(
         notes.append(f"the fast path is not used: {found}")
     if plan and not available():
         notes.append(f"noise in every step is drawn by NumPy: {FASTER}")
+    # else the way to gradients of examples, and one client after another or many
     recipe, size = modes.with_mode(model, tried, recipe, size, alone)
     plan = recipe.privacy.per_example
     if plan and plan.mode == "alone":

@@ -64,11 +64,13 @@ class Fast:
         datasets, ctx, private = chunk.datasets, chunk.context, chunk.private
         plan = recipe.privacy.per_example
         with torch.no_grad():
+            # the data side by side, and who is in which step
             first = next(iter(task.state.values()))
             rows = self.kept.rows(datasets, first.device, ops_for(first))
             order = schedule(chunk.order, rows.sizes, first)
             rule, shift = linear(recipe, ctx, task.lr)
             coins = Coins(chunk.seeds, order)
+            # layers that know their inputs
             if private is not None:
                 projected = bool(plan and plan.projected) and rows.finite
                 flat, layers = self._noised(
@@ -77,6 +79,7 @@ class Fast:
             else:
                 layers = self._front(model, rows, coins, task.state, rule, shift)
                 layers += joined(self._dense(datasets, rows, coins, task.state, rule, shift))
+            # the loss, by its formula where it is known
             y = taken(rows.y, order.index)
             known = recipe.loss is cross_entropy and not self.chain.squeezed and rows.classes
             loss = squeezed(recipe.loss) if self.chain.squeezed else recipe.loss
@@ -86,6 +89,7 @@ class Fast:
                 factor = order.scale if rule.momentum else order.scale * rule.lr
             weights = order.scale, factor
             head = CrossEntropy(y, *weights) if known else AnyLoss(y, *weights, loss)
+            # local steps: forward, backward, step
             for t, k in enumerate(order.live):
                 step = slice(t * order.batch, (t + 1) * order.batch)
                 a = order.index[:k, step]

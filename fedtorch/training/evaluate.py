@@ -48,6 +48,7 @@ def evaluate(
     the output and the target that metrics get, or by name figures of its own, each a number for each
     example or the mean of the batch. Raises ConfigError where a metric or figure does none of these.
     """
+    # what is judged, and by what: batch by batch, by totals, or by all outputs at once
     data = as_dataset(data, "the data to evaluate on", empty=True)
     n, metrics = len_of(data), by_name(metrics)
     within("batch_size", 1 if batch_size is None else batch_size, COUNT)
@@ -60,6 +61,7 @@ def evaluate(
         if k not in running and not getattr(m, "whole_set", False)
     }
     kept: list[tuple[Any, Any]] = []
+    # batch by batch
     with evaluating(model), torch.no_grad(), seeds.seeded(0):
         for index, batch in in_order(data, batch_size or n) if n else ():
             try:
@@ -82,6 +84,7 @@ def evaluate(
             if len(means) + len(running) < len(metrics):
                 # a whole set may be more than an accelerator holds
                 kept.append(to((output, y), CPU))
+        # what needs all of them
         whole = {k: m for k, m in metrics.items() if k not in means and k not in running}
         found = _of_all(whole, kept, device) if n else {}
         found |= {k: float(_number(k, _try(k, n, m.compute))) for k, m in running.items() if n}

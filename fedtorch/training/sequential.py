@@ -37,6 +37,7 @@ def train_sequentially(
     """
     if recipe.needs_rows or recipe.strategy.confirms:
         raise ValueError("clients whose updates are needed one by one train one at a time")
+    # one model for all, and an empty sum
     privacy, trainee = recipe.privacy, Trainee(model, task, recipe)
     start = {k: task.state[k] for k in trainee.params}
     total, floats = RunningSum(near(start)), Params()
@@ -65,6 +66,7 @@ def train_sequentially(
                 total.add(used[k])
                 add_weighted(floats, buffers, _float64(counted[k:]))
                 moved |= moving(buffers, task.state).keys()
+    # the sum, and what is told of each
     trainee.put_back()
     floats = {k: v for k, v in floats.items() if k in moved}
     both = _float64(used), _float64(counted)

@@ -149,6 +149,7 @@ def stacked(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stack
     K, ctx, private = len(chunk.datasets), chunk.context, chunk.private
     training(model)
     even = private is None and evenly(model, chunk.order)
+    # K copies of every weight and buffer
     names = {k for k, p in model.named_parameters() if p.requires_grad}
     state = {k: ctx.own.get(k, v.expand(K, *v.shape)).clone() for k, v in task.state.items()}
     params = {k: v.requires_grad_() for k, v in state.items() if k in names}
@@ -165,11 +166,13 @@ def stacked(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stack
 
     stepping = Stepping(model, recipe.asked)
 
+    # local steps, all clients side by side
     for t, (batch, mask) in enumerate(side_by_side(chunk.datasets, chunk.order, cut=even)):
         batch, mask = to(batch, device), mask.to(device)
         live = t < ctx.steps
         before = None if live.all() else {k: v.detach().clone() for k, v in state.items()}
         optimizer.zero_grad()
+        # gradients, under a plan clipped and noised
         if private is None:
             each = vmapped_losses(stepping, params, rest, batch, mask, drawing)
         else:
@@ -184,6 +187,7 @@ def stacked(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stack
         if correct:
             correct(params, views, stacked=True)
         optimizer.step()
+        # whose steps are over stays as it is
         with torch.no_grad():
             total += torch.where(live, each.detach().cpu().double(), 0)
             if before is not None:
