@@ -10,6 +10,10 @@ from fedtorch.types import ClientError, ConfigError
 
 COMMANDS = {
     "train": ("train a model over many clients", "fedtorch.commands.train:main"),
+    "new": (
+        "a folder with a model, data and options that trains at once",
+        "fedtorch.commands.new:new",
+    ),
     "serve": ("run the server of a federation of sites", "fedtorch.commands.sites:serve"),
     "site": ("take part in a federation with your own data", "fedtorch.commands.sites:site"),
     "keys": ("make certificates and keys for a trial", "fedtorch.commands.sites:keys"),
@@ -46,6 +50,7 @@ The module is imported when the command is run, so that no command waits for ano
 """
 
 TAKES = {
+    "new": "NAME",
     "runs": "[FOLDER] [--json]",
     "compare": "RUN RUN [--json] [--png FILE]",
     "eval": "RUN [--json] [--trust-code]",

@@ -158,7 +158,7 @@ class Server:
         # they train, and are added up as they come
         asked, dtype = sum(map(len, step.asked)), self._weights.dtype
         total = start_sum(self.recipe, self.state.held, task, dtype, asked)
-        came = gather(total, self._arrivals(step), self.recipe, self._coded, self.observers)
+        came = self._gathered(total, step)
         trained = time.perf_counter()
         # the model moves
         moved = self._move(task, total, came)
@@ -212,8 +212,8 @@ class Server:
 
     @property
     def stopped(self) -> str:
-        """Why one of the observers wants no more rounds, in a sentence; empty: none of them does."""
-        return asks_to_stop(self.observers)
+        """Why an observer wants no more rounds, or wanted none in the last fit; empty: none of them."""
+        return asks_to_stop(self.observers) or self.remembered.enough
 
     def rounds(self, n: int) -> Iterator[Metrics]:
         """Train ``n`` more rounds, one at a time, or until the privacy budget is spent."""
@@ -223,7 +223,7 @@ class Server:
             yield from self._rounds(last)
 
     def _rounds(self, last: int) -> Iterator[Metrics]:
-        while self.round_number < last and not self.stopped:
+        while self.round_number < last and not asks_to_stop(self.observers):
             if self.recipe.privacy.budget == "stop" and not self.within_budget():
                 return
             try:
@@ -381,6 +381,15 @@ class Server:
         lr = self.recipe.learning_rate * self.schedule(self.round_number)
         numbers = self.books.numbers(self.round_number)
         return Task(self._weights.travel(), self.extras, self.round_number, self.seed, lr, numbers)
+
+    def _gathered(self, total: Gathering, step: Step) -> Gathered:
+        """What came of the visits; one that is cut short leaves clients as they were."""
+        before = self.session.memory()
+        try:
+            return gather(total, self._arrivals(step), self.recipe, self._coded, self.observers)
+        except BaseException:
+            self.session.restore(before)
+            raise
 
     def _arrivals(self, step: Step) -> Iterator[Arrival]:
         """Let them train; first who was lost on the way."""

@@ -1,6 +1,8 @@
 """Callbacks of fit: they stop, keep and save, survive a break, and never look at what no noise covers."""
 
+import asyncio
 import math
+import signal
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fedtorch import (
     Client,
     ConfigError,
     EarlyStopping,
+    Local,
     Observer,
     Recipe,
     Scaffold,
@@ -20,6 +23,7 @@ from fedtorch import (
     ServerAdam,
     resume,
 )
+from fedtorch.engines import Processes
 from fedtorch.privacy import SampleLevel
 from fedtorch.run import callbacks as made
 
@@ -74,12 +78,14 @@ def test_the_best_weights_come_back_bit_for_bit_and_training_goes_on_from_the_la
         best.best == made.Best(at["test_loss"], at["round"]) and at["round"] < server.round_number
     )
     assert server.evaluate(TEST)["loss"] == at["test_loss"]
-    assert "stopped after round" in capsys.readouterr().out and not server.observers
+    assert server.stopped in capsys.readouterr().out and not server.observers
+    assert server.stopped.startswith("stopped after round 4: test_loss was ")
     # the same without anybody who looks: neither evaluation nor callbacks draw or change a thing
     plain.fit(at["round"], progress=False)
     assert all(torch.equal(v, weights(plain.model)[k]) for k, v in weights(server.model).items())
     plain.fit(server.round_number - at["round"] + 1, progress=False)
     server.fit(1, progress=False)
+    assert server.stopped == ""
     assert all(torch.equal(v, weights(plain.model)[k]) for k, v in weights(server.model).items())
 
 
@@ -278,3 +284,59 @@ def test_masks_show_a_callback_nothing_of_a_single_client():
         ConfigError, match="figures of single clients, and aggregator secure hides them"
     ):
         server.evaluate_clients()
+
+
+class Stops(Observer):
+    """Presses Ctrl-C: in the middle of a round, or once a round is over."""
+
+    def __init__(self, middle, times=1):
+        self.middle, self.times, self.count = middle, times, 0
+
+    def press(self):
+        self.count += 1
+        if self.count == 3:
+            for _ in range(self.times):
+                signal.raise_signal(signal.SIGINT)
+
+    def sent(self, released):
+        if self.middle:
+            self.press()
+
+    def round(self, figures):
+        if not self.middle:
+            self.press()
+
+
+@pytest.mark.parametrize(
+    ("engine", "middle", "times", "done"),
+    [
+        (Local(chunk=1), False, 1, 3),
+        (Local(chunk=1), True, 1, 2),
+        (Local(chunk=1), True, 2, 1),
+        (Processes(workers=2, chunk=1), True, 2, 1),
+    ],
+    ids=["between", "within", "at-once", "at-once-processes"],
+)
+def test_an_interrupt_leaves_a_server_that_goes_on_bit_for_bit(engine, middle, times, done, capsys):
+    whole, server = served(), served(engine=engine)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        server.fit(5, TEST, callbacks=[Stops(middle, times), BestModel()])
+    assert signal.getsignal(signal.SIGINT) is before and not server.observers
+    assert [m["round"] for m in server.history] == list(range(done + 1))  # nothing is lost
+    assert "stopping after this round" in capsys.readouterr().out
+    server.fit(5 - done, progress=False)
+    whole.fit(5, progress=False)
+    server.close()
+    assert all(torch.equal(v, weights(server.model)[k]) for k, v in weights(whole.model).items())
+
+
+def test_it_works_in_a_thread_and_in_a_running_event_loop():
+    async def run():
+        server = served()
+        here = server.fit(1, TEST, callbacks=[EarlyStopping()], progress=False)
+        there = await asyncio.to_thread(served().fit, 1, TEST, callbacks=[EarlyStopping()])
+        return here[-1]["test_loss"], there[-1]["test_loss"]
+
+    here, there = asyncio.run(run())
+    assert here == there

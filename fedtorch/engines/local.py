@@ -89,9 +89,9 @@ class LocalSession:
     _asked: list[tuple[list[Client], Task]] = field(default_factory=list)
 
     def submit(self, ids: Sequence[str], task: Task) -> None:
-        """Cut the cohort into chunks."""
+        """Cut the cohort into chunks; what an interrupt left of an earlier one is let go."""
         task = task.filled(self.given)
-        self._asked.extend((chunk, task) for chunk in self.cut(ids))
+        self._asked = [(chunk, task) for chunk in self.cut(ids)]
 
     @cached_property
     def given(self) -> Params:

@@ -40,6 +40,7 @@ def fitted(
             bar.round(figures)
             if interrupts.asked:
                 break
+        bar.close()
         if server.stopped:
             bar.say(server.stopped)
         elif server.round_number < last and not interrupts.asked:

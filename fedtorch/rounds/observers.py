@@ -73,6 +73,8 @@ class Remembered:
     """As those of an earlier fit left it."""
     waiting: dict[str, State] = field(default_factory=dict)
     """That of a checkpoint, until who is named so comes."""
+    enough: str = ""
+    """Why the rounds before were the last."""
 
     def of(self, observers: Sequence[Observer]) -> dict[str, State]:
         """All of it, with what those who are there remember now."""
@@ -117,6 +119,7 @@ def attending(
     begun: list[Observer] = []
     try:
         remembered.hand(observers)
+        remembered.enough = ""
         said = []
         for observer in observers:
             begun.append(observer)
@@ -131,6 +134,7 @@ def attending(
         for observer in begun:
             observer.close()
         remembered.left = _states(observers) or remembered.left
+        remembered.enough = asks_to_stop(observers)
         brought = [*first, *callbacks]
         observers[:] = [o for o in observers if not any(o is b for b in brought)]
 

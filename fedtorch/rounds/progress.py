@@ -96,6 +96,7 @@ class Bar:
         """Lines of their own, over the bar."""
         for line in lines if self.shown else ():
             print(("\r" + line).ljust(self._wide) if self.drawn else line, flush=True)
+            self.drawn = False
 
     def round(self, figures: Mapping[str, Any]) -> None:
         """One round is done."""
@@ -112,6 +113,7 @@ class Bar:
         """Leave the line as it stands."""
         if self.drawn:
             print()
+        self.drawn = False
 
     @property
     def _wide(self) -> int:

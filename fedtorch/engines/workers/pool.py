@@ -45,7 +45,9 @@ class PoolSession:
         """The task whose weights the workers can reach now."""
 
     def submit(self, ids: Sequence[str], task: Task) -> None:
-        """Cut the cohort into chunks, the largest clients first."""
+        """Cut the cohort into chunks, the largest clients first; what an interrupt left is called off."""
+        if self.board.open:
+            self.board.clear()
         most = math.ceil(len(ids) / self.board.workers) if self.spread else None
         self.board.add(self.local.cut(ids, most), task)
 
