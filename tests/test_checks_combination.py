@@ -65,6 +65,7 @@ SHARED = "aggregator secure weighs clients by a share of a public number"
 CODES = "adds numbers that it cannot read, and codes of a channel cannot be added"
 NOBODY = "shows nobody a client's own update"
 TOGETHER = "opens one sum of all that were asked"
+ONE_SIZE = "privacy distributed makes each client's share of the noise for rounds of one size"
 UNMASKED = "privacy distributed adds a share of the noise at each client"
 FIRST_IN = "pace buffered voids the claim of client-level privacy"
 
@@ -216,6 +217,7 @@ REFUSED = {
     **{(name, "distributed"): SENT for name in ("ifca", "fair", "nova")},
     **{(name, "distributed"): CODES for name in PARTS["channel"] if name != "whole"},
     ("sized", "distributed"): SIZED,
+    ("distributed", "poisson"): ONE_SIZE,
     ("seen", "distributed"): NOBODY,
     ("distributed", "buffered"): TOGETHER,
     ("topk", "client"): HELD,
@@ -262,14 +264,6 @@ OVERRULED = [
     (
         {"aggregator": Secure(), "privacy": ClientLevel(rate=0.9, **NOISE)},
         "voids amplification by secret coins",
-    ),
-    (
-        {
-            "aggregator": Secure(),
-            "privacy": DistributedDP(**NOISE),
-            "participation": Poisson(rate=0.5),
-        },
-        "participation everyone or uniform in place of poisson",
     ),
     (
         {"aggregator": Secure(neighbours=2), "privacy": DistributedDP(**NOISE)},

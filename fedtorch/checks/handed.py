@@ -32,16 +32,22 @@ def names(clients: Sequence[Any]) -> list[str]:
     return ids
 
 
+BEGUN = ("aggregator", "memory", "optimizer")
+"""Parts of a checkpoint that are filled by the rounds: one of an earlier round has less of them."""
+
+
 def same_parts(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raises ConfigError unless a checkpoint has what a server has ``now``, in the same types and shapes.
 
     But for its model and its plan, which have checks of their own, and what it may be without: the digest
-    of what it leaves out, and what observers keep.
+    of what it leaves out, what observers keep, and what later rounds began.
     """
     for name, value in now.items():
         if name in ("base", "observers"):
             continue
         if name not in saved:
+            if name in BEGUN:
+                continue
             raise ConfigError(f"the checkpoint has no {name!r}: another version wrote it")
         if name not in ("model", "privacy") and (odd := _odd(name, value, saved[name])):
             raise ConfigError(
@@ -55,8 +61,9 @@ def _odd(name: str, now: Any, saved: Any) -> str:
     if isinstance(now, Mapping):
         if not isinstance(saved, Mapping):
             return name
-        found = (_odd(f"{name}.{k}", v, saved.get(k)) for k, v in now.items())
-        return next(filter(None, found), "")
+        later = name.partition(".")[0] in BEGUN
+        both = {k: v for k, v in now.items() if k in saved or not later}
+        return next(filter(None, (_odd(f"{name}.{k}", v, saved.get(k)) for k, v in both.items())), "")
     if isinstance(now, Tensor):
         return "" if isinstance(saved, Tensor) and saved.shape == now.shape else name
     if isinstance(now, int):

@@ -14,7 +14,7 @@ from fedtorch.types import NUMBERS, Params, Task
 Metrics = dict[str, Any]
 """One round's figures: numbers, plus ``cohort`` and ``failed`` (lists of client ids)."""
 
-PART = 1 << 16
+PART = 1 << 14
 """Squares that are added up in float32: of ten million that sum can be off by a hundredth."""
 
 FAR = 10.0

@@ -127,6 +127,10 @@ class Strategy:
         kind = type(self)
         return kind.scale is not Strategy.scale or kind.numbers is not Strategy.numbers
 
+    def overshoots(self, lr: float) -> bool:
+        """Whether steps of this learning rate go beyond what they aim at, whatever the data are."""
+        return False
+
     def admits(self, linear: bool) -> str | None:
         """One sentence why it cannot do with such a run; None: it can.
 

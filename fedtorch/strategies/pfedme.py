@@ -42,6 +42,10 @@ class PFedMe(Strategy):
         """What is sent is made of gradients that are asked for."""
         return True
 
+    def overshoots(self, lr: float) -> bool:
+        """From lr lam of 1 on: each step goes that share of the way to the other model."""
+        return max(lr, self.inner_lr or lr) * self.lam >= 1
+
     def prepare(self, model: nn.Module) -> Strategy:
         """Raises ConfigError where there is more than weights."""
         whole_models(self, model)
