@@ -63,7 +63,9 @@ def _odd(name: str, now: Any, saved: Any) -> str:
             return name
         later = name.partition(".")[0] in BEGUN
         both = {k: v for k, v in now.items() if k in saved or not later}
-        return next(filter(None, (_odd(f"{name}.{k}", v, saved.get(k)) for k, v in both.items())), "")
+        return next(
+            filter(None, (_odd(f"{name}.{k}", v, saved.get(k)) for k, v in both.items())), ""
+        )
     if isinstance(now, Tensor):
         return "" if isinstance(saved, Tensor) and saved.shape == now.shape else name
     if isinstance(now, int):
