@@ -3,6 +3,9 @@
 The whole run is in ``run`` below: data, clients, model, server, and one loop over rounds.
 """
 
+import fedtorch  # noqa: F401  (first: Ctrl-C while torch is read is one line there)
+
+# isort: split
 import gc
 import sys
 import time
@@ -12,9 +15,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import fedtorch  # noqa: F401  (first: Ctrl-C while torch is read is one line there)
-
-# isort: split
 import torch
 from torch import nn
 
@@ -24,14 +24,15 @@ from fedtorch.checks.outputs import classes_fit
 from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.data.tokens import PREFIX
 from fedtorch.engines import Engine, Local
-from fedtorch.options import COUNT, NOT_NEGATIVE, SHARE, check
+from fedtorch.options import COUNT, NOT_NEGATIVE, SHARE, as_typed, check
 from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.privacy.run import BudgetSpent
 from fedtorch.rounds.synchronous import Rounds, Synchronous
 from fedtorch.rounds.threat import Threat
-from fedtorch.run import cli, huggingface, loop, objects, setup, steps, sweep, zoo
+from fedtorch.run import cli, help, huggingface, loop, objects, setup, steps, sweep, zoo
 from fedtorch.run import folder as folders
-from fedtorch.run.console import StopSignal, partition_table
+from fedtorch.run.console import StopSignal, page, partition_table
+from fedtorch.run.interrupts import begun
 from fedtorch.run.messages import (
     conclude,
     introduce,
@@ -39,7 +40,6 @@ from fedtorch.run.messages import (
     strict,
     write_results,
 )
-from fedtorch.run.names import help_text
 from fedtorch.run.options import RunOptions
 from fedtorch.server import Server
 from fedtorch.tracking import TensorBoard, Tracking
@@ -166,6 +166,8 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     """The run; ``held`` keeps the lock on its folder."""
     began = time.perf_counter()
     torch.set_num_threads(config.threads)
+    if config.tracking:
+        config.tracking.ready()
 
     # who has which data
     data = config.dataset.load(config.seed)
@@ -304,21 +306,26 @@ def read_config(argv: Sequence[str]) -> Config:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 trained, 1 it failed, learned nothing or the budget is spent, 2 it cannot be done."""
     argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(help_text(Config, "fedtorch train"))
-        print(sweep.HELP)
-        return 0
+    begun()
     try:
+        if (asked := cli.help_asked(argv)) is not None:
+            text = help.help_text(Config, "fedtorch train", help.RUN, asked)
+            page(text if asked else f"{text}\n{sweep.HELP}")
+            return 0
+        argv = cli.renamed(argv, Config)
         rest, points = sweep.settings(argv)
         if points:
             sweep.run(rest, points, read_config, train)
         else:
             train(read_config(argv))
     except ConfigError as e:
-        print(f"fedtorch: {e}", file=sys.stderr)
+        print(f"fedtorch: {as_typed(str(e), argv)}", file=sys.stderr)
         return 2
     except (ClientError, BudgetSpent, NothingLearned) as e:
         print(f"fedtorch: {e}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        print("fedtorch: stopped, nobody reads what it says any more", file=sys.stderr)
         return 1
     except OSError as e:
         print(f"fedtorch: {disk.reason(e)}", file=sys.stderr)

@@ -136,7 +136,8 @@ class Help(Directive):
         out = io.StringIO()
         os.environ["COLUMNS"] = "88"
         with contextlib.redirect_stdout(out):
-            main([*self.arguments, "--help"])
+            long = {"train", "serve", "site"} & {*self.arguments}  # all of them fits no screen
+            main([*self.arguments, "--help", *(["all"] if long else [])])
         return [nodes.literal_block(out.getvalue(), out.getvalue(), language="text")]
 
 

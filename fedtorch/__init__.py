@@ -2,9 +2,9 @@
 
 import sys
 
-from fedtorch.run.interrupts import reading
+from fedtorch.run.interrupts import Reading
 
-with reading():
+with Reading():
     from fedtorch.aggregation import (
         Bulyan,
         CentredClip,

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from fedtorch import disk
+from fedtorch.options import as_typed, near
+from fedtorch.run.interrupts import begun
 from fedtorch.types import ClientError, ConfigError
 
 COMMANDS = {
@@ -49,49 +51,84 @@ COMMANDS = {
 The module is imported when the command is run, so that no command waits for another's imports.
 """
 
-TAKES = {
-    "new": "NAME",
-    "runs": "[FOLDER] [--json]",
-    "compare": "RUN RUN [--json] [--png FILE]",
-    "eval": "RUN [--json] [--trust-code]",
-    "predict": "RUN FILE [--json] [--length N] [--trust-code]",
-    "models": "[--json]",
-    "datasets": "[--json]",
-    "strategies": "[--json]",
-    "aggregators": "[--json]",
-    "channels": "[--json]",
-    "completion": "bash|zsh",
-    "version": "",
+JSON = {"--json": "print JSON, for a program"}
+TRUST = {"--trust-code": "import code that only the run's config names"}
+
+TAKES: dict[str, tuple[str, dict[str, str]]] = {
+    "new": ("NAME", {}),
+    "runs": ("[FOLDER]", JSON),
+    "compare": ("RUN RUN", {**JSON, "--png FILE": "draw the curves into this file"}),
+    "eval": ("RUN", {**JSON, **TRUST}),
+    "predict": (
+        "RUN FILE",
+        {**JSON, "--length N": "characters that a model of texts goes on writing (200)", **TRUST},
+    ),
+    "models": ("", JSON),
+    "datasets": ("", JSON),
+    "strategies": ("", JSON),
+    "aggregators": ("", JSON),
+    "channels": ("", JSON),
+    "completion": ("bash|zsh", {}),
+    "version": ("", {}),
+    "keys": (
+        "FOLDER",
+        {
+            "--server HOST[,HOST]": "names of the server, for its certificate",
+            "--sites NAME[,NAME]": "the sites",
+            "--days N": "how long the certificates hold (365)",
+            "--he": "a common key of the sites too, for aggregator he",
+        },
+    ),
 }
 """What the small commands take; the others have a help of their own."""
+
+
+def help_of(command: str) -> str:
+    """A small command's usage, what it does, and a line for each option."""
+    words, options = TAKES[command]
+    shown = [f"  {name:<22} {text}" for name, text in options.items()]
+    usage = " ".join(
+        filter(None, [f"usage: fedtorch {command}", words, "[options]" * bool(options)])
+    )
+    return "\n".join([usage, "", COMMANDS[command][0], *([""] if shown else []), *shown])
 
 
 def usage() -> str:
     """What there is, one line each."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (text, _) in COMMANDS.items()]
-    more = "fedtorch COMMAND --help says what a command takes."
+    more = (
+        "fedtorch COMMAND --help says what it takes; fedtorch train --help privacy tells of a part"
+    )
     return "\n".join(["usage: fedtorch COMMAND [options]", "", *lines, "", more])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command: 0 done, 1 a client's own code failed, 2 the request cannot be done."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command == "help" and rest:
+        command, rest = rest[0], ["--help", *rest[1:]]
     if command in ("-h", "--help", "help"):
         print(usage())
         return 0
     command = {"--version": "version"}.get(command, command)
     try:
         if command not in COMMANDS:
-            raise ConfigError(f"unknown command {command!r}; there are {', '.join(COMMANDS)}")
-        about, place = COMMANDS[command]
+            hint = (
+                near(command.lstrip("-"), [*COMMANDS, "help"])
+                or f"; there are {', '.join(COMMANDS)}"
+            )
+            raise ConfigError(f"unknown command {command!r}{hint}")
+        place = COMMANDS[command][1]
         if command in TAKES and not {"-h", "--help"}.isdisjoint(rest):
-            print(f"usage: fedtorch {command} {TAKES[command]}".rstrip() + f"\n\n{about}")
+            print(help_of(command))
             return 0
         module, _, name = place.partition(":")
-        return int(getattr(importlib.import_module(module), name)(rest))
+        act = getattr(importlib.import_module(module), name)
+        begun()
+        return int(act(rest))
     except (ConfigError, ClientError) as e:
-        print(f"fedtorch: {e}", file=sys.stderr)
+        print(f"fedtorch: {as_typed(str(e), rest)}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
     except BrokenPipeError:  # the reader (head, less) has seen enough
         if command in ("train", "serve", "site"):

@@ -3,11 +3,12 @@
 True is no number, text is no number, and NaN is in no range. NumPy's numbers become Python's.
 """
 
+import difflib
 import importlib
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from numbers import Integral, Real
@@ -222,6 +223,30 @@ def briefly(cls: type) -> None:
     """Let a class and what is made of it be shown by ``brief``; for ``__init_subclass__``."""
     if "__repr__" not in vars(cls):
         cls.__repr__ = brief  # type: ignore[assignment]
+
+
+def near(word: str, known: Iterable[str], meant: Mapping[str, str] | None = None) -> str:
+    """``; did you mean rounds?`` of what comes near a wrong word; nothing where nothing does.
+
+    ``meant``: what some words are likely to mean, whatever they come near.
+    """
+    plain = {k.replace("_", "-").lower(): k for k in known}
+    asked = word.replace("_", "-").lower()
+    if meant and asked in meant:
+        return f"; did you mean {meant[asked]}?"
+    begun = [k for k in plain if len(asked) > 2 and k.startswith(asked)]
+    found = (begun or difflib.get_close_matches(asked, plain, cutoff=0.7))[:2]
+    return f"; did you mean {' or '.join(plain[f] for f in found)}?" if found else ""
+
+
+def as_typed(message: str, argv: Sequence[str]) -> str:
+    """A message with options named as they were typed: ``--batch-size`` for ``batch_size``."""
+    for word in argv:
+        typed = word.partition("=")[0]
+        key = typed[2:].replace("-", "_")
+        if typed.startswith("--") and ("-" in typed[2:] or "." in key):
+            message = re.sub(rf"(?<![\w.\-]){re.escape(key)}(?![\w.]*\w)", typed, message)
+    return message
 
 
 def find(path: str) -> Any:

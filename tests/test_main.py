@@ -34,12 +34,17 @@ def test_every_command_has_help(command, capsys):
     assert main([command, "--help"]) == 0
     out, err = capsys.readouterr()
     assert f"fedtorch {command}" in out and not err
+    assert main(["help", command]) == 0 and capsys.readouterr().out == out
 
 
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["trian"], "unknown command 'trian'; there are train, "),
+        (["trian"], "unknown command 'trian'; did you mean train?"),
+        (["xyzzy"], "unknown command 'xyzzy'; there are train, "),
+        (["--hlep"], "unknown command '--hlep'; did you mean help?"),
+        (["models", "--jsn"], "it has --json; did you mean --json?"),
+        (["keys"], "fedtorch keys takes one folder, but got 0: fedtorch keys FOLDER --server"),
         (["models", "--yaml"], "fedtorch models has no option --yaml; it has --json"),
         (["models", "--json=1"], "--json takes no value"),
         (["datasets", "mnist"], "takes no argument, but got 'mnist'"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedtorch import QSGD, ConfigError, FedProx, Scaffold, ServerAdam, Sign, Strategy, TopK, Uniform
 from fedtorch.commands.train import train_module
 from fedtorch.data import Csv, Digits, Dirichlet, Natural
-from fedtorch.options import find
+from fedtorch.options import as_typed, find
 from fedtorch.run import cli, objects
 from fedtorch.run.names import CHOICES
 from fedtorch.sites.options import ServeConfig, SiteConfig
@@ -203,7 +203,37 @@ class Touch:
     [
         (["rounds"], "unexpected argument 'rounds': options start with --"),
         (["-r", "3"], "unexpected argument '-r'"),
-        (["--round", "3"], "unknown option --round"),
+        (["--round", "3"], "unknown option --round; did you mean --rounds?"),
+        (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
+        (["--eval-evry", "3"], "did you mean --eval-every?"),
+        (["--dataset-path", "x"], "unknown option --dataset-path; did you mean --dataset.path?"),
+        (["--no-drop-last"], "unknown option --no-drop-last; write --drop-last false, or none"),
+        (["--xyz", "3"], "unknown option --xyz; --help lists them"),
+        (["--lr", "1", "--lr", "2"], "--lr is given twice"),
+        (["--batch_size", "1", "--batch-size=2"], "--batch-size is given twice"),
+        (
+            ["mnist"],
+            "unexpected argument 'mnist': options start with --; did you mean --dataset mnist?",
+        ),
+        (["run.toml"], "did you mean --config run.toml?"),
+        (["-lr", "1"], "did you mean --lr?"),
+        (["--rounds="], "rounds: expected int, got nothing"),
+        (["--strategy", "fedagv"], "; did you mean fedavg or qfedavg?"),
+        (["--strategy", "fedbuff"], "; did you mean fedavg with --pace buffered?"),
+        (["--privacy", "dpsgd"], "; did you mean sample?"),
+        (["--strategy", "fedprox", "--strategy.muu", "1"], "; did you mean mu?"),
+        (
+            ["--strategy.server", "adam", "--strategy.server.learning-rate", "1"],
+            "; did you mean lr?",
+        ),
+        (
+            ["--strategy", "none"],
+            "strategy cannot be left out: fedavg is what a run has without it",
+        ),
+        (
+            ["--dataset", "pyproject.toml"],
+            "is where data lie, and no kind of data: --dataset csv --data",
+        ),
         (["--rounds"], "--rounds needs a value"),
         (["--rounds", "--lr", "3"], "--rounds needs a value"),
         (["--rounds", "x"], "rounds: expected int, got x"),
@@ -214,7 +244,7 @@ class Touch:
             ["--strategy", "scaffold", "--strategy.option", "3"],
             "strategy.option: expected one of 1, 2, got 3",
         ),
-        (["--strategy.m", "1"], "strategy FedAvg has no option 'm'; it has server, weighting"),
+        (["--strategy.m", "1"], "strategy fedavg has no option 'm'; it has server, weighting"),
         (["--strategy", "fedprox", "--strategy.mu", "x"], "strategy.mu: expected float, got x"),
         (
             ["--strategy.server", "sgd", "--strategy.server.momentun", "1"],
@@ -244,6 +274,74 @@ def test_mistakes_are_one_sentence(argv, message):
         parse(*argv)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["off", "none", "No", "false", "null"])
+def test_what_can_be_left_out_is_turned_off(word):
+    config = parse("--privacy", word, "--tracking", word, "--channel", word, "--partition", word)
+    assert (config.privacy, config.tracking, config.channel, config.partition) == (
+        None,
+        None,
+        (),
+        None,
+    )
+
+
+def test_names_of_elsewhere_that_mean_the_same_are_taken(tmp_path):
+    assert parse("--strategy", "FedAdam").strategy == parse("--strategy.server", "adam").strategy
+    own = parse("--strategy", "fedadam", "--strategy.server.lr", "0.5").strategy
+    assert own.server == ServerAdam(lr=0.5)
+    (tmp_path / "c.toml").write_text('strategy = "fedadam"\nparticipation = "all"')
+    assert parse("--config", str(tmp_path / "c.toml")).strategy.server == ServerAdam()
+
+
+def test_options_of_elsewhere_are_taken_for_ours_and_said(capsys):
+    words = "--learning-rate 0.5 --output=here --hidden 4 --rounds 2 --sweep learning_rate=1,2"
+    assert cli.renamed(words.split(), Config) == (
+        [
+            "--lr",
+            "0.5",
+            "--run_dir=here",
+            "--model.hidden",
+            "4",
+            "--rounds",
+            "2",
+            "--sweep",
+            "lr=1,2",
+        ]
+    )
+    assert capsys.readouterr().err.splitlines() == [
+        "note: --learning-rate is --lr here",
+        "note: --output is --run-dir here",
+        "note: --hidden is --model.hidden here",
+        "note: learning_rate is lr here",
+    ]
+    # a command that has an option of that name means it
+    assert cli.renamed(["--device", "cpu"], SiteConfig) == ["--device", "cpu"]
+    assert cli.renamed(["--device", "cpu"], Config) == ["--engine.device", "cpu"]
+    assert cli.renamed(["--max-epsilon", "1", "x=1"], SiteConfig) == ["--max-epsilon", "1", "x=1"]
+
+
+def test_a_switch_of_a_choice_needs_no_value():
+    assert parse("--privacy.strict", "--rounds", "3").privacy.strict
+    assert not parse("--privacy.strict", "false").privacy.strict
+    with pytest.raises(ConfigError, match=r"--privacy\.epsilon needs a value"):
+        parse("--privacy.epsilon", "--rounds", "3")
+
+
+def test_options_come_back_as_they_were_typed():
+    said = "batch_size must be at least 1; see privacy.batch_size and xbatch_size"
+    assert as_typed(said, ["--batch-size", "0"]) == (
+        "--batch-size must be at least 1; see privacy.batch_size and xbatch_size"
+    )
+    assert (
+        as_typed("dataset.path must be a file", ["--dataset.path=x"])
+        == "--dataset.path must be a file"
+    )
+    assert (
+        as_typed("dataset.path/x and run_dir", ["--dataset.path", "x"])
+        == "--dataset.path/x and run_dir"
+    )
 
 
 @given(st.lists(st.text(min_size=1, max_size=12), max_size=5))
@@ -276,7 +374,7 @@ def test_no_value_makes_anything_but_a_config_or_a_sentence(pairs):
         ("rounds = ", "is not TOML"),
         ("rounds = 3\nrounds = 4", "is not TOML"),
         ("learning_rate = 1.0", "the config has no option 'learning_rate'; it has lr, epochs"),
-        ('[strategy]\nname = "fedprox"\nm = 1', "strategy FedProx has no option 'm'"),
+        ('[strategy]\nname = "fedprox"\nm = 1', "strategy fedprox has no option 'm'"),
         ("strategy = 3", "unknown strategy '3'"),
         ("rounds = [1, 2]", "rounds: expected int"),
     ],

@@ -3,11 +3,10 @@ import dataclasses
 from fedtorch.commands.train import train_module
 from fedtorch.options import find, typed
 from fedtorch.rounds.buffered import Asynchronous, Buffered
-from fedtorch.run.names import CHOICES, help_text
+from fedtorch.run.names import ALIASES, CALLED, CHOICES, MEANT, NEAR, OFF
 from fedtorch.run.objects import choose
 
 Config = train_module().Config
-HELP = help_text(Config, "fedtorch train")
 
 
 def test_every_choice_can_be_imported_and_is_a_frozen_dataclass():
@@ -15,34 +14,6 @@ def test_every_choice_can_be_imported_and_is_a_frozen_dataclass():
         for path in names.values():
             assert dataclasses.fields(find(path)) is not None
             assert find(path).__dataclass_params__.frozen
-
-
-def test_help_names_every_option_with_its_default_and_a_sentence():
-    lines = HELP.splitlines()
-    for f in dataclasses.fields(Config):
-        if f.name.endswith("_args"):
-            continue
-        flag = f"  --{f.name.replace('_', '-')}"
-        at = next(i for i, line in enumerate(lines) if line == flag or line.startswith(f"{flag} "))
-        assert lines[at + 1].strip(), f"{f.name} has no text"
-
-
-def test_a_short_list_of_choices_leaves_none_out():
-    lines = HELP.splitlines()
-    for option in ("pace", "threat", "privacy", "engine", "participation", "channel"):
-        at = next(i for i, line in enumerate(lines) if line.startswith(f"  --{option} "))
-        end = next(i for i, line in enumerate(lines) if i > at and line.startswith(" " * 12))
-        text = " ".join(lines[at:end])
-        assert not [name for name in CHOICES[option] if name not in text], option
-
-
-def test_help_names_every_choice_with_its_options():
-    for choice, names in CHOICES.items():
-        for name, path in names.items():
-            assert name in HELP
-            for f in dataclasses.fields(find(path)):
-                if f"{choice}.{f.name}" not in CHOICES:
-                    assert f"--{choice}.{f.name}" in HELP
 
 
 def test_messages_spell_a_choice_as_options_do():
@@ -67,5 +38,22 @@ def test_paces_go_by_the_names_of_their_papers_too():
     assert choose("pace", "FedAsync") == Asynchronous()
 
 
-def test_help_fits_a_terminal():
-    assert max(map(len, HELP.splitlines())) <= 100
+def test_what_others_say_stands_for_something_that_there_is():
+    options = {f.name for f in dataclasses.fields(Config)}
+    for other, ours in ALIASES.items():
+        top, _, below = ours.partition(".")
+        assert top in options and other not in options, other
+        choice, _, name = ours.rpartition(".")
+        if below and choice in CHOICES:
+            classes = map(find, CHOICES[choice].values())
+            has = any(name in {f.name for f in dataclasses.fields(c)} for c in classes)
+            assert has or ours in CHOICES, ours
+    assert CALLED["learning-rate"] == "lr" and CALLED["max-grad-norm"] == "clip"
+    for choice, meant in MEANT.items():
+        for other, (name, inner) in meant.items():
+            assert other not in CHOICES[choice] and name in CHOICES[choice]
+            assert all(v in CHOICES[f"{choice}.{k}"] for k, v in inner.items())
+    for choice, words in NEAR.items():
+        for other, said in words.items():
+            assert other not in CHOICES[choice] and other not in OFF
+            assert said.replace(" or ", " ").split()[0] in CHOICES[choice]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from fedtorch.options import near
 from fedtorch.types import ConfigError
 
 
@@ -28,7 +29,8 @@ def words_and_options(
         name, eq, value = word[2:].partition("=")
         if name not in takes:
             known = ", ".join(f"--{n}" for n in takes) or "none"
-            raise ConfigError(f"fedtorch {command} has no option --{name}; it has {known}")
+            hint = near(name, takes).replace("mean ", "mean --").replace(" or ", " or --")
+            raise ConfigError(f"fedtorch {command} has no option --{name}; it has {known}{hint}")
         if takes[name] and not eq:
             if not rest:
                 raise ConfigError(f"fedtorch {command}: --{name} needs a value")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import cast
 
 from fedtorch.commands.options import words_and_options
-from fedtorch.run import cli
+from fedtorch.run import cli, help
 from fedtorch.run import folder as folders
-from fedtorch.run.names import help_text
+from fedtorch.run.console import page
 from fedtorch.sites import keys as certificates
 from fedtorch.sites import sealed
 from fedtorch.sites.ends import EndedEarly
@@ -29,9 +29,10 @@ def serve(argv: Sequence[str]) -> int:
     0: all rounds are trained. 1: sites stayed away, or no report was ever used. 3: the privacy budget is
     spent. 128 + signal: stopped.
     """
-    if wants_help(argv, ServeConfig, "fedtorch serve"):
+    if wants_help(argv, ServeConfig, "fedtorch serve", help.RUN):
         return 0
     log_to_screen()
+    argv = cli.renamed(argv, ServeConfig)
     argv = ["--config", *argv] if argv and not argv[0].startswith("--") else argv
     flags = cli.from_flags(argv, {f.name: f.type for f in fields(ServeConfig)})
     if str(flags.get("resume", "false")).lower() == "true" and "run_dir" in flags:
@@ -49,11 +50,11 @@ def serve(argv: Sequence[str]) -> int:
 
 def site(argv: Sequence[str]) -> int:
     """Take part in a federation with this organisation's data."""
-    if wants_help(argv, SiteConfig, "fedtorch site"):
+    if wants_help(argv, SiteConfig, "fedtorch site", help.SITE):
         return 0
     log_to_screen()
     try:
-        with stoppable(), closing(Site(cast(SiteConfig, cli.parse(SiteConfig, argv)))) as here:
+        with stoppable(), closing(Site(site_config(argv))) as here:
             return here.run()
     except Stopped as e:
         print(
@@ -62,6 +63,11 @@ def site(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 128 + e.number
+
+
+def site_config(argv: Sequence[str]) -> SiteConfig:
+    """The site's options."""
+    return cast(SiteConfig, cli.parse(SiteConfig, cli.renamed(argv, SiteConfig)))
 
 
 class Stopped(BaseException):
@@ -93,13 +99,13 @@ def stoppable() -> Iterator[None]:
 def keys(argv: Sequence[str]) -> int:
     """Make certificates and keys for a trial."""
     words, given = words_and_options(
-        argv, "keys", {"server": True, "sites": True, "days": True, "he": False, "help": False}
+        argv, "keys", {"server": True, "sites": True, "days": True, "he": False}
     )
-    if "help" in given or len(words) != 1:
-        print(
-            "usage: fedtorch keys FOLDER --server HOST[,HOST] --sites NAME[,NAME] [--days 365] [--he]"
+    if len(words) != 1:
+        raise ConfigError(
+            f"fedtorch keys takes one folder, but got {len(words)}: fedtorch keys FOLDER --server HOST "
+            "--sites NAME,NAME"
         )
-        return 0 if "help" in given else 2
     days = given.get("days", "365")
     if not days.isdecimal() or not 0 < int(days) <= 3650:
         raise ConfigError(f"--days must be a whole number from 1 to 3650, got {days!r}")
@@ -119,12 +125,12 @@ def keys(argv: Sequence[str]) -> int:
     return 0
 
 
-def wants_help(argv: Sequence[str], config: type, command: str) -> bool:
+def wants_help(argv: Sequence[str], config: type, command: str, topics: help.Topics) -> bool:
     """Print the options when asked to."""
-    if "--help" in argv or "-h" in argv:
-        print(help_text(config, command))
-        return True
-    return False
+    asked = cli.help_asked(argv)
+    if asked is not None:
+        page(help.help_text(config, command, topics, asked))
+    return asked is not None
 
 
 def log_to_screen() -> None:

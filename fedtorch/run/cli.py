@@ -5,12 +5,16 @@ nested table.
 """
 
 import dataclasses
+import re
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedtorch.options import find, near
 from fedtorch.run import trust
+from fedtorch.run.names import ALIASES, CHOICES, flag
 from fedtorch.run.objects import Table, build
 from fedtorch.types import ConfigError
 
@@ -63,29 +67,92 @@ def resume(cls: type, argv: Sequence[str], config: Path, free: set[str]) -> Any:
     return new
 
 
+def renamed(argv: Sequence[str], cls: type) -> list[str]:
+    """Flags that others use, as the config dataclass ``cls`` has them; each is said once."""
+    fields = {f.name for f in dataclasses.fields(cls)}
+    words, swept = [], False
+    for word in argv:
+        dashed, name, rest = re.fullmatch(r"(--|)([^=]*)(.*)", word, re.DOTALL).groups()  # type: ignore[union-attr]
+        key = name.replace("-", "_")
+        ours = ALIASES.get(key, "")
+        swept = name == "sweep" if dashed else swept
+        if key not in fields and ours.partition(".")[0] in fields and (dashed or (swept and rest)):
+            print(f"note: {dashed}{name} is {flag(ours)[2 - len(dashed) :]} here", file=sys.stderr)
+            word = f"{dashed}{ours}{rest}"
+        words.append(word)
+    return words
+
+
 def from_flags(argv: Sequence[str], fields: Mapping[str, Any]) -> Table:
     """``--a.b value``, ``--a.b=value`` and bare ``--switch`` -> a nested table."""
     table: Table = {}
+    seen: set[str] = set()
     words = list(argv)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise ConfigError(f"unexpected argument {word!r}: options start with --")
-        key, eq, value = word[2:].partition("=")
-        key = key.replace("-", "_")
+            raise ConfigError(
+                f"unexpected argument {word!r}: options start with --{_meant(word, fields)}"
+            )
+        typed, eq, value = word.partition("=")
+        key = typed[2:].replace("-", "_")
         top = key.partition(".")[0]
         if top not in fields and top not in ("config", "trust_code"):
-            raise ConfigError(f"unknown option --{top}; the same command with --help lists them")
+            raise ConfigError(f"unknown option {typed}{_instead(key, fields)}")
+        if key in seen:
+            raise ConfigError(f"{typed} is given twice: leave out one")
+        seen.add(key)
         if not eq:
             last = not words or words[0].startswith("--")
-            if key == "trust_code" or (fields.get(key) is bool and last):
+            if key == "trust_code" or (last and _switch(key, fields)):
                 value = "true"
             elif last:
-                raise ConfigError(f"--{key} needs a value")
+                raise ConfigError(f"{typed} needs a value")
             else:
                 value = words.pop(0)
         put(table, key.split("."), value)
     return table
+
+
+def _instead(key: str, fields: Mapping[str, Any]) -> str:
+    """What may be meant by an option that there is not, in words."""
+    top, _, below = key.partition("_")
+    if top == "no" and below in fields:
+        return f"; write {flag(below)} false, or none"
+    if top in CHOICES and top in fields:
+        return f"; did you mean {flag(f'{top}.{below}')}?"
+    names = {flag(name)[2:]: flag(name) for name in fields}
+    found = near(key, names)
+    for name in sorted(names, key=len, reverse=True):
+        found = re.sub(rf"(mean|or) {name}(?= or|\?)", rf"\1 --{name}", found)
+    return found or "; --help lists them"
+
+
+def help_asked(argv: Sequence[str]) -> list[str] | None:
+    """The words behind ``--help``; None where it is not there."""
+    at = next((i for i, word in enumerate(argv) if word in ("--help", "-h")), None)
+    return None if at is None else list(argv[at + 1 :])
+
+
+def _switch(key: str, fields: Mapping[str, Any]) -> bool:
+    """Whether an option without a value is turned on by it."""
+    choice, _, name = key.rpartition(".")
+    if not choice:
+        return fields.get(key) is bool
+    classes = [find(path) for path in CHOICES.get(choice, {}).values()]
+    return any(f.type is bool for c in classes for f in dataclasses.fields(c) if f.name == name)
+
+
+def _meant(word: str, fields: Mapping[str, Any]) -> str:
+    """What a word without -- may be, in words: an option, or the name of a choice."""
+    name = word.lstrip("-").replace("-", "_")
+    if name in fields:
+        return f"; did you mean {flag(name)}?"
+    choices = [c for c, names in CHOICES.items() if word.lower() in names and "." not in c]
+    choices = [c for c in choices if c in fields]
+    if choices:
+        return f"; did you mean {flag(choices[0])} {word}?"
+    return f"; did you mean --config {word}?" if word.endswith(".toml") else ""
 
 
 def put(table: Table, keys: list[str], value: Any) -> None:

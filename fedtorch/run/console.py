@@ -35,6 +35,14 @@ class _Screen(Console):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def page(text: str) -> None:
+    """A long text, whose reader may have seen enough, as with ``| head``."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # nor does Python's own flush at the end find a reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Report(Observer):
     """Progress over rounds."""
 

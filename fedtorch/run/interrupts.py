@@ -1,41 +1,45 @@
-"""Ctrl-C while a command reads torch, which takes seconds: one line, and no error to trace."""
+"""Ctrl-C while a command reads torch, which takes seconds: one line, and no error to trace.
+
+What it imports is read before it can help: so it takes little.
+"""
 
 import os
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 
 def command() -> bool:
     """Whether this process is ``fedtorch``, ``python -m fedtorch`` or ``train.py``."""
     if sys.argv[:1] == ["-m"]:  # so it stays until the module that was asked for is found
         return "fedtorch" in sys.orig_argv
-    return Path(sys.argv[0]).name in ("fedtorch", "train.py")
+    return os.path.basename(sys.argv[0]) in ("fedtorch", "train.py")
 
 
-@contextmanager
-def reading() -> Iterator[None]:
+class Reading:
     """In here Ctrl-C ends a command at once: nothing is open yet, and no exception could be lost.
 
-    Compiled code that imports NumPy drops an exception and fails later with one of its own.
+    Compiled code that imports NumPy drops an exception and fails later with one of its own. It stays so
+    until ``begun``, as more is read then.
     """
-    ours = (
-        command()
-        and threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if not ours:
-        yield
-        return
-    signal.signal(signal.SIGINT, _stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        _stop()
-    finally:
+
+    def __enter__(self) -> None:
+        """Take the signal over, where it is ours to take."""
+        self.ours = command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        try:
+            if self.ours:
+                signal.signal(signal.SIGINT, _stop)
+        except ValueError:  # a thread that is not the main one: Python lets nobody do so there
+            self.ours = False
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """An interrupt that came as an exception ends it as well."""
+        if self.ours and kind is KeyboardInterrupt:
+            _stop()
+
+
+def begun() -> None:
+    """A command begins: from here on an interrupt is an exception, and what is open is closed."""
+    if signal.getsignal(signal.SIGINT) is _stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

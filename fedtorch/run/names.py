@@ -1,12 +1,7 @@
-"""The short names a config may use, and the help text that lists them."""
+"""The short names a config may use."""
 
 import dataclasses
-import textwrap
 from typing import Any
-
-from docstring_parser import parse_from_object
-
-from fedtorch.options import find
 
 CHOICES: dict[str, dict[str, str]] = {
     "dataset": {
@@ -134,9 +129,6 @@ CHOICES: dict[str, dict[str, str]] = {
 }
 """Short names of each choice; the dotted path is what a user's own class is given by."""
 
-ALIASES = {"pace": {"fedbuff": "buffered", "fedasync": "asynchronous"}}
-"""Other names that people know some of them by."""
-
 WANTED = {
     "dataset": ("load", "it must be a dataclass with a method load(seed)"),
     "lora": ("fedtorch.run.huggingface.LoRA", "it must be a subclass of LoRA"),
@@ -177,6 +169,86 @@ WANTED = {
 SEVERAL = {"channel"}
 """Choices of several parts in order: ``topk:0.01,qsgd``, or a list of tables."""
 
+ALIASES = {
+    "learning_rate": "lr",
+    "local_epochs": "epochs",
+    "local_steps": "steps",
+    "bs": "batch_size",
+    "batch": "batch_size",
+    "lrate": "lr",
+    "num_clients": "clients",
+    "n_clients": "clients",
+    "num_rounds": "rounds",
+    "n_rounds": "rounds",
+    "output": "run_dir",
+    "output_dir": "run_dir",
+    "out": "run_dir",
+    "data": "dataset",
+    "data_path": "dataset.path",
+    "path": "dataset.path",
+    "target": "dataset.target",
+    "label": "dataset.target",
+    "device": "engine.device",
+    "workers": "engine.workers",
+    "num_workers": "engine.workers",
+    "hidden": "model.hidden",
+    "alpha": "partition.alpha",
+    "mu": "strategy.mu",
+    "algorithm": "strategy",
+    "server_lr": "strategy.server.lr",
+    "server_optimizer": "strategy.server",
+    "momentum": "optimizer.momentum",
+    "weight_decay": "optimizer.weight_decay",
+    "epsilon": "privacy.epsilon",
+    "eps": "privacy.epsilon",
+    "target_epsilon": "privacy.epsilon",
+    "delta": "privacy.delta",
+    "noise_multiplier": "privacy.noise_multiplier",
+    "max_grad_norm": "privacy.clip",
+    "cohort_size": "participation.cohort_size",
+    "random_seed": "seed",
+    "val": "validation",
+}
+"""What others call an option: taken for ours where a command has no option of that name, and said."""
+
+CALLED = {other.replace("_", "-"): ours.rpartition(".")[2] for other, ours in ALIASES.items()}
+"""The same without what an option belongs to: what was likely meant in a file, or behind a dot."""
+
+MEANT: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
+    "strategy": {
+        "fedadam": ("fedavg", {"server": "adam"}),
+        "fedyogi": ("fedavg", {"server": "yogi"}),
+        "fedadagrad": ("fedavg", {"server": "adagrad"}),
+        "fedlamb": ("fedavg", {"server": "lamb"}),
+    },
+    "participation": {"all": ("everyone", {}), "full": ("everyone", {})},
+    "pace": {"fedbuff": ("buffered", {}), "fedasync": ("asynchronous", {})},
+}
+"""Names that others give to a choice of ours with some options: the same thing, so they are taken."""
+
+OFF = ("none", "null", "off", "no", "false")
+"""Words for a choice that is left out."""
+
+NEAR = {
+    "privacy": {"dpsgd": "sample", "dp-sgd": "sample", "dp": "sample", "example": "sample",
+                "user": "client", "central": "client", "ldp": "local", "ddp": "distributed"},
+    "strategy": {"fedavgm": "fedavg with --strategy.server sgd --strategy.server.momentum 0.9",
+                 "fedsgd": "fedavg with --steps 1", "fedbuff": "fedavg with --pace buffered",
+                 "fedasync": "fedavg with --pace asynchronous",
+                 "fedmedian": "fedavg with --aggregator median", "krum": "fedavg with --aggregator krum"},
+    "aggregator": {"fedavg": "mean", "average": "mean", "avg": "mean", "secagg": "secure",
+                   "trimmed": "trimmed-mean", "rfa": "geometric-median"},
+    "dataset": {"cifar10": "folder or hf", "cifar": "folder or hf", "femnist": "idx", "emnist": "idx",
+                "fashion-mnist": "idx", "shakespeare": "text", "image": "folder", "images": "folder",
+                "tsv": "csv", "parquet": "csv", "huggingface": "hf"},
+    "partition": {"noniid": "dirichlet", "non-iid": "dirichlet", "label-skew": "dirichlet or shards",
+                  "pathological": "shards"},
+    "participation": {"random": "uniform"},
+    "engine": {"gpu": "local with --engine.device cuda", "cuda": "local with --engine.device cuda",
+               "multiprocessing": "processes"},
+}  # fmt: skip
+"""What is likely meant by a name of elsewhere: to be asked, not to be taken for granted."""
+
 FREE = {"model", "optimizer"}
 """Choices whose options belong to a function that is only found later: a table ``<name>_args``."""
 
@@ -207,69 +279,29 @@ def worded(part: Any) -> str:
     """A choice and its options by the names that flags have, without what is left open."""
     given = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
     options = [
-        f"{k.replace('_', ' ')} {worded(v) if dataclasses.is_dataclass(v) else _shown(v)}"
+        f"{k.replace('_', ' ')} {worded(v) if dataclasses.is_dataclass(v) else written(v)}"
         for k, v in given.items()
         if v is not None and v not in ((), "auto")
     ]
-    return _shown(part).lower() + (f" ({', '.join(options)})" if options else "")
+    return written(part).lower() + (f" ({', '.join(options)})" if options else "")
 
 
-def help_text(cls: type, command: str) -> str:
-    """Every option of the config dataclass ``cls``, with its default and, for a choice, the names."""
-    lines = [
-        f"usage: {command} [--config run.toml] [--option value ...]",
-        "",
-        "Flags override the TOML file. Options of a choice: --strategy fedprox --strategy.mu 0.1.",
-        "Code that only a file names is imported with --trust-code alone.",
-        "",
-    ]
-    docs = _docs(cls)
-    shared = {f.name for base in cls.__mro__[1:-1] for f in dataclasses.fields(base)}
-    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name in shared):  # its own first
-        if f.name.removesuffix("_args") in FREE and f.name.endswith("_args"):
-            continue
-        lines += _option(f"--{f.name.replace('_', '-')}", _shown(_default(f)), docs.get(f.name, ""))
-        for choice in (c for c in CHOICES if c.partition(".")[0] == f.name):
-            for name, path in CHOICES[choice].items():
-                lines += _choice(choice, name, path)
-    return "\n".join(lines)
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
 
 
-def _option(flag: str, default: str, text: str) -> list[str]:
-    head = f"  {flag} {default}".rstrip()
-    return [head, *textwrap.wrap(text, 88, initial_indent=" " * 8, subsequent_indent=" " * 8)]
-
-
-def _choice(choice: str, name: str, path: str) -> list[str]:
-    cls = find(path)
-    options = "".join(
-        f" --{choice}.{f.name} {_shown(_default(f))}"
-        for f in dataclasses.fields(cls)
-        if f"{choice}.{f.name}" not in CHOICES
-    )
-    label = f"{name} (as --{choice})" if "." in choice else name
-    return textwrap.wrap(
-        f"{label}:{options or ' no options'}",
-        92,
-        initial_indent=" " * 12,
-        subsequent_indent=" " * 16,
-    )
-
-
-def _docs(cls: type) -> dict[str, str]:
-    found = [p for base in cls.__mro__[-2::-1] for p in parse_from_object(base).params]
-    return {p.arg_name: " ".join((p.description or "").split()) for p in found}
-
-
-def _default(f: "dataclasses.Field[Any]") -> Any:
+def default(f: "dataclasses.Field[Any]") -> Any:
+    """What a field is where nothing is given."""
     return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
 
 
-def _shown(value: Any) -> str:
+def written(value: Any) -> str:
+    """A value as a flag takes it; a choice by its short name."""
     if dataclasses.is_dataclass(value):
         paths = {p.rpartition(".")[2]: n for names in CHOICES.values() for n, p in names.items()}
         return paths.get(type(value).__name__, type(value).__name__)
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
     if isinstance(value, float):
         return f"{value:g}"

@@ -11,14 +11,26 @@ import os
 import re
 import threading
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from fedtorch.options import find
-from fedtorch.run.names import ALIASES, CHOICES, FREE, SEVERAL, WANTED, grouped
+from fedtorch.options import find, near
+from fedtorch.run.names import (
+    CALLED,
+    CHOICES,
+    FREE,
+    MEANT,
+    NEAR,
+    OFF,
+    SEVERAL,
+    WANTED,
+    grouped,
+    written,
+)
 from fedtorch.types import ConfigError
 
 LISTS = (list[str], list[int], tuple[str, ...])
@@ -38,13 +50,18 @@ def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
         full, value = f"{where}.{key}" if where else key, home(given)
         if key not in takes:
             known = ", ".join(takes) or "none"
-            label = f"{where} {getattr(cls, '__name__', cls)}" if where else "the config"
-            others = _others(where, key)
-            raise ConfigError(f"{label} has no option {key!r}; it has {known}{others}")
+            label = f"{where} {_short(where, cls)}" if where else "the config"
+            hint = _others(where, key) or near(key, takes, _called(takes))
+            raise ConfigError(f"{label} has no option {key!r}; it has {known}{hint}")
         if full in SEVERAL:
             args[key] = several(full, value)
         elif full in CHOICES:
             args[key] = choose(full, value, takes[key].default)
+            if args[key] is None and takes[key].default is not None and not _optional(takes[key]):
+                usual = written(takes[key].default)
+                raise ConfigError(
+                    f"{full} cannot be left out: {usual} is what a run has without it"
+                )
         elif full in FREE:
             name, options = _named(value)
             if name is not None:
@@ -67,6 +84,21 @@ def _others(choice: str, option: str) -> str:
     return f" (--{choice} {' or '.join(names)} has it)" if names else ""
 
 
+def _called(takes: Iterable[str]) -> dict[str, str]:
+    """What others call these options -> ours."""
+    return {other: ours for other, ours in CALLED.items() if ours in takes}
+
+
+def _optional(parameter: inspect.Parameter) -> bool:
+    return NoneType in get_args(parameter.annotation) or parameter.annotation is Any
+
+
+def _short(choice: str, cls: Callable[..., Any]) -> str:
+    """The name of a class as a user gives it."""
+    names = {find(path): name for name, path in CHOICES.get(choice, {}).items()}
+    return names.get(cls, getattr(cls, "__name__", str(cls)))
+
+
 def home(value: Any) -> Any:
     """A path with the home folder in place of ``~``, which no shell expands in a file or after ``=``."""
     at_home = isinstance(value, str) and (value == "~" or value.startswith(("~/", "~\\")))
@@ -79,14 +111,21 @@ def choose(choice: str, value: Any, default: Any = None) -> Any:
     Options without a name are those of the ``default``; where there is none, of the first choice.
     """
     name, options = _named(value)
+    if meant := MEANT.get(choice, {}).get(str(name).lower()):
+        name, usual = meant
+        for key, inner in usual.items():
+            given = options.get(key, {})
+            options[key] = {"name": inner, **given} if isinstance(given, dict) else given
     if name is None and dataclasses.is_dataclass(default) and not isinstance(default, type):
         return build(type(default), options, choice)
     if name is None:
         name = next(iter(CHOICES[choice]))
-    if str(name).lower() in ("none", "null"):
+    if str(name).lower() in OFF:
         if options:
             given = ", ".join(f"{choice}.{k}" for k in options)
-            raise ConfigError(f"{choice} is none, which has no {given}: leave out one or the other")
+            raise ConfigError(
+                f"{choice} is {name}, which has no {given}: leave out one or the other"
+            )
         return None
     return build(_class(choice, str(name)), options, choice)
 
@@ -99,7 +138,7 @@ def several(choice: str, value: Any) -> tuple[Any, ...]:
     """
     made: list[Any] = []
     for names, options in grouped(choice, value):
-        if [n.lower() for n, _ in names] in (["none"], ["null"], [""]):
+        if [n.lower() for n, _ in names] in [[word] for word in (*OFF, "")]:
             choose(choice, {"name": "none", **options})  # which takes no options
             continue
         tables = [{"name": n} | _behind(choice, n, of) for n, of in names]
@@ -161,18 +200,28 @@ def _entry(value: Any) -> Any:
 
 def _class(choice: str, name: str) -> Callable[..., Any]:
     names = CHOICES[choice]
-    name = ALIASES.get(choice, {}).get(name.lower(), name)
     if name.lower() in names:
         return find(names[name.lower()])  # type: ignore[no-any-return]
+    if choice == "dataset" and os.path.exists(name):
+        raise ConfigError(
+            f"dataset {name!r} is where data lie, and no kind of data: --dataset {_kind(name)} "
+            f"--dataset.path {name}"
+        )
     if "." not in name and ":" not in name:
         raise ConfigError(
-            f"unknown {choice} {name!r}; there are {', '.join(names)}, "
-            "or give the dotted path of a class of your own"
+            f"unknown {choice} {name!r}; there are {', '.join(names)}, or give the dotted path of a class "
+            f"of your own{near(name, names, NEAR.get(choice))}"
         )
     found = find(name)
     if not (isinstance(found, type) and _fits(choice, found)):
         raise ConfigError(f"{name!r} is no {choice}: {WANTED[choice][1]}")
     return found
+
+
+def _kind(path: str) -> str:
+    """The dataset that reads such a file, most likely."""
+    ends = {".npz": "npz", ".txt": "text", "": "folder"}
+    return ends.get(os.path.splitext(path)[1].lower(), "csv")
 
 
 def _fits(choice: str, cls: type) -> bool:
@@ -215,6 +264,7 @@ def _plain(message: str, where: str) -> str:
     if types:
         value = rest.rpartition("Given value:")[2].strip() or "nothing"
         rest = f"expected {types[0].replace(', ', ' or ').replace('NoneType', 'null')}, got {value}"
+    rest = f"{rest} nothing" if rest.endswith("Got value:") else rest
     rest = rest.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
     rest = re.sub(r"Literal\[([^]]*)\]", _choices, rest.replace("typing.", ""))
     return f"{where + '.' if where else ''}{name}: {rest}"

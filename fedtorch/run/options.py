@@ -38,8 +38,8 @@ class RunOptions(TrainingOptions):
     """package.module:function (model, batch) that judges a batch: it returns (output, target) for the
     metrics, or figures by name."""
     strategy: Strategy = FedAvg()
-    """fedavg, fedprox, scaffold, ... (fedtorch strategies lists them) or your own; --strategy.server sgd,
-    adam, yogi, adagrad, lamb."""
+    """The algorithm: fedavg, fedprox, scaffold, ... (fedtorch strategies lists them) or your own;
+    --strategy.server sgd, adam, yogi, adagrad, lamb."""
     aggregator: Aggregator = Mean()
     """How clients' updates become one: mean, median, krum, secure, ... (fedtorch aggregators lists them) or
     your own."""

@@ -13,7 +13,7 @@ from fedtorch.data import partition as cut
 from fedtorch.data.base import Data, subset
 from fedtorch.data.content import coins
 from fedtorch.data.prepared import Prepared
-from fedtorch.options import find
+from fedtorch.options import find, near
 from fedtorch.privacy import Nothing, Privacy, columns
 from fedtorch.run import files
 from fedtorch.server import Server
@@ -120,6 +120,7 @@ def imported(role: str, name: str, others: Iterable[str]) -> Loss:
     if ":" not in name and "." not in name:
         raise ConfigError(
             f"unknown {role} {name!r}; there are {', '.join(others)}, or give package.module:function"
+            f"{near(name, others)}"
         )
     found = find(name)
     fits = issubclass(found, nn.Module) if isinstance(found, type) else callable(found)

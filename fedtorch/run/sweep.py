@@ -13,9 +13,9 @@ from fedtorch.run import prices, results
 from fedtorch.run.console import show_table
 from fedtorch.types import ConfigError
 
-HELP = """  --sweep option=value,value ...
-        Every combination of these values, a run each in one folder (--run-dir, else runs/sweep-<time>);
-        the same command again goes on where it was stopped."""
+HELP = """  --sweep lr=0.1,1 seed=0,1  Every combination of these values, a run each in one
+                             folder (--run-dir, else runs/sweep-<time>); the same
+                             command again goes on where it was stopped"""
 
 LONGEST = 200
 """Bytes in the name of a run's folder."""

@@ -9,14 +9,16 @@ its signature asks for by name; the user's own arguments come on top.
 import importlib.util
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from fedtorch.options import from_here, imported
+from fedtorch.options import from_here, imported, near
 from fedtorch.types import ConfigError
 
 PACKAGE = Path(__file__).parents[1]
@@ -61,7 +63,8 @@ def build(spec: str, facts: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Mo
     for name in args:
         if name not in takes and not open_ended:
             known = ", ".join(takes) or "no arguments"
-            raise ConfigError(f"model {spec!r} has no argument {name!r}; it takes {known}")
+            hint = near(name, takes)
+            raise ConfigError(f"model {spec!r} has no argument {name!r}; it takes {known}{hint}")
     given = {k: v for k, v in facts.items() if k in takes} | dict(args)
     missing = [
         n
@@ -75,11 +78,18 @@ def build(spec: str, facts: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Mo
             f"model {spec!r} needs {', '.join(missing)}; give it as --model.{missing[0]} VALUE"
         )
     try:
-        model = make(**given)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element")  # which is refused below
+            model = make(**given)
     except Exception as e:
         raise ConfigError(f"model {spec!r} cannot be built with {given}: {e}") from e
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {spec!r} gave a {type(model).__name__}, not an nn.Module")
+    for name, p in model.named_parameters():
+        if not is_lazy(p) and not p.numel():
+            raise ConfigError(
+                f"model {spec!r} with {given} has no numbers in {name} {list(p.shape)}"
+            )
     return model
 
 
@@ -97,6 +107,7 @@ def find(spec: str) -> Callable[..., Any]:
         if path is None:
             raise ConfigError(
                 f"unknown model {spec!r}; there are {', '.join(names())}, or give path/file.py:Name"
+                f"{near(spec, names())}"
             )
         module = _from_file(path)
     if attr:

@@ -35,6 +35,9 @@ class Tracking:
         """Refuse what cannot be counted."""
         check(self, "tracking", every=COUNT, client_runs=NOT_NEGATIVE)
 
+    def ready(self) -> None:
+        """Raises ConfigError where a package that it needs is not installed."""
+
     def open(self, folder: Path, start: int) -> "Tracker":
         """Begin to record into ``folder``, or go on after round ``start``."""
         return Tracker()

@@ -21,14 +21,20 @@ class MLflow(Tracking):
     experiment: str = "fedtorch"
     """Experiment the run belongs to."""
 
-    def open(self, folder: Path, start: int) -> Tracker:
-        """Raises ConfigError when MLflow is not installed or its store cannot be reached."""
+    def ready(self) -> None:
+        """Raises ConfigError when the package is not installed."""
         try:
-            from mlflow.tracking import MlflowClient
+            import mlflow  # noqa: F401
         except ImportError as e:
             raise ConfigError(
                 "tracking mlflow needs the package mlflow: pip install 'fedtorch[mlflow]'"
             ) from e
+
+    def open(self, folder: Path, start: int) -> Tracker:
+        """Raises ConfigError when MLflow is not installed or its store cannot be reached."""
+        self.ready()
+        from mlflow.tracking import MlflowClient
+
         known = folder / RUN
         try:
             client = MlflowClient(self.uri or None)

@@ -22,14 +22,20 @@ class WandB(Tracking):
     mode: str = "online"
     """online, or offline: files in the run folder that ``wandb sync`` sends later."""
 
-    def open(self, folder: Path, start: int) -> Tracker:
-        """Raises ConfigError when the package is not installed or will not start."""
+    def ready(self) -> None:
+        """Raises ConfigError when the package is not installed."""
         try:
-            import wandb
+            import wandb  # noqa: F401
         except ImportError as e:
             raise ConfigError(
                 "tracking wandb needs the package wandb: pip install 'fedtorch[wandb]'"
             ) from e
+
+    def open(self, folder: Path, start: int) -> Tracker:
+        """Raises ConfigError when the package is not installed or will not start."""
+        self.ready()
+        import wandb
+
         known = folder / RUN
         number = known.read_text(encoding="utf-8") if start and known.is_file() else None
         try:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedtorch.options import POSITIVE, SHARE, brief, briefly, check, find, fit, shown
+from fedtorch.options import POSITIVE, SHARE, brief, briefly, check, find, fit, near, shown
 from fedtorch.tree import tmap
 from fedtorch.types import ConfigError, Params
 
@@ -199,7 +199,7 @@ class ClientOptimizer:
                     fits_not(kind if kind.__name__.lower() == key else None)
                 raise ConfigError(
                     f"unknown client optimizer {found!r}; there are {', '.join(sorted(known))}, "
-                    "or give package.module.Class"
+                    f"or give package.module.Class{near(found, known)}"
                 )
             found = known.get(key) or find(found)
         if not callable(found) or (
@@ -231,9 +231,10 @@ class ClientOptimizer:
         known = inspect.signature(made).parameters
         others = {v.kind for v in known.values()} & {inspect.Parameter.VAR_KEYWORD}
         if wrong := [k for k in self.args if k not in known and not others]:
+            options = [k for k in known if k not in ("params", "lr")]
             raise ConfigError(
                 f"client optimizer {self.words} has no option {wrong[0]!r}; it has "
-                f"{', '.join(k for k in known if k not in ('params', 'lr'))}"
+                f"{', '.join(options)}{near(wrong[0], options)}"
             )
         try:
             self.build([torch.zeros(1, 1, requires_grad=True)], lr=0.1)  # Muon takes matrices alone
