@@ -56,7 +56,14 @@ TRUST = {"--trust-code": "import code that only the run's config names"}
 
 TAKES: dict[str, tuple[str, dict[str, str]]] = {
     "new": ("NAME", {}),
-    "runs": ("[FOLDER]", JSON),
+    "runs": (
+        "[FOLDER]",
+        {
+            "--sort COLUMN": "the best first, by accuracy, epsilon, seconds, an option",
+            "--where A=B,C>D": "only such runs: strategy=fedprox,accuracy>0.9",
+            **JSON,
+        },
+    ),
     "compare": ("RUN RUN", {**JSON, "--png FILE": "draw the curves into this file"}),
     "eval": ("RUN", {**JSON, **TRUST}),
     "predict": (

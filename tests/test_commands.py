@@ -67,7 +67,36 @@ def test_a_sweep_leaves_a_run_for_each_combination(swept, capsys):
     assert all(r["state"] == "done" and 0 < r["test_accuracy"] <= 1 for r in table)
     assert all(r["seconds"] > 0 and r["epsilon"] is None for r in table)
     shown = output(capsys, "runs", str(swept))
-    assert shown.count("\n") == 5 and "test accuracy" in shown and "\x1b" not in shown
+    assert shown.count("\n") == 5 and " accuracy " in shown and "\x1b" not in shown
+    columns = ["run", "data", "model", "strategy", "privacy", "accuracy", "epsilon", "seconds"]
+    assert shown.split()[: len(columns) + 1] == [*columns, "state"]
+
+
+def test_runs_are_sorted_and_chosen_by_columns_options_and_figures(swept, capsys):
+    def names(*words: str) -> list[str]:
+        rows = json.loads(output(capsys, "runs", str(swept), "--json", *words))
+        return [Path(r["run"]).name for r in rows]
+
+    table = {r["run"]: r for r in json.loads(output(capsys, "runs", str(swept), "--json"))}
+    best = sorted(table, key=lambda n: -table[n]["test_accuracy"])
+    assert [table[n]["test_accuracy"] for n in names("--sort", "accuracy")] == [
+        table[n]["test_accuracy"] for n in best
+    ]
+    low = [table[n]["test_loss"] for n in names("--sort", "test-loss")]
+    assert low == sorted(low)
+    assert len(names("--where", "strategy=FedProx")) == 2
+    assert names("--where", "strategy=fedprox,lr<0.1") == ["lr=0.05,strategy=fedprox"]
+    assert (
+        names("--where", "accuracy>2") == names("--where", "strategy!=fedprox,privacy=sample") == []
+    )
+    assert "none of 4 runs is so" in output(capsys, "runs", str(swept), "--where", "accuracy>2")
+    for words, said in (
+        (["--where", "stratgy=x"], "no run has 'stratgy'; did you mean strategy"),
+        (["--where", "strategy"], "--where takes option=value"),
+        (["--sort", "xyzzy"], "no run has 'xyzzy'; see fedtorch runs --json"),
+    ):
+        assert main(["runs", str(swept), *words]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_sweep_compares_by_what_it_varies(swept):

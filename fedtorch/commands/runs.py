@@ -8,25 +8,41 @@ from pathlib import Path
 from fedtorch.commands.options import words_and_options
 from fedtorch.run import prices
 from fedtorch.run import results as saved
-from fedtorch.run.console import plot, show_table
+from fedtorch.run.console import fitting, plot, show_table
 from fedtorch.types import ConfigError
 
 
 def runs(argv: Sequence[str]) -> int:
     """A table of the runs in a folder (``runs`` unless another is named)."""
-    words, given = words_and_options(argv, "runs", {"json": False})
+    words, given = words_and_options(argv, "runs", {"json": False, "sort": True, "where": True})
     if len(words) > 1:
         raise ConfigError(f"fedtorch runs takes one folder, but got {len(words)}")
-    found = saved.find(words[0] if words else "runs")
-    tell(found)
-    table = saved.rows(found)
+    everything = saved.find(words[0] if words else "runs")
+    tell(everything)
+    found = saved.chosen(everything, given.get("where", ""), given.get("sort", ""))
     if "json" in given:
-        print(json.dumps(table, indent=2))
+        print(json.dumps(saved.rows(found) if found else [], indent=2))
+    elif found:
+        show_runs(found)
     else:
-        differ = saved.differing([r.options for r in found])
-        show_table(table, sorted(differ, key=lambda name: name.count(".")))
-    tell_prices(found, "json" in given)
+        print(f"none of {len(everything)} runs is so")
+    if found:
+        tell_prices(found, "json" in given)
     return 0
+
+
+def show_runs(found: Sequence[saved.Saved]) -> None:
+    """The table of runs, cut to the window: options that differ go first, then middles of names."""
+    table = saved.table(found)
+    spare = [k for k in dict.fromkeys(k for row in table for k in row) if k not in SHOWN]
+    first = next((k for k in table[0] if k not in SHOWN and f"test_{k}" in found[0].result()), "")
+    spare = sorted((k for k in spare if k != first), key=lambda name: name.count("."))
+    room = fitting([{k: v for k, v in row.items() if k not in spare} for row in table], "run")
+    show_table(saved.table(found, room), spare)
+
+
+SHOWN = ("run", "data", "model", "strategy", "privacy", "epsilon", "seconds", "state")
+"""Columns of the table of runs in every window."""
 
 
 def compare(argv: Sequence[str]) -> int:

@@ -182,6 +182,16 @@ def show_table(rows: Sequence[Mapping[str, Any]], spare: Sequence[str] = ()) -> 
         console.print(f"({left} more options differ: widen the window, or fedtorch runs --json)")
 
 
+def fitting(rows: Sequence[Mapping[str, Any]], column: str, least: int = 9) -> int | None:
+    """Letters that one column may have for the table to fit the window; None: there is no window."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        return None
+    whole = console.measure(table_of(rows), options=console.options.update(width=WIDE)).maximum
+    own = max(len(column), *(len(_word(row.get(column))) for row in rows))
+    return max(least, own - max(0, whole - console.width))
+
+
 def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of named values as a table."""
     table = Table(box=None, pad_edge=False)

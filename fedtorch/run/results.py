@@ -1,14 +1,18 @@
 """Run folders read back: options, figures round by round, and how it ended."""
 
 import json
-from collections.abc import Mapping, Sequence
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtorch.options import near
 from fedtorch.rounds.history import History
 from fedtorch.run import cli
 from fedtorch.run import files as runs
+from fedtorch.training.metrics import known, worse
 from fedtorch.types import ConfigError
 
 
@@ -92,6 +96,104 @@ def rows(runs: Sequence[Saved]) -> list[dict[str, Any]]:
         options = {k: r.options.get(k) for k in changing}
         made.append({"run": result.pop("run")} | name | options | result)
     return made
+
+
+def table(runs: Sequence[Saved], room: int | None = None) -> list[dict[str, Any]]:
+    """What a screen shows of each run; names of runs are cut in their middle to fit ``room`` letters."""
+    made = []
+    for run, row in zip(runs, rows(runs), strict=True):
+        options, scores = (
+            run.options,
+            [k for k in row if k.startswith("test_") and k != "test_loss"],
+        )
+        sites = options.get("sites")
+        shown = {
+            "run": row["run"],
+            "data": f"{len(sites)} sites" if isinstance(sites, list) else options.get("dataset"),
+            "model": options.get("model"),
+            "strategy": options.get("strategy"),
+            "privacy": str(options.get("privacy")).replace("null", "none"),
+            **{k.removeprefix("test_"): row[k] for k in scores[:1]},
+            "epsilon": row["epsilon"],
+            "seconds": None if row["seconds"] is None else round(row["seconds"], 1),
+            "state": row["state"].removeprefix("round "),
+        }
+        others = [k for k in row if k not in (*scores[:1], *shown, "dataset", "run_dir")]
+        made.append(shown | {k: row[k] for k in others})
+    if room is not None:
+        for row in made:
+            row["run"] = cut(str(row["run"]), room)
+    return made
+
+
+def cut(name: str, room: int) -> str:
+    """A name in so many letters: its middle is left out, as its end tells runs apart."""
+    head = room // 3
+    return name if len(name) <= room else f"{name[:head]}…{name[len(name) - (room - head - 1) :]}"
+
+
+CONDITION = re.compile(r"([\w.-]+)(!=|>=|<=|=|<|>)(.*)")
+TESTS: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq, "!=": operator.ne, "<": operator.lt, ">": operator.gt, "<=": operator.le,
+    ">=": operator.ge,
+}  # fmt: skip
+
+
+def chosen(runs: Sequence[Saved], where: str = "", sort: str = "") -> list[Saved]:
+    """The runs of which ``where`` is true (``strategy=fedprox,accuracy>0.9``), the best by ``sort`` first.
+
+    Both name columns, options or figures. Raises ConfigError where no run has one of that name.
+    """
+    kept = list(runs)
+    for condition in filter(None, where.split(",")):
+        found = CONDITION.fullmatch(condition.strip())
+        if not found:
+            raise ConfigError(
+                f"--where takes option=value, also with < or >, but got {condition!r}"
+            )
+        name, test, text = found.groups()
+        values = {id(r): value(r, name) for r in runs}
+        _named(name, values.values(), runs)
+        kept = [r for r in kept if _true(values[id(r)], test, text)]
+    if sort:
+        values = {id(r): value(r, sort) for r in runs}
+        _named(sort, values.values(), runs)
+        high = _higher_is_better(sort)
+        there = [r for r in kept if values[id(r)] is not None]
+        numbers = all(isinstance(values[id(r)], (int, float)) for r in there)
+        there.sort(key=lambda r: values[id(r)] if numbers else str(values[id(r)]), reverse=high)
+        kept = there + [r for r in kept if values[id(r)] is None]
+    return kept
+
+
+def value(run: Saved, name: str) -> Any:
+    """What a run has of this name: a column of the table, an option, a figure; None: nothing."""
+    (shown,) = table([run])
+    key = name.replace("-", "_")
+    for having in (shown, run.options, run.history.last()):
+        for one in (name, key, f"test_{key}"):
+            if having.get(one) is not None:
+                return having[one]
+    return None
+
+
+def _named(name: str, values: Iterable[Any], runs: Sequence[Saved]) -> None:
+    if all(v is None for v in values):
+        names = {k for r in runs for k in (*table([r])[0], *r.options)}
+        raise ConfigError(f"no run has {name!r}{near(name, names) or '; see fedtorch runs --json'}")
+
+
+def _true(value: Any, test: str, text: str) -> bool:
+    try:
+        number = float(text)
+        return isinstance(value, (int, float)) and TESTS[test](value, number)
+    except ValueError:
+        return TESTS[test](str(value).lower(), text.lower())
+
+
+def _higher_is_better(name: str) -> bool:
+    metric = known(name.replace("-", "_").removeprefix("test_"))
+    return metric is not None and worse(metric) == "low"
 
 
 def differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:
