@@ -224,6 +224,14 @@ def test_a_server_may_die_before_and_after_a_sum_is_opened(folder, tmp_path, mon
     ]
 
 
+def test_what_a_server_of_before_had_asked_for_is_let_go(folder, tmp_path):
+    late = {"run": "test", "phase": "sealed", "visit": "0" * 32, "round": 3}
+    with federation(folder, tmp_path, offer(aggregator=HE())) as there:
+        for facts in (late, late | {"phase": "open"}):
+            with pytest.raises(MessageError, match="its visit of round 4 is over"):
+                there.session._report("east", Message("report", facts), 9)
+
+
 def test_a_site_without_a_key_says_so(folder, tmp_path):
     offered = offer(aggregator=HE())
     with federation(folder, tmp_path, offered) as there:

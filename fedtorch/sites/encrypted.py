@@ -174,9 +174,10 @@ class EncryptedSession(SitesSession):
     def _looked(self, site: str, message: Message) -> list[bytes]:
         """A site's ciphertexts, if they can be added; others need not wait until they are looked at."""
         with self.change:
-            visit, vector = self._open(site), self.vector
+            visit = self._open(site)
             if visit is None or message.facts.get("visit") != visit.nonce or site in self.sealed:
                 raise MessageError(over(message))
+            vector = self.vector
         try:
             code = letters.read_blocks(message, vector.blocks)
             self.adder.look(code, vector.whole)
