@@ -163,7 +163,7 @@ def layout(private: bool) -> dict[str, dict[str, Chart]]:
     pages: dict[str, dict[str, Chart]] = {
         "Overview": {
             "Test metrics": ("Multiline", ["test/(?!loss)"]),
-            "Loss: \u25fc test, \u25c6 train": ("Multiline", ["test/loss", train]),
+            "Loss: test, train": ("Multiline", ["test/loss", train]),
             "How far the model moves": ("Multiline", ["train/step_norm"]),
         },
         "Clients": {
@@ -175,35 +175,35 @@ def layout(private: bool) -> dict[str, dict[str, Chart]]:
                 "Margin",
                 [train, f"{clients}loss_min", f"{clients}loss_max"],
             ),
-            "Training loss: \u25fc worst tenth, \u25c6 mean": (
+            "Training loss: worst tenth, mean": (
                 "Multiline",
                 [f"{clients}loss_worst10", train],
             ),
             "Drift: cosine of updates to their mean": ("Multiline", [f"{one}cosine_to_mean"]),
             "Length of client updates": ("Multiline", ["(clients|nonprivate)/update_norm"]),
-            "Clients: \u25fc took part, \u25c6 dropped out, \u25b2 left out": (
+            "Clients: took part, dropped out, left out": (
                 "Multiline",
                 [".*(reported|clients)$", ".*dropped$", ".*nonfinite$"],
             ),
         },
         "Privacy": {
-            "Epsilon: \u25fc spent, \u25c6 planned (set smoothing to 0)": (
+            "Epsilon: spent, planned (set smoothing to 0)": (
                 "Multiline",
                 ["privacy/epsilon$", "privacy/epsilon_planned"],
             ),
-            "\u25fc Noise multiplier, \u25c6 its deviation, \u25b2 clip": (
+            "Noise multiplier, its deviation, and clip": (
                 "Multiline",
                 ["privacy/noise_multiplier", "privacy/noise_std", "privacy/clip_norm"],
             ),
         },
         "System": {
-            "Seconds: \u25fc sample, \u25c6 train, \u25b2 aggregate, \u2605 evaluate, \u271a log": (
+            "Seconds: sample, train, aggregate, evaluate, log": (
                 "Multiline",
                 [f"time/{phase}" for phase in ("sample", "train", "aggregate", "evaluate", "log")],
             ),
             "Clients a second": ("Multiline", [".*clients_per_second"]),
             "Examples a second": ("Multiline", [".*examples_per_second"]),
-            "Bytes: \u25fc down, \u25c6 up": ("Multiline", [".*bytes_down", ".*bytes_up"]),
+            "Bytes: down, up": ("Multiline", [".*bytes_down", ".*bytes_up"]),
         },
     }
     return pages if private else {k: v for k, v in pages.items() if k != "Privacy"}
