@@ -6,6 +6,7 @@ from torch import nn
 from conftest import make_clients, mlp, weights
 from fedtorch import Client, ClientOptimizer, ConfigError, Local, Recipe, Server
 from fedtorch.checks.probe import fits
+from fedtorch.checks.trial import spread
 from fedtorch.strategies import FedProx
 from fedtorch.training.losses import cross_entropy, mean_squared_error
 
@@ -196,3 +197,8 @@ def test_a_later_client_of_other_types_or_shapes_is_named_before_training(other,
     clients = [*make_clients([20, 30]), Client("odd", other)]
     with pytest.raises(ConfigError, match=message):
         fits(nn.Linear(6, 4), clients, Recipe())
+
+
+def test_rows_that_are_tried_are_spread_from_the_first_to_the_last():
+    assert spread(9, 4).tolist() == [0, 2, 5, 8]
+    assert spread(3, 9).tolist() == [0, 1, 2]

@@ -34,6 +34,10 @@ def test_grey_of_eight_and_sixteen_bits_keeps_its_numbers(tmp_path):
     real = saved(tmp_path, Image.fromarray(GREY.astype(np.float32)), "real.tif")
     with pytest.raises(ConfigError, match=r"real\.tif is an image of kind 'F'"):
         read(real, Frame(1, 3, 4))
+    for odd in (-1, 65536):
+        beyond = saved(tmp_path, Image.fromarray(np.full((3, 4), odd, np.int32)), "beyond.tif")
+        with pytest.raises(ConfigError, match="goes beyond 16 bits"):
+            read(beyond, Frame(1, 3, 4))
 
 
 def test_a_palette_is_its_colours_and_grey_where_they_are(tmp_path):

@@ -157,3 +157,8 @@ def test_columns_of_plain_numbers_are_those_that_are_looked_at_one_by_one(tmp_pa
     for odd in ("1e", "--1", "e5", ".", "1-2"):
         with pytest.raises(ConfigError, match=r"line 3: column 'a' holds .* not a number"):
             separated.read(file(tmp_path, f"a,y\n1,0\n{odd},1\n")).numbers("a")
+
+
+def test_lines_of_several_lengths_are_cut_by_what_the_first_has_most_of():
+    assert separated.guessed("a;b;c\n1;2\n3\n") == ";"
+    assert separated.guessed("a\n1\n") == ","
