@@ -22,10 +22,10 @@ HERE = Path(__file__).parents[1]
 CORE = ("training", "strategies/base", "aggregation/mean", "channel/base", "rounds/synchronous")
 CORE += ("engines/base", "engines/local", "engines/solver_choice")
 PLANS = ("adaptive", "bands", "base", "client", "clipping", "distributed", "gradients", "local")
-PLANS += ("nothing", "one_client", "run", "sample")
+PLANS += ("nothing", "one_client", "release", "run", "sample")
 CORE += tuple(f"privacy/{name}" for name in PLANS)
 VISIT = ("asked", "correction", "evaluate", "local_steps", "local_update", "memory", "passes")
-VISIT += ("results", "sequential", "stacked", "trainee")
+VISIT += ("predict", "results", "sequential", "stacked", "trainee")
 VISIT = tuple(f"training/{name}" for name in VISIT)
 PROSE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "benchmarks/RESULTS.md")
 
