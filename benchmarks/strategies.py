@@ -6,6 +6,8 @@
 
 A network of one hidden layer (784-64-10), batches of 32, one local pass, rate 0.1, nothing tuned: every
 strategy has the options that it comes with, or those that the tables name.
+
+Each run is kept in ``build/measured`` as it ends and not measured again: who was stopped goes on.
 """
 
 import statistics
@@ -13,11 +15,12 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
 
+from benchmarks.kept import once
 from benchmarks.workloads import MNIST, WORKLOADS, problem
 from fedtorch import Client, Local, Recipe, Server, divide, evaluate
 from fedtorch.data import Dirichlet, Idx, Partition, Shards
@@ -45,6 +48,7 @@ PERSONAL: dict[str, Strategy] = {
     "APFL": APFL(),
     "FedPer": FedPer(),
     "Ditto": Ditto(),
+    "Ditto, lam 0.1": Ditto(lam=0.1),
     "FedRep": FedRep(),
 }
 PUBLISHED = {"FedAvg": 85.85, "APFL": 97.25, "FedPer": 97.44, "Ditto": 97.47, "FedRep": 97.56}
@@ -53,12 +57,11 @@ SHARED: dict[str, Strategy] = {
     "FedAvg": FedAvg(),
     "FedProx, mu 0.01": FedProx(),
     "SCAFFOLD": Scaffold(),
-    "SCAFFOLD, option 1": Scaffold(option=1),
     "FedNova": FedNova(),
     "FedDyn, alpha 0.1": FedDyn(),
 }
 SKEWS: dict[str, Partition] = {"Dirichlet 0.1": Dirichlet(alpha=0.1), "2 classes each": Shards()}
-SHOWN = (1, 2, 5, 10, 20)
+SHOWN = (1, 2, 5, 10, 15)
 
 
 def network(seed: int) -> nn.Module:
@@ -85,26 +88,34 @@ def served(
 
 def personal(seeds: int) -> None:
     """Mean and worst over clients of each one's model on a quarter of its rows, held out."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[list[float]]] = {}
     for seed in range(seeds):
-        for name, strategy in PERSONAL.items():
-            server, clients, _ = served(strategy, Dirichlet(alpha=0.1), seed, 0.25)
-            for _ in server.rounds(ROUNDS):
-                pass
-            models = {name: server.own()}
-            if name == "FedAvg":
-                models["the same, fine-tuned"] = finetuned(server, clients, FINE)
-            for kind, own in models.items():
-                each = evaluate_clients(server.model, clients, {"a": accuracy}, own)
-                scores = [100 * s["a"] for s in each.values()]
-                found.setdefault(kind, []).append((statistics.mean(scores), min(scores)))
-                print(f"seed {seed}: {kind} {found[kind][-1]}", file=sys.stderr, flush=True)
+        for name in PERSONAL:
+            runs = once("personal", [ROUNDS, name, seed], partial(own_models, name, seed))
+            for kind, scores in runs.items():
+                found.setdefault(kind, []).append(scores)
     print(
         "| model | mean of clients | worst client | PFLlib, Fashion-MNIST |\n| --- | --- | --- | --- |"
     )
     for kind, pairs in found.items():
         mean, worst = (spread([p[i] for p in pairs]) for i in (0, 1))
         print(f"| {kind} | {mean} | {worst} | {PUBLISHED.get(kind, '')} |", flush=True)
+
+
+def own_models(name: str, seed: int) -> dict[str, list[float]]:
+    """Mean and worst of a strategy's clients; of FedAvg's also those of its model fine-tuned."""
+    server, clients, _ = served(PERSONAL[name], Dirichlet(alpha=0.1), seed, 0.25)
+    for _ in server.rounds(ROUNDS):
+        pass
+    models = {name: server.own()}
+    if name == "FedAvg":
+        models["the same, fine-tuned"] = finetuned(server, clients, FINE)
+    found = {}
+    for kind, own in models.items():
+        each = evaluate_clients(server.model, clients, {"a": accuracy}, own)
+        scores = [100 * s["a"] for s in each.values()]
+        found[kind] = [statistics.mean(scores), min(scores)]
+    return found
 
 
 def rounds(seeds: int, picture: str | None) -> None:
@@ -114,7 +125,9 @@ def rounds(seeds: int, picture: str | None) -> None:
         print(f"| {skew} | " + " | ".join(f"round {n}" for n in SHOWN) + " |")
         print("| --- |" + " --- |" * len(SHOWN))
         for name, strategy in SHARED.items():
-            runs = [curve(strategy, partition, seed) for seed in range(seeds)]
+            asked = [partial(curve, strategy, partition, seed) for seed in range(seeds)]
+            keys = [[SHOWN[-1], skew, name, seed] for seed in range(seeds)]
+            runs = [once("rounds", key, measure) for key, measure in zip(keys, asked, strict=True)]
             curves.setdefault(skew, {})[name] = runs
             cells = [spread([run[n - 1] for run in runs]) for n in SHOWN]
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)

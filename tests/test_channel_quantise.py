@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fedtorch import QSGD, ConfigError, Sign
-from fedtorch.channel.base import Turn
+from fedtorch.channel.base import Turn, decode, encode
+from fedtorch.types import Released
 
 VECTOR = {"w": torch.tensor([[3.0, -1.0, 0.5, 2.0]], dtype=torch.float64)}
 LIKE = {"w": torch.zeros(4)}
@@ -28,6 +29,19 @@ def test_levels_of_four_numbers_by_hand():
     assert torch.allclose(level, level.round()) and bool(((level - exact).abs() < 1).all())
     # 9 levels in 4 bits each, and the norm
     assert code["level"].shape == (1, 2) and code["level"].dtype == torch.uint8
+
+
+def test_signs_of_one_size_and_what_they_leave_out_by_hand():
+    """|p|_1 / d is 1.625, then .7625 of (.2, -1.5, 1, .1) with what the first code left out."""
+    second, like = torch.tensor([0.2, -1.5, 1.0, 0.1], dtype=torch.float64), {"delta": LIKE}
+    found, left = [], {}
+    for values in (VECTOR["w"][0], second):
+        sent = {"delta": {"w": values[None]}}
+        update = Released.received(("only",), sent, {}, torch.ones(1))
+        code, (left,) = encode((Sign(),), update, ["delta"], [left])
+        found.append(decode((Sign(),), code, like).sent["delta"]["w"][0].tolist())
+    assert found[0] == [1.625, -1.625, 1.625, 1.625]
+    assert found[1] == pytest.approx([0.7625, -0.7625, -0.7625, 0.7625], abs=1e-7)
 
 
 def test_rounding_is_right_on_average_and_varies_no_more_than_the_paper_says():

@@ -32,11 +32,28 @@ from fedtorch import (
 )
 from fedtorch.aggregation.vectors import Krum
 from fedtorch.checks import combination
+from fedtorch.options import find
 from fedtorch.privacy import ClientLevel, DistributedDP, LocalDP, Nothing, SampleLevel
 from fedtorch.rounds.buffered import Asynchronous, Buffered
 from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.synchronous import OverSelected, Synchronous
-from fedtorch.strategies import APFL, IFCA, MOON, Ditto, FedDyn, FedNova, FedRep, PFedMe, QFedAvg
+from fedtorch.run.names import CHOICES
+from fedtorch.run.objects import choose
+from fedtorch.strategies import (
+    APFL,
+    IFCA,
+    MOON,
+    ClientMomentum,
+    Ditto,
+    FedBABU,
+    FedDyn,
+    FedExP,
+    FedNova,
+    FedPer,
+    FedRep,
+    PFedMe,
+    QFedAvg,
+)
 
 NOISE = dict(noise_multiplier=0.5, rounds=1, insecure_seed=1)
 SIZED = "voids the privacy claim: it releases how many examples"
@@ -51,6 +68,7 @@ HELD_BACK = "strategy feddyn needs the mean of what clients send"
 PASSES = "sends steps that start from what another pass"
 OBJECTIVE = "has an objective of its own"
 ASKED = "sends what it makes of losses or gradients that it asks"
+LENGTHS = "strategy fedexp compares the lengths"
 CURIOUS = "strategy qfedavg sets its rate by the lengths"
 MEMBERS = "strategy ifca divides what the members"
 SENT = "sends numbers that no noise is made for"
@@ -104,7 +122,7 @@ PARTS = {
         "fedavg": FedAvg(),
         "sized": FedAvg(weighting="examples"),
         "fedprox": FedProx(mu=0.1),
-        "personal": FedAvg(personal=("2.*",)),
+        "per": FedPer(personal=("2.*",)),
         "scaffold": Scaffold(),
         "turns": Turns(),
         "seen": Seen(),
@@ -117,6 +135,9 @@ PARTS = {
         "ifca": IFCA(),
         "fair": QFedAvg(),
         "moon": MOON(tap="0"),
+        "exp": FedExP(),
+        "babu": FedBABU(head=("2.*",)),
+        "momentum": ClientMomentum(),
     },
     "aggregator": {"mean": Mean(), "median": Median(), "krum": Krum(f=0), "secure": Secure()},
     "channel": {
@@ -192,12 +213,19 @@ REFUSED = {
         for name in ("median", "krum")
     },
     **{("fair", name): CURIOUS for name in ("topk", "plain topk", "longer")},
+    **{("exp", name): LENGTHS for name in ("topk", "plain topk", "longer", *ADDED_STAGES)},
     **{("ifca", name): MEMBERS for name in ("topk", "plain topk", "longer", *ADDED_STAGES)},
     **{("fair", name): CURIOUS for name in ADDED_STAGES},
     **{("nova", name): SENT for name in ("sample", "client", "local")},
     **{("nova", name): MEASURED.replace("median", name) for name in ("median", "krum")},
+    **{("exp", name): SENT for name in ("sample", "client", "local", "distributed")},
+    **{("exp", name): MEASURED.replace("median", name) for name in ("median", "krum")},
     **{("dyn", name): HELD_BACK for name in ("median", "krum", "topk", "plain topk", "longer")},
     ("nova", "buffered"): OVERLAPPED.replace("scaffold also needs c", "fednova also needs numbers"),
+    ("exp", "buffered"): OVERLAPPED.replace("scaffold also needs c", "fedexp also needs numbers"),
+    ("momentum", "buffered"): OVERLAPPED.replace(
+        "scaffold also needs c", "client-momentum also needs m"
+    ),
     ("dyn", "buffered"): OVERLAPPED.replace("scaffold also needs c", "feddyn also needs g"),
     ("turns", "topk"): TURNS,
     ("turns", "plain topk"): TURNS,
@@ -245,6 +273,51 @@ REFUSED |= {
     ("secure", "over"): TOGETHER.replace("buffered", "over-selected"),
     ("distributed", "over"): TOGETHER.replace("buffered", "over-selected"),
 }
+
+
+RULES = [n for n in CHOICES["aggregator"] if n not in ("mean", "secure", "he")]
+
+
+def test_every_part_that_has_a_name_is_among_those_that_are_walked():
+    for kind in PARTS:
+        made = PARTS[kind].values()
+        here = {type(x) for part in made for x in (part if kind == "channel" else [part])}
+        missing = {n for n, path in CHOICES[kind].items() if find(path) not in here}
+        assert missing <= {"lg", "fedbn", "he", *RULES}, kind
+    for name in ("lg", "fedbn"):
+        kind = find(CHOICES["strategy"][name])
+        assert kind.__mro__[1] is Strategy and {*vars(kind)} <= {*vars(FedPer)}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_is_refused_where_the_median_is_and_nowhere_else(name):
+    rule = choose("aggregator", name)
+    for kind in PARTS.keys() - {"aggregator"}:
+        for part in PARTS[kind].values():
+            order = {kind: part} if kind in ("participation", "pace") else {}
+            given = {} if order else {kind: part}
+            one, other = (
+                combination.refusal(Recipe(aggregator=a, **given), **order)
+                for a in (rule, Median())
+            )
+            assert one == (other and other.replace("aggregator median", f"aggregator {name}"))
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_encryption_is_refused_where_masks_are_but_for_privacy_of_masked_shares(kind):
+    for name, part in PARTS[kind].items():
+        order = {kind: part} if kind in ("participation", "pace") else {}
+        given = {} if order else {kind: part}
+        if kind == "aggregator":
+            continue
+        one, other = (
+            combination.refusal(Recipe(**{"aggregator": a} | given), **order)
+            for a in (HE(), Secure())
+        )
+        if name in ("distributed", "sized", "client"):
+            assert (one and "aggregator he" in one) or "--aggregator secure" in one
+        else:
+            assert one == (other and other.replace("aggregator secure", "aggregator he"))
 
 
 def untrained(model, batches, lr):
@@ -319,6 +392,8 @@ def test_each_pair_trains_a_round_or_says_why_not(one, other):
         "ifca": ["m1", "pick", "numbers"],
         "fair": ["numbers"],
         "moon": ["last"],
+        "exp": ["numbers"],
+        "momentum": ["m"],
     }
     groups = beside.get(one[1], beside.get(other[1], []))
     recipe = Recipe(chosen.pop("strategy"), epochs=1, **chosen)
@@ -326,6 +401,7 @@ def test_each_pair_trains_a_round_or_says_why_not(one, other):
     if why is None:
         server = Server(mlp(), make_clients([9, 7, 8, 6]), recipe, **order)
         assert server.round()["round"] == 1
+        assert server.moved() and all(v.isfinite().all() for v in server.model.parameters())
         assert combination.refusal(recipe, **order, groups=groups) is None
         return
     with pytest.raises(ConfigError, match=why) as refused:
@@ -345,6 +421,7 @@ def test_every_sentence_of_the_table_is_met_by_some_recipe():
         VARIATES,
         HELD_BACK,
         CURIOUS,
+        LENGTHS,
         MEMBERS,
     }
     found = {why for why in found if "also needs" not in why}

@@ -123,6 +123,7 @@ SIZES = [12, 8, 16, 12, 20]
         (APFL(learn=True), mlp),
         (PFedMe(inner_steps=2), mlp),
         (IFCA(clusters=3), mlp),
+        (FedBABU(head=("2.*",)), mlp),
     ],
     ids=lambda v: v.__name__ if isfunction(v) else str(v),
 )
