@@ -14,17 +14,20 @@ import statistics
 import sys
 import time
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.kept import once
 from benchmarks.workloads import MNIST, WORKLOADS, problem
-from fedtorch import Client, Local, Recipe, Server, divide, evaluate
+from fedtorch import Client, Local, RandomK, Recipe, Server, divide, evaluate
 from fedtorch.data import Dirichlet, Idx, Partition, Shards
 from fedtorch.data.base import Data
+from fedtorch.rounds.buffered import Buffered
+from fedtorch.rounds.clock import Clock
 from fedtorch.run.finetune import finetuned
 from fedtorch.strategies import (
     APFL,
@@ -39,8 +42,10 @@ from fedtorch.strategies import (
     Scaffold,
     Strategy,
 )
+from fedtorch.strategies.base import Solve
 from fedtorch.training.evaluate import evaluate_clients
 from fedtorch.training.losses import accuracy
+from fedtorch.types import Context, Stack
 
 CLIENTS, ROUNDS, RATE, BATCH, FINE = 20, 10, 0.1, 32, 100
 PERSONAL: dict[str, Strategy] = {
@@ -163,19 +168,24 @@ def drawn(curves: dict[str, dict[str, list[list[float]]]], path: str) -> None:
 
 def speed(many: int) -> None:
     """Processor time of rounds that take turns, W1's and W2's models, all on the fast path."""
-    kinds = {
-        "FedAvg": FedAvg(),
-        "FedNova": FedNova(),
-        "q-FedAvg": QFedAvg(),
-        "SCAFFOLD": Scaffold(),
+    kinds: dict[str, tuple[Strategy, dict[str, Any], dict[str, Any]]] = {
+        "FedAvg": (FedAvg(), {}, {}),
+        "FedNova": (FedNova(), {}, {}),
+        "q-FedAvg": (QFedAvg(), {}, {}),
+        "SCAFFOLD": (Scaffold(), {}, {}),
+        "FedDyn": (FedDyn(), {}, {}),
+        "Ditto": (Ditto(), {}, {}),
+        "Ditto's shared half": (SharedHalf(), {}, {}),
+        "random-k, a tenth": (FedAvg(), {"channel": (RandomK(share=0.1),)}, {}),
+        "buffered, 10 of 10": (FedAvg(), {}, {"pace": Buffered(size=10, clock=Clock(spread=0.5))}),
     }
-    kinds |= {"FedDyn": FedDyn(), "Ditto": Ditto()}
     for work in (WORKLOADS["w1"], replace(WORKLOADS["w1"], hidden=32), WORKLOADS["w2"]):
         given, servers = problem(work), {}
-        for name, strategy in kinds.items():
+        for name, (strategy, options, more) in kinds.items():
             clients = [Client(str(k), shard) for k, shard in enumerate(given.shards)]
-            recipe = replace(given.recipe(), strategy=strategy)
-            servers[name] = Server(given.model(), clients, recipe, engine=Local(solver="fast"))
+            recipe = replace(given.recipe(), strategy=strategy, **options)
+            engine = Local(solver="fast")
+            servers[name] = Server(given.model(), clients, recipe, engine=engine, **more)
             servers[name].round()
         taken: dict[str, list[float]] = {name: [] for name in kinds}
         for _ in range(many if work.model == "mlp" else max(2, many // 8)):
@@ -190,6 +200,15 @@ def speed(many: int) -> None:
                 f"| {where} | {name} | {1e3 * statistics.median(own):.1f} ms | {ratio:.2f} |",
                 flush=True,
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedHalf(Ditto):
+    """Ditto without its clients' own passes: what it costs to keep and carry their models is there."""
+
+    def train(self, solve: Solve, ctx: Context) -> tuple[Any, dict[str, Stack]]:
+        """The shared pass alone."""
+        return solve(), {"v": ctx.memory["v"]}
 
 
 def spread(values: list[float]) -> str:

@@ -249,6 +249,9 @@ def test_whole_models_are_weights_and_steps_plain_sgd():
     for options in ({"optimizer": "Adam"}, {"clip_norm": 1.0}, {"lr_decay": "cosine"}):
         with pytest.raises(ConfigError, match="apfl takes steps of its own"):
             Server(mlp(), make_clients([9, 7]), Recipe(APFL(), **options))
+    for wrong in ({"clusters": 1}, {"spread": 0.0}):
+        with pytest.raises(ConfigError, match=f"strategy.{next(iter(wrong))} must be"):
+            IFCA(**wrong)
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=str)

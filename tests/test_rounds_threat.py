@@ -102,7 +102,8 @@ def test_whom_a_rule_trusts_does_not_lie(trusted):
 
 
 def test_a_liar_trains_on_flipped_labels():
-    plain, lying = (run(t, 6)[0] for t in (None, LabelFlip(classes=4, liars=3)))
+    plain, lying = (run(t, 6)[0] for t in (None, LabelFlip(liars=3)))
+    assert lying.recipe.aggregator.threat.classes == 4, "as the labels say"
     assert not torch.equal(plain.model[0].weight, lying.model[0].weight)
     assert len(lying.recipe.aggregator.who) == 3
 

@@ -189,7 +189,7 @@ class FLTrust(Robust):
         super().__post_init__()
         if self.pre is not None:
             raise ConfigError(
-                "aggregator FLTrust takes updates as they are: leave aggregator.pre out"
+                "aggregator fltrust takes updates as they are: leave aggregator.pre out"
             )
 
     @property

@@ -36,7 +36,7 @@ class QSGD(Stage):
         check(self, "channel", levels=COUNT, bucket=COUNT)
         if self.feedback:
             raise ConfigError(
-                "channel.feedback is not for QSGD, which is right on average: what rounding leaves out can "
+                "channel.feedback is not for qsgd, which is right on average: what rounding leaves out can "
                 "grow from visit to visit; leave it out, or put topk before it"
             )
         if self.levels > 1 << 15:

@@ -1,6 +1,7 @@
 """A group of tensors as one vector; whole numbers in as many bits as they need; draws alike everywhere."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -69,16 +70,25 @@ def uniforms(seed: int, count: int) -> np.ndarray:
     return np.asarray((z >> np.uint64(11)) * 2.0**-53)
 
 
+@lru_cache(maxsize=2)
 def places(seed: int, numbers: int, count: int) -> Tensor:
-    """``count`` of so many places, ascending; every such set is as likely."""
+    """``count`` of so many places, ascending; every such set is as likely. Not to be written to.
+
+    Who codes and who decodes in one process draw them once.
+    """
     if 2 * count > numbers:
         kept = np.ones(numbers, bool)
         kept[places(seed, numbers, numbers - count).numpy()] = False
         return torch.from_numpy(np.flatnonzero(kept))
-    drawn, place = 2 * count, np.zeros(0, np.int64)
-    first = place
-    while len(first) < count:  # twins count once, and what comes first is as likely as any
+    if not count:
+        return torch.zeros(0, dtype=torch.int64)
+    drawn = 2 * count
+    while True:  # twins count once, and what comes first is as likely as any
         place = (uniforms(seed, drawn) * numbers).astype(np.int64)
-        first = np.sort(np.unique(place, return_index=True)[1])
+        first = np.full(numbers, drawn)
+        np.minimum.at(first, place, np.arange(drawn))
+        came = first[first < drawn]
+        if len(came) >= count:
+            last = np.partition(came, count - 1)[count - 1]
+            return torch.from_numpy(np.flatnonzero(first <= last))
         drawn *= 2
-    return torch.from_numpy(np.sort(place[first[:count]]))

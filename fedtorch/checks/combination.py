@@ -11,7 +11,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.rounds.participation import Everyone, Participation, Uniform
 from fedtorch.rounds.synchronous import Rounds, Synchronous
 from fedtorch.rounds.threat import Attacked
-from fedtorch.strategies import Strategy
+from fedtorch.strategies import Ditto, FedDyn, FedNova, FedProx, Strategy
 from fedtorch.training.local_steps import varies
 from fedtorch.types import ConfigError
 
@@ -45,7 +45,37 @@ def _noised_once(strategy: Strategy) -> bool:
     return strategy.apart and not own and not strategy.asks
 
 
+PULLS: tuple[tuple[type[Strategy], str], ...] = (
+    (FedProx, "mu"),
+    (FedNova, "mu"),
+    (FedDyn, "alpha"),
+    (Ditto, "lam"),
+)
+"""Strategies that draw weights to the model that was sent, and the option that says how strongly."""
+
+
+def _drawn_past(recipe: Recipe) -> bool:
+    """Whether a step of SGD goes past what its weights are drawn to, and further off than they were."""
+    client, strategy = recipe.client_optimizer, recipe.strategy
+    pull = next((getattr(strategy, name) for kind, name in PULLS if isinstance(strategy, kind)), 0)
+    most = 2 * (1 + client.args.get("momentum", 0))
+    return client.maker() is SGD and recipe.learning_rate * pull >= most
+
+
 REFUSED: tuple[Row, ...] = (
+    (
+        lambda r, who, pace: (
+            bool(type(r.strategy).__dataclass_fields__["personal"].default)
+            and not r.strategy.personal
+        ),
+        "strategy {strategy} with no name in strategy.personal is fedavg: name the layers that stay with "
+        "their client, or use fedavg",
+    ),
+    (
+        lambda r, who, pace: _drawn_past(r),
+        "strategy {strategy} draws weights back by lr times its mu, alpha or lam in each step, and from 2 "
+        "on (2 + 2 momentum) a step ends further off than it began: lower lr or that option",
+    ),
     (
         lambda r, who, pace: r.privacy.claims and r.strategy.weighting == "examples",
         "strategy.weighting examples voids the privacy claim: it releases how many examples each client "

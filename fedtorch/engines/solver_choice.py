@@ -165,7 +165,8 @@ def otherwise(
     plan = recipe.privacy.per_example
     private = plan and plan.mode
     alone = stacked.stacked if private == "stacked" else stacked.general
-    sums = not recipe.needs_rows and not recipe.strategy.confirms
+    strategy = recipe.strategy
+    sums = not (recipe.needs_rows or strategy.confirms or strategy.trains)
     turns = (chunk or GROUP) if alone is stacked.general and sums else 1
     few = solver == "auto" and chunk is None and _automatic(model) < SMALL
     if size == 1 or (private is None and (solver == "general" or few)):

@@ -31,7 +31,7 @@ class Threat:
     def __post_init__(self) -> None:
         """Refuse what is no number."""
         ranges = dict.fromkeys(("scale", "std", "epsilon"), NOT_NEGATIVE)
-        check(self, "threat", liars=COUNT, z=ANY, **ranges)
+        check(self, "threat", liars=COUNT, classes=COUNT, z=ANY, **ranges)
 
     def who(self, ids: Sequence[str], seed: int) -> tuple[str, ...]:
         """Ids of those who lie."""
@@ -44,6 +44,10 @@ class Threat:
 
     def fits(self, data: Sequence[Dataset]) -> None:
         """Raises ConfigError where the data of all clients are not what it needs."""
+
+    def fitted(self, data: Sequence[Dataset]) -> "Threat":
+        """With what was left open, found in the data of all clients."""
+        return self
 
     def data(self, data: Dataset) -> Dataset:
         """What a liar trains on in place of its own data."""
@@ -87,19 +91,30 @@ class Gauss(Threat):
 class LabelFlip(Threat):
     """Honest training on labels y -> C - 1 - y."""
 
-    classes: int = 10
-    """C."""
+    classes: int | None = None
+    """C; none: as many as clients' labels say."""
+
+    def fitted(self, data: Sequence[Dataset]) -> "Threat":
+        """With the number of classes that all clients have together."""
+        if self.classes is not None:
+            return self
+        return replace(self, classes=1 + max(int(self._labels(d)[1].max()) for d in data))
 
     def data(self, data: Dataset) -> Dataset:
         """With other labels; raises ConfigError where there are none."""
+        x, y = self._labels(data)
+        classes = self.classes or int(y.max()) + 1
+        if int(y.max()) >= classes:
+            raise ConfigError(
+                f"threat.classes {classes} is too few for label {int(y.max())}: say how many there are"
+            )
+        return TensorDataset(*x, classes - 1 - y)
+
+    def _labels(self, data: Dataset) -> tuple[list[Tensor], Tensor]:
         if type(data) is not TensorDataset or data.tensors[-1].is_floating_point():
             raise ConfigError("threat label-flip is for data (x, y) with whole numbers as labels")
         *x, y = data.tensors
-        if int(y.max()) >= self.classes:
-            raise ConfigError(
-                f"threat.classes {self.classes} is too few for label {int(y.max())}: say how many there are"
-            )
-        return TensorDataset(*x, self.classes - 1 - y)
+        return x, y
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +221,7 @@ def attacked(
             "threat is for simulations, and these clients are elsewhere: leave it out"
         )
     threat.fits([c.data for c in clients])
+    threat = threat.fitted([c.data for c in clients])
     trusted = getattr(
         recipe.aggregator, "trusts", None
     )  # it does not lie, or the rule would mean nothing

@@ -88,8 +88,8 @@ class Strategy:
     def only_delta(self) -> bool:
         """Whether clients send the change of their weights and no more, of which the mean will do."""
         own = type(self).upload, type(self).arrived
-        sums = own == (Strategy.upload, Strategy.arrived) and not self.trains
-        return sums and not self.personal
+        sums = own == (Strategy.upload, Strategy.arrived) and not self.personal
+        return sums and (not self.trains or (self.apart and not self.confirms))
 
     @property
     def contrasts(self) -> bool:
@@ -253,7 +253,7 @@ def no_optimizer(strategy: Strategy, why: str, instead: str = "fedavg") -> None:
 
 def whole_models(strategy: Strategy, model: nn.Module) -> None:
     """Raises ConfigError where a strategy of whole models meets personal parts, or running statistics."""
-    who = type(strategy).__name__
+    who = f"strategy {typed(strategy)}"
     if strategy.personal:
         raise ConfigError(
             f"{who} has whole models beside the shared one: leave out strategy.personal, or use fedper"

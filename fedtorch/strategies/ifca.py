@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.options import COUNT, NOT_NEGATIVE, check
+from fedtorch.options import POSITIVE, Range, check
 from fedtorch.strategies.base import Solve, Strategy, no_optimizer, whole_models
 from fedtorch.tree import per_client, tmap
 from fedtorch.types import Context, Params, Stack
+
+SEVERAL = Range("at least 2", 2, float("inf"), "high")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +33,13 @@ class IFCA(Strategy):
     clusters: int = 2
     """Models."""
     spread: float = 1.0
-    """Noise on the starts of the others, in standard deviations of each tensor. 0: all start alike."""
+    """Noise on the starts of the others, in deviations of each tensor: what starts alike stays so."""
     seed: int = 0
     """Of that noise: a bad start may leave one cluster empty, and another may not."""
 
     def __post_init__(self) -> None:
         """Refuse one model, which is FedAvg's, and a server optimizer, which knows of one."""
-        check(self, "strategy", clusters=COUNT, spread=NOT_NEGATIVE)
+        check(self, "strategy", clusters=SEVERAL, spread=POSITIVE)
         no_optimizer(self, "has several models")
 
     @property

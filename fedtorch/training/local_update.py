@@ -193,15 +193,16 @@ def raw_of(
             params = {k: rows[k].to(torch.float64, copy=True) for k in ctx.anchor}
             with seeds.seeded(seeds.derive(0, "upload", *ctx.seeds)):
                 groups, memory = recipe.strategy.upload(params, ctx)
-            memory = {**memory, **{g: near(m) for g, m in kept.items()}}
-        for group in kept.values():
-            good = finite_per_client(group).cpu()
-            fine = good if fine is None else fine & good
         if ctx.own:
             now = rows | floats
             memory = memory | {GROUP: {k: now[k].detach().cpu().clone() for k in ctx.own}}
             good = settled(memory[GROUP], data.task.state)
             fine = good if fine is None else fine & good
+    if kept:
+        memory = {**(memory or {}), **{g: near(m) for g, m in kept.items()}}
+    for group in kept.values():
+        good = finite_per_client(group).cpu()
+        fine = good if fine is None else fine & good
     ids, weight, own = tuple(c.id for c in clients), recipe.weights(examples), frozenset(ctx.own)
     beside = partial(measured, recipe.strategy, ctx) if recipe.strategy.measures else None
     return Raw(ids, examples, weight, figures, trained, groups, fine, own, beside), memory

@@ -29,7 +29,7 @@ class Passes:
     """Which examples each client takes in which step of a pass."""
     run: Callable[[Sequence[Tensor], Recipe, Context, bool], Results]
     """The solver; told whether it is the visit's plain pass, from the shared weights."""
-    noised: list[Stacked] = field(default_factory=list)
+    noised: list[Results] = field(default_factory=list)
     """Under sample-level privacy the result of the one pass that may be sent."""
 
     def __call__(
@@ -40,7 +40,7 @@ class Passes:
         rests: Collection[str] = (),
         epochs: int | None = None,
         steps: int | None = None,
-    ) -> Stacked:
+    ) -> Results:
         """One pass; of weights that rest it has those that it started from.
 
         Under sample-level privacy the pass without arguments is clipped and noised, and no other is.
@@ -66,6 +66,9 @@ class Passes:
         ctx = replace(self.ctx, own=own, steps=taken, lr_sum=lr_sum)
         with resting(self.model, {*rests}):
             found = self.run(order, asked, ctx, plain)
+        if plain and not isinstance(found, Stacked):  # memory of its own, and maybe but a sum
+            self.noised.extend([found] if plan else [])
+            return found
         rows, floats = found.rows()
         # copies: the next pass writes over them in the same module
         params = {k: rows[k] if k in rows else self._still(k, own) for k in self._trained()}
