@@ -241,6 +241,8 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         "seed": config.seed,
     }
     write_results(report, kept.path, summary, server)
+    if table := scores.side_by_side():
+        report.say(table)
     report.attempt(
         "the report",
         conclude,

@@ -90,7 +90,7 @@ def _mean(plan: Guard, raw: Raw, task: Task) -> Found:
     """The same of the weighted mean of those that are finite, each scaled: one row."""
     # where the plan clips by a norm it must not be less than the exact one
     norms = raw.results.sq_norms(upper=plan.always_reports).cpu().sqrt()
-    if raw.settled is not None:
+    if raw.settled is not None and not plan.claims:
         norms = torch.where(raw.settled, norms, torch.nan)
     good = norms.isfinite()
     part = torch.where(good, plan.scale(norms, raw.examples, task), 0.0)

@@ -17,7 +17,7 @@ from fedtorch.rounds.figures import Metrics
 from fedtorch.rounds.observers import Observer
 from fedtorch.run import by_client, files, huggingface, objects
 from fedtorch.run import folder as folders
-from fedtorch.run.console import Report, StopSignal
+from fedtorch.run.console import Report, StopSignal, table_of
 from fedtorch.run.finetune import finetuned
 from fedtorch.run.folder import Folder
 from fedtorch.run.messages import record_privacy, strict
@@ -27,7 +27,7 @@ from fedtorch.tracking import Record, Tracking
 from fedtorch.training.evaluate import Judge, evaluate, evaluate_clients
 from fedtorch.training.losses import Loss, accuracy
 
-MOST_TOLD = 200
+MOST_SHOWN, MOST_TOLD = 10, 200
 """Clients in the table of scores in a tracker's text; ``metrics.jsonl`` has all."""
 
 
@@ -197,6 +197,11 @@ class Scores(Observer):
                 whole[i] |= {f"{what} {k}": v for k, v in found.items()}
             known |= {f"{what} {k}": m for k, m in self.metrics.items()}
         return by_client.rows(whole, known, MOST_TOLD)
+
+    def side_by_side(self) -> Any:
+        """Clients' own models beside the shared one and the fine-tuned, where there is more than one."""
+        rows = self.table() if self.beside else []
+        return table_of(rows[: 2 + MOST_SHOWN]) if rows else None
 
     def ends(self) -> str:
         """The best and the worst clients by name, in a sentence, where that is allowed."""
