@@ -67,6 +67,8 @@ SHARED: dict[str, Strategy] = {
 }
 SKEWS: dict[str, Partition] = {"Dirichlet 0.1": Dirichlet(alpha=0.1), "2 classes each": Shards()}
 SHOWN = (1, 2, 5, 10, 15)
+STYLES = ("-", (0, (6, 6)), "-", (0, (2, 4)), "-")
+"""Of lines that may lie on each other."""
 
 
 def network(seed: int) -> nn.Module:
@@ -155,9 +157,9 @@ def drawn(curves: dict[str, dict[str, list[list[float]]]], path: str) -> None:
 
     figure, panels = pyplot.subplots(1, len(curves), figsize=(9, 3.4), sharey=True)
     for panel, (skew, lines) in zip(panels, curves.items(), strict=True):
-        for name, runs in lines.items():
+        for style, (name, runs) in zip(STYLES, lines.items(), strict=False):
             means = [statistics.mean(values) for values in zip(*runs, strict=True)]
-            panel.plot(range(1, len(means) + 1), means, label=name, linewidth=1.4)
+            panel.plot(range(1, len(means) + 1), means, label=name, linewidth=1.6, linestyle=style)
         panel.set(title=skew, xlabel="round", ylim=(20, 96))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy, %")
