@@ -11,7 +11,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.rounds.participation import Everyone, Participation, Uniform
 from fedtorch.rounds.synchronous import Rounds, Synchronous
 from fedtorch.rounds.threat import Attacked
-from fedtorch.strategies import Ditto, FedDyn, FedNova, FedProx, Strategy
+from fedtorch.strategies import Strategy
 from fedtorch.training.local_steps import varies
 from fedtorch.types import ConfigError
 
@@ -45,19 +45,10 @@ def _noised_once(strategy: Strategy) -> bool:
     return strategy.apart and not own and not strategy.asks
 
 
-PULLS: tuple[tuple[type[Strategy], str], ...] = (
-    (FedProx, "mu"),
-    (FedNova, "mu"),
-    (FedDyn, "alpha"),
-    (Ditto, "lam"),
-)
-"""Strategies that draw weights to the model that was sent, and the option that says how strongly."""
-
-
 def _drawn_past(recipe: Recipe) -> bool:
     """Whether a step of SGD goes past what its weights are drawn to, and further off than they were."""
     client, strategy = recipe.client_optimizer, recipe.strategy
-    pull = next((getattr(strategy, name) for kind, name in PULLS if isinstance(strategy, kind)), 0)
+    pull = getattr(strategy, strategy.draws_by) if strategy.draws_by else 0
     most = 2 * (1 + client.args.get("momentum", 0))
     return client.maker() is SGD and recipe.learning_rate * pull >= most
 

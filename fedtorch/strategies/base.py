@@ -60,6 +60,8 @@ class Strategy:
         """Show what differs from the defaults."""
         briefly(cls)
 
+    draws_by: ClassVar[str] = ""
+    """The option that says how strongly steps draw weights to the model as it was sent, where one does."""
     floats: ClassVar[bool] = False
     """Whether ``remember`` is given float buffers beside the weights."""
     sgd: ClassVar[bool] = False

@@ -20,6 +20,7 @@ class Ditto(Strategy):
 
     floats: ClassVar[bool] = True
     apart: ClassVar[bool] = True
+    draws_by: ClassVar[str] = "lam"
 
     lam: float = 1.0
     """How strongly v_k is drawn to the shared model; 0: each client trains alone."""

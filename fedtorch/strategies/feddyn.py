@@ -25,6 +25,8 @@ class FedDyn(Strategy):
         "mean of what clients keep; take aggregator mean and no channel, or fedavg or fedprox"
     )
 
+    draws_by: ClassVar[str] = "alpha"
+
     alpha: float = 0.1
     """How strongly clients are tied to the global model."""
     weighting: Literal["auto", "examples", "uniform"] = "uniform"

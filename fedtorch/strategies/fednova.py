@@ -20,6 +20,7 @@ class FedNova(Strategy):
     """
 
     sgd: ClassVar[bool] = True
+    draws_by: ClassVar[str] = "mu"
 
     mu: float = 0.0
     """Weight of a proximal term, as FedProx has it."""
