@@ -11,6 +11,7 @@ nbclient = pytest.importorskip("nbclient")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples" / "notebooks").glob("*.ipynb"))
 
 
+@pytest.mark.timeout(900)  # half a minute on a machine that has nothing else to do
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client's own event loop
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_it_runs_and_was_kept_with_its_outputs(path, tmp_path, monkeypatch):
@@ -19,7 +20,7 @@ def test_it_runs_and_was_kept_with_its_outputs(path, tmp_path, monkeypatch):
     kept = nbformat.read(path, as_version=4)
     place = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(
-        nbformat.read(path, as_version=4), timeout=240, kernel_name="python3", resources=place
+        nbformat.read(path, as_version=4), timeout=600, kernel_name="python3", resources=place
     ).execute()
     code = [c for c in kept.cells if c.cell_type == "code"]
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
