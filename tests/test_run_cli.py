@@ -209,8 +209,6 @@ class Touch:
         (["--dataset-path", "x"], "unknown option --dataset-path; did you mean --dataset.path?"),
         (["--no-drop-last"], "unknown option --no-drop-last; write --drop-last false, or none"),
         (["--xyz", "3"], "unknown option --xyz; --help lists them"),
-        (["--lr", "1", "--lr", "2"], "--lr is given twice"),
-        (["--batch_size", "1", "--batch-size=2"], "--batch-size is given twice"),
         (
             ["mnist"],
             "unexpected argument 'mnist': options start with --; did you mean --dataset mnist?",

@@ -84,9 +84,8 @@ def renamed(argv: Sequence[str], cls: type) -> list[str]:
 
 
 def from_flags(argv: Sequence[str], fields: Mapping[str, Any]) -> Table:
-    """``--a.b value``, ``--a.b=value`` and bare ``--switch`` -> a nested table."""
+    """``--a.b value``, ``--a.b=value`` and bare ``--switch`` -> a nested table; the last of two counts."""
     table: Table = {}
-    seen: set[str] = set()
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -99,9 +98,6 @@ def from_flags(argv: Sequence[str], fields: Mapping[str, Any]) -> Table:
         top = key.partition(".")[0]
         if top not in fields and top not in ("config", "trust_code"):
             raise ConfigError(f"unknown option {typed}{_instead(key, fields)}")
-        if key in seen:
-            raise ConfigError(f"{typed} is given twice: leave out one")
-        seen.add(key)
         if not eq:
             last = not words or words[0].startswith("--")
             if key == "trust_code" or (last and _switch(key, fields)):
