@@ -346,6 +346,69 @@ def test_a_run_that_learned_nothing_says_so_and_keeps_its_model(fedtorch):
     assert code == 1 and "no weight has moved in 3 rounds" in err
 
 
+def test_a_run_stops_when_what_is_watched_gets_no_better(fedtorch):
+    still = ["--rounds", 9, "--lr", 1e-9, "--stop-after", 2, "--monitor", "test_accuracy"]
+    code, out, err = fedtorch(*SILENT, *still)
+    assert (code, err) == (0, "")
+    assert "ended because test_accuracy was" in out and "not got better in 2 rounds" in out
+    assert json.loads(Path("run/summary.json").read_text())["rounds"] == 3
+    # it stays so, also in another process
+    code, out, _ = fedtorch("train", "--run-dir", "run", "--resume", "--rounds", 12)
+    assert code == 0 and "round    4" not in out and "not got better in 2 rounds" in out
+
+
+def test_the_best_model_is_kept_bit_for_bit_also_by_a_run_that_was_resumed(fedtorch):
+    best = [*SILENT[:-2], "--keep", "best", "--monitor", "test_accuracy", "--lr", 3, "--run-dir"]
+    code, out, err = fedtorch(*best, "whole", "--rounds", 5)
+    assert (code, err) == (0, "")
+    assert fedtorch(*best, "broken", "--rounds", 3)[0] == 0
+    assert fedtorch("train", "--run-dir", "broken", "--resume", "--rounds", 5)[0] == 0
+    one, two = (Path(f"{f}/model.safetensors").read_bytes() for f in ("whole", "broken"))
+    assert one == two
+    lines = [json.loads(t) for t in Path("whole/metrics.jsonl").read_text().splitlines()]
+    found = [line["test_accuracy"] for line in lines[1:]]
+    assert f"the model is that of round {found.index(max(found)) + 1}" in out
+    figures = json.loads(fedtorch("eval", "whole", "--json")[1])
+    assert figures["test_accuracy"] == max(found)
+    assert json.loads(Path("whole/summary.json").read_text())["test_accuracy"] == max(found)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            ["--monitor", "test_f1", "--stop-after", "2"],
+            "watches 'test_f1', and there is no such figure",
+        ),
+        (["--monitor", "test_accuracy"], "monitor is for --stop-after 5 or --keep best"),
+        (["--keep", "first"], "keep: expected one of last, best, got first"),
+        (["--stop-after", "0"], "--stop-after must be at least 1"),
+        (
+            ["--stop-after", "2", "--finetune-steps", "2", "--validation", "0.2"],
+            "which stop_after knows only when it is over",
+        ),
+        (
+            [
+                "--privacy",
+                "sample",
+                "--validation",
+                "0.2",
+                "--stop-after",
+                "2",
+                "--monitor",
+                "validation_loss",
+            ],
+            "is made of clients' data and no noise covers it",
+        ),
+    ],
+    ids=["unknown", "alone", "keep", "zero", "finetune", "private"],
+)
+def test_what_may_not_decide_is_refused_and_leaves_nothing(fedtorch, words, said):
+    code, _, err = fedtorch(*SILENT, *words)
+    assert code == 2 and said in err.replace("--stop-after knows", "stop_after knows"), err
+    assert not Path("run/checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")]
 )

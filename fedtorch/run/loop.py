@@ -51,7 +51,7 @@ class Loop(Observer):
 
     def over(self) -> bool:
         """All rounds are trained, somebody asked to stop, or the privacy budget has no room for more."""
-        done = self.server.round_number >= self.options.rounds
+        done = self.server.round_number >= self.options.rounds or bool(self.server.stopped)
         return self.stop.asked > 0 or done or not self.server.within_budget()
 
     def why(self) -> str:
@@ -59,6 +59,8 @@ class Loop(Observer):
         done, rounds = self.server.round_number, self.options.rounds
         if self.stop.asked:
             return f"{signal.Signals(self.stop.asked).name} asked it to stop"
+        if self.server.stopped:
+            return self.server.stopped.partition(": ")[2]
         if done >= rounds:
             return f"all {rounds} rounds are trained"
         return f"the privacy budget has no room for round {done + 1} of {rounds}"
@@ -106,6 +108,17 @@ def around(
 
 
 @dataclass(eq=False)
+class Ending(Observer):
+    """Behind who may stop a run early: those who come later do what is due in the last round."""
+
+    loop: Loop
+
+    def round(self, figures: Metrics) -> None:
+        """See whether one of them has had enough."""
+        self.loop.last = self.loop.last or bool(self.loop.server.stopped)
+
+
+@dataclass(eq=False)
 class Scores(Observer):
     """How good the model is: on test data, where there are any, and on clients' validation data."""
 
@@ -146,11 +159,7 @@ class Scores(Observer):
         if not self.loop.due(self.every):
             return {}
         start, server = time.perf_counter(), self.loop.server
-        self.look()
-        kept = server.own() if server.recipe.strategy.keeps and self.clients else None
-        self.by_client = evaluate_clients(
-            server.model, self.clients, self.metrics, kept, self.step, self._tell
-        )
+        kept = self.again()
         own = server.mark(by_client.figures(self.by_client) | self._beside(kept))
         if self.loop.last and own and self.by_client:
             family = "nonprivate" if server.private else "validation"
@@ -158,6 +167,16 @@ class Scores(Observer):
             self.loop.record.text(f"{family}/by_client", table, server.round_number)
         own |= server.mark({"seconds_evaluate": time.perf_counter() - start})
         return {f"test_{k}": v for k, v in self.last.items()} | own
+
+    def again(self) -> Mapping[str, Any] | None:
+        """Judge the model as it is now, on test data and by clients; what each of them keeps."""
+        server = self.loop.server
+        self.look()
+        kept = server.own() if server.recipe.strategy.keeps and self.clients else None
+        self.by_client = evaluate_clients(
+            server.model, self.clients, self.metrics, kept, self.step, self._tell
+        )
+        return kept
 
     def _beside(self, kept: Mapping[str, Any] | None) -> Metrics:
         """In the end: the shared model where clients keep their own, and the shared one fine-tuned."""
