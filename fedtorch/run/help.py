@@ -29,7 +29,7 @@ RUN: Topics = {
     "algorithm": ("strategy", "aggregator", "channel", "participation", "pace", "threat"),
     "training": ("rounds", "lr", "schedule", "epochs", "steps", "batch_size", "optimizer", "drop_last",
                  "accumulate", "clip_norm", "lr_warmup", "lr_decay", "lr_floor", "seed"),
-    "judging": ("metrics", "eval_every", "stop_after", "monitor", "keep", "finetune_steps"),
+    "judging": ("metrics", "eval_every", "evaluate", "stop_after", "monitor", "keep", "finetune_steps"),
     "run": ("run_dir", "resume", "checkpoint_every", "tracking", "engine", "threads"),
 }  # fmt: skip
 """Options of ``train`` and ``serve``."""
