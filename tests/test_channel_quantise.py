@@ -94,5 +94,5 @@ def test_what_cannot_be_meant_is_refused():
         QSGD(levels=0)
     with pytest.raises(ConfigError, match="at most 32768"):
         QSGD(levels=1 << 16)
-    with pytest.raises(ConfigError, match="feedback is not for QSGD"):
+    with pytest.raises(ConfigError, match="feedback is not for qsgd"):
         QSGD(feedback=True)

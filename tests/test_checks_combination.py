@@ -168,7 +168,7 @@ PARTS = {
         "synchronous": Synchronous(),
         "buffered": Buffered(size=2, concurrency=3, clock=Clock(spread=0.5)),
         "timed": Synchronous(clock=Clock(spread=0.5)),
-        "over": OverSelected(over=1.6),
+        "over": OverSelected(over=1.3),
         "async": Asynchronous(concurrency=3),
     },
 }
@@ -410,6 +410,13 @@ def test_each_pair_trains_a_round_or_says_why_not(one, other):
     with pytest.raises(ConfigError, match=why) as refused:
         Server(mlp(), make_clients([9, 7, 8, 6]), recipe, **order)
     assert str(refused.value) == combination.refusal(recipe, **order, groups=groups)
+
+
+def test_a_rule_needs_as_many_as_count_of_those_that_are_asked():
+    with pytest.raises(ConfigError, match=r"needs 2f \+ 3 = 5 updates, .* a round has 2"):
+        Server(
+            mlp(), make_clients([9, 7, 8, 6]), Recipe(aggregator=Krum()), pace=OverSelected(over=2)
+        )
 
 
 def test_every_sentence_of_the_table_is_met_by_some_recipe():

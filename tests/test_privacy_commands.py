@@ -116,13 +116,13 @@ def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
         ("epsilon --noise-multiplier x --steps 3", "--noise-multiplier must be a number, got 'x'"),
         (
             "epsilon --noise-multiplier -1 --steps 3",
-            "noise_multiplier must be a finite number >= 0",
+            "noise-multiplier must be a finite number >= 0",
         ),
-        ("epsilon --noise-multiplier nan --steps 3", "noise_multiplier must be"),
+        ("epsilon --noise-multiplier nan --steps 3", "noise-multiplier must be"),
         ("epsilon --noise-multiplier 1 --steps 0", "steps must be a positive whole number, got 0"),
         ("epsilon --noise-multiplier 1 --steps 2.5", "--steps must be a whole number, got '2.5'"),
         ("epsilon --noise-multiplier 1 --steps 3 --delta 1", "delta must be in (0, 1)"),
-        ("epsilon --noise-multiplier 1 --steps 3 --sample-rate 2", "sample_rate must be in (0, 1]"),
+        ("epsilon --noise-multiplier 1 --steps 3 --sample-rate 2", "sample-rate must be in (0, 1]"),
         (
             "epsilon --noise-multiplier 1 --steps 3 --accountant gdp",
             "accountant 'gdp' is an approximation",

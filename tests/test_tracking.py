@@ -592,7 +592,7 @@ def test_pictures_of_a_model_that_branches():
 def test_a_damaged_event_file_is_said_on_resume(how, tmp_path, capsys):
     file = EventFile(tmp_path, disk.EVENTS)
     for step in range(1, 4):
-        file.write(protos.scalars({"a": 1.0}), step)
+        file.write(protos.scalars({"a": 1.0}, {}), step)
     file.close()
     (path,) = tmp_path.iterdir()
     trim(path, 3)

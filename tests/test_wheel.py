@@ -28,6 +28,7 @@ def test_it_holds_the_package_the_loop_and_the_zoo_and_nothing_else(wheel):
     here = {
         *(str(p.relative_to(ROOT)) for p in (ROOT / "fedtorch").rglob("*.py")),
         *(f"fedtorch/models/{p.name}" for p in (ROOT / "models").glob("*.py")),
+        *(str(p.relative_to(ROOT)) for p in (ROOT / "fedtorch").rglob("*.tmpl")),
         "fedtorch/train.py",
         "fedtorch/py.typed",
     }

@@ -14,7 +14,7 @@ from fedtorch.options import fit, shown, typed
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.observers import Observer
 from fedtorch.rounds.participation import Participation
-from fedtorch.rounds.synchronous import Rounds
+from fedtorch.rounds.synchronous import OverSelected, Rounds, count
 from fedtorch.rounds.threat import Attacked, Threat, attacked
 from fedtorch.strategies import lora
 from fedtorch.types import ConfigError, Params
@@ -94,7 +94,9 @@ def settled(
     participation.check(len(clients))
     combination.check(recipe, participation, pace)
     if isinstance(recipe.aggregator, Robust):
-        recipe.aggregator.check(participation.most(len(clients)), [c.id for c in clients])
+        most = participation.most(len(clients))
+        counted = count(most, pace.over) if isinstance(pace, OverSelected) else most
+        recipe.aggregator.check(counted, [c.id for c in clients])
     said = secure.check(recipe, participation, len(clients), observers, threat)
     if threat is not None:
         recipe, clients = attacked(recipe, clients, fit("threat", threat, Threat), seed)
