@@ -12,7 +12,7 @@ from fedtorch.data.base import Data
 from fedtorch.options import COUNT, check, fit
 from fedtorch.rounds.figures import Metrics
 from fedtorch.rounds.observers import Observer
-from fedtorch.run import checkpoint, cli, files, objects
+from fedtorch.run import checkpoint, files
 from fedtorch.run import folder as folders
 from fedtorch.run.callbacks import BestModel
 from fedtorch.run.folder import MADE_BY, Folder
@@ -74,6 +74,7 @@ class Record(Observer):
 
     def begin(self, server: Any, rounds: int, figures: Metrics) -> str | None:
         """Make the folder, or go on in it; raises ConfigError where it is another run's."""
+        from fedtorch.run import cli, objects  # the reader of options comes with them
         from fedtorch.run.messages import strict
         from fedtorch.tracking import Record as Writer
         from fedtorch.tracking import Tracking
@@ -119,6 +120,8 @@ class Record(Observer):
         return kept
 
     def _resumed(self, table: dict[str, Any]) -> Folder:
+        from fedtorch.run import cli
+
         goes_on(self.server, self.path)
         kept, _ = folders.resume(self.path, self.held)
         before = cli.flat(tomllib.loads(kept.config))
