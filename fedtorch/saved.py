@@ -161,7 +161,7 @@ def read(path: Path, model: nn.Module) -> dict[str, str]:
 
 
 def savable(model: nn.Module) -> None:
-    """Raises ConfigError naming what ``write_model`` could not save, before anything is trained."""
+    """Raises ConfigError naming what ``write`` could not save, before anything is trained."""
     for name, value in model.state_dict().items():
         where = f"{name} of model {type(model).__name__}"
         try:

@@ -62,7 +62,7 @@ def seen(recipe: Recipe, observers: Sequence[Observer]) -> None:
     if recipe.hides and looking:
         raise ConfigError(
             f"observer {type(looking[0]).__name__} looks at what clients send (sent), which aggregator "
-            f"{type(recipe.aggregator).__name__.lower()} shows to nobody: leave the observer out, or take "
+            f"{typed(recipe.aggregator)} shows to nobody: leave the observer out, or take "
             "aggregator mean"
         )
 

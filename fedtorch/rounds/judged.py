@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fedtorch.client import Client
-from fedtorch.options import COUNT, fit, within
+from fedtorch.options import COUNT, fit, typed, within
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics
 from fedtorch.rounds.observers import Observer
@@ -90,7 +90,7 @@ def asked_of_clients(recipe: Recipe, clients: Sequence[Any]) -> None:
     if recipe.hides:
         raise ConfigError(
             f"evaluate_clients shows figures of single clients, and aggregator "
-            f"{type(recipe.aggregator).__name__.lower()} hides them: take aggregator mean"
+            f"{typed(recipe.aggregator)} hides them: take aggregator mean"
         )
     if recipe.privacy.strict:
         raise ConfigError(
