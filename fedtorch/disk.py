@@ -1,6 +1,8 @@
 """Files that a kill or a power cut leaves whole, and folders that one process at a time may write."""
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,6 +51,18 @@ def replace(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def regular(path: Path) -> Path:
+    """The path, to read there; raises OSError for what may never end, as a pipe that nobody writes to."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # who opens it says so
+        return path
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return path
+    kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+    raise OSError(errno.EINVAL, f"{path.name} is a {kind}, not a file", str(path))
+
+
 def reason(error: OSError) -> str:
     """The system's error and the file it is about, for one sentence."""
     where = f"{error.filename}: " if error.filename is not None else ""
@@ -81,7 +95,7 @@ def locked(folder: Path, option: str = "--run-dir") -> Iterator[str | None]:
     ConfigError when another process holds the folder, or when nothing can be written there.
     """
     try:
-        file = (folder / LOCK).open("ab")
+        file = regular(folder / LOCK).open("ab")
     except OSError as e:
         raise ConfigError(f"folder {folder} cannot be written: {e.strerror}") from e
     with file:

@@ -1,5 +1,6 @@
 import errno
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,20 @@ from pathlib import Path
 import pytest
 
 from fedtorch import ConfigError, disk
+from fedtorch.commands import given
+from fedtorch.data import Npz, frames, idx, labelled, pictures, separated, text
+from fedtorch.data.base import Preparation
+from fedtorch.data.prepared import Prepared
+from fedtorch.privacy.accounting.journal import Journal
+from fedtorch.privacy.accounting.ledger import Ledger
+from fedtorch.rounds.clock import Trace
+from fedtorch.run import checkpoint, cli, files
+from fedtorch.sites import keys, sealed, serve
+from fedtorch.sites.budget import Budget
+from fedtorch.sites.openings import Openings
+from fedtorch.sites.rpc import read_keys
+from fedtorch.sites.state import Answered, VisitMemory
+from fedtorch.sites.statistics import Told
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
@@ -83,3 +98,67 @@ def test_a_full_disk_says_which_file_it_could_not_take(tmp_path):
     with pytest.raises(OSError) as e, disk.whole(tmp_path / "a"):
         raise OSError(errno.ENOSPC, "no room")
     assert disk.reason(e.value) == f"{tmp_path / 'a'}: no room"
+
+
+def test_a_pipe_a_socket_and_a_device_are_no_files_and_nothing_waits_for_them(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind("heard")
+    Path("link").symlink_to("pipe")
+    for name, kind in (
+        ("pipe", "pipe"),
+        ("heard", "socket"),
+        ("link", "pipe"),
+        (os.devnull, "device"),
+    ):
+        with pytest.raises(OSError, match=f"{Path(name).name} is a {kind}, not a file"):
+            disk.regular(Path(name))
+    listening.close()
+    for path in (tmp_path, tmp_path / "gone"):
+        assert disk.regular(path) == path
+
+
+PREPARED = Prepared("d", "classification", 2, {"input_shape": [4]}, Preparation())
+
+READERS = {
+    "config.toml": cli.read,
+    ".lock": lambda path: disk.locked(path.parent).__enter__(),
+    ".writable": lambda path: files.try_out(path.parent),
+    "ledger.jsonl": Journal.read,
+    "new.jsonl": lambda path: Journal.create(path, {}),
+    "shown.jsonl": Ledger.look,
+    "round-000001.pt": lambda path: checkpoint.load(path.parent),
+    "memory.pt": lambda path: VisitMemory(path.parent),
+    "runs.json": lambda path: Answered(path.parent),
+    "statistics.json": lambda path: Told(path.parent),
+    "openings.jsonl": lambda path: Openings(path.parent),
+    "ledger-example.json": lambda path: Budget(path.parent, "a", 1.0, 1e-5),
+    "ledger-example.jsonl": lambda path: Budget(path.parent, "a", 1.0, 1e-5),
+    "sites.json": lambda path: serve.known(path.parent, True),
+    "key.pem": lambda path: read_keys(path.parent),
+    "ca/key.pem": lambda path: keys.make(path.parent.parent, ["localhost"], ["a"], 2),
+    "he.public": sealed.read_public,
+    "table.csv": separated.read,
+    "table.parquet": frames.parquet,
+    "text.txt": text.read,
+    "words.txt": lambda path: labelled.words_of(str(path)),
+    "train-images-idx3-ubyte": idx.read_idx,
+    "data.npz": lambda path: Npz(str(path)).load(0),
+    "picture.png": lambda path: pictures.looks([str(path)]),
+    "trace.csv": lambda path: Trace(path=str(path)),
+    "new.npy": lambda path: given.examples(PREPARED, path),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_whatever_is_read_may_turn_out_to_be_a_device(tmp_path, name):
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(os.devnull)
+    with pytest.raises((ConfigError, OSError), match="is a device, not a file"):
+        READERS[name](path)

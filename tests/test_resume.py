@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 from fedtorch import ConfigError, Server, disk
 from fedtorch.__main__ import main
+from fedtorch.run import checkpoint
 
 # client memory, server optimizer, dropped clients, a schedule and dropout: all there is to lose
 RUN = [
@@ -233,11 +234,13 @@ def damaged(path: Path, how: str) -> None:
         torch.save({"weights": torch.zeros(3)}, path)
     elif how == "pickle":
         torch.save(Payload(), path)
+    elif how == "seed":
+        torch.save(torch.load(path, weights_only=True) | {"seed": 5}, path)
     else:
         path.unlink()
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "flipped", "foreign", "pickle"])
+@pytest.mark.parametrize("how", ["cut", "empty", "flipped", "foreign", "pickle", "seed"])
 def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(fedtorch, begun, how):
     shutil.copytree(begun / "two", "run")
     path = Path("run/checkpoints/round-000002.pt")
@@ -266,7 +269,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_goes_on(fedtorch, begun
 def test_a_checkpoint_of_other_parts_is_one_sentence(fedtorch, begun, part, value, why):
     shutil.copytree(begun / "two", "run")
     path = Path("run/checkpoints/round-000002.pt")
-    torch.save(torch.load(path, weights_only=True) | {part: value}, path)
+    checkpoint.write(path, checkpoint.FORMAT, checkpoint.load(path.parent) | {part: value})
     code, _, err = fedtorch("train", "--resume", "--run-dir", "run", "--rounds", 3)
     assert code == 2 and why in err and err.count("\n") == 1
 

@@ -64,3 +64,34 @@ def test_damage_anywhere_is_found(tmp_path):
         # the byte was padding between records: nothing that was read has changed
         assert torch.equal(state["model"]["w"], STATE["model"]["w"])
         assert state["round"] == 3
+
+
+PARTS = {
+    "b": torch.ones(2, dtype=torch.bfloat16),
+    "conj": torch.ones(1, dtype=torch.complex64).conj(),
+    "none": torch.zeros(0),
+    "number": torch.tensor(3),
+    "many": {"l": [1, (2.5, None, "x")], "s": {"b", "a"}, "nan": float("nan")},
+    "sparse": torch.eye(2).to_sparse(),
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 2},
+        {"more": 1},
+        {"b": torch.tensor([1, 2], dtype=torch.bfloat16)},
+        {"none": torch.zeros(0, 1)},
+        {"number": torch.tensor(3, dtype=torch.int32)},
+        {"many": PARTS["many"] | {"l": [1, (2.5, None, "y")]}},
+        {"sum": None},
+    ],
+    ids=["value", "new", "tensor", "shape", "type", "within", "sum"],
+)
+def test_what_was_edited_is_not_gone_on_from(tmp_path, change):
+    path = checkpoint.save(tmp_path, STATE | PARTS)
+    assert checkpoint.load(tmp_path).keys() == (STATE | PARTS).keys()
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    with pytest.raises(ConfigError, match="what is in it was edited"):
+        checkpoint.load(tmp_path)

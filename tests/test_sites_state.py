@@ -12,6 +12,7 @@ from fedtorch.disk import whole
 from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message
 from fedtorch.privacy import LocalDP, SampleLevel
+from fedtorch.run import checkpoint
 from fedtorch.sites.offer import Plan
 from fedtorch.sites.state import AGAIN, FORMAT, Answered, VisitMemory
 from fedtorch.types import ConfigError
@@ -148,7 +149,7 @@ def test_ledgers_that_lack_charges_of_visits_that_were_answered_are_refused(data
     "visits", [3, ["a"], {"v": 3}, {"v": {"c": 3}}, {"v": {"c": {"w": "text"}}}], ids=str
 )
 def test_a_memory_that_holds_something_else_is_one_sentence(tmp_path, visits):
-    torch.save({"format": FORMAT, "visits": visits}, tmp_path / "memory.pt")
+    checkpoint.write(tmp_path / "memory.pt", FORMAT, {"visits": visits})
     with pytest.raises(ConfigError, match=r"memory.pt is damaged"):
         VisitMemory(tmp_path)
 

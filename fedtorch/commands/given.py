@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch import disk
 from fedtorch.data import labelled, pictures, separated, units
 from fedtorch.data.assembly import unlabelled
 from fedtorch.data.base import Preparation
@@ -27,10 +28,10 @@ def examples(known: Prepared, path: Path) -> Tensor:
         raise ConfigError(f"{path}: the model takes inputs of its own kind, which no file holds")
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
+            with np.load(disk.regular(path), allow_pickle=False) as archive:
                 array = archive["x"]
         elif path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
+            array = np.load(disk.regular(path), allow_pickle=False)
         elif path.suffix.lower() in pictures.KINDS:
             return torch.tensor(picture(path, shape, known)).view(1, *shape)
         else:
@@ -50,7 +51,7 @@ def written(path: Path, done: Preparation, length: int) -> Tensor:
     if path.suffix.lower() in (".csv", ".tsv"):
         return labelled.encoded(labelled.texts(separated.read(path), done.text), done, length)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = disk.regular(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} cannot be read as text: {e}") from e
     if not any(map(str.strip, lines)):

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fedtorch import disk
 from fedtorch.commands.given import examples, pictures_in
 from fedtorch.commands.options import words_and_options
 from fedtorch.commands.runs import tell
@@ -295,7 +296,7 @@ def _language(facts: Mapping[str, Any]) -> tuple[Encode, Decode]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return disk.regular(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} cannot be read as text: {e}") from e
 

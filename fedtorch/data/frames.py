@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedtorch import disk
 from fedtorch.data.sheet import Format, Sheet
 from fedtorch.types import ConfigError
 
@@ -22,7 +23,7 @@ def parquet(path: Path, how: Format = Format()) -> Sheet:
     except ImportError as e:
         raise ConfigError(f"{path}: parquet needs pyarrow: pip install 'fedtorch[tables]'") from e
     try:
-        table = reader.read_table(path)
+        table = reader.read_table(disk.regular(path))
         columns = table.to_pydict()
     except (OSError, ValueError, NotImplementedError) as e:  # pyarrow's own errors are among these
         raise ConfigError(f"dataset.path must be a parquet file: {e}") from e

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch import disk
 from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
 from fedtorch.options import SHARE, check
@@ -170,7 +171,7 @@ def _pair(folder: Path, prefix: str, subset: str) -> Pair | None:
 def read_idx(path: Path) -> Tensor:
     """One IDX file as a uint8 tensor; raises ConfigError when it is cut short or something else."""
     try:
-        raw = path.read_bytes()
+        raw = disk.regular(path).read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
     except (EOFError, OSError, zlib.error) as e:
         raise ConfigError(f"{path} cannot be read ({e}); it may be cut short") from e

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch import disk
 from fedtorch.data import separated, sheet, tokens
 from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
@@ -119,7 +120,7 @@ def words_of(vocabulary: str) -> tuple[str, ...]:
     if vocabulary in ("bytes", "hashed") or vocabulary.startswith(tokens.PREFIX):
         return ()
     try:
-        lines = Path(vocabulary).read_text(encoding="utf-8-sig").splitlines()
+        lines = disk.regular(Path(vocabulary)).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(
             f"dataset.vocabulary must be bytes, hashed or a file with a word a line (or hf:FOLDER): {e}"

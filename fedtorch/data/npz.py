@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedtorch import disk
 from fedtorch.data.base import Data
 from fedtorch.data.content import split
 from fedtorch.data.images import inputs
@@ -69,7 +70,7 @@ class Npz:
 def _arrays(path: str) -> dict[str, np.ndarray]:
     try:
         # allow_pickle=False: a foreign file must not run code here
-        with open(path, "rb") as file:
+        with disk.regular(Path(path)).open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             if isinstance(archive, np.ndarray):
                 raise ValueError(

@@ -169,7 +169,7 @@ def _opened(path: str | Path) -> Any:
     except ImportError as e:
         raise ConfigError("pictures need the package pillow: pip install pillow") from e
     try:
-        image: Any = Image.open(path)
+        image: Any = Image.open(disk.regular(Path(path)))
     except (
         Exception
     ) as e:  # no such file, no picture, one of a size that is meant to fill the memory

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fedtorch import disk
 from fedtorch.data import misread
 from fedtorch.data.sheet import SEPARATORS, Format, Sheet
 from fedtorch.types import ConfigError
@@ -93,7 +94,7 @@ def _lines(text: str, separator: str) -> list[tuple[int, list[str]]]:
 
 def _text(path: Path, encoding: str) -> tuple[str, list[str]]:
     try:
-        raw = path.read_bytes()
+        raw = disk.regular(path).read_bytes()
     except OSError as e:
         raise ConfigError(f"dataset.path must be a CSV file: {e}") from e
     marked = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fedtorch import disk
 from fedtorch.data import tokens
 from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
@@ -106,7 +107,7 @@ class Text:
 def read(path: Path) -> str:
     """A UTF-8 file without the mark of byte order that Windows writes first, which is no character."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return disk.regular(path).read_text(encoding="utf-8-sig")
     except OSError as e:
         raise ConfigError(f"dataset.path must be a text file: {e}") from e
     except UnicodeDecodeError as e:

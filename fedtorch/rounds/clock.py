@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedtorch import seeds
+from fedtorch import disk, seeds
 from fedtorch.options import NOT_NEGATIVE, POSITIVE, check
 from fedtorch.types import ConfigError
 
@@ -109,7 +109,7 @@ class Trace(Clock):
 def _read(path: str) -> tuple[Device, ...]:
     """The devices of a file, in the order in which it names them; raises ConfigError naming a line."""
     try:
-        with Path(path).open(newline="", encoding="utf-8") as file:
+        with disk.regular(Path(path)).open(newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
             columns, lines = table.fieldnames or [], [*table]
     except (OSError, UnicodeDecodeError, csv.Error) as e:

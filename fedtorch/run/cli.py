@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedtorch import disk
 from fedtorch.options import find, near
 from fedtorch.run import trust
 from fedtorch.run.names import ALIASES, CHOICES, flag
@@ -167,7 +168,7 @@ def put(table: Table, keys: list[str], value: Any) -> None:
 def read(path: str | Path) -> Table:
     """A TOML file as a table."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(disk.regular(Path(path)).read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {e.strerror}") from e
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:

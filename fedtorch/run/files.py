@@ -45,7 +45,7 @@ def try_out(folder: Path) -> None:
     probe = folder / ".writable"
     try:
         (folder / "checkpoints").mkdir(exist_ok=True)
-        probe.write_text("x")
+        disk.regular(probe).write_text("x")
         probe.unlink()
     except OSError as e:
         raise unwritable(folder, e) from e

@@ -137,7 +137,7 @@ def same_config(folder: Path, saved: Mapping[str, Any]) -> None:
     if "config" not in saved:
         raise ConfigError(f"the checkpoint in {folder} has no 'config': another version wrote it")
     try:
-        now = path.read_bytes().decode(errors="replace")
+        now = disk.regular(path).read_bytes().decode(errors="replace")
     except OSError as e:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {e.strerror}") from e
     if now == saved["config"]:

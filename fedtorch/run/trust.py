@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedtorch import disk
 from fedtorch.run import zoo
 from fedtorch.run.names import CHOICES, SEVERAL, grouped
 from fedtorch.types import ConfigError
@@ -69,7 +70,7 @@ def remember(config: str) -> None:
 def remembered(config: Path) -> bool:
     """Whether this user began a run with this very config, from this working folder."""
     try:
-        return _place(config.read_bytes().decode(errors="replace")).is_file()
+        return _place(disk.regular(config).read_bytes().decode(errors="replace")).is_file()
     except OSError:
         return False
 

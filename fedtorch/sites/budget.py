@@ -121,13 +121,15 @@ class Budget:
     def _open(self, unit: str) -> Ledger:
         path = self._path(unit)
         note = path.with_suffix(".json")
-        if not note.exists() and (not path.exists() or path.read_bytes().count(b"\n") <= 1):
+        if not note.exists() and (
+            not path.exists() or disk.regular(path).read_bytes().count(b"\n") <= 1
+        ):
             # new, or killed before anything was charged
             ledger = Ledger(path, BOOKS[unit])
             self._note(unit, ledger)
             return ledger
         try:
-            saved = json.loads(note.read_text(encoding="utf-8"))
+            saved = json.loads(disk.regular(note).read_text(encoding="utf-8"))
             ledger = Ledger.resume(path, saved)
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
             if isinstance(e, ConfigError):

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import verification
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedtorch import disk
 from fedtorch.engines.wire import printable
 from fedtorch.types import ConfigError
 
@@ -88,7 +89,11 @@ def plain(fingerprint: str) -> str:
 def fingerprints(folder: Path) -> dict[str, str]:
     """Of the sites whose certificates lie in ``folder``, by name."""
     found = {p.parent.name: p for p in sorted(folder.glob("*/cert.pem"))}
-    return {n: fingerprint(p.read_bytes()) for n, p in found.items() if n not in ("ca", "server")}
+    return {
+        n: fingerprint(disk.regular(p).read_bytes())
+        for n, p in found.items()
+        if n not in ("ca", "server")
+    }
 
 
 def verified(pem: bytes, name: str, authority: bytes) -> x509.Certificate:
@@ -145,8 +150,9 @@ def read(pem: bytes) -> x509.Certificate:
 def _authority(folder: Path, days: int) -> tuple[Key, x509.Certificate]:
     if folder.exists():
         try:
-            key = serialization.load_pem_private_key((folder / "key.pem").read_bytes(), None)
-            certificate = x509.load_pem_x509_certificate((folder / "cert.pem").read_bytes())
+            own, shown = (disk.regular(folder / n).read_bytes() for n in ("key.pem", "cert.pem"))
+            key = serialization.load_pem_private_key(own, None)
+            certificate = x509.load_pem_x509_certificate(shown)
         except (OSError, ValueError) as e:
             raise ConfigError(f"the authority in {folder} cannot be read: {e}") from e
         if not isinstance(key, ec.EllipticCurvePrivateKey):

@@ -40,7 +40,7 @@ class Openings:
             if not self.path.exists():
                 self.path.touch()
                 disk.sync_folder(folder)
-            data = self.path.read_bytes()
+            data = disk.regular(self.path).read_bytes()
             # a last line without an end was never signed: its process died while it wrote
             self.end = data.rfind(b"\n") + 1
             for run, round, names in map(json.loads, data[: self.end].splitlines()):

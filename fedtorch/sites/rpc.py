@@ -15,6 +15,7 @@ from pathlib import Path
 
 import grpc
 
+from fedtorch import disk
 from fedtorch.engines import wire
 from fedtorch.engines.wire import MessageError
 from fedtorch.sites.keys import common_name
@@ -241,7 +242,9 @@ def identity(context: grpc.ServicerContext, secure: bool) -> tuple[str, bytes]:
 def read_keys(folder: Path) -> tuple[bytes, bytes, bytes]:
     """Own key, own certificate, and the authority that the other side must be signed by."""
     try:
-        key, own, authority = ((folder / n).read_bytes() for n in ("key.pem", "cert.pem", "ca.pem"))
+        key, own, authority = (
+            disk.regular(folder / n).read_bytes() for n in ("key.pem", "cert.pem", "ca.pem")
+        )
     except OSError as e:
         raise ConfigError(
             f"keys {str(folder)!r} must hold key.pem, cert.pem and ca.pem: {e.strerror} "

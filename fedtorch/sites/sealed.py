@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch import disk
 from fedtorch.engines.wire import Message, MessageError, short
 from fedtorch.secure.encode import Figures, Layout
 from fedtorch.secure.encryption import MOST, SLOTS, Adder, Holder, make_keys, told
@@ -47,7 +48,7 @@ def make(folder: Path, sites: Sequence[str]) -> list[Path]:
         _write(kept, SECRET + hashlib.sha256(half).digest() + secret, 0o600)
         _write(public, half, 0o644)
         made.append(public)
-    data = kept.read_bytes()
+    data = _read(kept)
     for name in sites:
         own = folder / name / "he.secret"
         if not own.exists():
@@ -282,7 +283,7 @@ class Sealing:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return disk.regular(path).read_bytes()
     except OSError as e:
         raise ConfigError(f"the key {path} cannot be read: {e.strerror}") from e
 

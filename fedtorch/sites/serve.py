@@ -253,10 +253,10 @@ def known(folder: Path, resume: bool) -> dict[str, Any]:
     if not resume:
         return {"run": secrets.token_hex(8)}
     try:
-        told = json.loads((folder / "sites.json").read_text())
+        told = json.loads(disk.regular(folder / "sites.json").read_text())
         return {"run": str(told["run"]), "center": told["center"], "width": told["width"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ConfigError(f"nothing to resume: {folder} holds no run of sites") from e
+        raise ConfigError(f"nothing to resume: {folder} holds no run of sites ({e})") from e
 
 
 def calibrated(plan: Plan, folder: Path) -> Plan:

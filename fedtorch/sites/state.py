@@ -28,8 +28,8 @@ from fedtorch.secure.he import HE
 from fedtorch.sites.offer import MOST_ROUNDS, Plan
 from fedtorch.types import ConfigError, Params
 
-FORMAT = "fedtorch site memory 1"
-BASE = "fedtorch site base 1"
+FORMAT = "fedtorch site memory 2"
+BASE = "fedtorch site base 2"
 
 log = logging.getLogger("fedtorch.site")
 
@@ -72,8 +72,7 @@ class VisitMemory:
             if old not in stay:
                 del self.visits[old]
         try:
-            with disk.whole(self.path) as file:
-                torch.save({"format": FORMAT, "visits": self.visits}, file)
+            checkpoint.write(self.path, FORMAT, {"visits": self.visits})
         except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
             reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
             raise ConfigError(
@@ -105,8 +104,7 @@ class Base:
     def keep(self, base: Params) -> None:
         """Write it; a site whose disk is full asks for it again when it is started again."""
         try:
-            with disk.whole(self.path, private=True) as file:
-                torch.save({"format": BASE, "base": base}, file)
+            checkpoint.write(self.path, BASE, {"base": base}, private=True)
         except (OSError, RuntimeError) as e:
             log.warning(
                 "%s cannot be written, and is fetched again after a restart: %s", self.path, e
@@ -132,7 +130,7 @@ class Answered:
         self.runs: dict[str, dict[str, Any]] = {}
         if self.path.exists():
             try:
-                self.runs = json.loads(self.path.read_text(encoding="utf-8"))
+                self.runs = json.loads(disk.regular(self.path).read_text(encoding="utf-8"))
                 sound = all(
                     type(e[k]) is int and 0 <= e[k] < MOST_ROUNDS
                     for e in self.runs.values()

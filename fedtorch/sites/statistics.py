@@ -135,7 +135,7 @@ class Told:
         if not self.path.exists():
             return
         try:
-            self.runs = json.loads(self.path.read_text(encoding="utf-8"))
+            self.runs = json.loads(disk.regular(self.path).read_text(encoding="utf-8"))
             if not all(np.isfinite(v).all() for run in self.runs.values() for v in run.values()):
                 raise ValueError("a number is none")
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:

@@ -24,7 +24,7 @@ class Journal:
         """A new file with one line; raises ConfigError where there is one with more already."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a+b") as file, _held(path, file):
+            with disk.regular(path).open("a+b") as file, _held(path, file):
                 file.seek(0)
                 if file.read().count(b"\n") > 1:
                     raise ConfigError(
@@ -46,7 +46,7 @@ class Journal:
         lacks nothing but its newline counts.
         """
         try:
-            data = path.read_bytes()
+            data = disk.regular(path).read_bytes()
             if not data.endswith(b"\n"):
                 data = _completed(path)
             lines = data.split(b"\n")[:-1]

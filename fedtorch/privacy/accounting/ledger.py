@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtorch import disk
 from fedtorch.privacy.accounting.events import Event, Kind, epsilon
 from fedtorch.privacy.accounting.journal import Journal, parsed
 from fedtorch.types import ConfigError
@@ -154,7 +155,7 @@ class Ledger:
         A last line that is not complete is a charge that somebody is writing, or was killed while writing.
         """
         try:
-            lines = [parsed(line) for line in path.read_bytes().split(b"\n")[:-1]]
+            lines = [parsed(line) for line in disk.regular(path).read_bytes().split(b"\n")[:-1]]
         except OSError as e:
             raise ConfigError(f"privacy journal {path} cannot be read: {e.strerror}") from e
         header = lines.pop(0) if lines else None

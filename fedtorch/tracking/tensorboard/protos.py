@@ -25,6 +25,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 from torch import Tensor
 
+from fedtorch import disk
 from fedtorch.tracking.tags import Chart
 
 BINS = 30
@@ -174,7 +175,7 @@ def packed(data: bytes) -> bytes:
 
 def events(path: Path) -> Iterator[tuple[bytes, Any]]:
     """Packed and parsed events of a file, up to where a kill may have cut it."""
-    raw, at = path.read_bytes(), 0
+    raw, at = disk.regular(path).read_bytes(), 0
     while at + 16 <= len(raw):
         end = at + 16 + struct.unpack_from("<Q", raw, at)[0]
         record = raw[at:end]
