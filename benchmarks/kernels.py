@@ -31,8 +31,9 @@ GROUPS = {
     "all on": (),
     "sparse": ("sparse",),
     "products": ("append", "coefficients"),
+    "closing": ("closing",),
     "noise": ("noise",),
-    "all off": ("sparse", "append", "coefficients", "noise"),
+    "all off": ("sparse", "append", "coefficients", "closing", "noise"),
     "bare": (),
 }
 """Which operations torch does instead; the last is a bare PyTorch loop."""

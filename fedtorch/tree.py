@@ -223,6 +223,8 @@ def mapped(fn: Callable[..., Any], batch: Any, *others: Any) -> Any:
     """``fn`` of the tensors at each place of nestings of one build; what is no tensor is the first's."""
     if isinstance(batch, Tensor):
         return fn(batch, *others)
+    if not others and type(batch) in (tuple, list):  # (x, y), at every step
+        return type(batch)([mapped(fn, part) for part in batch])
     if (inside := parts(batch)) is None:
         return batch
     beside = [parts(other) or [] for other in others]

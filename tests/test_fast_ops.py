@@ -75,6 +75,45 @@ def test_coefficients(by, q, dtype):
         assert torch.equal(z, before)
 
 
+@pytest.mark.parametrize("by", both())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("end", ["", "mask"])
+def test_closing_is_a_step_of_autograd(by, end, biased, dtype):
+    for p, C, B, s in ((1, 2, 1, 0), (17, 10, 3, 2), (64, 5, 4, 0), (81, 1, 5, 1)):
+        a, layer = drawn(2, B, p, dtype=dtype), [drawn(3, C, p, dtype=dtype)]
+        layer += [drawn(3, 1, C, dtype=dtype)] if biased else []
+        y = torch.randint(C, (3, 8, 1), generator=torch.Generator().manual_seed(p))
+        scale, losses = torch.full((3, 8, 1), 1 / B, dtype=dtype), torch.zeros(3, 8, 1, dtype=dtype)
+        scale[1, s + B - 1] = 0  # there is no example
+        factor, before = scale * 0.3, [w.clone() for w in layer]
+        given = y, scale, factor, losses
+        found = by.closing(a, (layer[0], layer[1] if biased else None), given, s, 0.9, end)
+        for k in range(2):
+            own = [w[k].clone().requires_grad_() for w in before]
+            x, label, weight = (t.clone() for t in (a[k], y[k, s : s + B, 0], factor[k, s : s + B]))
+            x.requires_grad_()
+            z = torch.nn.functional.linear(x, own[0], own[1][0] if biased else None)
+            each = torch.nn.functional.cross_entropy(z, label, reduction="none")
+            (each * weight[:, 0]).sum().backward()
+            close(found[k], x.grad * (x > 0) if end else x.grad)
+            for now, w in zip(layer, own, strict=True):
+                close(now[k], 0.9 * w.detach() - w.grad)
+            close(losses[k, s : s + B, 0], torch.where(weight[:, 0] > 0, -each.detach(), 0))
+        assert all(torch.equal(now[2], w[2]) for now, w in zip(layer, before, strict=True))
+
+
+@pytest.mark.parametrize("by", both())
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_closing_spoils_no_other_client(by, bad):
+    a, weight, bias, y = drawn(2, 3, 5), drawn(2, 4, 5), drawn(2, 1, 4), torch.ones(2, 3, 1).long()
+    a[0, 1, 2] = bad
+    ones, losses = torch.ones(2, 3, 1), torch.zeros(2, 3, 1)
+    found = by.closing(a, (weight, bias), (y, ones, ones, losses), 0, 1.0, "")
+    assert not found[0, 1].isfinite().any() and not weight[0].isfinite().all()
+    assert all(t[1].isfinite().all() for t in (found, weight, bias, losses))
+
+
 @pytest.mark.skipif(not available(), reason="without numba no product leaves zeros out")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("q", [*WIDTHS, 63, 65, 80, 128])

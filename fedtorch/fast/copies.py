@@ -11,6 +11,7 @@ from fedtorch.fast.layers import Leaf, squares
 from fedtorch.fast.ops import masked
 from fedtorch.fast.reader import Linear
 from fedtorch.fast.schedule import Schedule
+from fedtorch.fast.tuning import CLOSING
 from fedtorch.tree import exact_sq_norms
 from fedtorch.types import Params, Stack
 
@@ -58,6 +59,15 @@ class Own:
 
     def _sq_norms(self, x: Tensor) -> Tensor:
         return exact_sq_norms(x.flatten(0, 1)).view(x.shape[:2])
+
+    @property
+    def closes(self) -> bool:
+        """Whether, as the last layer, its whole step is better taken at once."""
+        plain = not self.weight.rule.momentum and not self.weight.rule.pull
+        plain = plain and all(
+            leaf is None or leaf.shift is None for leaf in (self.weight, self.bias)
+        )
+        return plain and self.rows is None and self.weight.start.numel() <= CLOSING
 
     def stack(self) -> Stack:
         """The copies."""

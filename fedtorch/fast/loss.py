@@ -1,8 +1,13 @@
 """The losses at the end of the dense part: gradient of each example's loss, and the losses added up."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from fedtorch.fast.copies import Own
+from fedtorch.fast.layers import Layer
+from fedtorch.fast.ops import Ops
 from fedtorch.training.losses import Loss, reduce
 
 
@@ -21,7 +26,7 @@ class CrossEntropy:
     def __call__(self, z: Tensor, k: int, rows: slice) -> Tensor:
         """Logits [k, B, C] of the rows of a step -> gradient times factor."""
         if not self.checked:  # a loop would read whatever is there
-            self._check(z.shape[2])
+            self.check(z.shape[2])
         y, logs = self.y[:k, rows], z.log_softmax(-1)
         self.losses[:k, rows] = logs.gather(2, y)
         return logs.exp_().scatter_add_(2, y, self.minus[:k, rows]).mul_(self.factor[:k, rows])
@@ -30,12 +35,39 @@ class CrossEntropy:
         """Sum over steps of the mean loss of each batch, [K]."""
         return summed(-self.losses, self.scale)
 
-    def _check(self, classes: int) -> None:
+    def check(self, classes: int) -> None:
+        """Raises IndexError where a label is none of so many classes."""
         low, high = (int(v) for v in self.y.aminmax())
         if low < 0 or high >= classes:
             wrong = low if low < 0 else high
             raise IndexError(f"label {wrong} is out of bounds for {classes} outputs")
         self.checked = True
+
+
+class Closing:
+    """A small last layer of every client's own and the cross entropy behind it, a step in one call."""
+
+    def __init__(self, layer: Own, head: CrossEntropy, ops: Ops) -> None:
+        """For a ``layer`` that ``closes``."""
+        self.layer, self.head, self.ops = layer, head, ops
+        self.weights = layer.weight.value, None if layer.bias is None else layer.bias.value
+        self.given = head.y, head.scale, head.factor, head.losses
+        head.check(layer.weight.value.shape[1])
+
+    def __call__(self, a: Tensor, k: int, rows: slice) -> Tensor:
+        """Inputs [k, B, in] of the layer -> the gradient of what the layer before put out."""
+        keep, mask = self.layer.weight.rule.keep, self.layer.mask
+        return self.ops.closing(a, self.weights, self.given, rows.start, keep, mask)
+
+
+def closed(
+    layers: Sequence[Layer], head: "CrossEntropy | AnyLoss", ops: Ops
+) -> tuple[Sequence[Layer], "CrossEntropy | AnyLoss | Closing"]:
+    """The layers to walk through and what is at their end: a small last one and cross entropy are one."""
+    last = layers[-1]
+    if isinstance(last, Own) and last.closes and isinstance(head, CrossEntropy):
+        return layers[:-1], Closing(last, head, ops)
+    return layers, head
 
 
 class AnyLoss:

@@ -80,6 +80,35 @@ class Ops:
         """Rows for examples, and what they take off the outputs: see there."""
         return Coefficients(z, G, places)
 
+    def closing(
+        self,
+        a: Tensor,
+        layer: tuple[Tensor, Tensor | None],
+        given: tuple[Tensor, Tensor, Tensor, Tensor],
+        s: int,
+        keep: float,
+        end: str,
+    ) -> Tensor:
+        """A step of the last ``layer``, weights [K, C, p] and bias [K, 1, C], before cross entropy.
+
+        ``given``, each [K, T, 1]: labels, scale and factor as ``loss.CrossEntropy`` has them, and where the
+        log of the label's share is written. For inputs a [k, B, p] of rows from s on: weights
+        <- keep times themselves minus the gradient times factor. Returns the gradient of a, which with
+        ``end`` "mask" is 0 where a is not positive.
+        """
+        (weight, bias), (y, scale, factor, losses), k = layer, given, len(a)
+        at, w = slice(s, s + a.shape[1]), weight[:k]
+        z = a.bmm(w.mT) if bias is None else bias[:k].baddbmm(a, w.mT)
+        logs = z.log_softmax(-1)
+        losses[:k, at] = torch.where(scale[:k, at] > 0, logs.gather(2, y[:k, at]), 0)
+        d = logs.exp().scatter_add(2, y[:k, at], -torch.ones_like(scale[:k, at]))
+        d = torch.where(scale[:k, at] > 0, d * factor[:k, at], 0)
+        down = d.bmm(w)
+        w.baddbmm_(d.mT, a, beta=keep, alpha=-1)
+        if bias is not None:
+            bias[:k].mul_(keep).sub_(d.sum(1, keepdim=True))
+        return masked(down, a) if end == "mask" else down
+
     def sparse(self, x: Tensor, most: float) -> Matrix | None:
         """The matrix x [N, n] without its zeros; None: more than ``most`` are not 0, or nobody can."""
         return None

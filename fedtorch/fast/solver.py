@@ -17,7 +17,7 @@ from fedtorch.fast.dual import First, Hidden, pays
 from fedtorch.fast.example_gradients import Examples
 from fedtorch.fast.layer_table import Activation
 from fedtorch.fast.layers import Act, Given, Layer, Leaf, Rule, Weights, passed_down
-from fedtorch.fast.loss import AnyLoss, CrossEntropy, squeezed
+from fedtorch.fast.loss import AnyLoss, CrossEntropy, closed, squeezed
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.ops import ops_for
 from fedtorch.fast.private import Flat, noised
@@ -89,18 +89,19 @@ class Fast:
                 factor = order.scale if rule.momentum else order.scale * rule.lr
             weights = order.scale, factor
             head = CrossEntropy(y, *weights) if known else AnyLoss(y, *weights, loss)
+            walked, last = (layers, head) if private else closed(layers, head, rows.ops)
             # local steps: forward, backward, step
             for t, k in enumerate(order.live):
                 step = slice(t * order.batch, (t + 1) * order.batch)
                 a = order.index[:k, step]
-                for layer in layers:
+                for layer in walked:
                     a = layer.forward(a)
-                d = head(a, k, step)
+                d = last(a, k, step)
                 if private is not None:
                     noised(flat, layers, d, private)
                 else:
-                    grads = passed_down(layers, d)
-                    for layer, g in zip(layers, grads, strict=True):
+                    grads = passed_down(walked, d)
+                    for layer, g in zip(walked, grads, strict=True):
                         layer.step(g)
             others = [m for m in layers if not isinstance(m, (Act, Drop, Given))]
             held = cast(list[Weights], others) if private is None else flat.held(others)

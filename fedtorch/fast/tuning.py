@@ -25,6 +25,9 @@ GROUP = 64
 LARGE = 1 << 23
 """Multiplications of a product from which on bfloat16 is worth the way there and back (W1, W4 in bf16)."""
 
+CLOSING = 1 << 13
+"""Weights of a last layer up to which one loop takes its whole step (``benchmarks.kernels``: W1, W4)."""
+
 TALL = 600
 """Rows of a product at a time: with thousands at once the library is a sixth slower (W4)."""
 

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from fedtorch.kernels.closing import step
 from fedtorch.kernels.products import ENDS, add_rows, corrected, less
 from fedtorch.kernels.sparse import compress, sparse_product
 
@@ -65,6 +67,23 @@ class Loops:
     def coefficients(self, z: Tensor, G: Tensor, places: tuple[Tensor, Tensor]) -> Coefficients:
         """As in ``ops``."""
         return Coefficients(z, G, places)
+
+    def closing(
+        self,
+        a: Tensor,
+        layer: tuple[Tensor, Tensor | None],
+        given: tuple[Tensor, Tensor, Tensor, Tensor],
+        s: int,
+        keep: float,
+        end: str,
+    ) -> Tensor:
+        """As in ``ops``."""
+        (weight, bias), (y, scale, factor, losses) = layer, (t.numpy() for t in given)
+        own = weight.numpy(), (weight[:0, :1] if bias is None else bias).numpy()
+        out = torch.empty_like(a, memory_format=torch.contiguous_format)
+        by = keep, ENDS[end]
+        step(a.contiguous().numpy(), own, (y, scale), factor, losses, s, by, out.numpy())
+        return out
 
     def sparse(self, x: Tensor, most: float) -> "Sparse | None":
         """As in ``ops``."""

@@ -46,9 +46,9 @@ def less(
                 to = np.uint64(k - s) * q + t, np.uint64(m - s) * q + t
                 g, h = gc[local[c, k]], gc[local[c, m]]
                 if t + W4 <= q:
-                    _less_wide(zf, given, oc, to, g, h, yc, t, q, some, factors)
+                    less_wide(zf, given, oc, to, g, h, yc, t, q, some, factors)
                 else:
-                    _less_short(zf, given, oc, to, g, h, yc, t, q, some, factors, min(q - t, W))
+                    less_short(zf, given, oc, to, g, h, yc, t, q, some, factors, min(q - t, W))
             t += W4 if t + W4 <= q else W
         if by[2] == RELU:
             relu(oc)
@@ -71,7 +71,7 @@ def masked(d: Any, a: Any) -> None:
 
 
 @machine_code
-def _less_wide(
+def less_wide(
     z: Any,
     given: Any,
     out: Any,
@@ -102,7 +102,7 @@ def _less_wide(
 
 
 @machine_code
-def _less_short(
+def less_short(
     z: Any,
     given: Any,
     out: Any,
@@ -170,14 +170,14 @@ def products(x: Any, X: Any, G: Any, s: int, one: float) -> None:
             for i in range(0, B, 2):
                 other = min(i + 1, B - 1)
                 a, b = np.uint64(i) * q, np.uint64(other) * q
-                found = _dots(xc, a, b, Xc, r0, r1, r2, r3, q)
+                found = dots(xc, a, b, Xc, r0, r1, r2, r3, q)
                 for k in range(min(4, e - j)):
                     gc[s + i, j + k] = found[k] + extra
                     gc[s + other, j + k] = found[4 + k] + extra
 
 
 @machine_code
-def _dots(
+def dots(
     x: Any, a: Place, b: Place, X: Any, r0: Place, r1: Place, r2: Place, r3: Place, q: Place
 ) -> Any:
     """Products of two rows of x with four of X, eight numbers."""

@@ -50,8 +50,9 @@ def train_sequentially(
             # one visit
             seeds.set_global(privacy.draw_seed(task, client.id))
             noise = private and replace(private, streams=private.streams[k : k + 1])
+            alone = ctx.of(k)
             with naming_client([client.id], task):
-                loss.append(trainee.visit(client.data, order[k], ctx.of(k), noise))
+                loss.append(trainee.visit(client.data, order[k], alone, noise))
             # what it changed, scaled by the plan, goes into the sum
             squares.append(total.see(near(trainee.weights())))
             buffers = expand(near(trainee.floats())) if privacy.statistics else {}
@@ -60,7 +61,7 @@ def train_sequentially(
             norm = total.bound(_float64(squares[k:])).sqrt()
             part = float(privacy.scale(norm, examples[k : k + 1], task))
             counted.append(share[k] * part if math.isfinite(squares[k]) else 0.0)
-            scale = recipe.strategy.scale(ctx.of(k), norm) if counted[k] else None
+            scale = recipe.strategy.scale(alone, norm) if counted[k] else None
             used.append(counted[k] * (1.0 if scale is None else float(scale)))
             if counted[k]:
                 total.add(used[k])
