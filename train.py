@@ -30,7 +30,7 @@ from fedtorch.privacy.run import BudgetSpent
 from fedtorch.rounds.observers import Observer
 from fedtorch.rounds.synchronous import Rounds, Synchronous
 from fedtorch.rounds.threat import Threat
-from fedtorch.run import cli, help, huggingface, loop, objects, setup, steps, sweep, zoo
+from fedtorch.run import audited, cli, help, huggingface, loop, objects, setup, steps, sweep, zoo
 from fedtorch.run import folder as folders
 from fedtorch.run.callbacks import BestModel, EarlyStopping
 from fedtorch.run.console import StopSignal, page, partition_table
@@ -46,7 +46,7 @@ from fedtorch.run.options import RunOptions
 from fedtorch.server import Server
 from fedtorch.tracking import TensorBoard, Tracking
 from fedtorch.tracking.tensorboard.pictures import Pictures
-from fedtorch.types import ClientError, ConfigError, NothingLearned
+from fedtorch.types import ClaimRefuted, ClientError, ConfigError, NothingLearned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,9 @@ class Config(RunOptions):
     metrics: list[str] = field(default_factory=lambda: ["auto"])
     """accuracy, binary_accuracy, mae, r2, perplexity; auroc, average_precision, f1, f1_macro, f1_micro,
     balanced_accuracy, mean_iou, top5 (extra metrics); or package.module:function."""
+    audit: audited.Audit | None = None
+    """Test the privacy claim in the run itself, by canaries: epsilon at least, and whether noise, rate and
+    clip are as claimed. A refuted claim is exit status 1."""
     pace: Rounds = Synchronous()
     """When the server steps: synchronous (after the whole cohort), over-selected (after the first of it),
     buffered (FedBuff) or asynchronous (FedAsync), on a simulated clock."""
@@ -218,6 +221,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     callbacks = config.callbacks()
     watched = {f"test_{name}": 0.0 for name in metrics or ("loss",)} | {"round": 0}
     watched |= {f"validation_{name}": 0.0 for name in metrics} if config.validation else {}
+    callbacks += [config.audit] if config.audit else []
     notes = [c.begin(server, config.rounds, watched) for c in callbacks]
 
     # where the run is kept: a new folder, or one to go on in
@@ -295,6 +299,8 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         scores.ends(),
     )
     ended(config, server, here.stop)
+    if config.audit:
+        config.audit.refute()
     return summary
 
 
@@ -346,7 +352,10 @@ def read_config(argv: Sequence[str]) -> Config:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 trained, 1 it failed, learned nothing or the budget is spent, 2 it cannot be done."""
+    """Exit status: 0 trained, 2 it cannot be done, 1 anything else.
+
+    It failed, learned nothing, the budget is spent, or an audit has refuted the claim.
+    """
     argv = sys.argv[1:] if argv is None else argv
     begun()
     try:
@@ -363,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as e:
         print(f"fedtorch: {as_typed(str(e), argv)}", file=sys.stderr)
         return 2
-    except (ClientError, BudgetSpent, NothingLearned) as e:
+    except (ClientError, BudgetSpent, ClaimRefuted, NothingLearned) as e:
         print(f"fedtorch: {e}", file=sys.stderr)
         return 1
     except BrokenPipeError:

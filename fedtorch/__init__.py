@@ -28,6 +28,7 @@ with Reading():
     from fedtorch.recipe import Recipe
     from fedtorch.rounds.observers import Observer
     from fedtorch.rounds.participation import Everyone, Poisson, Uniform
+    from fedtorch.run.audited import Audit
     from fedtorch.run.callbacks import BestModel, Checkpoint, EarlyStopping
     from fedtorch.run.recorded import Record
     from fedtorch.run.resume import resume
@@ -99,6 +100,7 @@ __all__ = [
     "IFCA",
     "MOON",
     "QSGD",
+    "Audit",
     "BestModel",
     "Bulyan",
     "CentredClip",

@@ -401,11 +401,22 @@ class Server:
             for outcome in self.session.collect():
                 yield Arrival(outcome, task, due.factor, now)
 
+    def _released(self, gathered: Gathering, task: Task) -> dict[str, Params] | None:
+        """The noised mean, where the server adds the noise; who audits it sends canaries before."""
+        if not self.recipe.privacy.central:
+            return None
+        for observer in self.observers:
+            observer.join(gathered, task)
+        released = self.books.release(gathered.sums)
+        for observer in self.observers:
+            observer.noised(released or {})
+        return released
+
     def _move(self, task: Task, gathered: Gathering, came: Gathered) -> Moved:
         """Step from the weights of ``task``; where that is not finite nothing moves."""
         weights, reported = self._weights.first | task.state, len(came.reports.ids)
         # noise comes first: all that the strategy and the server optimizer do is post-processing
-        released = None if came.short else self.books.release(gathered.sums)
+        released = None if came.short else self._released(gathered, task)
         means, buffers = gathered.result(weights) if reported else ({}, {})
         if not (means or released):
             return Moved(means, buffers, nobody=True)

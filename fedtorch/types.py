@@ -18,6 +18,9 @@ Stack = dict[str, Tensor]
 NUMBERS = "numbers"
 """The group of what is sent that has a strategy's numbers, one for each client."""
 
+AUDIT = "audit"
+"""The group of a client's memory that has canaries of an audit, which no strategy knows of."""
+
 
 class ConfigError(ValueError):
     """Something the user asked for cannot be done; the message names it and the fix."""
@@ -25,6 +28,10 @@ class ConfigError(ValueError):
 
 class ClientError(RuntimeError):
     """A client's own code (its dataset, the model, the loss) raised; the message says whose."""
+
+
+class ClaimRefuted(RuntimeError):
+    """An audit has found what contradicts a run's privacy claim; the message says what."""
 
 
 class NothingLearned(RuntimeError):

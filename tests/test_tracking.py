@@ -556,7 +556,12 @@ def test_a_strict_run_refuses_trackers_that_send_times_of_their_own(name, tmp_pa
 def test_a_private_run_marks_what_is_not_covered(tmp_path):
     folder = tmp_path / "run"
     words = ["--model", "logistic", "--clients", "5", "--rounds", "2", "--privacy", "sample"]
-    assert train_module().main([*words, "--run-dir", str(folder)]) == 0
+    assert (
+        train_module().main(
+            [*words, "--audit", "--privacy.insecure-seed", "1", "--run-dir", str(folder)]
+        )
+        == 0
+    )
     found = accumulate(folder).Tags()
     scalars = set(found["scalars"])
     written = {t.tag for n, t in TAGS.items() if n.startswith("privacy_")}

@@ -10,7 +10,7 @@ import torch
 from fedtorch import seeds
 from fedtorch.options import briefly, check
 from fedtorch.tree import expand, row, stack, tmap, to_float64
-from fedtorch.types import ConfigError, Params, Released, Stack, Task
+from fedtorch.types import AUDIT, ConfigError, Params, Released, Stack, Task
 
 UNSENT = "unsent/"
 """Before the name of a group in a client's memory: what its codes have left out, or go on from."""
@@ -20,8 +20,8 @@ THEN = "then/"
 
 
 def without_unsent(memory: Mapping[str, Params]) -> dict[str, Params]:
-    """What a client remembers but for the channel's part: what the strategy knows of its last visit."""
-    return {g: m for g, m in memory.items() if not g.startswith(UNSENT)}
+    """What a client remembers but for the channel's part and an audit's: what its strategy knows."""
+    return {g: m for g, m in memory.items() if not g.startswith(UNSENT) and g != AUDIT}
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ seen; otherwise divide ``p`` by the number of choices.
 
 import math
 from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
-from scipy.special import betainc, betaincinv, ndtr, ndtri
+from scipy.special import betainc, betaincinv, chdtri
 
-from fedtorch.privacy.accounting.gaussian import gaussian_noise
+from fedtorch.privacy.accounting.gaussian import gaussian_epsilon
 from fedtorch.types import ConfigError
 
 
@@ -66,40 +67,63 @@ def one_run_epsilon(
 
 
 def one_run_gaussian_epsilon(
-    canaries: int, guesses: int, correct: int, delta: float = 1e-5, p: float = 0.05
+    canaries: int,
+    guesses: int,
+    correct: int,
+    delta: float = 1e-5,
+    p: float = 0.05,
+    exact: float = 1e-9,
 ) -> float:
     """From one run, about twice as tight, against mechanisms whose trade-off curve is a Gaussian's.
 
     The same experiment (Mahloujifar, Melis and Chaudhuri 2024). What is refuted is that the run is at
-    least as private as one Gaussian release that is (epsilon, delta)-private; ``delta`` > 0.
+    least as private as one Gaussian release that is (epsilon, delta)-private; ``delta`` > 0. The shift of
+    that release is found to ``exact``, from below.
     """
     _check_guesses(canaries, guesses, correct)
     _check_levels(delta, p)
     if delta == 0:
         raise ConfigError("delta must be > 0: no Gaussian release is private at delta 0")
 
-    def refuted(epsilon: float) -> bool:
-        shift = 1 / gaussian_noise(epsilon, delta)
+    def refuted(shift: float) -> bool:
         right, wrong = p * correct / canaries, p * (guesses - correct) / canaries
         for i in range(correct - 1, -1, -1):
-            least = max(wrong, float(ndtr(ndtri(right) - shift)))
+            least = max(wrong, _moved(right, shift))
             if least == wrong:
                 break
             right = min(1.0, right + i / (guesses - i) * (least - wrong))
             wrong = least
         return right + wrong > guesses / canaries
 
-    return _largest(refuted)
+    # a Gaussian release of the claim is one whose two normals are so far apart
+    shift = _largest(refuted, exact)
+    return gaussian_epsilon(1 / shift, delta) if shift else 0.0
 
 
-def _largest(refuted: Callable[[float], bool]) -> float:
-    """Largest epsilon that is refuted, to 1e-7, from below; 0 where none is."""
+def chi_limits(numbers: int, p: float = 0.001) -> tuple[float, float]:
+    """Root mean square of so many independent N(0, 1): below or above these with chance ``p`` each."""
+    low, high = (float(chdtri(numbers, q)) for q in (1 - p, p))
+    return math.sqrt(low / numbers), math.sqrt(high / numbers)
+
+
+def _moved(chance: float, shift: float) -> float:
+    """Phi(Phi^-1(chance) - shift): least error of one kind beside which the other is 1 - ``chance``."""
+    if chance >= 1:
+        return 1.0
+    return math.erfc((shift - STANDARD.inv_cdf(chance)) / math.sqrt(2)) / 2
+
+
+STANDARD = NormalDist()
+
+
+def _largest(refuted: Callable[[float], bool], exact: float = 1e-7) -> float:
+    """Largest number that is refuted, to ``exact``, from below; 0 where none is."""
     low, high = 0.0, 1.0
     if not refuted(low):
         return 0.0
     while refuted(high):
         low, high = high, 2 * high
-    while high - low > 1e-7:
+    while high - low > exact:
         middle = (low + high) / 2
         low, high = (middle, high) if refuted(middle) else (low, middle)
     return low

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedtorch.rounds.figures import Metrics
-from fedtorch.types import Released
+from fedtorch.types import Params, Released, Task
 
 State = dict[str, Any]
 
@@ -33,6 +33,12 @@ class Observer:
 
     def sent(self, released: Released) -> None:
         """Work of some clients has arrived: what their privacy plan let go, and nothing else."""
+
+    def join(self, total: Any, task: Task) -> None:
+        """Where the server adds the noise: the sum of a round is there, and canary clients may join it."""
+
+    def noised(self, mean: Mapping[str, Params]) -> None:
+        """What the server's noise has left of that sum, by group, before anything is made of it."""
 
     def round(self, figures: Metrics) -> Mapping[str, Any] | None:
         """A round is over. Figures that are returned join the round's, for later observers too.

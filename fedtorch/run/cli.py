@@ -134,6 +134,8 @@ def help_asked(argv: Sequence[str]) -> list[str] | None:
 def _switch(key: str, fields: Mapping[str, Any]) -> bool:
     """Whether an option without a value is turned on by it."""
     choice, _, name = key.rpartition(".")
+    if "on" in CHOICES.get(key, {}):
+        return True
     if not choice:
         return fields.get(key) is bool
     classes = [find(path) for path in CHOICES.get(choice, {}).values()]

@@ -25,7 +25,7 @@ RUN: Topics = {
               "most_examples", "patience"),
     "data": ("dataset", "partition", "clients", "validation"),
     "model": ("model", "lora", "loss", "step", "eval_step"),
-    "privacy": ("privacy",),
+    "privacy": ("privacy", "audit"),
     "algorithm": ("strategy", "aggregator", "channel", "participation", "pace", "threat"),
     "training": ("rounds", "lr", "schedule", "epochs", "steps", "batch_size", "optimizer", "drop_last",
                  "accumulate", "clip_norm", "lr_warmup", "lr_decay", "lr_floor", "seed"),

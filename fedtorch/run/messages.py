@@ -8,6 +8,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.rounds.synchronous import Synchronous
 from fedtorch.rounds.threat import Attacked
 from fedtorch.run import cli, files, huggingface, trust
+from fedtorch.run.audited import found_in
 from fedtorch.run.by_client import word
 from fedtorch.run.console import Report
 from fedtorch.run.names import worded
@@ -70,7 +71,8 @@ def strict(server: Server) -> bool:
 def record_privacy(record: Record, server: Server) -> None:
     """What a private run has spent, for the trackers."""
     if server.private:
-        record.text("privacy", text(server.private), server.round_number)
+        lines = [text(server.private), *(f"    {line}" for line in _audit(server))]
+        record.text("privacy", "\n".join(lines), server.round_number)
 
 
 def write_results(report: Report, folder: Path, summary: dict[str, Any], server: Server) -> None:
@@ -89,7 +91,15 @@ def write_results(report: Report, folder: Path, summary: dict[str, Any], server:
 
 def _write_statement(path: Path, server: Server) -> None:
     if server.private:
-        files.write_json(path, statement(server.private))
+        found = found_in(server)
+        audit = {"audit": found.table()} if found else {}
+        files.write_json(path, statement(server.private) | audit)
+
+
+def _audit(server: Server) -> list[str]:
+    """What an audit has found, a line each."""
+    found = found_in(server)
+    return found.words() if found else []
 
 
 def conclude(
@@ -112,6 +122,8 @@ def conclude(
     took = f" in {summary['seconds']:.1f} s" if "seconds" in summary else ""
     report.say("  ".join([f"{state}: {summary['rounds']} rounds{took}", *figures]))
     report.say(f"privacy: {cost(server.private) if server.private else 'none'}")
+    for line in _audit(server) if server.private else []:
+        report.say(line)
     report.say(f"ended because {why}{_continued(folder) if go_on else ''}")
     if clients:
         report.say(clients)

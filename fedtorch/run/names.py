@@ -99,6 +99,7 @@ CHOICES: dict[str, dict[str, str]] = {
     },
     "privacy.adaptive": {"on": "fedtorch.privacy.AdaptiveClip"},
     "privacy.bands": {"on": "fedtorch.privacy.Bands"},
+    "audit": {"on": "fedtorch.run.audited.Audit"},
     "threat": {
         "sign-flip": "fedtorch.rounds.threat.SignFlip",
         "gauss": "fedtorch.rounds.threat.Gauss",
@@ -153,6 +154,7 @@ WANTED = {
     "privacy": ("fedtorch.privacy.Privacy", "it must be a subclass of fedtorch.privacy.Privacy"),
     "privacy.adaptive": ("fedtorch.privacy.AdaptiveClip", "it must be a subclass of AdaptiveClip"),
     "privacy.bands": ("fedtorch.privacy.Bands", "it must be a subclass of Bands"),
+    "audit": ("fedtorch.run.audited.Audit", "it must be a subclass of Audit"),
     "schedule": ("__call__", "it must be a dataclass that can be called with the round"),
     "threat": (
         "fedtorch.rounds.threat.Threat",

@@ -120,6 +120,8 @@ def choose(choice: str, value: Any, default: Any = None) -> Any:
         return build(type(default), options, choice)
     if name is None:
         name = next(iter(CHOICES[choice]))
+    if str(name).lower() == "true" and "on" in CHOICES[choice]:
+        name = "on"
     if str(name).lower() in OFF:
         if options:
             given = ", ".join(f"{choice}.{k}" for k in options)

@@ -86,6 +86,11 @@ TAGS: dict[str, Tag] = {
     "privacy_epsilon_planned": Tag(
         "privacy/epsilon_planned", "", "privacy spent once all planned rounds are done"
     ),
+    "privacy_epsilon_at_least": Tag(
+        "privacy/epsilon_at_least",
+        "",
+        "what the audit's attack proves was spent at least, at 95 %; only the last one counts",
+    ),
     "privacy_noise_multiplier": Tag(
         "privacy/noise_multiplier", "", "noise standard deviation over clip norm"
     ),
@@ -187,9 +192,9 @@ def layout(private: bool) -> dict[str, dict[str, Chart]]:
             ),
         },
         "Privacy": {
-            "Epsilon: spent, planned (set smoothing to 0)": (
+            "Epsilon: at most (accountant), at least (audit), planned; set smoothing to 0": (
                 "Multiline",
-                ["privacy/epsilon$", "privacy/epsilon_planned"],
+                ["privacy/epsilon$", "privacy/epsilon_at_least", "privacy/epsilon_planned"],
             ),
             "Noise multiplier, its deviation, and clip": (
                 "Multiline",

@@ -3,7 +3,7 @@
 Through the module itself, one client after another, whatever solver trains: they come out alike on all.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedtorch import seeds
 from fedtorch.client import Client
+from fedtorch.privacy.canaries import Watch
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, in_order
 from fedtorch.training.module import to, training
@@ -42,6 +43,8 @@ class Asked:
     """What clients keep, as the visit starts from it, [K, ...]."""
     known: dict[str, Tensor] = field(default_factory=dict)
     """Losses at the weights that the visit starts from, by client."""
+    watches: Mapping[str, Watch] = field(default_factory=dict)
+    """Canaries of an audit among the clients' examples, by client."""
     turns: Iterator[int] = field(default_factory=count)
     """Numbers of the calls: no two drop alike."""
 

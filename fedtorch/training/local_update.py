@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedtorch import seeds
 from fedtorch.channel.base import Turn, decode, encode, without_unsent
 from fedtorch.client import Client
+from fedtorch.privacy import canaries
 from fedtorch.recipe import Recipe
 from fedtorch.strategies.base import Strategy
 from fedtorch.training import stacked
@@ -28,7 +29,7 @@ from fedtorch.training.personal import GROUP, personal, shared
 from fedtorch.training.results import Results, exact_weights
 from fedtorch.training.sequential import naming_client, train_sequentially
 from fedtorch.tree import expand, finite_per_client, near, row, settled, stack, tmap, to_float64
-from fedtorch.types import Context, Failure, Raw, Released, Stack, Task
+from fedtorch.types import AUDIT, Context, Failure, Raw, Released, Stack, Task
 
 
 def local_update(
@@ -61,7 +62,10 @@ def _visits(
     # which examples each client sees in which step, and what it starts from
     order = _order(clients, recipe, task)
     ctx = context(clients, order, task, recipe, model)
-    data = Asked(clients, order, task, recipe, model, ctx.own)
+    audited = [c for c in clients if AUDIT in c.memory]
+    data = Asked(
+        clients, order, task, recipe, model, ctx.own, watches=_watches(audited, task, recipe)
+    )
     if not privacy.per_example:
         ctx = replace(ctx, data=data)
     # local steps, clipped and noised where the plan says so
@@ -85,10 +89,22 @@ def _visits(
     if memory is None and recipe.strategy.confirms:
         alone(clients, trained, recipe.strategy, ctx, good)
     dtype = next(iter(ctx.anchor.values())).dtype
+    for client in members:
+        if watch := data.watches.get(client.id):
+            client.memory = client.memory | {AUDIT: watch.after()}
     for client, left in zip(members, unsent, strict=True):
         client.memory = client.memory | {g: tmap(lambda v: v.to(dtype), m) for g, m in left.items()}
     lost = [i for i in ids if i not in released.ids]
     return released, [Failure(i, "nonfinite", "its update is not finite") for i in lost]
+
+
+def _watches(clients: Sequence[Client], task: Task, recipe: Recipe) -> dict[str, canaries.Watch]:
+    """Of the clients that have canaries of an audit among their examples."""
+    if not clients:
+        return {}
+    ids, kept = [c.id for c in clients], [c.memory[AUDIT] for c in clients]
+    found = canaries.of(recipe.privacy, kept, ids, recipe, task)
+    return dict(zip(ids, found, strict=True))
 
 
 def _order(clients: Sequence[Client], recipe: Recipe, task: Task) -> list[Tensor]:
@@ -126,6 +142,8 @@ def _solved(data: Asked, ctx: Context, solve: stacked.Solver | None) -> Results:
     clients, task, recipe = data.clients, data.task, data.recipe
     ids = [c.id for c in clients]
     private = recipe.privacy.steps_of(task, ids)
+    if private and data.watches:
+        private = canaries.watched(private, [data.watches.get(i) for i in ids])
     if solve is None:
         alone = len(clients) == 1 and not (private and private.mode == "stacked")
         solve = stacked.general if alone else stacked.stacked

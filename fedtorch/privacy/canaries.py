@@ -1,0 +1,186 @@
+"""Canaries: examples of an audit's own among a client's, and what a noised step shows of each.
+
+A canary is an example whose gradient is one coordinate, far longer than the clipping norm. It is in a step
+by a coin of its own, as any example is, joins the sum of clipped gradients, and its score is what comes out
+in that coordinate. Whoever attacks sees each noised step and knows all other examples, as the guarantee
+allows: their sum is taken off the score, so that what is left is the noise and the canary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtorch.options import TrainingOptions
+from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.privacy.noise.keystream import Scratch
+from fedtorch.privacy.noise.streams import Stream
+from fedtorch.types import ConfigError, Params, Task
+
+LONG = 1e3
+"""Norm of a canary's gradient before it is clipped, in clipping norms."""
+
+
+class Draws(Protocol):
+    """What is asked of the plan whose claim is audited: its own draws, clip and noise."""
+
+    def batches(
+        self, sizes: Sequence[int], options: TrainingOptions, task: Task, ids: Sequence[str]
+    ) -> list[Tensor]:
+        """Which examples are in which step."""
+
+    def stream(self, *purpose: str | int) -> Stream:
+        """Randomness for one purpose."""
+
+
+def placed(plan: Draws, id: str, count: int, numbers: int) -> Params:
+    """A client's canaries before round 0: a coordinate of its own and a fair coin for each."""
+    at = np.empty(0, np.int64)
+    draw = plan.stream("canaries", id)
+    while len(at) < count:
+        more = (draw.uniform(2 * count).numpy() * numbers).astype(np.int64)
+        at = np.concatenate([at, more])
+        at = at[np.sort(np.unique(at, return_index=True)[1])]
+    zeros = torch.zeros(count, dtype=torch.float64)
+    return {
+        "at": torch.from_numpy(at[:count]),
+        "inside": draw.uniform(count) < 0.5,
+        "noise": zeros,
+        "sent": zeros,
+        "squares": zeros[:1],
+        "longest": zeros[:1],
+        "steps": torch.zeros(1, dtype=torch.int64),
+        "numbers": torch.tensor([numbers]),
+    }
+
+
+@dataclass
+class Watch:
+    """One client's canaries in one visit."""
+
+    kept: Params
+    """As ``placed`` makes them, with what earlier visits showed."""
+    order: Tensor
+    """Which of them are in which step, [steps, widest] of places, filled up with -1."""
+    noise: np.ndarray = field(init=False)
+    """What was added to each coordinate beside the canaries, summed over steps."""
+    sent: np.ndarray = field(init=False)
+    """What the canaries added."""
+    squares: float = 0.0
+    """Squared noise of each step, summed over steps and coordinates."""
+    longest: float = 0.0
+    """The most that one canary added to a step."""
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        """Nothing seen yet."""
+        self.at, self.inside = self.kept["at"].numpy(), self.kept["inside"].numpy()
+        self.noise, self.sent = np.zeros(len(self.at)), np.zeros(len(self.at))
+
+    def joining(self) -> np.ndarray:
+        """Places of the canaries that are in the step to come."""
+        if self.steps >= len(self.order):
+            raise ConfigError("a visit takes more noised steps than its privacy plan says")
+        drawn = self.order[self.steps].numpy()
+        drawn = drawn[drawn >= 0]
+        return np.asarray(drawn[self.inside[drawn]])
+
+    def see(self, joined: np.ndarray, amount: float, moved: np.ndarray) -> None:
+        """One noised step: who joined it with what, and how the coordinates moved, canaries and noise."""
+        moved[joined] -= amount
+        self.noise += moved
+        self.sent[joined] += amount
+        self.squares += float(moved @ moved)
+        self.longest = max(self.longest, amount if len(joined) else 0.0)
+        self.steps += 1
+
+    def after(self) -> Params:
+        """The canaries with what this visit showed."""
+        kept = self.kept
+        return kept | {
+            "noise": kept["noise"] + torch.from_numpy(self.noise),
+            "sent": kept["sent"] + torch.from_numpy(self.sent),
+            "squares": kept["squares"] + self.squares,
+            "longest": kept["longest"].clamp(min=self.longest),
+            "steps": kept["steps"] + self.steps,
+        }
+
+
+@dataclass(frozen=True)
+class Watched(Stream):
+    """A client's noise; its canaries join each sum before it, and are read after it."""
+
+    watch: Watch = field(kw_only=True)
+    amount: float = field(kw_only=True)
+    """What is left of a canary's gradient once it is clipped."""
+
+    def add(self, row: Tensor, std: float, scratch: Scratch) -> None:
+        """Let the canaries of this step join, add the noise, see what came out."""
+        watch = self.watch
+        if len(row) != (numbers := int(watch.kept["numbers"])):
+            raise ConfigError(f"a noised step has {len(row)} numbers, and the model {numbers}")
+        joined = watch.joining()
+        here = row.numpy() if row.device.type == "cpu" else None
+        if here is not None:
+            before = here[watch.at].astype(np.float64)
+            here[watch.at[joined]] += self.amount
+            super().add(row, std, scratch)
+            after = here[watch.at].astype(np.float64)
+        else:
+            at = watch.kept["at"].to(row.device)
+            before = row[at].double().cpu().numpy()
+            row[at[torch.from_numpy(joined).to(row.device)]] += self.amount
+            super().add(row, std, scratch)
+            after = row[at].double().cpu().numpy()
+        watch.see(joined, self.amount, after - before)
+
+
+def of(
+    plan: Draws,
+    memories: Sequence[Params],
+    ids: Sequence[str],
+    options: TrainingOptions,
+    task: Task,
+) -> list[Watch]:
+    """Watches of these clients' visits, by what each remembers of its canaries."""
+    orders = plan.batches(
+        [len(m["at"]) for m in memories], options, task, [f"{i} canaries" for i in ids]
+    )
+    return [Watch(kept, order) for kept, order in zip(memories, orders, strict=True)]
+
+
+def watched(private: PrivateSteps, watches: Sequence[Watch | None]) -> PrivateSteps:
+    """The same steps, with canaries in them, which are clipped as examples are."""
+    length = LONG * private.clip
+    norm = torch.tensor([length * length], dtype=torch.float64)
+    amount = length * float(private.factors(norm))
+    streams = [
+        Watched(s.words, s.draws, watch=w, amount=amount) if w else s
+        for s, w in zip(private.streams, watches, strict=True)
+    ]
+    return replace(private, streams=streams)
+
+
+class Gauge(Stream):
+    """No noise: it looks how long the sums are that noise would be added to."""
+
+    lengths: list[float]
+
+    @classmethod
+    def new(cls) -> "Gauge":
+        """Nothing seen yet."""
+        made = cls(lambda n, scratch: np.zeros(n, np.uint64))
+        object.__setattr__(made, "lengths", [])
+        return made
+
+    def add(self, row: Tensor, std: float, scratch: Scratch) -> None:
+        """Take the length of a sum."""
+        self.lengths.append(float(row.double().norm()))
+
+    @property
+    def longest(self) -> float:
+        """Of all sums; NaN is none."""
+        return max([n for n in self.lengths if n == n], default=0.0)
