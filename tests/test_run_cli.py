@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtorch import QSGD, ConfigError, FedProx, Scaffold, ServerAdam, Sign, Strategy, TopK, Uniform
+from fedtorch import (
+    QSGD,
+    ConfigError,
+    FedProx,
+    Scaffold,
+    ServerAdam,
+    ServerYogi,
+    Sign,
+    Strategy,
+    TopK,
+    Uniform,
+)
 from fedtorch.commands.train import train_module
 from fedtorch.data import Csv, Digits, Dirichlet, Natural
 from fedtorch.options import as_typed, find
@@ -291,6 +302,19 @@ def test_names_of_elsewhere_that_mean_the_same_are_taken(tmp_path):
     assert own.server == ServerAdam(lr=0.5)
     (tmp_path / "c.toml").write_text('strategy = "fedadam"\nparticipation = "all"')
     assert parse("--config", str(tmp_path / "c.toml")).strategy.server == ServerAdam()
+
+
+def test_the_same_choice_by_another_name_keeps_its_options(tmp_path):
+    (tmp_path / "c.toml").write_text(
+        '[pace]\nname = "asynchronous"\nmixing = 0.4\n[strategy]\nname = "FedAvg"\n'
+        'server = {name = "adam", lr = 0.5}\n[participation]\nname = "everyone"\ndropout = 0.1\n'
+    )
+    file = ("--config", str(tmp_path / "c.toml"))
+    config = parse(*file, "--pace", "FedAsync", "--strategy", "fedadam", "--participation", "all")
+    assert config == parse(*file)
+    assert config.pace.mixing == 0.4 and config.strategy.server.lr == 0.5
+    other = parse(*file, "--strategy", "fedyogi", "--strategy.weighting", "uniform").strategy
+    assert other.server == ServerYogi() and other.weighting == "uniform"
 
 
 def test_options_of_elsewhere_are_taken_for_ours_and_said(capsys):

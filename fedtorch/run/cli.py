@@ -15,7 +15,7 @@ from typing import Any
 from fedtorch import disk
 from fedtorch.options import find, near
 from fedtorch.run import trust
-from fedtorch.run.names import ALIASES, CHOICES, flag
+from fedtorch.run.names import ALIASES, CHOICES, flag, ours
 from fedtorch.run.objects import Table, build
 from fedtorch.types import ConfigError
 
@@ -177,15 +177,19 @@ def read(path: str | Path) -> Table:
         raise ConfigError(f"config file {str(path)!r} is not TOML: {e}") from e
 
 
-def merge(under: Table, over: Table) -> Table:
-    """``over`` wins; naming another choice drops the options of the one below."""
+def merge(under: Table, over: Table, where: str = "") -> Table:
+    """``over`` wins; naming another choice drops the options of the one below.
+
+    ``where``: the choice that these are options of, and a dot.
+    """
     result = dict(under)
-    for key, value in over.items():
-        below = result.get(key)
+    for key, given in over.items():
+        # one choice may go by several names
+        value, below = (ours(where + key, v) for v in (given, result.get(key)))
         if isinstance(value, dict) and isinstance(below, (dict, str)):
             below = below if isinstance(below, dict) else {"name": below}
             same = "name" not in value or value["name"] == below.get("name")
-            result[key] = merge(below, value) if same else value
+            result[key] = merge(below, value, f"{where}{key}.") if same else value
         elif isinstance(below, list) and isinstance(value, dict) and "name" not in value:
             raise ConfigError(
                 f"{key}.{next(iter(value), '')} is given beside a list of {key}: give the whole list again"

@@ -228,6 +228,22 @@ MEANT: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
 }
 """Names that others give to a choice of ours with some options: the same thing, so they are taken."""
 
+
+def ours(choice: str, value: Any) -> Any:
+    """What is given for a choice, by our name, with the options that the name of others stands for."""
+    name, options = value, dict[str, Any]()
+    if isinstance(value, dict):
+        name, options = value.get("name"), {k: v for k, v in value.items() if k != "name"}
+    known = str(name).lower()
+    known, usual = MEANT.get(choice, {}).get(known, (known, {}))
+    if known not in CHOICES.get(choice, {}):
+        return value
+    for key, inner in usual.items():
+        given = options.get(key, {})
+        options[key] = {"name": inner, **given} if isinstance(given, dict) else given
+    return {"name": known, **options} if options or isinstance(value, dict) else known
+
+
 OFF = ("none", "null", "off", "no", "false")
 """Words for a choice that is left out."""
 

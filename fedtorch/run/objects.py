@@ -23,12 +23,12 @@ from fedtorch.run.names import (
     CALLED,
     CHOICES,
     FREE,
-    MEANT,
     NEAR,
     OFF,
     SEVERAL,
     WANTED,
     grouped,
+    ours,
     written,
 )
 from fedtorch.types import ConfigError
@@ -110,12 +110,7 @@ def choose(choice: str, value: Any, default: Any = None) -> Any:
 
     Options without a name are those of the ``default``; where there is none, of the first choice.
     """
-    name, options = _named(value)
-    if meant := MEANT.get(choice, {}).get(str(name).lower()):
-        name, usual = meant
-        for key, inner in usual.items():
-            given = options.get(key, {})
-            options[key] = {"name": inner, **given} if isinstance(given, dict) else given
+    name, options = _named(ours(choice, value))
     if name is None and dataclasses.is_dataclass(default) and not isinstance(default, type):
         return build(type(default), options, choice)
     if name is None:
