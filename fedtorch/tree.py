@@ -133,7 +133,7 @@ def add_weighted(total: Params, tree: Stack, weight: Tensor) -> None:
     """Add ``weight[k] * tree[k]`` for every client k to ``total``, in place and in float64."""
     for name, v in tree.items():
         if len(v) == 1:  # without a matrix product, and without zeros to begin with
-            part = v[0].double() * float(weight)
+            part = v[0].to(torch.float64, copy=True).mul_(float(weight))
             total[name] = total[name].add_(part) if name in total else part
             continue
         if name not in total:

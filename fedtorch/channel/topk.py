@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.channel.base import Stage, Turn
-from fedtorch.channel.vectors import flat, numbers, packed, places, shaped, short, unpacked
+from fedtorch.channel.vectors import at, flat, numbers, packed, places, shaped, short, unpacked
 from fedtorch.options import RATE, check
 from fedtorch.types import Params, Stack
 
@@ -101,10 +101,9 @@ class RandomK(Stage):
 
     def coded(self, sent: Stack, turn: Turn) -> Stack:
         """Values in the order of their places, [K, k] as float32."""
-        whole = flat(sent)
-        d = whole.shape[1]
+        d = sum(v[0].numel() for v in sent.values())
         count = count_of(self.share, d)
-        value = whole[:, places(turn.common, d, count).to(whole.device)]
+        value = at(sent, places(turn.common, d, count))
         return {"value": short(value) if self.feedback else (value * (d / count)).float()}
 
     def decoded(self, code: Stack, like: Params, turn: Turn) -> Stack:

@@ -1,5 +1,6 @@
 """A group of tensors as one vector; whole numbers in as many bits as they need; draws alike everywhere."""
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -14,6 +15,17 @@ from fedtorch.types import Params, Stack
 def flat(sent: Stack) -> Tensor:
     """All tensors of each client, in the order of their names, [K, d]."""
     return torch.cat([sent[k].reshape(len(sent[k]), sent[k][0].numel()) for k in sorted(sent)], 1)
+
+
+def at(sent: Stack, place: Tensor) -> Tensor:
+    """Those numbers of ``flat`` that are at these ascending places, [K, k]."""
+    found, start = [], 0
+    for k in sorted(sent):
+        rows = sent[k].reshape(len(sent[k]), sent[k][0].numel())
+        a, b = torch.searchsorted(place, torch.tensor([start, start + rows.shape[1]])).tolist()
+        found.append(rows[:, (place[a:b] - start).to(rows.device)])
+        start += rows.shape[1]
+    return torch.cat(found, 1)
 
 
 def numbers(like: Mapping[str, Tensor]) -> int:
@@ -82,13 +94,13 @@ def places(seed: int, numbers: int, count: int) -> Tensor:
         return torch.from_numpy(np.flatnonzero(kept))
     if not count:
         return torch.zeros(0, dtype=torch.int64)
-    drawn = 2 * count
+    # as many draws as leave so many different ones, on average, and some more
+    drawn = round(-numbers * math.log1p(-count / numbers) + 4 * math.sqrt(count)) + 1
     while True:  # twins count once, and what comes first is as likely as any
-        place = (uniforms(seed, drawn) * numbers).astype(np.int64)
-        first = np.full(numbers, drawn)
-        np.minimum.at(first, place, np.arange(drawn))
-        came = first[first < drawn]
+        place, turns = (uniforms(seed, drawn) * numbers).astype(np.int64), np.arange(drawn)
+        first = np.empty(numbers, np.int64)
+        first[place[::-1]] = turns[::-1]  # of twins the first is written last, and stays
+        came = place[first[place] == turns]
         if len(came) >= count:
-            last = np.partition(came, count - 1)[count - 1]
-            return torch.from_numpy(np.flatnonzero(first <= last))
+            return torch.from_numpy(np.sort(came[:count]))
         drawn *= 2
