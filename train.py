@@ -28,6 +28,7 @@ from fedtorch.options import COUNT, NOT_NEGATIVE, SHARE, as_typed, check
 from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.privacy.run import BudgetSpent
 from fedtorch.rounds.observers import Observer
+from fedtorch.rounds.progress import amount
 from fedtorch.rounds.synchronous import Rounds, Synchronous
 from fedtorch.rounds.threat import Threat
 from fedtorch.run import audited, cli, help, huggingface, loop, objects, setup, steps, sweep, zoo
@@ -43,6 +44,7 @@ from fedtorch.run.messages import (
     write_results,
 )
 from fedtorch.run.options import RunOptions
+from fedtorch.run.shown import Shown
 from fedtorch.server import Server
 from fedtorch.tracking import TensorBoard, Tracking
 from fedtorch.tracking.tensorboard.pictures import Pictures
@@ -244,7 +246,8 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         pictures = Pictures(
             record, server, data, config.rounds, lambda: here.last, lambda: scores.by_client
         )
-        opening = f"{data.name}: {len(parts)} clients, {config.model}, {config.rounds} rounds"
+        opening = f"{data.name}: {amount(len(parts), 'client')}, {config.model}, "
+        opening += amount(config.rounds, "round")
         report.say(prepared.said(data, strict(server)))
         if private and (note := prepared.undeclared(data, config.dataset)):
             report.say(f"note: {note}")
@@ -253,6 +256,8 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         introduce(report, opening, server, partition_table(ids, parts, data.labels))
         options = cli.flat(objects.describe(config)) | {"lr": server.recipe.learning_rate}
         pictures.start(options, metrics, ids, parts)
+        shown = Shown.of(server, kept.path, config.rounds, data)
+        report.attempt("report.json", shown.write)
         starting_score(record, report, scores.last, server)
 
         # who looks at each round, in this order: the end is seen first, and saving comes last
@@ -270,6 +275,8 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         if config.keep == "best":
             scores.again()
         here.end()
+        judged = server.model, data.test, data.kind if server.recipe.step is None else ""
+        report.attempt("report.json", shown.write, *judged)
 
     # what came of it
     accuracy = next((v for k, v in scores.last.items() if "accuracy" in k), None)

@@ -33,6 +33,7 @@ with Reading():
     from fedtorch.run.recorded import Record
     from fedtorch.run.resume import resume
     from fedtorch.run.setup import divide
+    from fedtorch.run.shown import report
     from fedtorch.saved import Trained, load
     from fedtorch.secure.aggregator import Secure
     from fedtorch.secure.he import HE
@@ -163,5 +164,6 @@ __all__ = [
     "from_pandas",
     "load",
     "local_update",
+    "report",
     "resume",
 ]

@@ -24,7 +24,11 @@ COMMANDS = {
         "fedtorch.commands.runs:runs",
     ),
     "compare": ("two runs: options that differ, results", "fedtorch.commands.runs:compare"),
-    "eval": ("a trained model on the test set", "fedtorch.commands.use:evaluate_run"),
+    "report": (
+        "one page of a run: curves, clients, privacy, what differs from another",
+        "fedtorch.commands.report:report",
+    ),
+    "eval": ("a trained model on the test set", "fedtorch.commands.evaluate:evaluate_run"),
     "predict": ("a trained model on a file of examples", "fedtorch.commands.use:predict"),
     "models": ("models that --model can name", "fedtorch.commands.listing:models"),
     "datasets": ("datasets that --dataset can name", "fedtorch.commands.listing:datasets"),
@@ -65,6 +69,13 @@ TAKES: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "compare": ("RUN RUN", {**JSON, "--png FILE": "draw the curves into this file"}),
+    "report": (
+        "RUN",
+        {
+            "--output PATH": "where to write it (report.html in the run's folder)",
+            "--against RUN": "a second run: what differs in options, results and clients",
+        },
+    ),
     "eval": ("RUN", {**JSON, **TRUST}),
     "predict": (
         "RUN FILE",

@@ -66,6 +66,7 @@ def state(tmp_path_factory, monkeypatch) -> Path:
     """Where it is kept which runs are this user's own: a new place for each test."""
     folder = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("XDG_STATE_HOME", str(folder))
+    monkeypatch.delenv("COLUMNS", raising=False)  # GNU readline hands it to every child
     return folder
 
 

@@ -155,17 +155,30 @@ def test_compare_shows_what_differs(swept, tmp_path, capsys):
     table = json.loads(output(capsys, "compare", a, b, "--json"))
     assert table["options"]["lr"] == [0.05, 0.5] and table["options"]["strategy.mu"][0] is None
     assert table["results"]["state"] == ["done", "done"]
+    last = [History.load(swept / n)[-1]["validation_by_client"] for n in (A, B)]
+    assert table["clients"]["accuracy"]["2"] == [own["2"]["accuracy"] for own in last]
+    apart = [abs(b - a) for a, b in table["clients"]["loss"].values()]
+    assert apart == sorted(apart, reverse=True) and len(apart) == 3
+    assert list(table["classes"]) == [str(k) for k in range(10)]
+    assert "clients by loss" in shown and "share right by class" in shown and "B - A" in shown
+    assert "the options are the same" in output(capsys, "compare", a, a)
 
 
 def test_eval_gives_the_figures_the_run_ended_with(swept, capsys):
     figures = json.loads(output(capsys, "eval", str(swept / A), "--json"))
     last = History.load(swept / A)[-1]
-    each = figures.pop("validation_by_client")
+    each, taken = figures.pop("validation_by_client"), figures.pop("confusion")
     assert figures == pytest.approx({k: last[k] for k in figures}, rel=1e-6)
     for client, scores in last["validation_by_client"].items():
         assert each[client] == pytest.approx(scores, rel=1e-6)
     assert {"test_loss", "test_accuracy", "validation_accuracy_min"} <= figures.keys()
-    assert "test accuracy" in output(capsys, "eval", str(swept / A))
+    counts = taken["counts"]
+    right = sum(counts[k][k] for k in range(10)) / sum(map(sum, counts))
+    assert right == pytest.approx(last["test_accuracy"]) and taken["classes"][0] == "0"
+    kept = json.loads((swept / A / "report.json").read_text())
+    assert kept["confusion"] == counts and sum(n for n, _ in kept["clients"].values()) > 1000
+    shown = output(capsys, "eval", str(swept / A))
+    assert "test accuracy" in shown and "a column for what it is taken for" in shown
 
 
 def test_eval_of_a_personal_run_gives_each_client_what_it_keeps(tmp_path, capsys):

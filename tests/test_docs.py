@@ -30,6 +30,7 @@ LESSONS = {
     "docs/write-strategy.md": 4,
     "docs/stop-resume.md": 8,
     "docs/watch.md": 3,
+    "docs/report.md": 8,
 }
 """Pages that test_docs_commands follows from top to bottom, and how many steps each has at least."""
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])

@@ -14,6 +14,7 @@ import tomli_w
 from benchmarks import hospitals_checks as checks
 from benchmarks.heart import HOSPITALS
 from benchmarks.hospitals import AS_DOWNLOADED, RUNS, Trial, run
+from fedtorch import report
 from fedtorch.engines import wire
 
 pytestmark = pytest.mark.timeout(300)
@@ -58,6 +59,9 @@ def test_four_hospitals_train_over_tls_through_kill_9(done):
     figures = json.loads((trial.folder / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert figures["nonprivate_site_va_reported"] == 1 and figures["nonprivate_site_va_seconds"] > 0
     assert not [k for k in figures if k.startswith("site_")]
+    page = report(trial.folder / "run").read_text()
+    assert "Sites" in page and ">cleveland</th>" in page and "At most: epsilon" in page
+    assert page.count("Not private") == 1
 
 
 def test_an_opened_table_is_noticed(done):

@@ -385,6 +385,11 @@ def test_strict_runs_show_nobodys_data(fedtorch):
     lines = Path("run/metrics.jsonl").read_text()
     assert not re.search("nonprivate|second|valid|example|loss_m", lines)
     assert "seconds" not in json.loads(Path("run/summary.json").read_text())
+    assert "clients" not in json.loads(Path("run/report.json").read_text())
+    assert fedtorch("report", "run")[0] == 0
+    page = Path("run/report.html").read_text()
+    assert not re.search("Who holds what|not private|round by round|seconds</dt>", page, re.I)
+    assert "At most: epsilon" in page and "What is taken for what" in page
     code, out, _ = fedtorch("eval", "run")
     assert code == 0 and "test accuracy" in out and "validation" not in out
 

@@ -34,13 +34,13 @@ def test_what_is_not_usual_is_said():
 
 @pytest.mark.parametrize("epsilon, word", [(1.0, "2.7-fold"), (8.0, "2,981-fold"), (15.0, "-fold")])
 def test_a_budget_is_said_as_odds(epsilon, word):
-    said = report._plainly(epsilon, "the model", "one example", 1e-5)
+    said = report.plainly(epsilon, "the model", "one example", 1e-5)
     assert word in said and "protects nobody" not in said
 
 
 @pytest.mark.parametrize("epsilon", [15.1, 200.0, 1e6, math.inf])
 def test_a_budget_that_protects_nobody_is_said_in_words_and_no_factor(epsilon):
-    said = report._plainly(epsilon, "the model", "one example", 1e-5)
+    said = report.plainly(epsilon, "the model", "one example", 1e-5)
     assert said.startswith(f"epsilon {epsilon:.4g} protects nobody") and "fold" not in said
     plan = SimpleNamespace(describe=lambda: {"unit": "one example"})
     run = SimpleNamespace(plan=plan, spent=lambda: epsilon, delta=1e-5)
@@ -63,5 +63,5 @@ def test_the_end_is_five_lines(tmp_path, drawn):
         "privacy: none",
         f"ended because SIGINT asked to; continue: fedtorch train --run-dir {tmp_path} --resume",
         "clients: a and b",
-        f"run folder: {tmp_path} (model.safetensors){watch}",
+        f"run folder: {tmp_path} (model.safetensors; fedtorch report draws it){watch}",
     ]

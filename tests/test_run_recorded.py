@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import weights
-from fedtorch import BestModel, Checkpoint, ConfigError, Recipe, Record, resume
+from fedtorch import BestModel, Checkpoint, ConfigError, Recipe, Record, report, resume
 from fedtorch.run import results
 from test_run_callbacks import PLAN, TEST, served
 
@@ -29,6 +29,10 @@ def test_a_run_from_python_is_a_run_folder_that_the_commands_read(fedtorch, tmp_
     # what was restored is what is kept, and judged
     assert run.summary["model_of_round"] == best.round_number < 3
     assert run.summary["test_loss"] == history[best.round_number]["test_loss"]
+    kept = run.shown
+    assert [n for n, _ in kept["clients"].values()] == [len(c) for c in server.clients]
+    assert sum(map(sum, kept["confusion"])) == len(TEST[0]) and kept["rounds"] == 3
+    assert "What is taken for what" in report("runs/mine").read_text()
     code, out, _ = fedtorch("runs")
     assert code == 0 and "runs/mine" in out and "done" in out
     code, out, err = fedtorch("eval", "runs/mine", "--json")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedtorch.rounds.history import History
-from fedtorch.run.console import fitting
+from fedtorch.run.console import fitting, show_table
 from fedtorch.run.results import Saved, cut, table
 
 
@@ -45,3 +45,30 @@ def test_long_names_of_runs_are_cut_in_their_middle_to_fit_the_window(width, mon
 def test_a_name_is_cut_in_its_middle():
     assert cut("abcdefghij", 10) == "abcdefghij"
     assert cut("abcdefghij", 7) == "ab…ghij"
+
+
+@pytest.mark.parametrize(
+    "summary, shown, state",
+    [
+        ({}, {}, "round 3/9"),
+        ({"rounds": 3}, {}, "stopped 3/9"),
+        ({"rounds": 3}, {"rounds": 3}, "done"),
+        ({"rounds": 3, "learned": False}, {"rounds": 3}, "nothing learned"),
+        ({"rounds": 2}, {"rounds": 12}, "round 3/12"),
+    ],
+    ids=["killed", "stopped", "done", "nothing", "resumed"],
+)
+def test_the_state_is_of_the_rounds_asked_for_last(summary, shown, state):
+    """A resumed run may ask for other rounds than its config, and has the summary of its first end."""
+    here = Saved(Path("r"), {"rounds": 9}, History([{"round": 3}]), summary, (), shown)
+    assert here.state() == state
+
+
+def test_a_pipe_keeps_to_the_columns_that_are_asked_for(monkeypatch, capsys):
+    rows = [{"run": "x" * 30, "state": "y" * 30}]
+    show_table(rows)
+    assert max(map(len, capsys.readouterr().out.splitlines())) > 60
+    monkeypatch.setenv("COLUMNS", "40")
+    show_table(rows)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 40
+    assert fitting(rows, "run") is not None

@@ -223,3 +223,26 @@ def test_a_site_whose_disk_is_full_is_one_sentence(site, monkeypatch):
     monkeypatch.setattr(commands, "Site", full)
     code, said = site()
     assert code == 2 and said == "fedtorch: state/x: No space left on device"
+
+
+def test_eval_and_report_of_a_federation_judge_the_servers_own_rows(serve, tmp_path, capsys):
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(60, 3)).astype(np.float32)
+    np.savez(tmp_path / "own.npz", x=x, y=(x[:, 0] > 0).astype(np.int64))
+    own = ["--outputs", "2", "--dataset", "npz", "--dataset.path", str(tmp_path / "own.npz")]
+    own += ["--dataset.kind", "classification", "--dataset.classes", "0,1"]
+    assert serve("--privacy", "none", *own)[0] == 1  # no site ever came
+    folder = str(tmp_path / "run")
+    assert program.main(["eval", folder, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert figures["test_loss"] == pytest.approx(summary["test_loss"])
+    assert sum(map(sum, figures["confusion"]["counts"])) == 12
+    assert program.main(["runs", folder]) == program.main(["report", folder]) == 0
+    page = (tmp_path / "run/report.html").read_text()
+    assert "the model never moved" in page and "2 sites, logistic" in page and ">north</th>" in page
+    assert serve("--privacy", "none", "--run-dir", str(tmp_path / "bare"))[0] == 1
+    assert program.main(["eval", str(tmp_path / "bare")]) == 0
+    told = capsys.readouterr()
+    assert "the server of these sites has no test data of its own" in told.err
+    assert "north" in told.out and "0 of 2" in told.out

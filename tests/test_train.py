@@ -36,6 +36,7 @@ def test_a_run_leaves_all_it_should(fedtorch):
         "test_accuracy": 0,
         "test_loss": 0,
         "rounds": 2,
+        "ended": "all 2 rounds are trained",
         "clients": 10,
         "seconds": 0,
         "epsilon": None,

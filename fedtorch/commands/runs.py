@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedtorch.commands.options import words_and_options
-from fedtorch.run import prices
+from fedtorch.run import compared, prices
 from fedtorch.run import results as saved
 from fedtorch.run.console import fitting, plot, show_table
 from fedtorch.types import ConfigError
@@ -41,6 +41,9 @@ def show_runs(found: Sequence[saved.Saved]) -> None:
     show_table(saved.table(found, room), spare)
 
 
+MOST = 20
+"""Clients that compare shows of many, the most different first."""
+
 SHOWN = ("run", "data", "model", "strategy", "privacy", "epsilon", "seconds", "state")
 """Columns of the table of runs in every window."""
 
@@ -52,7 +55,7 @@ def compare(argv: Sequence[str]) -> int:
         raise ConfigError(f"fedtorch compare takes two run folders, but got {len(words)}")
     pair = [saved.load(word) for word in words]
     tell(pair)
-    options, results = [r.options for r in pair], [r.result() for r in pair]
+    found = compared.sides(*pair)
     names = ("A", "B")
     metrics = [
         k
@@ -61,18 +64,36 @@ def compare(argv: Sequence[str]) -> int:
     ]
     if "png" in given:
         draw(dict(zip(words, pair, strict=True)), metrics, Path(given["png"]))
-    differ = {k: [o.get(k) for o in options] for k in saved.differing(options)}
-    ended = {k: [r.get(k) for r in results] for k in dict.fromkeys(k for r in results for k in r)}
     if "json" in given:
-        print(json.dumps({"options": differ, "results": ended}, indent=2))
+        print(
+            json.dumps(
+                {k: v for k, v in vars(found).items() if v or k in ("options", "results")}, indent=2
+            )
+        )
         tell_prices(pair, True)
         return 0
-    for title, table in (("options that differ", differ), ("results", ended)):
-        show_table([{title: k, "A": a, "B": b} for k, (a, b) in table.items()])
+    for title, table in (("options that differ", found.options), ("results", found.results)):
+        if table:
+            show_table([{title: k, "A": a, "B": b} for k, (a, b) in table.items()])
+        else:
+            print("the options are the same")
+    strict = any(r.strict for r in pair)
+    for metric, own in found.clients.items() if not strict else ():
+        show_pairs(f"clients by {metric.replace('_', ' ')}", own)
+    show_pairs("share right by class", found.classes)
     tell_prices(pair, False)
     best = next((m for m in metrics if m.startswith("test_") and m != "test_loss"), "test_loss")
     print(plot({n: r.history.column(best) for n, r in zip(names, pair, strict=True)}, best))
     return 0
+
+
+def show_pairs(title: str, pairs: Mapping[str, Sequence[float]]) -> None:
+    """What both runs have, in this order."""
+    rows = [{title: k, "A": a, "B": b, "B - A": b - a} for k, (a, b) in pairs.items()]
+    if rows:
+        show_table(rows[:MOST])
+    if len(rows) > MOST:
+        print(f"({len(rows) - MOST} more: fedtorch compare --json)")
 
 
 def tell(found: Sequence[saved.Saved]) -> None:

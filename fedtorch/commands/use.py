@@ -1,7 +1,6 @@
-"""``fedtorch eval`` and ``fedtorch predict``: a trained model put to use."""
+"""A trained model put to use: what a run folder gives back, and ``fedtorch predict``."""
 
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -17,16 +16,11 @@ from fedtorch.commands.given import examples, pictures_in
 from fedtorch.commands.options import words_and_options
 from fedtorch.commands.runs import tell
 from fedtorch.commands.train import train_module
-from fedtorch.data import Data, partition, prepared, tokens
+from fedtorch.data import Data, prepared, tokens
 from fedtorch.data.prepared import Prepared
 from fedtorch.data.text import BYTES, as_bytes
-from fedtorch.privacy.run import mark
-from fedtorch.recipe import Recipe
-from fedtorch.run import by_client, checkpoint, cli, files, objects, results, setup, steps, trust
-from fedtorch.run.console import show_table
+from fedtorch.run import cli, files, objects, results, trust
 from fedtorch.run.folder import MADE_BY
-from fedtorch.training.evaluate import evaluate, evaluate_clients
-from fedtorch.training.personal import GROUP
 from fedtorch.training.stacked import forward
 from fedtorch.tree import joined, leaves, parts
 from fedtorch.types import ConfigError
@@ -84,82 +78,14 @@ def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool 
         data = data.asks.settled(paid.preparation)
     known = kept if data is None and kept is not None else Prepared.of(cast(Data, data))
     if load and kept is not None and not kept.same(known):
-        _note("these are not the data of the run: some of the test may have been trained on")
+        note("these are not the data of the run: some of the test may have been trained on")
     model = train.make_model(config, known)
     files.read_model(Path(folder), model)
     return Trained(config, known, model.eval(), data)
 
 
-def evaluate_run(argv: Sequence[str]) -> int:
-    """Loss and metrics on the test set, and on the clients' validation data where there is some."""
-    words, given = words_and_options(argv, "eval", {"json": False, TRUST: False})
-    if len(words) != 1:
-        raise ConfigError(f"fedtorch eval takes one run folder, but got {len(words)}")
-    if MADE_BY in (saved := results.load(words[0])).options:
-        return recorded(saved, "json" in given)
-    run = trained(words[0], TRUST in given, judged=True)
-    config, data = run.config, run.data
-    loss, _ = setup.loss_and_metrics(data.kind, config.loss, config.metrics)
-    recipe = Recipe(loss=loss) if not config.step else Recipe(step=steps.named("step", config.step))
-    asked = config.eval_step, data.kind, config.metrics, run.model, data.test
-    metrics, judge = steps.judging(recipe, *asked)
-    scores = evaluate(run.model, data.test, metrics, step=judge)
-    figures: dict[str, Any] = {f"test_{k}": v for k, v in scores.items()}
-    table: list[dict[str, Any]] = []
-    private = config.privacy
-    # the clients' own rows are not covered
-    if config.validation and not (private and private.strict):
-        ids, parts = partition(data, config.partition, config.clients, config.seed)
-        clients = setup.clients(data, ids, parts, config.validation, config.seed)
-        own = {}
-        # each client with what it keeps, which the last checkpoint has
-        if config.strategy.personal:
-            saved = checkpoint.load(Path(words[0]) / "checkpoints")["memory"]
-            own = {i: m[GROUP] for i, m in saved.items() if GROUP in m}
-        each = evaluate_clients(run.model, clients, metrics, own, judge, told=_note)
-        of_clients = by_client.figures(each)
-        figures |= mark(private, of_clients) if private else of_clients
-        table = by_client.rows(each, metrics, len(each))
-    if "json" in given:
-        print(json.dumps({k: None if v != v else v for k, v in figures.items()}))
-        return 0
-    for k, v in figures.items():
-        if isinstance(v, float):
-            print(f"{k.replace('_', ' '):<28} {by_client.word(v)}")
-    if table:
-        print(by_client.title(private is not None))
-        show_table(table)
-    return 0
-
-
-def recorded(run: results.Saved, as_json: bool) -> int:
-    """What a run wrote down of its last round, whose model and data are known to Python alone."""
-    tell([run])
-    kept = run.summary.get("model_of_round")
-    last = next((m for m in run.history if m["round"] == kept), run.history.last())
-    prefix = "nonprivate_" if "nonprivate_validation_by_client" in last else ""
-    each = last.get(f"{prefix}validation_by_client") or {}
-    figures = {k: v for k, v in last.items() if "test_" in k or "validation_" in k}
-    _note(
-        "the run was made in Python, where its model and data are: these are the figures of round "
-        f"{last.get('round', 0)} as it wrote them down"
-    )
-    if as_json:
-        print(json.dumps(figures))
-        return 0
-    for k, v in figures.items():
-        if isinstance(v, float):
-            print(f"{k.replace('_', ' '):<28} {by_client.word(v)}")
-    if each:
-        scores = {
-            i: {k: math.nan if v is None else v for k, v in s.items()} for i, s in each.items()
-        }
-        print(by_client.title(bool(prefix)))
-        show_table(by_client.rows(scores, {}, len(scores)))
-    return 0
-
-
-def _note(words: str) -> None:
+def note(words: str) -> None:
+    """Beside the output, which may be for a program."""
     print(f"note: {words}", file=sys.stderr)
 
 

@@ -1,7 +1,7 @@
 """The figures of a run, round by round, as Python has them."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from html import escape
 from pathlib import Path
@@ -69,27 +69,36 @@ class History(list[dict[str, Any]]):
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 some = ", ".join(sorted(there)[:20]) or "none: no round was trained"
                 raise ConfigError(f"no round has a figure {name!r}{hint} (there are {some})")
-        asked = {n: [n] for n in names} if names else self._usual(there)
+        asked = {n: [n] for n in names} if names else self.panels()
         if not asked:
             raise ConfigError("there is nothing to plot: no round was trained")
         lines = {
             title.replace("_", " "): {n.replace("_", " "): self.column(n) for n in found}
             for title, found in asked.items()
         }
-        ends = {n: (self.column(f"{n}_min"), self.column(f"{n}_max")) for n in there}
+        ends = {n: self.band(n) for n in there}
         bands = {
             n.replace("_", " "): e for n, e in ends.items() if len(e[0]) == len(self.column(n))
         }
         return panels(lines, bands)
 
-    def _usual(self, there: set[str]) -> dict[str, list[str]]:
+    def band(self, name: str) -> tuple[Any, Any]:
+        """The lowest and the highest client's figure, round by round; empty where no client's is known."""
+        name = name.replace("train_loss", "client_loss")
+        return self.column(f"{name}_min"), self.column(f"{name}_max")
+
+    def panels(self) -> dict[str, list[str]]:
         """Title -> figures of the panels that are drawn unless others are asked for."""
+        there = {k for m in self for k, v in m.items() if isinstance(v, (int, float))}
         tests = [k for k in self.last() if k.startswith("test_") and k in there]
         own = {t: f"validation_{t[5:]}" for t in tests}
         found = {
-            "loss": ["train_loss", "nonprivate_train_loss", "test_loss", "validation_loss"],
-            **{t[5:]: [t, own[t]] for t in tests if t != "test_loss"},
-            "epsilon": ["privacy_epsilon", "privacy_epsilon_planned"],
+            "loss": [
+                *("train_loss", "nonprivate_train_loss", "test_loss"),
+                *("validation_loss", "nonprivate_validation_loss"),
+            ],
+            **{t[5:]: [t, own[t], f"nonprivate_{own[t]}"] for t in tests if t != "test_loss"},
+            "epsilon": [f"privacy_epsilon{k}" for k in ("", "_at_least", "_planned")],
         }
         kept = {t: [n for n in names if n in there] for t, names in found.items()}
         return {t: names for t, names in kept.items() if names}
@@ -116,6 +125,41 @@ class History(list[dict[str, Any]]):
         return f"<table><tr>{head}</tr>{body}</table>"
 
 
+CAME, MISSED, LEFT_OUT = 1, 2, 3
+"""A client in a round: its work counted, it did not come or was of no use, a robust rule left it out."""
+
+
+def took_part(rounds: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, int]]:
+    """Round -> client -> CAME, MISSED or LEFT_OUT; who was not asked is not in it."""
+    found = {}
+    for figures in rounds:
+        here = dict[str, int]()
+        for kind, name in ((CAME, "cohort"), (MISSED, "failed"), (LEFT_OUT, "left_out")):
+            who = figures.get(name, figures.get(f"nonprivate_{name}"))
+            here |= dict.fromkeys(map(str, who if isinstance(who, (list, dict)) else ()), kind)
+        if int(figures["round"]):
+            found[int(figures["round"])] = here
+    return found
+
+
+Scores = dict[str, dict[str, float]]
+"""Client -> metric -> figure, as far as it has one."""
+
+
+def by_client(rounds: Iterable[Mapping[str, Any]]) -> dict[int, Scores]:
+    """Round -> clients' scores on their own validation data, where a round has them."""
+    found = {}
+    for figures in rounds:
+        each = figures.get("validation_by_client", figures.get("nonprivate_validation_by_client"))
+        if isinstance(each, dict) and each:
+            found[int(figures["round"])] = {
+                i: {k: v for k, v in s.items() if isinstance(v, (int, float))}
+                for i, s in each.items()
+                if isinstance(s, dict)
+            }
+    return found
+
+
 def _short(value: Any) -> str:
     return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
@@ -140,6 +184,6 @@ def sift(data: bytes) -> tuple[list[dict[str, Any]], list[int]]:
         try:
             figures = json.loads(line)
             rounds.append(figures | {"round": int(figures["round"])})
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             lost.append(number)
     return rounds, lost

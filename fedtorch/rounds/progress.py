@@ -15,6 +15,11 @@ SHOWN = 5
 """Clients that a line names; the record has all."""
 
 
+def amount(n: int, what: str) -> str:
+    """1 round, 2 rounds."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def troubles(figures: Mapping[str, Any]) -> list[str]:
     """A sentence for each thing of a round that went wrong."""
     number, failed = figures["round"], _either(figures, "failed") or {}

@@ -165,12 +165,12 @@ def partition_table(
 
 
 def show_table(rows: Sequence[Mapping[str, Any]], spare: Sequence[str] = ()) -> None:
-    """Rows of named values; in full when piped, fitted to the window on a terminal.
+    """Rows of named values; in full when piped, fitted to the window on a terminal, or to COLUMNS.
 
     ``spare``: columns that are left out of a narrow window, the last first.
     """
     console = Console(highlight=False)
-    if not console.is_terminal:
+    if not _window(console):
         console.width = WIDE
     left, shown = 0, table_of(rows)
     free = console.options.update(width=10_000)
@@ -182,10 +182,15 @@ def show_table(rows: Sequence[Mapping[str, Any]], spare: Sequence[str] = ()) -> 
         console.print(f"({left} more options differ: widen the window, or fedtorch runs --json)")
 
 
+def _window(console: Console) -> bool:
+    """Whether there is a width to keep to; of a pipe the one that COLUMNS says."""
+    return console.is_terminal or os.environ.get("COLUMNS", "").isdigit()
+
+
 def fitting(rows: Sequence[Mapping[str, Any]], column: str, least: int = 9) -> int | None:
     """Letters that one column may have for the table to fit the window; None: there is no window."""
     console = Console(highlight=False)
-    if not console.is_terminal:
+    if not _window(console):
         return None
     whole = console.measure(table_of(rows), options=console.options.update(width=WIDE)).maximum
     own = max(len(column), *(len(_word(row.get(column))) for row in rows))

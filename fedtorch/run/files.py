@@ -27,7 +27,15 @@ LEDGER = "ledger.jsonl"
 
 SUMS = "SHA256SUMS"
 
-SUMMED = ("config.toml", "metrics.jsonl", MODEL, "summary.json", "privacy.json", LEDGER)
+SUMMED = (
+    "config.toml",
+    "metrics.jsonl",
+    MODEL,
+    "summary.json",
+    "privacy.json",
+    "report.json",
+    LEDGER,
+)
 """Files that must stay what they are once a run has ended."""
 
 

@@ -62,7 +62,7 @@ class Loop(Observer):
         if self.server.stopped:
             return self.server.stopped.partition(": ")[2]
         if done >= rounds:
-            return f"all {rounds} rounds are trained"
+            return f"all {rounds} rounds are trained" if rounds > 1 else "its one round is trained"
         return f"the privacy budget has no room for round {done + 1} of {rounds}"
 
     def due(self, every: int) -> bool:
@@ -78,11 +78,12 @@ class Loop(Observer):
         if self.server.private:
             self.report.attempt("privacy report", record_privacy, self.record, self.server)
 
-    def summary(self, scores: Mapping[str, float]) -> dict[str, Any]:
-        """What ``summary.json`` says of every run."""
+    def summary(self, scores: Mapping[str, float], why: str = "") -> dict[str, Any]:
+        """What ``summary.json`` says of every run; ``why`` it ended, where others know that better."""
         private = self.server.private
         return {f"test_{k}": v for k, v in scores.items()} | {
             "rounds": self.server.round_number,
+            "ended": why or self.why(),
             "seconds": round(time.perf_counter() - self.began, 3),
             "epsilon": private.spent() if private else None,
             "delta": private.delta if private else None,

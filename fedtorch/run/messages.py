@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtorch.recipe import Recipe
+from fedtorch.rounds.progress import amount
 from fedtorch.rounds.synchronous import Synchronous
 from fedtorch.rounds.threat import Attacked
 from fedtorch.run import cli, files, huggingface, trust
@@ -120,7 +121,7 @@ def conclude(
     figures = [f"{k.replace('_', ' ')} {word(v)}" for k, v in scores.items() if k != "test_loss"]
     figures += [f"test loss {word(v)}" for k, v in scores.items() if k == "test_loss"]
     took = f" in {summary['seconds']:.1f} s" if "seconds" in summary else ""
-    report.say("  ".join([f"{state}: {summary['rounds']} rounds{took}", *figures]))
+    report.say("  ".join([f"{state}: {amount(summary['rounds'], 'round')}{took}", *figures]))
     report.say(f"privacy: {cost(server.private) if server.private else 'none'}")
     for line in _audit(server) if server.private else []:
         report.say(line)
@@ -129,7 +130,7 @@ def conclude(
         report.say(clients)
     drawn = any(folder.glob("events.out.tfevents.*"))
     watch = f"   watch: tensorboard --logdir {folder.parent}" if drawn else ""
-    report.say(f"run folder: {folder} (model.safetensors){watch}")
+    report.say(f"run folder: {folder} (model.safetensors; fedtorch report draws it){watch}")
     if beside := huggingface.kept(folder):
         report.say(beside)
 

@@ -11,12 +11,14 @@ from fedtorch.data import prepared
 from fedtorch.data.base import Data
 from fedtorch.options import COUNT, check, fit
 from fedtorch.rounds.figures import Metrics
+from fedtorch.rounds.judged import Judged
 from fedtorch.rounds.observers import Observer
 from fedtorch.run import checkpoint, files
 from fedtorch.run import folder as folders
 from fedtorch.run.callbacks import BestModel
 from fedtorch.run.folder import MADE_BY, Folder
 from fedtorch.run.resume import goes_on, keep_ledger
+from fedtorch.run.shown import Shown
 from fedtorch.types import ConfigError
 
 PYTHON = "python"
@@ -106,6 +108,8 @@ class Record(Observer):
             self.writer.text("config", "\n".join(f"    {k} = {v!r}" for k, v in flat.items()))
             if judged:
                 self.writer.round({k: v for k, v in figures.items() if k != "validation_by_client"})
+        self.shown = Shown.of(server, self.path, rounds, self.data)
+        self.shown.write()
         self._save()
         return None
 
@@ -155,6 +159,10 @@ class Record(Observer):
         self._save()
         files.write_model(self.path, server.model)
         report, private = Report(server.round_number, server.round_number), server.private
+        judge = next((o for o in server.observers if isinstance(o, Judged)), None)
+        if judge is not None and judge.step is None and server.recipe.step is None:
+            kind = "classification" if self.data is None else self.data.kind
+            report.attempt("report.json", self.shown.write, server.model, judge.test, kind)
         if private:
             report.attempt("privacy report", record_privacy, self.writer, server)
         shown = [o for o in server.observers if isinstance(o, BestModel) and o.restore]
@@ -162,6 +170,7 @@ class Record(Observer):
         judged = next((m for m in self.writer.history if m["round"] == kept), self.last)
         summary = {k: v for k, v in judged.items() if k.startswith("test_")} | {
             "rounds": server.round_number,
+            "ended": server.stopped.partition(": ")[2],
             "seconds": round(time.perf_counter() - self.began, 3),
             "epsilon": private.spent() if private else None,
             "delta": private.delta if private else None,

@@ -8,6 +8,7 @@ from typing import Any
 from fedtorch.privacy import Privacy
 from fedtorch.privacy.noise.normals import way
 from fedtorch.privacy.run import BEFORE, PrivateRun
+from fedtorch.rounds.progress import amount
 from fedtorch.run.versions import installed
 
 NOBODY = 15.0
@@ -25,12 +26,13 @@ def promise(run: PrivateRun) -> list[str]:
         *([f"before round 0: {before}; a part of the budget"] if before else []),
         f"trusted: {words['trusted']}; neighbouring: {words['neighbouring']}",
         f"noise multiplier {run.noise:.4g}, planned epsilon {epsilon:.3f} at delta {run.delta:g} over "
-        f"{run.rounds} rounds ({plan.accountant} accountant)",
-        f"in plain words: {_plainly(epsilon, seen, words['unit'], run.delta)}",
+        f"{amount(run.rounds, 'round')} ({plan.accountant} accountant)",
+        f"in plain words: {plainly(epsilon, seen, words['unit'], run.delta)}",
     ]
 
 
-def _plainly(epsilon: float, seen: str, unit: str, delta: float) -> str:
+def plainly(epsilon: float, seen: str, unit: str, delta: float) -> str:
+    """What epsilon at most lets anybody learn, in a sentence."""
     if epsilon > NOBODY:
         return (
             f"epsilon {epsilon:.4g} protects nobody: who sees {seen} may tell for sure whether {unit} took "

@@ -4,13 +4,13 @@ import json
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedtorch.options import near
 from fedtorch.rounds.history import History
-from fedtorch.run import cli
+from fedtorch.run import cli, shown
 from fedtorch.run import files as runs
 from fedtorch.training.metrics import known, worse
 from fedtorch.types import ConfigError
@@ -28,19 +28,57 @@ class Saved:
     """``summary.json`` of a run that came to its end, else empty."""
     notes: tuple[str, ...] = ()
     """What is damaged in the folder, a sentence each."""
+    shown: dict[str, Any] = field(default_factory=dict)
+    """``report.json``: rounds asked for, who holds what, the confusion matrix; empty for older runs."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.folder.resolve().name or str(self.folder)
+
+    @property
+    def private(self) -> bool:
+        """Whether it has a privacy plan."""
+        planned = self.options.get("privacy") not in (None, "null", "none")
+        return planned or "privacy_epsilon" in self.history.last()
+
+    @property
+    def strict(self) -> bool:
+        """Whether nothing of it is told but what the guarantee covers."""
+        return self.options.get("privacy.strict") is True
+
+    @property
+    def planned(self) -> int:
+        """Rounds that were asked for, when it was started last."""
+        asked = [self.shown.get("rounds"), self.options.get("rounds"), self.rounds]
+        return next(n for n in asked if isinstance(n, int))
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that are done."""
+        return int(self.history.last().get("round", 0))
+
+    @property
+    def ended(self) -> bool:
+        """Whether it came to its end, and was not taken up again since."""
+        return bool(self.summary) and self.summary.get("rounds", self.rounds) == self.rounds
+
+    def state(self) -> str:
+        """``done``, ``stopped 3/9`` before all rounds were trained; ``round 3/9``: under way, or killed."""
+        if not self.ended:
+            return f"round {self.rounds}/{self.planned}"
+        if self.rounds < self.planned:
+            return f"stopped {self.rounds}/{self.planned}"
+        return "nothing learned" if self.summary.get("learned") is False else "done"
 
     def result(self) -> dict[str, Any]:
         """What a table of runs shows: state, last figures, epsilon and time."""
         last = self.history.last()
-        rounds = int(last.get("round", 0))
-        planned = self.options.get("rounds")
-        planned = planned if isinstance(planned, int) else rounds
         tests = {k: v for k, v in last.items() if k.startswith("test_")}
         epsilon = last.get("privacy_epsilon", self.summary.get("epsilon"))
-        done = "nothing learned" if self.summary.get("learned") is False else "done"
         return {
             "run": str(self.folder),
-            "state": done if self.summary and rounds >= planned else f"round {rounds}/{planned}",
+            "state": self.state(),
             **tests,
             "epsilon": epsilon,
             "seconds": last.get("seconds_elapsed", self.summary.get("seconds")),
@@ -53,6 +91,7 @@ def load(folder: str | Path) -> Saved:
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"{folder} holds no run (there is no config.toml in it)")
     notes, options, history, ended = runs.changed(folder), {}, History(), {}
+    kept: dict[str, Any] = {}
     try:
         options = cli.flat(cli.read(folder / "config.toml"))
     except ConfigError as e:
@@ -65,7 +104,11 @@ def load(folder: str | Path) -> Saved:
         ended = _summary(folder / "summary.json")
     except (ValueError, OSError, RecursionError) as e:
         notes.append(f"{folder / 'summary.json'} is damaged: {e}")
-    return Saved(folder, options, history, ended, tuple(notes))
+    try:
+        kept = shown.read(folder)
+    except ConfigError as e:
+        notes.append(str(e))
+    return Saved(folder, options, history, ended, tuple(notes), kept)
 
 
 def _summary(path: Path) -> dict[str, Any]:

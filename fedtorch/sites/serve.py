@@ -16,8 +16,10 @@ from fedtorch.data.base import facts_of
 from fedtorch.data.tokens import PREFIX
 from fedtorch.rounds.figures import Metrics
 from fedtorch.rounds.observers import Observer
+from fedtorch.rounds.progress import amount
 from fedtorch.run import checkpoint, files, huggingface, loop
 from fedtorch.run.messages import conclude, introduce, starting_score, write_results
+from fedtorch.run.shown import Shown
 from fedtorch.server import Server
 from fedtorch.sites import statistics
 from fedtorch.sites.ends import EndedEarly, early, enough
@@ -98,13 +100,16 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         with loop.around(config, server, kept, TensorBoard(), began) as here:
             # before the first round: what is promised, and how good the model is untrained
             here.report.say(f"listening at {config.address}, waiting for {', '.join(config.sites)}")
-            opening = f"{len(config.sites)} sites, {config.model}, {config.rounds} rounds"
+            opening = f"{amount(len(config.sites), 'site')}, {config.model}, "
+            opening += amount(config.rounds, "round")
             introduce(here.report, opening, server)
             ready = settled(session, config, here)
             test = own_test(own, session.options.plan) if ready else None
             judged = plan.judging(server.recipe, model, test) if test is not None else ({}, None)
             scores = loop.Scores(here, test, judged[0], step=judged[1])
             starting_score(here.record, here.report, scores.last, server)
+            shown = Shown.of(server, kept.path, config.rounds, own)
+            here.report.attempt("report.json", shown.write)
 
             # who looks at each round, in this order: the end is seen first, and saving comes last
             traffic, saving = Traffic(server, session), Checkpoints(here)
@@ -115,8 +120,10 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
                 server.round()
             why = early(server, session, config, here.stop.asked)
             here.end("serve")
+            pairs = "" if config.step else config.kind
+            here.report.attempt("report.json", shown.write, model, test, pairs)
             session.ended = why.reason if why else ""
-    summary = here.summary(scores.last)
+    summary = here.summary(scores.last, str(why or ""))
     write_results(here.report, folder, summary, server)
     if why is not None:
         number, rounds = server.round_number, config.rounds

@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fedtorch import seeds
 from fedtorch.options import COUNT, fit, within
-from fedtorch.training.batches import in_order
+from fedtorch.training.batches import fetch, in_order, len_of
 from fedtorch.training.datasets import as_dataset
 from fedtorch.training.module import evaluating, other_types
 from fedtorch.training.stacked import forward, to
@@ -41,3 +41,46 @@ def predict(model: nn.Module, x: Any, batch_size: int = 512) -> Any:
                 name = type(model).__name__
                 raise ConfigError(f"model {name} cannot take the inputs to predict: {why}") from e
     return joined(found)
+
+
+def guesses(model: nn.Module, test: Any, most: int = 10_000) -> tuple[Tensor, Tensor, int] | None:
+    """True and predicted classes of the first ``most`` pairs (x, y) of a dataset, and how many there are.
+
+    The predicted class is the largest output, or of one output whether it is above 0. None where the model
+    gives no single tensor.
+    """
+    device = next((p.device for p in model.parameters()), CPU)
+    found, classes = [], 2
+    with evaluating(model), torch.no_grad(), seeds.seeded(0):
+        for index in torch.arange(min(len_of(test), most)).split(512):
+            x, y = fetch(test, index)
+            output = forward(model, to(x, device))
+            if not isinstance(output, Tensor) or not output.dim():
+                return None
+            columns = output.shape[1] if output.dim() > 1 else 1
+            classes = max(columns, 2)
+            guess = output.argmax(1) if columns > 1 else (output.flatten() > 0).long()
+            found.append((y.cpu() if columns > 1 else y.cpu().flatten(), guess.cpu()))
+    true, predicted = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return true, predicted, classes
+
+
+def confusion(model: nn.Module, test: Any, kind: str) -> Tensor | None:
+    """How many test examples of each class (rows) are taken for which (columns), [C, C].
+
+    ``kind``: classification or binary. None of data of another kind, that are no pairs (x, y), or that have
+    a class for each position, as texts do.
+    """
+    test = as_dataset(test, "the test data", empty=True)
+    if kind not in ("classification", "binary") or not len_of(test):
+        return None
+    batch = fetch(test, torch.arange(1))
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor)):
+        return None
+    found = guesses(model, test)
+    if found is None or found[0].shape != found[1].shape or found[0].dim() != 1:
+        return None
+    true, predicted, classes = found[0].long(), *found[1:]
+    if int(true.min()) < 0 or int(true.max()) >= classes:
+        return None
+    return torch.bincount(true * classes + predicted, minlength=classes**2).view(classes, -1)

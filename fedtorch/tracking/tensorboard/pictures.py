@@ -9,6 +9,8 @@ from torch import Tensor
 from fedtorch import seeds
 from fedtorch.data import Data
 from fedtorch.rounds.figures import Metrics
+from fedtorch.rounds.history import by_client, took_part
+from fedtorch.rounds.judged import metrics_of
 from fedtorch.rounds.observers import Observer
 from fedtorch.server import Server
 from fedtorch.tracking import drawings
@@ -17,9 +19,9 @@ from fedtorch.tracking.tensorboard.graph import modules
 from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.losses import Loss
 from fedtorch.training.metrics import worse
-from fedtorch.training.module import evaluating
 from fedtorch.training.outline import copied
-from fedtorch.training.stacked import forward, to
+from fedtorch.training.predict import guesses
+from fedtorch.training.stacked import to
 from fedtorch.types import Released
 
 SETS = 4
@@ -109,15 +111,8 @@ class Pictures(Observer):
             self._participation(step)
             self._by_client(step)
         known = self.pairs and self.data.kind == "classification"
-        if known and len_of(self.data.test) and self._classes():
+        if known and len_of(self.data.test):
             self._test(step)
-
-    def _classes(self) -> bool:
-        """Whether the model gives one tensor; of several parts only its own loss knows the classes."""
-        model = self.server.model
-        x, _ = fetch(self.data.test, torch.arange(min(2, len_of(self.data.test))))
-        with evaluating(model), torch.no_grad(), seeds.seeded(0):
-            return isinstance(forward(model, to(x, next(model.parameters()).device)), Tensor)
 
     def _points(self, step: int) -> None:
         if self.points:
@@ -157,21 +152,18 @@ class Pictures(Observer):
                 self.record.pass_on("histogram", f"{tag}/{name}_by_client", values, step)
 
     def _participation(self, step: int) -> None:
-        rounds = {}
         trained = [m for m in self.record.history if m["round"]]
-        for m in trained[-drawings.MOST :]:
-            here = dict[str, int]()
-            for kind, figure in enumerate(("cohort", "failed", "left_out"), 1):
-                here |= dict.fromkeys(m.get(figure, m.get(f"nonprivate_{figure}", ())), kind)
-            rounds[int(m["round"])] = here
+        rounds = took_part(trained[-drawings.MOST :])
         args = (self.server.ids, rounds)
         self.record.picture(f"{self.under}/participation", step, drawings.participation_map, *args)
 
     def _test(self, step: int) -> None:
-        true, predicted = predictions(self.server.model, self.data)
-        if true.dim() != 1:
-            return  # a class for each position (text) makes no readable matrix of its vocabulary
-        classes = self.data.outputs
+        found = guesses(self.server.model, self.data.test)
+        # a model of several outputs, of which only its own loss knows the classes; a class for each
+        # position (text) makes no readable matrix of its vocabulary
+        if found is None or found[0].dim() != 1:
+            return
+        true, predicted, classes = found
         self.record.picture(
             "test/confusion", step, drawings.confusion_matrix, predicted, true, classes
         )
@@ -203,29 +195,12 @@ class Pictures(Observer):
 
     def _by_client(self, step: int) -> None:
         """A map of clients and rounds for each figure of their validation data."""
-        mark = "nonprivate_" if self.under == "nonprivate" else ""
-        told = {
-            int(m["round"]): m[f"{mark}validation_by_client"]
-            for m in self.record.history
-            if m.get(f"{mark}validation_by_client")
-        }
-        for name in next(iter(next(iter(told.values()), {}).values()), {}):
+        told = by_client(self.record.history)
+        for name in metrics_of([*told.values()][-1]) if told else ():
             values = {r: {i: s.get(name) for i, s in each.items()} for r, each in told.items()}
             args = (self.server.ids, values, name)
             tag = f"{self.under}/validation_{name}_by_client"
             self.record.picture(tag, step, drawings.client_map, *args)
-
-
-def predictions(model: torch.nn.Module, data: Data, most: int = 10_000) -> tuple[Tensor, Tensor]:
-    """True and predicted classes of the test set, its first ``most`` examples."""
-    device = next(model.parameters()).device
-    ys, guesses = [], []
-    with evaluating(model), torch.no_grad(), seeds.seeded(0):
-        for index in torch.arange(min(len_of(data.test), most)).split(512):
-            x, y = fetch(data.test, index)
-            guesses.append(forward(model, to(x, device)).argmax(1).cpu())
-            ys.append(y.cpu())
-    return torch.cat(ys), torch.cat(guesses)
 
 
 def _safe(client: str) -> str:
