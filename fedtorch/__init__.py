@@ -1,10 +1,15 @@
 """fedtorch: federated learning for PyTorch."""
 
 import sys
+from typing import TYPE_CHECKING
 
+from fedtorch.lazy import Renamed, offers
 from fedtorch.run.interrupts import Reading
 
-with Reading():
+with Reading():  # what every round needs; the rest is imported when it is asked for
+    from fedtorch import server as server
+
+if TYPE_CHECKING:
     from fedtorch.aggregation import (
         Bulyan,
         CentredClip,
@@ -74,6 +79,8 @@ with Reading():
         ServerYogi,
     )
     from fedtorch.types import ConfigError
+else:
+    __getattr__, __dir__ = offers(__name__, __file__)
 
 # where they stood before there were rooms: scripts, configs and pages name them so
 OLD = {
@@ -91,7 +98,7 @@ OLD = {
     "solvers": "training.stacked",
     "visit": "training.local_update",
 }
-sys.modules |= {f"fedtorch.{old}": sys.modules[f"fedtorch.{new}"] for old, new in OLD.items()}
+sys.meta_path.append(Renamed({f"fedtorch.{o}": f"fedtorch.{new}" for o, new in OLD.items()}))
 
 __version__ = "0.1.0"
 

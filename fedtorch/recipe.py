@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from fedtorch.aggregation.mean import Aggregator, Mean
 from fedtorch.channel.base import Stage
 from fedtorch.options import TrainingOptions, brief, fit
 from fedtorch.privacy import Nothing, Privacy
-from fedtorch.secure.aggregator import Secure
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.training.losses import Loss, cross_entropy, no_loss
 from fedtorch.training.optimizer import ClientOptimizer, Maker
@@ -21,6 +20,9 @@ from fedtorch.training.own_update import OwnUpdate
 from fedtorch.training.step import Step, Supervised, asked
 from fedtorch.tree import mapped
 from fedtorch.types import ConfigError
+
+if TYPE_CHECKING:
+    from fedtorch.secure.aggregator import Secure
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,12 @@ class Recipe(TrainingOptions):
         return "uniform" if alike or not self.aggregator.linear else self.privacy.weighting
 
     @property
-    def secure(self) -> Secure | None:
-        """The aggregator, where it hides each client's update from the server."""
+    def secure(self) -> "Secure | None":
+        """The aggregator, where masks hide each client's update from the server."""
+        if not self.hides:
+            return None
+        from fedtorch.secure.aggregator import Secure  # sums under masks are few runs'
+
         return self.aggregator if isinstance(self.aggregator, Secure) else None
 
     @property

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,7 +14,6 @@ from fedtorch.aggregation.mean import Gathering, added
 from fedtorch.channel.base import without_unsent
 from fedtorch.checks import combination, handed, secure, strategies
 from fedtorch.client import Client
-from fedtorch.data.base import Data
 from fedtorch.engines import Engine, Local
 from fedtorch.engines.travels import Weights
 from fedtorch.options import NOT_NEGATIVE, fit, within
@@ -24,26 +23,26 @@ from fedtorch.privacy.run import BudgetSpent, PrivateRun, charge, opened
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics, Reports, why_nobody
 from fedtorch.rounds.fitting import fitted
-from fedtorch.rounds.gather import Arrival, Gathered, UnderWay, gather, start_sum
+from fedtorch.rounds.gather import Gathered, UnderWay, gather, start_sum
 from fedtorch.rounds.history import History
 from fedtorch.rounds.judged import Judged, asked_of_clients, judging, of_clients
 from fedtorch.rounds.moved import Moved
-from fedtorch.rounds.observers import Observer, Remembered, asks_to_stop, attending, looks
+from fedtorch.rounds.observers import Observer, Remembered, asks_to_stop, attending, tell
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.rounds.state import ServerState
 from fedtorch.rounds.synchronous import Asked, Rounds, Step, Synchronous
 from fedtorch.rounds.threat import Threat
-from fedtorch.saved import save
 from fedtorch.strategies.base import sends, uploads
 from fedtorch.training.evaluate import Judge, evaluate
 from fedtorch.training.losses import Loss
 from fedtorch.training.module import load
 from fedtorch.training.outline import copied
 from fedtorch.training.predict import predict
-from fedtorch.types import ConfigError, Failure, Params, Task
+from fedtorch.types import ConfigError, Params, Task
 
-NOBODY = "a round in which no client counted, and the model stays as it was"
+if TYPE_CHECKING:
+    from fedtorch.data.base import Data
 
 
 class Server:
@@ -104,14 +103,11 @@ class Server:
         self._coded = uploads(strategy, params, self.extras) if self.recipe.channel else {}
         groups = {*like, *self.extras, *strategy.remember(params)} - {"delta"}
         combination.check(self.recipe, participation, pace, groups)
-        sizes = handed.sizes(clients)
-        asked = Asked.of(self.recipe, participation, sizes, params, self._coded)
+        asked = Asked.of(self.recipe, participation, handed.sizes(clients), params, self._coded)
         self.under_way = UnderWay(pace, asked)
         self.books = opened(self.recipe.privacy, self.ids, like)
         """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
-        said = handed.notes(
-            self.model, self.recipe, like, len(clients), simulated=sizes is not None
-        )
+        said = handed.notes(self.model, self.recipe, like, clients)
         self.notes = [*said, *self.session.notes, *pace.check(asked), *masks, *self.books.check()]
         self.clients = clients
         self.round_number = 0
@@ -158,7 +154,7 @@ class Server:
         # they train, and are added up as they come
         asked, dtype = sum(map(len, step.asked)), self._weights.dtype
         total = start_sum(self.recipe, self.state.held, task, dtype, asked)
-        came = self._gathered(total, step)
+        came = self._gathered(total, step, task)
         trained = time.perf_counter()
         # the model moves
         moved = self._move(task, total, came)
@@ -177,12 +173,7 @@ class Server:
             **came.reports.speed(trained - sampled),
         }
         figures["bytes_down"] += total.figures.get("secure_bytes_down", 0)
-        figures = self.mark(figures) | self.books.figures()
-        for observer in self.observers:
-            own = observer.round(figures) or {}
-            # who was shown the work of clients may tell what the guarantee does not cover
-            figures |= self.mark(dict(own)) if looks(observer) else own
-        return figures
+        return tell(self.observers, self.mark(figures) | self.books.figures(), self.mark)
 
     def own(self) -> dict[str, Params]:
         """Weights and buffers that clients keep (``strategy.personal``), by id; not of who never trained.
@@ -233,7 +224,7 @@ class Server:
                     raise
                 return
             if self.nobody:
-                warnings.warn(f"{NOBODY}: {why_nobody(figures)}", stacklevel=3)
+                warnings.warn(why_nobody(figures), stacklevel=3)
             yield figures
 
     def moved(self) -> bool:
@@ -266,11 +257,10 @@ class Server:
         within("rounds", fit("rounds", rounds, int), NOT_NEGATIVE)
         fit("callbacks", callbacks, Sequence)
         secure.seen(self.recipe, [fit("a callback", c, Observer) for c in callbacks])
-        last, judged = self.round_number + rounds, (test, metrics, step)
+        last = self.round_number + rounds
         self._weights.back()
-        judge = None
-        if any(j is not None for j in judged):
-            judge = Judged(self, test, metrics, every, step)
+        asked = any(part is not None for part in (test, metrics, step))
+        judge = Judged(self, test, metrics, every, step) if asked else None
         return fitted(self, self._rounds(last), last, judge, callbacks, progress)
 
     def evaluate(
@@ -286,7 +276,7 @@ class Server:
         Without ``metrics`` or ``step`` it is the loss that clients train by. Raises ConfigError where that
         is not known, as with a recipe that has a step.
         """
-        chosen = judging(self.recipe, metrics) if step is None else metrics or ()
+        chosen = judging(self.recipe, metrics, step)
         return evaluate(self.model, data, chosen, batch_size, step=step)
 
     def evaluate_clients(
@@ -301,18 +291,20 @@ class Server:
         has validation data, or an aggregator or a strict plan hides what is a single client's.
         """
         asked_of_clients(self.recipe, self.clients)
-        chosen = judging(self.recipe, metrics, usual=True) if step is None else metrics or ()
+        chosen = judging(self.recipe, metrics, step, usual=True)
         return of_clients(self, self.clients, chosen, step)
 
     def predict(self, x: Any, batch_size: int = 512) -> Any:
         """What the global model gives for inputs ``x``, a row for each example, as ``fedtorch.predict``."""
         return predict(self.model, x, batch_size)
 
-    def save(self, path: str | Path, data: Data | None = None) -> None:
+    def save(self, path: str | Path, data: "Data | None" = None) -> None:
         """The global model into a safetensors file, which ``fedtorch.load(path, model)`` reads.
 
         ``data``: what was loaded, whose classes' names and preparation are kept with it.
         """
+        from fedtorch.saved import save  # readers of tables and pictures come with it
+
         save(path, self.model, data)
 
     def show(self, weights: Params) -> None:
@@ -382,24 +374,15 @@ class Server:
         numbers = self.books.numbers(self.round_number)
         return Task(self._weights.travel(), self.extras, self.round_number, self.seed, lr, numbers)
 
-    def _gathered(self, total: Gathering, step: Step) -> Gathered:
+    def _gathered(self, total: Gathering, step: Step, task: Task) -> Gathered:
         """What came of the visits; one that is cut short leaves clients as they were."""
         before = self.session.memory()
+        came = self.under_way.arrivals(step, task, self.ids, self.session, self._weights.copied)
         try:
-            return gather(total, self._arrivals(step), self.recipe, self._coded, self.observers)
+            return gather(total, came, self.recipe, self._coded, self.observers)
         except BaseException:
             self.session.restore(before)
             raise
-
-    def _arrivals(self, step: Step) -> Iterator[Arrival]:
-        """Let them train; first who was lost on the way."""
-        for i, why in step.lost.items():
-            yield Arrival(Failure(self.ids[i], *why), self.under_way.tasks[self.round_number], 1.0)
-        for ids, task, due in self.under_way.visits(step, self.ids):
-            now = self._weights.copied() if due.mixes else None
-            self.session.submit(ids, task)
-            for outcome in self.session.collect():
-                yield Arrival(outcome, task, due.factor, now)
 
     def _released(self, gathered: Gathering, task: Task) -> dict[str, Params] | None:
         """The noised mean, where the server adds the noise; who audits it sends canaries before."""

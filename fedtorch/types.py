@@ -21,6 +21,12 @@ NUMBERS = "numbers"
 AUDIT = "audit"
 """The group of a client's memory that has canaries of an audit, which no strategy knows of."""
 
+BUFFERS = "buffers"
+"""The group in which a rule sees the changes of float buffers, which are as open to a liar as weights."""
+
+CLIP_BIT = "below"
+"""Group in which a client says whether its norm was below the clipping norm (adaptive clipping)."""
+
 
 class ConfigError(ValueError):
     """Something the user asked for cannot be done; the message names it and the fix."""

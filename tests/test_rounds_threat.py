@@ -8,7 +8,7 @@ from conftest import make_clients, mlp, weights
 from fedtorch import ConfigError, FedAvg, Local, Median, Recipe, Scaffold, Server
 from fedtorch.aggregation.vectors import FLTrust, Krum
 from fedtorch.privacy import ClientLevel
-from fedtorch.rounds.threat import (
+from fedtorch.rounds.attacks import (
     Alie,
     Gauss,
     Ipm,
@@ -17,9 +17,9 @@ from fedtorch.rounds.threat import (
     MinMax,
     MinSum,
     SignFlip,
-    Threat,
     furthest,
 )
+from fedtorch.rounds.threat import Threat
 from test_aggregation_vectors import ROWS
 
 HONEST = torch.tensor(ROWS[:6], dtype=torch.float64)

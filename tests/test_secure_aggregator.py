@@ -24,12 +24,11 @@ from fedtorch import (
     Uniform,
 )
 from fedtorch.privacy import AdaptiveClip, ClientLevel, Nothing, SampleLevel
-from fedtorch.privacy.client import CLIP_BIT
+from fedtorch.rounds.attacks import SignFlip
 from fedtorch.rounds.progress import troubles
-from fedtorch.rounds.threat import SignFlip
 from fedtorch.secure import costs
 from fedtorch.secure.encode import Figures, Layout, from_words, seal, to_words, unseal
-from fedtorch.types import Released
+from fedtorch.types import CLIP_BIT, Released
 from secure_rounds import Round, terms
 
 SIZES = [9, 14, 7, 12, 10]

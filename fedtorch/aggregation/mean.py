@@ -1,7 +1,7 @@
 """The weighted mean of what clients send, built up as updates arrive, and the step it leads to."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -29,6 +29,17 @@ class Gathering(Protocol):
 
     def result(self, start: Params) -> tuple[dict[str, Params], Params]:
         """What each sent group and the float buffers come to; ``start``: the state they trained from."""
+
+
+@runtime_checkable
+class HiddenSum(Gathering, Protocol):
+    """A sum of which the server sees no client's own part, and which enough of them must open."""
+
+    def expect(self, asked: int, privacy: Any, clip: float) -> None:
+        """So many clients are asked; ``clip``: the clipping norm of this round."""
+
+    def short(self) -> bool:
+        """Whether too few have reported for anything to be opened."""
 
 
 class Aggregator(Protocol):

@@ -12,10 +12,7 @@ from fedtorch.aggregation.mean import Held
 from fedtorch.aggregation.mixing import Mixing
 from fedtorch.aggregation.table import Table, distances
 from fedtorch.options import NOT_NEGATIVE, briefly, check, typed
-from fedtorch.types import ConfigError, Params, Released, Stack
-
-BUFFERS = "buffers"
-"""The group in which a rule sees the changes of float buffers, which are as open to a liar as weights."""
+from fedtorch.types import BUFFERS, ConfigError, Params, Released, Stack
 
 BEYOND = 1e30
 """No number of an update is larger: squares of what a liar sends must not overflow."""

@@ -7,14 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedtorch.aggregation.rows import Robust
 from fedtorch.checks import combination, secure
 from fedtorch.client import Client
 from fedtorch.options import fit, shown, typed
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.observers import Observer
 from fedtorch.rounds.participation import Participation
-from fedtorch.rounds.synchronous import OverSelected, Rounds, count
+from fedtorch.rounds.synchronous import Rounds, counted
 from fedtorch.rounds.threat import Attacked, Threat, attacked
 from fedtorch.strategies import lora
 from fedtorch.types import ConfigError, Params
@@ -93,10 +92,12 @@ def settled(
     """
     participation.check(len(clients))
     combination.check(recipe, participation, pace)
-    if isinstance(recipe.aggregator, Robust):
-        most = participation.most(len(clients))
-        counted = count(most, pace.over) if isinstance(pace, OverSelected) else most
-        recipe.aggregator.check(counted, [c.id for c in clients])
+    if not recipe.aggregator.linear:
+        from fedtorch.aggregation.rows import Robust  # rules are few runs'
+
+        if isinstance(recipe.aggregator, Robust):
+            most = counted(pace, participation.most(len(clients)))
+            recipe.aggregator.check(most, [c.id for c in clients])
     said = secure.check(recipe, participation, len(clients), observers, threat)
     if threat is not None:
         recipe, clients = attacked(recipe, clients, fit("threat", threat, Threat), seed)
@@ -106,7 +107,7 @@ def settled(
 
 
 def notes(
-    model: nn.Module, recipe: Recipe, sent: dict[str, Params], clients: int, simulated: bool
+    model: nn.Module, recipe: Recipe, sent: dict[str, Params], clients: Sequence[Any]
 ) -> list[str]:
     """What is to be said of model and recipe; ``sent``: what a client sends, in names and shapes."""
     found = lora.notes(model, recipe.strategy)
@@ -135,6 +136,6 @@ def notes(
         who = f"threat {typed(rule.threat)}" if isinstance(rule, Attacked) else typed(rule)
         found.append(
             f"{who} keeps every client's update until the round ends: up to "
-            f"{clients * each / 1e6:,.1f} MB"
+            f"{len(clients) * each / 1e6:,.1f} MB"
         )
-    return [*found, *secure.notes(recipe, model, simulated)]
+    return [*found, *secure.notes(recipe, model, simulated=sizes(clients) is not None)]

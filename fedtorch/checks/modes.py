@@ -16,7 +16,6 @@ from fedtorch.client import Client
 from fedtorch.privacy import models
 from fedtorch.privacy.gradients import PrivateSteps, stacked_gradients
 from fedtorch.privacy.noise.streams import stream
-from fedtorch.privacy.one_client import private_gradients
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.local_steps import one_by_one
@@ -214,6 +213,8 @@ def _one_step(model: nn.Module, batch: Any, recipe: Recipe, mode: str, clip: flo
     model.zero_grad()
     with seeds.seeded(0):
         if mode != "stacked":
+            from fedtorch.privacy.one_client import private_gradients  # few visits are private
+
             with private_gradients(model, recipe.losses, steps) as gradients:
                 gradients.backward(batch)
             return _gradients(model)

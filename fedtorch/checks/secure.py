@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -11,9 +12,6 @@ from fedtorch.recipe import Recipe
 from fedtorch.rounds.observers import Observer, looks
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.threat import Threat
-from fedtorch.secure.aggregator import Secure
-from fedtorch.secure.he import HE
-from fedtorch.secure.roster import LEAST
 from fedtorch.types import ConfigError, Params
 
 
@@ -27,11 +25,9 @@ def check(
     """Raises ConfigError where the aggregator secure cannot be had; notes on what it does not hide."""
     if not recipe.hides:
         return []
-    name = typed(recipe.aggregator)
-    if isinstance(recipe.aggregator, HE):
-        recipe.aggregator.check(participation.most(clients))
-    elif recipe.secure is not None:
-        recipe.secure.check(participation.most(clients), recipe.privacy)
+    rule: Any = recipe.aggregator
+    name = typed(rule)
+    rule.check(participation.most(clients), recipe.privacy)
     seen(recipe, observers)
     if threat is not None:
         raise ConfigError(
@@ -53,7 +49,7 @@ def placed(recipe: Recipe, most: int, sent: Mapping[str, Params]) -> Recipe:
     if masks is None or not plan.masked:
         return recipe
     numbers = sum(v.numel() for p in sent.values() for v in p.values())
-    return replace(recipe, privacy=plan.placed(most, max(LEAST, masks.needed(most)), numbers))
+    return replace(recipe, privacy=plan.placed(most, masks.fewest(most), numbers))
 
 
 def seen(recipe: Recipe, observers: Sequence[Observer]) -> None:
@@ -101,7 +97,7 @@ def notes(recipe: Recipe, model: nn.Module, simulated: bool) -> list[str]:
 
 def hides(aggregator: Aggregator) -> bool:
     """Whether nobody sees the figures of a single client."""
-    return isinstance(aggregator, Secure | HE)
+    return getattr(aggregator, "hides", False)
 
 
 def single(aggregator: Aggregator, validation: float, runs: int) -> None:

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from fedtorch import seeds
-from fedtorch.aggregation.rows import BUFFERS
 from fedtorch.channel.base import UNSENT
-from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.strategies.base import Strategy, still
 from fedtorch.training.correction import correction
 from fedtorch.training.personal import GROUP
 from fedtorch.tree import tmap
-from fedtorch.types import ConfigError, Context, Params, Stack
+from fedtorch.types import BUFFERS, CLIP_BIT, ConfigError, Context, Params, Stack
 
 TAKEN = {"sends": {BUFFERS, CLIP_BIT}, "remembers": {GROUP}}
 """Names of groups that mean something else."""

@@ -20,10 +20,7 @@ from fedtorch.privacy.base import Privacy, State
 from fedtorch.privacy.clipping import CLIPS, bounded, check_clip, clipped, joint_norms
 from fedtorch.privacy.noise.streams import noised
 from fedtorch.tree import tmap
-from fedtorch.types import ConfigError, Params, Released, Stack, Task
-
-CLIP_BIT = "below"
-"""Group in which a client says whether its norm was below the clipping norm (adaptive clipping)."""
+from fedtorch.types import CLIP_BIT, ConfigError, Params, Released, Stack, Task
 
 
 @dataclass(frozen=True, kw_only=True)

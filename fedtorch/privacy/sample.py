@@ -132,3 +132,7 @@ class SampleLevel(Privacy):
                 + ("; noise of the first layer projected" if self.projected else "")
             ),
         }
+
+
+DEFAULT = SampleLevel()
+"""The plan of ``fedtorch train`` and ``fedtorch serve`` where none is named."""

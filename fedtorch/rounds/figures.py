@@ -126,11 +126,12 @@ def norm(params: Params) -> float:
 
 
 def why_nobody(figures: Metrics) -> str:
-    """How many failed in which way, in words."""
+    """What that means, and how many failed in which way."""
     failed = figures.get("failed") or figures.get("nonprivate_failed") or {}
+    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(failed.values()).items())
     return (
-        ", ".join(f"{n} {kind}" for kind, n in Counter(failed.values()).items())
-        or "nobody was there"
+        "a round in which no client counted, and the model stays as it was: "
+        f"{kinds or 'nobody was there'}"
     )
 
 

@@ -1,6 +1,6 @@
 """What is under way between a server and its clients, and what of it arrives in a round."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -8,14 +8,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fedtorch import seeds
-from fedtorch.aggregation.mean import Gathering, Held
+from fedtorch.aggregation.mean import Gathering, Held, HiddenSum
 from fedtorch.channel import base as channel
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics, Reports
 from fedtorch.rounds.observers import Observer, looks
-from fedtorch.rounds.synchronous import Asked, Draw, Due, Rounds, Step
-from fedtorch.secure.aggregator import SecureSum
-from fedtorch.secure.he import EncryptedSum
+from fedtorch.rounds.synchronous import Asked, Draw, Rounds, Step
 from fedtorch.types import Failure, Params, Released, Task
 
 
@@ -49,12 +47,22 @@ class UnderWay:
             self.drawn = self.pace.step(self.flights, round, seed, draw, self.asked)
         return self.drawn
 
-    def visits(self, step: Step, ids: Sequence[str]) -> Iterator[tuple[list[str], Task, Due]]:
-        """Who trains on what for this step, and how their changes count."""
+    def arrivals(
+        self, step: Step, task: Task, ids: Sequence[str], session: Any, now: Callable[[], Params]
+    ) -> Iterator[Arrival]:
+        """Let them train in an engine's ``session``; first come those who were lost on the way.
+
+        ``task``: of this round; ``now``: copies the model of today.
+        """
+        for i, why in step.lost.items():
+            yield Arrival(Failure(ids[i], *why), task, 1.0)
         for due in step.due:
-            task = self.tasks[due.version]
-            task = replace(task, visit=due.visit) if due.visit else task
-            yield [ids[i] for i in due.who], task, due
+            sent = self.tasks[due.version]
+            sent = replace(sent, visit=due.visit) if due.visit else sent
+            today = now() if due.mixes else None
+            session.submit([ids[i] for i in due.who], sent)
+            for outcome in session.collect():
+                yield Arrival(outcome, sent, due.factor, today)
 
     def land(self, step: Step) -> None:
         """The round is over: who is still under way keeps what it was sent."""
@@ -107,7 +115,7 @@ def start_sum(recipe: Recipe, held: Held, task: Task, dtype: torch.dtype, asked:
     """Nothing gathered yet, of so many clients that are sent this task; ``dtype``: of the weights."""
     draw = seeds.derive(task.seed, "aggregator", task.round)
     total = recipe.aggregator.start(held, draw, dtype)
-    if isinstance(total, SecureSum | EncryptedSum):
+    if isinstance(total, HiddenSum):
         total.expect(asked, recipe.privacy, task.privacy.get("clip", 0.0))
     return total
 
@@ -144,7 +152,7 @@ def gather(
                 # at a copy: nothing stands between a clip and its noise
                 observer.sent(deepcopy(outcome))
     reports, short = Reports.of(chunks), False
-    if isinstance(total, SecureSum | EncryptedSum):
+    if isinstance(total, HiddenSum):
         short = total.short()
         reports = reports.together(opened=not short) if chunks else reports
     return Gathered(reports, failed, size, short)

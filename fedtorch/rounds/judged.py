@@ -24,11 +24,16 @@ Asked = Mapping[str, Loss | str] | Sequence[str]
 """Metrics by name, or functions by what to call them."""
 
 
-def judging(recipe: Recipe, metrics: Asked | None, usual: bool = False) -> dict[str, Loss]:
+def judging(
+    recipe: Recipe, metrics: Asked | None, step: Judge | None = None, usual: bool = False
+) -> Asked:
     """The metrics asked for, or the loss that clients train by; ``usual``: and what is usual beside it.
 
-    Raises ConfigError where that is not known, as with a recipe that has a step.
+    A ``step`` tells by itself. Raises ConfigError where the loss is not known, as with a recipe that has a
+    step.
     """
+    if step is not None:
+        return metrics or ()
     if metrics is None:
         return {"loss": recipe.judge} | (_beside(recipe.judge) if usual else {})
     known = usual and recipe.step is None and recipe.local is None
@@ -50,8 +55,7 @@ class Judged(Observer):
     ) -> None:
         """``every``: rounds between two evaluations; the last is judged in any case."""
         self.server, self.test = server, test
-        chosen = judging(server.recipe, metrics, usual=True) if step is None else metrics
-        self.metrics = by_name(chosen or ())
+        self.metrics = by_name(judging(server.recipe, metrics, step, usual=True))
         self.step = step
         self.every: int = fit("every", every, int)
         within("every", self.every, COUNT)

@@ -75,7 +75,10 @@ class Asked(NamedTuple):
 
 
 class Rounds(Protocol):
-    """When the server steps: a frozen dataclass of options."""
+    """When the server steps: a frozen dataclass of options.
+
+    One whose steps take fewer than were asked has ``counted(asked)``, how many: see ``counted`` below.
+    """
 
     timed: ClassVar[bool]
     """Who counts hangs on how long visits take."""
@@ -116,7 +119,7 @@ class Synchronous:
             return Step(
                 [[*reporting, *lost]], [Due(reporting, round)], dict.fromkeys(lost, DROPPED)
             )
-        return waited(self.clock, flights, round, seed, draw, asked, 1.0)
+        return waited(self, self.clock, flights, round, seed, draw, asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,30 +146,32 @@ class OverSelected:
         """Raises ConfigError where clients are elsewhere, or nobody would be left out; a note on costs."""
         check_sizes("over-selected", asked)
         most = asked.participation.most(len(asked.sizes or ()))
-        if count(most, self.over) == most:
+        if self.counted(most) == most:
             raise ConfigError(
                 f"pace over-selected with pace.over {self.over:g} leaves none of {most} clients out: raise "
                 "pace.over, or participation.cohort_size"
             )
-        notes = [
-            f"pace over-selected: of {most} clients that are asked {count(most, self.over)} count"
-        ]
+        notes = [f"pace over-selected: of {most} clients that are asked {self.counted(most)} count"]
         if asked.recipe.privacy.claims:
             notes += ["pace over-selected: who is asked is charged, whether it counts or not"]
         return notes
 
     def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> Step:
         """The first to arrive of those that were asked and do not drop out."""
-        return waited(self.clock, flights, round, seed, draw, asked, self.over)
+        return waited(self, self.clock, flights, round, seed, draw, asked)
+
+    def counted(self, asked: int) -> int:
+        """How many of those asked count, to the nearest, at least one."""
+        return max(1, round(asked / self.over))
 
 
-def count(asked: int, over: float) -> int:
-    """How many of those asked count, to the nearest, at least one."""
-    return max(1, round(asked / over))
+def counted(pace: Rounds, asked: int) -> int:
+    """How many of so many that are asked a step takes: all, where the pace says nothing of it."""
+    return int(pace.counted(asked)) if hasattr(pace, "counted") else asked
 
 
 def waited(
-    clock: Clock, flights: Any, round: int, seed: int, draw: Draw, asked: Asked, over: float
+    pace: Rounds, clock: Clock, flights: Any, round: int, seed: int, draw: Draw, asked: Asked
 ) -> Step:
     """The step of the first of a cohort to arrive; the clock is at the last of them then."""
     if flights is None and round > 0:
@@ -177,7 +182,7 @@ def waited(
     reporting, gone = draw()
     for client in reporting:
         sky.send(client, round, seed)
-    wanted = min(count(len(reporting) + len(gone), over), len(reporting))
+    wanted = min(counted(pace, len(reporting) + len(gone)), len(reporting))
     first = sorted(sky.land()[2] for _ in range(wanted))
     late = ("late", f"{wanted} others had arrived")
     lost = {i: late for i in reporting if i not in first} | dict.fromkeys(gone, DROPPED)

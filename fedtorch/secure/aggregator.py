@@ -80,6 +80,10 @@ class Secure:
         """How many of those who hold shares of one client's secrets open them."""
         return self.threshold or default_threshold(self.near(clients) + 1)
 
+    def fewest(self, clients: int) -> int:
+        """How many of so many must report for their sum to be opened."""
+        return max(LEAST, self.needed(clients) if clients else 0)
+
     def coding(self, clients: int, privacy: Privacy) -> Coding:
         """The fixed point of a round of so many; raises ConfigError where there is none."""
         try:
@@ -183,8 +187,7 @@ class SecureSum:
 
     def short(self) -> bool:
         """Whether too few have reported for anything to be opened."""
-        needed = self._rule.needed(self._asked) if self._asked else 0
-        needed = max(LEAST, needed, self._fewest)
+        needed = max(self._rule.fewest(self._asked), self._fewest)
         if self._reported < needed:
             self.figures["too_few"] = (
                 f"aggregator secure opens the sum of {needed} or more of {self._asked} clients, and "

@@ -43,7 +43,7 @@ class HE:
         """Refuse what is no number of seconds."""
         check(self, "aggregator", phase_seconds=POSITIVE)
 
-    def check(self, most: int) -> None:
+    def check(self, most: int, privacy: Privacy) -> None:
         """Raises ConfigError where a sum shows one, or without TenSEAL."""
         if most < LEAST:
             raise ConfigError(

@@ -3,9 +3,8 @@
 import numpy as np
 import torch
 
-from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.secure.encode import RIDERS, Coding, Figures, Layout, riders, shortened, unseal
-from fedtorch.types import Params, Released, Stack
+from fedtorch.types import CLIP_BIT, Params, Released, Stack
 
 
 class WholeSum:

@@ -13,14 +13,13 @@ from fedtorch.engines import messages, wire
 from fedtorch.engines.messages import Expected
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.privacy import Privacy
-from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.privacy.clipping import joint_norms
 from fedtorch.privacy.release import FIGURES
 from fedtorch.recipe import Recipe
 from fedtorch.strategies.base import sends, uploads
 from fedtorch.training.personal import personal, shared
 from fedtorch.tree import expand, row, to_float64
-from fedtorch.types import ConfigError, Failure, Params, Released, Task
+from fedtorch.types import CLIP_BIT, ConfigError, Failure, Params, Released, Task
 
 REASONS = {
     "nonfinite": "its update is not finite",

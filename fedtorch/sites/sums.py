@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fedtorch.privacy.client import CLIP_BIT
 from fedtorch.privacy.clipping import joint_norms
 from fedtorch.secure.aggregator import Secure
 from fedtorch.secure.encode import (
@@ -24,7 +23,7 @@ from fedtorch.secure.roster import Member, Terms, task_digest
 from fedtorch.sites.offer import Plan
 from fedtorch.sites.reports import Reader
 from fedtorch.tree import expand, row
-from fedtorch.types import ConfigError, Released, Task
+from fedtorch.types import CLIP_BIT, ConfigError, Released, Task
 
 
 @dataclass(frozen=True)

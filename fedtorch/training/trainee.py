@@ -3,14 +3,13 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fedtorch.privacy.gradients import PrivateSteps
-from fedtorch.privacy.one_client import Gradients, private_gradients
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import batches, in_parts
 from fedtorch.training.correction import Corrector
@@ -21,6 +20,9 @@ from fedtorch.training.own_update import Visit, own_update
 from fedtorch.training.step import backward
 from fedtorch.tree import expand
 from fedtorch.types import Context, Params, Task
+
+if TYPE_CHECKING:
+    from fedtorch.privacy.one_client import Gradients
 
 
 class Trainee:
@@ -61,10 +63,7 @@ class Trainee:
         step = stepper(self.recipe, self.model, self.params, self.lr, len(steps))
         trained, clip_norm = [*self.params.values()], self.recipe.clip_norm
         losses = []
-        found: AbstractContextManager[Gradients | None] = (
-            private_gradients(self.model, self.recipe.losses, private) if private else nullcontext()
-        )
-        with found as gradients:
+        with self._noised(private) as gradients:
             learn: Callable[[Any], Tensor] = self._learn
             if gradients is not None:
                 learn = partial(self._privately, gradients)
@@ -83,6 +82,14 @@ class Trainee:
         forget(self.params)  # a gradient left behind would be seen by the next client
         return torch.stack(losses).cpu().double().mean()
 
+    def _noised(self, private: PrivateSteps | None) -> "AbstractContextManager[Gradients | None]":
+        """What clips and noises the gradients of a private visit."""
+        if private is None:
+            return nullcontext()
+        from fedtorch.privacy.one_client import private_gradients  # few visits are private
+
+        return private_gradients(self.model, self.recipe.losses, private)
+
     def _learn(self, batch: Any, share: float = 1.0) -> Tensor:
         """Add the gradient of a batch that is a ``share`` of a step's; returns that of its loss."""
         return backward(self._asked, self.model, to(batch, self.device), share)
@@ -90,7 +97,7 @@ class Trainee:
     def _by_parts(self, parts: Iterable[tuple[Any, float]]) -> Tensor:
         return torch.stack([self._learn(batch, share) for batch, share in parts]).sum()
 
-    def _privately(self, gradients: Gradients, batch: Any) -> Tensor:
+    def _privately(self, gradients: "Gradients", batch: Any) -> Tensor:
         return gradients.backward(to(batch, self.device))
 
     def weights(self) -> Params:

@@ -9,11 +9,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
+from typing import TYPE_CHECKING
 
-from fedtorch.privacy.accounting import bounds
-from fedtorch.privacy.accounting.gaussian import gaussian_noise, laplace_epsilon
-from fedtorch.privacy.accounting.skellam import Shared, skellam_epsilon
 from fedtorch.types import ConfigError
+
+if TYPE_CHECKING:
+    from fedtorch.privacy.accounting.bounds import Run
+    from fedtorch.privacy.accounting.skellam import Shared
+
+# accountants are imported by who asks for a price: most runs are not private
 
 ACCOUNTANTS = ("prv", "rdp")
 
@@ -101,6 +105,9 @@ def epsilon(events: Iterable[Event], delta: float, accountant: str = "prv") -> f
     them, are added up by Renyi divergence, whatever the accountant: PRV does not know them. No events cost
     0; one without noise, inf.
     """
+    from fedtorch.privacy.accounting.gaussian import laplace_epsilon
+    from fedtorch.privacy.accounting.skellam import skellam_epsilon
+
     merged = merge(events)
     check_accountant(accountant)
     check_delta(delta, zero=all(e.mechanism == "laplace" for e in merged))
@@ -131,6 +138,8 @@ def calibrate(
     one round. The epsilon of the result lies in (target - 0.02, target].
     Raises ConfigError, naming the smallest epsilon that can be reached, for a target below it.
     """
+    from fedtorch.privacy.accounting.gaussian import gaussian_noise
+
     check_epsilon(target_epsilon)
     check_delta(delta)
     check_rate(rate)
@@ -234,7 +243,9 @@ def _number(x: object) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _gaussian(run: bounds.Run, delta: float, accountant: str) -> float:
+def _gaussian(run: "Run", delta: float, accountant: str) -> float:
+    from fedtorch.privacy.accounting import bounds
+
     if any(noise == 0 for noise, _, _ in run):
         return math.inf
     closed = bounds.unsampled(run, delta)
