@@ -63,6 +63,15 @@ def regular(path: Path) -> Path:
     raise OSError(errno.EINVAL, f"{path.name} is a {kind}, not a file", str(path))
 
 
+def below(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Every folder from ``root`` on, as ``os.walk``; raises ConfigError for one that cannot be read."""
+
+    def closed(error: OSError) -> None:
+        raise ConfigError(f"folder {error.filename} cannot be read: {error.strerror}") from error
+
+    return os.walk(root, followlinks=True, onerror=closed)
+
+
 def reason(error: OSError) -> str:
     """The system's error and the file it is about, for one sentence."""
     where = f"{error.filename}: " if error.filename is not None else ""

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 from collections import Counter
 
@@ -10,7 +11,9 @@ from torch.utils.data import TensorDataset
 
 from fedtorch import ConfigError
 from fedtorch.__main__ import main
+from fedtorch.commands.given import pictures_in
 from fedtorch.data import ImageFolder
+from fedtorch.data.folders import found
 from fedtorch.data.pictures import Pictures
 from fedtorch.data.prepared import said
 from fedtorch.training.batches import Collated
@@ -155,6 +158,21 @@ def test_what_cannot_be_read_is_named(tmp_path, make, options, why):
     make(tmp_path)
     with pytest.raises(ConfigError, match=why):
         ImageFolder(str(tmp_path), **options).load(0)
+
+
+def test_a_folder_that_may_not_be_entered_is_not_left_out(tmp_path, monkeypatch):
+    write(tmp_path, "cat", "dog")
+    real = os.scandir
+
+    def closed(folder):
+        if str(folder).endswith("cat"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    for read in (found, pictures_in):
+        with pytest.raises(ConfigError, match=r"folder .*cat cannot be read: Permission denied"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("memory", [256, 0])

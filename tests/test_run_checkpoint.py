@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,25 @@ def test_damage_anywhere_is_found(tmp_path):
         # the byte was padding between records: nothing that was read has changed
         assert torch.equal(state["model"]["w"], STATE["model"]["w"])
         assert state["round"] == 3
+
+
+def test_one_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, STATE)
+    path = checkpoint.save(tmp_path, STATE | {"round": 4})
+    real = checkpoint.zipfile.ZipFile
+
+    def closed(file: Path) -> object:
+        if file == path:
+            raise PermissionError(13, "Permission denied", str(file))
+        return real(file)
+
+    monkeypatch.setattr(checkpoint.zipfile, "ZipFile", closed)
+    with pytest.raises(PermissionError, match="round-000004"):
+        checkpoint.newest(tmp_path)
+    monkeypatch.setattr(os, "listdir", closed)
+    path = tmp_path
+    with pytest.raises(PermissionError):
+        checkpoint.everything(tmp_path)
 
 
 PARTS = {

@@ -61,7 +61,8 @@ def written(path: Path, done: Preparation, length: int) -> Tensor:
 
 def pictures_in(folder: Path) -> list[Path]:
     """Every picture of a folder and below, by name."""
-    files = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in pictures.KINDS)
+    every = (Path(at, name) for at, _, names in disk.below(folder) for name in names)
+    files = sorted(p for p in every if p.suffix.lower() in pictures.KINDS and p.name[0] != ".")
     if not files:
         raise ConfigError(f"there are no pictures in {folder} ({', '.join(pictures.KINDS)})")
     return files

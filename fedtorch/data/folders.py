@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fedtorch import disk
 from fedtorch.data import pictures
 from fedtorch.data.base import Data, Preparation, facts_of
 from fedtorch.data.content import split
@@ -231,7 +232,7 @@ class ImageFolder:
 def found(root: Path) -> tuple[list[File], list[str]]:
     """All pictures below a folder, by name, and what is to be said of other files."""
     files, others = [], []
-    for folder, below, names in os.walk(root, followlinks=True):
+    for folder, below, names in disk.below(root):
         below[:] = sorted(n for n in below if not n.startswith((".", "__MACOSX")))
         at = Path(folder).relative_to(root).parts
         if len(at) > len(LEVELS):

@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, and read without running any code."""
 
+import os
 import re
 import zipfile
 import zlib
@@ -35,8 +36,12 @@ def save(folder: Path, state: dict[str, Any], keep: int = 2) -> Path:
 
 
 def everything(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("round-*.pt") if re.fullmatch(r"round-\d+\.pt", p.name))
+    """Checkpoints, oldest first; raises PermissionError where there may be some."""
+    try:
+        names = os.listdir(folder)  # a glob takes a closed folder for an empty one
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(folder / n for n in names if re.fullmatch(r"round-\d+\.pt", n))
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -68,7 +73,10 @@ def write(path: Path, format: str, state: Mapping[str, Any], private: bool = Fal
 
 
 def read(path: Path, format: str) -> dict[str, Any]:
-    """A table of tensors and plain values; raises ConfigError when the file is damaged or another's."""
+    """A table of tensors and plain values; raises ConfigError when the file is damaged or another's.
+
+    And PermissionError where it may not be read.
+    """
     try:
         # the zip's own checksums, which torch.load does not look at
         with zipfile.ZipFile(disk.regular(path)) as archive:
@@ -80,6 +88,8 @@ def read(path: Path, format: str) -> dict[str, Any]:
             raise ValueError(f"it is not of the format {format!r}")
         if state.pop(SUM, None) != _sum(state):
             raise ValueError("what is in it was edited")
+    except PermissionError:  # it may be whole, and a private round done again costs again
+        raise
     except Exception as e:  # zip, pickle and torch each have errors of their own for damaged files
         first = str(e).splitlines()[0] if str(e) else type(e).__name__
         kind = format.removeprefix("fedtorch ").rstrip(" 0123456789")

@@ -94,7 +94,7 @@ class Base:
         try:
             found = checkpoint.read(self.path, BASE).get("base", {})
             messages.same_schema(found, {k: names[k] for k in found if k in names})
-        except (ConfigError, MessageError, AttributeError) as e:
+        except (ConfigError, OSError, MessageError, AttributeError) as e:
             log.info(
                 "%s is not of this run, or damaged (%s): the server sends it again", self.path, e
             )
