@@ -18,6 +18,7 @@ from fedtorch import (
     Local,
     Median,
     PowerSGD,
+    RandomK,
     Recipe,
     Scaffold,
     Server,
@@ -135,9 +136,10 @@ def here(folder, offered, rounds, names=NAMES, engine=Local(chunk=1)):
     [
         {"strategy": FedNova(mu=0.1)},
         {"strategy": Scaffold()},
+        {"channel": (RandomK(share=0.3),)},
         {"aggregator": Median(), "channel": (PowerSGD(rank=1), TopK(share=0.5), QSGD())},
     ],
-    ids=["fednova", "scaffold", "median of codes"],
+    ids=["fednova", "scaffold", "sum of codes", "median of codes"],
 )
 def test_sites_give_the_weights_of_one_process(folder, tmp_path, parts):
     offered = offer(**parts)

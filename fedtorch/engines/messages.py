@@ -62,8 +62,13 @@ def read_task(message: Message) -> Task:
     )
 
 
-def outcome_message(outcome: Outcome, asked: Sequence[str], **facts: Any) -> Message:
-    """An outcome; clients go by their place in ``asked``."""
+def outcome_message(
+    outcome: Outcome, asked: Sequence[str], coded: bool = False, **facts: Any
+) -> Message:
+    """An outcome; clients go by their place in ``asked``.
+
+    ``coded``: what is sent went through a channel, and has the types of its code.
+    """
     update, failures, memory = outcome
     if not isinstance(update, Released):
         raise TypeError(
@@ -71,7 +76,8 @@ def outcome_message(outcome: Outcome, asked: Sequence[str], **facts: Any) -> Mes
         )
     place = {id: k for k, id in enumerate(asked)}
     # in float64, as everybody's: in what type a solver adds up is no other's business
-    sent = {g: to_float64(s) if update.summed else s for g, s in update.sent.items()}
+    plain = update.summed and not coded
+    sent = {g: to_float64(s) if plain else s for g, s in update.sent.items()}
     groups = {f"sent/{g}": s for g, s in sent.items()}
     groups |= {"buffers": update.buffers, "metrics": update.metrics, "": {"weight": update.weight}}
     for id, kept in memory.items():

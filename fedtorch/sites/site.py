@@ -279,7 +279,8 @@ class Site:
     def _report(self, run: str, outcome: Outcome, visit: str, round: int) -> Message:
         """What a visit came to, as a report."""
         facts = {"run": run, "visit": visit, "round": round}
-        reply = messages.outcome_message(outcome, [self.client.id], **facts)
+        coded = self.joined is not None and bool(self.joined.recipe.channel)
+        reply = messages.outcome_message(outcome, [self.client.id], coded, **facts)
         return Message("report", reply.facts, reply.groups)
 
     def _take_part(self, joined: Joined, step: Callable[[Party | Sealing], Message]) -> None:
