@@ -7,9 +7,12 @@ inventories for intersphinx in the build folder: a build without the internet is
 import ast
 import contextlib
 import io
+import json
 import os
 import re
 import zlib
+from base64 import b64decode
+from collections.abc import Iterator
 from pathlib import Path
 
 from docutils import nodes
@@ -105,8 +108,39 @@ PAGES = {
 """Files outside of this folder that are pages of the site, too."""
 
 
+NOTEBOOKS = {"notebook-hospitals": "four_hospitals", "notebook-private": "private_cnn"}
+"""Pages that show a notebook of ``examples/notebooks``."""
+
+
+def shown(notebook: Path) -> Iterator[str]:
+    """The text and code of a notebook behind its title, and what the code showed when it was kept."""
+    for k, cell in enumerate(json.loads(notebook.read_text())["cells"]):
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            text = re.sub(r"\A# .*\n", "", text)
+            for page, name in NOTEBOOKS.items():
+                text = text.replace(f"`{name}.ipynb`", f"[{name}.ipynb]({page}.md)")
+            yield text
+            continue
+        yield f"```python\n{text}\n```"
+        for n, out in enumerate(cell["outputs"]):
+            data = out.get("data", {"text/plain": out.get("text", "")})
+            if "image/png" in data:
+                picture = HERE.parent / "build" / "notebooks" / f"{notebook.stem}-{k}-{n}.png"
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                picture.write_bytes(b64decode(data["image/png"]))
+                yield f"![What the code above draws](../build/notebooks/{picture.name})"
+            else:
+                lines = "".join(data["text/plain"]).rstrip().split("\n")
+                last = "\n".join(line.rpartition("\r")[2].rstrip() for line in lines)
+                yield f"```{{code-block}} text\n:class: output\n\n{last}\n```"
+
+
 def relink(app: object, name: str, source: list[str]) -> None:
-    """Links that are right among the files lead to pages on the site; all commands are on their page."""
+    """Links that are right among the files lead to pages on the site; some pages are made here."""
+    if name in NOTEBOOKS:
+        path = HERE.parent / "examples" / "notebooks" / f"{NOTEBOOKS[name]}.ipynb"
+        source[0] += "\n" + "\n\n".join(shown(path))
     if name == "cli":
         source[0] += "".join(f"\n## fedtorch {c}\n\n```{{help}} {c}\n```\n" for c in COMMANDS)
     for file, page in PAGES.items():

@@ -24,13 +24,14 @@ LESSONS = {
     "README.md": 1,
     "docs/index.md": 2,
     "docs/first-run.md": 5,
-    "docs/own-data.md": 7,
+    "docs/own-data.md": 8,
     "docs/choose.md": 3,
     "docs/private.md": 5,
     "docs/write-strategy.md": 4,
     "docs/stop-resume.md": 8,
     "docs/watch.md": 3,
     "docs/report.md": 8,
+    "docs/lora.md": 4,
 }
 """Pages that test_docs_commands follows from top to bottom, and how many steps each has at least."""
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
