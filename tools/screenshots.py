@@ -1,23 +1,29 @@
 """TensorBoard on real runs, photographed page by page in headless Chromium.
 
-    make screenshots        # needs Debian's packages chromium and chromium-driver
+    make screenshots        # needs chromium, and for pages of the site make docs before
 
 Trains the runs that are not there yet (a plain run, a private run, a sweep), starts TensorBoard on each and
-drives the browser over the WebDriver protocol; PNG files go to ``build/screenshots``.
+drives the browser; PNG files go to ``build/screenshots``. Words behind the script take some jobs alone.
 """
 
 import contextlib
+import fcntl
+import io
+import itertools
 import json
+import os
+import select
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 OUT = Path("build/screenshots")
 RUNS = OUT / "runs"
@@ -39,7 +45,9 @@ JOBS = {
     "private": ["--rounds", "30", "--validation", "0.2", "--model", "mlp"],
     "sweep": ["--privacy", "none", "--rounds", "8", "--model", "mlp", "--sweep", *SWEEP],
 }
+SITE = ("index", "first-run", "own-data", "tensorboard", "notebook-hospitals")
 PAGES = {
+    "overview": ("timeseries", ""),
     "scalars": ("scalars", "expand"),
     "custom": ("custom_scalars", "expand"),
     "images": ("images", "expand"),
@@ -90,35 +98,55 @@ if (wanted.length) wanted[wanted.length - 1].click();
 
 
 class Browser:
-    """A WebDriver session."""
+    """Chromium without a window, told what to do through two pipes (the DevTools protocol)."""
 
-    def __init__(self, port: int, profile: str) -> None:
-        """Starts Chromium."""
-        self.root = f"http://localhost:{port}"
-        options = {"args": [*FLAGS, f"--user-data-dir={profile}"]}
-        wanted = {"alwaysMatch": {"browserName": "chrome", "goog:chromeOptions": options}}
-        found = self.call("POST", "/session", {"capabilities": wanted})
-        self.root += f"/session/{found['sessionId']}"
+    def __init__(self, profile: str) -> None:
+        """Starts it, with one empty page."""
+        ask, self.asking = (fcntl.fcntl(f, fcntl.F_DUPFD_CLOEXEC, 10) for f in os.pipe())
+        self.answers, answer = (fcntl.fcntl(f, fcntl.F_DUPFD_CLOEXEC, 10) for f in os.pipe())
+        self.process = subprocess.Popen(
+            ["chromium", "--remote-debugging-pipe", *FLAGS, f"--user-data-dir={profile}"],
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: [os.dup2(ask, 3), os.dup2(answer, 4)],
+            pass_fds=(3, 4),
+        )
+        self.number, self.read, self.page = 0, b"", {}
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        found = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.page = {"sessionId": found["sessionId"]}
 
-    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """One request; the answer's value."""
-        data = None if body is None else json.dumps(body).encode()
-        head = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self.root + path, data, head, method=method)
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return json.load(answer)["value"]
+    def call(self, method: str, **options: Any) -> Any:
+        """One request; its result."""
+        self.number += 1
+        asked = {"id": self.number, "method": method, "params": options} | self.page
+        os.write(self.asking, json.dumps(asked).encode() + b"\0")
+        while True:
+            while b"\0" not in self.read:
+                if not select.select([self.answers], [], [], 120)[0]:
+                    raise SystemExit(f"chromium does not answer {method}")
+                self.read += os.read(self.answers, 1 << 20)
+            told, _, self.read = self.read.partition(b"\0")
+            answer = json.loads(told)
+            if answer.get("id") == self.number:
+                if "result" not in answer:
+                    raise SystemExit(f"{method}: {answer['error']['message']}")
+                return answer["result"]
 
-    def script(self, code: str, *args: Any) -> Any:
+    def script(self, code: str, *args: Any) -> None:
         """Run JavaScript in the page."""
-        return self.call("POST", "/execute/sync", {"script": code, "args": list(args)})
+        given = ", ".join(json.dumps(a) for a in args)
+        self.call("Runtime.evaluate", expression=f"(function() {{ {code} }})({given})")
 
-    def photograph(self, url: str, act: str, path: Path) -> None:
-        """Open, wait until the page has drawn itself, act, save."""
-        height = 1900 if "custom" in url else 1000
-        self.call("POST", "/window/rect", {"width": 1500, "height": height})
-        self.call("POST", "/url", {"url": "about:blank"})
-        self.call("POST", "/url", {"url": url})
-        time.sleep(8)
+    def photograph(
+        self, url: str, act: str, path: Path, size: tuple[int, int], wait: float
+    ) -> None:
+        """Open, wait until the page has drawn itself, act, save in few colours."""
+        given = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
+        self.call("Page.bringToFront")
+        self.call("Emulation.setDeviceMetricsOverride", **given)
+        self.call("Page.navigate", url="about:blank")
+        self.call("Page.navigate", url=url)
+        time.sleep(wait)
         if act == "expand":
             self.script(EXPAND)
             time.sleep(6)
@@ -128,7 +156,15 @@ class Browser:
         elif act:
             self.script(CLICK, act)
             time.sleep(4)
-        path.write_bytes(b64decode(self.call("GET", "/screenshot")))
+        shot = b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+        picture = Image.open(io.BytesIO(shot)).convert("RGB").quantize(96, dither=Image.Dither.NONE)
+        picture.save(path, optimize=True)
+        print(path, f"{path.stat().st_size // 1000} kB", flush=True)
+
+    def close(self) -> None:
+        """End it."""
+        self.call("Browser.close")
+        self.process.wait(30)
 
 
 @contextlib.contextmanager
@@ -158,35 +194,41 @@ def wait_for(port: int) -> None:
     raise SystemExit(f"nothing answers on port {port}")
 
 
-def main() -> None:
-    """Train, start, photograph."""
-    jobs = sys.argv[1:] or list(JOBS)
-    for name in jobs:
-        folder = RUNS / name if "--sweep" in JOBS[name] else RUNS / name / name
-        if not folder.exists():
-            command = [sys.executable, "train.py", *JOBS[name], "--run-dir", str(folder)]
-            subprocess.run(command, check=True)
+def boards(browser: Browser, job: str) -> None:
+    """Pages of TensorBoard on the runs of a job, trained first where they are not there yet."""
+    folder = RUNS / job if "--sweep" in JOBS[job] else RUNS / job / job
+    if not folder.exists():
+        command = [sys.executable, "train.py", *JOBS[job], "--run-dir", str(folder)]
+        subprocess.run(command, check=True)
+    port = free_port()
+    where = ["--logdir", str(RUNS / job), "--port", str(port), "--load_fast=false"]
     board = str(Path(sys.executable).parent / "tensorboard")
-    driver = free_port()
-    with started("chromedriver", f"--port={driver}"), tempfile.TemporaryDirectory() as profile:
-        wait_for(driver)
-        browser = Browser(driver, profile)
-        for name in jobs:
-            port = free_port()
-            where = ["--logdir", str(RUNS / name), "--port", str(port), "--load_fast=false"]
-            with started(board, *where, "--reload_interval", "0"):
-                wait_for(port)
-                time.sleep(4)
-                for page, (plugin, act) in PAGES.items():
-                    if name == "sweep" and page not in ("scalars", "hparams", "parallel"):
-                        continue
-                    if name == "private" and page == "projector":
-                        continue  # off in a private run
-                    url = f"http://localhost:{port}/?darkMode=false#{plugin}"
-                    browser.photograph(url, act, OUT / f"{name}-{page}.png")
-                    print(OUT / f"{name}-{page}.png", flush=True)
-        with contextlib.suppress(OSError):
-            browser.call("DELETE", "")
+    with started(board, *where, "--reload_interval", "0"):
+        wait_for(port)
+        time.sleep(4)
+        for page, (plugin, act) in PAGES.items():
+            if job == "sweep" and page not in ("scalars", "hparams", "parallel"):
+                continue
+            if job == "private" and page == "projector":
+                continue  # off in a private run
+            url = f"http://localhost:{port}/?darkMode=false#{plugin}"
+            size = (1500, 1900 if page == "custom" else 1000)
+            browser.photograph(url, act, OUT / f"{job}-{page}.png", size, 8)
+
+
+def site(browser: Browser) -> None:
+    """Pages of the site that ``make docs`` has built, on a screen and on a telephone."""
+    for page, width in itertools.product(SITE, (1400, 400)):
+        url = Path(f"build/docs/{page}.html").resolve().as_uri()
+        browser.photograph(url, "", OUT / f"site-{page}-{width}.png", (width, 1000), 1)
+
+
+def main() -> None:
+    """Photograph what is asked for, or everything."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as profile, contextlib.closing(Browser(profile)) as browser:
+        for job in sys.argv[1:] or [*JOBS, "site"]:
+            site(browser) if job == "site" else boards(browser, job)
 
 
 if __name__ == "__main__":
