@@ -27,13 +27,11 @@ from fedtorch.engines import Engine, Local
 from fedtorch.options import COUNT, NOT_NEGATIVE, SHARE, as_typed, check
 from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.privacy.run import BudgetSpent
-from fedtorch.rounds.observers import Observer
 from fedtorch.rounds.progress import amount
 from fedtorch.rounds.synchronous import Rounds, Synchronous
 from fedtorch.rounds.threat import Threat
 from fedtorch.run import audited, cli, help, huggingface, loop, objects, setup, steps, sweep, zoo
 from fedtorch.run import folder as folders
-from fedtorch.run.callbacks import BestModel, EarlyStopping
 from fedtorch.run.console import StopSignal, page, partition_table
 from fedtorch.run.interrupts import begun
 from fedtorch.run.messages import (
@@ -91,12 +89,6 @@ class Config(RunOptions):
     """Where the run is recorded beside metrics.jsonl: tensorboard, mlflow, wandb, none."""
     eval_every: int = 1
     """Rounds between two evaluations on the test set."""
-    stop_after: int | None = None
-    """End the run when the monitored figure has not got better for so many rounds; none: train all."""
-    monitor: str = "test_loss"
-    """What stop_after and keep look at: a figure of a round, under a privacy plan one of test data."""
-    keep: Literal["last", "best"] = "last"
-    """Which model is written in the end: of the last round, or of that with the best monitored figure."""
     checkpoint_every: int = 1
     """Rounds between two checkpoints."""
     run_dir: str | None = None
@@ -105,7 +97,7 @@ class Config(RunOptions):
     def __post_init__(self) -> None:
         """Refuse what no run can do."""
         super().__post_init__()
-        counts = ("eval_every", "checkpoint_every", "threads", "clients", "stop_after")
+        counts = ("eval_every", "checkpoint_every", "threads", "clients")
         ranges = {"validation": SHARE, "finetune_steps": NOT_NEGATIVE}
         check(self, "", **ranges, **dict.fromkeys(counts, COUNT))
         if self.evaluate == "personal" and not self.validation:
@@ -119,10 +111,6 @@ class Config(RunOptions):
             raise ConfigError(
                 "finetune_steps starts in the last round, which stop_after knows only when it is over: "
                 "leave out one"
-            )
-        if self.monitor != "test_loss" and not self.callbacks():
-            raise ConfigError(
-                "monitor is for --stop-after 5 or --keep best: add one, or leave it out"
             )
         words, usual = (getattr(d, "vocabulary", None) for d in (self.dataset, type(self.dataset)))
         secure.single(self.aggregator, self.validation, getattr(self.tracking, "client_runs", 0))
@@ -149,11 +137,6 @@ class Config(RunOptions):
                 "all are scaled by, and nobody noises them; give public numbers, --dataset.bounds "
                 "age=20:90, or with rough bounds --dataset.standardize private"
             )
-
-    def callbacks(self) -> list[Observer]:
-        """Who stops early, and who keeps the best model, where that is asked for."""
-        stop = [EarlyStopping(self.monitor, self.stop_after)] if self.stop_after else []
-        return [*stop, *([BestModel(self.monitor)] if self.keep == "best" else [])]
 
     @property
     def plan(self) -> Privacy:
@@ -221,10 +204,10 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     metrics, judge = steps.judging(server.recipe, *asked)
     setup.check(server, data, clients, metrics, judge)
     callbacks = config.callbacks()
-    watched = {f"test_{name}": 0.0 for name in metrics or ("loss",)} | {"round": 0}
-    watched |= {f"validation_{name}": 0.0 for name in metrics} if config.validation else {}
     callbacks += [config.audit] if config.audit else []
-    notes = [c.begin(server, config.rounds, watched) for c in callbacks]
+    watched = [f"test_{name}" for name in metrics or ("loss",)]
+    watched += [f"validation_{name}" for name in metrics] if config.validation else []
+    notes = loop.begin(callbacks, server, config.rounds, watched)
 
     # where the run is kept: a new folder, or one to go on in
     kept = loop.open_folder(
@@ -251,7 +234,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         report.say(prepared.said(data, strict(server)))
         if private and (note := prepared.undeclared(data, config.dataset)):
             report.say(f"note: {note}")
-        for note in dict.fromkeys(filter(None, notes)):
+        for note in notes:
             report.say(f"note: {note}")
         introduce(report, opening, server, partition_table(ids, parts, data.labels))
         options = cli.flat(objects.describe(config)) | {"lr": server.recipe.learning_rate}
@@ -262,19 +245,12 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
 
         # who looks at each round, in this order: the end is seen first, and saving comes last
         saving = loop.Checkpoints(here, config.checkpoint_every)
-        ending = [*callbacks, loop.Ending(here)] if callbacks else []
-        server.observers += [here, scores, *ending, record, pictures, report, saving]
-        server.remembered.hand(callbacks)
-        here.last = here.over()
+        here.attend([scores], callbacks, [record, pictures, report, saving])
 
         # the rounds
         while not here.last:
             server.round()
-        for callback in callbacks:
-            callback.finish(server)
-        if config.keep == "best":
-            scores.again()
-        here.end()
+        here.end(scores)
         judged = server.model, data.test, data.kind if server.recipe.step is None else ""
         report.attempt("report.json", shown.write, *judged)
 
@@ -296,12 +272,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         kept.path,
         summary,
         server,
-        here.why()
-        + "".join(
-            f"; the model is that of round {c.round_number}"
-            for c in callbacks
-            if isinstance(c, BestModel)
-        ),
+        here.why(),
         here.stop.asked > 0,
         scores.ends(),
     )

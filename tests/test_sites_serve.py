@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -143,6 +144,33 @@ def test_a_run_that_is_done_is_told_as_that(serve, tmp_path, monkeypatch, told):
         assert said in serve.out
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     assert max(json.loads(line)["round"] for line in lines) == 2
+
+
+def test_a_server_with_data_of_its_own_stops_early_and_keeps_the_best(
+    serve, tmp_path, monkeypatch, told
+):
+    monkeypatch.setattr(Server, "moved", lambda self: True)
+    own = tmp_path / "own.csv"
+    own.write_text("a,b,c,ill\n" + "".join(f"{k},{k % 3},1,{k % 2}\n" for k in range(8)))
+    data = ["--dataset", "csv", "--dataset.path", str(own), "--dataset.target", "ill"]
+    early = ["--rounds", "9", "--stop-after", "1", "--keep", "best", "--privacy", "none"]
+    assert serve(*data, *early)[0] == 0 and told == [None]
+    said = "ended because test_loss was .* not got better in 1 rounds; the model is that of round 1"
+    assert re.search(said, serve.out), serve.out
+    assert json.loads((tmp_path / "run/summary.json").read_text())["rounds"] == 2
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--keep", "best"], "look at test_loss, and a server has no data unless it is given some"),
+        (["--monitor", "test_accuracy"], "monitor is for --stop-after 5 or --keep best"),
+    ],
+    ids=["no data", "alone"],
+)
+def test_a_server_that_cannot_see_what_would_stop_it_says_so(serve, tmp_path, words, said):
+    code, told = serve("--privacy", "none", *words)
+    assert code == 2 and said in told and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -17,6 +17,7 @@ from fedtorch.rounds.figures import Metrics
 from fedtorch.rounds.observers import Observer
 from fedtorch.run import by_client, files, huggingface, objects
 from fedtorch.run import folder as folders
+from fedtorch.run.callbacks import BestModel
 from fedtorch.run.console import Report, StopSignal, table_of
 from fedtorch.run.finetune import finetuned
 from fedtorch.run.folder import Folder
@@ -44,6 +45,8 @@ class Loop(Observer):
     began: float = field(default_factory=time.perf_counter)
     last: bool = False
     """Whether no round will follow."""
+    callbacks: Sequence[Observer] = ()
+    """Who may stop it early, and who keeps the best model."""
 
     def round(self, figures: Metrics) -> None:
         """Read once a round: what is asked for later is heeded a round later, and nothing is half saved."""
@@ -57,20 +60,46 @@ class Loop(Observer):
     def why(self) -> str:
         """Why no round follows, in words."""
         done, rounds = self.server.round_number, self.options.rounds
+        kept = self.chosen()
         if self.stop.asked:
-            return f"{signal.Signals(self.stop.asked).name} asked it to stop"
+            return f"{signal.Signals(self.stop.asked).name} asked it to stop{kept}"
         if self.server.stopped:
-            return self.server.stopped.partition(": ")[2]
+            return self.server.stopped.partition(": ")[2] + kept
         if done >= rounds:
-            return f"all {rounds} rounds are trained" if rounds > 1 else "its one round is trained"
-        return f"the privacy budget has no room for round {done + 1} of {rounds}"
+            whole = f"all {rounds} rounds are trained" if rounds > 1 else "its one round is trained"
+            return whole + kept
+        return f"the privacy budget has no room for round {done + 1} of {rounds}{kept}"
+
+    def chosen(self) -> str:
+        """Of which round the model is, where the best is kept."""
+        best = next((c for c in self.callbacks if isinstance(c, BestModel)), None)
+        return (
+            f"; the model is that of round {best.round_number}" if best and best.best.round else ""
+        )
 
     def due(self, every: int) -> bool:
         """Whether something comes that is done ``every`` so many rounds, and in the last."""
         return self.last or self.server.round_number % every == 0
 
-    def end(self, command: str = "train") -> None:
-        """Write the model, then tell trackers what privacy cost; ``command`` goes on with such a run."""
+    def attend(
+        self, scores: Sequence[Observer], callbacks: Sequence[Observer], others: Sequence[Observer]
+    ) -> None:
+        """Let all look at each round: who may stop it come before those who tell and save."""
+        self.callbacks = callbacks
+        ending = [*callbacks, Ending(self)] if callbacks else []
+        self.server.observers += [self, *scores, *ending, *others]
+        self.server.remembered.hand(callbacks)
+        self.last = self.over()
+
+    def end(self, scores: "Scores", command: str = "train") -> None:
+        """Write the model, the best where it is kept, then tell trackers what privacy cost.
+
+        ``command`` goes on with such a run.
+        """
+        for callback in self.callbacks:
+            callback.finish(self.server)
+        if self.options.keep == "best":
+            scores.again()
         # all that comes later can fail
         files.write_model(self.kept.path, self.server.model, command)
         made = self.kept.path, self.server.model, self.server.recipe.strategy
@@ -88,6 +117,15 @@ class Loop(Observer):
             "epsilon": private.spent() if private else None,
             "delta": private.delta if private else None,
         }
+
+
+def begin(
+    callbacks: Sequence[Observer], server: Server, rounds: int, figures: Sequence[str]
+) -> list[str]:
+    """Refuse callbacks whose figure will not be there, or may not decide; what is to be said of others."""
+    there: Metrics = dict.fromkeys(figures, 0.0) | {"round": 0}
+    notes = [callback.begin(server, rounds, there) for callback in callbacks]
+    return [*dict.fromkeys(note for note in notes if note)]
 
 
 @contextmanager

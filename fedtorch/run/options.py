@@ -1,7 +1,7 @@
 """Options of a run, whoever holds the data: ``train.py`` and a server of sites both have these."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fedtorch.aggregation.mean import Aggregator, Mean
 from fedtorch.channel.base import Stage
@@ -9,9 +9,11 @@ from fedtorch.data.tokens import PREFIX
 from fedtorch.options import COUNT, TrainingOptions, check
 from fedtorch.privacy import DEFAULT, Nothing, Privacy
 from fedtorch.recipe import Recipe
+from fedtorch.rounds.observers import Observer
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.run import steps
+from fedtorch.run.callbacks import BestModel, EarlyStopping
 from fedtorch.run.huggingface import LoRA
 from fedtorch.strategies import FedAvg, Strategy
 from fedtorch.training.losses import Loss, no_loss
@@ -60,6 +62,12 @@ class RunOptions(TrainingOptions):
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     schedule: Schedule = Constant()
     """Learning rate over rounds: constant, exponential, step, cosine."""
+    stop_after: int | None = None
+    """End the run when the monitored figure has not got better for so many rounds; none: train all."""
+    monitor: str = "test_loss"
+    """What stop_after and keep look at: a figure of a round, under a privacy plan one of test data."""
+    keep: Literal["last", "best"] = "last"
+    """Which model is written in the end: of the last round, or of that with the best monitored figure."""
     seed: int = 0
     """Decides every draw: split, partition, initial weights, cohorts, batches."""
     resume: bool = False
@@ -68,7 +76,11 @@ class RunOptions(TrainingOptions):
     def __post_init__(self) -> None:
         """Refuse what no run can do."""
         super().__post_init__()
-        check(self, "", rounds=COUNT)
+        check(self, "", rounds=COUNT, stop_after=COUNT)
+        if self.monitor != "test_loss" and not self.callbacks():
+            raise ConfigError(
+                "monitor is for --stop-after 5 or --keep best: add one, or leave it out"
+            )
         for option in ("step", "eval_step"):
             if name := getattr(self, option):
                 steps.check(option, name)
@@ -78,6 +90,11 @@ class RunOptions(TrainingOptions):
             raise ConfigError(
                 f"lora is for models of Hugging Face, hf:FOLDER, and not for {self.model!r}"
             )
+
+    def callbacks(self) -> list[Observer]:
+        """Who stops early, and who keeps the best model, where that is asked for."""
+        stop = [EarlyStopping(self.monitor, self.stop_after)] if self.stop_after else []
+        return [*stop, *([BestModel(self.monitor)] if self.keep == "best" else [])]
 
     @property
     def plan(self) -> Privacy:

@@ -41,7 +41,7 @@ def early(
     server: Server, session: SitesSession, config: ServeConfig, stopped: int
 ) -> EndedEarly | None:
     """Why there are no more rounds, if there should be, or why there might as well have been none."""
-    if server.round_number >= config.rounds:
+    if server.round_number >= config.rounds or (server.stopped and not stopped):
         still = EndedEarly(1, "the model never moved, no report was ever used", "still")
         return None if server.moved() else still
     if stopped:

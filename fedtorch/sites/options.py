@@ -181,6 +181,11 @@ class ServeConfig(RunOptions):
             )
         if not self.sites or not (self.input_shape or self.step):
             raise ConfigError("sites and input_shape are needed; see docs/sites.md")
+        if self.callbacks() and self.dataset is None and self.monitor.startswith("test_"):
+            raise ConfigError(
+                f"stop_after and keep look at {self.monitor}, and a server has no data unless it is given "
+                "some: --dataset csv --dataset.path FILE; sites test for themselves"
+            )
         self._check_texts()
         for name in self.sites:
             if not SITE_NAME.fullmatch(name):

@@ -65,6 +65,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
     plan = replace(plan, weights=getattr(model, "digest", ""))
     files.savable(model)
     own = own_data(config, plan)
+    callbacks = config.callbacks()
     keys = Path(config.credentials) if config.credentials else None
     engine = Sites(
         plan=plan,
@@ -87,6 +88,8 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         seed=config.seed,
     )
     with closing(server):
+        names = plan.judging(recipe, model, own.test)[0] or ("loss",) if own is not None else ()
+        notes = loop.begin(callbacks, server, config.rounds, [f"test_{name}" for name in names])
         session = server.session
         assert isinstance(session, SitesSession)
         session.ended = "error"  # unless it turns out otherwise
@@ -102,6 +105,8 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
             here.report.say(f"listening at {config.address}, waiting for {', '.join(config.sites)}")
             opening = f"{amount(len(config.sites), 'site')}, {config.model}, "
             opening += amount(config.rounds, "round")
+            for note in notes:
+                here.report.say(f"note: {note}")
             introduce(here.report, opening, server)
             ready = settled(session, config, here)
             test = own_test(own, session.options.plan) if ready else None
@@ -113,13 +118,13 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
 
             # who looks at each round, in this order: the end is seen first, and saving comes last
             traffic, saving = Traffic(server, session), Checkpoints(here)
-            server.observers += [here, traffic, scores, here.record, here.report, saving]
+            here.attend([traffic, scores], callbacks, [here.record, here.report, saving])
 
             # the rounds
             while ready and not here.last and enough(session, config, here.stop):
                 server.round()
             why = early(server, session, config, here.stop.asked)
-            here.end("serve")
+            here.end(scores, "serve")
             pairs = "" if config.step else config.kind
             here.report.attempt("report.json", shown.write, model, test, pairs)
             session.ended = why.reason if why else ""
@@ -127,7 +132,8 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
     write_results(here.report, folder, summary, server)
     if why is not None:
         number, rounds = server.round_number, config.rounds
-        text = f"ended after {number} of {rounds} rounds: {why}; the model so far is saved"
+        saved = here.chosen() or "; the model so far is saved"
+        text = f"ended after {number} of {rounds} rounds: {why}{saved}"
         text += f" (go on: fedtorch serve --run-dir {folder} --resume)"
         raise EndedEarly(why.code, text, why.reason)
     here.report.attempt("the report", conclude, here.report, folder, summary, server, here.why())
