@@ -101,10 +101,12 @@ def test_a_decimal_comma_is_no_name(tmp_path):
 
 def test_missing_values_are_refused_dropped_filled_or_marked(tmp_path):
     text = holes((3, 0), (7, 1), (7, 3))
-    for at, column in (((3, 0), "age"), ((7, 1), "ward"), ((9, 4), "sick")):
-        with pytest.raises(
-            ConfigError, match=f"line {at[0] + 2}: column '{column}' holds .* a missing"
-        ):
+    for at, column, lacks in (
+        ((3, 0), "age", "holds .* a missing value: --dataset.missing drop"),
+        ((7, 1), "ward", "lacks a category; --dataset.missing indicator"),
+        ((9, 4), "sick", "holds .* a missing value: --dataset.missing drop"),
+    ):
+        with pytest.raises(ConfigError, match=f"line {at[0] + 2}: column '{column}' {lacks}"):
             csv(tmp_path, holes(at), **WARDS).load(0)
     dropped = csv(tmp_path, holes((3, 0), (7, 1), (9, 4)), **WARDS, missing="drop", client="smoker")
     data = dropped.load(0)
@@ -249,6 +251,9 @@ def test_new_rows_are_prepared_as_the_training_was(tmp_path):
     with pytest.raises(
         ConfigError, match=r"line 2: column 'ward' .* a missing value, .* leave the row out"
     ):
+        assembly.unlabelled(new, dropped)
+    new.write_text('age,ward,smoker,chol\n"30,5",a,no,200\n')  # no option of a run helps there
+    with pytest.raises(ConfigError, match=r"not a number; new rows are read as .* with a point"):
         assembly.unlabelled(new, dropped)
 
 

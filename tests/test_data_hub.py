@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fedtorch import ConfigError
-from fedtorch.data import Custom, HuggingFace, partition
+from fedtorch.data import Custom, HuggingFace, hub, partition
 from fedtorch.data.hub import _array
 from fedtorch.options import find
 
@@ -13,6 +13,8 @@ from fedtorch.options import find
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(hub, "reachable", lambda: False)
     pytest.importorskip("datasets")
     return tmp_path
 
@@ -123,12 +125,20 @@ def test_columns_that_do_not_fit_are_refused(offline, options, message):
 
 
 def test_a_name_that_cannot_be_loaded_is_one_sentence(offline):
-    with pytest.raises(ConfigError, match="'no/such' cannot be loaded"):
+    with pytest.raises(
+        ConfigError, match=r"'no/such' cannot be loaded: .* \(is this machine online"
+    ):
         HuggingFace("no/such").load(0)
+
+
+def test_a_dataset_without_a_name_is_asked_for(offline):
+    with pytest.raises(ConfigError, match="which dataset, by its name on the hub or its folder"):
+        HuggingFace().load(0)
 
 
 def test_without_the_extra_the_fix_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
     with pytest.raises(ConfigError, match=r"pip install 'fedtorch\[hf\]'"):
         HuggingFace("x").load(0)
 

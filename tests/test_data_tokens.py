@@ -1,4 +1,6 @@
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -77,12 +79,33 @@ def test_a_tokenizer_that_is_nowhere_is_told(tmp_path, monkeypatch):
         tokens.tokenizer("hf:./none")
     with pytest.raises(ConfigError, match=r"in folder .* cannot be loaded"):
         tokens.tokenizer(str(tmp_path))
-    monkeypatch.setattr(tokens, "_reachable", lambda: False)
+    monkeypatch.setattr(tokens, "reachable", lambda: False)
     with pytest.raises(ConfigError, match=r"'nobody/nothing', which is no folder here, .* online"):
         tokens.tokenizer("nobody/nothing")
     (tmp_path / "t.txt").write_text("some text")
     with pytest.raises(ConfigError, match="characters, bytes or hf:FOLDER, not 'words'"):
         Text(str(tmp_path / "t.txt"), vocabulary="words").load(0)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One that has nothing, and says so."""
+
+    def do_HEAD(self):
+        self.send_error(404)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_hub_is_there_if_it_answers_whatever_it_says(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with HTTPServer(("127.0.0.1", 0), Hub) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        thread = threading.Thread(target=hub.handle_request)
+        thread.start()
+        assert tokens.reachable()
+        thread.join(5)
+    assert not tokens.reachable()
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])

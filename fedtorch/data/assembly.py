@@ -104,6 +104,8 @@ def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) 
     whole = filled(given, names, known)
     if place := gap(numbers, [n in whole for n in names]):
         row, name = place[0], names[place[1]]
+        if name in known:
+            raise both.lacks(row, name)
         raise both.wrong(row, name, both.column(name)[row])
     # targets, and which rows are held out
     y = understood(table.path, *roles.target_of(given, both, target))
@@ -178,11 +180,19 @@ def _plain(numbers: np.ndarray, known: columns.Categories, names: Sequence[str])
 def unlabelled(path: Path, done: Preparation) -> Tensor:
     """Inputs of another file with these columns, prepared in the same way: [N, width]."""
     how = Format(done.separator, done.encoding, decimal=done.decimal, na=done.na)
-    if path.suffix == frames.SUFFIX:
-        table = frames.parquet(path, how)
-    else:
-        table = separated.unnamed(path, how, done.header, done.target)
-    return rows(table, path, done)
+    try:
+        if path.suffix == frames.SUFFIX:
+            return rows(frames.parquet(path, how), path, done)
+        return rows(separated.unnamed(path, how, done.header, done.target), path, done)
+    except ConfigError as e:
+        what, option, _ = str(e).partition("--dataset.")
+        if not option:
+            raise
+        point = "a comma" if done.decimal == "," else "a point"
+        raise ConfigError(
+            f"{what.partition('; ')[0]}; new rows are read as those that were trained on: in "
+            f"{done.encoding or 'UTF-8'}, numbers with {point}, and words where words were"
+        ) from e
 
 
 def rows(table: Sheet, path: Path, done: Preparation) -> Tensor:

@@ -1,5 +1,6 @@
 """Data from elsewhere: Hugging Face ``datasets`` by name, or a function of the user's own."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from fedtorch.data.content import split
 from fedtorch.data.images import inputs
 from fedtorch.data.pictures import numbers
 from fedtorch.data.targets import Targets, understood
+from fedtorch.data.tokens import reachable
 from fedtorch.options import SHARE, check, find
 from fedtorch.types import ConfigError
 
@@ -45,20 +47,7 @@ class HuggingFace:
 
     def load(self, seed: int) -> Data:
         """X [N, ...] (images [N, channels, rows, columns] in 0..1), y [N]."""
-        try:
-            import datasets
-        except ImportError as e:
-            raise ConfigError(
-                "dataset hf needs the package datasets: pip install 'fedtorch[hf]'"
-            ) from e
-        try:
-            if saved(self.path):
-                found = datasets.load_from_disk(self.path)
-                found = found if isinstance(found, dict) else {"train": found}
-            else:
-                found = datasets.load_dataset(self.path, self.config or None)
-        except Exception as e:
-            raise ConfigError(f"Hugging Face dataset {self.path!r} cannot be loaded: {e}") from e
+        found = fetched(self.path, self.config)
         if "train" not in found:
             raise ConfigError(f"{self.path} has no part 'train'; it has {', '.join(found)}")
         train = found["train"]
@@ -123,6 +112,30 @@ class HuggingFace:
         images = x.ndim > 2 and x.dtype.name in ("uint8", "uint16")
         given, done = inputs(self.path, x, None if images else 1.0, x.ndim == 4 if images else None)
         return given.float(), done
+
+
+def fetched(path: str, config: str) -> Any:
+    """The parts of a dataset by their names; raises ConfigError where it cannot be had."""
+    if not path:
+        raise ConfigError("dataset.path: which dataset, by its name on the hub or its folder?")
+    away = not Path(path).exists() and not reachable()
+    if away:  # read once, as datasets is imported: what was fetched before is there
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import datasets
+    except ImportError as e:
+        raise ConfigError(
+            "dataset hf needs the package datasets: pip install 'fedtorch[hf]'"
+        ) from e
+    try:
+        if not saved(path):
+            return datasets.load_dataset(path, config or None)
+        found = datasets.load_from_disk(path)
+        return found if isinstance(found, dict) else {"train": found}
+    except Exception as e:
+        why = " ".join(str(e).split())
+        hint = ", and its hub does not answer (is this machine online?)" if away else ""
+        raise ConfigError(f"Hugging Face dataset {path!r} cannot be loaded: {why}{hint}") from e
 
 
 def saved(path: str) -> bool:

@@ -113,6 +113,13 @@ class Sheet:
         path = self.files[row] if self.files else self.path
         return f"{path}, {'line' if self.lines[row] else 'row'} {self.lines[row] or row}"
 
+    def lacks(self, row: int, column: str) -> ConfigError:
+        """The fix for a category that is missing."""
+        return ConfigError(
+            f"{self.place(row)}: column {column!r} lacks a category; --dataset.missing indicator counts "
+            "such rows with categories that nobody declared, drop leaves them out"
+        )
+
     def wrong(self, row: int, column: str, text: str, target: bool = False) -> ConfigError:
         """The fix for a value that is no number; of a ``target`` nothing can be made up."""
         fix = misread.label(text, column) if target else misread.value(text, column)

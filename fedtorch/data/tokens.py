@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from ssl import SSLError
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor
@@ -87,7 +87,7 @@ def loading(what: str, where: str) -> Iterator[dict[str, Any]]:
     logging.disable_progress_bar()
     try:
         # of a folder, or without a net, nothing is asked of the hub: what was downloaded is there
-        yield {"local_files_only": here or not _reachable()}
+        yield {"local_files_only": here or not reachable()}
     except ConfigError:
         raise
     except Exception as e:
@@ -102,11 +102,17 @@ def loading(what: str, where: str) -> Iterator[dict[str, Any]]:
             logging.enable_progress_bar()
 
 
-def _reachable() -> bool:
-    """Whether this machine knows where the hub is; a proxy may know it where it does not."""
-    hub = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+def reachable() -> bool:
+    """Whether the hub answers at all, by way of a proxy where there is one.
+
+    Its own client would try again for half a minute, and print each time. Where it is a certificate that is
+    not trusted, that client may know better.
+    """
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        socket.getaddrinfo(hub, 443)
-    except OSError:
-        return bool(getproxies())
+        urlopen(Request(hub, method="HEAD"), timeout=5).close()
+    except HTTPError:
+        return True
+    except OSError as e:
+        return isinstance(getattr(e, "reason", None), SSLError)
     return True
