@@ -29,6 +29,10 @@ COMMANDS = {
         "fedtorch.commands.report:report",
     ),
     "eval": ("a trained model on the test set", "fedtorch.commands.evaluate:evaluate_run"),
+    "audit": (
+        "test the privacy claim of a run by canaries",
+        "fedtorch.commands.audited:audit",
+    ),
     "predict": ("a trained model on a file of examples", "fedtorch.commands.use:predict"),
     "models": ("models that --model can name", "fedtorch.commands.listing:models"),
     "datasets": ("datasets that --dataset can name", "fedtorch.commands.listing:datasets"),
@@ -77,6 +81,15 @@ TAKES: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "eval": ("RUN", {**JSON, **TRUST}),
+    "audit": (
+        "RUN",
+        {
+            "--canaries N": "train it once more with so many canaries (1,000)",
+            "--guesses SHARE": "of which so many are guessed (0.2)",
+            **JSON,
+            **TRUST,
+        },
+    ),
     "predict": (
         "RUN FILE",
         {**JSON, "--length N": "characters that a model of texts goes on writing (200)", **TRUST},

@@ -1,7 +1,8 @@
 """Planted bugs of privacy code: each is caught by a check that the correct build passes.
 
 Every check here looks at what a build does, not at how; ``privacy/conformance.py`` has those that can be
-pointed at another implementation. Each bug has been seen in a released library or paper code (docs/privacy.md says where).
+pointed at another implementation. Each bug has been seen in a released library or paper code
+(docs/privacy.md says where).
 """
 
 import dataclasses

@@ -27,6 +27,7 @@ LESSONS = {
     "docs/own-data.md": 8,
     "docs/choose.md": 3,
     "docs/private.md": 5,
+    "docs/audit.md": 5,
     "docs/write-strategy.md": 4,
     "docs/stop-resume.md": 8,
     "docs/watch.md": 3,

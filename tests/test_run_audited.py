@@ -23,6 +23,7 @@ from benchmarks.audit import (
 )
 from conftest import weights
 from fedtorch import Audit, FedPer, Local, Recipe, Scaffold, Secure, Server, local_update
+from fedtorch.__main__ import main as command
 from fedtorch.commands.train import train_module
 from fedtorch.fast import offer
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, SampleLevel
@@ -274,3 +275,35 @@ def test_the_command_refuses_what_cannot_be(tmp_path, capsys):
     assert main(words_of(tmp_path, "--audit", "--privacy.strict", "true")) == 2
     assert "privacy.strict does not allow" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_can_be_audited_afterwards(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ["--rounds", "1", "--tracking", "none", "--model", "logistic", "--run-dir", "run"]
+    assert main([*common, "--privacy.insecure-seed", "1"]) == 0
+    kept = (tmp_path / "run" / "privacy.json").read_bytes()
+    assert command(["audit", "run", "--canaries", "100", "--json"]) == 0
+    made = capsys.readouterr()
+    assert json.loads(made.out[made.out.index('{\n  "epsilon_at_least"') :])["canaries"] == 100
+    assert "their epsilons add up" in made.err
+    assert (tmp_path / "run" / "privacy.json").read_bytes() == kept
+    # what is there is not trained again
+    monkeypatch.setattr("fedtorch.commands.audited.train_module", None)
+    assert command(["audit", "run"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("privacy: epsilon at most") and "100 gradient canaries" in said
+    table = json.loads((tmp_path / "run" / "audit" / "privacy.json").read_text())
+    table["audit"]["steps_missed"] = 3
+    (tmp_path / "run" / "privacy.json").write_text(json.dumps(table))
+    assert command(["audit", "run"]) == 1
+    assert "3 noised steps are charged that went past the audit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [([], "takes one run folder"), (["none"], "holds no run"), (["a", "--all"], "no option --all")],
+    ids=["none", "no run", "option"],
+)
+def test_the_command_audit_refuses(words, why, capsys):
+    assert command(["audit", *words]) == 2
+    assert why in capsys.readouterr().err

@@ -61,6 +61,24 @@ class Ratio(NamedTuple):
         return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
 
 
+FIGURES: dict[str, tuple[str, type]] = {
+    "at_least": ("epsilon_at_least", float),
+    "at_most": ("epsilon_at_most", float),
+    "delta": ("delta", float),
+    "confidence": ("confidence", float),
+    "unit": ("unit", str),
+    "canaries": ("canaries", int),
+    "guesses": ("guesses", int),
+    "right": ("right_guesses", int),
+    "longest": ("longest_contribution", float),
+    "missed": ("steps_missed", int),
+}
+"""What ``privacy.json`` calls each figure, and what it is."""
+
+RATIOS = {"noise": "noise", "step_noise": "noise_of_a_step", "shift": "shift"}
+"""The same of ratios, whose limits stand beside them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Findings:
     """Beside a claim: what the attack proves at least, and what contradicts the claim."""
@@ -81,6 +99,15 @@ class Findings:
     shift: Ratio | None
     longest: float
     missed: int
+
+    @classmethod
+    def read(cls, table: dict[str, Any]) -> "Findings":
+        """Those of a ``privacy.json``; raises KeyError, TypeError or ValueError where it is damaged."""
+        ratios: dict[str, Any] = {
+            name: Ratio(*map(float, (table[key], *table[f"{key}_between"]))) if table[key] else None
+            for name, key in RATIOS.items()
+        }
+        return cls(**{name: kind(table[key]) for name, (key, kind) in FIGURES.items()}, **ratios)
 
     @property
     def contradictions(self) -> list[str]:
@@ -140,21 +167,12 @@ class Findings:
 
     def table(self) -> dict[str, Any]:
         """For ``privacy.json``."""
-        ratios = {"noise": self.noise, "noise_of_a_step": self.step_noise, "shift": self.shift}
+        ratios = {key: getattr(self, name) for name, key in RATIOS.items()}
         return {
-            "epsilon_at_least": self.at_least,
-            "epsilon_at_most": self.at_most,
-            "delta": self.delta,
-            "confidence": self.confidence,
-            "unit": self.unit,
-            "attacker": ATTACKERS[self.unit],
-            "canaries": self.canaries,
-            "guesses": self.guesses,
-            "right_guesses": self.right,
+            **{key: getattr(self, name) for name, (key, _) in FIGURES.items()},
             **{k: r and r.value for k, r in ratios.items()},
             **{f"{k}_between": r and [r.low, r.high] for k, r in ratios.items()},
-            "longest_contribution": self.longest,
-            "steps_missed": self.missed,
+            "attacker": ATTACKERS[self.unit],
             "refuted": self.refuted,
             "contradictions": self.contradictions,
         }
