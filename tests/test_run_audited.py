@@ -25,10 +25,13 @@ from conftest import weights
 from fedtorch import Audit, FedPer, Local, Recipe, Scaffold, Secure, Server, local_update
 from fedtorch.__main__ import main as command
 from fedtorch.commands.train import train_module
+from fedtorch.engines import wire
+from fedtorch.engines.messages import outcome_message, read_outcome
+from fedtorch.engines.workers import kit
 from fedtorch.fast import offer
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, SampleLevel
 from fedtorch.privacy.canaries import placed
-from fedtorch.training.stacked import general, snapshot
+from fedtorch.training.stacked import general, snapshot, stacked
 from fedtorch.types import AUDIT, ConfigError, Task
 from private_case import clients, model
 
@@ -80,6 +83,24 @@ def test_all_ways_to_noised_steps_show_the_same():
             assert torch.allclose(one["noise"], other["noise"], atol=1e-5), way
             assert torch.allclose(one["sent"], other["sent"], atol=1e-5)
             assert int(one["steps"]) == 5 and 0 < float(one["sent"].sum()) < 5 * 40
+
+
+def test_canaries_go_to_a_worker_and_come_back_where_they_lay():
+    plan = SampleLevel(rounds=2, batch_size=4.0, insecure_seed=3)
+    who, recipe = clients(), Recipe(privacy=plan)
+    memory = {c.id: {AUDIT: placed(plan, c.id, 40, 59)} for c in who}
+    tools, ids = kit.Kit(model(), recipe, {c.id: c for c in who}, stacked), [*memory]
+    box = wire.zeros(1 << 16)
+    (there := wire.pack(kit.memory_message(memory, ids))).write(box)
+    task = Task(snapshot(tools.model), {}, 0, 0, 1.0, {"clip": 1.0, "noise": 2.0})
+    outcome = tools.run(task, ids, kit.read_memory(wire.decode(box[: there.size]), ids))
+    # the worker's answer is written over what it was sent
+    (back := wire.pack(outcome_message(outcome, ids))).write(box)
+    kept = read_outcome(wire.decode(box[: back.size]), ids).memory
+    for id in ids:
+        now, sent = kept[id][AUDIT], memory[id][AUDIT]
+        assert all(torch.equal(now[k], sent[k]) for k in ("at", "inside", "numbers"))
+        assert int(now["steps"]) == 5 and float(now["squares"]) > 0
 
 
 def test_a_run_without_canaries_is_bit_for_bit_the_run_without_an_audit():

@@ -99,7 +99,8 @@ class Watch:
 
     def after(self) -> Params:
         """The canaries with what this visit showed."""
-        kept = self.kept
+        # copies: a worker reads memory where it writes its answer
+        kept = {name: v.clone() for name, v in self.kept.items()}
         return kept | {
             "noise": kept["noise"] + torch.from_numpy(self.noise),
             "sent": kept["sent"] + torch.from_numpy(self.sent),
