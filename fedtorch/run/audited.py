@@ -127,6 +127,7 @@ class Audit(Observer):
                 f"{numbers:,}"
             )
         if self._now.clients is None:
+            count = len(self._now.left.get("inside", range(count)))  # a run that goes on has its own
             self._now.clients = CanaryClients(self._now.plan, like, count, self._now.left)
         return count
 
@@ -147,6 +148,11 @@ class Audit(Observer):
         """The bound after this round; only the last one is the audit's."""
         if self.canaries == 0:
             return {}
+        if self._now.server is None:
+            raise ConfigError(
+                "audit puts its canaries in before training: use server.fit or server.rounds, not single "
+                "rounds"
+            )
         if self._now.clients:
             self._now.due["rounds"] += 1
         else:
