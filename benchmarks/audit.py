@@ -148,6 +148,7 @@ def sample_run(
     rounds: int = 30,
     model: str = "small",
     solver: str = "auto",
+    guesses: float = 0.2,
     **plan: Any,
 ) -> tuple[Findings | None, float, float]:
     """The default private run of digits: what its audit found, accuracy, processor seconds of training."""
@@ -155,21 +156,21 @@ def sample_run(
     clients, test = divide(data, seed=seed)
     with seeds.seeded(seeds.derive(seed, "model")):
         net = build(model, data.facts, {})
-    audit = Audit(canaries=canaries)
+    audit = Audit(canaries=canaries, guesses=guesses)
     recipe = Recipe(privacy=SampleLevel(rounds=rounds, **plan))
     server = Server(net, clients, recipe, seed=seed, engine=Local(solver=solver), observers=[audit])
     return trained(server, audit, test, rounds)
 
 
 def client_run(
-    canaries: int = 200, seed: int = 0, rounds: int = 20, **plan: Any
+    canaries: int = 200, seed: int = 0, rounds: int = 20, guesses: float = 0.2, **plan: Any
 ) -> tuple[Findings | None, float, float]:
     """500 clients of digits, a logistic model, client level at rate 0.2."""
     data = Digits().load(seed)
     clients, test = divide(data, Iid(), 500, seed=seed)
     with seeds.seeded(seeds.derive(seed, "model")):
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    audit = Audit(canaries=canaries)
+    audit = Audit(canaries=canaries, guesses=guesses)
     recipe = Recipe(privacy=ClientLevel(rounds=rounds, rate=0.2, clip=0.3, **plan))
     return trained(Server(net, clients, recipe, seed=seed, observers=[audit]), audit, test, rounds)
 
@@ -198,21 +199,21 @@ def row(name: str, found: Findings) -> str:
     assert noise and step
     return (
         f"| {name} | {found.at_least:.2f} of {found.at_most:.2f}{' **caught**' * bound} | "
-        f"{noise.value:.3g} | {step.value:.3g} | {shift} | {found.longest:.3g} | "
+        f"{noise.value:.3g} | {step.value:.3g} | {shift} | {found.longest:.3g} | {found.missed} | "
         f"{'**caught**' if check else 'passes'} |"
     )
 
 
 def bugs(seed: int) -> None:
-    """One run for each planted bug, and the right build beside them."""
-    print("| build | bound | noise | of a step | shift | longest | check |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    """One run for each planted bug, and the right build beside them; half of the canaries are guessed."""
+    print("| build | bound | noise | of a step | shift | longest | steps past it | check |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for run, planted in ((sample_run, SAMPLE), (client_run, CLIENT)):
-        found, _, _ = run(seed=seed)  # type: ignore[operator]
+        found, _, _ = run(seed=seed, guesses=0.5)  # type: ignore[operator]
         print(row(f"right ({found.unit})", found), flush=True)
         for name, (bug, options) in planted.items():
             with bug():
-                found, _, _ = run(seed=seed, **options)  # type: ignore[operator]
+                found, _, _ = run(seed=seed, guesses=0.5, **options)  # type: ignore[operator]
             print(row(name, found), flush=True)
 
 

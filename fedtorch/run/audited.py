@@ -127,7 +127,9 @@ class Audit(Observer):
                 f"{numbers:,}"
             )
         if self._now.clients is None:
-            count = len(self._now.left.get("inside", range(count)))  # a run that goes on has its own
+            count = len(
+                self._now.left.get("inside", range(count))
+            )  # a run that goes on has its own
             self._now.clients = CanaryClients(self._now.plan, like, count, self._now.left)
         return count
 
