@@ -112,6 +112,7 @@ def test_what_is_only_looked_at_is_no_mistake():
         (lambda m: m.append(nn.Linear(4, 4)), "3.weight of server.model is new"),
         (lambda m: setattr(m[0], "bias", None), "0.bias of server.model is gone"),
         (lambda m: setattr(m[0], "weight", nn.Parameter(torch.ones(3, 6))), "has another shape"),
+        (lambda m: m.double(), "0.weight of server.model became torch.float64 after"),
     ],
 )
 def test_a_model_changed_after_the_server_was_made_is_refused(change, how):

@@ -55,6 +55,7 @@ class Weights:
         how = "is new" if was is None else "is gone" if what is None else "has another shape"
         if was and what and was[0] == what[0]:
             how = "was unfrozen" if what[1] else "was frozen"
+            how = f"became {what[2]}" if was[2] != what[2] else how
         raise ConfigError(
             f"parameter {name} of server.model {how} after Server() was made, and clients still train "
             "the model as it was then: make a new Server with the changed model"
@@ -127,6 +128,6 @@ class Weights:
         return self._digests[rest]
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
-    """Shape of each parameter, and whether it is trained."""
-    return {k: (p.shape, p.requires_grad) for k, p in model.named_parameters()}
+def _shapes(model: nn.Module) -> dict[str, tuple[torch.Size, bool, torch.dtype]]:
+    """Shape of each parameter, whether it is trained, and its type."""
+    return {k: (p.shape, p.requires_grad, p.dtype) for k, p in model.named_parameters()}
