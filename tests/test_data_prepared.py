@@ -424,3 +424,13 @@ def test_a_client_whose_name_looks_like_markup_is_shown_as_it_is(fedtorch):
     assert "[ICU]" in out and "[/red]" in out
     line = "inputs 1 taken as they are; features a; target y; clients by h"
     assert f"data: classification into 2 classes (0 to 1); {line}" in out
+
+
+def test_a_record_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def closed(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / FILE).write_text("{}")
+    monkeypatch.setattr(type(tmp_path), "read_text", closed)
+    with pytest.raises(ConfigError, match=r"data\.json cannot be read: Permission denied"):
+        load(tmp_path)

@@ -86,7 +86,9 @@ def load(folder: Path) -> Prepared | None:
             raise ValueError("its digest does not match")
         if table.pop("format") != FORMAT:
             raise ValueError("another version wrote it")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+    except OSError as e:
+        raise ConfigError(f"{path} cannot be read: {e.strerror}") from e
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise ConfigError(f"{path} is damaged: {e}") from e
     return read(table, path)
 
