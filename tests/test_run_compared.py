@@ -27,6 +27,20 @@ def test_clients_that_both_have_are_held_against_each_other_the_most_different_f
     assert found.classes == {}
 
 
+def test_what_a_run_has_not_at_all_is_one_line():
+    a = run(
+        "a",
+        [],
+        privacy="sample",
+        **{"privacy.clip": 1.0, "strategy": "fedprox", "strategy.mu": 0.1},
+    )
+    b = run("b", [], privacy="null", strategy="fedavg")
+    found = sides(a, b)
+    assert found.told() == {"privacy": ["sample", "null"], "strategy": ["fedprox", "fedavg"],
+                            "strategy.mu": [0.1, None]}  # fmt: skip
+    assert found.options["privacy.clip"] == [1.0, None]
+
+
 def test_scores_are_of_the_model_that_was_kept():
     first, last = {"x": {"loss": 1.0}}, {"x": {"loss": 9.0}}
     own = run("a", [first, last])

@@ -151,9 +151,10 @@ def tell_figures(figures: Figures, found: compared.Matrix | None, as_json: bool)
         matrix = {"confusion": {"classes": found.names, "counts": found.counts}} if found else {}
         print(json.dumps(plain | matrix))
         return
-    for k, v in figures.items():
-        if isinstance(v, float):
-            print(f"{k.replace('_', ' '):<28} {by_client.word(v)}")
+    told = {k.replace("_", " "): v for k, v in figures.items() if isinstance(v, float)}
+    width = max(map(len, told), default=0)
+    for k, v in told.items():
+        print(f"{k:<{width}} {by_client.word(v)}")
     if found is None:
         return
     if len(found.names) > MOST:

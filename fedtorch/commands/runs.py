@@ -72,14 +72,14 @@ def compare(argv: Sequence[str]) -> int:
         )
         tell_prices(pair, True)
         return 0
-    for title, table in (("options that differ", found.options), ("results", found.results)):
+    for title, table in (("options that differ", found.told()), ("results", found.results)):
         if table:
             show_table([{title: k, "A": a, "B": b} for k, (a, b) in table.items()])
         else:
             print("the options are the same")
-    strict = any(r.strict for r in pair)
-    for metric, own in found.clients.items() if not strict else ():
-        show_pairs(f"clients by {metric.replace('_', ' ')}", own)
+    mark = "(not private) " if any(r.private for r in pair) else ""
+    for metric, own in found.clients.items() if not any(r.strict for r in pair) else ():
+        show_pairs(f"{mark}clients by {metric.replace('_', ' ')}", own)
     show_pairs("share right by class", found.classes)
     tell_prices(pair, False)
     best = next((m for m in metrics if m.startswith("test_") and m != "test_loss"), "test_loss")

@@ -161,8 +161,8 @@ def shaded(
 
     What a cell says stands in it where there are few columns and it is not ``quiet``, else under the mouse.
     """
-    small = quiet or len(heads) > NUMBERS
-    every = max(3, -(-len(heads) // 10)) if len(heads) > NUMBERS else 1
+    small = len(heads) > NUMBERS
+    every = max(3, -(-len(heads) // 10)) if small else 1
     head = [tag("th", corner, scope="col")]
     head += [tag("th", h, scope="col", class_="n") for h in after]
     spans = [heads[k : k + every] for k in range(0, len(heads), every)]
@@ -177,13 +177,18 @@ def shaded(
             tag("th", name, scope="row"),
             *(tag("td", w, class_="n") for w in words),
             *(
-                tag("td", "" if small else said, class_=_shade(dark), title=f"{name}, {h}: {said}")
+                tag(
+                    "td",
+                    "" if small or quiet else said,
+                    class_=_shade(dark),
+                    title=f"{name}, {h}: {said}",
+                )
                 for (dark, said), h in zip(cells, heads, strict=True)
             ),
         )
         for name, cells, words in rows
     ]
-    kind = "map small" if small else "map"
+    kind = f"map{' small' if small else ' quiet' if quiet else ''}"
     return tag(
         "div",
         tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body), class_=kind),

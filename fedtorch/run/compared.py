@@ -75,6 +75,7 @@ def of_sites(run: Saved) -> list[dict[str, Any]]:
             ]
             for f in ("reported", "bytes_sent", "bytes_received", "seconds")
         )
+        seconds = [s for s in seconds if s]  # of the rounds it reported in
         if reported:
             row = {
                 "site": name,
@@ -109,6 +110,15 @@ class Sides:
     classes: dict[str, Pair]
     """Class -> share of its test examples that are taken for it."""
 
+    def told(self) -> dict[str, Pair]:
+        """Options for people: of what one run has not at all, as a privacy plan, only that it has not."""
+        left_out = [k for k, pair in self.options.items() if {None, "null"} & {*map(_plain, pair)}]
+        return {
+            k: pair
+            for k, pair in self.options.items()
+            if not any(k.startswith(f"{o}.") for o in left_out)
+        }
+
 
 def sides(a: Saved, b: Saved) -> Sides:
     """What differs, and what came of it."""
@@ -124,6 +134,10 @@ def sides(a: Saved, b: Saved) -> Sides:
         {m: dict(sorted(pairs.items(), key=_apart)) for m, pairs in clients.items() if pairs},
         _both(*right) if [*right[0]] == [*right[1]] else {},
     )
+
+
+def _plain(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _right(run: Saved) -> dict[str, float]:

@@ -118,7 +118,7 @@ def _against(run: Saved, other: Saved) -> Markup:
         tag("p", "The options are the same.") if not found.options else Markup(),
         table(
             ["option that differs", *heads],
-            [[k, *map(_open, pair)] for k, pair in found.options.items()],
+            [[k, *map(_open, pair)] for k, pair in found.told().items()],
             "options",
         ),
     ]
@@ -136,11 +136,15 @@ def _against(run: Saved, other: Saved) -> Markup:
 
 
 def _options(run: Saved) -> Markup:
-    return table((), [[k, _open(v)] for k, v in run.options.items()], "options")
+    given = {k: _open(v) for k, v in run.options.items() if v not in ("", [], None)}
+    pairs = [tag("div", tag("dt", k), tag("dd", v)) for k, v in given.items()]
+    return tag("dl", *pairs, class_="pairs") if pairs else Markup()
 
 
 def _open(value: Any) -> Any:
     """An option as anybody may read it: addresses without their password."""
+    if isinstance(value, list):
+        return ", ".join(str(_open(v)) for v in value)
     return re.sub(r"(://)[^/@\s]+@", r"\1...@", value) if isinstance(value, str) else word(value)
 
 

@@ -23,6 +23,11 @@ footer { margin-top: 2em }
 .note { background: var(--note); padding: 8px 10px; border-radius: 4px; max-width: none }
 .figures { display: flex; flex-wrap: wrap; gap: 8px 26px; margin: 14px 0 }
 dd { margin: 0; font-size: 1.45em; font-variant-numeric: tabular-nums }
+.pairs { columns: 260px; column-gap: 36px; margin: .4em 0; font-size: .87em }
+.pairs div { display: flex; gap: 10px; border-bottom: 1px solid var(--edge); break-inside: avoid;
+  padding: 2px 0 }
+.pairs dt { flex: 1; font-size: 1em }
+.pairs dd { font-size: 1em; text-align: right; overflow-wrap: anywhere }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr));
   gap: 14px 22px }
 figure { margin: 0; break-inside: avoid }
@@ -57,9 +62,10 @@ tbody tr { border-top: 1px solid var(--edge); break-inside: avoid }
 .map th:first-child { padding-left: 0 }
 .map tbody tr { border-top: 1px solid var(--paper) }
 .side { display: flex; flex-wrap: wrap; gap: 4px 40px; align-items: flex-start }
+.quiet td { min-width: 26px }
 .small td { min-width: 11px; height: 18px; padding: 0 }
 .small thead th { padding: 0; font-weight: 400; color: var(--soft) }
-.small thead th.n { padding-right: 8px }
+.small thead th.n, .small thead th:first-child { padding-right: 8px }
 .small td.n { padding: 0 8px; min-width: 3em }
 .na { background: repeating-linear-gradient(135deg, var(--edge) 0 2px, transparent 2px 5px) }
 .bad { background: var(--s1) } .out { background: var(--s3) }
