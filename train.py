@@ -325,6 +325,7 @@ def read_config(argv: Sequence[str]) -> Config:
     flags = cli.from_flags(argv, {f.name: f.type for f in fields(Config)})
     if str(flags.get("resume", "false")).lower() == "true" and "run_dir" in flags:
         config = folders.config(Path(str(flags["run_dir"])).expanduser())
+        folders.of("train", config)
         return cast(Config, cli.resume(Config, argv, config, FREE_ON_RESUME))
     return cast(Config, cli.parse(Config, argv))
 

@@ -51,6 +51,14 @@ def test_numbers_of_a_vocabulary_are_told_where_a_model_takes_amounts():
         assert ("amounts must be float32" in str(e.value)) is fix
 
 
+def test_a_model_of_rows_that_is_given_pictures_is_told_to_flatten_them():
+    who = [Client("c", (torch.ones(5, 1, 2, 3), torch.arange(5) % 4))]
+    for model, fix in ((nn.Linear(6, 4), True), (nn.Linear(7, 4), False)):
+        with pytest.raises(ConfigError, match="cannot take a batch") as e:
+            fits(model, who, Recipe())
+        assert ("put nn.Flatten() before its first layer" in str(e.value)) is fix
+
+
 @pytest.mark.parametrize("solver", ["general", "stacked"])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64, torch.float32])
 def test_a_buffer_that_changes_and_is_not_averaged_is_named(dtype, solver):

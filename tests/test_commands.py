@@ -392,12 +392,33 @@ def test_bad_input_is_one_sentence(argv, message, capsys, tmp_path, monkeypatch)
     assert message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["x.npy", "x.png", "x.doc", "wrong.npy"])
+def test_what_was_likely_meant_is_named(swept, capsys):
+    file = str(swept / A / "about.json")
+    for argv, message in (
+        (
+            ["eval", str(swept)],
+            "holds no run (there is no config.toml in it); name one of those in it",
+        ),
+        (["predict", file, str(swept / A)], "is a file, and holds no run"),
+        (["predict", str(swept / A), file, "--length", "9"], "--length is for models of texts"),
+        (["runs", str(swept), "--where", "accuracy>much"], "--where compares numbers by >"),
+        (
+            ["serve", "--resume", "--run-dir", str(swept / A)],
+            "is one of fedtorch train: fedtorch train",
+        ),
+    ):
+        assert main(argv) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.png", "x.doc", "wrong.npy", "text.npy"])
 def test_files_that_cannot_be_predicted(name, swept, tmp_path, capsys):
     np.save(tmp_path / "wrong.npy", np.zeros((2, 5)))
+    (tmp_path / "text.npy").write_text("text")
     assert main(["predict", str(swept / A), str(tmp_path / name)]) == 2
     err = capsys.readouterr().err
-    assert name in err and "Errno" not in err
+    assert name in err and "Errno" not in err and "pickle" not in err
 
 
 def test_a_run_that_has_not_ended_has_no_model(tmp_path, capsys):

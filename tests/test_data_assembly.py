@@ -168,7 +168,9 @@ def test_public_bounds_scale_and_columns_far_apart_are_named(tmp_path):
         ({"missing": "zero"}, "dataset.missing must be"),
         ({"positive": ["2"]}, "no row's 'sick' is 2"),
         ({"positive": ["1"], "kind": "regression"}, "leave out dataset.classes and regression"),
-        ({"test": "nowhere.csv"}, "dataset.path must be a CSV file"),
+        ({"test": "nowhere.csv"}, "dataset.test must be a CSV file"),
+        ({"drop": ["sick"]}, "is what is to be predicted, and dataset.drop leaves out that column"),
+        ({"client": "sick"}, "is what is to be predicted, and dataset.client takes"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(tmp_path, options, message):

@@ -165,10 +165,14 @@ def test_a_server_with_data_of_its_own_stops_early_and_keeps_the_best(
     [
         (["--keep", "best"], "look at test_loss, and a server has no data unless it is given some"),
         (["--monitor", "test_accuracy"], "monitor is for --stop-after 5 or --keep best"),
+        (["--address", "8443"], "address must be HOST:PORT, such as fed.example.org:8443"),
+        (["--address", "localhost:99999"], "address must be HOST:PORT"),
+        (["--sites", "a,a"], "--sites names 'a' twice"),
+        (["--input-shape", "0"], "--input-shape must be whole numbers of at least 1, got [0]"),
     ],
-    ids=["no data", "alone"],
+    ids=["no data", "alone", "port", "large port", "twice", "nothing"],
 )
-def test_a_server_that_cannot_see_what_would_stop_it_says_so(serve, tmp_path, words, said):
+def test_what_a_server_cannot_do_is_said_before_it_listens(serve, tmp_path, words, said):
     code, told = serve("--privacy", "none", *words)
     assert code == 2 and said in told and not (tmp_path / "run").exists()
 
@@ -217,6 +221,22 @@ def test_sites_keep_what_the_last_checkpoint_that_was_written_knows(serve, monke
     monkeypatch.setattr(checkpoint, "save", saved)
     assert serve("--privacy", "none", "--rounds", "4")[0] == 1
     assert told == [None, *[f"{0:032x}"] * 3]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--models", "logistc"], "has no such model; did you mean logistic?"),
+        (["--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["--name", "a b"], "'a b' cannot be a site's name"),
+        (["--server", "fed.example.org"], "server must be HOST:PORT"),
+    ],
+    ids=["model", "device", "name", "server"],
+)
+def test_what_a_site_cannot_do_is_said_before_it_calls(capsys, words, said):
+    assert program.main(["site", "--insecure", "--name", "a", *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
 
 
 @pytest.fixture

@@ -161,6 +161,17 @@ def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -
     return batch
 
 
+def _flat(model: nn.Module, x: Any) -> str:
+    """The fix where a model takes rows and is given pictures."""
+    if not isinstance(x, Tensor) or x.dim() < 3:
+        return ""
+    try:
+        forward(model, x.flatten(1))
+    except Exception:
+        return ""
+    return "; it takes rows of numbers: put nn.Flatten() before its first layer"
+
+
 def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
     """Losses of a batch, or what part of them does not fit."""
     name = type(model).__name__
@@ -183,7 +194,7 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
     except Exception as e:
         whole = isinstance(x, Tensor) and x.dtype == torch.int64
         fix = "; x is int64, as of a vocabulary: amounts must be float32" if whole else ""
-        fix = fix or other_types(model, x)
+        fix = fix or other_types(model, x) or _flat(model, x)
         raise ConfigError(
             f"model {name} cannot take a batch {shape(x)} of client {who}: {first(e)}{fix}"
         ) from e

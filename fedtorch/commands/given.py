@@ -20,30 +20,36 @@ from fedtorch.types import ConfigError
 def examples(known: Prepared, path: Path) -> Tensor:
     """The file's examples as the model takes them, [N, ...]; raises ConfigError where they cannot be."""
     if known.preparation.columns:
+        if path.suffix.lower() in (".npy", ".npz", *pictures.KINDS):
+            raise ConfigError(f"{path}: this run takes a table, .csv, .tsv or .parquet")
         return unlabelled(path, known.preparation)
     shape = tuple(known.facts.get("input_shape", ()))
     if known.preparation.vocabulary:
         return written(path, known.preparation, shape[0])
     if not shape:
         raise ConfigError(f"{path}: the model takes inputs of its own kind, which no file holds")
+    if path.suffix.lower() in pictures.KINDS:
+        return torch.tensor(picture(path, shape, known)).view(1, *shape)
+    return arranged(path, array(path), shape, known)
+
+
+def array(path: Path) -> np.ndarray:
+    """What NumPy has written there; raises ConfigError where it has not."""
+    if path.suffix not in (".npy", ".npz"):
+        raise ConfigError(
+            f"{path}: this run takes .npy, .npz (array x), images .png, .jpg, .bmp, or a folder of them"
+        )
     try:
-        if path.suffix == ".npz":
-            with np.load(disk.regular(path), allow_pickle=False) as archive:
-                array = archive["x"]
-        elif path.suffix == ".npy":
-            array = np.load(disk.regular(path), allow_pickle=False)
-        elif path.suffix.lower() in pictures.KINDS:
-            return torch.tensor(picture(path, shape, known)).view(1, *shape)
-        else:
-            raise ConfigError(
-                f"{path}: this run takes .npy, .npz (array x), images .png, .jpg, .bmp, or a folder of them"
-            )
-    except ConfigError:  # a ValueError, which says all already
-        raise
+        found = np.load(disk.regular(path), allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return found
+        with found as archive:
+            return np.asarray(archive["x"])
     except (OSError, ValueError, KeyError, EOFError) as e:
         why = getattr(e, "strerror", None) or e
+        if "pickle" in str(e):  # what NumPy says of any file that it does not know
+            why = "it is no array of numbers, as np.save(path, x) writes it"
         raise ConfigError(f"{path} cannot be read: {why}") from e
-    return arranged(path, array, shape, known)
 
 
 def written(path: Path, done: Preparation, length: int) -> Tensor:

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import cast
 
 from fedtorch.commands.options import words_and_options
-from fedtorch.run import cli, help
+from fedtorch.data.tokens import PREFIX
+from fedtorch.engines.local import usable
+from fedtorch.options import near
+from fedtorch.run import cli, help, zoo
 from fedtorch.run import folder as folders
 from fedtorch.run.console import page
 from fedtorch.sites import keys as certificates
@@ -37,6 +40,7 @@ def serve(argv: Sequence[str]) -> int:
     flags = cli.from_flags(argv, {f.name: f.type for f in fields(ServeConfig)})
     if str(flags.get("resume", "false")).lower() == "true" and "run_dir" in flags:
         path = folders.config(Path(str(flags["run_dir"])).expanduser())
+        folders.of("serve", path)
         config = cli.resume(ServeConfig, argv, path, FREE_ON_RESUME)
     else:
         config = cli.parse(ServeConfig, argv)
@@ -67,7 +71,16 @@ def site(argv: Sequence[str]) -> int:
 
 def site_config(argv: Sequence[str]) -> SiteConfig:
     """The site's options."""
-    return cast(SiteConfig, cli.parse(SiteConfig, cli.renamed(argv, SiteConfig)))
+    config = cast(SiteConfig, cli.parse(SiteConfig, cli.renamed(argv, SiteConfig)))
+    usable(config.device, "device")
+    known = zoo.names()
+    for name in config.models:
+        if not name.startswith(PREFIX) and name not in known:
+            raise ConfigError(
+                f"--models {name}: this site has no such model{near(name, known)}; it has "
+                f"{', '.join(known)}"
+            )
+    return config
 
 
 class Stopped(BaseException):

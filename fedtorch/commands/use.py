@@ -99,6 +99,8 @@ def predict(argv: Sequence[str]) -> int:
         more = write_on(run, _text(path), _whole(given.get("length", str(LENGTH))))
         print(json.dumps({"continuation": more}) if "json" in given else more)
         return 0
+    if "length" in given:
+        raise ConfigError("--length is for models of texts, which go on writing: leave it out")
     for file in pictures_in(path) if path.is_dir() else [path]:
         x = examples(run.known, file)
         output = joined(outputs(run.model, x, file))

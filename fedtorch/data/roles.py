@@ -42,6 +42,13 @@ def features(
                 raise ConfigError(
                     f"{table.path} has no {role} column {column!r}; it has {', '.join(header)}"
                 )
+    if target in given.drop or target == given.client:
+        what = "leaves out" if target in given.drop else "takes for who holds a row"
+        raise ConfigError(
+            f"{table.path}: {target!r} is what is to be predicted, and dataset."
+            f"{'drop' if target in given.drop else 'client'} {what} that column: name another by "
+            "--dataset.target"
+        )
     index = [h for h in header[:1] if h in ("", INDEX) and h not in given.features]
     left = [h for h in header if h != target and not (given.client and h == given.client)]
     names = given.features or [h for h in left if h not in (*given.drop, *index)]

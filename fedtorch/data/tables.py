@@ -26,7 +26,10 @@ class Csv(TableOptions):
 
     def load(self, seed: int) -> Data:
         """X [N, inputs], y [N]."""
-        test = _files(self.test, self.how) if self.test else None
+        try:
+            test = _files(self.test, self.how) if self.test else None
+        except ConfigError as e:
+            raise ConfigError(str(e).replace("dataset.path", "dataset.test")) from e
         return assembled(self, _files(self.path, self.how), test, seed)
 
 

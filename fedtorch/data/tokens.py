@@ -92,6 +92,7 @@ def loading(what: str, where: str) -> Iterator[dict[str, Any]]:
         raise
     except Exception as e:
         why = " ".join(str(e).split("\n")[0].split()) or type(e).__name__
+        why = "save_pretrained has written none there" if why.endswith(":") else why
         place = f"in folder {where!r}" if here else f"{where!r}, which is no folder here,"
         raise ConfigError(
             f"{what} {place} cannot be loaded: {why}"

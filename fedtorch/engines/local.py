@@ -66,14 +66,14 @@ class Local:
         return session
 
 
-def usable(device: str) -> None:
+def usable(device: str, option: str = "engine.device") -> None:
     """Raises ConfigError where there is no such device; a run's options can be read all the same."""
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ConfigError(
-            f"engine.device {device!r} cannot be used here: {str(e).splitlines()[0]}; engine.device cpu "
-            "trains anywhere"
+            f"{option} {device!r} cannot be used here: {str(e).splitlines()[0]}; {option} cpu trains "
+            "anywhere"
         ) from e
 
 

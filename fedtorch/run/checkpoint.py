@@ -63,7 +63,9 @@ def newest(folder: Path) -> tuple[dict[str, Any], list[tuple[Path, str]]]:
     if not damaged:
         raise ConfigError(f"nothing to resume: {folder} holds no checkpoint; leave out --resume")
     more = f", nor is any of the {len(damaged) - 1} before it" if damaged[1:] else ""
-    raise ConfigError(f"{damaged[0][1]}{more}: nothing is left to go on from")
+    raise ConfigError(
+        f"{damaged[0][1]}{more}: nothing is left to go on from; begin anew in another --run-dir"
+    )
 
 
 def write(path: Path, format: str, state: Mapping[str, Any], private: bool = False) -> None:

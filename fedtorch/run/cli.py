@@ -9,6 +9,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fedtorch import disk
 from fedtorch.options import find, near
 from fedtorch.run import trust
 from fedtorch.run.names import ALIASES, CHOICES, flag, ours
-from fedtorch.run.objects import Table, build
+from fedtorch.run.objects import Table, build, describe
 from fedtorch.types import ConfigError
 
 
@@ -59,11 +60,12 @@ def resume(cls: type, argv: Sequence[str], config: Path, free: set[str]) -> Any:
     new = parse(cls, argv, base=saved, own=own)
     old = build(cls, saved)
     for f in dataclasses.fields(cls):
-        before, after = getattr(old, f.name), getattr(new, f.name)
-        if f.name not in free and before != after:
+        if f.name not in free and getattr(old, f.name) != getattr(new, f.name):
+            before, after = (flat({f.name: describe(c).get(f.name, "none")}) for c in (old, new))
+            name = next(k for k in before | after if before.get(k) != after.get(k))
             raise ConfigError(
-                f"the run in {config.parent} has {f.name} = {before!r}, not {after!r}; a resumed "
-                "run keeps it (start a new run to change it)"
+                f"the run in {config.parent} has {name} = {before.get(name)}, not {after.get(name)}; a "
+                "resumed run keeps it (start a new run to change it)"
             )
     return new
 
@@ -122,7 +124,22 @@ def _instead(key: str, fields: Mapping[str, Any]) -> str:
     found = near(key, names)
     for name in sorted(names, key=len, reverse=True):
         found = re.sub(rf"(mean|or) {name}(?= or|\?)", rf"\1 --{name}", found)
-    return found or "; --help lists them"
+    found = _elsewhere(key.partition(".")[0]) + found
+    return found or _meant(key, fields) or "; --help lists them"
+
+
+def _elsewhere(key: str) -> str:
+    """Which command has an option that this one has not, in words."""
+    from fedtorch.run import help  # what it reads takes its time
+
+    run, site = {*chain(*help.RUN.values())}, {*chain(*help.SITE.values())}
+    if key in site - run:
+        return "; fedtorch site has it"
+    return (
+        f"; fedtorch {'serve' if key in help.RUN['sites'] else 'train'} has it"
+        if key in run
+        else ""
+    )
 
 
 def help_asked(argv: Sequence[str]) -> list[str] | None:
@@ -144,14 +161,26 @@ def _switch(key: str, fields: Mapping[str, Any]) -> bool:
 
 def _meant(word: str, fields: Mapping[str, Any]) -> str:
     """What a word without -- may be, in words: an option, or the name of a choice."""
-    name = word.lstrip("-").replace("-", "_")
+    word = word.lstrip("-\u2010\u2011\u2012\u2013\u2014\u2212")  # dashes of word processors
+    name = word.replace("-", "_")
     if name in fields:
         return f"; did you mean {flag(name)}?"
-    choices = [c for c, names in CHOICES.items() if word.lower() in names and "." not in c]
+    kind = FILES.get(Path(word).suffix.lower())
+    if kind and "dataset" in fields:
+        return f"; did you mean --dataset {kind} --dataset.path {word}?"
+    choices = [
+        c
+        for c, names in CHOICES.items()
+        if word.lower().replace("_", "-") in names and "." not in c
+    ]
     choices = [c for c in choices if c in fields]
     if choices:
         return f"; did you mean {flag(choices[0])} {word}?"
     return f"; did you mean --config {word}?" if word.endswith(".toml") else ""
+
+
+FILES = {".csv": "csv", ".tsv": "csv", ".parquet": "csv", ".npz": "npz"}
+"""Which kind of data a file is, by the end of its name."""
 
 
 def put(table: Table, keys: list[str], value: Any) -> None:
@@ -173,8 +202,12 @@ def read(path: str | Path) -> Table:
         return tomllib.loads(disk.regular(Path(path)).read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {e.strerror}") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise ConfigError(f"config file {str(path)!r} is not TOML: {e}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"config file {str(path)!r} is not TOML: save it as UTF-8") from e
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        raise ConfigError(
+            f"config file {str(path)!r} is not TOML: {e}; a line of it reads: rounds = 30"
+        ) from e
 
 
 def merge(under: Table, over: Table, where: str = "") -> Table:

@@ -128,6 +128,16 @@ def config(folder: Path) -> Path:
     return folder / CONFIG
 
 
+def of(command: str, config: Path) -> None:
+    """Raises ConfigError unless it was ``train``, or ``serve``, that began the run with this config."""
+    made = "serve" if "sites" in tomllib.loads(config.read_text(encoding="utf-8")) else "train"
+    if made != command:
+        folder = config.parent
+        raise ConfigError(
+            f"the run in {folder} is one of fedtorch {made}: fedtorch {made} --run-dir {folder} --resume"
+        )
+
+
 def same_config(folder: Path, saved: Mapping[str, Any]) -> None:
     """Raises ConfigError unless config.toml is, byte for byte, what the checkpoint's run began with.
 

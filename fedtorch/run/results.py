@@ -89,7 +89,12 @@ def load(folder: str | Path) -> Saved:
     """Raises ConfigError when the folder holds no run; what is damaged in it is noted."""
     folder = Path(folder)
     if not (folder / "config.toml").is_file():
-        raise ConfigError(f"{folder} holds no run (there is no config.toml in it)")
+        inside = sorted(p.parent for p in folder.glob("*/config.toml"))[:2]
+        fix = f"; name one of those in it, as {' or '.join(map(str, inside))}" if inside else ""
+        what = "is a file, and" if folder.is_file() else ""
+        raise ConfigError(
+            " ".join(f"{folder} {what} holds no run (there is no config.toml in it){fix}".split())
+        )
     notes, options, history, ended = runs.changed(folder), {}, History(), {}
     kept: dict[str, Any] = {}
     try:
@@ -195,6 +200,8 @@ def chosen(runs: Sequence[Saved], where: str = "", sort: str = "") -> list[Saved
                 f"--where takes option=value, also with < or >, but got {condition!r}"
             )
         name, test, text = found.groups()
+        if test in "<>" and not _number(text):
+            raise ConfigError(f"--where compares numbers by {test}, but got {condition!r}")
         values = {id(r): value(r, name) for r in runs}
         _named(name, values.values(), runs)
         kept = [r for r in kept if _true(values[id(r)], test, text)]
@@ -224,6 +231,13 @@ def _named(name: str, values: Iterable[Any], runs: Sequence[Saved]) -> None:
     if all(v is None for v in values):
         names = {k for r in runs for k in (*table([r])[0], *r.options)}
         raise ConfigError(f"no run has {name!r}{near(name, names) or '; see fedtorch runs --json'}")
+
+
+def _number(text: str) -> bool:
+    try:
+        return bool(float(text)) or True
+    except ValueError:
+        return False
 
 
 def _true(value: Any, test: str, text: str) -> bool:

@@ -82,7 +82,8 @@ def build(spec: str, facts: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Mo
             warnings.filterwarnings("ignore", "Initializing zero-element")  # which is refused below
             model = make(**given)
     except Exception as e:
-        raise ConfigError(f"model {spec!r} cannot be built with {given}: {e}") from e
+        odd = _odd(takes, args)
+        raise ConfigError(odd or f"model {spec!r} cannot be built with {given}: {e}") from e
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {spec!r} gave a {type(model).__name__}, not an nn.Module")
     for name, p in model.named_parameters():
@@ -91,6 +92,16 @@ def build(spec: str, facts: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Mo
                 f"model {spec!r} with {given} has no numbers in {name} {list(p.shape)}"
             )
     return model
+
+
+def _odd(takes: Mapping[str, inspect.Parameter], args: Mapping[str, Any]) -> str:
+    """The first of what was typed that is no number where one is wanted, in words."""
+    kinds = {int: "a whole number", float: "a number"}
+    for name, value in args.items():
+        kind = kinds.get(takes[name].annotation) if name in takes else None
+        if kind and isinstance(value, str):
+            return f"--model.{name} must be {kind}, got {value!r}"
+    return ""
 
 
 def find(spec: str) -> Callable[..., Any]:

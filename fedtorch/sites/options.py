@@ -1,6 +1,7 @@
 """Every option of a site, with the limits its owner sets to what a server may ask for, and of a server."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -22,6 +23,21 @@ LIMITS = (
     "max_batch",
     "max_megabytes",
 )
+
+
+def named(site: str) -> None:
+    """Raises ConfigError where it can be no site's name."""
+    if not SITE_NAME.fullmatch(site):
+        raise ConfigError(f"{site!r} cannot be a site's name: letters, digits, . _ - only")
+
+
+def addressed(option: str, address: str) -> None:
+    """Raises ConfigError where it is no HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(
+            f"{option} must be HOST:PORT, such as fed.example.org:8443, got {address!r}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +124,8 @@ class SiteConfig:
             )
         if not self.name:
             raise ConfigError("--name: which of the server's sites is this?")
+        named(self.name)
+        addressed("server", self.server)
         for name in self.steps:
             steps.check("steps", name)
 
@@ -179,21 +197,33 @@ class ServeConfig(RunOptions):
             raise ConfigError(
                 "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"
             )
-        if not self.sites or not (self.input_shape or self.step):
-            raise ConfigError("sites and input_shape are needed; see docs/sites.md")
+        self._check_parties()
         if self.callbacks() and self.dataset is None and self.monitor.startswith("test_"):
             raise ConfigError(
                 f"stop_after and keep look at {self.monitor}, and a server has no data unless it is given "
                 "some: --dataset csv --dataset.path FILE; sites test for themselves"
             )
         self._check_texts()
-        for name in self.sites:
-            if not SITE_NAME.fullmatch(name):
-                raise ConfigError(f"{name!r} cannot be a site's name: letters, digits, . _ - only")
         if self.kind not in DEFAULTS:
             raise ConfigError(f"kind must be one of {', '.join(DEFAULTS)}, got {self.kind!r}")
         if self.loss not in ("auto", *LOSSES):
             raise ConfigError(f"loss must be one of {', '.join(LOSSES)}: sites have no other")
+
+    def _check_parties(self) -> None:
+        if not self.sites or not (self.input_shape or self.step):
+            raise ConfigError(
+                "who takes part, and what does one example look like? Give --sites north,south and "
+                "--input-shape 13 (docs/sites.md)"
+            )
+        if twice := [s for s, n in Counter(self.sites).items() if n > 1]:
+            raise ConfigError(f"--sites names {twice[0]!r} twice")
+        if not all(n >= 1 for n in self.input_shape):
+            raise ConfigError(
+                f"--input-shape must be whole numbers of at least 1, got {self.input_shape}"
+            )
+        addressed("address", self.address)
+        for name in self.sites:
+            named(name)
 
     def _check_texts(self) -> None:
         texts = self.model.startswith(PREFIX)

@@ -94,7 +94,10 @@ class Site:
             self.told = Told(self.folder)
             self.base = Base(self.folder)
         except (OSError, ValueError) as e:
-            raise ConfigError(f"state folder {config.state!r}: {e}") from e
+            why = getattr(e, "strerror", None) or e
+            raise ConfigError(
+                f"state folder {config.state!r} cannot be used: {why}; --state names a folder"
+            ) from e
         self.budget = Budget(self.folder, config.name, config.max_epsilon, config.max_delta)
         charges = sum(map(len, self.budget.ledgers.values()))
         if not config.lost_state:
