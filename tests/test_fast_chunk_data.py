@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedtorch import Client, Local, Recipe, Server
-from fedtorch.fast import dual
+from fedtorch.fast import chunk_data, dual
 from fedtorch.fast.chunk_data import Rows
 from fedtorch.fast.ops import Ops, ops_for
 from fedtorch.kernels.compile import available
@@ -32,6 +32,24 @@ def test_rows_are_sparse_where_enough_is_zero_and_all_is_finite():
     assert rows(narrow).sparse is None and len(rows(narrow).used) == 40
     x[3, 4] = torch.inf
     assert rows(x).sparse is None
+
+
+def test_clients_that_meet_by_chance_are_multiplied_by_themselves_with_the_same_bits(monkeypatch):
+    monkeypatch.setattr(chunk_data, "AGAIN", 3)
+    sizes, kept, like = (130, 7, 1, 40), chunk_data.Kept(), torch.zeros(1)
+    sets = [TensorDataset(few(n, 300) * (torch.arange(300) < 200), torch.zeros(n)) for n in sizes]
+    a, b, c = (kept.rows(sets, like.device, ops_for(like)) for _ in range(3))
+    assert len(a.parts) == len(b.parts) == 4 and not c.parts
+    assert next(iter(kept.chunks.values()))[2] is c and a.finite and torch.equal(a.used, c.used)
+    if available():
+        w, bias, D = few(300, 77, share=1.0), few(77, share=1.0), few(178, 77, share=1.0)
+        assert torch.equal(a.sparse[0].times(w, bias), c.sparse[0].times(w, bias))
+        assert torch.equal(a.back(D, False), c.back(D, False))
+    sets[1].tensors[0][2, 3] = torch.nan
+    changed = kept.rows(sets, like.device, ops_for(like))
+    assert not changed.finite and changed.sparse is None
+    whole = chunk_data.Kept().rows(sets[:1], like.device, ops_for(like))
+    assert not whole.parts, "one client's are one matrix as they are"
 
 
 def test_columns_in_use_are_those_with_anything_but_zeros():

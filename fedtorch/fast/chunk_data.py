@@ -1,7 +1,8 @@
 """What depends on the clients' data alone, and is kept from round to round."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
 
@@ -9,10 +10,67 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from fedtorch.fast.ops import Matrix, Ops
-from fedtorch.fast.tuning import CHUNKS_KEPT, LEFT_OUT, SPARSE_RATE
+from fedtorch.fast.ops import Lean, Matrix, Ops
+from fedtorch.fast.tuning import AGAIN, CHUNKS_KEPT, LEFT_OUT, SPARSE_RATE
 from fedtorch.training.module import channels_last
 from fedtorch.tree import exact_sq_norms
+
+
+@dataclass(frozen=True)
+class Part:
+    """One client's examples, and what is found of them once for all chunks that it is in."""
+
+    x: Tensor
+    """[n, in]."""
+    ops: Ops
+
+    @cached_property
+    def used(self) -> Tensor:
+        """Which inputs are not 0 in all examples, [in]."""
+        return self.x.abs().amax(0) != 0
+
+    @cached_property
+    def filled(self) -> int:
+        """Numbers that are not 0."""
+        return int(self.x.count_nonzero())
+
+    @cached_property
+    def finite(self) -> bool:
+        """As of ``Rows``."""
+        return bool(self.x.square().sum(1).isfinite().all())
+
+    @cached_property
+    def pair(self) -> tuple[Lean, Lean] | None:
+        """The examples, and the same transposed, without zeros."""
+        found = [self.ops.sparse(x, x.numel() + 1) for x in (self.x, self.x.T)]
+        return (found[0], found[1]) if found[0] and found[1] else None
+
+
+@dataclass(frozen=True)
+class Below:
+    """Matrices one below the other."""
+
+    parts: Sequence[Matrix]
+
+    def times(self, dense: Tensor, start: Tensor | None = None) -> Tensor:
+        """Each with all of the other."""
+        return torch.cat([part.times(dense, start) for part in self.parts])
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Matrices side by side, of so many columns each."""
+
+    parts: Sequence[Lean]
+    columns: Sequence[int]
+
+    def times(self, dense: Tensor, start: Tensor | None = None) -> Tensor:
+        """Each with its rows of the other, added up in the order of one matrix."""
+        first, *rest = zip(self.parts, dense.split([*self.columns]), strict=True)
+        out = first[0].times(first[1], start)
+        for part, rows in rest:
+            part.add_to(out, rows)
+        return out
 
 
 @dataclass(frozen=True)
@@ -25,6 +83,8 @@ class Rows:
     sizes: tuple[int, ...]
     """Examples of each client."""
     ops: Ops = field(default_factory=Ops)
+    parts: tuple[Part, ...] = ()
+    """Each client's by themselves: a chunk that comes once is not worth a look at all of it."""
 
     @cached_property
     def flat(self) -> Tensor:
@@ -45,7 +105,10 @@ class Rows:
     @cached_property
     def used(self) -> Tensor | None:
         """Inputs that are not 0 in all examples, if enough are: a product needs no others."""
-        used = self.flat.abs().amax(0).nonzero()[:, 0]
+        if self.parts:
+            used = torch.stack([p.used for p in self.parts]).any(0).nonzero()[:, 0]
+        else:
+            used = self.flat.abs().amax(0).nonzero()[:, 0]
         return used if len(used) <= self.flat.shape[1] * (1 - LEFT_OUT) else None
 
     @cached_property
@@ -66,6 +129,12 @@ class Rows:
         """
         columns = self.flat.shape[1] if self.used is None else len(self.used)
         most = len(self.flat) * columns / SPARSE_RATE
+        if self.parts and self.finite:
+            few = sum(p.filled for p in self.parts) < most
+            pairs = [p.pair for p in self.parts if few and p.pair]
+            if len(pairs) < len(self.parts):
+                return None
+            return Below([x for x, _ in pairs]), Beside([t for _, t in pairs], self.sizes)
         pair = [self.finite and self.ops.sparse(x, most) for x in (self.flat, self.flat.T)]
         return (pair[0], pair[1]) if pair[0] and pair[1] else None
 
@@ -94,6 +163,8 @@ class Rows:
 
         By Cauchy and Schwarz they are where the squares are.
         """
+        if self.parts:
+            return all(p.finite for p in self.parts)
         return bool(self.flat.square().sum(1).isfinite().all())
 
     @cached_property
@@ -141,12 +212,16 @@ class Kept:
     chunks: dict[tuple[int, ...], tuple[list[Tensor], list[int], Rows]] = field(
         default_factory=dict
     )
+    times: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    """How often each chunk has come."""
     grams: "Made" = field(default_factory=dict)
     bases: "Made" = field(default_factory=dict)
+    parts: dict[int, tuple[Tensor, int, Part]] = field(default_factory=dict)
+    """By the id of a client's examples, with those and their version."""
 
     def __getstate__(self) -> dict[str, object]:
         """A worker is sent none of it: data stays where it is."""
-        return {"used": 0, "chunks": {}, "grams": {}, "bases": {}}
+        return Kept().__dict__
 
     def rows(
         self, datasets: Sequence[Dataset], device: torch.device, ops: Ops | None = None
@@ -156,14 +231,31 @@ class Kept:
         parts = [t for table in tables for t in table]
         key, versions = tuple(id(t) for t in parts), [version(t) for t in parts]
         found = self.chunks.get(key)
+        self.times[key] += 1
         if found and found[1] == versions:
-            return found[2]
+            if (
+                self.times[key] == AGAIN and found[2].parts
+            ):  # one matrix from now on, with the same bits
+                self.chunks[key] = parts, versions, replace(found[2], parts=())
+            return self.chunks[key][2]
         x, y = (torch.cat([t[i] for t in tables]).to(device) for i in (0, 1))
         # how it is computed with must not depend on what came before: a resumed run begins with nothing
-        rows = Rows(x, y, tuple(len(t[0]) for t in tables), ops or Ops())
-        if found or self._room(3 * x.numel() * x.element_size()):
+        whole = ops or Ops()
+        each = tuple(self._part(t[0], device, whole) for t in tables) if len(tables) > 1 else ()
+        rows = Rows(x, y, tuple(len(t[0]) for t in tables), whole, each)
+        again = self.times[key] > 1  # who takes part by chance comes together once
+        if found or (again and self._room(3 * x.numel() * x.element_size())):
             self.chunks[key] = parts, versions, rows
         return rows
+
+    def _part(self, x: Tensor, device: torch.device, ops: Ops) -> Part:
+        found = self.parts.get(id(x))
+        if found and found[1] == version(x) and type(found[2].ops) is type(ops):
+            return found[2]
+        part = Part(x.flatten(1).to(device), ops)
+        if found or self._room(x.numel() * x.element_size()):
+            self.parts[id(x)] = x, version(x), part
+        return part
 
     def gram(self, dataset: Dataset, bias: bool, device: torch.device) -> Tensor:
         """Products of a client's examples with each other, [n, n]; the bias is a column of ones."""

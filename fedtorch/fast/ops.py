@@ -21,6 +21,13 @@ class Matrix(Protocol):
         """The product with [n, q], [N, q]; ``start`` [q] is added to each row."""
 
 
+class Lean(Matrix, Protocol):
+    """One without its zeros."""
+
+    def add_to(self, out: Tensor, dense: Tensor) -> None:
+        """Add the product to ``out``."""
+
+
 class Coefficients:
     """A row of numbers for each example of K clients, all 0 at first: early steps meet few others."""
 
@@ -109,7 +116,7 @@ class Ops:
             bias[:k].mul_(keep).sub_(d.sum(1, keepdim=True))
         return masked(down, a) if end == "mask" else down
 
-    def sparse(self, x: Tensor, most: float) -> Matrix | None:
+    def sparse(self, x: Tensor, most: float) -> Lean | None:
         """The matrix x [N, n] without its zeros; None: more than ``most`` are not 0, or nobody can."""
         return None
 

@@ -37,6 +37,9 @@ SPARSE_RATE = 2.5
 LEFT_OUT = 1 / 8
 """Share of the inputs that are 0 in all examples from which on products do without them (W1)."""
 
+AGAIN = 8
+"""Times that the same clients must come together before their examples are put into one matrix (W1)."""
+
 CHUNKS_KEPT = 128 << 20
 """Bytes of data and Gram matrices that are kept from round to round (W4)."""
 

@@ -112,9 +112,13 @@ class Sparse:
         """The product with [n, q], [N, q]; ``start`` [q] is added to each row."""
         size = self.height, dense.shape[1]
         out = dense.new_zeros(size) if start is None else start.repeat(self.height, 1)
+        self.add_to(out, dense)
+        return out
+
+    def add_to(self, out: Tensor, dense: Tensor) -> None:
+        """Number after number: two products that follow each other add up as one of both."""
         runs = self.blocks, self.rows, self.starts, self.columns, self.values
         sparse_product(out.numpy(), *runs, dense.contiguous().numpy())
-        return out
 
 
 def compressed(x: Tensor) -> Sparse:
