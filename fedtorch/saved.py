@@ -156,7 +156,10 @@ def read(path: Path, model: nn.Module) -> dict[str, str]:
     except ConfigError:
         raise
     except (SafetensorError, RuntimeError, OSError, ValueError) as e:
-        raise ConfigError(f"{path} cannot be used: {str(e).splitlines()[0]}") from e
+        why = " ".join(
+            line.strip() for line in str(e).splitlines()[:2]
+        )  # torch names the weights second
+        raise ConfigError(f"{path} cannot be used: {why}") from e
     return dict(told)
 
 

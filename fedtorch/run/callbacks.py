@@ -13,7 +13,7 @@ from fedtorch.options import COUNT, NOT_NEGATIVE, check, fit
 from fedtorch.rounds.figures import Metrics
 from fedtorch.rounds.observers import Observer, State
 from fedtorch.run import checkpoint, files
-from fedtorch.run.resume import goes_on
+from fedtorch.run.resume import goes_on, state
 from fedtorch.training.metrics import known, worse
 from fedtorch.training.module import snapshot
 from fedtorch.types import ConfigError, Params
@@ -259,7 +259,7 @@ class Checkpoint(Observer):
             note = self.held.enter_context(disk.locked(self.path, "folder for Checkpoint"))
             goes_on(server, self.path)
             files.try_out(self.path)
-            checkpoint.save(self.path / "checkpoints", server.state_dict())
+            checkpoint.save(self.path / "checkpoints", state(server))
         except (OSError, RuntimeError) as e:  # torch turns a full disk into a RuntimeError
             raise files.unwritable(self.path, e) from e
         self.server, self.saved = server, server.round_number
@@ -282,7 +282,7 @@ class Checkpoint(Observer):
         if self.saved == self.server.round_number:
             return
         try:
-            checkpoint.save(self.path / "checkpoints", self.server.state_dict())
+            checkpoint.save(self.path / "checkpoints", state(self.server))
             self.saved = self.server.round_number
         except (OSError, RuntimeError) as e:
             why = getattr(e, "strerror", None) or str(e).partition("\n")[0]
