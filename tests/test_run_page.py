@@ -1,6 +1,7 @@
 """The report page: whole, plain text in whatever it shows, and nothing that may not be told."""
 
 import json
+import os
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -198,6 +199,15 @@ def test_a_damaged_file_costs_its_section_and_is_said(name, what, tmp_path):
     assert said or name in ("privacy.json", "about.json") or what in ("[1]", ODD)
     heads = read(fedtorch.report(run))[0]
     assert "Versions" in heads or name == "about.json"
+
+
+def test_a_pipe_in_place_of_a_file_does_not_keep_it_waiting(tmp_path):
+    run = made(tmp_path / "run", privacy="sample", mark="nonprivate_")
+    for name in ("privacy.json", "report.html"):
+        os.mkfifo(run / name)
+    with pytest.raises(fedtorch.ConfigError, match="is a pipe, not a file"):
+        fedtorch.report(run)
+    assert "At most: epsilon 1.5" in read(fedtorch.report(run, tmp_path / "r.html"))[1]
 
 
 def test_figures_of_any_kind_are_no_error(tmp_path):

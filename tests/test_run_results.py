@@ -55,8 +55,9 @@ def test_a_name_is_cut_in_its_middle():
         ({"rounds": 3}, {"rounds": 3}, "done"),
         ({"rounds": 3, "learned": False}, {"rounds": 3}, "nothing learned"),
         ({"rounds": 2}, {"rounds": 12}, "round 3/12"),
+        ({"rounds": 9}, {"rounds": 9}, "done"),
     ],
-    ids=["killed", "stopped", "done", "nothing", "resumed"],
+    ids=["killed", "stopped", "done", "nothing", "resumed", "lines-lost"],
 )
 def test_the_state_is_of_the_rounds_asked_for_last(summary, shown, state):
     """A resumed run may ask for other rounds than its config, and has the summary of its first end."""

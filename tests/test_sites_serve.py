@@ -294,3 +294,13 @@ def test_eval_and_report_of_a_federation_judge_the_servers_own_rows(serve, tmp_p
     told = capsys.readouterr()
     assert "the server of these sites has no test data of its own" in told.err
     assert "north" in told.out and "0 of 2" in told.out
+    for name, said in (
+        ("own.npz", "own.npz"),
+        ("run/model.safetensors", "fedtorch serve --run-dir"),
+        ("run/sites.json", "holds no run of sites"),
+    ):
+        (tmp_path / name).rename(tmp_path / "gone")
+        assert program.main(["eval", folder]) == 2
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said in told, told
+        (tmp_path / "gone").rename(tmp_path / name)

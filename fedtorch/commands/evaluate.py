@@ -110,7 +110,7 @@ def federation(run: results.Saved, as_json: bool, trusted: bool) -> int:
     config = objects.build(ServeConfig, table)
     plan = replace(serve.make_plan(config, ""), **serve.known(run.folder, True))
     model, recipe = plan.build()
-    files.read_model(run.folder, model)
+    files.read_model(run.folder, model, "serve")
     model.eval()
     own = serve.own_data(config, plan)
     test = serve.own_test(own, plan)

@@ -117,6 +117,7 @@ class Sides:
             k: pair
             for k, pair in self.options.items()
             if not any(k.startswith(f"{o}.") for o in left_out)
+            and any(v not in (None, "", []) for v in pair)
         }
 
 

@@ -123,12 +123,12 @@ def write_json(path: Path, table: dict[str, Any]) -> None:
     disk.replace(path, json.dumps(plain, indent=2) + "\n")
 
 
-def read_model(folder: Path, model: nn.Module) -> None:
+def read_model(folder: Path, model: nn.Module, command: str = "train") -> None:
     """Load a run's trained weights; raises ConfigError when they are missing, damaged or do not fit."""
     path = folder / MODEL
     if not path.is_file():
         raise ConfigError(
-            f"{folder} holds no trained model yet: fedtorch train --run-dir {folder} --resume"
+            f"{folder} holds no trained model yet: fedtorch {command} --run-dir {folder} --resume"
         )
     saved.read(path, model)
 

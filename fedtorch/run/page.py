@@ -26,7 +26,7 @@ def write(run: Saved, other: Saved | None = None, output: Path | None = None) ->
     path = run.folder / NAME if output is None else output
     path = path / NAME if path.is_dir() else path
     try:
-        if path.exists() and MADE.encode() not in path.read_bytes()[:500]:
+        if path.exists() and MADE.encode() not in disk.regular(path).read_bytes()[:500]:
             raise ConfigError(
                 f"{path} is there, and no report of a run: give --output another name"
             )
@@ -99,7 +99,7 @@ def _top(run: Saved) -> Markup:
 
 def _notes(run: Saved, other: Saved | None) -> list[str]:
     found = [f"Damaged or edited: {n}" for r in (run, other) if r for n in r.notes]
-    if not run.rounds:
+    if not run.history.last().get("round"):
         found.append("No round of this run is recorded: there are no figures to show.")
     if other is not None:
         found += prices.spent([*{r.folder.resolve(): r for r in (run, other)}.values()])

@@ -55,8 +55,9 @@ class Saved:
 
     @property
     def rounds(self) -> int:
-        """Rounds that are done."""
-        return int(self.history.last().get("round", 0))
+        """Rounds that are done; what is damaged may know of fewer."""
+        told = self.summary.get("rounds")
+        return max(int(self.history.last().get("round", 0)), told if type(told) is int else 0)
 
     @property
     def ended(self) -> bool:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedtorch import disk
 from fedtorch.rounds.history import CAME, LEFT_OUT, Scores, by_client, took_part
 from fedtorch.rounds.judged import metrics_of
 from fedtorch.run import compared
@@ -46,7 +47,7 @@ def _lines(names: Sequence[str], run: Saved, other: Saved | None) -> list[Curve]
     for name in names:
         low, high = run.history.band(name)
         label = _label(name)
-        found.append(Curve(label, run.history.column(name), low, high, "lowest to highest client"))
+        found.append(Curve(label, run.history.column(name), low, high, "all clients"))
         bare = name.removeprefix("nonprivate_")
         if other is not None:
             twins = [other.history.column(n) for n in (bare, f"nonprivate_{bare}")]
@@ -79,7 +80,8 @@ def client_maps(run: Saved) -> Markup:
     said = "Each client's figure on its own validation data, the worst in the last round on top."
     last = [*rounds.values()][-1]
     maps = [_client_map(name, {r: rounds[r] for r in steps}, last) for name in metrics_of(last)]
-    return together([tag("p", said, some, f" {NOT_PRIVATE}" if run.private else ""), *maps])
+    said = tag("p", said, some, f" {NOT_PRIVATE}" if run.private else "")
+    return together([said, tag("div", *maps, class_="side")])
 
 
 def _client_map(name: str, rounds: Mapping[int, Scores], last: Scores) -> Markup:
@@ -105,7 +107,7 @@ def _client_map(name: str, rounds: Mapping[int, Scores], last: Scores) -> Markup
     ]
     shown = shaded("client", [str(r) for r in rounds], rows, ["last"])
     ends = scale(_short(low), _short(high))
-    return together([tag("h3", name.replace("_", " ")), shown, ends, more(len(order))])
+    return tag("div", tag("h3", name.replace("_", " ")), shown, ends, more(len(order)))
 
 
 def _cell(value: Any, low: float, high: float) -> Cell:
@@ -297,7 +299,7 @@ def _audited(told: Mapping[str, Any]) -> Markup:
 def from_json(path: Path) -> dict[str, Any]:
     """A JSON file's table; nothing where it is not there or is damaged, of which ``SHA256SUMS`` tell."""
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(disk.regular(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return table if isinstance(table, dict) else {}

@@ -62,6 +62,7 @@ tbody tr { border-top: 1px solid var(--edge); break-inside: avoid }
 .map th:first-child { padding-left: 0 }
 .map tbody tr { border-top: 1px solid var(--paper) }
 .side { display: flex; flex-wrap: wrap; gap: 4px 40px; align-items: flex-start }
+.side > * { max-width: 100% }
 .quiet td { min-width: 26px }
 .small td { min-width: 11px; height: 18px; padding: 0 }
 .small thead th { padding: 0; font-weight: 400; color: var(--soft) }

@@ -269,7 +269,7 @@ def known(folder: Path, resume: bool) -> dict[str, Any]:
         told = json.loads(disk.regular(folder / "sites.json").read_text())
         return {"run": str(told["run"]), "center": told["center"], "width": told["width"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ConfigError(f"nothing to resume: {folder} holds no run of sites ({e})") from e
+        raise ConfigError(f"{folder} holds no run of sites ({e})") from e
 
 
 def calibrated(plan: Plan, folder: Path) -> Plan:
