@@ -32,8 +32,14 @@ def noisy(change: Callable[[gradients.PrivateSteps], float]) -> Any:
     """Noise on the sum of a step is ``change`` times what it should be."""
     real = gradients.PrivateSteps.noisy
 
-    def wrong(self: gradients.PrivateSteps, row: torch.Tensor, k: int, times: float = 1.0) -> None:
-        real(self, row, k, times * change(self))
+    def wrong(
+        self: gradients.PrivateSteps,
+        row: torch.Tensor,
+        k: int,
+        times: float = 1.0,
+        part: bool = False,
+    ) -> None:
+        real(self, row, k, times * change(self), part)
 
     return patch.object(gradients.PrivateSteps, "noisy", wrong)
 
@@ -60,9 +66,15 @@ def one_seed_for_all_rounds() -> Any:
 def no_noise_on_an_empty_batch() -> Any:
     real = gradients.PrivateSteps.noisy
 
-    def wrong(self: gradients.PrivateSteps, row: torch.Tensor, k: int, times: float = 1.0) -> None:
+    def wrong(
+        self: gradients.PrivateSteps,
+        row: torch.Tensor,
+        k: int,
+        times: float = 1.0,
+        part: bool = False,
+    ) -> None:
         if bool(row.any()):
-            real(self, row, k, times)
+            real(self, row, k, times, part)
 
     return patch.object(gradients.PrivateSteps, "noisy", wrong)
 

@@ -3,7 +3,10 @@
 import json
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -33,7 +36,7 @@ from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, SampleLe
 from fedtorch.privacy.canaries import placed
 from fedtorch.training.stacked import general, snapshot, stacked
 from fedtorch.types import AUDIT, ConfigError, Task
-from private_case import clients, model
+from private_case import clients, model, silent
 
 main = train_module().main
 
@@ -163,6 +166,26 @@ def test_a_planted_bug_at_sample_level_is_caught_in_one_run(bug, options, words)
 @pytest.mark.parametrize(
     ("bug", "words"),
     [
+        (nullcontext, ""),
+        (half_the_noise, "a step's noise is 0.4"),
+        (
+            lambda: patch("fedtorch.fast.projected.math", SimpleNamespace(sqrt=lambda t: 1.0)),
+            "a step's noise is 0.9",
+        ),
+    ],
+    ids=["right", "half the noise", "that of one step for all"],
+)
+def test_projected_noise_is_audited_too(bug, words):
+    plan = SampleLevel(rounds=4, batch_size=4.0, projected=True, insecure_seed=3)
+    with bug():
+        found = run(plan, Audit(canaries=60), rounds=4)[1].found
+    assert words in "; ".join(found.contradictions) and found.refuted == bool(words)
+    assert found.missed == 0 and found.longest <= 1.0001
+
+
+@pytest.mark.parametrize(
+    ("bug", "words"),
+    [
         (half_the_central_noise, "noise is 0."),
         (weighted_mean, "moves the sum by 1e+06"),
         (divided_by_the_cohort_there_was, "the divisor is not the public one"),
@@ -218,9 +241,9 @@ REFUSED = {
     "none": ({"privacy": None}, "this run makes none"),
     "strict": ({"privacy": SampleLevel(strict=True, rounds=2)}, "privacy.strict does not allow"),
     "local": ({"privacy": LocalDP(rounds=2)}, "and not local:"),
-    "projected": (
+    "one layer": (
         {"privacy": SampleLevel(projected=True, rounds=2)},
-        "leave privacy.projected out",
+        "a model of one layer has none",
     ),
     "bands": ({"privacy": ClientLevel(rounds=2, bands=Bands(count=2))}, "privacy.bands correlates"),
     "masks": (
@@ -232,8 +255,8 @@ REFUSED = {
 
 @pytest.mark.parametrize(("recipe", "words"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_audited_is_refused_before_training(recipe, words):
-    who = clients((9,) * 6)
-    server = Server(model(), who, Recipe(lr=0.1, **recipe), observers=[Audit(canaries=6)])
+    who, net = clients((9,) * 6), model() if "one" not in words else silent(6, 4)
+    server = Server(net, who, Recipe(lr=0.1, **recipe), observers=[Audit(canaries=6)])
     with pytest.raises(ConfigError, match=words):
         server.fit(1, progress=False)
     assert server.round_number == 0

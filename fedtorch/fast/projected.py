@@ -76,7 +76,7 @@ class Projected(Dual):
         if not self.s:  # what noise there is counts in all steps to come
             self.seen.count_all(k)
         for j in range(k):
-            self.private.noisy(self.sums[j].view(-1), j)
+            self.private.noisy(self.sums[j].view(-1), j, part=True)
             self.steps[j] += 1
         self.s += B
 
@@ -91,7 +91,7 @@ class Projected(Dual):
         bias = self.w0.new_zeros(K, out, int(self.b0 is not None))
         for j, (t, (q, r)) in enumerate(zip(self.steps, self.bases, strict=True)):
             for left in (weight[j], bias[j]):
-                self.private.noisy(left.view(-1), j, math.sqrt(t))
+                self.private.noisy(left.view(-1), j, math.sqrt(t), part=True)
             pixels, one = q[:inputs], q[inputs:]
             along = torch.addmm(self.sums[j], r, self.D[j, : r.shape[1]])
             along.addmm_(pixels.T, weight[j].T, alpha=-1).addmm_(one.T, bias[j].T, alpha=-1)

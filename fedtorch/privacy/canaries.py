@@ -52,6 +52,7 @@ def placed(plan: Draws, id: str, count: int, numbers: int) -> Params:
         "sent": zeros,
         "squares": zeros[:1],
         "longest": zeros[:1],
+        "parts": torch.zeros(2, dtype=torch.float64),
         "steps": torch.zeros(1, dtype=torch.int64),
         "numbers": torch.tensor([numbers]),
     }
@@ -73,6 +74,10 @@ class Watch:
     """Squared noise of each step, summed over steps and coordinates."""
     longest: float = 0.0
     """The most that one canary added to a step."""
+    parts: float = 0.0
+    """Squared noise of what is no whole step, over the variance that is due, summed."""
+    part_numbers: int = 0
+    """How many numbers that was."""
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -107,6 +112,7 @@ class Watch:
             "squares": kept["squares"] + self.squares,
             "longest": kept["longest"].clamp(min=self.longest),
             "steps": kept["steps"] + self.steps,
+            "parts": kept["parts"] + torch.tensor([self.parts, float(self.part_numbers)]),
         }
 
 
@@ -117,6 +123,8 @@ class Watched(Stream):
     watch: Watch = field(kw_only=True)
     amount: float = field(kw_only=True)
     """What is left of a canary's gradient once it is clipped."""
+    due: float = field(kw_only=True)
+    """Standard deviation that the noise of a step must have, by the task."""
 
     def add(self, row: Tensor, std: float, scratch: Scratch) -> None:
         """Let the canaries of this step join, add the noise, see what came out."""
@@ -137,6 +145,16 @@ class Watched(Stream):
             super().add(row, std, scratch)
             after = row[at].double().cpu().numpy()
         watch.see(joined, self.amount, after - before)
+
+    def add_part(self, row: Tensor, std: float, scratch: Scratch) -> None:
+        """Projected noise (fast/projected.py): a step's own while they are taken, then that of them all."""
+        before = row.to(torch.float64, copy=True)
+        super().add(row, std, scratch)
+        watch, noise = self.watch, row.double() - before
+        over = watch.steps == len(watch.order)
+        variance = self.due**2 * (watch.steps if over else 1)
+        watch.parts += float(noise @ noise) / variance
+        watch.part_numbers += len(noise)
 
 
 def of(
@@ -159,7 +177,9 @@ def watched(private: PrivateSteps, watches: Sequence[Watch | None]) -> PrivateSt
     norm = torch.tensor([length * length], dtype=torch.float64)
     amount = length * float(private.factors(norm))
     streams = [
-        Watched(s.words, s.draws, watch=w, amount=amount) if w else s
+        Watched(s.words, s.draws, watch=w, amount=amount, due=private.noise * private.clip)
+        if w
+        else s
         for s, w in zip(private.streams, watches, strict=True)
     ]
     return replace(private, streams=streams)

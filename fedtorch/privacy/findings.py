@@ -264,7 +264,7 @@ def of_examples(kept: Params, rate: float, clip: float, noise: float, due: int) 
     at, steps = len(kept["at"]), int(kept["steps"])
     std = noise * clip * math.sqrt(steps) or 1.0
     scores = (kept["noise"] + kept["sent"]).numpy() / std
-    squares = float(kept["squares"])
+    squares, (parts, numbers) = float(kept["squares"]), kept["parts"].tolist()
     return Seen(
         unit="example",
         inside=kept["inside"].numpy(),
@@ -273,8 +273,10 @@ def of_examples(kept: Params, rate: float, clip: float, noise: float, due: int) 
         wander=np.full(at, steps * rate * (1 - rate) * clip * clip / (std * std)),
         noise=float(kept["noise"].square().mean().sqrt()) / std,
         numbers=at if steps else 0,
-        step_noise=math.sqrt(squares / max(1, at * steps)) / (noise * clip),
-        step_numbers=at * steps,
+        step_noise=math.sqrt(
+            (squares / (noise * clip) ** 2 + parts) / max(1, at * steps + numbers)
+        ),
+        step_numbers=at * steps + int(numbers),
         longest=float(kept["longest"]) / clip,
         missed=due - steps,
     )

@@ -50,9 +50,13 @@ class PrivateSteps:
         scale = (self.clip * sq_norms.double().rsqrt()).clamp(max=1)
         return torch.where(sq_norms.isfinite(), scale, 0).to(sq_norms.dtype)
 
-    def noisy(self, row: Tensor, k: int, times: float = 1.0) -> None:
-        """Add client k's noise, ``times`` as large, to its sum of gradients, [numbers], in place."""
-        self.streams[k].add(row, times * self.noise * self.clip, self.scratch)
+    def noisy(self, row: Tensor, k: int, times: float = 1.0, part: bool = False) -> None:
+        """Add client k's noise, ``times`` as large, to its sum of gradients, [numbers], in place.
+
+        ``part``: the row is none of a step's, as where noise is drawn for what examples see of it alone.
+        """
+        add = self.streams[k].add_part if part else self.streams[k].add
+        add(row, times * self.noise * self.clip, self.scratch)
 
     def finish(self, sums: Stack) -> Stack:
         """(sum + N(0, (noise clip)^2)) / divisor, [K, ...]; sensitivity of the sum: clip (add/remove).

@@ -94,7 +94,7 @@ class Audit(Observer):
         from fedtorch.privacy.canaries import placed
 
         server, ids = self._now.server, self._now.server.ids
-        numbers = sum(p.numel() for p in server.model.parameters() if p.requires_grad)
+        numbers = whole_steps(server)
         room = numbers * len(ids)
         count = min(EXAMPLES, room) if self.canaries is None else self.canaries
         if count > room:
@@ -233,11 +233,6 @@ def auditable(server: Any) -> None:
             "audit puts canaries among the clients' examples, and sites have not agreed to that: audit a "
             "simulation of the same plan"
         )
-    if plan.per_example and plan.per_example.projected:
-        raise ConfigError(
-            "audit reads whole noised steps, and privacy.projected draws the first layer's noise in parts: "
-            "leave privacy.projected out"
-        )
     if type(strategy).rests is not Strategy.rests:
         raise ConfigError(
             f"audit gives each canary a weight, and strategy {typed(strategy)} rests some of them in turn: "
@@ -254,6 +249,27 @@ def auditable(server: Any) -> None:
         )
 
 
+def whole_steps(server: Any) -> int:
+    """How many numbers a noised step has; with projected noise those of the layers behind the first."""
+    params: dict[str, int] = {
+        k: p.numel() for k, p in server.model.named_parameters() if p.requires_grad
+    }
+    numbers = sum(params.values())
+    if server.recipe.privacy.per_example.projected:
+        first = _local(server).choice.solver.chain.layers[0]
+        numbers -= params[first.weight] + params.get(first.bias, 0)
+    if not numbers:
+        raise ConfigError(
+            "audit reads whole noised steps, and with privacy.projected a model of one layer has none: "
+            "leave privacy.projected out"
+        )
+    return int(numbers)
+
+
+def _local(server: Any) -> Any:
+    return getattr(server.session, "local", server.session)
+
+
 def longest(server: Any, most: int = 8) -> float:
     """The longest that one example's clipped gradient is, over the clipping norm, by the run's own solver.
 
@@ -267,9 +283,10 @@ def longest(server: Any, most: int = 8) -> float:
     from fedtorch.training.stacked import Chunk, general, snapshot
     from fedtorch.types import Task
 
-    session = getattr(server.session, "local", server.session)
-    recipe, solve, model = session.choice.recipe, session.choice.solver, session.model
-    plan = recipe.privacy.per_example
+    session = _local(server)
+    solve, model, plan = session.choice.solver, session.model, session.recipe.privacy.per_example
+    plan = replace(plan, projected=False)  # of whose steps there are parts alone
+    recipe = replace(session.choice.recipe, privacy=plan)
     clip, clients = 1e-6 * plan.clip, [*session.clients.values()][:most]
     task = Task(
         snapshot(server.model),

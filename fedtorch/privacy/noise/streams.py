@@ -51,6 +51,10 @@ class Stream:
             noise = self.normal((len(part),)).mul_(std).to(part.device)
             part.copy_(noise.add_(part))
 
+    def add_part(self, row: Tensor, std: float, scratch: Scratch) -> None:
+        """The same; an audit, which reads whole steps, has to know."""
+        self.add(row, std, scratch)
+
     def uniform(self, n: int) -> Tensor:
         """Independent uniforms in [0, 1), [n], float64, 53 random bits each."""
         return torch.from_numpy(
