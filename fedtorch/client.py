@@ -1,6 +1,6 @@
 """Clients: data that stays with its owner. ``training/local_update.py`` is what they do with it."""
 
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any, cast
 
 from torch.utils.data import DataLoader, Sampler
@@ -28,6 +28,7 @@ class Client:
         collate: Collate | None = None,
         sampler: Drawn | None = None,
         num_workers: int = 0,
+        persons: Sequence[str] | None = None,
     ) -> None:
         """What a DataLoader has, of the client's own.
 
@@ -35,6 +36,8 @@ class Client:
         round)`` -> places of the examples that each pass of a visit takes, in order, cut into batches; the
         client weighs as many examples as it has all the same. ``num_workers``: processes that read ahead;
         a dataset that draws at random draws other numbers with them, the same for any number of them.
+        ``persons``: whose each example is, by names that mean the same at all clients; the privacy report
+        then has what all examples of one person cost together.
         Raises ConfigError when there is no data or its length is unknown.
         """
         self.id = str(fit("the id of a client, which comes before its data,", id, str | int))
@@ -63,6 +66,12 @@ class Client:
             own = collate if not isinstance(validation, DataLoader | Collated) else None
             validation = as_dataset(validation, owner, own)
         self.validation = validation
+        self.persons = None if persons is None else [str(p) for p in persons]
+        if self.persons is not None and len(self.persons) != len(self):
+            raise ConfigError(
+                f"{owner}: persons must name one for each of its {len(self)} examples, got "
+                f"{len(self.persons)}"
+            )
         self.sampler = sampler
         self.memory: dict[str, Params] = {}
 

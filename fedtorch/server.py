@@ -17,7 +17,7 @@ from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
 from fedtorch.engines.travels import Weights
 from fedtorch.options import NOT_NEGATIVE, fit, within
-from fedtorch.privacy import models
+from fedtorch.privacy import models, persons
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent, PrivateRun, charge, opened
 from fedtorch.recipe import Recipe
@@ -105,6 +105,7 @@ class Server:
         combination.check(self.recipe, participation, pace, groups)
         asked = Asked.of(self.recipe, participation, handed.sizes(clients), params, self._coded)
         self.under_way = UnderWay(pace, asked)
+        persons.check(self.recipe.privacy, clients)
         self.books = opened(self.recipe.privacy, self.ids, like)
         """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
         said = handed.notes(self.model, self.recipe, like, clients)

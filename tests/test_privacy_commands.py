@@ -175,3 +175,29 @@ def test_as_a_module_and_without_opacus_where_it_is_not_needed() -> None:
     assert "noise 3.7307 x clip norm" in done.stdout
     assert "fedtorch.privacy.accounting.events" in done.stderr  # what was imported
     assert "opacus" not in done.stderr
+
+
+def test_the_whole_claim(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = ["epsilon", "--noise-multiplier", "1", "--steps", "1", "--curve", "--group", "3"]
+    out = json.loads(answer(capsys, *run, "--json"))
+    assert out["gaussian_mu"] == pytest.approx(1)
+    assert out["epsilon_replace_one"] == pytest.approx(9.997256, abs=1e-5)
+    assert out["trade_off_curve"][1]["true_positive_rate"] == pytest.approx(0.092361, abs=2e-6)
+    picture, numbers = tmp_path / "curve.png", tmp_path / "curve.csv"
+    text = answer(capsys, *run, "--plot", str(picture))
+    assert "Gaussian: mu 1.0000" in text
+    assert "epsilon 9.9973 if one is replaced, 16.6755 for 3 together" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    answer(capsys, *run, "--plot", str(numbers))
+    head, *rows = numbers.read_text().splitlines()
+    assert head == "false_positive_rate,true_positive_rate_at_most"
+    assert rows[-1] == "1,1"
+    bare = json.loads(answer(capsys, *run[:2], "0", *run[3:], "--json"))
+    assert bare["epsilon_replace_one"] is None and bare["membership_advantage"] == 1
+    for words, said in (
+        (["epsilon", "--noise-multiplier", "1", "--steps", "1", "--plot", "x.png"], "add --curve"),
+        ([*run[:-1], "0"], "--group must be a positive whole number"),
+        ([*run, "--plot", str(tmp_path / "no" / "x.csv")], "cannot be drawn"),
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err

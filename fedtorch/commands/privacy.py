@@ -39,6 +39,11 @@ def epsilon(argv: Sequence[str]) -> int:
         "steps": STEPS,
         "delta": DELTA,
         "accountant": ACCOUNTANT,
+        "curve": Option(
+            "the whole claim: trade-off curve, replace-one, groups, membership", False, bool
+        ),
+        "group": Option("with --curve: examples (or clients) that are priced together", 2, int),
+        "plot": Option("with --curve: draw it (PNG, PDF, SVG) or write its numbers (CSV)", "", str),
         "json": JSON,
     }
     given = read(argv, "epsilon", options)
@@ -49,14 +54,21 @@ def epsilon(argv: Sequence[str]) -> int:
     run = [
         events.Event("gaussian", given["noise-multiplier"], given["sample-rate"], given["steps"])
     ]
-    show(
-        given,
-        {
-            "epsilon": events.epsilon(run, given["delta"], given["accountant"]),
-            "epsilon_rdp": events.epsilon(run, given["delta"], "rdp"),
-            "noise_multiplier": given["noise-multiplier"],
-        },
-    )
+    figures = {
+        "epsilon": events.epsilon(run, given["delta"], given["accountant"]),
+        "epsilon_rdp": events.epsilon(run, given["delta"], "rdp"),
+        "noise_multiplier": given["noise-multiplier"],
+    }
+    if given["curve"]:
+        from fedtorch.commands import curve
+
+        whole = curve.figures(run, given)
+        show(given, figures | whole if given["json"] else figures)
+        curve.tell(whole, given)
+    elif given["plot"]:
+        raise ConfigError("--plot draws the curve: add --curve")
+    else:
+        show(given, figures)
     return 0
 
 

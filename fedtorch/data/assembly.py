@@ -31,13 +31,17 @@ class Loaded:
     """Codes of the columns, [N, columns]."""
     y: Targets
     keys: Sequence[str] | None
+    persons: Sequence[str] | None
     parts: tuple[Tensor, Tensor]
     done: Preparation
 
     def data(self, done: Preparation) -> Data:
         """The data by this preparation."""
         x = columns.encoded(self.numbers, done)
-        return from_targets(self.name, x, self.y, self.keys, self.parts, done)
+        data = from_targets(self.name, x, self.y, self.keys, self.parts, done)
+        if self.persons is None:
+            return data
+        return replace(data, persons=[self.persons[i] for i in self.parts[0].tolist()])
 
     def settled(self, kept: Preparation) -> Data:
         """The data scaled and filled as in an earlier preparation of the same columns."""
@@ -85,7 +89,7 @@ def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) 
     # which columns are what
     target = given.target or table.header[-1]
     names, dropped, remarks = roles.features(given, table, target)
-    keys = roles.owners(given, table)
+    keys, persons = roles.owners(given, table), roles.persons(given, table)
     used = [*names, target]
     n = len(table.rows)
     both = (
@@ -100,6 +104,7 @@ def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) 
         kept = _whole_rows(both, numbers, target)
         numbers, both, n = numbers[kept], both.kept(kept.tolist()), int((kept < n).sum())
         keys = [keys[i] for i in kept[:n]] if keys else None
+        persons = [persons[i] for i in kept[:n]] if persons else None
         notes.append("rows that lack a value are left out")
     whole = filled(given, names, known)
     if place := gap(numbers, [n in whole for n in names]):
@@ -144,7 +149,7 @@ def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) 
     odd = columns.far_apart(numbers[parts[0].numpy()], done)
     done = replace(done, remarks=(*remarks, *([odd] if odd else [])))
     name = Path(table.path).stem if "*" not in table.path else Path(table.path).parent.name
-    loaded = Loaded(name or "table", numbers, y, keys, parts, done)
+    loaded = Loaded(name or "table", numbers, y, keys, persons, parts, done)
     data = loaded.data(done)
     return (
         replace(data, asks=_asks(given, loaded, whole)) if given.standardize == "private" else data

@@ -105,6 +105,8 @@ class Data:
     """Class of each training example, [N]; none where label skew has no meaning."""
     keys: Sequence[str] | None = None
     """Natural owner of each training example (a writer, a speaker, a hospital)."""
+    persons: Sequence[str] | None = field(default=None, kw_only=True)
+    """Whose each training example is, where one person may have several; none: nobody says."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Facts that a model may ask for by name: input_shape, in_features, in_channels, vocab_size, ..."""
     preparation: Preparation = Preparation()

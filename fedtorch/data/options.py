@@ -19,6 +19,9 @@ class TableOptions:
     """Column to predict; empty: the last one."""
     client: str = ""
     """Column that names each row's owner; empty: none, or the file where they are several."""
+    person: str = ""
+    """Column that says whose each row is: not learned from, but the rows of one person, over all clients,
+    get an epsilon together; see privacy.person."""
     kind: str = "auto"
     """classification, binary, regression, or auto: asked for where whole numbers could be either."""
     standardize: bool | Literal["private"] = False

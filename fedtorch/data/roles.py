@@ -34,6 +34,7 @@ def features(
     for role, names in (
         ("target", [target]),
         ("client", [given.client] if given.client else []),
+        ("person", [given.person] if given.person else []),
         ("feature", given.features),
         ("dropped", given.drop),
     ):
@@ -50,9 +51,10 @@ def features(
             "--dataset.target"
         )
     index = [h for h in header[:1] if h in ("", INDEX) and h not in given.features]
-    left = [h for h in header if h != target and not (given.client and h == given.client)]
+    known = {target, given.client or target, given.person or target}
+    left = [h for h in header if h not in known]
     names = given.features or [h for h in left if h not in (*given.drop, *index)]
-    if not names or target in names or (given.client and given.client in names):
+    if not names or known & {*names}:
         raise ConfigError(f"{table.path} has no feature columns beside {target!r}")
     for name in () if given.features else names:
         owner = name.lower().removesuffix("_id").removesuffix(" id") in OWNERS
@@ -85,12 +87,21 @@ def owners(given: TableOptions, table: Sheet) -> list[str] | None:
     """Who holds each row, as a column or its file says; None: nothing does."""
     if not given.client:
         return [Path(f).stem for f in table.files] or None
-    owners = table.column(given.client)
-    for i, owner in enumerate(owners):
-        if table.missing(owner):
-            what = f"holds {owner!r}, a missing value" if owner else "is empty"
-            raise ConfigError(f"{table.place(i)}: column {given.client!r} {what}: whose row is it?")
-    return owners
+    return _named(table, given.client)
+
+
+def persons(given: TableOptions, table: Sheet) -> list[str] | None:
+    """Whose each row is, as a column says; None: none does."""
+    return _named(table, given.person) if given.person else None
+
+
+def _named(table: Sheet, column: str) -> list[str]:
+    names = table.column(column)
+    for i, name in enumerate(names):
+        if table.missing(name):
+            what = f"holds {name!r}, a missing value" if name else "is empty"
+            raise ConfigError(f"{table.place(i)}: column {column!r} {what}: whose row is it?")
+    return names
 
 
 def target_of(given: TableOptions, table: Sheet, target: str) -> tuple[np.ndarray, str, list[str]]:

@@ -54,7 +54,11 @@ def from_pandas(
         raise ConfigError(f"from_pandas has no option {unknown[0]!r}; it has {', '.join(known)}")
     table = frames.frame(df, "the data frame")
     own = frames.declared(df)
-    roles = (options.get("target") or table.header[-1], options.get("client"))
+    roles = (
+        options.get("target") or table.header[-1],
+        options.get("client"),
+        options.get("person"),
+    )
     options["bounds"] = _entries(bounds, lambda _, b: f"{b[0]}:{b[1]}")
     options["fill"] = _entries(fill, lambda _, value: str(value))
     given = _entries(categories, frames.one_by_one)

@@ -18,6 +18,7 @@ from fedtorch import seeds
 from fedtorch.options import COUNT, POSITIVE, RATE, TrainingOptions, briefly, check
 from fedtorch.privacy.accounting.events import (
     Event,
+    Units,
     calibrate,
     check_accountant,
     check_delta,
@@ -107,6 +108,9 @@ class Privacy(ABC):
     statistics_noise: float | None = None
     """Noise multiplier of statistics of columns (dataset.standardize private), which are released once
     before round 0 and are part of the budget; none: 10 where they are asked for."""
+    person: int | None = None
+    """Units (examples, or clients) of one person at most, over all clients: public. privacy.json then has
+    their epsilon too; none: counted where dataset.person names a column."""
     accountant: Literal["prv", "rdp"] = "prv"
     """prv (tight) or rdp."""
     budget: Literal["stop", "error"] = "stop"
@@ -133,7 +137,7 @@ class Privacy(ABC):
         """Refuse what gives no guarantee, by name."""
         check_accountant(self.accountant)
         numbers = ("clip", "epsilon", "noise_multiplier", "batch_size", "statistics_noise")
-        counts = ("rounds", "steps", "max_batch", "weight_cap")
+        counts = ("rounds", "steps", "max_batch", "weight_cap", "person")
         ranges = dict.fromkeys(numbers, POSITIVE) | dict.fromkeys(counts, COUNT)
         check(self, "privacy", sample_rate=RATE, rate=RATE, **ranges)
         if self.epsilon is not None and self.noise_multiplier is not None:
@@ -208,6 +212,10 @@ class Privacy(ABC):
         one = self.event(noise)
         whole = replace(one, steps=one.steps * self.releases(rounds))
         return epsilon([whole, *self.once], self.delta, self.accountant)
+
+    def several(self, events: Sequence[Event], units: int) -> Units | None:
+        """What ``events`` show of so many units, or of one in place of another; None: no bound is known."""
+        return [(e, units) for e in events]
 
     @abstractmethod
     def event(self, noise: float) -> Event:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.privacy.accounting.events import Event
+from fedtorch.privacy.accounting.events import Event, Units
 from fedtorch.privacy.adaptive import AdaptiveClip
 from fedtorch.privacy.bands import Bands
 from fedtorch.privacy.base import Privacy, State
@@ -189,6 +189,10 @@ class ClientLevel(Privacy):
         std = norm * (self.statistics_noise or 0.0)
         noise = std * self.stream("statistics").normal(tuple(exact.shape))
         return noised(exact, noise).numpy()
+
+    def several(self, events: Sequence[Event], units: int) -> Units | None:
+        """With bands, clients of several groups share noise in a way that nothing here prices."""
+        return None if self.bands and units != 1 else super().several(events, units)
 
     def check(self, population: int, noise: float) -> list[str]:
         """Sums of few clients are refused."""

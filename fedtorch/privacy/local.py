@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.privacy.accounting.events import Event
+from fedtorch.privacy.accounting.events import Event, Units
 from fedtorch.privacy.base import Privacy, State
 from fedtorch.privacy.clipping import clipped, joint_norms
 from fedtorch.privacy.noise.streams import Stream, noised
@@ -51,6 +51,10 @@ class LocalDP(Privacy):
     def event(self, noise: float) -> Event:
         """One release by each client that takes part."""
         return Event(self.mechanism, noise)
+
+    def several(self, events: Sequence[Event], units: int) -> Units:
+        """Each noises its own update, for any other in its place: k clients are k times the steps."""
+        return [(replace(e, steps=e.steps * max(1, units)), 1) for e in events]
 
     def spread(self, noise: float, state: State, population: int) -> float:
         """Gaussian: of one client's update; Laplace: sqrt(2) times its scale."""

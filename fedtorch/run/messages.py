@@ -72,7 +72,7 @@ def strict(server: Server) -> bool:
 def record_privacy(record: Record, server: Server) -> None:
     """What a private run has spent, for the trackers."""
     if server.private:
-        lines = [text(server.private), *(f"    {line}" for line in _audit(server))]
+        lines = [text(server.private, server.clients), *(f"    {line}" for line in _audit(server))]
         record.text("privacy", "\n".join(lines), server.round_number)
 
 
@@ -94,7 +94,7 @@ def _write_statement(path: Path, server: Server) -> None:
     if server.private:
         found = found_in(server)
         audit = {"audit": found.table()} if found else {}
-        files.write_json(path, statement(server.private) | audit)
+        files.write_json(path, statement(server.private, server.clients) | audit)
 
 
 def _audit(server: Server) -> list[str]:
@@ -122,7 +122,7 @@ def conclude(
     figures += [f"test loss {word(v)}" for k, v in scores.items() if k == "test_loss"]
     took = f" in {summary['seconds']:.1f} s" if "seconds" in summary else ""
     report.say("  ".join([f"{state}: {amount(summary['rounds'], 'round')}{took}", *figures]))
-    report.say(f"privacy: {cost(server.private) if server.private else 'none'}")
+    report.say(f"privacy: {cost(server.private, server.clients) if server.private else 'none'}")
     for line in _audit(server) if server.private else []:
         report.say(line)
     report.say(f"ended because {why}{_continued(folder) if go_on else ''}")

@@ -2,10 +2,12 @@
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from fedtorch.privacy import Privacy
+from fedtorch.privacy import Privacy, persons
+from fedtorch.privacy.accounting import claims
 from fedtorch.privacy.noise.normals import way
 from fedtorch.privacy.run import BEFORE, PrivateRun
 from fedtorch.rounds.progress import amount
@@ -13,6 +15,10 @@ from fedtorch.run.versions import installed
 
 NOBODY = 15.0
 """Above this epsilon odds may change millions of times over, and no number says that well."""
+
+
+GROUPS = (2, 4, 8)
+"""Sizes of groups whose epsilon is told."""
 
 
 def promise(run: PrivateRun) -> list[str]:
@@ -44,14 +50,21 @@ def plainly(epsilon: float, seen: str, unit: str, delta: float) -> str:
     )
 
 
-def cost(run: PrivateRun) -> str:
+def cost(run: PrivateRun, clients: Sequence[Any] = ()) -> str:
     """What was spent, in a sentence."""
     spent, unit = run.spent(), run.plan.describe()["unit"]
+    person = user_level(run, clients, "rdp" if spent > NOBODY else run.plan.accountant)
+    whole = ""
+    if person is not None:
+        most, whole = person[f"{run.plan.unit}s_of_a_person_at_most"], person["epsilon"]
+        whole = (
+            f"; epsilon {math.inf if whole is None else whole:.3f} for a person with up to {most}"
+        )
     odds = (
         "which protects nobody" if spent > NOBODY else f"which changes odds at most {_odds(spent)}"
     )
     return (
-        f"epsilon {spent:.3f} spent at delta {run.delta:g} for {unit}, {odds}; privacy.json has all "
+        f"epsilon {spent:.3f} spent at delta {run.delta:g} for {unit}, {odds}{whole}; privacy.json has all "
         "(without: --privacy none)"
     )
 
@@ -70,8 +83,58 @@ def _odds(epsilon: float) -> str:
     return f"{factor:,.0f}-fold" if factor >= 10 else f"{factor:.1f}-fold"
 
 
-def statement(run: PrivateRun) -> dict[str, Any]:
-    """Everything a reader needs to believe, or doubt, the claim: ``privacy.json``."""
+def claim(run: PrivateRun, clients: Sequence[Any] = ()) -> dict[str, Any]:
+    """What (epsilon, delta) leaves open, of what was charged so far: all of them upper bounds.
+
+    Where one unit's epsilon protects nobody, and for groups, the quick accountant is enough.
+    """
+    plan, events = run.plan, run.ledger.most()
+    quick = "rdp" if run.spent() > NOBODY else plan.accountant
+    curve = claims.curve(events, plan.delta, quick)
+    others = plan.several(events, claims.REPLACED)
+    groups = {k: plan.several(events, k) for k in GROUPS}
+    return {
+        "gaussian_mu": _number(curve.mu if curve.exact else None),
+        "trade_off_curve": [
+            {"false_positive_rate": a, "false_negative_rate_at_least": b} for a, b in curve.points
+        ],
+        "true_positives_at_1_percent_false_ones_at_most": curve.found(0.01),
+        "membership_advantage_at_most": curve.advantage,
+        "epsilon_replace_one": others and _number(claims.epsilon_of(others, plan.delta, quick)),
+        "epsilon_of_a_group_by_rdp": {
+            str(k): parts and _number(claims.epsilon_of(parts, plan.delta, "rdp"))
+            for k, parts in groups.items()
+        },
+        "user_level": user_level(run, clients, quick),
+    }
+
+
+def user_level(run: PrivateRun, clients: Sequence[Any], accountant: str) -> dict[str, Any] | None:
+    """Epsilon of all that belongs to one person, where it is known and may be told who that is."""
+    plan, public = run.plan, run.plan.person is not None
+    # how much a person has is nobody's to know
+    if plan.strict and not public:
+        return None
+    found = persons.epsilon_of(plan, run.ledger.most(), clients, accountant)
+    if found is None:
+        return None
+    return {
+        f"{plan.unit}s_of_a_person_at_most": found[0],
+        "epsilon": _number(found[1]),
+        "which_is": "a public bound" if public else "counted from the data, and so not private",
+    }
+
+
+def _number(x: float | None) -> float | None:
+    """JSON has no infinity."""
+    return None if x is None or math.isinf(x) else x
+
+
+def statement(run: PrivateRun, clients: Sequence[Any] = ()) -> dict[str, Any]:
+    """Everything a reader needs to believe, or doubt, the claim: ``privacy.json``.
+
+    ``clients``: of whom some may know which examples are of one person.
+    """
     plan = run.plan
     spent = run.ledger.spent_by_client(plan.delta, plan.accountant) if plan.per_client else {}
     values = sorted(min(v, run.spent()) for v in spent.values())
@@ -89,6 +152,7 @@ def statement(run: PrivateRun) -> dict[str, Any]:
         }
         if values
         else None,
+        **claim(run, clients),
         "rounds_planned": run.rounds,
         "rounds_charged": sum(e.round != BEFORE for e in run.ledger.entries),
         "released_before_round_0": statistics_of(run) or None,
@@ -121,8 +185,10 @@ def randomness(run: PrivateRun) -> str:
     return f"AES-256 in counter mode, each stream under a key from the operating system; {made}"
 
 
-def text(run: PrivateRun) -> str:
+def text(run: PrivateRun, clients: Sequence[Any] = ()) -> str:
     """The report as lines ``name: value``, for a terminal or a text panel."""
     return "\n".join(
-        f"    {k.replace('_', ' ')}: {v}" for k, v in statement(run).items() if v is not None
+        f"    {k.replace('_', ' ')}: {v}"
+        for k, v in statement(run, clients).items()
+        if v is not None
     )

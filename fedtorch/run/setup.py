@@ -101,7 +101,8 @@ def clients(
                     f"{validation:g}, and none is left to train on: take fewer clients, a smaller "
                     "--validation or another --seed"
                 )
-        made.append(Client(name, subset(data.train, index), held))
+        own = [data.persons[i] for i in index.tolist()] if data.persons else None
+        made.append(Client(name, subset(data.train, index), held, persons=own))
     return made
 
 

@@ -52,6 +52,11 @@ class Site:
         """Read the data and what an earlier process of this site has left."""
         self.config = config
         self.data: Data = config.dataset.load(0)
+        if self.data.persons is not None:
+            raise ConfigError(
+                "dataset.person: a site does not know how many rows a person has elsewhere: leave the "
+                "column out (--dataset.drop), and give the server a public --privacy.person"
+            )
         prepared.agreed(self.data, config.dataset)
         log.info("%s", prepared.said(self.data))
         self.unscaled = self.data

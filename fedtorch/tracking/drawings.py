@@ -193,6 +193,23 @@ def epsilon_figure(
     return figure
 
 
+def trade_off_figure(points: Sequence[tuple[float, float]], title: str) -> Any:
+    """Chance to find a unit over the chance of a false alarm, at most, beside guessing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.fill_between(*zip(*points, strict=True), alpha=0.2)
+    axes.plot(*zip(*points, strict=True), label="any test, at most")
+    axes.plot([0, 1], [0, 1], linestyle=":", color="grey", label="guessing")
+    axes.set_xlabel("false positive rate")
+    axes.set_ylabel("true positive rate")
+    axes.grid(True, alpha=0.3)
+    axes.legend(loc="lower right")
+    axes.set_title(title)
+    return figure
+
+
 def curves(runs: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> bytes:
     """A panel for each metric with a curve for each run: metric -> run -> (round, value)."""
     from matplotlib.figure import Figure

@@ -6,13 +6,19 @@ accountants.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 
-from fedtorch.privacy.accounting.gaussian import gaussian_epsilon, sampled_delta
-from fedtorch.privacy.accounting.renyi import renyi, renyi_epsilon
-from fedtorch.privacy.accounting.spectrum import Release, epsilon_of, release
+from fedtorch.privacy.accounting.gaussian import gaussian_delta, gaussian_epsilon, sampled_delta
+from fedtorch.privacy.accounting.mixed import moved
+from fedtorch.privacy.accounting.renyi import renyi, renyi_deltas, renyi_epsilon
+from fedtorch.privacy.accounting.spectrum import Release, deltas_of, epsilon_of, release
 
-Run = tuple[tuple[float, float, int], ...]
+Part = tuple[float, float, int] | tuple[float, float, int, int]
+"""Noise, rate, steps, and how many units are removed, added or replaced (``mixed``); none: one removed."""
+
+Run = tuple[Part, ...]
 
 PRV_ERROR = 0.01
 """How far the PRV bound lies above the exact epsilon, give or take what the grid rounds (as much again
@@ -35,14 +41,24 @@ def unsampled(run: Run, delta: float) -> float:
 
     An upper bound with sampling too: leaving units out at random never adds to what a release tells.
     """
-    return gaussian_epsilon(1 / math.sqrt(sum(t / s / s for s, _, t in run)), delta)
+    return gaussian_epsilon(1 / shift(run), delta)
+
+
+def shift(run: Run) -> float:
+    """By how many standard deviations the units move all releases, if they were in every one."""
+    return math.sqrt(sum(t / s / s * moved(u) ** 2 for s, _, t, u in _whole(run)))
+
+
+def _whole(run: Run) -> Iterator[tuple[float, float, int, int]]:
+    for s, q, t, *units in run:
+        yield s, q, t, int(units[0]) if units else 1
 
 
 @lru_cache(maxsize=4096)
 def rdp(run: Run, delta: float) -> float:
     """By Renyi divergence."""
     try:
-        return renyi_epsilon(sum(renyi(s, q) * t for s, q, t in run), delta)
+        return renyi_epsilon(sum(renyi(s, q, u) * t for s, q, t, u in _whole(run)), delta)
     except ArithmeticError:
         return math.inf
 
@@ -63,21 +79,49 @@ def prv(run: Run, delta: float) -> float:
 
 def _on_grid(run: Run, delta: float, bound: float) -> float:
     """PRV with the error that fits an epsilon below ``bound``."""
-    error, reach, mesh, before = _grid(run, delta, bound)
-    if not error <= min(0.9, max(bound / 20, PRV_ERROR)):
+    error, parts = _parts(run, delta, bound)
+    if not parts:
         return math.inf
     try:
-        parts = [
-            (_release(s, q, reach, mesh, n + 1), t)
-            for (s, q, t), n in zip(run, before, strict=True)
-        ]
         # below 0 where delta is reached without any epsilon
         found = max(0.0, epsilon_of(parts, delta, delta / 1000, bound)) + error
     except (ArithmeticError, ValueError, MemoryError):
         return math.inf
     # a run costs at least what its dearest step costs, which is known: less means the numbers broke down
-    if not math.isfinite(found) or found < max(_one_step(s, q, delta) for s, q, _ in run):
+    if not math.isfinite(found) or found < max(_one_step(s, q, delta) for s, q, *_ in run):
         return math.inf
+    return found
+
+
+def _parts(run: Run, delta: float, bound: float) -> tuple[float, list[tuple[Release, int]]]:
+    """The releases on their grid, with the error for an epsilon below ``bound``; none: no grid does."""
+    error, reach, mesh, before = _grid(run, delta, bound)
+    if not error <= min(0.9, max(bound / 20, PRV_ERROR)):
+        return error, []
+    try:
+        made = zip(_whole(run), before, strict=True)
+        return error, [(_release(s, q, reach, mesh, n + 1, u), t) for (s, q, t, u), n in made]
+    except (ArithmeticError, ValueError, MemoryError):
+        return error, []
+
+
+def deltas(run: Run, delta: float, epsilons: Sequence[float], accountant: str) -> list[float]:
+    """Delta of the run at each epsilon, from above; finest about ``delta``.
+
+    The smallest of the same three bounds: they hold at every epsilon.
+    """
+    noise = 1 / shift(run)
+    found = [gaussian_delta(noise, e) for e in epsilons]
+    if all(q == 1 for _, q, _, _ in _whole(run)):
+        return found
+    divergence = sum(renyi(s, q, u) * t for s, q, t, u in _whole(run))
+    found = [*map(min, found, renyi_deltas(divergence, epsilons))]
+    if accountant == "prv":
+        error, parts = _parts(run, delta, min(prv(run, delta), _quick(run, delta)))
+        if parts:
+            with suppress(ArithmeticError, ValueError, MemoryError):
+                below = [e - error for e in epsilons]
+                found = [*map(min, found, deltas_of(parts, delta / 1000, below))]
     return found
 
 
@@ -95,9 +139,9 @@ def _grid(run: Run, delta: float, bound: float) -> tuple[float, float, float, li
     """
     slack, error = delta / 1000, _error(bound)
     for base in (4, 2, 1):
-        room = tuple((s, q, _room(t, base)) for s, q, t in run)
-        steps = sum(t for _, _, t in room)
-        one = max(_quick(((s, q, 1),), slack / (8 * steps)) for s, q, _ in run)
+        room = tuple((s, q, _room(t, base), u) for s, q, t, u in _whole(run))
+        steps = sum(t for _, _, t, _ in room)
+        one = max(_quick(((s, q, 1, u),), slack / (8 * steps)) for s, q, _, u in _whole(run))
         reach = max(_quick(room, slack / 4), one, error) + 3
         per_error = math.sqrt(steps * math.log(12 / slack) / 2)
         points = 2 * reach * per_error / error * len(run)
@@ -105,7 +149,7 @@ def _grid(run: Run, delta: float, bound: float) -> tuple[float, float, float, li
             break
     error *= max(1.0, points / PRV_POINTS)
     factor = base if base > 1 else 4
-    before = [0 if t <= LEAST_STEPS else _room(t, factor) // factor for _, _, t in run]
+    before = [0 if t <= LEAST_STEPS else _room(t, factor) // factor for _, _, t, *_ in run]
     return error, reach, error / per_error, before
 
 
@@ -118,8 +162,10 @@ def _room(steps: int, base: int) -> int:
 
 
 @lru_cache(maxsize=16)
-def _release(noise: float, rate: float, reach: float, mesh: float, least: int) -> Release:
-    return release(noise, rate, reach, mesh, least)
+def _release(
+    noise: float, rate: float, reach: float, mesh: float, least: int, units: int
+) -> Release:
+    return release(noise, rate, reach, mesh, least, units)
 
 
 def _quick(run: Run, delta: float) -> float:

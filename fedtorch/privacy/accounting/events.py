@@ -91,6 +91,10 @@ class Event:
         return {k: found[k] for k in found if found[k] is not None}
 
 
+Units = Sequence[tuple[Event, int]]
+"""Releases, and how many units each of them shows, or that one is in another's place (``mixed``)."""
+
+
 def epsilon(events: Iterable[Event], delta: float, accountant: str = "prv") -> float:
     """Epsilon of all ``events`` together; always a valid upper bound.
 
@@ -105,22 +109,30 @@ def epsilon(events: Iterable[Event], delta: float, accountant: str = "prv") -> f
     them, are added up by Renyi divergence, whatever the accountant: PRV does not know them. No events cost
     0; one without noise, inf.
     """
-    from fedtorch.privacy.accounting.gaussian import laplace_epsilon
-    from fedtorch.privacy.accounting.skellam import skellam_epsilon
-
     merged = merge(events)
     check_accountant(accountant)
     check_delta(delta, zero=all(e.mechanism == "laplace" for e in merged))
-    pure = sum(
-        e.steps * laplace_epsilon(e.noise, e.rate) for e in merged if e.mechanism == "laplace"
-    )
-    run = tuple((e.noise, e.rate, e.steps) for e in merged if e.mechanism == "gaussian")
-    shared: Shared = tuple(
-        (e.noise, e.l2 or 0.0, e.l1 or 0.0, e.steps) for e in merged if e.mechanism == "skellam"
-    )
+    pure, run, shared = apart(merged)
     if shared:
+        from fedtorch.privacy.accounting.skellam import skellam_epsilon
+
         return pure + skellam_epsilon(shared, run, float(delta))
-    return pure + (_gaussian(run, float(delta), accountant) if run else 0.0)
+    return pure + (gaussian(run, float(delta), accountant) if run else 0.0)
+
+
+def apart(merged: Iterable[Event]) -> tuple[float, "Run", "Shared"]:
+    """The sum of pure epsilons, Gaussian releases, and Skellam ones."""
+    from fedtorch.privacy.accounting.gaussian import laplace_epsilon
+
+    there = tuple(merged)
+    pure = sum(
+        e.steps * laplace_epsilon(e.noise, e.rate) for e in there if e.mechanism == "laplace"
+    )
+    run = tuple((e.noise, e.rate, e.steps) for e in there if e.mechanism == "gaussian")
+    shared = tuple(
+        (e.noise, e.l2 or 0.0, e.l1 or 0.0, e.steps) for e in there if e.mechanism == "skellam"
+    )
+    return pure, run, shared
 
 
 @lru_cache(maxsize=512)
@@ -243,13 +255,14 @@ def _number(x: object) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _gaussian(run: "Run", delta: float, accountant: str) -> float:
+def gaussian(run: "Run", delta: float, accountant: str) -> float:
+    """Epsilon of Gaussian releases: the smallest bound that there is."""
     from fedtorch.privacy.accounting import bounds
 
-    if any(noise == 0 for noise, _, _ in run):
+    if any(noise == 0 for noise, *_ in run):
         return math.inf
     closed = bounds.unsampled(run, delta)
-    if all(rate == 1 for _, rate, _ in run):
+    if all(rate == 1 for _, rate, *_ in run):
         return closed
     if accountant == "rdp":
         return bounds.rdp(run, delta)

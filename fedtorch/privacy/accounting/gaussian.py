@@ -86,6 +86,11 @@ def above(x: Any) -> Any:
     return scipy.special.ndtr(-x)
 
 
+def quantile(p: float) -> float:
+    """Below which a standard normal variable is with probability ``p``."""
+    return float(scipy.special.ndtri(p))
+
+
 def _tail(x: float) -> float:
     return float(scipy.special.erfc(x / ROOT_2)) / 2
 

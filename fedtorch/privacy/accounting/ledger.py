@@ -83,6 +83,14 @@ class Ledger:
         }
         return {name: priced[own] for name, own in self._clients.items()}
 
+    def most(self) -> tuple[Event, ...]:
+        """Of each kind of release as many as any one unit was charged for."""
+        largest: dict[Kind, int] = {}
+        for history in self._all():
+            for kind, steps in history:
+                largest[kind] = max(steps, largest.get(kind, 0))
+        return _events(largest.items())
+
     def would_spend(
         self, event: Event, clients: Iterable[str] | None, delta: float, accountant: str = "prv"
     ) -> float:

@@ -1,10 +1,13 @@
 """Renyi divergence of Poisson-sampled Gaussian releases, and the epsilon that follows from it."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+
+from fedtorch.privacy.accounting.mixed import mixed_renyi
 
 FRACTIONS = 0.03
 """Noise below which (epsilon is in the hundreds there) only whole orders are tried."""
@@ -18,14 +21,18 @@ def orders() -> Any:
 
 
 @lru_cache(maxsize=4096)
-def renyi(noise: float, rate: float) -> Any:
+def renyi(noise: float, rate: float, units: int = 1) -> Any:
     """Divergence of one release from the same without one record, at each of ``orders()``.
+
+    ``units``: without several, or with another in its place (``mixed``).
 
     A = E (1 - q + q e^v)^a over v = (2z - 1) / (2 s^2) with z from N(0, s^2): Mironov, Talwar and Zhang
     2019 (arXiv:1908.10530), who show that the other direction is never larger. The divergence is
     ln A / (a - 1); A - 1 is summed without ever holding A, of which it may be a tiny part.
     """
     a = orders()
+    if units != 1:
+        return mixed_renyi(noise, rate, units, tuple(a.tolist()))
     if rate == 1:
         return a / noise / noise / 2
     whole = a == np.floor(a)
@@ -46,6 +53,13 @@ def renyi_at(noise: float, rate: float, orders: tuple[int, ...]) -> Any:
     with np.errstate(all="ignore"):
         found = np.logaddexp(0, _whole(noise, rate, orders)) / (a - 1)
     return np.where(np.isnan(found), math.inf, found)
+
+
+def renyi_deltas(divergence: Any, epsilons: Sequence[float]) -> list[float]:
+    """The same bound the other way round: delta at each epsilon."""
+    a = orders()
+    logs = [(a - 1) * (divergence - e + np.log((a - 1) / a)) - np.log(a) for e in epsilons]
+    return [min(1.0, math.exp(min(0.0, float(at.min())))) for at in logs]
 
 
 def renyi_epsilon(divergence: Any, delta: float, a: Any = None) -> float:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedtorch.privacy.accounting.gaussian import above
+from fedtorch.privacy.accounting.mixed import mixed
 
 EPS = float(np.finfo(float).eps)
 
@@ -41,27 +42,31 @@ class Release(NamedTuple):
 
 
 @np.errstate(all="ignore")  # what is beyond the range of floats is checked afterwards
-def release(noise: float, rate: float, reach: float, mesh: float, least: int) -> Release:
+def release(
+    noise: float, rate: float, reach: float, mesh: float, least: int, units: int = 1
+) -> Release:
     """The loss ln(P / Q) under P when a record is removed, cut off beyond ``reach`` on either side.
 
     ``least`` is how many such releases are in a run at least: it decides the frequencies to be kept.
+    ``units``: several records, or another in its place (``mixed``).
     """
     half = math.ceil(reach / mesh) + 1
     even = 1 << max(0, half.bit_length() - 4)  # a length with a large prime in it takes long
     half = -(-half // even) * even
     size, first, low, high = 2 * half, 1 - half, (1 - half) * mesh, half * mesh
     # at every edge between two places, how likely a larger loss is: 1 below all losses, and 0 far above
-    start = int(max(0.0, (np.log1p(-rate) - low) / mesh))
-    most = float(_loss(np.float64(1 + 12 * noise), noise, rate))
+    law = _Removed(noise, rate) if units == 1 else mixed(noise, rate, units)
+    lowest, most = (float(x) for x in law.loss(np.array(law.ends)))
+    start = int(max(0.0, (lowest - low) / mesh))
     stop = size if most >= high else min(size, math.ceil((most - low) / mesh) + 2)
     edges = low + mesh * (np.arange(start, stop) - 0.5)
     edges[0] = max(edges[0], low)
-    masses = -np.diff(_beyond(np.append(edges, high), noise, rate))
+    masses = -np.diff(law.beyond(np.append(edges, high)))
     total = float(masses.sum())
     masses /= total
     places = low + mesh * np.arange(start, stop)
     # rounding to the grid may move the mean; all places move back by as much (section 4 of the paper)
-    shift = _mean(noise, rate, low, high) - float(places @ masses)
+    shift = law.mean(low, high) - float(places @ masses)
     if not abs(shift) < mesh / 2:
         raise ValueError("the grid is too coarse or too short for this loss")
     pmf = np.zeros(size)
@@ -75,6 +80,26 @@ def release(noise: float, rate: float, reach: float, mesh: float, least: int) ->
     return Release(mesh, size, first, shift, spectrum[:kept].copy(), off, envelope[:kept].copy())
 
 
+class _Removed(NamedTuple):
+    """One record removed: ``mixed`` in closed form."""
+
+    noise: float
+    rate: float
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return -math.inf, 1 + 12 * self.noise
+
+    def loss(self, z: Any) -> Any:
+        return _loss(z, self.noise, self.rate)
+
+    def beyond(self, loss: Any) -> Any:
+        return _beyond(loss, self.noise, self.rate)
+
+    def mean(self, low: float, high: float) -> float:
+        return _mean(self.noise, self.rate, low, high)
+
+
 def epsilon_of(
     parts: Sequence[tuple[Release, int]], delta: float, slack: float, start: float
 ) -> float:
@@ -83,8 +108,24 @@ def epsilon_of(
     All parts are on grids of the same places but for their shifts. Inf where rounding could make up half of
     delta. ``start`` is where to look first.
     """
-    size, mesh, tiny = parts[0][0].size, parts[0][0].mesh, slack / 1000
-    count = _needed(parts, math.log(tiny / size))
+    tails, lost = _composed(parts, slack)
+    if 2 * lost > delta:
+        return math.inf
+    return tails.solve(delta - slack - slack / 1000 - lost, start)
+
+
+def deltas_of(
+    parts: Sequence[tuple[Release, int]], slack: float, epsilons: Sequence[float]
+) -> list[float]:
+    """Delta of the sum of the parts' losses at each epsilon, from above."""
+    tails, lost = _composed(parts, slack)
+    return [max(0.0, tails.delta(e)) + slack + slack / 1000 + lost for e in epsilons]
+
+
+def _composed(parts: Sequence[tuple[Release, int]], slack: float) -> tuple["_Tails", float]:
+    """Sums over the places of the sum of losses, and what rounding may have taken from them at most."""
+    size, mesh = parts[0][0].size, parts[0][0].mesh
+    count = _needed(parts, math.log(slack / 1000 / size))
     k = np.arange(count)
     product = np.ones(count, complex)
     for one, steps in parts:
@@ -98,10 +139,7 @@ def epsilon_of(
     product *= _turned(-k * (((steps - 1) * first + moved) % size), size)
     zero = first * mesh + shift - moved * mesh
     tails = _Tails(product, size, mesh, zero)
-    rounding = tails.rounding + tails.most(_off(parts, count))
-    if 2 * rounding > delta:
-        return math.inf
-    return tails.solve(delta - slack - tiny - rounding, start)
+    return tails, tails.rounding + tails.most(_off(parts, count))
 
 
 def _off(parts: Sequence[tuple[Release, int]], count: int) -> Any:
@@ -150,6 +188,12 @@ class _Tails:
         So can delta, whose weights rise from 0 to 1: it is a mean of such sums.
         """
         return float(off[0] + 2 * np.sum(off[1:] * self.step[1:]))
+
+    def delta(self, epsilon: float) -> float:
+        """E max(0, 1 - e^(epsilon - loss))."""
+        place = min(max(0, math.floor((epsilon - self.zero) / self.mesh) + 1), self.size)
+        mass, weighed = self.at(place)
+        return mass - math.exp(epsilon - self.zero - self.mesh * place) * weighed
 
     def solve(self, delta: float, start: float) -> float:
         """Smallest epsilon, from -1 up, at which E max(0, 1 - e^(epsilon - loss)) is at most ``delta``.
