@@ -30,7 +30,19 @@ from fedtorch.privacy.run import BudgetSpent
 from fedtorch.rounds.progress import amount
 from fedtorch.rounds.synchronous import Rounds, Synchronous
 from fedtorch.rounds.threat import Threat
-from fedtorch.run import audited, cli, help, huggingface, loop, objects, setup, steps, sweep, zoo
+from fedtorch.run import (
+    audited,
+    cli,
+    help,
+    huggingface,
+    loop,
+    objects,
+    search,
+    setup,
+    steps,
+    sweep,
+    zoo,
+)
 from fedtorch.run import folder as folders
 from fedtorch.run.console import StopSignal, page, partition_table
 from fedtorch.run.interrupts import begun
@@ -343,8 +355,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             page(text if asked else f"{text}\n{sweep.HELP}")
             return 0
         argv = cli.renamed(argv, Config)
+        argv, mean = search.asked(argv)
         rest, points = sweep.settings(argv)
-        if points:
+        if mean is not None:
+            search.run(rest, points, mean, read_config, train)
+        elif points:
             sweep.run(rest, points, read_config, train)
         else:
             train(read_config(argv))

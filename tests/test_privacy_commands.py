@@ -201,3 +201,29 @@ def test_the_whole_claim(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     ):
         assert main(words) == 2
         assert said in capsys.readouterr().err
+
+
+def test_the_price_of_a_search(capsys: pytest.CaptureFixture[str]) -> None:
+    run = "plan --search 10 --noise-multipliers 1.682 --sample-rate 0.2 --rounds 150"
+    (row,) = json.loads(answer(capsys, *run.split(), "--json"))["search"]
+    known = {"one_run": 7.9963, "geometric": 13.8829, "logarithmic": 12.6160, "poisson": 16.7950}
+    assert {k: row[k] for k in known} == pytest.approx(known, abs=2e-3)
+    assert row["all_charged"] == pytest.approx(33.0067, abs=0.03)
+    shown = answer(capsys, *run.split()).splitlines()
+    assert shown[1].split() == [
+        "noise",
+        "one",
+        "run",
+        "geometric",
+        "logarithmic",
+        "poisson",
+        "all",
+        "charged",
+    ]
+    assert shown[2].split()[2] == "13.8830"
+    for more, said in (
+        (["--plot", "x.png"], "leave out --search"),
+        (["--search", "1"], "more than 1"),
+    ):
+        assert main([*run.split(), *more]) == 2
+        assert said in capsys.readouterr().err

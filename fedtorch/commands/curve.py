@@ -40,7 +40,8 @@ def tell(found: dict[str, Any], given: dict[str, Any]) -> None:
     if given["json"]:
         return
     k, mu = given["group"], found["gaussian_mu"]
-    words = {None: "inf", **{v: rounded(v) for v in found.values() if isinstance(v, float)}}
+    words: dict[float | None, str] = {None: "inf"}
+    words |= {v: rounded(v) for v in found.values() if isinstance(v, float)}
     print(f"Gaussian: mu {rounded(mu)}" if mu is not None else "not a Gaussian curve: points of it")
     print(
         f"epsilon {words[found['epsilon_replace_one']]} if one is replaced, "

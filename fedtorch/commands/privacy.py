@@ -113,6 +113,9 @@ def plan(argv: Sequence[str]) -> int:
         "sample-rate": RATE,
         "delta": DELTA,
         "accountant": ACCOUNTANT,
+        "search": Option(
+            "runs expected of a random search, of which the best is kept: its price", 0, int
+        ),
         "plot": Option("draw the table into this PNG, PDF or SVG file", "", str),
         "json": JSON,
     }
@@ -121,6 +124,8 @@ def plan(argv: Sequence[str]) -> int:
         return 0
     from fedtorch.privacy.accounting import events
 
+    if given["search"]:
+        return searched(given)
     rounds = spread(given["rounds"])
     curves = events.over_rounds(
         given["noise-multipliers"],
@@ -144,6 +149,42 @@ def plan(argv: Sequence[str]) -> int:
     print("rounds " + "".join(f"{f'noise {z:g}':>12}" for z in curves))
     for i, r in enumerate(rounds):
         print(f"{r:>6} " + "".join(f"{rounded(e[i]):>12}" for e in curves.values()))
+    return 0
+
+
+def searched(given: dict[str, Any]) -> int:
+    """What a search over settings costs, for each noise of a run, by how the number of runs is drawn."""
+    from fedtorch.privacy.accounting.events import Event, epsilon
+    from fedtorch.privacy.accounting.search import PoissonTrials, Trials, search_epsilon
+
+    mean, delta, steps = given["search"], given["delta"], given["rounds"] * given["steps-per-round"]
+    if given["plot"]:
+        raise ConfigError("--plot draws epsilon over rounds: leave it out, or leave out --search")
+    kinds = {
+        "geometric": Trials(mean),
+        "logarithmic": Trials(mean, 0.0),
+        "poisson": PoissonTrials(mean),
+    }
+    table = []
+    for z in given["noise-multipliers"]:
+        one = Event("gaussian", z, given["sample-rate"], steps)
+        costs = {
+            "one_run": epsilon([one], delta, given["accountant"]),
+            **{name: search_epsilon([one], t, delta) for name, t in kinds.items()},
+            "all_charged": epsilon([one] * mean, delta, given["accountant"]),
+        }
+        table.append({"noise_multiplier": z, **{k: finite(v) for k, v in costs.items()}})
+    if given["json"]:
+        print(json.dumps({"runs_expected": mean, "delta": delta, "steps": steps, "search": table}))
+        return 0
+    print(
+        f"epsilon of a search at delta {delta:g}: {mean} runs of {steps} steps expected, the best kept "
+        f"({given['accountant']} for one and for all; rdp between), {RELATION}"
+    )
+    print("noise " + "".join(f"{k.replace('_', ' '):>13}" for k in costs))
+    for row in table:
+        shown = [rounded(math.inf if (v := row[k]) is None else v) for k in costs]
+        print(f"{row['noise_multiplier']:<5g} " + "".join(f"{v:>13}" for v in shown))
     return 0
 
 

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, final
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from fedtorch.privacy.noise.streams import Stream, stream
 from fedtorch.privacy.release import FIGURES, finite_loss, let_go
 from fedtorch.training.batches import batch_order
 from fedtorch.types import ConfigError, Params, Raw, Released, Stack, Task
+
+if TYPE_CHECKING:
+    from fedtorch.privacy.accounting.search import Trials
 
 State = dict[str, Any]
 """What a plan carries from round to round: public numbers, and noise already released."""
@@ -82,6 +85,8 @@ class Privacy(ABC):
     """Whose presence the guarantee hides."""
     per_client: ClassVar[bool]
     """Whether the ledger charges each client, or the run as a whole."""
+    searchable: ClassVar[bool] = False
+    """Whether a search over settings can hide its runs: somebody is trusted who sees them all."""
     claims: ClassVar[bool] = True
     """Whether there is a guarantee at all."""
     central: ClassVar[bool] = False
@@ -111,6 +116,9 @@ class Privacy(ABC):
     person: int | None = None
     """Units (examples, or clients) of one person at most, over all clients: public. privacy.json then has
     their epsilon too; none: counted where dataset.person names a column."""
+    search: int | None = None
+    """Runs expected of a random search of which this one is released, and which epsilon pays for as a
+    whole; --sweep.random sets it."""
     accountant: Literal["prv", "rdp"] = "prv"
     """prv (tight) or rdp."""
     budget: Literal["stop", "error"] = "stop"
@@ -137,7 +145,7 @@ class Privacy(ABC):
         """Refuse what gives no guarantee, by name."""
         check_accountant(self.accountant)
         numbers = ("clip", "epsilon", "noise_multiplier", "batch_size", "statistics_noise")
-        counts = ("rounds", "steps", "max_batch", "weight_cap", "person")
+        counts = ("rounds", "steps", "max_batch", "weight_cap", "person", "search")
         ranges = dict.fromkeys(numbers, POSITIVE) | dict.fromkeys(counts, COUNT)
         check(self, "privacy", sample_rate=RATE, rate=RATE, **ranges)
         if self.epsilon is not None and self.noise_multiplier is not None:
@@ -149,6 +157,13 @@ class Privacy(ABC):
                 f"that vanishes in float32: their product must be at least {LEAST_NOISE:g}"
             )
         check_delta(self.delta)
+        if self.search is not None:
+            if not self.searchable:
+                raise ConfigError(
+                    "privacy.search: who is not trusted sees every run, and each is charged: leave it out "
+                    "(--sweep without --sweep.random), or choose privacy sample or client"
+                )
+            _ = self.trials
 
     @property
     def always_reports(self) -> bool:
@@ -159,6 +174,15 @@ class Privacy(ABC):
     def per_example(self) -> "PerExample | None":
         """The plan itself where every local step is clipped by example and noised; None elsewhere."""
         return None
+
+    @property
+    def trials(self) -> "Trials | None":
+        """How many runs there are in the search that this is one of."""
+        if self.search is None:
+            return None
+        from fedtorch.privacy.accounting.search import Trials
+
+        return Trials(self.search)
 
     @property
     def target(self) -> float | None:
@@ -176,6 +200,11 @@ class Privacy(ABC):
         one = self.event(1.0)
         steps = one.steps * self.releases(rounds)
         target = self.target or 0.0
+        if self.trials:
+            from fedtorch.privacy.accounting.search import search_noise
+
+            known = target, self.delta, one.rate, steps
+            return search_noise(*known, self.trials, self.once)
         return calibrate(target, self.delta, one.rate, steps, self.accountant, self.once)
 
     @property
@@ -211,7 +240,15 @@ class Privacy(ABC):
         """Epsilon of ``rounds`` rounds for the unit that takes part most."""
         one = self.event(noise)
         whole = replace(one, steps=one.steps * self.releases(rounds))
-        return epsilon([whole, *self.once], self.delta, self.accountant)
+        return self.price([whole, *self.once])
+
+    def price(self, events: Sequence[Event]) -> float:
+        """Epsilon of a run with these releases; of the whole search, where it is the best of one."""
+        if self.trials:
+            from fedtorch.privacy.accounting.search import search_epsilon
+
+            return search_epsilon(events, self.trials, self.delta)
+        return epsilon(events, self.delta, self.accountant)
 
     def several(self, events: Sequence[Event], units: int) -> Units | None:
         """What ``events`` show of so many units, or of one in place of another; None: no bound is known."""

@@ -36,6 +36,7 @@ class ClientLevel(Privacy):
     """
 
     unit: ClassVar[Literal["example", "client", "nobody"]] = "client"
+    searchable: ClassVar[bool] = True
     per_client: ClassVar[bool] = False
     central: ClassVar[bool] = True
 

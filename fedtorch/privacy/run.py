@@ -114,6 +114,8 @@ class PrivateRun:
         event = plan.event(self.noise)
         if self._planned() <= plan.target and self.ledger.within(self._whole(), event, charged):
             return True  # a part of the plan costs no more than the plan, whatever its own bound is
+        if plan.search:
+            return False
         return self.ledger.fits(event, charged, plan.target, plan.delta, plan.accountant)
 
     def charge(self, cohort: Sequence[int], round: int) -> None:
@@ -156,6 +158,8 @@ class PrivateRun:
 
     def spent(self) -> float:
         """Epsilon of the run so far, at the plan's delta; a part of the plan costs no more than it all."""
+        if self.plan.search:
+            return self.plan.price(self.ledger.most())
         spent = self.ledger.spent(self.plan.delta, self.plan.accountant)
         part = self.ledger.within(self._whole())
         return min(spent, self._planned()) if part else spent

@@ -38,6 +38,7 @@ class SampleLevel(Privacy):
     """
 
     unit: ClassVar[Literal["example", "client", "nobody"]] = "example"
+    searchable: ClassVar[bool] = True
     per_client: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1.0  # a step of clipped gradients is short
 

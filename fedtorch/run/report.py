@@ -17,6 +17,8 @@ NOBODY = 15.0
 """Above this epsilon odds may change millions of times over, and no number says that well."""
 
 
+SEARCH = "epsilon is of a search of {} runs expected, of which this one alone is released"
+
 GROUPS = (2, 4, 8)
 """Sizes of groups whose epsilon is told."""
 
@@ -30,11 +32,18 @@ def promise(run: PrivateRun) -> list[str]:
     return [
         f"privacy of {words['unit']}: {words['mechanism']}",
         *([f"before round 0: {before}; a part of the budget"] if before else []),
-        f"trusted: {words['trusted']}; neighbouring: {words['neighbouring']}",
+        f"trusted: {trusted(plan)}; neighbouring: {words['neighbouring']}",
         f"noise multiplier {run.noise:.4g}, planned epsilon {epsilon:.3f} at delta {run.delta:g} over "
-        f"{amount(run.rounds, 'round')} ({plan.accountant} accountant)",
+        f"{amount(run.rounds, 'round')} ({'rdp' if plan.search else plan.accountant} accountant)",
+        *([SEARCH.format(plan.search)] if plan.search else []),
         f"in plain words: {plainly(epsilon, seen, words['unit'], run.delta)}",
     ]
+
+
+def trusted(plan: Privacy) -> str:
+    """Who sees what the guarantee is not about."""
+    searcher = "; who ran the search as well: all its runs were seen there" if plan.search else ""
+    return plan.describe()["trusted"] + searcher
 
 
 def plainly(epsilon: float, seen: str, unit: str, delta: float) -> str:
@@ -90,9 +99,10 @@ def claim(run: PrivateRun, clients: Sequence[Any] = ()) -> dict[str, Any]:
     """
     plan, events = run.plan, run.ledger.most()
     quick = "rdp" if run.spent() > NOBODY else plan.accountant
-    curve = claims.curve(events, plan.delta, quick)
-    others = plan.several(events, claims.REPLACED)
-    groups = {k: plan.several(events, k) for k in GROUPS}
+    curve = claims.curve(events, plan.delta, quick, plan.trials)
+    # of a search nothing is known but for one unit that comes or goes
+    others = None if plan.search else plan.several(events, claims.REPLACED)
+    groups = {} if plan.search else {k: plan.several(events, k) for k in GROUPS}
     return {
         "gaussian_mu": _number(curve.mu if curve.exact else None),
         "trade_off_curve": [
@@ -115,6 +125,8 @@ def user_level(run: PrivateRun, clients: Sequence[Any], accountant: str) -> dict
     # how much a person has is nobody's to know
     if plan.strict and not public:
         return None
+    if plan.search:
+        return None
     found = persons.epsilon_of(plan, run.ledger.most(), clients, accountant)
     if found is None:
         return None
@@ -136,10 +148,13 @@ def statement(run: PrivateRun, clients: Sequence[Any] = ()) -> dict[str, Any]:
     ``clients``: of whom some may know which examples are of one person.
     """
     plan = run.plan
-    spent = run.ledger.spent_by_client(plan.delta, plan.accountant) if plan.per_client else {}
+    alone = run.ledger.spent(plan.delta, plan.accountant) if plan.search else None
+    each = plan.per_client and not plan.search
+    spent = run.ledger.spent_by_client(plan.delta, plan.accountant) if each else {}
     values = sorted(min(v, run.spent()) for v in spent.values())
     return {
         **plan.describe(),
+        "trusted": trusted(plan),
         "plan": _written(replace(plan, epsilon=plan.target)),
         "noise_multiplier": run.noise,
         "delta": run.delta,
@@ -152,11 +167,18 @@ def statement(run: PrivateRun, clients: Sequence[Any] = ()) -> dict[str, Any]:
         }
         if values
         else None,
+        "search": {
+            "runs_expected": plan.search,
+            "number_of_runs": "geometric, drawn by the system's generator and kept nowhere",
+            "epsilon_of_the_released_run_alone": alone,
+        }
+        if plan.search
+        else None,
         **claim(run, clients),
         "rounds_planned": run.rounds,
         "rounds_charged": sum(e.round != BEFORE for e in run.ledger.entries),
         "released_before_round_0": statistics_of(run) or None,
-        "accountant": plan.accountant,
+        "accountant": "rdp" if plan.search else plan.accountant,
         "versions": {p: installed(p) for p in ("fedtorch", "torch", "opacus", "numpy", "scipy")},
         "randomness": randomness(run),
         "added_to_delta_by_rounding_of_probabilities": plan.slack(run.noise, run.rounds) or None,

@@ -209,7 +209,7 @@ def chosen(runs: Sequence[Saved], where: str = "", sort: str = "") -> list[Saved
     if sort:
         values = {id(r): value(r, sort) for r in runs}
         _named(sort, values.values(), runs)
-        high = _higher_is_better(sort)
+        high = higher_is_better(sort)
         there = [r for r in kept if values[id(r)] is not None]
         numbers = all(isinstance(values[id(r)], (int, float)) for r in there)
         there.sort(key=lambda r: values[id(r)] if numbers else str(values[id(r)]), reverse=high)
@@ -249,7 +249,8 @@ def _true(value: Any, test: str, text: str) -> bool:
         return TESTS[test](str(value).lower(), text.lower())
 
 
-def _higher_is_better(name: str) -> bool:
+def higher_is_better(name: str) -> bool:
+    """Whether more of a figure is better; of a loss, less."""
     metric = known(name.replace("-", "_").removeprefix("test_"))
     return metric is not None and worse(metric) == "low"
 

@@ -15,7 +15,10 @@ from fedtorch.types import ConfigError
 
 HELP = """  --sweep lr=0.1,1 seed=0,1  Every combination of these values, a run each in one
                              folder (--run-dir, else runs/sweep-<time>); the same
-                             command again goes on where it was stopped"""
+                             command again goes on where it was stopped
+  --sweep.random 10          With --sweep: a random number of runs (10 expected), each
+                             of one of its settings; --privacy.epsilon pays for all,
+                             and only the best is kept"""
 
 LONGEST = 200
 """Bytes in the name of a run's folder."""
@@ -70,6 +73,18 @@ def compared(config: Any, setting: Setting) -> Any:
     return replace(config, tracking=replace(config.tracking, compare=[*setting]))
 
 
+def named_folder(rest: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The other arguments, and the folder that --run-dir names."""
+    words = list(rest)
+    for at, word in enumerate(words):
+        name, eq, value = word.partition("=")
+        if name.replace("_", "-") == "--run-dir":
+            given = Path(value if eq else (words[at + 1 : at + 2] or [""])[0]).expanduser()
+            del words[at : at + (1 if eq else 2)]
+            return words, given
+    return words, None
+
+
 def run(
     rest: Sequence[str],
     points: Sequence[Setting],
@@ -77,13 +92,7 @@ def run(
     train: Callable[[Any], Any],
 ) -> None:
     """One run after another, all checked before the first starts, and a table at the end."""
-    rest, given = list(rest), None
-    for at, word in enumerate(rest):
-        name, eq, value = word.partition("=")
-        if name.replace("_", "-") == "--run-dir":
-            given = Path(value if eq else (rest[at + 1 : at + 2] or [""])[0]).expanduser()
-            del rest[at : at + (1 if eq else 2)]
-            break
+    rest, given = named_folder(rest)
     folder = given or folders.fresh("sweep")
     try:
         configs = [compared(read_config(arguments(rest, point, folder)), point) for point in points]
@@ -93,9 +102,17 @@ def run(
         raise
     for line in prices.planned(configs):
         print(line)
-    for number, (point, config) in enumerate(zip(points, configs, strict=True), 1):
-        print(f"run {number} of {len(points)}: {' '.join(f'{k}={v}' for k, v in point.items())}")
-        train(config)
+    try:
+        for number, (point, config) in enumerate(zip(points, configs, strict=True), 1):
+            print(
+                f"run {number} of {len(points)}: {' '.join(f'{k}={v}' for k, v in point.items())}"
+            )
+            train(config)
+    except BaseException:  # what was trained before is paid for
+        there = [c.run_dir for c in configs if (Path(c.run_dir) / "config.toml").is_file()]
+        for line in prices.spent([results.load(d) for d in there]):
+            print(line)
+        raise
     runs = [results.load(c.run_dir) for c in configs]
     show_table(results.rows(runs))
     for line in prices.spent(runs):

@@ -199,8 +199,9 @@ def trade_off_figure(points: Sequence[tuple[float, float]], title: str) -> Any:
 
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.fill_between(*zip(*points, strict=True), alpha=0.2)
-    axes.plot(*zip(*points, strict=True), label="any test, at most")
+    alarms, found = [a for a, _ in points], [f for _, f in points]
+    axes.fill_between(alarms, found, alpha=0.2)
+    axes.plot(alarms, found, label="any test, at most")
     axes.plot([0, 1], [0, 1], linestyle=":", color="grey", label="guessing")
     axes.set_xlabel("false positive rate")
     axes.set_ylabel("true positive rate")

@@ -16,6 +16,7 @@ from fedtorch.privacy.accounting.events import Event, Units, apart, epsilon, gau
 from fedtorch.privacy.accounting.gaussian import above, laplace_epsilon, quantile
 from fedtorch.privacy.accounting.mixed import REPLACED as REPLACED
 from fedtorch.privacy.accounting.mixed import both_ways, moved
+from fedtorch.privacy.accounting.search import Trials, search_epsilon
 from fedtorch.privacy.accounting.skellam import skellam_epsilon
 
 PAIRS = 96
@@ -66,9 +67,17 @@ class Curve:
         return [(a, self.missed(a)) for a in ALARMS]
 
 
-def curve(events: Iterable[Event], delta: float, accountant: str = "prv") -> Curve:
-    """The trade-off curve of all ``events`` together, finest about ``delta``."""
+def curve(
+    events: Iterable[Event], delta: float, accountant: str = "prv", trials: Trials | None = None
+) -> Curve:
+    """The trade-off curve of all ``events`` together, finest about ``delta``.
+
+    ``trials``: of a search, whose every run has these events.
+    """
     merged = merge(events)
+    deltas = np.geomspace(1e-12, 0.5, PAIRS).tolist()
+    if trials is not None:
+        return Curve(tuple((search_epsilon(merged, trials, d), d) for d in (*deltas, delta)))
     if any(e.noise == 0 for e in merged):
         return Curve((), math.inf, exact=True)
     pure, run, shared = apart(merged)
@@ -76,10 +85,7 @@ def curve(events: Iterable[Event], delta: float, accountant: str = "prv") -> Cur
         return Curve(((pure, 0.0),), None if pure else 0.0, exact=not pure)
     own = epsilon(merged, delta, accountant)
     if shared:
-        at = np.geomspace(1e-12, 0.5, PAIRS)
-        return Curve(
-            (*((epsilon(merged, float(d), accountant), float(d)) for d in at), (own, delta))
-        )
+        return Curve(tuple((epsilon(merged, d, accountant), d) for d in (*deltas, delta)))
     if not math.isfinite(own):
         return Curve(())
     steps = np.linspace(0.0, min(1.25 * (own - pure) + 1, 600.0), PAIRS).tolist()

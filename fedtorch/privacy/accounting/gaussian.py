@@ -34,7 +34,7 @@ def gaussian_epsilon(noise: float, delta: float) -> float:
         high *= 2
         if math.isinf(high):
             return math.inf
-    return _bisected(lambda e: _log_delta(noise, e) > target, 0.0, high)
+    return bisected(lambda e: _log_delta(noise, e) > target, 0.0, high)
 
 
 def gaussian_noise(epsilon: float, delta: float) -> float:
@@ -45,12 +45,14 @@ def gaussian_noise(epsilon: float, delta: float) -> float:
         low /= 2
     while _log_delta(high, epsilon) > target:
         high *= 2
-    return _bisected(lambda noise: _log_delta(noise, epsilon) > target, low, high)
+    return bisected(lambda noise: _log_delta(noise, epsilon) > target, low, high)
 
 
-def _bisected(less: Callable[[float], bool], low: float, high: float) -> float:
+def bisected(
+    less: Callable[[float], bool], low: float, high: float, digits: float = 1e-14
+) -> float:
     """Least number from ``low`` to ``high`` that will do, or a last digit more."""
-    while high - low > 1e-14 * high:
+    while high - low > digits * high:
         middle = (low + high) / 2
         if not low < middle < high:
             break

@@ -1,0 +1,135 @@
+"""A random search keeps its best run, prices the whole of it, and leaves nothing of the others."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from fedtorch.__main__ import main
+from fedtorch.run import search
+from fedtorch.types import ConfigError, NothingLearned
+
+WORDS = ["train", "--clients", "2", "--rounds", "1", "--privacy.steps", "2", "--tracking", "none"]
+
+
+def test_words():
+    rest, mean = search.asked(["--a", "1", "--sweep.random", "10", "--sweep", "lr=1,2"])
+    assert (rest, mean) == (["--a", "1", "--sweep", "lr=1,2"], 10)
+    assert search.asked(["--sweep", "lr=1", "--sweep.random=3"])[1] == 3
+    assert search.asked(["--sweep", "lr=1"]) == (["--sweep", "lr=1"], None)
+    for words in (["--sweep.random", "1"], ["--sweep.random", "x"], ["--sweep.random"]):
+        with pytest.raises(ConfigError, match="how many runs are expected"):
+            search.asked([*words, "--sweep"] if len(words) > 1 else words)
+    with pytest.raises(ConfigError, match="add --sweep lr="):
+        search.asked(["--sweep.random", "10"])
+
+
+def test_the_number_of_runs_is_geometric():
+    draws = [search.drawn(4) for _ in range(4000)]
+    assert min(draws) == 1
+    assert sum(draws) / 4000 == pytest.approx(4, abs=5 * math.sqrt(12 / 4000))
+    assert draws.count(1) / 4000 == pytest.approx(0.25, abs=5 * math.sqrt(0.1875 / 4000))
+
+
+def test_only_the_best_is_kept_and_the_price_is_of_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search, "drawn", lambda mean: 3)
+    where = tmp_path / "s"
+    words = [*WORDS, "--sweep.random", "5", "--sweep", "lr=0.01,1", "--run-dir", str(where)]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "5 expected; only the best is kept" in said
+    assert "epsilon 8.000 for the search (5 runs expected)" in said
+    assert sorted(p.name for p in where.iterdir()) == ["best", "search.json"]
+    private = json.loads((where / "best" / "privacy.json").read_text())
+    assert private["epsilon_spent"] == pytest.approx(8, abs=1e-3)
+    assert private["search"]["epsilon_of_the_released_run_alone"] < 6
+    assert private["epsilon_spent_per_client"] is None
+    assert "who ran the search" in private["trusted"]
+    rounds = [json.loads(x) for x in (where / "best" / "metrics.jsonl").read_text().splitlines()]
+    assert rounds[-1]["privacy_epsilon"] == private["epsilon_spent"]
+    summary = json.loads((where / "best" / "summary.json").read_text())
+    assert summary["epsilon"] == private["epsilon_spent"]
+    about = json.loads((where / "search.json").read_text())
+    assert about["best"]["lr"] in ("0.01", "1") and about["runs_expected"] == 5
+    assert main(words) == 2
+    assert "already holds a search" in capsys.readouterr().err
+
+
+def played(tmp_path, scores, monkeypatch):
+    """The best of trials with these scores, an error in place of one, and what is left in the folder."""
+    left = iter(scores)
+
+    def train(config):
+        Path(config["run_dir"]).mkdir()
+        if isinstance(found := next(left), BaseException):
+            raise found
+        return {"test_loss": 1.0, "test_accuracy": found}
+
+    monkeypatch.setattr(search, "replace", lambda config, **new: config | new)
+    best = search._best([{}], len(scores), tmp_path, train)
+    return best and best[2][1], len(list(tmp_path.iterdir()))
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([0.2, 0.9, 0.5], 0.9),
+        ([0.9, math.nan, 0.1], 0.9),
+        ([NothingLearned("x"), 0.3], 0.3),
+        ([NothingLearned("x")], None),
+        ([math.nan], None),
+    ],
+)
+def test_what_is_worse_is_removed_at_once(tmp_path, monkeypatch, scores, best):
+    assert played(tmp_path, scores, monkeypatch) == (best, 0 if best is None else 1)
+
+
+def test_a_search_that_breaks_off_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def broken(config, held):
+        Path(config.run_dir).mkdir()
+        raise KeyboardInterrupt
+
+    from fedtorch.commands.train import train_module
+
+    monkeypatch.setattr(train_module(), "run", broken)
+    where = tmp_path / "s"
+    words = [*WORDS, "--sweep.random", "5", "--sweep", "lr=0.01,1", "--run-dir", str(where)]
+    assert main(words) == 130
+    assert list(where.iterdir()) == []
+    (where / ".trials").mkdir()
+    assert main(words) == 2
+    assert "holds runs of a search that was killed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--privacy", "none"], "is for private runs"),
+        (["--sweep", "privacy.steps=1,2"], "settings of one price"),
+        (["--privacy", "local"], "who is not trusted sees every run"),
+        (["--tracking", "mlflow"], "use tensorboard or none"),
+    ],
+)
+def test_what_would_not_hold_is_refused_before_any_training(tmp_path, capsys, more, said):
+    words = [*WORDS[:5], "--sweep.random", "5", "--run-dir", str(tmp_path / "s"), *more]
+    assert main(words if "--sweep" in more else [*words, "--sweep", "lr=0.01,1"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_sweep_that_breaks_off_says_what_it_has_cost(tmp_path, monkeypatch, capsys):
+    from fedtorch.commands.train import train_module
+
+    module, done = train_module(), []
+    real = module.train
+
+    def train(config):
+        done.append(config)
+        if len(done) == 3:
+            raise NothingLearned("broken")
+        return real(config)
+
+    monkeypatch.setattr(module, "train", train)
+    words = [*WORDS, "--sweep", "lr=0.01,1,2", "--run-dir", str(tmp_path / "s")]
+    assert main(words) == 1
+    assert "2 runs over the same data (digits) cost epsilon" in capsys.readouterr().out
