@@ -10,7 +10,7 @@ from dp_accounting import pld, rdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtorch.privacy.accounting import bounds
+from fedtorch.privacy.accounting import bounds, spectrum
 from fedtorch.privacy.accounting.events import Event, calibrate, epsilon, merge
 from fedtorch.privacy.accounting.renyi import orders, renyi
 from fedtorch.types import ConfigError
@@ -490,8 +490,26 @@ def test_gdp_would_have_reported_too_little() -> None:
 
 
 def test_prv_is_not_believed_where_rounding_is_as_large_as_delta() -> None:
-    # rounding of the transforms is 3e-12 to 1e-11 in all, by the processor: a figure at 1e-12 means nothing
+    # rounding of the transforms is 3e-12 to 1e-11 in all, by the processor: a figure at 1e-12 means
+    # nothing, where masses are not tilted
     run = ((1.5, 0.005, 50_000),)
     for delta in (1e-13, 1e-12, 1e-11):
-        assert math.isinf(bounds.prv(run, delta))
+        for tilt, believed in ((0.0, False), (bounds._tilt(run, delta), True)):
+            _, parts = bounds._parts(run, delta, bounds.rdp(run, delta), tilt)
+            found = spectrum.epsilon_of(parts, delta, delta / 1000, 5.0)
+            assert math.isfinite(found) == believed
+        assert found < bounds.prv(run, delta) < bounds.rdp(run, delta)
     assert bounds.prv(run, 1e-9) < bounds.rdp(run, 1e-9)
+
+
+def test_a_tilted_figure_is_not_believed_either_where_rounding_is_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run, delta = ((1.5, 0.005, 500),), 1e-12
+    tilt = bounds._tilt(run, delta)
+    for eps, believed in ((spectrum.EPS, True), (1e6 * spectrum.EPS, False)):
+        monkeypatch.setattr(spectrum, "EPS", eps)
+        bounds._release.cache_clear()
+        _, parts = bounds._parts(run, delta, 3.0, tilt)
+        assert math.isfinite(spectrum.epsilon_of(parts, delta, 1e-15, 3.0)) == believed
+    bounds._release.cache_clear()

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtorch.privacy.accounting import bounds, spectrum
+from fedtorch.privacy.accounting.gaussian import gaussian_epsilon
 from fedtorch.privacy.accounting.spectrum import epsilon_of, release
 
 
@@ -190,3 +191,43 @@ def test_a_delta_below_the_rounding_error_gives_an_infinite_epsilon() -> None:
     mesh = 0.01 / math.sqrt(1000 * math.log(12e14) / 2)
     one = release(1.0, 0.01, 20.0, mesh, 1)
     assert epsilon_of([(one, 1000)], 1e-16, 1e-19, 5.0) == math.inf
+
+
+@pytest.mark.parametrize("log_delta", [-12, -15, -30, -60])
+def test_far_out_a_tilted_figure_is_the_exact_one(log_delta: int) -> None:
+    # without sampling there is a closed form; the grid knows nothing of it
+    run, delta = ((10.0, 1.0, 100),), 10.0**log_delta
+    exact = gaussian_epsilon(1.0, delta)
+    assert exact + 0.0099 <= bounds.prv(run, delta) <= exact + 0.0105 + exact / 2000
+
+
+@pytest.mark.parametrize("tilt", [1.0, 2.5, 3.5])
+def test_any_tilt_gives_the_same(tilt: float) -> None:
+    run, delta = ((1.0, 0.05, 200),), 1e-8
+    found = []
+    for t in (0.0, tilt):
+        _, parts = bounds._parts(run, delta, 7.0, t)
+        found.append(spectrum.epsilon_of(parts, delta, delta / 1000, 7.0))
+        tails, _ = spectrum._composed(parts, delta / 1000)
+        found.append(tails.delta(5.0))
+    assert found[0] == pytest.approx(found[2], abs=2e-3)
+    assert found[1] == pytest.approx(found[3], rel=1e-4)
+
+
+@pytest.mark.parametrize("log_delta", [-12, -20])
+def test_far_out_a_sum_of_masses_says_the_same(log_delta: int) -> None:
+    """Convolved without transforms: positive numbers keep their digits, however small."""
+    (noise, rate, steps), delta, mesh = (1.0, 0.3, 8), 10.0**log_delta, 0.01
+    found = bounds.prv(((noise, rate, steps),), delta)
+    edges = np.arange(-40, 3000) * mesh
+    masses = -np.diff(
+        spectrum._beyond(edges, noise, rate)
+    )  # losses rounded down: less than the truth
+    for _ in range(3):
+        masses = np.convolve(masses, masses)
+    loss = (np.arange(len(masses)) - 40 * steps) * mesh
+
+    def below(e: float) -> float:
+        return float((masses * -np.expm1(e - loss))[loss > e].sum())
+
+    assert below(found) <= delta < below(found - 0.02 - steps * mesh)

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 
+import numpy as np
+
 from fedtorch.privacy.accounting.gaussian import gaussian_delta, gaussian_epsilon, sampled_delta
 from fedtorch.privacy.accounting.mixed import moved
-from fedtorch.privacy.accounting.renyi import renyi, renyi_deltas, renyi_epsilon
+from fedtorch.privacy.accounting.renyi import orders, renyi, renyi_deltas, renyi_epsilon
 from fedtorch.privacy.accounting.spectrum import Release, deltas_of, epsilon_of, release
 
 Part = tuple[float, float, int] | tuple[float, float, int, int]
@@ -27,6 +29,9 @@ two-thousandth of epsilon. It is part of the figure returned."""
 
 PRV_POINTS = 2_500_000
 """Grid points a PRV computation may use (a fraction of a second); beyond, the error is widened."""
+
+FAR = 1e-8
+"""Deltas below this are looked at with tilted masses too: rounding weighs in deltas of 1e-10 as it is."""
 
 LEAST = 0.01
 """Sampled runs are not priced below this; only the closed form without sampling is."""
@@ -84,7 +89,11 @@ def _on_grid(run: Run, delta: float, bound: float) -> float:
         return math.inf
     try:
         # below 0 where delta is reached without any epsilon
-        found = max(0.0, epsilon_of(parts, delta, delta / 1000, bound)) + error
+        found = epsilon_of(parts, delta, delta / 1000, bound)
+        if delta < FAR or math.isinf(found):  # rounding could make up much of delta, or more
+            _, tilted = _parts(run, delta, bound, _tilt(run, delta))
+            found = min(found, epsilon_of(tilted, delta, delta / 1000, bound)) if tilted else found
+        found = max(0.0, found) + error
     except (ArithmeticError, ValueError, MemoryError):
         return math.inf
     # a run costs at least what its dearest step costs, which is known: less means the numbers broke down
@@ -93,14 +102,24 @@ def _on_grid(run: Run, delta: float, bound: float) -> float:
     return found
 
 
-def _parts(run: Run, delta: float, bound: float) -> tuple[float, list[tuple[Release, int]]]:
+def _tilt(run: Run, delta: float) -> float:
+    """The Renyi order that is best for this delta, less 1: most of the tilted mass is near its epsilon."""
+    a = orders()
+    divergence = sum(renyi(s, q, u) * t for s, q, t, u in _whole(run))
+    by_order = divergence - (math.log(delta) + np.log(a)) / (a - 1) + np.log((a - 1) / a)
+    return float(a[np.nanargmin(by_order)]) - 1
+
+
+def _parts(
+    run: Run, delta: float, bound: float, tilt: float = 0.0
+) -> tuple[float, list[tuple[Release, int]]]:
     """The releases on their grid, with the error for an epsilon below ``bound``; none: no grid does."""
     error, reach, mesh, before = _grid(run, delta, bound)
     if not error <= min(0.9, max(bound / 20, PRV_ERROR)):
         return error, []
     try:
         made = zip(_whole(run), before, strict=True)
-        return error, [(_release(s, q, reach, mesh, n + 1, u), t) for (s, q, t, u), n in made]
+        return error, [(_release(s, q, reach, mesh, n + 1, u, tilt), t) for (s, q, t, u), n in made]
     except (ArithmeticError, ValueError, MemoryError):
         return error, []
 
@@ -163,9 +182,9 @@ def _room(steps: int, base: int) -> int:
 
 @lru_cache(maxsize=16)
 def _release(
-    noise: float, rate: float, reach: float, mesh: float, least: int, units: int
+    noise: float, rate: float, reach: float, mesh: float, least: int, units: int, tilt: float
 ) -> Release:
-    return release(noise, rate, reach, mesh, least, units)
+    return release(noise, rate, reach, mesh, least, units, tilt)
 
 
 def _quick(run: Run, delta: float) -> float:

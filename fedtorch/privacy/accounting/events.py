@@ -103,7 +103,7 @@ def epsilon(events: Iterable[Event], delta: float, accountant: str = "prv") -> f
     up to epsilon 20 (more over millions of steps, a twentieth of epsilon at most); ``rdp`` is the Renyi
     accountant, looser, comparable with older papers.
     With ``prv`` the figure is the smallest of three bounds that all hold: PRV, RDP, and the closed form of
-    the same events without sampling. So where PRV cannot be computed (tiny deltas, epsilons in the
+    the same events without sampling. So where PRV cannot be computed (epsilons in the
     hundreds) the next best bound is returned, and never one that does not hold. Laplace events add their
     pure epsilon; with Laplace events alone ``delta`` may be 0. Skellam events, and Gaussian ones beside
     them, are added up by Renyi divergence, whatever the accountant: PRV does not know them. No events cost

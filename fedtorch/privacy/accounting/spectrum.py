@@ -7,6 +7,12 @@ weighted sum over them, and nothing is ever transformed back.
 
 What rounding may do is bounded from above and counted against delta. It is never measured: what one
 processor happens to round to nothing, another does not.
+
+A transform rounds to parts of the whole mass, so that a delta of 1e-12 drowns in it. There the masses are
+tilted first: each is multiplied by e^(tilt loss), and all by what makes them 1 again, so that most of the
+mass lies where delta is decided. Powers of the transform are those of tilted sums, whose tilt is taken off
+again, and rounding counts in parts of delta's own size. Any tilt is right; the best is near the Renyi order
+of delta, less 1.
 """
 
 import math
@@ -18,6 +24,9 @@ import numpy as np
 
 from fedtorch.privacy.accounting.gaussian import above
 from fedtorch.privacy.accounting.mixed import mixed
+
+TILTED = 1e-9
+"""What frequencies that are left out may add, of tilted mass."""
 
 EPS = float(np.finfo(float).eps)
 
@@ -39,11 +48,20 @@ class Release(NamedTuple):
     """Largest error of any frequency, and of a product with it."""
     envelope: Any
     """Logarithm of the largest magnitude at this frequency or any above."""
+    tilt: float = 0.0
+    scale: float = 0.0
+    """Logarithm of the mean of e^(tilt loss), which tilted masses were divided by; without the shift."""
 
 
 @np.errstate(all="ignore")  # what is beyond the range of floats is checked afterwards
 def release(
-    noise: float, rate: float, reach: float, mesh: float, least: int, units: int = 1
+    noise: float,
+    rate: float,
+    reach: float,
+    mesh: float,
+    least: int,
+    units: int = 1,
+    tilt: float = 0.0,
 ) -> Release:
     """The loss ln(P / Q) under P when a record is removed, cut off beyond ``reach`` on either side.
 
@@ -69,15 +87,23 @@ def release(
     shift = law.mean(low, high) - float(places @ masses)
     if not abs(shift) < mesh / 2:
         raise ValueError("the grid is too coarse or too short for this loss")
+    scale, bent = 0.0, 0.0
+    if tilt:
+        logs = tilt * (places - places[-1])
+        masses *= np.exp(logs)
+        total = float(masses.sum())
+        scale, masses = math.log(total) + tilt * float(places[-1]), masses / total
+        bent = EPS * (4 + float(masses @ -logs))  # of powers of e with so large exponents
     pmf = np.zeros(size)
     pmf[start:stop] = masses
     spectrum = np.fft.rfft(pmf)
     # a transform in log2(size) stages, each of which rounds; 2 for the result itself, 1 for its powers. A
     # test holds this to longer numbers
-    off = EPS * (3 + math.sqrt(math.log2(size)) * float(np.linalg.norm(pmf)))
+    off = EPS * (3 + math.sqrt(math.log2(size)) * float(np.linalg.norm(pmf))) + bent
     envelope = np.log(np.maximum.accumulate(np.abs(spectrum)[::-1])[::-1])
     kept = int(np.searchsorted(-envelope, -math.log(NOTHING) / least)) + 1
-    return Release(mesh, size, first, shift, spectrum[:kept].copy(), off, envelope[:kept].copy())
+    kept_, logs_ = spectrum[:kept].copy(), envelope[:kept].copy()
+    return Release(mesh, size, first, shift, kept_, off, logs_, tilt, scale)
 
 
 class _Removed(NamedTuple):
@@ -109,9 +135,13 @@ def epsilon_of(
     delta. ``start`` is where to look first.
     """
     tails, lost = _composed(parts, slack)
-    if 2 * lost > delta:
-        return math.inf
-    return tails.solve(delta - slack - slack / 1000 - lost, start)
+    if not tails.tilt:
+        if 2 * lost > delta:
+            return math.inf
+        return tails.solve(delta - slack - slack / 1000 - lost, start)
+    found = tails.solve(delta - slack, start, lost)
+    # what rounding may do counts at its place: there, too, it must be less than half of delta
+    return math.inf if 2 * lost * tails.weight(found) > delta else found
 
 
 def deltas_of(
@@ -124,8 +154,9 @@ def deltas_of(
 
 def _composed(parts: Sequence[tuple[Release, int]], slack: float) -> tuple["_Tails", float]:
     """Sums over the places of the sum of losses, and what rounding may have taken from them at most."""
-    size, mesh = parts[0][0].size, parts[0][0].mesh
-    count = _needed(parts, math.log(slack / 1000 / size))
+    size, mesh, tilt = parts[0][0].size, parts[0][0].mesh, parts[0][0].tilt
+    tiny = TILTED if tilt else slack / 1000
+    count = _needed(parts, math.log(tiny / size))
     k = np.arange(count)
     product = np.ones(count, complex)
     for one, steps in parts:
@@ -138,8 +169,10 @@ def _composed(parts: Sequence[tuple[Release, int]], slack: float) -> tuple["_Tai
     moved = round(shift / mesh)
     product *= _turned(-k * (((steps - 1) * first + moved) % size), size)
     zero = first * mesh + shift - moved * mesh
-    tails = _Tails(product, size, mesh, zero)
-    return tails, tails.rounding + tails.most(_off(parts, count))
+    # a place's loss before the shifts is what its tilt was made of
+    scale = sum(one.scale * t for one, t in parts) + tilt * shift
+    tails = _Tails(product, size, mesh, zero, tilt, scale)
+    return tails, tails.rounding + tails.most(_off(parts, count)) + (tiny if tilt else 0.0)
 
 
 def _off(parts: Sequence[tuple[Release, int]], count: int) -> Any:
@@ -152,7 +185,16 @@ def _off(parts: Sequence[tuple[Release, int]], count: int) -> Any:
 class _Tails:
     """Sums over all places from one on, as sums over frequencies."""
 
-    def __init__(self, product: Any, size: int, mesh: float, zero: float) -> None:
+    def __init__(
+        self,
+        product: Any,
+        size: int,
+        mesh: float,
+        zero: float,
+        tilt: float = 0.0,
+        scale: float = 0.0,
+    ) -> None:
+        self.tilt, self.scale = tilt, scale
         k = np.arange(len(product))
         self.k, self.size, self.mesh, self.zero = k, size, mesh, zero
         self.mass = float(product[0].real)
@@ -166,28 +208,48 @@ class _Tails:
         angle = 2 * math.pi / size * k
         plain = 2 * np.sin(angle / 2) ** 2 - 1j * np.sin(angle)
         plain[0] = 1
-        self.step = twice / np.abs(plain)
-        self.plain = weighed / plain
-        self.falling = weighed / (math.exp(-mesh) * plain - math.expm1(-mesh))
+        # tilted sums fall with another e^(-tilt loss)
+        first, second = (math.exp(-a * mesh) * plain - math.expm1(-a * mesh) for a in self.falls)
+        self.step = twice / np.minimum(np.abs(first), np.abs(second) if tilt else math.inf)
+        self.plain, self.falling = weighed / first, weighed / second
         terms = float(np.abs(self.plain).sum() + np.abs(self.falling).sum()) + 2
         self.rounding = 2 * EPS * terms
+
+    @property
+    def falls(self) -> tuple[float, float]:
+        """By how much a loss that is 1 larger weighs less, as a logarithm, in either of the sums."""
+        return self.tilt, self.tilt + 1
 
     def at(self, place: int) -> tuple[float, float]:
         """Mass from ``place`` on, and the same with e^(-loss) as a weight, times e^(loss at place)."""
         rest = self.size - place
         turn = _turned(self.k * place, self.size)
-        end = math.exp(-self.mesh * rest)
         even = self.mass / self.size  # what every place would have by frequency 0 alone
-        mass = even * rest + float(np.sum(self.plain * (turn - 1)).real)
-        weighed = even * -math.expm1(-self.mesh * rest) / -math.expm1(-self.mesh)
-        return mass, weighed + float(np.sum(self.falling * (turn - end)).real)
+        sums = []
+        for fall, weights in zip(self.falls, (self.plain, self.falling), strict=True):
+            end = math.exp(-fall * self.mesh * rest)
+            lone = even * (
+                math.expm1(-fall * self.mesh * rest) / math.expm1(-fall * self.mesh)
+                if fall
+                else rest
+            )
+            sums.append(lone + float(np.sum(weights * (turn - end)).real))
+        weight = self.weight(self.zero + self.mesh * place) if self.tilt else 1.0
+        return weight * sums[0], weight * sums[1]
+
+    def weight(self, loss: float) -> float:
+        """What a tilted mass at ``loss`` stands for."""
+        return math.exp(min(self.scale - self.tilt * loss, 700.0))
 
     def most(self, off: Any) -> float:
         """By how much any sum of masses can be wrong if each frequency is wrong by ``off``, from above.
 
         So can delta, whose weights rise from 0 to 1: it is a mean of such sums.
         """
-        return float(off[0] + 2 * np.sum(off[1:] * self.step[1:]))
+        plain = float(off[0] + 2 * np.sum(off[1:] * self.step[1:]))
+        return (
+            2 * plain if self.tilt else plain
+        )  # two such sums, where the weights of delta fall again
 
     def delta(self, epsilon: float) -> float:
         """E max(0, 1 - e^(epsilon - loss))."""
@@ -195,11 +257,11 @@ class _Tails:
         mass, weighed = self.at(place)
         return mass - math.exp(epsilon - self.zero - self.mesh * place) * weighed
 
-    def solve(self, delta: float, start: float) -> float:
+    def solve(self, delta: float, start: float, lost: float = 0.0) -> float:
         """Smallest epsilon, from -1 up, at which E max(0, 1 - e^(epsilon - loss)) is at most ``delta``.
 
         Newton's method on the logarithm, which is nearly a straight line, until it is within one place of
-        the grid, where the equation is solved exactly.
+        the grid, where the equation is solved exactly. ``lost``: of tilted mass, what is added to delta.
         """
         low, high = -1.0, self.zero + self.mesh * (self.size - 2)
         epsilon = min(max(start, low), high)
@@ -207,6 +269,8 @@ class _Tails:
             place = max(0, math.floor((epsilon - self.zero) / self.mesh) + 1)
             at = self.zero + self.mesh * place
             mass, weighed = self.at(place)
+            # of the place before, which weighs more
+            mass += lost * self.weight(at - self.mesh) if lost else 0.0
             found = mass - math.exp(epsilon - at) * weighed
             low, high = (epsilon, high) if found > delta else (low, epsilon)
             if mass > delta and weighed > 0:
