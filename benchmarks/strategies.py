@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks.kept import once
 from benchmarks.workloads import MNIST, WORKLOADS, problem
-from fedtorch import Client, Local, RandomK, Recipe, Server, divide, evaluate
+from fedtorch import Client, Local, RandomK, Recipe, Server, Uniform, divide, evaluate
 from fedtorch.data import Dirichlet, Idx, Partition, Shards
 from fedtorch.data.base import Data
 from fedtorch.rounds.buffered import Buffered
@@ -179,11 +179,14 @@ def speed(many: int) -> None:
         "Ditto": (Ditto(), {}, {}),
         "Ditto's shared half": (SharedHalf(), {}, {}),
         "random-k, a tenth": (FedAvg(), {"channel": (RandomK(share=0.1),)}, {}),
+        "10 of 100 by chance": (FedAvg(), {}, {"participation": Uniform(cohort_size=10)}),
         "buffered, 10 of 10": (FedAvg(), {}, {"pace": Buffered(size=10, clock=Clock(spread=0.5))}),
+        "buffered, equally fast": (FedAvg(), {}, {"pace": Buffered(size=10)}),
     }
     for work in (WORKLOADS["w1"], replace(WORKLOADS["w1"], hidden=32), WORKLOADS["w2"]):
-        given, servers = problem(work), {}
+        servers = {}
         for name, (strategy, options, more) in kinds.items():
+            given = problem(replace(work, clients=100) if "participation" in more else work)
             clients = [Client(str(k), shard) for k, shard in enumerate(given.shards)]
             recipe = replace(given.recipe(), strategy=strategy, **options)
             engine = Local(solver="fast")
