@@ -15,7 +15,7 @@ from fedtorch import Local, privacy
 from fedtorch.__main__ import COMMANDS
 from fedtorch.commands.train import train_module
 from fedtorch.engines import Processes
-from fedtorch.run import cli, objects
+from fedtorch.run import cli, objects, search, sweep
 from fedtorch.run.names import CHOICES
 from tools import shape
 
@@ -73,7 +73,9 @@ def test_commands_and_settings_are_real(path, tmp_path, monkeypatch):
 def parse(words: list[str]) -> None:
     """Read a command as it would be before it trains."""
     if words[:2] == ["fedtorch", "train"] and not {"--help", "--resume"} & set(words):
-        cli.parse(Config, words[2:])
+        rest, points = sweep.settings(search.asked(words[2:])[0])
+        for point in points or [{}]:
+            cli.parse(Config, [*rest, *(w for k, v in point.items() for w in (f"--{k}", v))])
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
