@@ -118,6 +118,20 @@ def test_what_is_not_private_says_so_and_strict_has_none_of_it(tmp_path):
     (run / "config.toml").write_text(tomli_w.dumps({"privacy": plan | {"strict": True}}))
     heads, words, _ = read(fedtorch.report(run))
     assert not {"Clients, round by round", "Who holds what", "Sites"} & {*heads}
+    told |= {
+        "epsilon_replace_one": 3.25,
+        "search": {"runs_expected": 10, "epsilon_of_the_released_run_alone": 0.75},
+        "user_level": {
+            "examples_of_a_person_at_most": 4,
+            "epsilon": 6.5,
+            "which_is": "a public bound",
+        },
+    }
+    (run / "privacy.json").write_text(json.dumps(told))
+    words = read(fedtorch.report(run))[1]
+    assert "a whole search costs, 10 runs expected" in words and "alone it would be 0.75" in words
+    assert "For a person with up to 4: epsilon 6.5 (a public bound)" in words
+    assert "epsilon replace one" in words and "3.25" in words
     told["audit"] = {"epsilon_at_least": 0.7, "confidence": 0.95, "canaries": 1000}
     (run / "privacy.json").write_text(json.dumps(told))
     words = read(fedtorch.report(run))[1]

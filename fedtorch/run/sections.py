@@ -245,7 +245,9 @@ def confusion(run: Saved) -> Markup:
 
 
 TOLD = (
-    "mechanism", "trusted", "neighbouring", "noise_multiplier", "epsilon_planned", "rounds_planned",
+    "mechanism", "trusted", "neighbouring", "noise_multiplier", "epsilon_planned", "epsilon_replace_one",
+    "gaussian_mu", "true_positives_at_1_percent_false_ones_at_most", "membership_advantage_at_most",
+    "rounds_planned",
     "rounds_charged", "released_before_round_0", "accountant", "randomness", "outside_the_guarantee",
 )  # fmt: skip
 """Of ``privacy.json``."""
@@ -268,6 +270,7 @@ def privacy(run: Saved) -> Markup:
         tag("p", tag("b", f"At most: epsilon {spent:.4g} at delta {delta:g}"),
             f", for {unit}. In plain words: {plainly(float(spent), seen, unit, delta)}.")
     ]  # fmt: skip
+    lines += [tag("p", line) for line in _wider(told)]
     if audit := _audited(told):
         lines.append(audit)
     rows = [
@@ -276,6 +279,24 @@ def privacy(run: Saved) -> Markup:
         if isinstance(told.get(k), str | int | float)
     ]
     return together([*lines, table((), rows, "options")])
+
+
+def _wider(told: Mapping[str, Any]) -> list[str]:
+    """A sentence each: of a search that the run is the best of, and of a person with several examples."""
+    tables = [told.get(k) for k in ("search", "user_level")]
+    search, person = (t if isinstance(t, dict) else {} for t in tables)
+    lines = []
+    if number(alone := search.get("epsilon_of_the_released_run_alone")):
+        lines.append(
+            f"That is what a whole search costs, {search.get('runs_expected')} runs expected, of which "
+            f"this one is the best and the only one released; alone it would be {alone:.4g}."
+        )
+    if number(whole := person.get("epsilon")):
+        most = next((v for k, v in person.items() if k.endswith("_at_most")), None)
+        lines.append(
+            f"For a person with up to {most}: epsilon {whole:.4g} ({person.get('which_is')})."
+        )
+    return lines
 
 
 def _audited(told: Mapping[str, Any]) -> Markup:
