@@ -212,8 +212,8 @@ class Kept:
     chunks: dict[tuple[int, ...], tuple[list[Tensor], list[int], Rows]] = field(
         default_factory=dict
     )
-    times: Counter[tuple[int, ...]] = field(default_factory=Counter)
-    """How often each chunk has come."""
+    times: Counter[int] = field(default_factory=Counter)
+    """How often each chunk has come, by a hash: there may be as many as rounds. No bits hang on it."""
     grams: "Made" = field(default_factory=dict)
     bases: "Made" = field(default_factory=dict)
     parts: dict[int, tuple[Tensor, int, Part]] = field(default_factory=dict)
@@ -231,11 +231,10 @@ class Kept:
         parts = [t for table in tables for t in table]
         key, versions = tuple(id(t) for t in parts), [version(t) for t in parts]
         found = self.chunks.get(key)
-        self.times[key] += 1
+        self.times[hash(key)] += 1
+        times = self.times[hash(key)]
         if found and found[1] == versions:
-            if (
-                self.times[key] == AGAIN and found[2].parts
-            ):  # one matrix from now on, with the same bits
+            if times == AGAIN and found[2].parts:  # one matrix from now on, with the same bits
                 self.chunks[key] = parts, versions, replace(found[2], parts=())
             return self.chunks[key][2]
         x, y = (torch.cat([t[i] for t in tables]).to(device) for i in (0, 1))
@@ -243,8 +242,8 @@ class Kept:
         whole = ops or Ops()
         each = tuple(self._part(t[0], device, whole) for t in tables) if len(tables) > 1 else ()
         rows = Rows(x, y, tuple(len(t[0]) for t in tables), whole, each)
-        again = self.times[key] > 1  # who takes part by chance comes together once
-        if found or (again and self._room(3 * x.numel() * x.element_size())):
+        # who takes part by chance comes together once
+        if found or (times > 1 and self._room(3 * x.numel() * x.element_size())):
             self.chunks[key] = parts, versions, rows
         return rows
 
