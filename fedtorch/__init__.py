@@ -1,13 +1,14 @@
 """fedtorch: federated learning for PyTorch."""
 
 import sys
-from typing import TYPE_CHECKING
 
-from fedtorch.lazy import Renamed, offers
 from fedtorch.run.interrupts import Reading
 
 with Reading():  # what every round needs; the rest is imported when it is asked for
+    from typing import TYPE_CHECKING
+
     from fedtorch import server as server
+    from fedtorch.lazy import Renamed, offers
 
 if TYPE_CHECKING:
     from fedtorch.aggregation import (

@@ -1,7 +1,9 @@
 """The command line: every command answers, bad input is one sentence and exit status 2."""
 
+import ast
 import gc
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -103,6 +105,13 @@ def test_ctrl_c_while_torch_is_read_is_one_line(how, torch, tmp_path):
         [sys.executable, *how], env=env, capture_output=True, text=True, preexec_fn=heard
     )
     assert (done.returncode, done.stderr) == (130, "fedtorch: stopped\n")
+
+
+def test_nothing_else_is_read_before_ctrl_c_is_taken_over():
+    body = ast.parse((ROOT / "fedtorch" / "__init__.py").read_text()).body
+    before = itertools.takewhile(lambda node: not isinstance(node, ast.With), body)
+    imports = [ast.unparse(n) for n in before if isinstance(n, (ast.Import, ast.ImportFrom))]
+    assert imports == ["import sys", "from fedtorch.run.interrupts import Reading"]
 
 
 def test_ctrl_c_while_a_program_imports_fedtorch_is_its_own(tmp_path):

@@ -213,7 +213,7 @@ def boards(browser: Browser, job: str) -> None:
                 continue  # off in a private run
             url = f"http://localhost:{port}/?darkMode=false#{plugin}"
             size = (1500, 1900 if page == "custom" else 1000)
-            browser.photograph(url, act, OUT / f"{job}-{page}.png", size, 8)
+            browser.photograph(url, act, OUT / f"{job}-{page}.png", size, 14)
 
 
 def site(browser: Browser) -> None:
