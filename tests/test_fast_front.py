@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from threading import Thread
 
 import pytest
 import torch
@@ -228,3 +229,17 @@ def test_embeddings_that_change_their_own_rows_are_not_read():
     model = nn.Sequential(nn.Embedding(5, 3, max_norm=100.0), nn.Flatten(), nn.Linear(12, 4))
     data = TensorDataset(torch.zeros(6, 4, dtype=torch.long), torch.zeros(6, dtype=torch.long))
     assert "layer 0 (Embedding) has no fast form" in str(offer(model, [data], Recipe()))
+
+
+def test_tracing_leaves_the_modules_of_other_threads_alone():
+    other, given = nn.Linear(2, 2), []
+
+    class Slow(nn.Module):
+        def forward(self, x):
+            thread = Thread(target=lambda: given.append(other(torch.ones(1, 2))))
+            thread.start()
+            thread.join()
+            return x
+
+    front.traced(Slow())
+    assert [tuple(out.shape) for out in given] == [(1, 2)]

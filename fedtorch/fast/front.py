@@ -10,6 +10,8 @@ import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock, get_ident
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +144,32 @@ def traced(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
     """What ``forward`` does in training mode, and the module its nodes refer to."""
     root = nn.Sequential(model)  # so that a model of one layer is read like any other
     training(model)  # here and not in the trace: a model may have its own idea of it
-    return root, fx.Tracer().trace(root)
+    with TRACING:
+        return root, Alone().trace(root)
+
+
+TRACING = Lock()
+
+
+class Alone(fx.Tracer):
+    """Tracing takes over the calls of all modules there are: those of other threads go on as they were."""
+
+    def __init__(self) -> None:
+        """Of the thread that asks."""
+        super().__init__()
+        self.thread = get_ident()
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Trace what is called here."""
+        if get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        """Trace what is looked at here."""
+        if get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
 def masked(part: fx.Graph, root: nn.Module, orders: dict[str, tuple[int, ...]]) -> None:
