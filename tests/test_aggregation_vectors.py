@@ -133,6 +133,8 @@ def test_distances_do_not_cancel_among_long_updates_with_or_without_a_liar(first
     assert Krum(f=2).merge(Table({"w": [both]}, torch.arange(13)))[1][12 * (not first)] == 0
     short = Table({"w": [torch.cat([rows.float(), liar.float()])]}, torch.arange(13))
     assert float(distances(short.points)[:12, :12].sub(want).abs().max()) < 1e-5
+    small = distances(Table({"w": [both * 1e-12]}, torch.arange(13)).points)
+    assert torch.allclose(small[honest, honest] * 1e12, want, rtol=1e-6, atol=1e-8)  # in any unit
 
 
 @pytest.mark.parametrize("size", [1e9, 1e200], ids=str)

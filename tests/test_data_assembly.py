@@ -81,6 +81,8 @@ def test_truth_is_a_number_and_a_date_is_refused_by_name(tmp_path):
     data = csv(tmp_path, features=["smoker"], test_fraction=0).load(0)
     assert data.train.tensors[0].flatten().tolist() == [float(i % 5 > 0) for i in range(40)]
     assert "smoker: true or yes is 1, false or no is 0" in said(data)
+    mixed = csv(tmp_path, features=["age", "smoker"], test_fraction=0).load(0)
+    assert "; smoker: true or yes is 1" in said(mixed)
     dates = TABLE.replace("age", "admitted").replace("\n2", "\n2021-03-2")
     with pytest.raises(
         ConfigError, match=r"line 2: column 'admitted' holds '2021.*--dataset.drop admitted"

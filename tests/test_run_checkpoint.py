@@ -105,9 +105,10 @@ PARTS = {
         {"none": torch.zeros(0, 1)},
         {"number": torch.tensor(3, dtype=torch.int32)},
         {"many": PARTS["many"] | {"l": [1, (2.5, None, "y")]}},
+        {"model": {"w": STATE["model"]["w"].index_fill(0, torch.tensor(1500), 0.0)}},
         {"sum": None},
     ],
-    ids=["value", "new", "tensor", "shape", "type", "within", "sum"],
+    ids=["value", "new", "tensor", "shape", "type", "within", "one of many", "sum"],
 )
 def test_what_was_edited_is_not_gone_on_from(tmp_path, change):
     path = checkpoint.save(tmp_path, STATE | PARTS)

@@ -104,7 +104,7 @@ class Table:
         length = products.diagonal().clamp(min=0).sqrt()
         scale = torch.where(length > 0, length, 1)  # a long row must not cost the short ones digits
         value, vector = torch.linalg.eigh(products / scale / scale[:, None])
-        found: Tensor = scale[:, None] * vector * value.clamp(min=0).sqrt()
+        found: Tensor = length[:, None] * vector * value.clamp(min=0).sqrt()
         return found
 
     def _products(self, origin: int, first: int | None = None) -> Tensor:
