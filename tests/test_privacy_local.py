@@ -11,7 +11,7 @@ from fedtorch.privacy import LocalDP
 from fedtorch.privacy.clipping import joint_norms
 from fedtorch.privacy.local import laplace
 from fedtorch.privacy.noise.streams import stream
-from fedtorch.types import ConfigError
+from fedtorch.types import ConfigError, Task
 from private_case import clients, flat, model, server, silent, visit
 
 
@@ -28,6 +28,18 @@ def test_laplace_noise_is_laplace():
     plan = LocalDP(mechanism="laplace", clip=0.3, rounds=1)
     x = flat(visit(silent(), who, plan, noise=1.5))
     assert stats.kstest((x / 0.9).flatten().numpy(), "laplace").pvalue > 1e-4
+
+
+@pytest.mark.parametrize("mechanism, norm", [("gaussian", 13.0), ("laplace", 19.0)], ids=str)
+def test_a_client_is_clipped_by_the_norm_that_its_noise_is_for(mechanism, norm):
+    """3, -4 and 12 over two groups: 13 by L2, 19 by L1."""
+    row = torch.tensor([[3.0, -4.0]]).double()
+    sent = {"delta": {"w": row}, "c": {"w": torch.tensor([[12.0]]).double()}}
+    task = Task({}, {}, 0, 0, 1.0, {"clip": 1.0, "noise": 0.0})
+    out = LocalDP(mechanism=mechanism, rounds=1).client(sent, torch.ones(1), task, ["a"])
+    assert torch.allclose(out["delta"]["w"], row / norm) and out["c"]["w"].item() == pytest.approx(
+        12 / norm
+    )
 
 
 def test_laplace_draws_have_tails_a_uniform_does_not_have():
