@@ -23,7 +23,8 @@ from fedtorch.aggregation.mixing import NNM, Bucketing, Mixing
 from fedtorch.aggregation.robust import TrimmedMean
 from fedtorch.aggregation.vectors import CentredClip, GeometricMedian, Krum
 from fedtorch.data import Digits, Dirichlet, partition
-from fedtorch.rounds.threat import Alie, Ipm, LabelFlip, Mimic, SignFlip, Threat
+from fedtorch.rounds.attacks import Alie, Ipm, LabelFlip, Mimic, SignFlip
+from fedtorch.rounds.threat import Threat
 from fedtorch.run.setup import clients as clients_of
 from fedtorch.strategies import ClientMomentum
 from fedtorch.training.losses import accuracy

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtorch.commands.train import train_module
-from fedtorch.run.files import git_commit
+from fedtorch.run.versions import git_commit
 from fedtorch.tracking.record import Record
 from fedtorch.tracking.tensorboard.pictures import Pictures
 

@@ -38,7 +38,7 @@ NOT_NEGATIVE = Range("a number >= 0", 0, math.inf, "high")
 COUNT = Range("at least 1", 1, math.inf, "high")
 RATE = Range("in (0, 1]", 0, 1, "low")
 SHARE = Range("in [0, 1)", 0, 1, "high")
-PART = Range("in [0, 1]", 0, 1)
+FRACTION = Range("in [0, 1]", 0, 1)
 INSIDE = Range("between 0 and 1", 0, 1, "low high")
 ANY = Range("a number", -math.inf, math.inf)
 
@@ -74,7 +74,7 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         """Refuse what cannot train, by name."""
         counts = dict.fromkeys(("epochs", "steps", "batch_size", "accumulate"), COUNT)
-        rates = {"lr": POSITIVE, "lr_warmup": NOT_NEGATIVE, "lr_floor": PART}
+        rates = {"lr": POSITIVE, "lr_warmup": NOT_NEGATIVE, "lr_floor": FRACTION}
         check(self, "", clip_norm=POSITIVE, **counts, **rates)
 
     def training(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from fedtorch.rounds.observers import Observer, Remembered, asks_to_stop, attend
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.rounds.state import ServerState
-from fedtorch.rounds.synchronous import Asked, Rounds, Step, Synchronous
+from fedtorch.rounds.synchronous import Asked, Rounds, ServerStep, Synchronous
 from fedtorch.rounds.threat import Threat
 from fedtorch.strategies.base import sends, uploads
 from fedtorch.training.evaluate import Judge, evaluate
@@ -84,7 +84,7 @@ class Server:
         ]
         """Shown what clients send as it arrives, and each round's figures."""
         self.threat = threat
-        self.recipe, clients, masks = handed.settled(
+        self.recipe, clients, masks = handed.with_liars(
             self.recipe, clients, participation, pace, self.observers, threat, seed
         )
         # what is trained, what travels, and what is remembered
@@ -360,7 +360,7 @@ class Server:
             f"{self.recipe.strategy}, round {self.round_number})"
         )
 
-    def _step(self) -> Step:
+    def _step(self) -> ServerStep:
         """Whom this round asks and whose work it takes, found once."""
         return self.under_way.step(self.round_number, self.seed, self._cohort)
 
@@ -375,7 +375,7 @@ class Server:
         numbers = self.books.numbers(self.round_number)
         return Task(self._weights.travel(), self.extras, self.round_number, self.seed, lr, numbers)
 
-    def _gathered(self, total: Gathering, step: Step, task: Task) -> Gathered:
+    def _gathered(self, total: Gathering, step: ServerStep, task: Task) -> Gathered:
         """What came of the visits; one that is cut short leaves clients as they were."""
         before = self.session.memory()
         came = self.under_way.arrivals(step, task, self.ids, self.session, self._weights.copied)

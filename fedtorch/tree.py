@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, cast
 
@@ -229,6 +229,11 @@ def mapped(fn: Callable[..., Any], batch: Any, *others: Any) -> Any:
         return batch
     beside = [parts(other) or [] for other in others]
     return rebuilt(batch, [mapped(fn, *each) for each in zip(inside, *beside, strict=True)])
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of their numbers."""
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def leaves(batch: Any) -> list[Tensor]:

@@ -6,7 +6,7 @@ from torch import nn
 from conftest import make_clients, mlp, weights
 from fedtorch import Client, ClientOptimizer, ConfigError, Local, Recipe, Server
 from fedtorch.checks.probe import fits
-from fedtorch.checks.trial import spread
+from fedtorch.checks.trial import evenly
 from fedtorch.strategies import FedProx
 from fedtorch.training.losses import cross_entropy, mean_squared_error
 
@@ -208,5 +208,5 @@ def test_a_later_client_of_other_types_or_shapes_is_named_before_training(other,
 
 
 def test_rows_that_are_tried_are_spread_from_the_first_to_the_last():
-    assert spread(9, 4).tolist() == [0, 2, 5, 8]
-    assert spread(3, 9).tolist() == [0, 1, 2]
+    assert evenly(9, 4).tolist() == [0, 2, 5, 8]
+    assert evenly(3, 9).tolist() == [0, 1, 2]

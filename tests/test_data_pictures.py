@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from fedtorch import ConfigError
-from fedtorch.data.pictures import Frame, looks, numbers, read
+from fedtorch.data.pictures import Frame, as_array, looks, read
 
 GREY = (np.arange(12).reshape(3, 4) * 20).astype(np.uint8)
 
@@ -129,5 +129,5 @@ def test_damaged_files_are_named(tmp_path, name):
 
 
 def test_pictures_that_are_open_already_are_read_by_their_colours():
-    assert np.array_equal(numbers(Image.fromarray(GREY)), GREY)
-    assert numbers(Image.fromarray(GREY.astype(np.uint16))).dtype == np.uint16
+    assert np.array_equal(as_array(Image.fromarray(GREY)), GREY)
+    assert as_array(Image.fromarray(GREY.astype(np.uint16))).dtype == np.uint16

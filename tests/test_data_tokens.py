@@ -122,7 +122,7 @@ def test_texts_of_unequal_length_need_a_token_to_fill_up_with():
     known = tiny.words()
     known.pad_token = None
     with pytest.raises(ConfigError, match="no token to fill up"):
-        tokens.encoded(known, ["good", "bad film"], 3)
+        tokens.tokenized(known, ["good", "bad film"], 3)
 
 
 def test_without_the_packages_it_is_told_what_to_install(monkeypatch):

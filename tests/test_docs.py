@@ -59,7 +59,7 @@ def test_commands_and_settings_are_real(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run.toml").write_text("rounds = 3\n")
     for block in blocks(path, "toml"):
-        assert objects.build(Config, tomllib.loads(block))
+        assert objects.construct(Config, tomllib.loads(block))
     for line in "".join(blocks(path, "sh")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["fedtorch"]:

@@ -1,5 +1,6 @@
 """What a package offers is imported once it is asked for, and is there all the same."""
 
+import ast
 import importlib
 import pickle
 from pathlib import Path
@@ -57,3 +58,14 @@ def test_a_module_is_found_by_its_former_name_and_is_the_very_one(old):
     assert importlib.import_module(f"fedtorch.{old}") is now
     assert now.__spec__.name == now.__name__ == f"fedtorch.{fedtorch.OLD[old]}"
     assert Path(now.__file__).parent.name != "fedtorch"
+
+
+def test_scripts_beside_the_package_import_what_there_is():
+    top = Path(__file__).parents[1]
+    for path in (
+        p for folder in ("benchmarks", "examples", "tools") for p in (top / folder).glob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedtorch"):
+                for name in node.names:
+                    exec(f"from {node.module} import {name.name}", {})

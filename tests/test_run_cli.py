@@ -196,7 +196,7 @@ def test_a_class_that_is_not_what_a_choice_asks_for_is_never_made(choice):
     if choice == "pace.clock":
         table["pace"]["name"] = "buffered"
     with pytest.raises(ConfigError, match=f"Touch' is no {choice}: it must be a"):
-        objects.build(Config, table)
+        objects.construct(Config, table)
     assert not Touch.made
 
 
@@ -463,7 +463,7 @@ class Tiny:
     ],
 )
 def test_free_options_keep_their_type(text, value):
-    assert objects.build(Tiny, {"model": {"name": "m", "a": text}}).model_args == {"a": value}
+    assert objects.construct(Tiny, {"model": {"name": "m", "a": text}}).model_args == {"a": value}
 
 
 def test_a_config_may_name_a_partition_with_options(tmp_path):
@@ -490,7 +490,7 @@ def test_a_class_named_among_free_options_is_not_imported(tmp_path, monkeypatch,
     monkeypatch.syspath_prepend(tmp_path)
     named = {"class_path": "of_others.Thing", "init_args": {}}
     given = {"x": named if inside == "a table" else json.dumps(named)}
-    config = objects.build(train_module().Config, {option: given})
+    config = objects.construct(train_module().Config, {option: given})
     free = config.optimizer_args if option == "optimizer_args" else config.model_args
     assert free["x"] in (named, given["x"])
     assert "of_others" not in sys.modules
@@ -498,9 +498,9 @@ def test_a_class_named_among_free_options_is_not_imported(tmp_path, monkeypatch,
 
 def test_a_table_of_free_options_may_be_text_and_must_be_a_table():
     config = train_module().Config
-    assert objects.build(config, {"model_args": '{"hidden": 8}'}).model_args == {"hidden": 8}
+    assert objects.construct(config, {"model_args": '{"hidden": 8}'}).model_args == {"hidden": 8}
     with pytest.raises(ConfigError, match="model_args must be a table of options"):
-        objects.build(config, {"model_args": "8"})
+        objects.construct(config, {"model_args": "8"})
 
 
 def test_options_without_a_name_are_those_of_the_default():

@@ -53,7 +53,7 @@ OURS = "test_run_steps:{}"
 )
 def test_what_names_no_function_is_refused_before_anything_is_imported(name):
     with pytest.raises(ConfigError, match=r"step must be package\.module:function"):
-        steps.named("step", name)
+        steps.function_named("step", name)
 
 
 def test_a_class_and_a_name_that_is_not_there_are_refused():
@@ -62,8 +62,8 @@ def test_a_class_and_a_name_that_is_not_there_are_refused():
         ("torch.nn:Linear", "no function"),
     ):
         with pytest.raises(ConfigError, match=why):
-            steps.named("eval_step", name)
-    assert steps.named("step", OURS.format("losses")) is losses
+            steps.function_named("eval_step", name)
+    assert steps.function_named("step", OURS.format("losses")) is losses
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class Given:
 
 
 def test_the_textbook():
-    shares = shamir.split(1234, 3, range(6), Given(166, 94), 1613)
+    shares = shamir.shares(1234, 3, range(6), Given(166, 94), 1613)
     assert [*shares.values()] == [1494, 329, 965, 176, 1188, 775]
     assert shamir.join({k: shares[k] for k in (1, 3, 4)}, 3, 1613) == 1234
 
@@ -47,7 +47,7 @@ def test_the_prime_is_the_first_above_every_secret():
 def test_any_threshold_of_shares_gives_the_secret_and_fewer_do_not(n):
     for t in range(1, n + 1):
         secret = secrets.randbelow(2**256)
-        shares = shamir.split(secret, t, range(n), secrets)
+        shares = shamir.shares(secret, t, range(n), secrets)
         for helpers in itertools.combinations(range(n), t):
             assert shamir.join({k: shares[k] for k in helpers}, t) == secret
         with pytest.raises(Refused, match="are needed"):
@@ -61,7 +61,7 @@ def test_any_threshold_of_shares_gives_the_secret_and_fewer_do_not(n):
 def test_random_helpers(n, data):
     t = data.draw(st.integers(1, n))
     secret = data.draw(st.integers(0, 2**256 - 1))
-    shares = shamir.split(secret, t, range(n), secrets)
+    shares = shamir.shares(secret, t, range(n), secrets)
     helpers = data.draw(st.permutations(range(n)))[:t]
     found = shamir.combine(shamir.weights(helpers), [shares[k] for k in helpers])
     assert found == secret
@@ -75,7 +75,7 @@ def test_fewer_than_the_threshold_are_distributed_alike_for_every_secret(t):
         for secret in (0, 1, 9, 16):
             counts = Counter()
             for terms in itertools.product(range(prime), repeat=t - 1):
-                shares = shamir.split(secret, t, range(n), Given(*terms), prime)
+                shares = shamir.shares(secret, t, range(n), Given(*terms), prime)
                 counts[tuple(shares[k] for k in helpers)] += 1
             seen.append(counts)
         assert all(s == seen[0] for s in seen)
@@ -97,7 +97,7 @@ def test_two_of_three_shares_tell_nothing_of_any_secret_of_257():
 def test_a_place_of_numpy_does_not_overflow():
     places = np.arange(5)
     secret = 2**255 + 12345
-    shares = shamir.split(secret, 4, places, secrets)
+    shares = shamir.shares(secret, 4, places, secrets)
     assert {type(k) for k in shares} == {int}
     found = shamir.combine(shamir.weights(places[1:]), [shares[k] for k in range(1, 5)])
     assert found == secret
@@ -108,11 +108,11 @@ def test_a_place_of_numpy_does_not_overflow():
     [
         lambda: shamir.weights([0, 1, 1]),
         lambda: shamir.weights([-1, 0]),  # x = 0 would be the secret itself
-        lambda: shamir.split(1, 2, [-1, 0, 1], secrets),
-        lambda: shamir.split(1, 2, [0, 0], secrets),
-        lambda: shamir.split(1, 3, [0, 1], secrets),
-        lambda: shamir.split(1, 0, [0, 1], secrets),
-        lambda: shamir.split(2**256 + 297, 1, [0], secrets),
+        lambda: shamir.shares(1, 2, [-1, 0, 1], secrets),
+        lambda: shamir.shares(1, 2, [0, 0], secrets),
+        lambda: shamir.shares(1, 3, [0, 1], secrets),
+        lambda: shamir.shares(1, 0, [0, 1], secrets),
+        lambda: shamir.shares(2**256 + 297, 1, [0], secrets),
         lambda: shamir.combine([1], [shamir.PRIME]),
         lambda: shamir.from_bytes((2**256 + 297).to_bytes(33, "big")),
         lambda: shamir.from_bytes(bytes(32)),

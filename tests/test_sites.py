@@ -38,7 +38,7 @@ from fedtorch.sites.engine import ALIVE_SECONDS, SMALL, Sites, remotes
 from fedtorch.sites.joined import Joined
 from fedtorch.sites.limits import accept
 from fedtorch.sites.options import SiteConfig
-from fedtorch.sites.reports import Visit, expected, judge
+from fedtorch.sites.reports import Assignment, expected, judge
 from fedtorch.sites.rpc import Line, Refused, Unreachable
 from fedtorch.sites.serve import calibrated
 from fedtorch.sites.site import Site
@@ -632,10 +632,10 @@ def test_of_reports_that_came_together_the_first_count():
     task = messages.Task({}, {}, 0, 0, 0.1)
     update = messages.Released.received(("x",), {}, {}, torch.ones(1))
     visits = [
-        Visit(n, task, taken=True, outcome=update, place=p)
+        Assignment(n, task, taken=True, outcome=update, place=p)
         for n, p in zip("abc", (3, 1, 2), strict=True)
     ]
-    visits.append(Visit("d", task, outcome=messages.Failure("d", "error", "")))
+    visits.append(Assignment("d", task, outcome=messages.Failure("d", "error", "")))
     judged = [v.outcome for v in judge(visits, most=2, least=1, deadline=9.0)]
     assert judged[1] is update and judged[2] is update
     assert [f.kind for f in (judged[0], judged[3])] == ["late", "error"]

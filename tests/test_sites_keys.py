@@ -106,5 +106,5 @@ def test_fingerprints_are_printed_as_a_table_for_those_who_pin_their_peers(tmp_p
     assert program.main(["keys", str(tmp_path)]) == 0  # once more, when nothing is to be made
     assert told["st.mary"] in capsys.readouterr().out
     as_openssl = ":".join(told["north"][k : k + 2] for k in range(0, 64, 2)).upper()
-    assert keys.plain(as_openssl) == told["north"]
-    assert not keys.plain(told["north"][:-1]) and not keys.plain("sha256")
+    assert keys.bare_fingerprint(as_openssl) == told["north"]
+    assert not keys.bare_fingerprint(told["north"][:-1]) and not keys.bare_fingerprint("sha256")

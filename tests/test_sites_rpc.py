@@ -15,7 +15,7 @@ from cryptography.x509.oid import NameOID
 
 from fedtorch.engines.wire import MessageError
 from fedtorch.sites import keys, rpc
-from fedtorch.sites.rpc import CALLS, LINES, SPARE, Line, Listener, Quiet, Refused, Unreachable
+from fedtorch.sites.rpc import LINES, OPEN_CALLS, SPARE, Line, Listener, Quiet, Refused, Unreachable
 
 pytestmark = pytest.mark.timeout(120)
 NAMES = ["north", "south"]
@@ -82,9 +82,9 @@ def silent(line, many, halt, seconds=60.0):
 
 def test_a_stranger_is_turned_away_before_anything_of_its_call_is_read(listener, line):
     halt = threading.Event()
-    many = 3 * CALLS  # on one line, which takes four times CALLS
+    many = 3 * OPEN_CALLS  # on one line, which takes four times CALLS
     calls = [c for _ in range(3) for c in silent(line("stranger"), many, halt)]
-    assert len(calls) > CALLS * len(NAMES) + SPARE
+    assert len(calls) > OPEN_CALLS * len(NAMES) + SPARE
     began = time.monotonic()
     for call in calls:  # none has sent a byte of its message
         assert call.code() == grpc.StatusCode.PERMISSION_DENIED
@@ -97,11 +97,11 @@ def test_a_stranger_is_turned_away_before_anything_of_its_call_is_read(listener,
 
 def test_a_site_that_holds_calls_open_takes_no_other_sites_place(listener, line):
     halt, evil, honest = threading.Event(), line("south"), line("north")
-    calls = silent(evil, 3 * CALLS, halt)
-    until(lambda: sum(c.done() for c in calls) == 2 * CALLS)
+    calls = silent(evil, 3 * OPEN_CALLS, halt)
+    until(lambda: sum(c.done() for c in calls) == 2 * OPEN_CALLS)
     refused, held = [[c for c in calls if c.done() is d] for d in (True, False)]
     assert {c.code() for c in refused} == {grpc.StatusCode.UNAVAILABLE}
-    with pytest.raises(Unreachable, match=f"{CALLS} calls open"):
+    with pytest.raises(Unreachable, match=f"{OPEN_CALLS} calls open"):
         line("south").call("join", b"x", 10)
     for k in range(20):
         assert honest.call("join", b"%d" % k, 10) == b"north:%d" % k
@@ -112,7 +112,7 @@ def test_a_site_that_holds_calls_open_takes_no_other_sites_place(listener, line)
 
 
 def test_a_site_may_wait_for_work_and_report_at_once(listener, line):
-    waiting, done = [line("north") for _ in range(CALLS - 1)], []
+    waiting, done = [line("north") for _ in range(OPEN_CALLS - 1)], []
     for one in waiting:
         call = threading.Thread(target=lambda one=one: done.append(one.call("fetch", b"", 30)))
         call.start()

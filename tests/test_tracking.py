@@ -25,7 +25,7 @@ from fedtorch.rounds.history import read
 from fedtorch.run import checkpoint
 from fedtorch.tracking import Record, TensorBoard, drawings
 from fedtorch.tracking.record import Lines
-from fedtorch.tracking.tags import FAMILIES, SMOOTHED, TAGS, layout, overview, purpose
+from fedtorch.tracking.tags import FAMILIES, SMOOTHED, TAGS, custom_scalars, overview, purpose
 from fedtorch.tracking.tensorboard import protos
 from fedtorch.tracking.tensorboard.events import trim
 from fedtorch.tracking.tensorboard.protos import EventFile, events
@@ -232,12 +232,12 @@ def test_a_map_of_clients_and_rounds_has_whole_names_and_grey_where_nothing_is(m
 def test_pages_of_curves_name_real_tags(private):
     known = [t.tag for t in TAGS.values()] + ["test/loss", "test/accuracy"]
     known += [f"nonprivate/{n}" for n in TAGS] if private else []
-    for page, charts in layout(private).items():
+    for page, charts in custom_scalars(private).items():
         for title, (kind, tags) in charts.items():
             for tag in tags:
                 assert any(re.fullmatch(f"{tag}.*", k) for k in known), (page, title, tag)
                 assert kind == "Multiline" or tag in known
-    assert ("Privacy" in layout(private)) == private
+    assert ("Privacy" in custom_scalars(private)) == private
 
 
 def test_kill_and_resume_leave_no_gap_and_no_doubled_step(tmp_path):

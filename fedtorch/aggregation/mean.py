@@ -118,7 +118,7 @@ class RunningMean:
         """
         if self._first is not None:
             one = self._first
-            return {g: _only(s) for g, s in one.sent.items()}, _only(one.buffers)
+            return {g: _one_row(s) for g, s in one.sent.items()}, _one_row(one.buffers)
         return (
             {g: {k: (v / self.weight).cpu() for k, v in s.items()} for g, s in self.sent.items()},
             {k: self._buffer(k, v.cpu(), start or {}) for k, v in self.buffers.items()},
@@ -131,7 +131,7 @@ class RunningMean:
         return total / self.weight
 
 
-def _only(stack: Stack) -> Params:
+def _one_row(stack: Stack) -> Params:
     return {k: v[0].cpu() for k, v in stack.items()}
 
 
@@ -140,14 +140,14 @@ def added(state: Params, delta: Params, buffers: Params) -> Params | None:
 
     None when the result is not finite.
     """
-    new = {k: _sum(state[k], v) for k, v in delta.items()}
+    new = {k: _plus(state[k], v) for k, v in delta.items()}
     if not all_finite(new):
         return None
     # float statistics are averaged; integer counters keep the server's value
     return state | new | {k: v.to(state[k].dtype) for k, v in buffers.items()}
 
 
-def _sum(value: Tensor, step: Tensor) -> Tensor:
+def _plus(value: Tensor, step: Tensor) -> Tensor:
     if step.dtype == value.dtype:
         return value + step
     # added in float64 and rounded once: one client's own weights come back to the last bit

@@ -12,7 +12,7 @@ from fedtorch.aggregation.table import Table, distances
 from fedtorch.options import COUNT, POSITIVE, check
 from fedtorch.types import ConfigError, Params
 
-MOST = 1000
+MOST_STEPS = 1000
 """Steps after which a search that has not settled ends."""
 
 
@@ -114,7 +114,7 @@ class GeometricMedian(Robust):
         """Of the last step."""
         rows = points[:-1]
         share = torch.full((len(rows),), 1 / len(rows), dtype=torch.float64)
-        for _ in range(self.steps or MOST):
+        for _ in range(self.steps or MOST_STEPS):
             before = share
             beta = 1 / (rows - share @ rows).norm(dim=1).clamp(min=self.nu)
             share = beta / beta.sum()

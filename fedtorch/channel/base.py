@@ -9,7 +9,7 @@ import torch
 
 from fedtorch import seeds
 from fedtorch.options import briefly, check
-from fedtorch.tree import expand, row, stack, tmap, to_float64
+from fedtorch.tree import expand, nbytes, row, stack, tmap, to_float64
 from fedtorch.types import AUDIT, ConfigError, Params, Released, Stack, Task
 
 UNSENT = "unsent/"
@@ -252,4 +252,4 @@ def _length(
 
 
 def _bytes(groups: Mapping[str, Params]) -> int:
-    return sum(v.numel() * v.element_size() for g in groups.values() for v in g.values())
+    return nbytes(v for g in groups.values() for v in g.values())

@@ -32,7 +32,7 @@ def _corrects(strategy: Strategy) -> bool:
     return strategy.contrasts or not linear
 
 
-def _plain(recipe: Recipe) -> bool:
+def _plain_sgd(recipe: Recipe) -> bool:
     client = recipe.client_optimizer
     plain = client.maker() is SGD and not any(client.args.values())
     return plain and recipe.clip_norm is None and recipe.accumulate == 1 and not varies(recipe)
@@ -236,7 +236,7 @@ REFUSED: tuple[Row, ...] = (
         "asks for losses and gradients: leave out one of them",
     ),
     (
-        lambda r, who, pace: r.strategy.steps_itself and not _plain(r),
+        lambda r, who, pace: r.strategy.steps_itself and not _plain_sgd(r),
         "strategy {strategy} takes steps of its own by the gradient times lr: leave out clip_norm, "
         "accumulate, lr_warmup, lr_decay and scheduler, and use --optimizer SGD without momentum or decay",
     ),
@@ -297,7 +297,7 @@ REFUSED: tuple[Row, ...] = (
 """What is refused, and why."""
 
 
-def settled(strategy: Strategy, pace: Rounds) -> Strategy:
+def left_to_pace(strategy: Strategy, pace: Rounds) -> Strategy:
     """The strategy with what it leaves to the pace: visits that overlap count alike, as in FedBuff."""
     left = pace.overlaps and strategy.weighting == "auto"
     return replace(strategy, weighting="uniform") if left else strategy

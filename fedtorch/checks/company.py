@@ -30,7 +30,7 @@ LARGEST = 2048
 LARGE = 512
 """The same where outputs are made larger."""
 
-ROOM = 1 << 22
+MOST_OUTPUTS = 1 << 22
 """Numbers that the outputs of the largest batches may have, of all classes together."""
 
 
@@ -74,7 +74,7 @@ def meets(
 
 def _batches(output: Any, y: Any, many: int, most: int) -> Iterator[Batch]:
     """As labels are, few and many; each of at most ``most`` classes by itself; all classes by turns."""
-    n, room = size(y), ROOM // max(1, sum(t[:1].numel() for t in leaves(output) if t.dim()))
+    n, room = size(y), MOST_OUTPUTS // max(1, sum(t[:1].numel() for t in leaves(output) if t.dim()))
     for places in (torch.arange(n), _tiled(n, min(many, room))):
         yield Batch(places, rows(y, places), WATCHED)
     each = _each_class(output, y, most)

@@ -15,7 +15,7 @@ from fedtorch.tree import leaves
 AFFORD = 6 << 30
 """Products that the largest batch for a model may take: a second, about."""
 
-ROOM = 1 << 21
+MOST_NUMBERS = 1 << 21
 """Numbers that the examples of the largest batch for a model may have."""
 
 
@@ -28,7 +28,7 @@ def most(recipe: Recipe) -> int:
 
 def affordable(batch: Any, recipe: Recipe, work: int) -> int:
     """Examples of the largest batch: as many as a step may take, if there is memory and time for them."""
-    room = ROOM // max(1, sum(t[:1].numel() for t in leaves(batch)))
+    room = MOST_NUMBERS // max(1, sum(t[:1].numel() for t in leaves(batch)))
     return max(most(recipe), min(_max_batch(recipe), room, AFFORD // work))
 
 
@@ -38,7 +38,7 @@ def _max_batch(recipe: Recipe) -> int:
     return plan.max_batch if plan else 1
 
 
-def batches(count: int, most: int) -> Iterator[Tensor]:
+def places(count: int, most: int) -> Iterator[Tensor]:
     """Pairs, few and many of ``count`` examples, of both classes, some twice: their places."""
     places: Sequence[int]
     for places in (
@@ -52,7 +52,7 @@ def batches(count: int, most: int) -> Iterator[Tensor]:
         yield torch.tensor([k % count for k in places])
 
 
-def scaled(batch: Any, scale: float) -> Any:
+def enlarged(batch: Any, scale: float) -> Any:
     """The batch with inputs so many times as large."""
     if scale == 1:
         return batch

@@ -24,7 +24,7 @@ def check(clients: Sequence[Client], recipe: Recipe) -> list[str]:
         if client.sampler is not None:
             _draws(client, client.sampler, recipe)
         if recipe.privacy.per_example:
-            _apart(client)
+            _far_apart(client)
     if recipe.privacy.per_example:  # the plan draws the batches, and says so
         return []
     for client in clients:
@@ -60,7 +60,7 @@ def _draws(client: Client, sampler: Drawn, recipe: Recipe) -> None:
         )
 
 
-def _apart(client: Client) -> None:
+def _far_apart(client: Client) -> None:
     """What a dataset gives for several examples at once must be what it gives for each: it may mix them."""
     data: Any = client.data.data if isinstance(client.data, Collated) else client.data
     if not hasattr(data, "__getitems__") or len(client) < 2:

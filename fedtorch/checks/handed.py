@@ -16,6 +16,7 @@ from fedtorch.rounds.participation import Participation
 from fedtorch.rounds.synchronous import Rounds, counted
 from fedtorch.rounds.threat import Attacked, Threat, attacked
 from fedtorch.strategies import lora
+from fedtorch.tree import nbytes
 from fedtorch.types import ConfigError, Params
 
 
@@ -77,7 +78,7 @@ def sizes(clients: Sequence[Any]) -> list[int] | None:
     return [len(c) for c in clients] if all(hasattr(c, "__len__") for c in clients) else None
 
 
-def settled(
+def with_liars(
     recipe: Recipe,
     clients: Sequence[Client],
     participation: Participation,
@@ -102,7 +103,7 @@ def settled(
     if threat is not None:
         recipe, clients = attacked(recipe, clients, fit("threat", threat, Threat), seed)
         combination.check(recipe, participation, pace)
-    strategy = combination.settled(recipe.strategy, pace)
+    strategy = combination.left_to_pace(recipe.strategy, pace)
     return replace(recipe, strategy=strategy), clients, said
 
 
@@ -131,7 +132,7 @@ def notes(
             "each client keeps a model of its own, server.model_of(id); server.model is the shared one"
         )
     if not recipe.aggregator.linear:
-        each = sum(v.numel() * v.element_size() for p in sent.values() for v in p.values())
+        each = nbytes(v for p in sent.values() for v in p.values())
         rule: Any = recipe.aggregator
         who = f"threat {typed(rule.threat)}" if isinstance(rule, Attacked) else typed(rule)
         found.append(

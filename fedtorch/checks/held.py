@@ -38,7 +38,7 @@ DRAWS: dict[Any, tuple[str, tuple[str, ...]]] = {
 SPREAD = {"uniform": ("from", "to"), "normal": ("mean", "std")}
 """The arguments that say how numbers are spread: 0 and 1 where nothing is said."""
 
-ENDS = (1e-6, 1 - 1e-6)
+EXTREMES = (1e-6, 1 - 1e-6)
 """Least and largest uniform number: what is done rarely is often done where one is small, or large."""
 
 GOLDEN = (math.sqrt(5) - 1) / 2
@@ -98,7 +98,7 @@ class Held(TorchFunctionMode):
         each = bool(given.dim()) and len(given) == len(self.index)
         shape = (self.examples, *given.shape[1:]) if each else given.shape
         table = torch.rand(shape, generator=draw, dtype=torch.float64)
-        table = self._moved(table, torch.rand(shape, generator=coin)).clamp(*ENDS)
+        table = self._moved(table, torch.rand(shape, generator=coin)).clamp(*EXTREMES)
         table = (torch.special.ndtri(table) if normal else table).to(dtype)
         return (table[self.index] if each else table).to(given.device)
 
@@ -120,7 +120,7 @@ def _limits(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
     return low, high
 
 
-def alike(examples: int) -> Held:
+def same_draws(examples: int) -> Held:
     """For ``with``: each example of a batch of so many draws the same numbers."""
     return Held(0).of(torch.zeros(examples, dtype=torch.int64))
 
@@ -130,6 +130,6 @@ def draws_numbers(model: nn.Module, batch: Any, recipe: Recipe, held: bool = Fal
     losses = []
     with untouched(model), torch.no_grad(), undropped(model):
         for seed in (0, 1):
-            with seeds.seeded(seed), alike(size(batch)) if held else nullcontext():
+            with seeds.seeded(seed), same_draws(size(batch)) if held else nullcontext():
                 losses.append(recipe.tried(model, batch))
     return not torch.allclose(losses[0], losses[1], rtol=1e-4, atol=1e-6, equal_nan=True)

@@ -22,7 +22,7 @@ from fedtorch.training.outline import Outline, untouched
 from fedtorch.tree import same
 from fedtorch.types import ConfigError
 
-CALLS = 3
+BETWEEN = 3
 """Other batches between two times that a batch must have the same loss."""
 
 DATA = (
@@ -101,7 +101,7 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 def _repeats(ask: Callable[[Any], Tensor], own: Tensor, given: Any, other: Any) -> bool:
     """Whether a batch has the loss that it had before some of another kind."""
     try:
-        for _ in range(CALLS):
+        for _ in range(BETWEEN):
             _value(ask, other)
     except Exception:  # half of an output may be none
         return True

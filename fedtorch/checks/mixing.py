@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedtorch import seeds
 from fedtorch.checks.company import LARGEST, SCALES, WATCHED, Near, meets, tolerant
-from fedtorch.checks.crowds import AFFORD, affordable, among, batches, most, scaled
+from fedtorch.checks.crowds import AFFORD, affordable, among, enlarged, most, places
 from fedtorch.checks.held import Held
 from fedtorch.checks.precise import Tried, another, precise, products
 from fedtorch.recipe import Recipe
@@ -26,7 +26,7 @@ from fedtorch.types import ConfigError
 HEAVY = 1 << 20
 """Products of one forward from which on float64, several times slower, is for few examples alone."""
 
-DRAWS = 4
+TIMES = 4
 """Times that a model which draws is tried wholly, each time with other numbers."""
 
 RARE = 28
@@ -50,10 +50,10 @@ def mixes(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
             why = _found(fine, rough, work)
             # whether examples mix may hang on what is drawn
             many, drawn = size(batch), own.held.calls
-            for seed in range(1, DRAWS if drawn else 1):
+            for seed in range(1, TIMES if drawn else 1):
                 held = Held(seed, many)
                 why = why or _found(fine._replace(held=held), rough._replace(held=held), work)
-            for seed in range(DRAWS, min(RARE, AFFORD // (8 * many * work)) if drawn else 0):
+            for seed in range(TIMES, min(RARE, AFFORD // (8 * many * work)) if drawn else 0):
                 rarely = fine._replace(held=Held(seed, many))
                 why = why or _neighbours(rarely, (1.0,), many)
             # numbers of some size may be needed for that
@@ -112,10 +112,10 @@ def _found(fine: Tried, rough: Tried, work: int) -> str | None:
 def _neighbours(t: Tried, scales: Sequence[float], most: int) -> str | None:
     """Losses of examples alone and in batches, at several sizes of the inputs."""
     for scale in scales:
-        given = t._replace(batch=scaled(t.batch, scale))
+        given = t._replace(batch=enlarged(t.batch, scale))
         with torch.no_grad(), tolerant(scale):
             alone = _alone(given)
-            for index in batches(size(t.batch), most):
+            for index in places(size(t.batch), most):
                 if _differ(alone, given.losses(index), index, t.near):
                     return "one example's result depends on its neighbours"
     return None
@@ -141,7 +141,7 @@ def _gradients(t: Tried, scales: Sequence[float], most: int) -> str | None:
     watched = [*_watched(t.batch)]
     times = -(-most // len(watched))
     for scale in scales:
-        given = t._replace(batch=scaled(t.batch, scale))
+        given = t._replace(batch=enlarged(t.batch, scale))
         with tolerant(scale):
             alone = [given.gradient(torch.tensor([k])) for k in watched]
             whole = float(torch.stack([a.norm() for a in alone]).sum())
@@ -161,7 +161,7 @@ def _remembers(t: Tried) -> str | None:
         for scale in (1.0, 0.5):
             own, order = t._replace(recipe=another(t.recipe)), many if scale == 1 else many.flip(0)
             for _ in range(STATEFUL):
-                _again(own, scaled(t.batch, scale), many, order)
+                _again(own, enlarged(t.batch, scale), many, order)
             ends.append(own.losses(torch.arange(n)))
     if torch.allclose(ends[0], ends[1], rtol=t.near.rtol, atol=t.near.atol, equal_nan=True):
         return None

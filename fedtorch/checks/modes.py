@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.checks.held import alike, draws_numbers
+from fedtorch.checks.held import draws_numbers, same_draws
 from fedtorch.checks.stacking import uneven
-from fedtorch.checks.tried import SOME, inputs, largest, noise, two_examples
+from fedtorch.checks.tried import SOME, inputs, largest, normal_inputs, two_examples
 from fedtorch.client import Client
 from fedtorch.privacy import models
 from fedtorch.privacy.gradients import PrivateSteps, stacked_gradients
@@ -62,7 +62,7 @@ def with_mode(
         mode = (
             "stacked"
             if small
-            else _first(model, clients, recipe, ("ghost", "hooks", "stacked", "alone"))
+            else _first_that_works(model, clients, recipe, ("ghost", "hooks", "stacked", "alone"))
         )
     elif why := _works(model, clients, recipe, mode):
         raise ConfigError(
@@ -79,7 +79,7 @@ def stacks(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
     return not private or _works(model, clients, recipe, "stacked") is None
 
 
-def _first(
+def _first_that_works(
     model: nn.Module, clients: Sequence[Client], recipe: Recipe, modes: Sequence[str]
 ) -> str:
     whys = []
@@ -142,7 +142,7 @@ def _differs(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> bool:
         alone = [a for a in alone if bool(a.isfinite().all())]
         clip = min((float(a.norm()) for a in alone if bool(a.any())), default=2.0) / 2
         want = sum(a * (clip / a.norm().clamp(min=clip)) for a in alone)
-        with alike(size(batch)):
+        with same_draws(size(batch)):
             got = _one_step(model, batch, recipe, mode, clip)
         return not (got - want).norm() <= TOLERANCE * clip
 
@@ -169,7 +169,7 @@ def _varied(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Any:
     data = largest(clients)
     many = torch.arange(SOME // 2) % len_of(data)
     batch = to(fetch(data, many), next(model.parameters()).device)
-    other = inputs(partial(noise, 1.0, seeds.generator(0, "experts")), batch)
+    other = inputs(partial(normal_inputs, 1.0, seeds.generator(0, "experts")), batch)
     try:
         with torch.no_grad(), seeds.seeded(0):
             return other if bool(recipe.tried(model, other).isfinite().all()) else batch
@@ -202,7 +202,7 @@ def _over_sequences(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
 def _alone(model: nn.Module, batch: Any, k: int, recipe: Recipe) -> Tensor:
     """One example's gradient without any machinery, flat: what every mode is held to."""
     model.zero_grad()
-    with seeds.seeded(0), alike(1):
+    with seeds.seeded(0), same_draws(1):
         recipe.losses(model, rows(batch, slice(k, k + 1))).sum().backward()
     return _gradients(model)
 

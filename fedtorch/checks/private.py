@@ -12,8 +12,8 @@ from fedtorch import seeds
 from fedtorch.checks.held import draws_numbers
 from fedtorch.checks.mixing import mixes as mixes_examples
 from fedtorch.checks.probe import visit_alone
-from fedtorch.checks.reached import kept
-from fedtorch.checks.tried import SOME, inputs, largest, noise, two_examples
+from fedtorch.checks.reached import forgets
+from fedtorch.checks.tried import SOME, inputs, largest, normal_inputs, two_examples
 from fedtorch.client import Client
 from fedtorch.privacy import Privacy, models
 from fedtorch.recipe import Recipe
@@ -85,7 +85,7 @@ def _per_example(
         )
     if alone:  # nothing is mixed, unless it is kept
         with torch.no_grad(), untouched(model), seeds.seeded(0):
-            kept(training(model), batch, recipe)
+            forgets(training(model), batch, recipe)
     elif why := mixes_examples(model, batch, recipe):
         if kind := _narrow(model, batch, recipe):
             raise ConfigError(
@@ -131,7 +131,7 @@ def _reached(model: nn.Module, batch: Any, recipe: Recipe) -> set[str]:
     found: set[str] = set()
     draw = seeds.generator(0, "experts")
     for k in range(VARIED):
-        given = inputs(partial(noise, k, draw), batch) if k else batch
+        given = inputs(partial(normal_inputs, k, draw), batch) if k else batch
         with untouched(model), seeds.seeded(0):
             try:
                 recipe.losses(training(model), given).sum().backward()

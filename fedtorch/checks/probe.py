@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from fedtorch import seeds
 from fedtorch.checks.model import trainable
-from fedtorch.checks.stacking import layout
+from fedtorch.checks.stacking import types_and_shapes
 from fedtorch.checks.tried import first, shape
 from fedtorch.client import Client
 from fedtorch.options import typed
@@ -103,7 +103,9 @@ def _full_and_short(clients: Sequence[Client], recipe: Recipe) -> Iterator[tuple
     full = clients[0], torch.arange(max(size, 2)) % size
     yield full
     # whose numbers are of another type or shape, where tables of tensors tell at once
-    laid = [layout(c.data[0]) if isinstance(c.data, TensorDataset) else () for c in clients]
+    laid = [
+        types_and_shapes(c.data[0]) if isinstance(c.data, TensorDataset) else () for c in clients
+    ]
     kinds = dict(zip(reversed(laid), reversed(clients), strict=True))
     for client in [c for kind, c in kinds.items() if kind != laid[0]]:
         own = min(recipe.batch_size or len(client), len(client))
@@ -203,9 +205,10 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
     except ConfigError:
         raise
     except Exception as e:
+        fix = _no_classes(output, y) or _whole_labels(output, y) or other_types(model, y)
         raise ConfigError(
             f"the loss does not fit model {name} (output {shape(output)}) and the labels "
-            f"{shape(y)}: {first(e)}{_no_classes(output, y) or _whole(output, y) or other_types(model, y)}"
+            f"{shape(y)}: {first(e)}{fix}"
         ) from e
     if _spread_out(recipe, output, y, found):
         raise ConfigError(
@@ -215,7 +218,7 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
     return found
 
 
-def _whole(output: Any, target: Any) -> str:
+def _whole_labels(output: Any, target: Any) -> str:
     """What to do where labels are whole and stand beside outputs that are not."""
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)):
         return ""

@@ -39,7 +39,7 @@ def others(given: nn.Module, worker: nn.Module, clients: Sequence[Client], recip
         found = [t for t in first if id(t) not in own and any(t is other for other in again)]
         if not recipe.privacy.per_example:  # whose trials say what it would void
             with torch.no_grad():
-                kept(worker, batch, recipe)
+                forgets(worker, batch, recipe)
     for t in found:
         t.grad = None  # what the trial before left there
         if isinstance(t, nn.Parameter):
@@ -51,7 +51,7 @@ def others(given: nn.Module, worker: nn.Module, clients: Sequence[Client], recip
         )
 
 
-def kept(model: nn.Module, batch: Any, recipe: Recipe) -> None:
+def forgets(model: nn.Module, batch: Any, recipe: Recipe) -> None:
     """Raises ConfigError where the loss is another after it was asked for others."""
     if recipe.step is None:  # the model's own part is left out
         x, y = batch

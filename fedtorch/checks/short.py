@@ -22,7 +22,7 @@ FEW = 16
 DRAWS = 8
 """Batches of one size that are tried at most."""
 
-ROOM = 256
+MOST_TRIED = 256
 """Examples after which no more sizes are tried, the smallest first."""
 
 
@@ -35,7 +35,7 @@ def batches(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None
         return
     spent = 0
     for size, those in sorted(_sizes(clients, recipe).items()):
-        if spent and spent + size > ROOM:
+        if spent and spent + size > MOST_TRIED:
             return
         spent += size * _draws(size)
         with untouched(model), torch.no_grad(), seeds.seeded(0):

@@ -59,10 +59,10 @@ def _inmost(batch: Any) -> list[Any]:
 
 def shapes_in(item: Any) -> tuple[tuple[int, ...], ...]:
     """The shape of everything in an example; of what is no tensor, none."""
-    return tuple(shape for _, shape in layout(item))
+    return tuple(shape for _, shape in types_and_shapes(item))
 
 
-def layout(item: Any) -> tuple[tuple[torch.dtype | None, tuple[int, ...]], ...]:
+def types_and_shapes(item: Any) -> tuple[tuple[torch.dtype | None, tuple[int, ...]], ...]:
     """Type and shape of everything in an example; of what is no tensor, none."""
     return tuple((getattr(v, "dtype", None), tuple(getattr(v, "shape", ()))) for v in _inmost(item))
 

@@ -49,12 +49,12 @@ def shown(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Sequen
     if not recipe.privacy.claims:
         return clients
     standins = _all(clients, made)
-    classes = _classes(model, standins[0])
+    classes = _class_count(model, standins[0])
     if classes > 2:  # a loss may look at some of them alone
         many = _all(clients, partial(made, classes=classes))
-        if _fits(model, many[0], recipe):
+        if _takes_examples(model, many[0], recipe):
             return many
-    return standins if _fits(model, standins[0], recipe) else _all(clients, limited)
+    return standins if _takes_examples(model, standins[0], recipe) else _all(clients, limited)
 
 
 def _all(clients: Sequence[Client], make: Any) -> list[Shown]:
@@ -143,7 +143,7 @@ def _once(known: dict[object, Dataset], data: Dataset, make: Any) -> Dataset:
     return known[key]
 
 
-def _classes(model: nn.Module, client: Client) -> int:
+def _class_count(model: nn.Module, client: Client) -> int:
     """As many classes as the model has outputs on axis 1 for targets that are whole numbers; else 0."""
     try:
         with untouched(model), torch.no_grad(), seeds.seeded(0):
@@ -157,7 +157,7 @@ def _classes(model: nn.Module, client: Client) -> int:
         return 0
 
 
-def _fits(model: nn.Module, client: Client, recipe: Recipe) -> bool:
+def _takes_examples(model: nn.Module, client: Client, recipe: Recipe) -> bool:
     """Whether model and loss take made-up examples at all, whatever their targets."""
     try:
         with untouched(model), torch.no_grad(), seeds.seeded(0):

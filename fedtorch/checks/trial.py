@@ -50,7 +50,7 @@ def pooled(datasets: Sequence[Dataset]) -> Dataset:
     """
     who = torch.linspace(0, len(datasets) - 1, min(len(datasets), FEW)).long().tolist()
     each = -(-LOOKED_AT // len(who))
-    parts = [some(d, spread(len_of(d), each)) for d in (datasets[k] for k in who)]
+    parts = [some(d, evenly(len_of(d), each)) for d in (datasets[k] for k in who)]
     tables = [p.tensors for p in parts if isinstance(p, TensorDataset)]
     if len(tables) == len(parts):
         pool: Dataset = TensorDataset(*map(torch.cat, zip(*tables, strict=True)))
@@ -60,13 +60,13 @@ def pooled(datasets: Sequence[Dataset]) -> Dataset:
     for k in range(len_of(pool)):
         first.setdefault(_class(pool[k]), k)
     found = [*first.values()]
-    chosen = [found[k] for k in spread(len(found), FEW).tolist()]
+    chosen = [found[k] for k in evenly(len(found), FEW).tolist()]
     others = [k for k in range(len_of(pool)) if k not in chosen]
-    more = spread(len(others), FEW - len(chosen)).tolist()
+    more = evenly(len(others), FEW - len(chosen)).tolist()
     return some(pool, torch.tensor(chosen + [others[k] for k in more]))
 
 
-def spread(n: int, most: int) -> Tensor:
+def evenly(n: int, most: int) -> Tensor:
     """At most so many of the numbers below ``n``, evenly spread."""
     return torch.linspace(0, n - 1, min(n, most)).long()
 
@@ -97,7 +97,7 @@ def stacks(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> b
         return True
     n = min(len_of(data), FEW)
     n -= n == 6  # no batch of one, which some models cannot take
-    few = some(data, spread(len_of(data), n))
+    few = some(data, evenly(len_of(data), n))
     parts = [few, some(few, torch.arange(n).flip(0))]
     try:
         return difference(solver, model, parts, recipe) < TOLERANCE
@@ -105,7 +105,7 @@ def stacks(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> b
         return False
 
 
-def filled(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
+def fills_up(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> bool:
     """Whether it shows that ``solver`` fills up batches, tried on clients of unequal size.
 
     ``data`` has examples of all kinds (``pooled``). What cannot be tried shows it.
@@ -115,7 +115,7 @@ def filled(solver: Solver, model: nn.Module, data: Dataset, recipe: Recipe) -> b
         return True
     if random(model, data, recipe):
         return False
-    few = some(data, spread(len_of(data), n))
+    few = some(data, evenly(len_of(data), n))
     # no batch of one, which some models cannot take, where there are others
     sizes = {*(k for k in (n - 2, n // 2, n // 3) if k > 1 and k % 5 != 1)} | {max(1, n // 3)}
     short = itertools.cycle(sorted(sizes, reverse=True))

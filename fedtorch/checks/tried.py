@@ -27,7 +27,7 @@ def largest(clients: Sequence[Client]) -> Dataset:
     return max(clients, key=len).data
 
 
-def noise(scale: float, draw: torch.Generator, like: Tensor) -> Tensor:
+def normal_inputs(scale: float, draw: torch.Generator, like: Tensor) -> Tensor:
     """Normal numbers in place of others of a model's input; whole ones, as of a vocabulary, stay."""
     if not like.is_floating_point():
         return like

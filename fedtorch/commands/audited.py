@@ -63,7 +63,7 @@ def _twin(run: results.Saved, options: dict[str, str], trusted: bool, aside: boo
     trust.check({"model": train.Config.model} | table, {}, f"the run in {run.folder}", known)
     names = (TWIN, *(f"{TWIN}-{n}" for n in range(2, 1000)))
     folder = next(run.folder / n for n in names if not (run.folder / n).exists())
-    config = objects.build(train.Config, table | {"run_dir": str(folder), "resume": False})
+    config = objects.construct(train.Config, table | {"run_dir": str(folder), "resume": False})
     print(
         "note: the run is trained once more, with canaries: whoever sees both has seen two releases, and "
         "their epsilons add up",

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtorch.commands.privacy import finite, rounded
+from fedtorch.commands.privacy import finite, upwards
 from fedtorch.privacy.accounting import claims
 from fedtorch.privacy.accounting.events import Event
 from fedtorch.types import ConfigError
@@ -41,16 +41,16 @@ def tell(found: dict[str, Any], given: dict[str, Any]) -> None:
         return
     k, mu = given["group"], found["gaussian_mu"]
     words: dict[float | None, str] = {None: "inf"}
-    words |= {v: rounded(v) for v in found.values() if isinstance(v, float)}
-    print(f"Gaussian: mu {rounded(mu)}" if mu is not None else "not a Gaussian curve: points of it")
+    words |= {v: upwards(v) for v in found.values() if isinstance(v, float)}
+    print(f"Gaussian: mu {upwards(mu)}" if mu is not None else "not a Gaussian curve: points of it")
     print(
         f"epsilon {words[found['epsilon_replace_one']]} if one is replaced, "
         f"{words[found[f'epsilon_of_a_group_of_{k}']]} for {k} together\n"
-        f"membership: advantage at most {rounded(found['membership_advantage'])}\n"
+        f"membership: advantage at most {upwards(found['membership_advantage'])}\n"
         "false positive rate   true positive rate at most"
     )
     for point in found["trade_off_curve"]:
-        rate = rounded(point["true_positive_rate"])
+        rate = upwards(point["true_positive_rate"])
         print(f"{point['false_positive_rate']:>19g}   {rate:>26}")
     if given["plot"]:
         print(f"curve: {given['plot']}")

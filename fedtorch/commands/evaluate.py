@@ -60,7 +60,8 @@ def simulated(folder: str, as_json: bool, trusted: bool) -> int:
     run = trained(folder, trusted, judged=True)
     config, data = run.config, run.data
     loss, _ = setup.loss_and_metrics(data.kind, config.loss, config.metrics)
-    recipe = Recipe(loss=loss) if not config.step else Recipe(step=steps.named("step", config.step))
+    step = steps.function_named("step", config.step) if config.step else None
+    recipe = Recipe(loss=loss) if step is None else Recipe(step=step)
     asked = config.eval_step, data.kind, config.metrics, run.model, data.test
     metrics, judge = steps.judging(recipe, *asked)
     figures = judged(run.model, data.test, metrics, judge)
@@ -107,7 +108,7 @@ def federation(run: results.Saved, as_json: bool, trusted: bool) -> int:
     table = cli.read(path)
     known = trusted or trust.remembered(path)
     trust.check({"model": ServeConfig.model} | table, {}, f"the run in {run.folder}", known)
-    config = objects.build(ServeConfig, table)
+    config = objects.construct(ServeConfig, table)
     plan = replace(serve.make_plan(config, ""), **serve.known(run.folder, True))
     model, recipe = plan.build()
     files.read_model(run.folder, model, "serve")

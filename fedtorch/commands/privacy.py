@@ -148,7 +148,7 @@ def plan(argv: Sequence[str]) -> int:
     print(f"epsilon at delta {given['delta']:g} ({given['accountant']}), {RELATION}")
     print("rounds " + "".join(f"{f'noise {z:g}':>12}" for z in curves))
     for i, r in enumerate(rounds):
-        print(f"{r:>6} " + "".join(f"{rounded(e[i]):>12}" for e in curves.values()))
+        print(f"{r:>6} " + "".join(f"{upwards(e[i]):>12}" for e in curves.values()))
     return 0
 
 
@@ -183,7 +183,7 @@ def searched(given: dict[str, Any]) -> int:
     )
     print("noise " + "".join(f"{k.replace('_', ' '):>13}" for k in costs))
     for row in table:
-        shown = [rounded(math.inf if (v := row[k]) is None else v) for k in costs]
+        shown = [upwards(math.inf if (v := row[k]) is None else v) for k in costs]
         print(f"{row['noise_multiplier']:<5g} " + "".join(f"{v:>13}" for v in shown))
     return 0
 
@@ -199,10 +199,10 @@ def read(argv: Sequence[str], command: str, options: dict[str, Option]) -> dict[
         raise ConfigError(f"fedtorch {command} takes no argument, but got {words[0]!r}")
     if missing := [n for n, o in options.items() if o.required and n not in given]:
         raise ConfigError(f"fedtorch {command} needs --{missing[0]} (fedtorch {command} --help)")
-    return {n: value(n, o, given[n]) if n in given else o.default for n, o in options.items()}
+    return {n: parsed(n, o, given[n]) if n in given else o.default for n, o in options.items()}
 
 
-def value(name: str, option: Option, text: str) -> Any:
+def parsed(name: str, option: Option, text: str) -> Any:
     """One option's text as what it should be."""
     if option.kind is bool:
         return True
@@ -242,10 +242,10 @@ def show(given: dict[str, Any], figures: dict[str, Any]) -> None:
     if given["json"]:
         print(json.dumps({k: finite(v) for k, v in figures.items()} | shared))
         return
-    rdp = "" if given["accountant"] == "rdp" else f"; {rounded(figures['epsilon_rdp'])} by rdp"
+    rdp = "" if given["accountant"] == "rdp" else f"; {upwards(figures['epsilon_rdp'])} by rdp"
     print(
-        f"epsilon {rounded(figures['epsilon'])} at delta {given['delta']:g} ({given['accountant']}{rdp})\n"
-        f"noise {rounded(figures['noise_multiplier'])} x clip norm, {given['steps']} steps, rate "
+        f"epsilon {upwards(figures['epsilon'])} at delta {given['delta']:g} ({given['accountant']}{rdp})\n"
+        f"noise {upwards(figures['noise_multiplier'])} x clip norm, {given['steps']} steps, rate "
         f"{given['sample-rate']:g}\n{RELATION}"
     )
 
@@ -272,7 +272,7 @@ def spread(last: int, most: int = 10) -> list[int]:
     return sorted({1, *(max(1, round(last * i / most)) for i in range(1, most + 1))})
 
 
-def rounded(x: float) -> str:
+def upwards(x: float) -> str:
     """Four places, upwards: what is printed still holds."""
     return f"{math.ceil(x * 1e4) / 1e4:.4f}" if math.isfinite(x) else "inf"
 

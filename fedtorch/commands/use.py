@@ -70,7 +70,7 @@ def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool 
         imported = {k: v for k, v in table.items() if k not in later}
         named = {"model": train.Config.model} | imported
         trust.check(named, {}, f"the run in {folder}", own)
-    config = objects.build(train.Config, table)
+    config = objects.construct(train.Config, table)
     kept = prepared.load(Path(folder))
     data = config.dataset.load(config.seed) if load or kept is None or kept.missing else None
     if data is not None and data.asks:
@@ -96,7 +96,7 @@ def predict(argv: Sequence[str]) -> int:
         raise ConfigError(f"fedtorch predict takes a run folder and a file, but got {len(words)}")
     run, path = trained(words[0], TRUST in given, load=False), Path(words[1])
     if "vocabulary" in run.known.facts or run.known.facts.get("language"):
-        more = write_on(run, _text(path), _whole(given.get("length", str(LENGTH))))
+        more = write_on(run, _text(path), _length(given.get("length", str(LENGTH))))
         print(json.dumps({"continuation": more}) if "json" in given else more)
         return 0
     if "length" in given:
@@ -132,7 +132,7 @@ def described(output: Any, known: Prepared, n: int) -> list[dict[str, Any]]:
     """
     kind, classes = known.kind, known.preparation.classes
     if not isinstance(output, Tensor):
-        named = {k: v for k, v in names(output).items() if _has_rows(v, n)}
+        named = {k: v for k, v in parts_by_name(output).items() if _has_rows(v, n)}
         if "logits" in named:
             return described(named["logits"], known, n)
         if not named:
@@ -156,10 +156,10 @@ def described(output: Any, known: Prepared, n: int) -> list[dict[str, Any]]:
     else:
         return [{"prediction": v} for v in output.flatten(1).squeeze(-1).tolist()]
     pairs = zip(label.tolist(), chance.tolist(), strict=True)
-    return [{"prediction": _named(y, classes), "probability": p} for y, p in pairs]
+    return [{"prediction": _class_name(y, classes), "probability": p} for y, p in pairs]
 
 
-def names(output: Any) -> dict[str, Any]:
+def parts_by_name(output: Any) -> dict[str, Any]:
     """Parts of a model's output by name, or by place."""
     keys = list(output) if isinstance(output, Mapping) else getattr(output, "_fields", None)
     if keys is None and is_dataclass(output):
@@ -180,9 +180,9 @@ def _has_rows(value: Any, n: int) -> bool:
     return bool(found := leaves(value)) and all(t.dim() and len(t) == n for t in found)
 
 
-def _named(label: Any, classes: Sequence[Any]) -> Any:
+def _class_name(label: Any, classes: Sequence[Any]) -> Any:
     if isinstance(label, list):
-        return [_named(y, classes) for y in label]
+        return [_class_name(y, classes) for y in label]
     return classes[label] if classes else label
 
 
@@ -229,7 +229,7 @@ def _text(path: Path) -> str:
         raise ConfigError(f"{path} cannot be read as text: {e}") from e
 
 
-def _whole(text: str) -> int:
+def _length(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise ConfigError(f"--length must be a whole number of at least 1, got {text!r}")
     return int(text)

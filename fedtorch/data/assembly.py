@@ -13,7 +13,7 @@ from fedtorch.data import columns, frames, roles, separated, sheet, units
 from fedtorch.data.base import Asks, Data, Preparation
 from fedtorch.data.content import split
 from fedtorch.data.options import TableOptions
-from fedtorch.data.scaling import filled, gap, gaps_in_words, scaled_and_filled
+from fedtorch.data.scaling import gap, gaps_in_words, scaled_and_filled, with_gaps
 from fedtorch.data.sheet import Format, Sheet
 from fedtorch.data.targets import Targets, from_targets, understood
 from fedtorch.types import ConfigError
@@ -106,7 +106,7 @@ def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) 
         keys = [keys[i] for i in kept[:n]] if keys else None
         persons = [persons[i] for i in kept[:n]] if persons else None
         notes.append("rows that lack a value are left out")
-    whole = filled(given, names, known)
+    whole = with_gaps(given, names, known)
     if place := gap(numbers, [n in whole for n in names]):
         row, name = place[0], names[place[1]]
         if name in known:
@@ -141,7 +141,7 @@ def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) 
         mean=tuple(scaling.center.tolist()) if scaled else (),
         deviation=tuple(scaling.width.tolist()) if scaled else (),
         scaled=words,
-        numbers=units.look(_plain(numbers, known, names)),
+        numbers=units.look(_numeric(numbers, known, names)),
         notes=(*both.notes, *notes, *gaps_in_words(given), *y.notes),
         found=tuple(found),
         derived=scaling.derived,
@@ -176,7 +176,7 @@ def _asks(given: TableOptions, loaded: Loaded, filled: set[str]) -> Asks:
     )
 
 
-def _plain(numbers: np.ndarray, known: columns.Categories, names: Sequence[str]) -> np.ndarray:
+def _numeric(numbers: np.ndarray, known: columns.Categories, names: Sequence[str]) -> np.ndarray:
     """The numbers among the codes, for a look at their units."""
     numeric: np.ndarray = numbers[:, [n not in known for n in names]]
     return np.asarray(numeric[~np.isnan(numeric)])
@@ -218,5 +218,5 @@ def rows(table: Sheet, path: Path, done: Preparation) -> Tensor:
     x = columns.encoded(numbers, done)
     if not bool(torch.isfinite(x).all()):
         raise ConfigError(f"{path} has NaN or infinite values; fill or drop those rows first")
-    units.same(path, _plain(numbers, known, done.columns), done)
+    units.same(path, _numeric(numbers, known, done.columns), done)
     return x

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedtorch.data import misread
 from fedtorch.data.base import Preparation
-from fedtorch.data.sheet import SHOWN, TRUTH, Sheet
+from fedtorch.data.sheet import LETTERS, TRUTH, Sheet
 from fedtorch.types import ConfigError
 
 FOUND = "found"
@@ -126,7 +126,7 @@ def _there(table: Sheet, name: str) -> tuple[str, ...]:
     if not 0 < len(first) <= MOST_FOUND:
         raise ConfigError(
             f"{table.path}: column {name!r} holds {len(first)} different names such as "
-            f"{values[0][:SHOWN]!r}, too many for categories: "
+            f"{values[0][:LETTERS]!r}, too many for categories: "
             f"leave it out with --dataset.drop {name}"
             if first
             else f"{table.path}: column {name!r} is empty: leave it out with --dataset.drop {name}"
@@ -144,7 +144,7 @@ def _undeclared(table: Sheet, words: Sequence[str]) -> ConfigError:
     many = len(words) > 1
     return ConfigError(
         f"{table.path}: {'columns' if many else 'column'} {', '.join(map(repr, words))} "
-        f"{'hold' if many else 'holds'} names such as {first[:SHOWN]!r}, not a number: declare the "
+        f"{'hold' if many else 'holds'} names such as {first[:LETTERS]!r}, not a number: declare the "
         f"categories with {how}, leave them out with --dataset.drop {','.join(words)}, or, without "
         f"privacy, take those that are there with --dataset.categories {FOUND}"
     )
@@ -224,5 +224,5 @@ def far_apart(rows: np.ndarray, done: Preparation) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = [n[:SHOWN] for n in names[:8]]
+    shown = [n[:LETTERS] for n in names[:8]]
     return ", ".join(shown) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 from fedtorch import seeds
 from fedtorch.types import ConfigError
 
-Rows = Dataset | Sequence[Tensor | Sequence[str]]
+Source = Dataset | Sequence[Tensor | Sequence[str]]
 """A dataset, or columns with a row for each example."""
 
 MOST_BYTES = 1 << 26
@@ -28,7 +28,7 @@ MOST_READ = 256
 """A fingerprint reads at most so many examples of a dataset that is no table of tensors."""
 
 
-def coins(rows: Rows, seed: int, *purpose: str) -> Tensor:
+def coins(rows: Source, seed: int, *purpose: str) -> Tensor:
     """A number in [0, 1) for each example, [N] float64, from a keyed hash of its content.
 
     The second of two equal examples has a coin of its own: as a set they are one more, and no other
@@ -50,7 +50,7 @@ def coins(rows: Rows, seed: int, *purpose: str) -> Tensor:
 
 
 def split(
-    rows: Rows, fraction: float, seed: int, option: str = "dataset.test_fraction"
+    rows: Source, fraction: float, seed: int, option: str = "dataset.test_fraction"
 ) -> tuple[Tensor, Tensor]:
     """Indices for training and for what is held out: about ``fraction`` of them, by each one's coin.
 
@@ -83,7 +83,7 @@ def fingerprint(data: Dataset) -> str:
     return digest.hexdigest()
 
 
-def _encoded(rows: Rows, index: Sequence[int] | None = None) -> Iterator[bytes]:
+def _encoded(rows: Source, index: Sequence[int] | None = None) -> Iterator[bytes]:
     if isinstance(rows, TensorDataset):
         rows = rows.tensors
     if isinstance(rows, Dataset):
@@ -91,7 +91,7 @@ def _encoded(rows: Rows, index: Sequence[int] | None = None) -> Iterator[bytes]:
         for i in range(n) if index is None else index:
             # a transform that draws is part of the example: it draws the same wherever the example stands
             with seeds.seeded(0):
-                yield _bytes(rows[i])
+                yield _as_bytes(rows[i])
         return
     columns = [_column(c) for c in rows]
     for i in range(len(rows[0])) if index is None else index:
@@ -108,7 +108,7 @@ def _column(column: Tensor | Sequence[str]) -> Callable[[int], bytes]:
     return lambda i: raw[i].tobytes()
 
 
-def _bytes(value: Any) -> bytes:
+def _as_bytes(value: Any) -> bytes:
     # a length before each part: no two values are written alike
     if isinstance(value, Tensor):
         array = value.detach().cpu().contiguous()
@@ -117,15 +117,15 @@ def _bytes(value: Any) -> bytes:
         return b"t%d:" % (len(kind) + len(body)) + kind + body
     if isinstance(value, np.ndarray) and value.dtype != object:
         return (
-            _bytes(torch.from_numpy(np.ascontiguousarray(value)))
+            _as_bytes(torch.from_numpy(np.ascontiguousarray(value)))
             if value.dtype.kind in "biuf"
             else value.tobytes()
         )
     if isinstance(value, Mapping):
-        parts = [_bytes(k) + _bytes(v) for k, v in value.items()]
+        parts = [_as_bytes(k) + _as_bytes(v) for k, v in value.items()]
         return b"d%d:" % len(parts) + b"".join(parts)
     if isinstance(value, (tuple, list)):
-        return b"l%d:" % len(value) + b"".join(map(_bytes, value))
+        return b"l%d:" % len(value) + b"".join(map(_as_bytes, value))
     plain = value if isinstance(value, (str, bytes, int, float, type(None))) else None
     body = repr(plain).encode() if plain is value else pickle.dumps(value)
     return b"v%d:" % len(body) + body

@@ -15,7 +15,7 @@ from fedtorch import disk
 from fedtorch.data import pictures
 from fedtorch.data.base import Data, Preparation, facts_of
 from fedtorch.data.content import split
-from fedtorch.data.pictures import Frame, Seen
+from fedtorch.data.pictures import Decoded, Frame
 from fedtorch.options import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check
 from fedtorch.training.batches import Collated
 from fedtorch.types import ConfigError
@@ -102,7 +102,7 @@ class ImageFolder:
         )
         frame, deep, said = self._frame([*files, *tests])
         scale = self.scale or (65535.0 if deep else 255.0)
-        seen = Seen([f.path for f in (*files, *tests)], frame, deep, self.memory << 20)
+        seen = Decoded([f.path for f in (*files, *tests)], frame, deep, self.memory << 20)
         if scale < seen.most:
             raise ConfigError(f"dataset.scale {scale:g}: pixels go up to {seen.most}")
         if deep and not self.scale and 0 < seen.most <= 4095:

@@ -13,13 +13,13 @@ from fedtorch import seeds
 from fedtorch.data.base import Data, Preparation, from_tensors
 from fedtorch.data.content import split
 from fedtorch.data.images import inputs
-from fedtorch.data.pictures import numbers
+from fedtorch.data.pictures import as_array
 from fedtorch.data.targets import Targets, understood
 from fedtorch.data.tokens import reachable
 from fedtorch.options import SHARE, check, find
 from fedtorch.types import ConfigError
 
-PART = 1024
+DECODED = 1024
 """Rows that are decoded at once."""
 
 
@@ -95,8 +95,8 @@ class HuggingFace:
             # a part at a time: decoded pictures take more room than their numbers
             x = np.concatenate(
                 [
-                    np.stack([_array(v) for v in rows[k : k + PART][self.x]])
-                    for k in range(0, len(rows), PART)
+                    np.stack([_array(v) for v in rows[k : k + DECODED][self.x]])
+                    for k in range(0, len(rows), DECODED)
                 ]
                 or [np.empty(0)]
             )
@@ -146,7 +146,7 @@ def saved(path: str) -> bool:
 def _array(value: Any) -> np.ndarray:
     """One input; an image by its colours: a palette's numbers are no brightness."""
     picture = isinstance(getattr(value, "mode", None), str) and hasattr(value, "convert")
-    return numbers(value) if picture else np.asarray(value)
+    return as_array(value) if picture else np.asarray(value)
 
 
 @dataclass(frozen=True)

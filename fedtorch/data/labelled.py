@@ -92,7 +92,11 @@ class LabelledText:
             y.outputs,
             [keys[i] for i in keep.tolist()] if keys else None,
             done,
-            **(tokens.facts(kind, False) if what == "tokens" else {"vocab_size": size(done)}),
+            **(
+                tokens.facts(kind, False)
+                if what == "tokens"
+                else {"vocab_size": vocabulary_size(done)}
+            ),
         )
 
     def _file(self, path: str, done: Preparation) -> tuple[Tensor, list[str], list[str]]:
@@ -125,7 +129,7 @@ def words_of(vocabulary: str) -> tuple[str, ...]:
         raise ConfigError(
             f"dataset.vocabulary must be bytes, hashed or a file with a word a line (or hf:FOLDER): {e}"
         ) from e
-    found = tuple(dict.fromkeys(_plain(line.split()[0]) for line in lines if line.strip()))
+    found = tuple(dict.fromkeys(_folded(line.split()[0]) for line in lines if line.strip()))
     if not found:
         raise ConfigError(f"{vocabulary} holds no words")
     return found
@@ -138,7 +142,7 @@ def texts(table: Sheet, column: str) -> list[str]:
     return table.column(column)
 
 
-def size(done: Preparation) -> int:
+def vocabulary_size(done: Preparation) -> int:
     """Numbers that a text may hold, with the 0 that fills up."""
     kind, _, buckets = done.vocabulary.partition(":")
     return {"bytes": 257, "words": len(done.words) + 2}.get(kind) or int(buckets) + 1
@@ -147,7 +151,7 @@ def size(done: Preparation) -> int:
 def encoded(texts: Sequence[str], done: Preparation, length: int) -> Tensor:
     """Numbers of the vocabulary, [N, length] int64, with 0 after the end of a short text."""
     if done.vocabulary.startswith(tokens.PREFIX):
-        return tokens.encoded(tokens.tokenizer(done.vocabulary), texts, length)
+        return tokens.tokenized(tokens.tokenizer(done.vocabulary), texts, length)
     codes = torch.zeros(len(texts), length, dtype=torch.int64)
     encode = _encoder(done)
     for row, text in zip(codes, texts, strict=True):
@@ -162,12 +166,12 @@ def _encoder(done: Preparation) -> Callable[[str], list[int]]:
         return lambda text: [1 + b for b in text.encode()]
     if kind == "hashed":
         return lambda text: [
-            1 + zlib.crc32(w.encode()) % int(buckets) for w in WORD.findall(_plain(text))
+            1 + zlib.crc32(w.encode()) % int(buckets) for w in WORD.findall(_folded(text))
         ]
     number = {word: k for k, word in enumerate(done.words, 2)}
-    return lambda text: [number.get(w, 1) for w in WORD.findall(_plain(text))]
+    return lambda text: [number.get(w, 1) for w in WORD.findall(_folded(text))]
 
 
-def _plain(text: str) -> str:
+def _folded(text: str) -> str:
     """Small letters, and one way to write an accent."""
     return unicodedata.normalize("NFC", text).casefold()

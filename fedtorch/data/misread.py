@@ -15,10 +15,10 @@ GROUPED = re.compile(
 )
 """Thousands set apart."""
 
-SIGNED = re.compile(r"[$€£¥~<>≤≥(\u2212-]\s?\d[\d.,]*\)?|[+-]?\d[\d.,]*\s?[%‰€£¥$)]")
+WITH_SIGN = re.compile(r"[$€£¥~<>≤≥(\u2212-]\s?\d[\d.,]*\)?|[+-]?\d[\d.,]*\s?[%‰€£¥$)]")
 """A number with a sign of its kind."""
 
-KINDS = {
+NO_TABLES = {
     b"\x1f\x8b": "compressed by gzip: unpack it first",
     b"PK\x03\x04": "a zip archive, as spreadsheets are: save the table as CSV",
     b"\xd0\xcf\x11\xe0": "an old spreadsheet: save the table as CSV",
@@ -37,7 +37,7 @@ KINDS = {
 def file(raw: bytes) -> str:
     """What a file is rather than a table of text; empty: nothing that is known."""
     start = raw[:64].lstrip()
-    return next((words for mark, words in KINDS.items() if start.startswith(mark)), "")
+    return next((words for mark, words in NO_TABLES.items() if start.startswith(mark)), "")
 
 
 def first_line(text: str) -> str:
@@ -52,7 +52,7 @@ def first_line(text: str) -> str:
 
 def number(text: str) -> bool:
     """Whether it is meant as a number, a date or a time, and not as a name."""
-    return any(p.fullmatch(text) for p in (DATE, COMMA, GROUPED, SIGNED))
+    return any(p.fullmatch(text) for p in (DATE, COMMA, GROUPED, WITH_SIGN))
 
 
 def value(text: str, column: str) -> str:
@@ -67,7 +67,7 @@ def value(text: str, column: str) -> str:
             "a date or time: give days since a day of your choice as a number, or leave it out with "
             f"--dataset.drop {column}"
         )
-    if SIGNED.fullmatch(text):
+    if WITH_SIGN.fullmatch(text):
         return f"take its sign out of the column, or leave it out with --dataset.drop {column}"
     return (
         "encode or drop it, or name it as dataset.client; if it stands for a missing value: "

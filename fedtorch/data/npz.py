@@ -40,15 +40,15 @@ class Npz:
     def load(self, seed: int) -> Data:
         """X [N, ...] as float32 (int64 stays: numbers of a vocabulary), y [N]."""
         arrays = _arrays(self.path)
-        x, y = _rows(self.path, arrays, "x"), _rows(self.path, arrays, "y", "biufUS")
+        x, y = _array(self.path, arrays, "x"), _array(self.path, arrays, "y", "biufUS")
         keys = _owners(self.path, arrays["client"]) if "client" in arrays else None
         _same_rows(self.path, x=len(x), y=len(y), client=len(keys) if keys is not None else len(x))
         own = "x_test" in arrays or "y_test" in arrays
         n = len(x)
         if own:
             x_test, y_test = (
-                _rows(self.path, arrays, "x_test"),
-                _rows(self.path, arrays, "y_test", "biufUS"),
+                _array(self.path, arrays, "x_test"),
+                _array(self.path, arrays, "y_test", "biufUS"),
             )
             _same_rows(self.path, x_test=len(x_test), y_test=len(y_test))
             if x_test.shape[1:] != x.shape[1:] or y_test.shape[1:] != y.shape[1:]:
@@ -102,7 +102,7 @@ def _owners(path: str, owners: np.ndarray) -> list[str]:
     ]
 
 
-def _rows(path: str, arrays: dict[str, np.ndarray], name: str, kinds: str = "biuf") -> np.ndarray:
+def _array(path: str, arrays: dict[str, np.ndarray], name: str, kinds: str = "biuf") -> np.ndarray:
     if name not in arrays:
         raise ConfigError(
             f"{path} has no array {name!r}; it has {', '.join(arrays) or 'none'}: name them so, "

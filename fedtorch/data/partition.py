@@ -58,7 +58,7 @@ class Dirichlet(Partition):
         for label in np.unique(labels):
             index = rng.permutation(np.flatnonzero(labels == label))
             shares = rng.dirichlet(np.full(clients, self.alpha))
-            owner[index] = np.repeat(np.arange(clients), _whole(shares, len(index)))
+            owner[index] = np.repeat(np.arange(clients), _whole_sizes(shares, len(index)))
         return _fill_empty(owner, clients)
 
 
@@ -99,7 +99,7 @@ class QuantitySkew(Partition):
         self, labels: np.ndarray, keys: Sequence[str], clients: int, rng: np.random.Generator
     ) -> np.ndarray:
         """A client left empty is given one example of the largest."""
-        sizes = _whole(rng.dirichlet(np.full(clients, self.alpha)), len(labels))
+        sizes = _whole_sizes(rng.dirichlet(np.full(clients, self.alpha)), len(labels))
         return _fill_empty(rng.permutation(np.repeat(np.arange(clients), sizes)), clients)
 
 
@@ -157,7 +157,7 @@ def partition(
     return ids, [torch.from_numpy(p) for p in parts]
 
 
-def _whole(shares: np.ndarray, n: int) -> np.ndarray:
+def _whole_sizes(shares: np.ndarray, n: int) -> np.ndarray:
     # cumulative rounding: sizes are whole, never negative, and add up to n
     return np.diff(np.round(np.cumsum(np.append(0.0, shares)) * n / shares.sum()).astype(np.int64))
 

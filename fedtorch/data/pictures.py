@@ -108,7 +108,7 @@ def read(path: str | Path, frame: Frame) -> np.ndarray:
     return array[None] if frame.channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-class Seen:
+class Decoded:
     """Pictures decoded once: a digest of each, their largest pixel, and all of them where they fit."""
 
     def __init__(self, paths: Sequence[str], frame: Frame, deep: bool, room: int) -> None:
@@ -154,10 +154,10 @@ class Pictures(Dataset[Any]):
         return torch.from_numpy(array.astype(np.float32)) / self.scale, self.y[i]
 
 
-def numbers(value: Any) -> np.ndarray:
+def as_array(value: Any) -> np.ndarray:
     """A picture that is open already, by its colours: [rows, columns] or [rows, columns, 3]."""
     if _deep(value):
-        return _whole(value)
+        return _grey16(value)
     if value.mode not in ("L", "RGB"):
         value = value.convert("L" if value.mode == "1" else "RGB")
     return np.asarray(value)
@@ -193,7 +193,7 @@ def _deep(image: Any) -> bool:
     return bool(image.mode.startswith("I") or image.mode == "F")
 
 
-def _whole(image: Any) -> np.ndarray:
+def _grey16(image: Any) -> np.ndarray:
     """The numbers of 16-bit grey, which Pillow may hold in 32."""
     array = np.asarray(image)
     if image.mode == "F" or array.min() < 0 or array.max() > 65535:
@@ -206,7 +206,7 @@ def _sixteen(path: str | Path, image: Any, frame: Frame) -> np.ndarray:
     from PIL import Image
 
     try:
-        array = _whole(image)
+        array = _grey16(image)
         if frame.channels != 1:
             raise ValueError("it is grey, and the model takes colours")
     except ValueError as e:

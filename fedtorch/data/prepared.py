@@ -44,7 +44,7 @@ class Prepared:
     @classmethod
     def of(cls, data: Data) -> "Prepared":
         """The preparation of loaded data."""
-        plain = {k: v for k, v in data.facts.items() if _plain(v)}
+        plain = {k: v for k, v in data.facts.items() if _holds_plain(v)}
         return cls(
             data.name,
             data.kind,
@@ -208,9 +208,9 @@ def _some(names: Sequence[Any]) -> str:
     return f"{shown}, ... {len(names)} in all" if len(names) > MOST_NAMES else shown
 
 
-def _plain(value: Any) -> bool:
+def _holds_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return all(_plain(v) for v in value)
+        return all(_holds_plain(v) for v in value)
     return value is None or type(value) in (bool, int, float, str)
 
 

@@ -102,7 +102,7 @@ def _fill(
         )
     fill: list[float | None] = [declared.get(n) for n in names]
     taken = []
-    asked = filled(given, names, known) - declared.keys()
+    asked = with_gaps(given, names, known) - declared.keys()
     for j in [j for j, n in enumerate(names) if n in asked]:
         if given.missing == "indicator" or given.standardize == "private":
             fill[j] = float(scaling.center[j])
@@ -112,7 +112,7 @@ def _fill(
     return fill, taken
 
 
-def filled(given: TableOptions, names: Sequence[str], known: Categories) -> set[str]:
+def with_gaps(given: TableOptions, names: Sequence[str], known: Categories) -> set[str]:
     """Columns in which a value may be missing: under private statistics those that have some."""
     declared = {*columns.fills(given.fill)}
     if given.missing in ("", "drop"):

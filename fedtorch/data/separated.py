@@ -12,7 +12,7 @@ from fedtorch.data import misread
 from fedtorch.data.sheet import SEPARATORS, Format, Sheet
 from fedtorch.types import ConfigError
 
-LOOKED_AT = 50
+LINES = 50
 """Lines that a separator is guessed from."""
 
 
@@ -47,7 +47,7 @@ def read(path: Path, how: Format = Format()) -> Sheet:
             )
     rows = [row for _, row in table]
     if not how.columns:
-        _named(path, header, rows, how, misread.first_line(text))
+        _check_header(path, header, rows, how, misread.first_line(text))
     return Sheet(str(path), header, rows, [n for n, _ in table], how, tuple(notes))
 
 
@@ -68,7 +68,7 @@ def unnamed(path: Path, how: Format, header: Sequence[str], target: str) -> Shee
 def guessed(text: str, decimal: str = ".") -> str:
     """What cuts the first lines into the same number of values, the most of them; at worst a comma."""
     every = [line for line in text.splitlines() if line.strip()]
-    lines, best, most = every[:LOOKED_AT], ",", 1
+    lines, best, most = every[:LINES], ",", 1
     # a comma may be a decimal one and a space part of a name: then they count where nothing else fits
     for separator in (*(",;\t|" if decimal == "." else ";\t|"), " ", ","):
         if most > 1 and (separator == " " or (separator == "," and decimal == ",")):
@@ -78,7 +78,7 @@ def guessed(text: str, decimal: str = ".") -> str:
         except csv.Error:
             continue
         # the last may be cut inside a quoted value
-        widths = {len(row) for _, row in (rows[:-1] if len(every) > LOOKED_AT else rows)}
+        widths = {len(row) for _, row in (rows[:-1] if len(every) > LINES else rows)}
         if len(widths) == 1 and (width := widths.pop()) > most:
             best, most = separator, width
     return best if most > 1 else max(",;\t|", key=lambda s: lines[0].count(s) if lines else 0)
@@ -114,7 +114,9 @@ def _text(path: Path, encoding: str) -> tuple[str, list[str]]:
     return text, [f"read as {used}"] if used != "utf-8-sig" else []
 
 
-def _named(path: Path, header: list[str], rows: list[list[str]], how: Format, odd: str) -> None:
+def _check_header(
+    path: Path, header: list[str], rows: list[list[str]], how: Format, odd: str
+) -> None:
     """Raises ConfigError where the first line is an example, or names are missing or there twice."""
     plain = Sheet("", [], [], [], how)
     values = [h for j, h in enumerate(header) if h != str(j) and plain.number(h) is not None]

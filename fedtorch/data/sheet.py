@@ -27,7 +27,7 @@ TRUTH = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 SEPARATORS = {"space": " ", "tab": "\t", "\\t": "\t"}
 """Separators by name."""
 
-SHOWN = 20
+LETTERS = 20
 """Characters of a value that a message shows of many."""
 
 

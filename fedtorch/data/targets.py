@@ -107,7 +107,7 @@ def _one(where: str, values: np.ndarray, kind: str, names: tuple[str, ...]) -> T
     y = torch.from_numpy(np.searchsorted(there, values)).long()
     if numbers and np.array_equal(there, np.arange(len(there))):
         return Targets("classification", y, len(there))
-    return Targets("classification", y, len(there), _plain(there), (_mapping(there),))
+    return Targets("classification", y, len(there), _as_python(there), (_mapping(there),))
 
 
 def _surely_classes(where: str, there: np.ndarray) -> None:
@@ -127,7 +127,7 @@ def _binary(where: str, values: np.ndarray, there: np.ndarray) -> Targets:
             f"{where}: a binary target must be 0 or 1, -1 or 1, or two names, not {_few(there)}"
         )
     y = torch.from_numpy((values == there[1]).astype(np.float32))
-    return Targets("binary", y, 1, _plain(there), (_mapping(there),))
+    return Targets("binary", y, 1, _as_python(there), (_mapping(there),))
 
 
 def _by_name(where: str, values: np.ndarray, kind: str, names: tuple[str, ...]) -> Targets:
@@ -140,7 +140,7 @@ def _by_name(where: str, values: np.ndarray, kind: str, names: tuple[str, ...]) 
             f"{where}: dataset.classes names classes, but the target holds {_few(values)}"
         )
     number = {name: k for k, name in enumerate(names)}
-    written = [str(v) for v in _plain(values)]
+    written = [str(v) for v in _as_python(values)]
     if unknown := sorted({w for w in written if w not in number}):
         raise ConfigError(
             f"{where}: the target has {_few(unknown)}, which dataset.classes does not name ({_few(names)})"
@@ -194,14 +194,14 @@ def _floats(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def _plain(values: np.ndarray) -> tuple[Any, ...]:
+def _as_python(values: np.ndarray) -> tuple[Any, ...]:
     if values.dtype.kind in "iuf":
         return tuple(int(v) for v in values)
     return tuple(values.tolist())
 
 
 def _mapping(there: np.ndarray) -> str:
-    names = _plain(there)
+    names = _as_python(there)
     shown = ", ".join(f"{str(n)[:20]} is {k}" for k, n in enumerate(names[:5]))
     return f"classes are numbered in order: {shown}{', ...' if len(names) > 5 else ''}"
 

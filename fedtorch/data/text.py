@@ -17,7 +17,7 @@ from fedtorch.data.content import split
 from fedtorch.options import COUNT, SHARE, check
 from fedtorch.types import ConfigError
 
-NAME = re.compile(r"^([^\n:]{1,60}):[ \t]*\n", re.MULTILINE)
+SPEAKER = re.compile(r"^([^\n:]{1,60}):[ \t]*\n", re.MULTILINE)
 """``NAME:`` on a line of its own may start that speaker's lines; see ``is_speaker``."""
 
 BYTES = "".join(map(chr, range(256)))
@@ -133,7 +133,7 @@ def is_speaker(name: str) -> bool:
 
 def by_speaker(text: str) -> dict[str, str]:
     """Speaker -> everything they say, in order; one entry for a text without speakers."""
-    found = [m for m in NAME.finditer(text) if is_speaker(m[1])]
+    found = [m for m in SPEAKER.finditer(text) if is_speaker(m[1])]
     said: dict[str, str] = {}
     before = text[: found[0].start()] if found else text
     if before.strip() or not found:

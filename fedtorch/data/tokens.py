@@ -31,13 +31,13 @@ def facts(vocabulary: str, language: bool) -> dict[str, Any]:
     }
 
 
-def digest(vocabulary: str) -> str:
+def vocabulary_digest(vocabulary: str) -> str:
     """Of a tokenizer's tokens and their numbers: two that agree cut texts into the same."""
     tokens = sorted(tokenizer(vocabulary).get_vocab().items())
     return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
-def encoded(known: Any, texts: Sequence[str], length: int) -> Tensor:
+def tokenized(known: Any, texts: Sequence[str], length: int) -> Tensor:
     """Texts -> tokens [N, length], with the model's own marks, cut or filled up at the end."""
     if known.pad_token_id is None:
         raise ConfigError(

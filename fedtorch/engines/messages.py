@@ -54,11 +54,11 @@ def read_task(message: Message) -> Task:
     return Task(
         state=message.groups.get("state", {}),
         extras=_under(message, "extras/"),
-        round=_whole(message, "round", 0, 1 << 31),
-        seed=_whole(message, "seed", -(1 << 64), 1 << 64),
+        round=_whole_fact(message, "round", 0, 1 << 31),
+        seed=_whole_fact(message, "seed", -(1 << 64), 1 << 64),
         lr=_finite(_fact(message, "lr", (int, float)), "the learning rate"),
         privacy={k: _finite(v, "a number of the privacy plan") for k, v in privacy.items()},
-        visit=_whole(message, "again", 0, 1 << 31) if "again" in message.facts else 0,
+        visit=_whole_fact(message, "again", 0, 1 << 31) if "again" in message.facts else 0,
     )
 
 
@@ -126,10 +126,10 @@ def check(update: Released, expected: Expected) -> None:
     if update.sent.keys() != expected.sent.keys():
         raise MessageError(f"it sends {_listed(update.sent)}, not {_listed(expected.sent)}")
     for group, names in expected.sent.items():
-        _same(update.sent[group], names, rows)
+        _same_rows(update.sent[group], names, rows)
     # those that the visit moved
     own = {k: v for k, v in expected.buffers.items() if k in update.buffers}
-    _same(update.buffers, own, rows)
+    _same_rows(update.buffers, own, rows)
     if not bool(((update.weight > 0) & update.weight.isfinite()).all()):
         raise MessageError("its weight is not a positive number")
     for name, values in update.metrics.items():
@@ -177,7 +177,9 @@ def same_schema(tree: Params, names: dict[str, tuple[torch.Size, torch.dtype]]) 
 _FLOATS = (torch.float32, torch.float64)
 
 
-def _same(stack: Stack, names: dict[str, tuple[torch.Size, torch.dtype]], clients: int) -> None:
+def _same_rows(
+    stack: Stack, names: dict[str, tuple[torch.Size, torch.dtype]], clients: int
+) -> None:
     rows = {k: (torch.Size((clients, *shape)), dtype) for k, (shape, dtype) in names.items()}
     same_schema(stack, rows)
 
@@ -202,7 +204,7 @@ def _fact(message: Message, name: str, kinds: tuple[type, ...]) -> Any:
     return value
 
 
-def _whole(message: Message, name: str, least: int, end: int) -> int:
+def _whole_fact(message: Message, name: str, least: int, end: int) -> int:
     value = int(_fact(message, name, (int,)))
     if not least <= value < end:
         raise MessageError(f"the fact {name!r} is out of range")

@@ -15,7 +15,7 @@ from fedtorch.checks import apart, modes, stacking
 from fedtorch.checks import private as private_step
 from fedtorch.checks.company import LARGEST, Near, meets
 from fedtorch.checks.standins import shown
-from fedtorch.checks.trial import filled, pooled, stacks
+from fedtorch.checks.trial import fills_up, pooled, stacks
 from fedtorch.client import Client
 from fedtorch.fast.tuning import GROUP, MOST_CLIENTS, SMALL, SMALL_PRIVATE, STACKED_BYTES
 from fedtorch.kernels.compile import FASTER, available
@@ -27,7 +27,7 @@ from fedtorch.training.losses import LOSSES
 from fedtorch.training.module import forward, to, undropped
 from fedtorch.training.optimizer import ClientOptimizer
 from fedtorch.training.outline import untouched
-from fedtorch.tree import has_float64
+from fedtorch.tree import has_float64, nbytes
 from fedtorch.types import ConfigError
 
 SOLVERS = ("auto", "fast", "stacked", "general")
@@ -217,7 +217,7 @@ def mixes(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
         return True
     unequal = len(largest) > min(map(len, clients))
     private = recipe.privacy.per_example  # which refuses what mixes
-    return unequal and not private and filled(stacked.stacked, model, data, recipe)
+    return unequal and not private and fills_up(stacked.stacked, model, data, recipe)
 
 
 def crowds(model: nn.Module, clients: Sequence[Client], recipe: Recipe, many: int) -> bool:
@@ -269,5 +269,5 @@ def loops(model: nn.Module, recipe: Recipe) -> str:
 def _automatic(model: nn.Module) -> int:
     if next(model.parameters()).device.type != "cpu":
         return MOST_CLIENTS
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = nbytes(model.parameters())
     return max(1, min(MOST_CLIENTS, STACKED_BYTES // max(size, 1)))

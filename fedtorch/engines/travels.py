@@ -9,12 +9,10 @@ from torch import Tensor, nn
 from fedtorch.checks.model import trainable
 from fedtorch.engines.messages import digest
 from fedtorch.recipe import Recipe
-from fedtorch.training.module import load, snapshot, statistics, to
+from fedtorch.training.module import CPU, load, snapshot, statistics, to
 from fedtorch.training.personal import personal, shared
 from fedtorch.tree import alike
 from fedtorch.types import ConfigError, Params
-
-CPU = torch.device("cpu")
 
 
 class Weights:

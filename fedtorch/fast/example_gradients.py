@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn import grad
 
 from fedtorch.fast.dropout import Coins
-from fedtorch.fast.front import Front, backward, draws, padded
+from fedtorch.fast.front import Front, backward, needs_generator, padded
 from fedtorch.fast.layers import Leaf, Leaves
 from fedtorch.fast.tuning import GRADIENTS_WRITTEN
 from fedtorch.types import Params
@@ -30,7 +30,7 @@ class Examples(Leaves):
         """``x`` [N, ...]: the examples, channels last."""
         super().__init__(leaves)
         self.watch, self.x, self.coins, self.t = Watch(module), x, coins, 0
-        self.draws = draws(module)
+        self.draws = needs_generator(module)
 
     def forward(self, a: Tensor) -> Tensor:
         """Rows of the data [k, B] -> features [k, B, F], zero where there is no example."""

@@ -110,7 +110,7 @@ def build(model: nn.Module, front: Front, apart: bool = False) -> fx.GraphModule
     part = upto(graph, end)
     if apart:
         keep_apart(part, root)
-    masked(part, root, dict(front.drops))
+    dropout_by_generator(part, root, dict(front.drops))
     for node in list(part.nodes):
         if node.op == "call_method" and node.target == "view":
             node.target = "reshape"  # channels last, what was one block of memory may not be one
@@ -172,7 +172,9 @@ class Alone(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-def masked(part: fx.Graph, root: nn.Module, orders: dict[str, tuple[int, ...]]) -> None:
+def dropout_by_generator(
+    part: fx.Graph, root: nn.Module, orders: dict[str, tuple[int, ...]]
+) -> None:
     """Let dropout in ``part`` draw from a generator that is given to it; off, it is nothing at all."""
     generator: fx.Node | None = None
     for node in list(part.nodes):
@@ -216,7 +218,7 @@ class Features(Leaves):
         super().__init__(leaves)
         self.module, self.half = module, half
         self.x, self.coins = x, coins
-        self.t, self.draws = 0, draws(module)
+        self.t, self.draws = 0, needs_generator(module)
 
     def forward(self, a: Tensor) -> Tensor:
         """Rows of the data [k, B] -> features [k, B, F], zero where there is no example."""
@@ -261,7 +263,7 @@ class Features(Leaves):
         return (own.bfloat16() if self.half else own.clone()).requires_grad_()
 
 
-def draws(module: fx.GraphModule) -> bool:
+def needs_generator(module: fx.GraphModule) -> bool:
     """Whether it wants a generator for what it drops."""
     return any(isinstance(m, Masked) for m in module.children())
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from fedtorch import seeds
-from fedtorch.checks.trial import FEW, TOLERANCE, difference, filled, pooled, some
+from fedtorch.checks.trial import FEW, TOLERANCE, difference, fills_up, pooled, some
 from fedtorch.fast.example_gradients import unknown
 from fedtorch.fast.reader import Chain, read
 from fedtorch.fast.solver import Fast
@@ -74,7 +74,7 @@ def tried(
     except Exception as e:  # a label without an output, say: training will name it better
         return f"a trial failed ({type(e).__name__})"
     own = not private and recipe.loss not in LOSSES.values()
-    if own and filled(solver, model, pooled(datasets), recipe):
+    if own and fills_up(solver, model, pooled(datasets), recipe):
         return "the loss looks at the whole batch, not at each example alone"
     if not error < TOLERANCE:
         return f"a trial of two steps differs from the general path by {error:.1e}"

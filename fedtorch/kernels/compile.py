@@ -57,14 +57,14 @@ def machine_code(loop: Loop, exact: bool = False) -> Loop:
     fast = {"contract"} if exact else {"contract", "reassoc"}
     options = {"nogil": True, "error_model": "numpy", "fastmath": fast}
     named = cast(FunctionType, loop)
-    named.__qualname__ = f"{named.__qualname__.partition('-')[0]}-{digest(named, exact)}"
+    named.__qualname__ = f"{named.__qualname__.partition('-')[0]}-{digest_of(named, exact)}"
     try:
         return cast(Loop, njit(loop, cache=True, **options))
     except RuntimeError:  # nowhere to keep it: compiled anew in each process
         return cast(Loop, njit(loop, **options))
 
 
-def digest(loop: FunctionType, exact: bool) -> str:
+def digest_of(loop: FunctionType, exact: bool) -> str:
     """Of all that decides what a loop becomes, to be part of the name by which it is kept.
 
     numba looks at the loop's own file alone, and keeps the new version under the old one's name: a process

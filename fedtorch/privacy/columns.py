@@ -30,7 +30,7 @@ MOSTLY_NOISE = (
     "and columns: scale fewer columns, lower privacy.statistics_noise, or let dataset.bounds scale alone"
 )
 
-LEAST = 1e-4
+LEAST_VARIANCE = 1e-4
 """Least variance of a column whose bounds are -1 and 1."""
 
 
@@ -128,7 +128,7 @@ class Sums:
         first, square, gone = total[1:].reshape(3, -1)
         there = np.maximum(total[0] - gone, 1.0)
         mean = np.clip(first / there, -1, 1)
-        variance = np.maximum(square / there + 0.5 - mean**2, LEAST)
+        variance = np.maximum(square / there + 0.5 - mean**2, LEAST_VARIANCE)
         half = (self.high - self.low) / 2
         return self.low + half * (mean + 1), half * np.sqrt(np.minimum(variance, 1.0))
 

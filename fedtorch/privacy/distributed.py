@@ -20,7 +20,7 @@ from fedtorch.privacy.accounting.events import MAX_NOISE, Event, epsilon
 from fedtorch.privacy.base import Privacy, State
 from fedtorch.privacy.clipping import clipped, joint_norms
 from fedtorch.privacy.noise.rounding import reach, rounded
-from fedtorch.privacy.noise.skellam import Table, farthest, table
+from fedtorch.privacy.noise.skellam import Cumulative, farthest, table
 from fedtorch.types import ConfigError, Stack, Task
 
 WIDTH = 32
@@ -191,7 +191,7 @@ class DistributedDP(Privacy):
             )
         return max(1, math.ceil(whole))
 
-    def table(self, noise: float) -> Table:
+    def table(self, noise: float) -> Cumulative:
         """What one client's share is drawn from."""
         return table(self.part(noise))
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from fedtorch.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, check, typed
 from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.sky import Flight, Sky, check_sizes
-from fedtorch.rounds.synchronous import Asked, Draw, Due, Step
+from fedtorch.rounds.synchronous import Asked, Draw, Due, ServerStep
 from fedtorch.types import ConfigError
 
 
@@ -46,7 +46,7 @@ class Buffered:
         sized = asked.recipe.weighting == "examples"
         return overlapping(self, asked, f"count {'by their examples' if sized else alike}")
 
-    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> Step:
+    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> ServerStep:
         """Let the clock run until the buffer is full."""
         sky = Sky(self.clock, asked, **(flights or {}))
         arrived = []
@@ -98,7 +98,7 @@ class Asynchronous:
         """Raises ConfigError where there are too few clients; notes on weights and privacy."""
         return overlapping(self, asked, "each makes a step of its own")
 
-    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> Step:
+    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> ServerStep:
         """Let the clock run until somebody arrives."""
         sky = Sky(self.clock, asked, **(flights or {}))
         fill(sky, self.concurrency, round, seed)
@@ -126,12 +126,12 @@ def fill(sky: Sky, concurrency: int | None, round: int, seed: int) -> None:
         sky.ask(round, seed)
 
 
-def taken(sky: Sky, arrived: list[Flight], due: list[Due], round: int) -> Step:
+def taken(sky: Sky, arrived: list[Flight], due: list[Due], round: int) -> ServerStep:
     """The step of what has arrived."""
     ages = [round - version for _, _, _, version, _ in arrived]
     old = {"staleness_mean": sum(ages) / len(ages), "staleness_max": float(max(ages))}
     versions = frozenset(flight[3] for flight in sky.under_way)
-    return Step([*sky.fresh.values()], due, {}, sky.kept(), versions, sky.figures() | old)
+    return ServerStep([*sky.fresh.values()], due, {}, sky.kept(), versions, sky.figures() | old)
 
 
 def overlapping(pace: Buffered | Asynchronous, asked: Asked, counts: str) -> list[str]:

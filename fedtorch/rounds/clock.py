@@ -124,7 +124,7 @@ def _read(path: str) -> tuple[Device, ...]:
     found: dict[str, Device] = {}
     for number, line in enumerate(lines, 2):
         speed, megabyte, begin, end = (
-            _number(path, number, line, name) for name in ("speed", "megabyte", "from", "to")
+            _seconds(path, number, line, name) for name in ("speed", "megabyte", "from", "to")
         )
         window = () if begin is None or end is None else ((begin, end),)
         if (begin is None) != (end is None) or (window and not begin < end):  # type: ignore[operator]
@@ -134,7 +134,7 @@ def _read(path: str) -> tuple[Device, ...]:
     return tuple(found.values())
 
 
-def _number(path: str, number: int, line: dict[str, Any], name: str) -> float | None:
+def _seconds(path: str, number: int, line: dict[str, Any], name: str) -> float | None:
     text = line.get(name)
     if text is None or not text.strip():
         return None

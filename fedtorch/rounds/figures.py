@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedtorch.tree import nbytes
 from fedtorch.types import NUMBERS, Params, Task
 
 Metrics = dict[str, Any]
@@ -156,8 +157,4 @@ def traffic(
     down = [*task.state.values(), *(v for g in task.extras.values() for v in g.values())]
     up = [model[k] for g in sent.values() for k in g if k in model]
     up += sent.get(NUMBERS, {}).values()
-    return {"bytes_down": asked * _bytes(down), "bytes_up": reported * _bytes(up) + coded}
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return {"bytes_down": asked * nbytes(down), "bytes_up": reported * nbytes(up) + coded}

@@ -13,7 +13,7 @@ from fedtorch.channel import base as channel
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics, Reports
 from fedtorch.rounds.observers import Observer, looks
-from fedtorch.rounds.synchronous import Asked, Draw, Rounds, Step
+from fedtorch.rounds.synchronous import Asked, Draw, Rounds, ServerStep
 from fedtorch.types import Failure, Params, Released, Task
 
 
@@ -39,16 +39,21 @@ class UnderWay:
     """As the pace left them, plain values."""
     tasks: dict[int, Task] = field(default_factory=dict)
     """What those under way were sent, by round."""
-    drawn: Step | None = None
+    drawn: ServerStep | None = None
 
-    def step(self, round: int, seed: int, draw: Draw) -> Step:
+    def step(self, round: int, seed: int, draw: Draw) -> ServerStep:
         """Whom this round asks and whose work it takes, found once."""
         if self.drawn is None:
             self.drawn = self.pace.step(self.flights, round, seed, draw, self.asked)
         return self.drawn
 
     def arrivals(
-        self, step: Step, task: Task, ids: Sequence[str], session: Any, now: Callable[[], Params]
+        self,
+        step: ServerStep,
+        task: Task,
+        ids: Sequence[str],
+        session: Any,
+        now: Callable[[], Params],
     ) -> Iterator[Arrival]:
         """Let them train in an engine's ``session``; first come those who were lost on the way.
 
@@ -64,7 +69,7 @@ class UnderWay:
             for outcome in session.collect():
                 yield Arrival(outcome, sent, due.factor, today)
 
-    def land(self, step: Step) -> None:
+    def land(self, step: ServerStep) -> None:
         """The round is over: who is still under way keeps what it was sent."""
         self.flights = step.flights
         self.tasks = {v: t for v, t in self.tasks.items() if v in step.versions}

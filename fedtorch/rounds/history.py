@@ -9,7 +9,7 @@ from typing import Any
 
 from fedtorch.types import ConfigError
 
-NAME = "metrics.jsonl"
+FILE = "metrics.jsonl"
 """File in a run folder: one JSON object a round."""
 
 COLUMNS = ("round", "train_loss", "nonprivate_train_loss", "privacy_epsilon")
@@ -33,7 +33,7 @@ class History(list[dict[str, Any]]):
     @classmethod
     def load(cls, folder: str | Path) -> "History":
         """From the ``metrics.jsonl`` of a run folder; raises ConfigError naming a damaged line."""
-        return cls(read(Path(folder) / NAME))
+        return cls(read(Path(folder) / FILE))
 
     def column(self, name: str) -> list[tuple[int, float]]:
         """(round, value) of every round that has this figure."""

@@ -20,13 +20,13 @@ from fedtorch.types import ConfigError
 Scores = Mapping[str, Mapping[str, float]]
 """Client -> name of a metric -> figure; NaN where a client's data have none."""
 
-Asked = Mapping[str, Loss | str] | Sequence[str]
+AskedMetrics = Mapping[str, Loss | str] | Sequence[str]
 """Metrics by name, or functions by what to call them."""
 
 
 def judging(
-    recipe: Recipe, metrics: Asked | None, step: Judge | None = None, usual: bool = False
-) -> Asked:
+    recipe: Recipe, metrics: AskedMetrics | None, step: Judge | None = None, usual: bool = False
+) -> AskedMetrics:
     """The metrics asked for, or the loss that clients train by; ``usual``: and what is usual beside it.
 
     A ``step`` tells by itself. Raises ConfigError where the loss is not known, as with a recipe that has a
@@ -51,7 +51,7 @@ class Judged(Observer):
     """Scores of a fit: ``test_...``, and ``validation_...`` where clients have validation data."""
 
     def __init__(
-        self, server: Any, test: Any, metrics: Asked | None, every: int, step: Judge | None
+        self, server: Any, test: Any, metrics: AskedMetrics | None, every: int, step: Judge | None
     ) -> None:
         """``every``: rounds between two evaluations; the last is judged in any case."""
         self.server, self.test = server, test
@@ -109,7 +109,7 @@ def asked_of_clients(recipe: Recipe, clients: Sequence[Any]) -> None:
 
 
 def of_clients(
-    server: Any, clients: Sequence[Client], metrics: Asked, step: Judge | None
+    server: Any, clients: Sequence[Client], metrics: AskedMetrics, step: Judge | None
 ) -> dict[str, dict[str, float]]:
     """Each client's scores on its own validation data, with the weights that it keeps."""
     here = [c for c in clients if getattr(c, "validation", None) is not None]

@@ -6,7 +6,7 @@ from functools import cached_property
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics, norm, traffic
 from fedtorch.rounds.gather import Gathered
-from fedtorch.rounds.synchronous import Step
+from fedtorch.rounds.synchronous import ServerStep
 from fedtorch.types import Params, Task
 
 
@@ -36,7 +36,7 @@ class Moved:
         return self.norm if mean is self.delta else norm(mean) if mean else None
 
     def figures(
-        self, task: Task, step: Step, came: Gathered, recipe: Recipe, model: Params
+        self, task: Task, step: ServerStep, came: Gathered, recipe: Recipe, model: Params
     ) -> Metrics:
         """The round's, but for what a pace, an aggregator or a plan adds, and how long it took.
 

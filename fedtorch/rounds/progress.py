@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-WIDTH = 20
+BAR_WIDTH = 20
 """Characters of the bar."""
 
 SHOWN = 5
@@ -31,9 +31,9 @@ def troubles(figures: Mapping[str, Any]) -> list[str]:
     if few := _either(figures, "too_few"):
         return [*said, f"round {number}: {few}; the model stays as it was"]
     if left := _either(figures, "left_out"):
-        said.append(f"round {number}: the aggregator left out {_some(left)}")
+        said.append(f"round {number}: the aggregator left out {_first_few(left)}")
     if far := _either(figures, "far"):
-        said.append(f"round {number}: far from all others is the update of {_some(far)}")
+        said.append(f"round {number}: far from all others is the update of {_first_few(far)}")
     if clamped := _either(figures, "clamped"):
         said.append(
             f"round {number}: {clamped:,} numbers of updates were beyond aggregator.range, and clamped to "
@@ -49,7 +49,7 @@ def troubles(figures: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _some(ids: Sequence[str]) -> str:
+def _first_few(ids: Sequence[str]) -> str:
     """The first few ids, and how many more."""
     more = f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else ""
     return ", ".join(ids[:SHOWN]) + more
@@ -108,7 +108,7 @@ class Bar:
         self.say(*troubles(figures))
         if self.live and self.shown:
             done = figures["round"] / max(self.rounds, 1)
-            bar = ("#" * round(done * WIDTH)).ljust(WIDTH, ".")
+            bar = ("#" * round(done * BAR_WIDTH)).ljust(BAR_WIDTH, ".")
             head = f"round {figures['round']}/{self.rounds} {bar} "
             line = head + summary(figures, self._wide - len(head))
             print("\r" + line[: self._wide].ljust(self._wide), end="", flush=True)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedtorch.options import COUNT, PART, RATE, check
+from fedtorch.options import COUNT, FRACTION, RATE, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Cosine:
 
     def __post_init__(self) -> None:
         """Refuse an empty period, and a floor that is none."""
-        check(self, "schedule", period=COUNT, floor=PART)
+        check(self, "schedule", period=COUNT, floor=FRACTION)
 
     def __call__(self, round: int) -> float:
         """Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5 without restarts."""

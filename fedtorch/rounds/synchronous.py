@@ -10,6 +10,7 @@ from fedtorch.options import Range, check
 from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.participation import Participation
 from fedtorch.rounds.sky import Sky, check_sizes
+from fedtorch.tree import nbytes
 from fedtorch.types import ConfigError, Params
 
 DROPPED = "dropped", "it dropped out"
@@ -34,7 +35,7 @@ class Due:
 
 
 @dataclass(frozen=True)
-class Step:
+class ServerStep:
     """One step of the server: whom it asks, and whose work it takes."""
 
     asked: list[list[int]]
@@ -69,7 +70,7 @@ class Asked(NamedTuple):
         coded: Mapping[str, Params],
     ) -> "Asked":
         """``coded``: names and shapes of what a channel encodes, by group."""
-        down = sum(v.numel() * v.element_size() for v in weights.values())
+        down = nbytes(weights.values())
         up = channel.bytes_of(recipe.channel, coded) if coded else down
         return cls(recipe, participation, sizes, down + up)
 
@@ -88,7 +89,7 @@ class Rounds(Protocol):
     def check(self, asked: Asked) -> list[str]:
         """Raises ConfigError where it cannot be kept; notes for whoever starts the run."""
 
-    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> Step:
+    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> ServerStep:
         """The next step, from who is under way (None: nobody); it draws from the seed alone."""
 
 
@@ -108,7 +109,7 @@ class Synchronous:
             check_sizes("synchronous with a clock", asked)
         return []
 
-    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> Step:
+    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> ServerStep:
         """All that were asked and do not drop out."""
         if self.clock is None:
             if flights is not None:
@@ -116,7 +117,7 @@ class Synchronous:
                     "a clock has run from before: go on with the pace that the run had (--pace)"
                 )
             reporting, lost = draw()
-            return Step(
+            return ServerStep(
                 [[*reporting, *lost]], [Due(reporting, round)], dict.fromkeys(lost, DROPPED)
             )
         return waited(self, self.clock, flights, round, seed, draw, asked)
@@ -156,7 +157,7 @@ class OverSelected:
             notes += ["pace over-selected: who is asked is charged, whether it counts or not"]
         return notes
 
-    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> Step:
+    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> ServerStep:
         """The first to arrive of those that were asked and do not drop out."""
         return waited(self, self.clock, flights, round, seed, draw, asked)
 
@@ -172,7 +173,7 @@ def counted(pace: Rounds, asked: int) -> int:
 
 def waited(
     pace: Rounds, clock: Clock, flights: Any, round: int, seed: int, draw: Draw, asked: Asked
-) -> Step:
+) -> ServerStep:
     """The step of the first of a cohort to arrive; the clock is at the last of them then."""
     if flights is None and round > 0:
         raise ConfigError("no clock has run so far: go on with the pace that the run had (--pace)")
@@ -188,4 +189,4 @@ def waited(
     lost = {i: late for i in reporting if i not in first} | dict.fromkeys(gone, DROPPED)
     sky.under_way = []
     cohort = [[*reporting, *gone]]
-    return Step(cohort, [Due(first, round)], lost, sky.kept(), frozenset(), sky.figures())
+    return ServerStep(cohort, [Due(first, round)], lost, sky.kept(), frozenset(), sky.figures())

@@ -146,7 +146,7 @@ class Forged:
         honest = [u for u in came if u.ids[0] not in self.who]
         forged = {}
         if lying and honest:
-            rows = self.threat.rows(_flat(honest), _flat(lying), self.seed)
+            rows = self.threat.rows(_as_rows(honest), _as_rows(lying), self.seed)
             forged = {u.ids[0]: row for u, row in zip(lying, rows, strict=True)}
         for update in came:
             if update.ids[0] in forged:
@@ -157,7 +157,7 @@ class Forged:
         return self.rule.result(start)
 
 
-def _flat(updates: Sequence[Released]) -> Tensor:
+def _as_rows(updates: Sequence[Released]) -> Tensor:
     rows = [
         torch.cat([v.double().cpu().flatten() for v in u.sent["delta"].values()]) for u in updates
     ]

@@ -17,7 +17,7 @@ from fedtorch import disk
 from fedtorch.options import find, near
 from fedtorch.run import trust
 from fedtorch.run.names import ALIASES, CHOICES, flag, ours
-from fedtorch.run.objects import Table, build, describe
+from fedtorch.run.objects import Table, construct, describe
 from fedtorch.types import ConfigError
 
 
@@ -39,7 +39,7 @@ def parse(cls: type, argv: Sequence[str], base: Table | None = None, own: bool =
             "the run's config" if path is None else str(path),
             trusted,
         )
-    return build(cls, table)
+    return construct(cls, table)
 
 
 def trusts(flags: Table) -> bool:
@@ -58,7 +58,7 @@ def resume(cls: type, argv: Sequence[str], config: Path, free: set[str]) -> Any:
     own = trust.remembered(config)
     # first: it refuses to import what only the file names
     new = parse(cls, argv, base=saved, own=own)
-    old = build(cls, saved)
+    old = construct(cls, saved)
     for f in dataclasses.fields(cls):
         if f.name not in free and getattr(old, f.name) != getattr(new, f.name):
             before, after = (flat({f.name: describe(c).get(f.name, "none")}) for c in (old, new))

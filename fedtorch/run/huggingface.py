@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtorch.data.tokens import PREFIX, loading, tokenizer
-from fedtorch.data.tokens import digest as of_tokens
+from fedtorch.data.tokens import vocabulary_digest as of_tokens
 from fedtorch.engines import messages
 from fedtorch.options import COUNT, NOT_NEGATIVE, POSITIVE, check
 from fedtorch.strategies import Strategy
@@ -152,7 +152,7 @@ def build(spec: str, facts: Mapping[str, Any], lora: LoRA | None, drawn: bool = 
     return Logits(whole if lora is None else lora.adapted(whole), facts, digest)
 
 
-def named(spec: str) -> str:
+def public_name(spec: str) -> str:
     """By what name others know a model: a folder here by its own name, wherever it lies."""
     where = Path(spec.removeprefix(PREFIX))
     return PREFIX + (where.resolve().name if where.is_dir() else str(where))
@@ -214,7 +214,7 @@ def keep(folder: Path, model: nn.Module, strategy: Strategy) -> None:
         inner.save_pretrained(folder / "adapter")
 
 
-def kept(folder: Path) -> str:
+def beside_weights(folder: Path) -> str:
     """What lies in a run's folder beside the weights as they were trained, in words; empty: nothing."""
     if (folder / "adapter").is_dir():
         base = f" on {folder / 'base'}" if (folder / "base").is_dir() else ""

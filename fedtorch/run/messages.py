@@ -131,7 +131,7 @@ def conclude(
     drawn = any(folder.glob("events.out.tfevents.*"))
     watch = f"   watch: tensorboard --logdir {folder.parent}" if drawn else ""
     report.say(f"run folder: {folder} (model.safetensors; fedtorch report draws it){watch}")
-    if beside := huggingface.kept(folder):
+    if beside := huggingface.beside_weights(folder):
         report.say(beside)
 
 

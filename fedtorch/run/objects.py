@@ -41,7 +41,7 @@ ONE = threading.Lock()
 """jsonargparse keeps what it parses in its module: two threads at once refuse each other's options."""
 
 
-def build(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
+def construct(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
     """Call ``cls`` with a table of options; nested choices are built first."""
     args: Table = {}
     plain: Table = {}
@@ -112,7 +112,7 @@ def choose(choice: str, value: Any, default: Any = None) -> Any:
     """
     name, options = _named(ours(choice, value))
     if name is None and dataclasses.is_dataclass(default) and not isinstance(default, type):
-        return build(type(default), options, choice)
+        return construct(type(default), options, choice)
     if name is None:
         name = next(iter(CHOICES[choice]))
     if str(name).lower() == "true" and "on" in CHOICES[choice]:
@@ -124,7 +124,7 @@ def choose(choice: str, value: Any, default: Any = None) -> Any:
                 f"{choice} is {name}, which has no {given}: leave out one or the other"
             )
         return None
-    return build(_class(choice, str(name)), options, choice)
+    return construct(_class(choice, str(name)), options, choice)
 
 
 def several(choice: str, value: Any) -> tuple[Any, ...]:
@@ -240,7 +240,7 @@ def _checked(cls: Callable[..., Any], table: Table, skip: set[str], where: str) 
         with ONE:
             checked = parser_for(cls, skip).parse_object(table, defaults=False)
     except ArgumentError as e:
-        raise ConfigError(_plain(str(e), where)) from e
+        raise ConfigError(_in_words(str(e), where)) from e
     return {k: v for k, v in vars(checked).items() if k in table}
 
 
@@ -252,7 +252,7 @@ def parser_for(cls: Callable[..., Any], skip: set[str]) -> ArgumentParser:
     return parser
 
 
-def _plain(message: str, where: str) -> str:
+def _in_words(message: str, where: str) -> str:
     # jsonargparse: 'Parser key "mu":\n  Expected a <class 'float'>. Got value: x'
     key, _, rest = message.partition(":")
     name = key.removeprefix("Parser key ").strip('" ')

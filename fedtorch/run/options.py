@@ -106,7 +106,7 @@ class RunOptions(TrainingOptions):
         return Recipe(
             self.lora.strategy(self.strategy) if self.lora else self.strategy,
             loss=no_loss if self.step else loss,
-            step=steps.named("step", self.step) if self.step else None,
+            step=steps.function_named("step", self.step) if self.step else None,
             optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
             privacy=self.plan,
             aggregator=self.aggregator,

@@ -108,7 +108,7 @@ def _promised(plans: Sequence[Privacy]) -> str:
 
 def _charged(group: Sequence[Saved]) -> str:
     options = [r.options for r in group]
-    delta = max(_number(o.get("privacy.delta"), 1e-5) for o in options)
+    delta = max(_or_else(o.get("privacy.delta"), 1e-5) for o in options)
     accountant = "rdp" if any(o.get("privacy.accountant") == "rdp" for o in options) else "prv"
     same = len({_chosen(o, HOLDERS) for o in options}) == 1
     try:
@@ -152,5 +152,5 @@ def _chosen(options: Mapping[str, Any], names: Sequence[str]) -> Hashable:
     return tuple(sorted((k, str(v)) for k, v in options.items() if k.partition(".")[0] in names))
 
 
-def _number(value: Any, otherwise: float) -> float:
+def _or_else(value: Any, otherwise: float) -> float:
     return float(value) if isinstance(value, (int, float)) else otherwise

@@ -34,7 +34,7 @@ def check(option: str, name: str) -> None:
     )
 
 
-def named(option: str, name: str) -> Callable[..., Any]:
+def function_named(option: str, name: str) -> Callable[..., Any]:
     """The function of this name; raises ConfigError where there is none."""
     check(option, name)
     found = find(name)
@@ -57,7 +57,7 @@ def judging(
     in their place, and without one a recipe's step is judged by its own losses.
     """
     left_open = [*metrics] == ["auto"]
-    judge = named("eval_step", eval_step) if eval_step else None
+    judge = function_named("eval_step", eval_step) if eval_step else None
     if judge is None and recipe.step is not None and left_open:
         return {}, lambda model, batch: {"loss": recipe.tried(model, batch)}
     few = subset(data, torch.arange(min(2, len_of(data))))

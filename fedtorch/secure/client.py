@@ -21,8 +21,8 @@ from fedtorch.secure.protocol import (
     Sign,
     Survivors,
     Verify,
-    apart,
     checked,
+    distinct,
     keys_stated,
     survivors_stated,
 )
@@ -85,7 +85,7 @@ class SecureClient:
             for j in places:
                 if j != self.place:
                     checked(roll.keys[j], j, self.terms, self._verify)
-            apart(roll.keys)
+            distinct(roll.keys)
             self._keys = dict(roll.keys)
             self._near = ring(self.terms, {k: v.body for k, v in roll.keys.items()})[self.place]
             self._enough(1 + len(self._near), "sent keys")
@@ -156,7 +156,7 @@ class SecureClient:
     def _sealed(self) -> dict[int, bytes]:
         holders = [self.place, *self._near]
         seeds, masks = (
-            shamir.split(int.from_bytes(s, "big"), self.terms.threshold, holders, self._random)
+            shamir.shares(int.from_bytes(s, "big"), self.terms.threshold, holders, self._random)
             for s in (self._seed, self._mask.secret)
         )
         both = {k: (shamir.to_bytes(seeds[k]), shamir.to_bytes(masks[k])) for k in holders}

@@ -98,7 +98,7 @@ def shortened(
     return long
 
 
-def whole(width: int, clients: int) -> int:
+def largest_whole(width: int, clients: int) -> int:
     """The largest whole number of which so many do not wrap."""
     return ((1 << (width - 1)) - 1) // clients
 
@@ -208,7 +208,7 @@ def seal(coding: Coding, values: np.ndarray, figures: Figures) -> np.ndarray:
 
 def riders(coding: Coding, figures: Figures, beyond: int) -> np.ndarray:
     """One client's figures as they ride, int64; ``beyond``: how many of its numbers were clamped."""
-    most = whole(coding.width, coding.clients)
+    most = largest_whole(coding.width, coding.clients)
     loss, over = _loss(coding).encode(_finite(figures.weight * figures.loss))
     weight, _ = _weight(coding).encode(np.array([figures.weight]))
     examples = min(round(figures.examples), most)

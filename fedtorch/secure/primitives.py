@@ -4,7 +4,7 @@ import hashlib
 
 from fedtorch.secure.refused import Refused
 
-NAME = b"fedtorch secagg 1"
+FIRST_WORDS = b"fedtorch secagg 1"
 """Salt of every key, and first words of everything that is signed."""
 KEY = 32
 """Bytes of a key, public or secret, of a seed and of a digest."""
@@ -41,7 +41,9 @@ def derive(secret: bytes, purpose: str, context: bytes) -> bytes:
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-    return bytes(HKDF(SHA256(), KEY, NAME, purpose.encode() + b"\0" + context).derive(secret))
+    return bytes(
+        HKDF(SHA256(), KEY, FIRST_WORDS, purpose.encode() + b"\0" + context).derive(secret)
+    )
 
 
 def box(key: bytes, plain: bytes, about: bytes) -> bytes:
@@ -64,9 +66,9 @@ def unbox(key: bytes, sealed: bytes, about: bytes) -> bytes:
 
 def commit(context: bytes, seed: bytes) -> bytes:
     """A digest that binds to a seed before anybody sees it."""
-    return hashlib.sha256(NAME + b" seed\0" + context + seed).digest()
+    return hashlib.sha256(FIRST_WORDS + b" seed\0" + context + seed).digest()
 
 
 def statement(phase: str, context: bytes, body: bytes) -> bytes:
     """What is signed: TLS signs nothing that begins so."""
-    return NAME + b" " + phase.encode() + b"\0" + context + hashlib.sha256(body).digest()
+    return FIRST_WORDS + b" " + phase.encode() + b"\0" + context + hashlib.sha256(body).digest()

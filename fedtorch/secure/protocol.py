@@ -124,7 +124,7 @@ def checked(keys: Keys, place: int, terms: Terms, verify: Verify) -> None:
         raise Refused("signature", why, place)
 
 
-def apart(keys: Mapping[int, Keys]) -> None:
+def distinct(keys: Mapping[int, Keys]) -> None:
     """Raises Refused where two keys are the same: one of them is somebody else's."""
     found = [key for k in keys.values() for key in (k.box, k.mask)]
     if len({*found}) != len(found):

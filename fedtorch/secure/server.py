@@ -22,8 +22,8 @@ from fedtorch.secure.protocol import (
     Survivors,
     Up,
     Verify,
-    apart,
     checked,
+    distinct,
     survivors_stated,
 )
 from fedtorch.secure.refused import Refused
@@ -67,7 +67,7 @@ class SecureServer:
         match message:
             case Keys():
                 checked(message, place, self.terms, self._verify)
-                apart(self._keys | {place: message})
+                distinct(self._keys | {place: message})
                 self._keys[place] = message
             case Boxes():
                 self._take_boxes(place, message.boxes)

@@ -21,7 +21,7 @@ class Random(Protocol):
         """A whole number from 0 to below the bound, each as likely."""
 
 
-def split(
+def shares(
     secret: int, threshold: int, places: Iterable[int], random: Random, prime: int = PRIME
 ) -> dict[int, int]:
     """A share for each place, by place: values of a polynomial of degree threshold - 1 at place + 1.

@@ -30,7 +30,7 @@ class WholeSum:
             self._total = np.zeros(self._layout.values, np.int64)
         self.came += len(update.ids)
         for k in range(len(update.ids)):
-            sent = {g: _row(s, k) for g, s in update.sent.items()}
+            sent = {g: _numbers(s, k) for g, s in update.sent.items()}
             share = float(update.weight[k]) / (self._cap or 1)
             flat = self._layout.flat(sent, {})
             if self._norm is not None:
@@ -72,5 +72,5 @@ class WholeSum:
         return sent, {n: at[n] + v for n, v in moved.items()}, figures.clamped
 
 
-def _row(stack: Stack, k: int) -> Params:
+def _numbers(stack: Stack, k: int) -> Params:
     return {n: v[k] for n, v in stack.items()}

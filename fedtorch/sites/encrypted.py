@@ -18,7 +18,7 @@ from fedtorch.secure.roster import ATTEMPT, LEAST
 from fedtorch.secure.tags import TAGS
 from fedtorch.sites import letters
 from fedtorch.sites.engine import Sites, SitesSession, over
-from fedtorch.sites.reports import Visit
+from fedtorch.sites.reports import Assignment
 from fedtorch.sites.rpc import log
 from fedtorch.sites.sealed import RIDERS, Round, Vector, read_public
 from fedtorch.sites.sums import check_apart
@@ -101,7 +101,7 @@ class EncryptedSession(SitesSession):
             self.visits = {}
         yield from self.came_to(total, visits)
 
-    def _open_sum(self, visits: dict[str, Visit]) -> Released | None:
+    def _open_sum(self, visits: dict[str, Assignment]) -> Released | None:
         came, opener = [i for i in visits if i in self.sealed], self.terms.opener
         if len(came) < self.terms.least:
             why = f"{len(came)} sites reported, and {self.terms.least} are needed to open a sum"
@@ -143,7 +143,7 @@ class EncryptedSession(SitesSession):
             return False
         return True
 
-    def _message(self, visit: Visit, asked: Message, **more: object) -> Message:
+    def _message(self, visit: Assignment, asked: Message, **more: object) -> Message:
         if visit.site in self.sealed:
             assert self.sum is not None  # it was due
             facts = {"visit": visit.nonce, "phase": "open", "sites": [*self.sealed]}

@@ -21,7 +21,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.secure.aggregator import Secure
 from fedtorch.secure.he import HE
 from fedtorch.sites import offer as plans
-from fedtorch.sites.reports import Reader, Visit, check_enough, judge
+from fedtorch.sites.reports import Assignment, Reader, check_enough, judge
 from fedtorch.sites.rpc import Listener, log
 from fedtorch.sites.statistics import asking
 from fedtorch.training.losses import LOSSES
@@ -130,8 +130,8 @@ class SitesSession:
         """The last visit of each site that counted."""
         self.saved: dict[str, str] = {}
         """The same in the last checkpoint that was written."""
-        self.visits: dict[str, Visit] = {}
-        self.last: list[Visit] = []
+        self.visits: dict[str, Assignment] = {}
+        self.last: list[Assignment] = []
         self.closing = False
         self.ended = ""
         """Why the run is over, one of ``ends.ENDS``, for the sites; nothing: it is done."""
@@ -158,7 +158,7 @@ class SitesSession:
     def submit(self, ids: Sequence[str], task: Task) -> None:
         """Put up a task for these sites."""
         with self.change:
-            self.visits = {i: Visit(i, task) for i in ids}
+            self.visits = {i: Assignment(i, task) for i in ids}
             self.change.notify_all()
 
     def collect(self) -> Iterator[Released | Failure]:
@@ -184,7 +184,7 @@ class SitesSession:
                 yield self.missed(visit, outcome)
 
     def came_to(
-        self, total: Released | None, visits: Mapping[str, Visit]
+        self, total: Released | None, visits: Mapping[str, Assignment]
     ) -> Iterator[Released | Failure]:
         """A round whose updates come as one: the sum of whoever is in it, and why the others are not."""
         self.last = [*visits.values()]
@@ -196,7 +196,7 @@ class SitesSession:
             if isinstance(visit.outcome, Failure):
                 yield self.missed(visit, visit.outcome)
 
-    def missed(self, visit: Visit, failure: Failure) -> Failure:
+    def missed(self, visit: Assignment, failure: Failure) -> Failure:
         """Say so of a site that the round goes on without; the failure as it is."""
         if failure.kind in ("late", "absent"):
             number = visit.task.round + 1
@@ -321,7 +321,7 @@ class SitesSession:
         """Whether there is something for a site that calls for work."""
         return self._open(site) is not None
 
-    def _message(self, visit: Visit, asked: Message, **more: Any) -> Message:
+    def _message(self, visit: Assignment, asked: Message, **more: Any) -> Message:
         """The task, for a site that calls for work."""
         visit.taken = True
         left = self.options.deadline - (time.monotonic() - visit.asked)
@@ -354,7 +354,7 @@ class SitesSession:
             raise MessageError(result.reason)
         return wire.encode(Message("thanks"))
 
-    def _open(self, site: str) -> Visit | None:
+    def _open(self, site: str) -> Assignment | None:
         visit = self.visits.get(site)
         return visit if visit is not None and visit.outcome is None else None
 

@@ -80,7 +80,7 @@ def fingerprint(pem: bytes) -> str:
     return read(pem).fingerprint(hashes.SHA256()).hex()
 
 
-def plain(fingerprint: str) -> str:
+def bare_fingerprint(fingerprint: str) -> str:
     """A fingerprint with colons or capitals, as others write it, in our way; "" for what is none."""
     bare = fingerprint.replace(":", "").lower()
     return bare if re.fullmatch(r"[0-9a-f]{64}", bare) else ""

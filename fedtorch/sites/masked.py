@@ -16,7 +16,7 @@ from fedtorch.secure.roster import ATTEMPT, LEAST, Member, Terms
 from fedtorch.secure.server import SecureServer
 from fedtorch.sites import keys, letters
 from fedtorch.sites.engine import Sites, SitesSession, over
-from fedtorch.sites.reports import Visit
+from fedtorch.sites.reports import Assignment
 from fedtorch.sites.rpc import log, read_keys
 from fedtorch.sites.sums import Sums, check_apart
 from fedtorch.types import ConfigError, Failure, Released, Task
@@ -50,7 +50,7 @@ class Attempt:
         """Whether a site has yet to send in this phase."""
         return site in self.names and self.names.index(site) in self.half.waiting
 
-    def message(self, visit: Visit) -> Message:
+    def message(self, visit: Assignment) -> Message:
         """What a site needs to go on with the phase."""
         place = self.names.index(visit.site)
         own = self.pems if self.half.phase == "shares" and place in self.lacking else {}
@@ -108,7 +108,7 @@ class MaskedSession(SitesSession):
         """Carry the phases; the sum of whoever came through, and a failure for each of the others."""
         assert self.asked is not None
         ids, task = self.asked
-        visits, total = {i: Visit(i, task) for i in ids}, None
+        visits, total = {i: Assignment(i, task) for i in ids}, None
         try:
             with self.change:
                 attempt = self._begin(visits, task)
@@ -123,7 +123,7 @@ class MaskedSession(SitesSession):
                 self.visits, self.attempt = {}, None
         yield from self.came_to(total, visits)
 
-    def _begin(self, visits: dict[str, Visit], task: Task) -> Attempt:
+    def _begin(self, visits: dict[str, Assignment], task: Task) -> Attempt:
         """Who is there is the roster; the others have no part in this round."""
         self.change.wait_for(lambda: {*visits} <= {*self._here()}, self.secure.phase_seconds)
         there = [i for i in visits if i in self._here()]
@@ -154,7 +154,7 @@ class MaskedSession(SitesSession):
             return Failure(site, "refused", str(e))
         return None
 
-    def _sum(self, attempt: Attempt, visits: Mapping[str, Visit], task: Task) -> Released:
+    def _sum(self, attempt: Attempt, visits: Mapping[str, Assignment], task: Task) -> Released:
         half, seconds = attempt.half, self.options.deadline
         for phase in PHASES[:-1]:
             with self.change:
@@ -221,7 +221,7 @@ class MaskedSession(SitesSession):
             return False
         return True
 
-    def _message(self, visit: Visit, asked: Message, **more: object) -> Message:
+    def _message(self, visit: Assignment, asked: Message, **more: object) -> Message:
         attempt = self.attempt
         assert attempt is not None  # it was due
         if attempt.half.phase != "keys":

@@ -64,7 +64,7 @@ class Masks:
             )
         if not self.config.peers:
             return
-        pinned = {n: bytes.fromhex(keys.plain(p)) for n, p in self.config.peers.items()}
+        pinned = {n: bytes.fromhex(keys.bare_fingerprint(p)) for n, p in self.config.peers.items()}
         for member in members:
             if member == self.own or pinned.get(member.name) == member.certificate:
                 continue

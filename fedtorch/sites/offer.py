@@ -46,7 +46,7 @@ PUBLISHED = re.compile(r"hf:[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?")
 """A model of Hugging Face as a plan names it: by its folder's own name, or its name on the hub."""
 TOKENS: dict[str, type] = {"vocab_size": int, "padding": int, "language": bool, "tokens": str}
 """Facts of a model of Hugging Face beside the usual ones, and their types."""
-RUN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+RUN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MOST_OUTPUTS = 1_000_000
 MOST_ROUNDS = 1 << 31
 
@@ -95,7 +95,7 @@ class Plan(TrainingOptions):
         recipe = Recipe(
             self.lora.strategy(self.strategy) if self.lora else self.strategy,
             loss=no_loss if self.step else LOSSES[self.loss],
-            step=steps.named("step", self.step) if self.step else None,
+            step=steps.function_named("step", self.step) if self.step else None,
             optimizer=ClientOptimizer(self.optimizer, self.optimizer_args),
             privacy=self.privacy or Nothing(),
             aggregator=self.aggregator,
@@ -147,7 +147,7 @@ def read(table: dict[str, Any], models: Sequence[str], runs: Sequence[str] = ())
     ``models`` may be trained, and these are the steps that it ``runs``. Other names that would make Python
     import something are refused before anything looks them up; nothing is built yet.
     """
-    model, optimizer = _name(table, "model"), _name(table, "optimizer", "sgd")
+    model, optimizer = _chosen(table, "model"), _chosen(table, "optimizer", "sgd")
     place = _place(model, models)
     if not isinstance(model, str) or not (place or (NAME.fullmatch(model) and model in models)):
         fix = ""
@@ -170,7 +170,7 @@ def read(table: dict[str, Any], models: Sequence[str], runs: Sequence[str] = ())
     for choice in OFFERED:
         _known(table, choice)
     # what is null was not given; the first of the choices would be taken for it
-    plan: Plan = objects.build(
+    plan: Plan = objects.construct(
         Plan, {k: v for k, v in table.items() if v is not None or k not in CHOICES}
     )
     plan = replace(plan, place=place)
@@ -178,7 +178,7 @@ def read(table: dict[str, Any], models: Sequence[str], runs: Sequence[str] = ())
         raise ConfigError(
             "a plan has facts of tokens for a model of Hugging Face, and only for such"
         )
-    if not RUN.fullmatch(plan.run):
+    if not RUN_NAME.fullmatch(plan.run):
         raise ConfigError(f"a run cannot be called {plan.run!r}")
     _consistent(plan)
     return plan
@@ -188,12 +188,14 @@ def _place(model: Any, models: Sequence[str]) -> str:
     """Where a site has a model hf: that it agrees to, each as hf:FOLDER or hf:NAME=FOLDER; else nothing."""
     for entry in models:
         name, equals, where = entry.partition("=")
-        if entry.startswith(PREFIX) and model == (name if equals else huggingface.named(entry)):
+        if entry.startswith(PREFIX) and model == (
+            name if equals else huggingface.public_name(entry)
+        ):
             return PREFIX + where.removeprefix(PREFIX) if equals else entry
     return ""
 
 
-def _name(table: dict[str, Any], choice: str, default: Any = None) -> Any:
+def _chosen(table: dict[str, Any], choice: str, default: Any = None) -> Any:
     value = table.get(choice, default)
     return value.get("name") if isinstance(value, dict) else value
 

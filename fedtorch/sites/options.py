@@ -11,7 +11,7 @@ from fedtorch.options import COUNT, INSIDE, POSITIVE, Range, check
 from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.run import steps
 from fedtorch.run.options import RunOptions
-from fedtorch.sites.keys import SITE_NAME, plain
+from fedtorch.sites.keys import SITE_NAME, bare_fingerprint
 from fedtorch.training.losses import DEFAULTS, LOSSES
 from fedtorch.types import ConfigError
 
@@ -108,7 +108,7 @@ class SiteConfig:
             least_peers=Range("at least 2", 2, math.inf, "high"),
         )
         for name, value in self.peers.items():
-            if not plain(value):
+            if not bare_fingerprint(value):
                 raise ConfigError(
                     f"peers.{name} is no SHA-256 fingerprint of 64 hex digits: {value!r}; fedtorch keys "
                     "prints them"

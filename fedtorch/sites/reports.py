@@ -160,7 +160,7 @@ def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
 
 
 @dataclass(eq=False)
-class Visit:
+class Assignment:
     """One site's part in one round."""
 
     site: str
@@ -185,7 +185,9 @@ class Visit:
         self.outcome = Failure(self.site, "late" if self.taken else "absent", why)
 
 
-def judge(visits: Sequence[Visit], most: int, least: int, deadline: float) -> Sequence[Visit]:
+def judge(
+    visits: Sequence[Assignment], most: int, least: int, deadline: float
+) -> Sequence[Assignment]:
     """Give every visit of a round that is over its outcome; the order stays.
 
     Of the updates the ``most`` that came first count, and none when there are fewer than ``least``.

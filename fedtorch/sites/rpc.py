@@ -27,7 +27,7 @@ SITE_HEADER = "fedtorch-site"
 Handler = Callable[[str, str, bytes], bytes]
 """Method, name of the site, message -> answer; raises MessageError to refuse."""
 
-CALLS = 4
+OPEN_CALLS = 4
 """Calls that one site may have open: one for work, one for a report, and those of a process that died."""
 SPARE = 8
 """Threads that turn callers away."""
@@ -75,14 +75,14 @@ class Listener:
 
         ``names`` are those of the ``sites`` that may call; none: all that the authority has signed.
         """
-        threads = CALLS * sites + SPARE
+        threads = OPEN_CALLS * sites + SPARE
         pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="fedtorch-site")
         self.server = grpc.server(
             pool,
             options=[
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", -1),
-                ("grpc.max_concurrent_streams", 4 * CALLS),
+                ("grpc.max_concurrent_streams", 4 * OPEN_CALLS),
                 ("grpc.compression_enabled_algorithms_bitset", 1),  # none: a small bomb stays small
                 ("grpc.keepalive_time_ms", 60_000),  # a site that is gone gives its calls back
                 ("grpc.keepalive_timeout_ms", 20_000),
@@ -188,8 +188,8 @@ class Desk:
         if left is None or left > LONGEST_CALL:
             raise MessageError(f"a call without a deadline of at most {LONGEST_CALL:g} s")
         with self.lock:
-            if self.open[site] >= CALLS:
-                raise Busy(f"it has {CALLS} calls open")
+            if self.open[site] >= OPEN_CALLS:
+                raise Busy(f"it has {OPEN_CALLS} calls open")
             self.open[site] += 1
         try:
             yield

@@ -24,7 +24,7 @@ from fedtorch.sites import letters
 from fedtorch.sites.openings import Openings
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.reports import Reader
-from fedtorch.sites.sums import layout, numbers, together
+from fedtorch.sites.sums import as_vector, layout_of, together
 from fedtorch.types import ConfigError, Released, Task
 
 SECRET = b"fedtorch he secret 1\n"
@@ -132,7 +132,7 @@ class Vector:
     @classmethod
     def of(cls, reader: Reader, task: Task, asked: int) -> "Vector":
         """Of a round of so many."""
-        return cls(task, layout(reader, task), asked, not reader.recipe.privacy.per_client)
+        return cls(task, layout_of(reader, task), asked, not reader.recipe.privacy.per_client)
 
     @property
     def size(self) -> int:
@@ -162,7 +162,7 @@ class Vector:
 
     def seal(self, update: Released) -> np.ndarray:
         """One site's numbers, none so large that a sum could wrap; raises Refused for NaN and infinity."""
-        values, top = numbers(self.layout, update, self.task), self.top
+        values, top = as_vector(self.layout, update, self.task), self.top
         if not np.isfinite(values).all():
             raise Refused("nonfinite", "its update has a number that is not finite")
         examples = loss = 0.0

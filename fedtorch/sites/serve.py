@@ -108,7 +108,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
             for note in notes:
                 here.report.say(f"note: {note}")
             introduce(here.report, opening, server)
-            ready = settled(session, config, here)
+            ready = statistics_came(session, config, here)
             test = own_test(own, session.options.plan) if ready else None
             judged = plan.judging(server.recipe, model, test) if test is not None else ({}, None)
             scores = loop.Scores(here, test, judged[0], step=judged[1])
@@ -172,7 +172,7 @@ def public_key(config: ServeConfig) -> Path | None:
     return own if config.credentials and own.exists() else None
 
 
-def settled(session: SitesSession, config: ServeConfig, here: loop.Loop) -> bool:
+def statistics_came(session: SitesSession, config: ServeConfig, here: loop.Loop) -> bool:
     """Whether training may begin: statistics of columns, where the plan has some, have come.
 
     They are asked for as long as a round waits, and longer while there are too few.
@@ -250,9 +250,10 @@ def modelled(config: ServeConfig) -> dict[str, Any]:
         return {"model": config.model, "facts": facts}
     known = tokens.facts(config.model, config.language)
     outputs = known["vocab_size"] if config.language else outputs
-    facts = facts_of(shape, outputs, config.kind) | known | {"tokens": tokens.digest(config.model)}
+    cut = {"tokens": tokens.vocabulary_digest(config.model)}
+    facts = facts_of(shape, outputs, config.kind) | known | cut
     del facts["tokenizer"]
-    return {"model": huggingface.named(config.model), "facts": facts, "place": config.model}
+    return {"model": huggingface.public_name(config.model), "facts": facts, "place": config.model}
 
 
 def keep(folder: Path, plan: Plan) -> None:

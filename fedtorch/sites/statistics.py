@@ -28,14 +28,14 @@ from fedtorch.sites.offer import Plan
 from fedtorch.sites.reports import FACTS, LONGEST
 from fedtorch.types import ConfigError, Released
 
-GROUP = "statistics"
+STATISTICS = "statistics"
 HOLD_SECONDS = 20.0
 """How long a site that has answered is kept waiting for the others at a time."""
 
 log = logging.getLogger("fedtorch.sites")
 
 
-def asked(plan: Plan) -> columns.Statistics:
+def statistics_asked(plan: Plan) -> columns.Statistics:
     """What the plan asks of a site's rows."""
     return columns.of(plan.statistics, [*plan.ranges.values()])
 
@@ -50,7 +50,7 @@ class Asking:
 
     def __init__(self, plan: Plan, names: Sequence[str]) -> None:
         """Nobody has answered yet."""
-        self.plan, self.names, self.asked = plan, names, asked(plan)
+        self.plan, self.names, self.asked = plan, names, statistics_asked(plan)
         self.length = self.asked.vectors(np.zeros((0, len(plan.standardize)))).shape[1]
         """Numbers that a site sends."""
         self.nonces = {n: secrets.token_hex(16) for n in names}
@@ -117,12 +117,12 @@ class Asking:
         if message.facts.keys() - FACTS or not update.ids or update.metrics:
             raise MessageError("it sends something else than statistics of columns")
         shape = torch.Size([self.length]), torch.float64
-        messages.check(update, Expected({GROUP: {GROUP: shape}}, {}))
+        messages.check(update, Expected({STATISTICS: {STATISTICS: shape}}, {}))
         privacy = self.plan.privacy
         most = self.asked.norm * (1 + 1e-6) if privacy is not None and privacy.central else LONGEST
         if not (norm := float(joint_norms(update.sent))) <= most or update.weight.tolist() != [1.0]:
             raise MessageError(f"its statistics have norm {norm:.6g}; at most {most:.6g} is taken")
-        return update.sent[GROUP][GROUP][0].numpy()
+        return update.sent[STATISTICS][STATISTICS][0].numpy()
 
 
 class Told:
@@ -213,13 +213,13 @@ def portion(plan: Plan, asks: Asks, site: str) -> np.ndarray:
     assert plan.privacy is not None
     place = {name: k for k, name in enumerate(asks.columns)}
     rows = asks.rows[:, [place[name] for name in plan.ranges]]
-    found = asked(plan)
+    found = statistics_asked(plan)
     return plan.privacy.portion(found.vectors(rows), site, found.norm)
 
 
 def told(site: str, vector: np.ndarray) -> Outcome:
     """The same as a visit that came to it."""
-    sent = {GROUP: {GROUP: torch.from_numpy(vector)[None]}}
+    sent = {STATISTICS: {STATISTICS: torch.from_numpy(vector)[None]}}
     return Outcome(Released.received((site,), sent, {}, torch.ones(1), {}), [], {})
 
 

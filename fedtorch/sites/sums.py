@@ -46,7 +46,7 @@ class Sums:
 
     def layout(self, task: Task) -> Layout:
         """Where what stands; weights that rest in this round are not in it."""
-        return layout(self.reader, task)
+        return layout_of(self.reader, task)
 
     def terms(
         self,
@@ -86,7 +86,7 @@ class Sums:
             told = update.metrics
             figures = Figures(figures.weight, float(told["examples"]), float(told["train_loss"]))
         laid = self.layout(task)
-        values, coding = numbers(laid, update, task), _coding(terms)
+        values, coding = as_vector(laid, update, task), _coding(terms)
         if self.reader.recipe.privacy.central and terms.width == 32:
             values = shortened(coding, values, task.privacy["clip"], laid.places(CLIP_BIT))
         return to_words(seal(coding, values, figures), terms.width)
@@ -112,14 +112,14 @@ class Sums:
         return self.secure.weight_cap or 1.0
 
 
-def layout(reader: Reader, task: Task) -> Layout:
+def layout_of(reader: Reader, task: Task) -> Layout:
     """Where what stands in a sum of a round; weights that rest in it are not in it."""
     expected = reader.expected.without(reader.rests(task))
     sent = {g: {k: tuple(s) for k, (s, _) in names.items()} for g, names in expected.sent.items()}
     return Layout.of(sent, {k: tuple(s) for k, (s, _) in expected.buffers.items()})
 
 
-def numbers(layout: Layout, update: Released, task: Task) -> np.ndarray:
+def as_vector(layout: Layout, update: Released, task: Task) -> np.ndarray:
     """One site's update as a vector, of buffers what its visit added to them; ``task`` is filled."""
     own = {g: row(s, 0) for g, s in update.sent.items()}
     changes = {k: v[0].double() - task.state[k].double() for k, v in update.buffers.items()}

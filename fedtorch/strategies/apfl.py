@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedtorch.options import PART, check
+from fedtorch.options import FRACTION, check
 from fedtorch.strategies.base import Solve, Strategy, whole_models
 from fedtorch.tree import per_client
 from fedtorch.types import Context, Params, Stack
@@ -32,7 +32,7 @@ class APFL(Strategy):
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""
-        check(self, "strategy", alpha=PART)
+        check(self, "strategy", alpha=FRACTION)
 
     def prepare(self, model: nn.Module) -> Strategy:
         """Raises ConfigError where weights are not all that there is to mix."""

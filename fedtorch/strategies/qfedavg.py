@@ -9,7 +9,7 @@ from fedtorch.options import NOT_NEGATIVE, check
 from fedtorch.strategies.base import Strategy, no_optimizer
 from fedtorch.types import Context, Params
 
-LEAST = 1e-10
+LEAST_LOSS = 1e-10
 """Loss of a client that has none left: 0 ** (q - 1) is no number."""
 
 
@@ -43,11 +43,11 @@ class QFedAvg(Strategy):
 
     def scale(self, ctx: Context, norms: Tensor) -> Tensor:
         """F^q."""
-        return ctx.data.loss().clamp(min=LEAST) ** self.q
+        return ctx.data.loss().clamp(min=LEAST_LOSS) ** self.q
 
     def numbers(self, ctx: Context, norms: Tensor) -> dict[str, Tensor]:
         """What the paper's h_k is, over L."""
-        loss = ctx.data.loss().clamp(min=LEAST)
+        loss = ctx.data.loss().clamp(min=LEAST_LOSS)
         curved = self.q * loss ** (self.q - 1) * norms.square() / ctx.lr if ctx.lr else 0 * loss
         return {"h": curved + loss**self.q}
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-MOST = 100
+MOST_SHOWN = 100
 """Clients, and rounds, that a map shows."""
 
 
@@ -44,7 +44,7 @@ def _png(figure: Any) -> bytes:
 
 def partition_map(ids: Sequence[str], parts: Sequence[Tensor], labels: Tensor | None) -> bytes:
     """Label-by-client heat map, or client sizes where there are no labels; at most 100 clients."""
-    shown = list(range(min(len(ids), MOST)))
+    shown = list(range(min(len(ids), MOST_SHOWN)))
     names = [ids[k] for k in shown] if len(shown) <= NAMED else []
     turned = _room(names) > 0.45
     figure, axes = _figure(max(5.0, 0.22 * len(shown) + 2), 4, below=turned * _room(names))
@@ -71,8 +71,8 @@ def participation_map(ids: Sequence[str], rounds: Mapping[int, Mapping[str, int]
 
     The first clients, the last rounds.
     """
-    steps = sorted(rounds)[-MOST:]
-    shown = ids[:MOST]
+    steps = sorted(rounds)[-MOST_SHOWN:]
+    shown = ids[:MOST_SHOWN]
     table = np.array([[rounds[r].get(i, 0) for r in steps] for i in shown])
     named = len(shown) <= NAMED
     tall = (0.18 if named else 0.07) * len(shown) + 1.5
@@ -106,7 +106,7 @@ def client_map(
     ids: Sequence[str], rounds: Mapping[int, Mapping[str, float | None]], name: str
 ) -> bytes:
     """Client by round, shaded by a figure of the client's own data; grey where there is none."""
-    steps, shown = sorted(rounds)[-MOST:], ids[:MOST]
+    steps, shown = sorted(rounds)[-MOST_SHOWN:], ids[:MOST_SHOWN]
     values = [[rounds[r].get(i) for r in steps] for i in shown]
     table = np.array([[np.nan if v is None else v for v in row] for row in values], float)
     named = len(shown) <= NAMED
@@ -232,4 +232,4 @@ def curves(runs: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> b
 
 
 def _first(n: int) -> str:
-    return f" (first {MOST} of {n})" if n > MOST else ""
+    return f" (first {MOST_SHOWN} of {n})" if n > MOST_SHOWN else ""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtorch import disk
-from fedtorch.rounds.history import NAME, sift
+from fedtorch.rounds.history import FILE, sift
 from fedtorch.rounds.observers import Observer
 from fedtorch.tracking.base import Tracker, Tracking
 from fedtorch.tracking.tags import Judged, overview, tag_of
@@ -174,7 +174,7 @@ class Lines:
 
         ``seal`` says what the file held then; one that holds something else is put aside, and said.
         """
-        self.path = folder / NAME
+        self.path = folder / FILE
         data = self.path.read_bytes() if start and self.path.is_file() else b""
         rounds, lost = sift(data)
         if seal is not None:
@@ -182,7 +182,7 @@ class Lines:
             if hashlib.sha256(data).hexdigest() == seal["sha256"]:
                 rounds, lost = sift(data)
             elif self.path.is_file():
-                aside = self.path.with_name(f"{NAME}.damaged")
+                aside = self.path.with_name(f"{FILE}.damaged")
                 os.replace(self.path, aside)
                 say(f"warning: {self.path} was damaged; it is kept as {aside.name} and begun anew")
                 rounds, lost = [], []
@@ -202,7 +202,7 @@ class Lines:
     def write(self, figures: Mapping[str, Any]) -> None:
         """Append one round and flush it, so that a kill loses nothing that a checkpoint knows."""
         # JSON has no NaN: a figure that overflowed is null
-        known = {k: v if _finite(v) else None for k, v in figures.items()}
+        known = {k: v if _is_finite(v) else None for k, v in figures.items()}
         line = json.dumps(known) + "\n"  # ASCII alone
         self.file.write(line)
         self.file.flush()
@@ -219,5 +219,5 @@ class Lines:
         self.file.close()
 
 
-def _finite(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)

@@ -159,7 +159,7 @@ Chart = tuple[str, list[str]]
 """Kind (``Multiline`` or ``Margin``: value, lower, upper) and tags, which may be patterns."""
 
 
-def layout(private: bool) -> dict[str, dict[str, Chart]]:
+def custom_scalars(private: bool) -> dict[str, dict[str, Chart]]:
     """Which curves stand together on the Custom Scalars page."""
     clients = "nonprivate/client" if private else "clients/"
     clients = clients + ("_" if private else "")

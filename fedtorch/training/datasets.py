@@ -131,9 +131,9 @@ def _dataset(data: Any, owner: str, collated: bool) -> Dataset[Any]:
     if hasattr(data, "column_names") and hasattr(data, "with_format"):
         data = _hugging_face(data, owner, collated)
     elif isinstance(data, (tuple, Mapping, np.ndarray, Tensor)) or _is_table(data):
-        data = _rows(data, owner)
+        data = _of_rows(data, owner)
     elif isinstance(data, list) and all(_is_row(part) for part in data):
-        data = _rows(tuple(data), owner)
+        data = _of_rows(tuple(data), owner)
     if isinstance(data, TensorDataset | StackDataset):
         data = _detached(data, owner)
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
@@ -151,7 +151,7 @@ def _stream(owner: str) -> str:
     )
 
 
-def _rows(data: Any, owner: str) -> Any:
+def _of_rows(data: Any, owner: str) -> Any:
     """Tensors, or a nesting of such, with one row for each example -> a dataset of the rows."""
     if _is_table(data) and hasattr(data, "columns"):
         raise ConfigError(

@@ -136,7 +136,7 @@ class Drawing(TorchFunctionMode):
     def noise(self, x: Tensor, drop: Dropout) -> Tensor:
         """For x [B, ...] of one client, or [1, ...]; drawn for all, of which it takes its own."""
         self.used = True
-        shape, order = masked(x, drop)
+        shape, order = mask_shape(x, drop)
         like = torch.empty(1, dtype=x.dtype).expand(len(self.seeds), self.rows, *shape)
         rows = dropout_mask(like, order, 1 - drop.p, self.counts, self.generators)
         own = rows.index_select(0, self.client)[0]
@@ -165,7 +165,7 @@ class Replaying(TorchFunctionMode):
     def noise(self, x: Tensor, drop: Dropout) -> Tensor:
         """Of this call for the example that is run."""
         if self.calls == len(self.masks):  # the first example meets each call first
-            shape, order = masked(x, drop)
+            shape, order = mask_shape(x, drop)
             like = torch.empty(1, dtype=x.dtype).expand(1, self.rows, *shape)
             generators = [torch.default_generator]
             self.masks.append(dropout_mask(like, order, 1 - drop.p, [self.rows], generators)[0])
@@ -173,7 +173,7 @@ class Replaying(TorchFunctionMode):
         return self.masks[self.calls - 1][self.example, None]
 
 
-def masked(x: Tensor, drop: Dropout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def mask_shape(x: Tensor, drop: Dropout) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What of an example of x [B, ...] has a number of its own, and how [K, B, ...] lies in memory."""
     shape, order = tuple(x.shape[1:]), x.dim_order()
     if drop.axes:  # whole channels

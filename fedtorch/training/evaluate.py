@@ -16,13 +16,11 @@ from fedtorch.training.batches import in_order, len_of
 from fedtorch.training.datasets import as_dataset
 from fedtorch.training.losses import Loss, counted, gathers, reduce
 from fedtorch.training.metrics import by_name
-from fedtorch.training.module import channels_last, evaluating, load, other_types, snapshot
+from fedtorch.training.module import CPU, channels_last, evaluating, load, other_types, snapshot
 from fedtorch.training.stacked import forward, to
 from fedtorch.training.step import pair
 from fedtorch.tree import joined, size
 from fedtorch.types import ConfigError, Params
-
-CPU = torch.device("cpu")
 
 Judge = Callable[[nn.Module, Any], Any]
 """``step(model, batch)`` -> (output, target), or figures by name: [B] each, or the mean of the batch."""

@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from fedtorch.tree import leaves, mapped
 from fedtorch.types import Params, Task
 
+CPU = torch.device("cpu")
+
 
 def forget(params: Mapping[str, Tensor]) -> None:
     """Drop the gradients, without the bookkeeping of ``optimizer.zero_grad()``."""
@@ -156,11 +158,13 @@ class _Undropped(TorchFunctionMode):
         if func in DROPOUT:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:  # its dropout_p is the fifth, or has a name
-            return func(*args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:], **_whole(kwargs))
+            return func(
+                *args[:4], *((0.0,) if len(args) > 4 else ()), *args[5:], **_without_rate(kwargs)
+            )
         return func(*args, **kwargs)
 
 
-def _whole(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _without_rate(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k != "dropout_p"}
 
 

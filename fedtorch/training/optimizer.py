@@ -17,7 +17,7 @@ from fedtorch.options import POSITIVE, SHARE, brief, briefly, check, find, fit, 
 from fedtorch.tree import tmap
 from fedtorch.types import ConfigError, Params
 
-State = dict[str, Params]
+Moments = dict[str, Params]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +36,15 @@ class ServerOptimizer:
         shares = {"momentum": SHARE, "beta1": SHARE, "beta2": SHARE}
         check(self, "strategy.server", lr=POSITIVE, tau=POSITIVE, **shares)
 
-    def init(self, params: Params) -> State:
+    def init(self, params: Params) -> Moments:
         """State before the first round."""
         return {}
 
-    def step(self, delta: Params, state: State) -> tuple[Params, State]:
+    def step(self, delta: Params, state: Moments) -> tuple[Params, Moments]:
         """Mean delta and state -> what to add to the weights, and the next state."""
         raise ConfigError(f"{type(self).__name__} has no step; choose sgd, adam, yogi or adagrad")
 
-    def step_from(self, params: Params, delta: Params, state: State) -> tuple[Params, State]:
+    def step_from(self, params: Params, delta: Params, state: Moments) -> tuple[Params, Moments]:
         """The same for what also looks at the weights."""
         return self.step(delta, state)
 
@@ -56,11 +56,11 @@ class ServerSGD(ServerOptimizer):
     momentum: float = 0.0
     """v <- momentum v + delta; 0.9 is the paper's choice."""
 
-    def init(self, params: Params) -> State:
+    def init(self, params: Params) -> Moments:
         """Velocity, zero at first."""
         return {"v": zeros(params)} if self.momentum else {}
 
-    def step(self, delta: Params, state: State) -> tuple[Params, State]:
+    def step(self, delta: Params, state: Moments) -> tuple[Params, Moments]:
         """W <- w + lr v."""
         if self.momentum:
             delta = tmap(lambda v, d: self.momentum * v + d, state["v"], delta)
@@ -79,11 +79,11 @@ class _Adaptive(ServerOptimizer):
     tau: float = 1e-3
     """Adaptivity floor: the smaller, the more each coordinate gets its own step size."""
 
-    def init(self, params: Params) -> State:
+    def init(self, params: Params) -> Moments:
         """First moment zero; second moment tau^2, the least the paper allows."""
         return {"m": zeros(params), "v": tmap(lambda z: z + self.tau**2, zeros(params))}
 
-    def step(self, delta: Params, state: State) -> tuple[Params, State]:
+    def step(self, delta: Params, state: Moments) -> tuple[Params, Moments]:
         """One step of Alg. 2; which optimizer it is lies in ``second_moment`` alone."""
         m = tmap(lambda m, d: self.beta1 * m + (1 - self.beta1) * d, state["m"], delta)
         v = tmap(lambda v, d: self.second_moment(v, d * d), state["v"], delta)
@@ -118,7 +118,7 @@ class ServerAdam(_Adaptive):
 class ServerLAMB(ServerAdam):
     """FedLAMB: Adam's direction u in steps lr |w| / |u| of each tensor (arXiv:1904.00962, 2110.00532)."""
 
-    def step_from(self, params: Params, delta: Params, state: State) -> tuple[Params, State]:
+    def step_from(self, params: Params, delta: Params, state: Moments) -> tuple[Params, Moments]:
         """The ratio is 1 where a tensor or its direction is zero."""
         found, state = self.step(delta, state)
 

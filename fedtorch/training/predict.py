@@ -10,13 +10,11 @@ from fedtorch import seeds
 from fedtorch.options import COUNT, fit, within
 from fedtorch.training.batches import fetch, in_order, len_of
 from fedtorch.training.datasets import as_dataset
-from fedtorch.training.module import evaluating, other_types
+from fedtorch.training.module import CPU, evaluating, other_types
 from fedtorch.training.stacked import forward, to
 from fedtorch.training.step import pair
 from fedtorch.tree import joined
 from fedtorch.types import ConfigError
-
-CPU = torch.device("cpu")
 
 
 def predict(model: nn.Module, x: Any, batch_size: int = 512) -> Any:

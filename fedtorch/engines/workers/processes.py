@@ -24,7 +24,7 @@ from fedtorch.engines.local import LocalSession, usable
 from fedtorch.engines.messages import read_outcome, task_message
 from fedtorch.engines.workers import kit, pool
 from fedtorch.engines.workers.board import DEATHS, Job
-from fedtorch.engines.workers.worker import serve
+from fedtorch.engines.workers.worker import work
 from fedtorch.options import COUNT, brief, check
 from fedtorch.recipe import Recipe
 from fedtorch.types import ClientError, ConfigError, Failure, Released
@@ -186,7 +186,7 @@ class Worker:
         self.inbox: Tensor | None = None
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
-            target=serve, args=(theirs, body, block, device), daemon=True, name="fedtorch worker"
+            target=work, args=(theirs, body, block, device), daemon=True, name="fedtorch worker"
         )
         with nameless_main():
             self.process.start()

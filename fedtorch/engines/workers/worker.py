@@ -18,7 +18,7 @@ from fedtorch.engines.workers import kit
 from fedtorch.types import ClientError
 
 
-def serve(pipe: Connection, body: bytes, block: Tensor, device: str) -> None:
+def work(pipe: Connection, body: bytes, block: Tensor, device: str) -> None:
     """Work until told to end, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()

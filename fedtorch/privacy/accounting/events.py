@@ -65,7 +65,7 @@ class Event:
             raise ConfigError(
                 f"a skellam event has no amplification by sampling: rate must be 1, got {self.rate!r}"
             )
-        if not all(_number(v) and 0 < float(v or 0) < math.inf for v in (self.l2, self.l1)):
+        if not all(_is_number(v) and 0 < float(v or 0) < math.inf for v in (self.l2, self.l1)):
             raise ConfigError(
                 f"l2 and l1 of a skellam event must be finite numbers > 0, got {self.l2!r} and {self.l1!r}"
             )
@@ -207,13 +207,13 @@ def merge(events: Iterable[Event]) -> tuple[Event, ...]:
 
 def check_noise(noise: float, name: str = "noise_multiplier") -> None:
     """Standard deviation over sensitivity: finite and not negative."""
-    if not _number(noise) or not 0 <= noise < math.inf:
+    if not _is_number(noise) or not 0 <= noise < math.inf:
         raise ConfigError(f"{name} must be a finite number >= 0, got {noise!r}")
 
 
 def check_rate(rate: float, name: str = "sample_rate") -> None:
     """A Poisson sampling rate."""
-    if not _number(rate) or not 0 < rate <= 1:
+    if not _is_number(rate) or not 0 < rate <= 1:
         raise ConfigError(f"{name} must be in (0, 1], got {rate!r}")
 
 
@@ -225,7 +225,7 @@ def check_steps(steps: object, name: str = "steps") -> None:
 
 def check_delta(delta: float, zero: bool = False) -> None:
     """A chance of failure; 0 only where every mechanism is pure."""
-    if not _number(delta) or not (0 < delta < 1 or (zero and delta == 0)):
+    if not _is_number(delta) or not (0 < delta < 1 or (zero and delta == 0)):
         raise ConfigError(
             f"delta must be in (0, 1), got {delta!r}; usual is well below 1 / number of units, e.g. 1e-5"
         )
@@ -233,7 +233,7 @@ def check_delta(delta: float, zero: bool = False) -> None:
 
 def check_epsilon(target: float, name: str = "target_epsilon") -> None:
     """A privacy budget."""
-    if not _number(target) or not 0 < target < math.inf:
+    if not _is_number(target) or not 0 < target < math.inf:
         raise ConfigError(f"{name} must be a finite number > 0, got {target!r}")
 
 
@@ -250,7 +250,7 @@ def check_accountant(accountant: str) -> None:
         )
 
 
-def _number(x: object) -> bool:
+def _is_number(x: object) -> bool:
     return isinstance(x, Real) and not isinstance(x, bool)
 
 

@@ -31,7 +31,7 @@ SPARE_TAIL = 40
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class Cumulative:
     """Cumulative probabilities from ``-end`` on, 2 ``end`` of them, each as two words of 64 bits."""
 
     high: np.ndarray
@@ -68,7 +68,7 @@ class Table:
 
 
 @lru_cache(maxsize=8)
-def table(variance: int | Fraction) -> Table:
+def table(variance: int | Fraction) -> Cumulative:
     """The table of Skellam noise with this variance, exact as it is given; raises ValueError for none."""
     if variance <= 0:
         raise ValueError(f"noise of variance {variance} is none")
@@ -77,7 +77,7 @@ def table(variance: int | Fraction) -> Table:
     above = [(1 << BITS) - t for t in tails]  # of 0, ..., end - 1
     raw = b"".join(c.to_bytes(BITS // 8, "little") for c in [*below, *above])
     halves = np.frombuffer(raw, "<u8").reshape(-1, 2)
-    return Table(halves[:, 1].astype(np.uint64), halves[:, 0].astype(np.uint64), len(tails))
+    return Cumulative(halves[:, 1].astype(np.uint64), halves[:, 0].astype(np.uint64), len(tails))
 
 
 def _tails(weights: Sequence[int]) -> list[int]:

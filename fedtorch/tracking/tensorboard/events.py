@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedtorch import disk
 from fedtorch.tracking.base import Tracker, Tracking
-from fedtorch.tracking.tags import layout, purpose
+from fedtorch.tracking.tags import custom_scalars, purpose
 from fedtorch.tracking.tensorboard import protos
 from fedtorch.tracking.tensorboard.protos import EventFile
 
@@ -44,7 +44,7 @@ class EventTracker(Tracker):
 
     def config(self, table: Mapping[str, Any], metrics: Sequence[str], private: bool) -> None:
         """Hyperparameters and the Custom Scalars pages."""
-        pages = layout(private)
+        pages = custom_scalars(private)
         values = {k: _plain(v) for k, v in table.items() if k not in PLACES}
         # a sweep says which columns there are; else TensorBoard puts those first in which runs differ
         if self.compare:

@@ -153,7 +153,7 @@ class Pictures(Observer):
 
     def _participation(self, step: int) -> None:
         trained = [m for m in self.record.history if m["round"]]
-        rounds = took_part(trained[-drawings.MOST :])
+        rounds = took_part(trained[-drawings.MOST_SHOWN :])
         args = (self.server.ids, rounds)
         self.record.picture(f"{self.under}/participation", step, drawings.participation_map, *args)
 

@@ -155,7 +155,7 @@ class EventFile:
 
     def event(self, **fields: Any) -> None:
         """Append one event, stamped with what the clock says."""
-        self.file.write(packed(Event(wall_time=self.clock(), **fields).SerializeToString()))
+        self.file.write(framed(Event(wall_time=self.clock(), **fields).SerializeToString()))
 
     def write(self, proto: Any, step: int) -> None:
         """Append a summary."""
@@ -166,7 +166,7 @@ class EventFile:
         self.file.close()
 
 
-def packed(data: bytes) -> bytes:
+def framed(data: bytes) -> bytes:
     """A record as TFRecord files hold it: length, its checksum, data, its checksum."""
     head = struct.pack("<Q", len(data))
     sums = [struct.pack("<I", masked_crc32c(part)) for part in (head, data)]
@@ -179,7 +179,7 @@ def events(path: Path) -> Iterator[tuple[bytes, Any]]:
     while at + 16 <= len(raw):
         end = at + 16 + struct.unpack_from("<Q", raw, at)[0]
         record = raw[at:end]
-        if end > len(raw) or packed(data := record[12:-4]) != record:
+        if end > len(raw) or framed(data := record[12:-4]) != record:
             return
         yield record, Event.FromString(data)
         at = end
