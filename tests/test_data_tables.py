@@ -7,6 +7,7 @@ import torch
 from fedtorch import ConfigError
 from fedtorch.data import Csv, Npz, partition
 from fedtorch.data.prepared import said
+from fedtorch.data.scaling import by_rows
 
 
 def csv(tmp_path: Path, text: str, **options: object) -> Csv:
@@ -53,6 +54,10 @@ def test_standardize_uses_training_rows_alone(tmp_path):
     assert torch.allclose(x.mean(0), torch.zeros(2), atol=1e-6)
     assert torch.allclose(x.std(0), torch.ones(2), atol=1e-6)
     assert not torch.allclose(data.test.tensors[0].mean(0), torch.zeros(2), atol=1e-3)
+
+
+def test_two_rows_have_the_deviation_of_two():
+    assert by_rows(np.array([[0.0], [2.0]]), [False]).width == pytest.approx([2**0.5])
 
 
 def test_a_byte_order_mark_and_blank_lines_are_no_part_of_the_table(tmp_path):
