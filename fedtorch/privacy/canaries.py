@@ -8,7 +8,7 @@ allows: their sum is taken off the score, so that what is left is the noise and 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -66,14 +66,12 @@ class Watch:
     """As ``placed`` makes them, with what earlier visits showed."""
     order: Tensor
     """Which of them are in which step, [steps, widest] of places, filled up with -1."""
-    noise: np.ndarray = field(init=False)
-    """What was added to each coordinate beside the canaries, summed over steps."""
-    sent: np.ndarray = field(init=False)
-    """What the canaries added."""
-    squares: float = 0.0
-    """Squared noise of each step, summed over steps and coordinates."""
-    longest: float = 0.0
-    """The most that one canary added to a step."""
+    joined: np.ndarray = field(init=False)
+    """The same as [steps, canaries] of truth values, of those whose coin is in."""
+    moved: np.ndarray = field(init=False)
+    """How each one's coordinate moved in each step."""
+    amount: float = 0.0
+    """What a canary added to a step."""
     parts: float = 0.0
     """Squared noise of what is no whole step, over the variance that is due, summed."""
     part_numbers: int = 0
@@ -82,35 +80,37 @@ class Watch:
 
     def __post_init__(self) -> None:
         """Nothing seen yet."""
-        self.at, self.inside = self.kept["at"].numpy(), self.kept["inside"].numpy()
-        self.noise, self.sent = np.zeros(len(self.at)), np.zeros(len(self.at))
+        order, self.at = self.order.numpy(), self.kept["at"].numpy()
+        self.numbers = int(self.kept["numbers"])
+        step, place = np.nonzero(order >= 0)
+        self.joined = np.zeros((len(order), len(self.at)), bool)
+        self.joined[step, order[step, place]] = True
+        self.joined &= self.kept["inside"].numpy()
+        self.moved = np.zeros(self.joined.shape)
 
     def joining(self) -> np.ndarray:
-        """Places of the canaries that are in the step to come."""
-        if self.steps >= len(self.order):
+        """Coordinates of the canaries that are in the step to come."""
+        if self.steps >= len(self.joined):
             raise ConfigError("a visit takes more noised steps than its privacy plan says")
-        drawn = self.order[self.steps].numpy()
-        drawn = drawn[drawn >= 0]
-        return np.asarray(drawn[self.inside[drawn]])
+        return np.asarray(self.at[self.joined[self.steps]])
 
-    def see(self, joined: np.ndarray, amount: float, moved: np.ndarray) -> None:
-        """One noised step: who joined it with what, and how the coordinates moved, canaries and noise."""
-        moved[joined] -= amount
-        self.noise += moved
-        self.sent[joined] += amount
-        self.squares += float(moved @ moved)
-        self.longest = max(self.longest, amount if len(joined) else 0.0)
+    def see(self, moved: np.ndarray, amount: float) -> None:
+        """One noised step: how the coordinates moved, by noise and by canaries of this ``amount``."""
+        self.moved[self.steps] = moved
+        self.amount = amount
         self.steps += 1
 
     def after(self) -> Params:
         """The canaries with what this visit showed."""
         # copies: a worker reads memory where it writes its answer
         kept = {name: v.clone() for name, v in self.kept.items()}
+        sent = self.amount * self.joined[: self.steps]
+        noise = self.moved[: self.steps] - sent
         return kept | {
-            "noise": kept["noise"] + torch.from_numpy(self.noise),
-            "sent": kept["sent"] + torch.from_numpy(self.sent),
-            "squares": kept["squares"] + self.squares,
-            "longest": kept["longest"].clamp(min=self.longest),
+            "noise": kept["noise"] + torch.from_numpy(noise.sum(0)),
+            "sent": kept["sent"] + torch.from_numpy(sent.sum(0)),
+            "squares": kept["squares"] + float((noise * noise).sum()),
+            "longest": kept["longest"].clamp(min=self.amount),
             "steps": kept["steps"] + self.steps,
             "parts": kept["parts"] + torch.tensor([self.parts, float(self.part_numbers)]),
         }
@@ -129,29 +129,27 @@ class Watched(Stream):
     def add(self, row: Tensor, std: float, scratch: Scratch) -> None:
         """Let the canaries of this step join, add the noise, see what came out."""
         watch = self.watch
-        if len(row) != (numbers := int(watch.kept["numbers"])):
-            raise ConfigError(f"a noised step has {len(row)} numbers, and the model {numbers}")
-        joined = watch.joining()
-        here = row.numpy() if row.device.type == "cpu" else None
-        if here is not None:
-            before = here[watch.at].astype(np.float64)
-            here[watch.at[joined]] += self.amount
-            super().add(row, std, scratch)
-            after = here[watch.at].astype(np.float64)
-        else:
-            at = watch.kept["at"].to(row.device)
-            before = row[at].double().cpu().numpy()
-            row[at[torch.from_numpy(joined).to(row.device)]] += self.amount
-            super().add(row, std, scratch)
-            after = row[at].double().cpu().numpy()
-        watch.see(joined, self.amount, after - before)
+        if len(row) != watch.numbers:
+            raise ConfigError(
+                f"a noised step has {len(row)} numbers, and the model {watch.numbers}"
+            )
+        joined: Any = watch.joining()
+        at: Any = watch.at
+        here: Any = row.numpy() if row.device.type == "cpu" else row
+        if here is row:
+            at, joined = (torch.from_numpy(i).to(row.device) for i in (at, joined))
+        before = here[at]
+        here[joined] += self.amount
+        super().add(row, std, scratch)
+        moved = here[at] - before
+        watch.see(moved.cpu().numpy() if here is row else moved, self.amount)
 
     def add_part(self, row: Tensor, std: float, scratch: Scratch) -> None:
         """Projected noise (fast/projected.py): a step's own while they are taken, then that of them all."""
         before = row.to(torch.float64, copy=True)
         super().add(row, std, scratch)
         watch, noise = self.watch, row.double() - before
-        over = watch.steps == len(watch.order)
+        over = watch.steps == len(watch.joined)
         variance = self.due**2 * (watch.steps if over else 1)
         watch.parts += float(noise @ noise) / variance
         watch.part_numbers += len(noise)
