@@ -9,7 +9,10 @@ import pytest
 from fedtorch.__main__ import main
 from fedtorch.privacy.accounting.events import Event, epsilon
 from fedtorch.privacy.accounting.ledger import Ledger
+from fedtorch.rounds.history import History
+from fedtorch.run import prices
 from fedtorch.run.prices import together
+from fedtorch.run.results import Saved
 
 ONE, TWO = Event("gaussian", 1.1, 0.2, 5), Event("gaussian", 0.9, 0.2, 5)
 
@@ -128,3 +131,16 @@ def test_a_sweep_says_what_no_sum_of_epsilons_does(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "privacy: LocalDP and SampleLevel protect different things" in out
     assert "privacy: 1 of 3 runs over the same data have none" in out
+
+
+def test_the_best_of_a_search_is_added_with_all_that_it_cost(tmp_path):
+    def saved(name, **options):
+        folder = tmp_path / name
+        ledger = Ledger(folder / "ledger.jsonl")
+        ledger.charge(0, Event("gaussian", 2.0, 1.0, 4))
+        return Saved(folder, options, History(), {"epsilon": 6.5})
+
+    runs = [saved("a"), saved("b", **{"privacy.search": 10})]
+    (line,) = prices.spent(runs)
+    alone = epsilon([Event("gaussian", 2.0, 1.0, 4)], 1e-5)
+    assert f"cost epsilon {alone + 6.5:.3f} together at delta 2e-05" in line

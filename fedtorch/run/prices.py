@@ -4,6 +4,7 @@ Whoever sees the results of all of them, or of the best alone, has seen what all
 among runs is made from all. The charges of one unit (an example, a client) over all runs are composed.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -115,7 +116,12 @@ def _charged(group: Sequence[Saved]) -> str:
         ledgers = [Ledger.look(r.folder / LEDGER) for r in group]
     except ConfigError as e:
         return f"privacy: what {len(group)} runs over the same data cost together is not known: {e}"
-    cost = together(ledgers, same, delta, accountant)
+    # the best of a search stands for all its runs, which no ledger holds: its epsilon and delta add up
+    alone = [k for k, r in enumerate(group) if not r.options.get("privacy.search")]
+    found = [r.result()["epsilon"] for k, r in enumerate(group) if k not in alone]
+    cost = together([ledgers[k] for k in alone], same, delta, accountant) if alone else 0.0
+    cost += sum(_or_else(e, math.inf) for e in found)
+    delta *= len(found) + bool(alone)
     data = options[0].get("dataset.path") or options[0].get("dataset", "digits")
     return (
         f"privacy: {len(group)} runs over the same data ({data}) cost epsilon {cost:.3f} together at delta "
