@@ -81,7 +81,7 @@ def _top(run: Saved) -> Markup:
         *((k.replace("_", " "), f"{last[k]:.4f}") for k in order[:4]),
         *([("epsilon, at most", word(float(epsilon)))] if sections.number(epsilon) else []),
         ("rounds", f"{run.rounds} of {run.planned}" if run.rounds != run.planned else run.rounds),
-        *([("seconds", f"{seconds:,.1f}")] if sections.number(seconds) else []),
+        *([("seconds of training", f"{seconds:,.1f}")] if sections.number(seconds) else []),
     ]
     ended = run.summary.get("ended") if run.ended else ""
     state = {"round": "not at its end", "stopped": "stopped early"}.get(
