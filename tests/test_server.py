@@ -365,12 +365,20 @@ def test_what_an_observer_makes_of_clients_work_is_marked_as_not_covered(strict)
         def round(self, figures):
             return {"public": 1.0}
 
+    class Joins(Observer):
+        def join(self, total, task):
+            self.norm = float(total.sums()["delta"]["0.weight"].norm())
+
+        def round(self, figures):
+            return {"sum_norm": self.norm}
+
     model, plan = mlp(), ClientLevel(noise_multiplier=1.0, rounds=1, strict=strict)
-    looks = [Look(model), Tells()]
+    looks = [Look(model), Tells(), Joins()]
     server = Server(model, make_clients([5] * 4), Recipe(privacy=plan), observers=looks)
     figures = server.round()
     assert "weights_norm" not in figures and figures["public"] == 1.0
-    assert ("nonprivate_weights_norm" in figures) is not strict
+    assert "sum_norm" not in figures
+    assert all((f"nonprivate_{n}" in figures) is not strict for n in ("weights_norm", "sum_norm"))
 
 
 def test_fit_draws_one_line_on_a_terminal(capsys, monkeypatch):

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from fedtorch.rounds.figures import Metrics
 from fedtorch.types import Params, Released, Task
@@ -24,6 +24,8 @@ class Observer:
     """Whether it comes behind all that are not, as who saves what they remember."""
     enough: str = ""
     """Why no round is to follow, in a sentence; empty: training goes on."""
+    harmless: ClassVar[bool] = False
+    """Whether what it returns says nothing of data, whatever it was shown: it is of coins and noise."""
 
     def begin(self, server: Any, rounds: int, figures: Metrics) -> str | None:
         """Training begins: the Server, the number of the last round, and scores of the model as it is.
@@ -35,7 +37,11 @@ class Observer:
         """Work of some clients has arrived: what their privacy plan let go, and nothing else."""
 
     def join(self, total: Any, task: Task) -> None:
-        """Where the server adds the noise: the sum of a round is there, and canary clients may join it."""
+        """Where the server adds the noise: the sum of a round is there, and canary clients may join it.
+
+        It is the one place where anybody sees a sum before its noise, for an audit at the server that is
+        trusted with it.
+        """
 
     def noised(self, mean: Mapping[str, Params]) -> None:
         """What the server's noise has left of that sum, by group, before anything is made of it."""
@@ -43,8 +49,8 @@ class Observer:
     def round(self, figures: Metrics) -> Mapping[str, Any] | None:
         """A round is over. Figures that are returned join the round's, for later observers too.
 
-        Of an observer that has ``sent`` they are marked, or left out, as those of clients that no guarantee
-        covers (``Server.mark``).
+        Of an observer that has ``sent`` or ``join`` they are marked, or left out, as those of clients that
+        no guarantee covers (``Server.mark``), unless they are ``harmless``.
         """
 
     def finish(self, server: Any) -> None:
@@ -66,14 +72,18 @@ def looks(observer: Observer) -> bool:
     return type(observer).sent is not Observer.sent
 
 
+def tells(observer: Observer) -> bool:
+    """Whether its figures may say what no guarantee covers: it was shown clients' work, or their sum."""
+    return (looks(observer) or type(observer).join is not Observer.join) and not observer.harmless
+
+
 def tell(
     observers: Iterable[Observer], figures: Metrics, mark: Callable[[Metrics], Metrics]
 ) -> Metrics:
     """Show them the figures of a round, one after another; what they return joins them."""
     for observer in observers:
         own = observer.round(figures) or {}
-        # who was shown the work of clients may tell what the guarantee does not cover
-        figures |= mark(dict(own)) if looks(observer) else own
+        figures |= mark(dict(own)) if tells(observer) else own
     return figures
 
 

@@ -4,7 +4,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedtorch.options import NOT_NEGATIVE, RATE, check, typed
 from fedtorch.rounds.figures import Metrics
@@ -71,6 +71,8 @@ class Audit(Observer):
     """How many; none: 1,000 examples, or a client to 50 that there are. 0: none, and no audit."""
     guesses: float = 0.2
     """Share of them that the attack dares to guess."""
+    harmless: ClassVar[bool] = True
+    """Scores are of coins and noise: what others sent is taken off."""
 
     def __post_init__(self) -> None:
         """Refuse what is no number."""
