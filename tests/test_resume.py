@@ -206,9 +206,9 @@ def test_a_private_run_killed_before_its_first_charge_goes_on(fedtorch, monkeypa
     "change, message",
     [
         (["--lr", "0.5"], "has lr = 0.02, not 0.5; a resumed run keeps it"),
-        (["--strategy", "fedavg"], "has strategy = Scaffold"),
+        (["--strategy", "fedavg"], "has strategy = scaffold"),
         (["--seed", "9"], "has seed = 0, not 9"),
-        (["--clients", "3"], "has clients = None, not 3"),
+        (["--clients", "3"], "has clients = none, not 3"),
     ],
 )
 def test_what_would_make_it_another_run_is_refused(fedtorch, begun, folder, change, message):
