@@ -1,7 +1,7 @@
 """The weighted mean of what clients send, built up as updates arrive, and the step it leads to."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ class Gathering(Protocol):
         """What each sent group and the float buffers come to; ``start``: the state they trained from."""
 
 
-@runtime_checkable
 class HiddenSum(Gathering, Protocol):
     """A sum of which the server sees no client's own part, and which enough of them must open."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -120,8 +120,8 @@ def start_sum(recipe: Recipe, held: Held, task: Task, dtype: torch.dtype, asked:
     """Nothing gathered yet, of so many clients that are sent this task; ``dtype``: of the weights."""
     draw = seeds.derive(task.seed, "aggregator", task.round)
     total = recipe.aggregator.start(held, draw, dtype)
-    if isinstance(total, HiddenSum):
-        total.expect(asked, recipe.privacy, task.privacy.get("clip", 0.0))
+    if recipe.hides:
+        cast(HiddenSum, total).expect(asked, recipe.privacy, task.privacy.get("clip", 0.0))
     return total
 
 
@@ -157,8 +157,8 @@ def gather(
                 # at a copy: nothing stands between a clip and its noise
                 observer.sent(deepcopy(outcome))
     reports, short = Reports.of(chunks), False
-    if isinstance(total, HiddenSum):
-        short = total.short()
+    if recipe.hides:
+        short = cast(HiddenSum, total).short()
         reports = reports.together(opened=not short) if chunks else reports
     return Gathered(reports, failed, size, short)
 
