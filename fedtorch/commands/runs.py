@@ -8,7 +8,7 @@ from pathlib import Path
 from fedtorch.commands.options import words_and_options
 from fedtorch.run import compared, prices
 from fedtorch.run import results as saved
-from fedtorch.run.console import fitting, plot, show_table
+from fedtorch.run.console import fitting, plot, show_line, show_table
 from fedtorch.types import ConfigError
 
 
@@ -107,7 +107,7 @@ def tell_prices(found: Sequence[saved.Saved], aside: bool) -> None:
     # two names for one folder are one run
     own = {run.folder.resolve(): run for run in found}
     for line in prices.spent([*own.values()]):
-        print(line, file=sys.stderr if aside else sys.stdout)
+        show_line(line, aside)
 
 
 def draw(runs: Mapping[str, saved.Saved], metrics: Sequence[str], path: Path) -> None:

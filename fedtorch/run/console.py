@@ -182,6 +182,12 @@ def show_table(rows: Sequence[Mapping[str, Any]], spare: Sequence[str] = ()) -> 
         console.print(f"({left} more options differ: widen the window, or fedtorch runs --json)")
 
 
+def show_line(text: str, aside: bool = False) -> None:
+    """A sentence, broken between words on a terminal; ``aside``: where no program reads it."""
+    console = Console(highlight=False, stderr=aside)
+    console.print(text, markup=False, soft_wrap=not console.is_terminal)
+
+
 def _window(console: Console) -> bool:
     """Whether there is a width to keep to; of a pipe the one that COLUMNS says."""
     return console.is_terminal or os.environ.get("COLUMNS", "").isdigit()

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedtorch.run import folder as folders
 from fedtorch.run import prices, results
-from fedtorch.run.console import show_table
+from fedtorch.run.console import show_line, show_table
 from fedtorch.types import ConfigError
 
 HELP = """  --sweep lr=0.1,1 seed=0,1  Every combination of these values, a run each in one
@@ -101,7 +101,7 @@ def run(
             folder.rmdir()
         raise
     for line in prices.planned(configs):
-        print(line)
+        show_line(line)
     try:
         for number, (point, config) in enumerate(zip(points, configs, strict=True), 1):
             print(
@@ -111,10 +111,10 @@ def run(
     except BaseException:  # what was trained before is paid for
         there = [c.run_dir for c in configs if (Path(c.run_dir) / "config.toml").is_file()]
         for line in prices.spent([results.load(d) for d in there]):
-            print(line)
+            show_line(line)
         raise
     runs = [results.load(c.run_dir) for c in configs]
     show_table(results.rows(runs))
     for line in prices.spent(runs):
-        print(line)
+        show_line(line)
     print(f"compare: tensorboard --logdir {folder}   (HParams)")
