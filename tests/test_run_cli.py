@@ -227,6 +227,7 @@ class Touch:
         (["run.toml"], "did you mean --config run.toml?"),
         (["rows.csv"], "did you mean --dataset csv --dataset.path rows.csv?"),
         (["\u2013\u2013rounds", "3"], "did you mean --rounds?"),
+        (["--learning-rat", "1"], "unknown option --learning-rat; did you mean --lr?"),
         (["--csv", "rows.csv"], "unknown option --csv; did you mean --dataset csv?"),
         (["--sites", "a,b"], "unknown option --sites; fedtorch serve has it"),
         (["--max-epsilon", "3"], "unknown option --max-epsilon; fedtorch site has it"),

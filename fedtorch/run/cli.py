@@ -5,6 +5,7 @@ nested table.
 """
 
 import dataclasses
+import difflib
 import re
 import sys
 import tomllib
@@ -125,7 +126,14 @@ def _instead(key: str, fields: Mapping[str, Any]) -> str:
     for name in sorted(names, key=len, reverse=True):
         found = re.sub(rf"(mean|or) {name}(?= or|\?)", rf"\1 --{name}", found)
     found = _elsewhere(key.partition(".")[0]) + found
-    return found or _meant(key, fields) or "; --help lists them"
+    return found or _meant(key, fields) or _called(key, fields) or "; --help lists them"
+
+
+def _called(key: str, fields: Mapping[str, Any]) -> str:
+    """The option of which what others call it was likely meant, in words."""
+    others = [k for k, ours in ALIASES.items() if ours.partition(".")[0] in fields]
+    meant = difflib.get_close_matches(key, others, 1, cutoff=0.8)
+    return f"; did you mean {flag(ALIASES[meant[0]])}?" if meant else ""
 
 
 def _elsewhere(key: str) -> str:
