@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from fedtorch.kernels.compile import machine_code
-from fedtorch.kernels.products import ENDS, W4, Place, W, dots, less_short, less_wide, masked
+from fedtorch.kernels.products import (
+    ENDS,
+    W4,
+    Place,
+    W,
+    less_short,
+    less_wide,
+    masked,
+    row_products,
+)
 
 MASK = ENDS["mask"]
 
@@ -31,7 +40,7 @@ def step(
     d, turned = np.empty((B, C), a.dtype), np.empty((C, B), a.dtype)
     for c in range(k):
         ac, wc, to = a[c].reshape(-1), weight[c].reshape(-1), out[c].reshape(-1)
-        _outputs(ac, wc, d, q)
+        row_products(ac, wc, q, C, d, a.dtype.type(0))
         for i in range(B):
             if len(bias):
                 d[i] += bias[c, 0]
@@ -58,21 +67,6 @@ def _move(bias: Any, turned: Any, keep: Any) -> None:
         for i in range(turned.shape[1]):
             total += turned[j, i]
         bias[j] = keep * bias[j] - total
-
-
-@machine_code
-def _outputs(a: Any, weight: Any, z: Any, p: Place) -> None:
-    """Write a W^T to z [B, C]."""
-    B, C = z.shape
-    for j in range(0, C, 4):
-        r0, r1 = np.uint64(j) * p, np.uint64(min(j + 1, C - 1)) * p
-        r2, r3 = np.uint64(min(j + 2, C - 1)) * p, np.uint64(min(j + 3, C - 1)) * p
-        for i in range(0, B, 2):
-            other = min(i + 1, B - 1)
-            found = dots(a, np.uint64(i) * p, np.uint64(other) * p, weight, r0, r1, r2, r3, p)
-            for n in range(min(4, C - j)):
-                z[i, j + n] = found[n]
-                z[other, j + n] = found[4 + n]
 
 
 @machine_code

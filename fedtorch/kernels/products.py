@@ -164,16 +164,22 @@ def products(x: Any, X: Any, G: Any, s: int, one: float) -> None:
         xc, Xc, gc = x[c].reshape(-1), X[c].reshape(-1), G[c]
         for k in range(B * width):
             Xc[s * width + k] = xc[k]
-        for j in range(0, e, 4):
-            r0, r1 = np.uint64(j) * q, np.uint64(min(j + 1, e - 1)) * q
-            r2, r3 = np.uint64(min(j + 2, e - 1)) * q, np.uint64(min(j + 3, e - 1)) * q
-            for i in range(0, B, 2):
-                other = min(i + 1, B - 1)
-                a, b = np.uint64(i) * q, np.uint64(other) * q
-                found = dots(xc, a, b, Xc, r0, r1, r2, r3, q)
-                for k in range(min(4, e - j)):
-                    gc[s + i, j + k] = found[k] + extra
-                    gc[s + other, j + k] = found[4 + k] + extra
+        row_products(xc, Xc, q, e, gc[s:e], extra)
+
+
+@machine_code
+def row_products(x: Any, X: Any, q: Place, e: int, out: Any, extra: Any) -> None:
+    """Write the products of rows [B, q] of x with the first e rows of X, plus ``extra``, to out [B, e]."""
+    B = len(out)
+    for j in range(0, e, 4):
+        r0, r1 = np.uint64(j) * q, np.uint64(min(j + 1, e - 1)) * q
+        r2, r3 = np.uint64(min(j + 2, e - 1)) * q, np.uint64(min(j + 3, e - 1)) * q
+        for i in range(0, B, 2):
+            other = min(i + 1, B - 1)
+            found = dots(x, np.uint64(i) * q, np.uint64(other) * q, X, r0, r1, r2, r3, q)
+            for k in range(min(4, e - j)):
+                out[i, j + k] = found[k] + extra
+                out[other, j + k] = found[4 + k] + extra
 
 
 @machine_code
