@@ -1,14 +1,19 @@
+import re
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedtorch.kernels.compile import available, compiled, loops
+import fedtorch.kernels
+from fedtorch.kernels.compile import PARTS, available, compiled, loops
 
 if not available():
     pytest.skip("what is tested here is machine code by numba", allow_module_level=True)
 from numba.core.caching import IndexDataCacheFile
+
+KERNELS = Path(fedtorch.kernels.__file__).parent
 
 
 def total(x):
@@ -79,6 +84,16 @@ def test_what_compiles_loops_is_part_of_what_is_kept(monkeypatch, tmp_path, fres
     compiled.cache_clear()
     assert compiled(total).__qualname__ != before
     assert compiled(total).__qualname__ != compiled(total, exact=True).__qualname__
+
+
+def test_a_loop_of_another_file_that_is_called_is_part_of_what_is_kept():
+    callers = [p for p in KERNELS.glob("*.py") if "machine_code" in p.read_text("utf-8")]
+    called = {
+        n
+        for p in callers
+        for n in re.findall(r"from fedtorch\.kernels\.(\w+)", p.read_text("utf-8"))
+    }
+    assert {"vector", "products"} <= called <= {p.stem for p in PARTS}
 
 
 def test_loops_left_to_python_are_none_at_all(fresh, monkeypatch):

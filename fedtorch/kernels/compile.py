@@ -16,8 +16,8 @@ from typing import Any, TypeVar, cast
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
-PARTS = tuple(Path(__file__).with_name(f"{name}.py") for name in ("compile", "vector"))
-"""What all loops are compiled by."""
+PARTS = tuple(sorted(Path(__file__).parent.glob("*.py")))
+"""What loops are compiled by, and whatever of each other's they call."""
 
 
 FASTER = "pip install 'fedtorch[fast]' would make it faster"
@@ -70,5 +70,11 @@ def digest_of(loop: FunctionType, exact: bool) -> str:
     numba looks at the loop's own file alone, and keeps the new version under the old one's name: a process
     killed while it writes leaves the old one there for good, and that may be of noise.
     """
-    files = [p for p in (*PARTS, Path(loop.__code__.co_filename)) if p.is_file()]
-    return sha256(b"".join(p.read_bytes() for p in files) + bytes([exact])).hexdigest()[:12]
+    own = Path(loop.__code__.co_filename)
+    found = _read(PARTS) + (own.read_bytes() if own.is_file() else b"") + bytes([exact])
+    return sha256(found).hexdigest()[:12]
+
+
+@cache
+def _read(paths: tuple[Path, ...]) -> bytes:
+    return b"".join(p.read_bytes() for p in paths)
