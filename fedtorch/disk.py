@@ -19,6 +19,9 @@ EVENTS = ".fedtorch"
 LOCK = ".lock"
 """File in a folder whose lock says that the folder is in use; it stays, the lock dies with its process."""
 
+PROBE = ".writable"
+"""File that is written to a folder and taken away, to see that it can be."""
+
 
 @contextmanager
 def whole(path: Path, private: bool = False) -> Iterator[BinaryIO]:
@@ -96,6 +99,16 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
+def try_out(folder: Path) -> None:
+    """Write a byte to a new file in a folder, and take it away; raises ConfigError when that fails."""
+    probe = folder / PROBE
+    try:
+        regular(probe).write_text("x")
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"folder {folder} cannot be written: {e.strerror}") from e
+
+
 @contextmanager
 def locked(folder: Path, option: str = "--run-dir") -> Iterator[str | None]:
     """Hold a folder for this process until the end of the block; the lock dies with the process.
@@ -116,9 +129,11 @@ def locked(folder: Path, option: str = "--run-dir") -> Iterator[str | None]:
                 f"{option}"
             ) from e
         except OSError as e:
+            try_out(folder)
             yield f"{folder} cannot be locked ({e.strerror}): see to it that no second process writes it"
             return
         try:
+            try_out(folder)  # an old lock can be opened where nothing new can be written
             yield None
         finally:
             _let_go(file.fileno())

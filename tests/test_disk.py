@@ -15,7 +15,7 @@ from fedtorch.data.prepared import Prepared
 from fedtorch.privacy.accounting.journal import Journal
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.rounds.clock import Trace
-from fedtorch.run import checkpoint, cli, files
+from fedtorch.run import checkpoint, cli
 from fedtorch.sites import keys, sealed, serve
 from fedtorch.sites.budget import Budget
 from fedtorch.sites.openings import Openings
@@ -89,6 +89,24 @@ def test_a_folder_that_cannot_be_locked_is_said(tmp_path, monkeypatch):
         assert note is not None and "cannot be locked (No locks available)" in note
 
 
+@pytest.mark.parametrize("locks", [True, False])
+def test_a_folder_that_takes_no_new_name_is_not_held_though_its_lock_can_be_opened(
+    tmp_path, monkeypatch, locks
+):
+    def closed(path: Path, text: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / disk.LOCK).touch()
+    monkeypatch.setattr(Path, "write_text", closed)
+    if not locks:
+        monkeypatch.setattr(disk, "_take", lambda _: (_ for _ in ()).throw(OSError(37, "none")))
+    with (
+        pytest.raises(ConfigError, match="cannot be written: Permission denied"),
+        disk.locked(tmp_path),
+    ):
+        pass
+
+
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path):
     with pytest.raises(ConfigError, match="cannot be written"), disk.locked(Path(tmp_path / "no")):
         pass
@@ -126,7 +144,7 @@ PREPARED = Prepared("d", "classification", 2, {"input_shape": [4]}, Preparation(
 READERS = {
     "config.toml": cli.read,
     ".lock": lambda path: disk.locked(path.parent).__enter__(),
-    ".writable": lambda path: files.try_out(path.parent),
+    ".writable": lambda path: disk.try_out(path.parent),
     "ledger.jsonl": Journal.read,
     "new.jsonl": lambda path: Journal.create(path, {}),
     "shown.jsonl": Ledger.look,

@@ -35,3 +35,12 @@ def test_a_run_ends_after_its_rounds_or_after_the_round_in_which_it_is_asked_to(
     saved = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert saved == [f"round-{n:06d}.pt" for n in ((2, 3) if stopped else (4, 5))]
     assert here.summary(scores.last)["test_accuracy"] == rounds[-1]["test_accuracy"]
+
+
+def test_a_run_that_went_on_for_fewer_rounds_than_it_has_does_not_call_them_all(tmp_path):
+    server = Server(mlp(), make_clients([12, 5]))
+    server.round_number = 3
+    for asked, why in ((3, "all 3 rounds are trained"), (2, "come to round 3 before, and 2 were")):
+        config = Config(rounds=asked, privacy=None)
+        with loop.around(config, server, Folder(tmp_path, ""), None, 0.0) as here:
+            assert here.over() and why in here.why()

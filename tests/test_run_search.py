@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedtorch import disk
 from fedtorch.__main__ import main
 from fedtorch.run import search
 from fedtorch.types import ConfigError, NothingLearned
@@ -97,9 +98,34 @@ def test_a_search_that_breaks_off_leaves_nothing(tmp_path, monkeypatch, capsys):
     words = [*WORDS, "--sweep.random", "5", "--sweep", "lr=0.01,1", "--run-dir", str(where)]
     assert main(words) == 130
     assert list(where.iterdir()) == []
-    (where / ".trials").mkdir()
-    assert main(words) == 2
-    assert "holds runs of a search that was killed" in capsys.readouterr().err
+
+
+def test_what_a_killed_search_has_left_the_next_one_removes_unseen(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    known, seen = [tmp_path / "runs" / f"search-{k}" / ".trials" for k in range(2)], []
+
+    def learns(config, held):
+        seen.extend(p.name for p in Path(config.run_dir).parent.iterdir() if p.is_dir())
+        Path(config.run_dir).mkdir()
+        raise NothingLearned("x")
+
+    from fedtorch.commands.train import train_module
+
+    monkeypatch.setattr(train_module(), "run", learns)
+    words = [*WORDS, "--sweep.random", "2", "--sweep", "lr=0.01,1"]
+    for where in ([], ["--run-dir", str(known[0].parent)]):
+        for hidden in known:
+            (hidden / "old" / "deep").mkdir(parents=True, exist_ok=True)
+        with disk.locked(known[1]):  # at work
+            assert main([*words, *where]) == 1
+        said = capsys.readouterr()
+        assert f"what a search that was killed has left in {known[0].relative_to(tmp_path)}" in (
+            said.out.replace(f"{tmp_path}/", "")
+        )
+        assert not known[0].exists() and (known[1] / "old").exists() and seen == []
+    with disk.locked(known[1]):
+        assert main([*words, "--run-dir", str(known[1].parent)]) == 2
+    assert "in use by another process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

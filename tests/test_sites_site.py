@@ -2,6 +2,8 @@
 
 import logging
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -354,6 +356,27 @@ def test_two_processes_do_not_share_a_state_folder(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="state folder"):
         Site(SiteConfig(**{**vars(config), "state": str(tmp_path / "file")}))
+
+
+def test_a_state_folder_that_takes_no_new_name_is_refused_before_anything_is_joined(
+    data, tmp_path, monkeypatch
+):
+    config = SiteConfig(
+        name="north", insecure=True, dataset=Npz(str(data / "rows.npz")), state=str(tmp_path)
+    )
+    Site(config).close()
+    real, written = Path.write_text, []
+
+    def closed(path: Path, text: str, **how: Any) -> int:
+        if path.parent != tmp_path:
+            return real(path, text, **how)
+        written.append(path.name)
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_text", closed)
+    with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
+        Site(config)
+    assert written == [".writable"]
 
 
 @pytest.mark.parametrize("limit", [{}, {"max_epsilon": 5.0}], ids=["no budget", "budget"])

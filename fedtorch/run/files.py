@@ -49,14 +49,12 @@ def create(folder: Path) -> None:
 
 
 def try_out(folder: Path) -> None:
-    """Make room for checkpoints and write a byte; raises ConfigError when that fails."""
-    probe = folder / ".writable"
+    """Make room for checkpoints and write a byte there; raises ConfigError when that fails."""
     try:
         (folder / "checkpoints").mkdir(exist_ok=True)
-        disk.regular(probe).write_text("x")
-        probe.unlink()
     except OSError as e:
         raise unwritable(folder, e) from e
+    disk.try_out(folder / "checkpoints")
 
 
 def unwritable(folder: Path, error: Exception) -> ConfigError:

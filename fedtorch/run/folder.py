@@ -84,6 +84,7 @@ def resume(folder: Path, held: ExitStack) -> tuple[Folder, dict[str, Any]]:
     hold(folder, held)
     saved, damaged = checkpoint.newest(folder / "checkpoints")
     same_config(folder, saved)
+    files.try_out(folder)
     tidy(folder)
     for path, why in damaged:
         path.replace(path.with_name(f"{path.name}.damaged"))

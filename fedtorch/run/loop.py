@@ -65,7 +65,9 @@ class Loop(Observer):
             return f"{signal.Signals(self.stop.asked).name} asked it to stop{kept}"
         if self.server.stopped:
             return self.server.stopped.partition(": ")[2] + kept
-        if done >= rounds:
+        if done > rounds:
+            return f"it had come to round {done} before, and {rounds} were asked for{kept}"
+        if done == rounds:
             whole = f"all {rounds} rounds are trained" if rounds > 1 else "its one round is trained"
             return whole + kept
         return f"the privacy budget has no room for round {done + 1} of {rounds}{kept}"

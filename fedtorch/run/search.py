@@ -10,12 +10,13 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedtorch import disk
 from fedtorch.run import files, prices
 from fedtorch.run import folder as folders
 from fedtorch.run.results import higher_is_better
@@ -78,16 +79,14 @@ def run(
         f"expected; only the best is kept\nprivacy: epsilon {cost:.3f} for the whole search at delta "
         f"{plan.delta:g}, for whoever sees what is kept alone"
     )
-    hidden = folder / HIDDEN
-    hidden.mkdir(parents=True, mode=0o700)
-    try:
+    if given is None:
+        _tidy(folder.parent)
+    with _out_of_sight(folder) as hidden:
         best = _best(configs, drawn(mean), hidden, train)
         if best is None:
             raise NothingLearned("no run of the search has learned anything; nothing is kept")
         at, where, (name, value) = best
         os.replace(where, folder / BEST)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
     told = json.loads((folder / BEST / "privacy.json").read_text(encoding="utf-8"))
     about = {"settings": list(points), "best": points[at], "chosen_by": name, **told["search"]}
     files.write_json(folder / ABOUT, about | {k: told[k] for k in ("epsilon_spent", "delta")})
@@ -174,10 +173,46 @@ def _same(configs: Sequence[Any]) -> None:
         )
 
 
-def _free(folder: Path) -> None:
-    if (folder / HIDDEN).exists():
+@contextmanager
+def _out_of_sight(folder: Path) -> Iterator[Path]:
+    """A folder for runs that nobody may see, held by this process and gone in the end."""
+    hidden = folder / HIDDEN
+    try:
+        hidden.mkdir(parents=True, mode=0o700, exist_ok=True)
+    except OSError as e:
+        raise files.unwritable(hidden, e) from e
+    with disk.locked(hidden):
+        try:
+            _free(folder)  # once more: another process may have ended in between
+            _empty(hidden)
+            yield hidden
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _empty(hidden: Path) -> None:
+    """Remove what a search has left that was killed; raises ConfigError where that cannot be."""
+    left = [p for p in hidden.iterdir() if p.name != disk.LOCK]
+    try:
+        for path in left:
+            shutil.rmtree(path)
+    except OSError as e:
         raise ConfigError(
-            f"{folder / HIDDEN} holds runs of a search that was killed, which nobody may see: delete it"
-        )
+            f"{hidden} holds runs of a search that was killed, which nobody may see: delete it "
+            f"({disk.reason(e)})"
+        ) from e
+    if left:
+        print(f"note: what a search that was killed has left in {hidden} is removed unseen")
+
+
+def _tidy(runs: Path) -> None:
+    """The same for every search in a folder of runs that no process is at work on."""
+    for hidden in runs.glob(f"search-*/{HIDDEN}"):
+        with suppress(ConfigError), disk.locked(hidden):
+            _empty(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _free(folder: Path) -> None:
     if (folder / BEST).exists() or (folder / ABOUT).exists():
         raise ConfigError(f"{folder} already holds a search: choose another --run-dir")
