@@ -11,13 +11,11 @@ this checkout itself shows the noise.
 """
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 from itertools import count
 from pathlib import Path
 
+from benchmarks.side import Side
 from benchmarks.workloads import MNIST, WORKLOADS
 
 HERE = Path(__file__).parents[1]
@@ -35,54 +33,23 @@ made = problem(replace(WORKLOADS[work], rounds=5000), mnist, 0, 1.0)
 contestant = make(name, made, mnist)
 contestant.round()
 contestant.round()
-print("seconds", 0, flush=True)
+print("answer", 0, flush=True)
 for line in sys.stdin:
     start = time.process_time()
     for _ in range(int(line)):
         contestant.round()
-    print("seconds", time.process_time() - start, flush=True)
+    print("answer", time.process_time() - start, flush=True)
 """
-
-
-class Side:
-    """One checkout's process, after its first two rounds."""
-
-    def __init__(self, folder: Path, *about: str) -> None:
-        """``about``: the worker's arguments."""
-        given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", WORKER, *about],
-            cwd=folder, env=os.environ | given, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        self.answer()
-
-    def answer(self) -> float:
-        """Seconds; raises SystemExit where the process has ended."""
-        for line in self.process.stdout or ():
-            word, _, number = line.partition(" ")
-            if word == "seconds":
-                return float(number)
-        raise SystemExit(f"{self.process.args[-3:]} ended: status {self.process.wait()}")  # type: ignore[index]
-
-    def rounds(self, many: int) -> float:
-        """Processor seconds of so many."""
-        print(many, file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def end(self) -> None:
-        """Nothing is asked any more."""
-        self.process.communicate()
 
 
 def pairs(older: Path, about: tuple[str, ...], many: int, burst: float) -> list[float]:
     """Ratios older over this one's time, of bursts of about so many seconds."""
     found: list[float] = []
     while len(found) < many:
-        sides = [Side(folder, *about) for folder in (older, HERE)]
-        size = next(n for k in count() if sides[0].rounds(n := 2**k) > burst / 2)
+        sides = [Side(folder, "-c", WORKER, *about) for folder in (older, HERE)]
+        size = next(n for k in count() if float(sides[0].ask(n := 2**k)) > burst / 2)
         for k in range(DOZEN):
-            first, second = (sides[n].rounds(size) for n in ((0, 1) if k % 2 else (1, 0)))
+            first, second = (float(sides[n].ask(size)) for n in ((0, 1) if k % 2 else (1, 0)))
             found.append(first / second if k % 2 else second / first)
         for side in sides:
             side.end()

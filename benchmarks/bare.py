@@ -13,27 +13,30 @@ from benchmarks.workloads import Problem, Workload
 
 Visit = Callable[[nn.Module, Tensor, Tensor], None]
 """What a client does: (working model, its examples in the order of the batches)."""
+Twin = Callable[[nn.Module], nn.Module] | None
 
 
 class Bare:
     """One global model, one working copy, a loop over clients and batches."""
 
-    def __init__(self, problem: Problem, visit: Visit | None = None) -> None:
+    def __init__(self, problem: Problem, visit: Visit | None = None, twin: Twin = None) -> None:
+        """``twin``: what to make of the model before."""
         self.problem = problem
-        self.model, self.local = problem.model(), problem.model()
+        made = [problem.model() for _ in range(2)]
+        self.model, self.local = map(twin, made) if twin else made
         self.visit = visit or sgd(problem.work)
         self.noise = problem.noise if problem.work.privacy == "client" else None
         self.orders = problem.orders()
 
     def round(self) -> None:
         """Train every client from the global weights and take the mean."""
-        state = self.model.state_dict()
+        state = moved(self.model)
         total = {k: torch.zeros_like(v) for k, v in state.items()}
         orders = self.orders.pop(0)
         for (x, y), order in zip(self.problem.shards, orders, strict=True):
-            self.local.load_state_dict(state)
+            self.local.load_state_dict(state, strict=False)
             self.visit(self.local, x[order], y[order])
-            local = self.local.state_dict()
+            local = moved(self.local)
             if self.noise is not None:
                 local = clipped(local, state)
             for k, v in local.items():
@@ -44,21 +47,36 @@ class Bare:
             total = {k: state[k] + (v + std * torch.randn_like(v)) / K for k, v in total.items()}
         else:
             total = {k: v.div_(K) for k, v in total.items()}
-        self.model.load_state_dict(total)
+        self.model.load_state_dict(total, strict=False)
 
     def evaluate(self) -> tuple[float, float]:
         """Accuracy and loss on the test set."""
         return evaluate(self.model, self.problem.test)
 
 
+def moved(model: nn.Module) -> dict[str, Tensor]:
+    """What a round changes: no frozen weights, and no counters."""
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    state = model.state_dict()
+    return {k: v for k, v in state.items() if k not in frozen and v.is_floating_point()}
+
+
+def loss(output: Tensor, y: Tensor) -> Tensor:
+    """The mean; of text [B, C, T] classes last, which is the faster way."""
+    if output.dim() > 2:
+        output, y = output.transpose(1, 2).flatten(0, 1), y.flatten()
+    return F.cross_entropy(output, y)
+
+
 def sgd(work: Workload) -> Visit:
     """One pass of plain SGD."""
 
     def visit(model: nn.Module, x: Tensor, y: Tensor) -> None:
-        optimizer = torch.optim.SGD(model.parameters(), lr=work.lr)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=work.lr)
         for xb, yb in zip(x.split(work.batch_size), y.split(work.batch_size), strict=True):
             optimizer.zero_grad()
-            F.cross_entropy(model(xb), yb).backward()
+            loss(model(xb), yb).backward()
             optimizer.step()
 
     return visit
@@ -75,9 +93,10 @@ def clipped(local: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Ten
 @torch.no_grad()
 def evaluate(model: nn.Module, test: tuple[Tensor, Tensor]) -> tuple[float, float]:
     """Accuracy and mean loss, 500 examples at a time."""
-    right = loss = 0.0
+    model.eval()
+    right = total = 0.0
     for x, y in zip(test[0].split(500), test[1].split(500), strict=True):
         output = model(x)
         right += float((output.argmax(1) == y).sum())
-        loss += float(F.cross_entropy(output, y, reduction="sum"))
-    return right / len(test[1]), loss / len(test[1])
+        total += float(loss(output, y)) * y.numel()
+    return right / test[1].numel(), total / test[1].numel()

@@ -1,10 +1,17 @@
 """Who is measured, on which workloads, and one measurement of one of them in this process."""
 
 import importlib.util
+import json
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.side import ANSWER
+from benchmarks.workloads import WORKLOADS, Workload, problem
 
 BASELINE = "bare"
 
@@ -21,18 +28,19 @@ class Contestant(NamedTuple):
     """All its work is done in the measured process, so that processor time means something."""
 
 
-ALL = ("w1", "w2", "w3", "w4", "w5")
+ALL = tuple(WORKLOADS)
+PRIVATE = tuple(n for n, w in WORKLOADS.items() if w.privacy == "sample")
 
 CONTESTANTS = {
     BASELINE: Contestant(ALL),
     "fedtorch": Contestant(ALL),
     "general": Contestant(ALL),
-    "bf16": Contestant(("w1", "w2", "w4"), coarse=20.0),
+    "bf16": Contestant(("w1", "w2", "w4", "w7"), coarse=20.0),
     "projected": Contestant(("w3",)),
     "pfl": Contestant(("w1", "w2", "w4"), "pfl"),
-    "jax": Contestant(ALL, "jax"),
-    "opacus": Contestant(("w3", "w5"), "opacus"),
-    "opacus-ghost": Contestant(("w3", "w5"), "opacus"),
+    "jax": Contestant(("w1", "w2", "w3", "w4", "w5"), "jax"),
+    "opacus": Contestant(PRIVATE, "opacus"),
+    "opacus-ghost": Contestant(PRIVATE, "opacus"),
     "flower": Contestant(("w1", "w2", "w4"), "flwr", alone=False),
 }
 """fedtorch: what ``auto`` picks; general: the path that takes any model; bf16 and projected: options of the
@@ -77,38 +85,59 @@ def make(name: str, problem: Any, mnist: Path) -> Any:
     return Bare(problem)
 
 
-def once(order: dict[str, Any]) -> dict[str, Any]:
-    """One measurement: a warm-up round, then the workload's rounds with their evaluations."""
-    start = time.time()
-    import torch
-
+def started(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The contestant after its warm-up round, and what is known of it by then."""
     torch.set_num_threads(1)
-    from benchmarks.workloads import Workload, problem
-
+    start = time.time()
     work, mnist = Workload(**order["work"]), Path(order["mnist"])
     made = problem(work, mnist, order["seed"], order["noise"])
     torch.manual_seed(order["draw"])  # the noise of those that draw it from torch
     contestant = make(order["name"], made, mnist)
-    imported = time.time() - start
+    prepared = time.time() - start
     contestant.round()
     ready = time.time() - order["born"]
-    first_loss = contestant.evaluate()[1]
+    return contestant, {
+        "seconds_prepare": prepared,
+        "seconds_to_first_round": ready,
+        "first_loss": contestant.evaluate()[1],
+        "path": getattr(contestant, "path", None),
+    }
+
+
+def once(order: dict[str, Any]) -> dict[str, Any]:
+    """One measurement: a warm-up round, then the workload's rounds with their evaluations."""
+    contestant, found = started(order)
+    work, alone = Workload(**order["work"]), CONTESTANTS[order["name"]].alone
     cpu, clock = time.process_time(), time.perf_counter()
     for r in range(1, work.rounds + 1):
         contestant.round()
-        if r % work.eval_every == 0 or r == work.rounds:
-            accuracy, loss = contestant.evaluate()
+        if work.eval_every and (r % work.eval_every == 0 or r == work.rounds):
+            scores = contestant.evaluate()
     clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+    accuracy, loss = scores if work.eval_every else contestant.evaluate()
     getattr(contestant, "close", lambda: None)()
-    alone = CONTESTANTS[order["name"]].alone
-    return {
+    return found | {
         "rounds_per_second": work.rounds / clock,
         "rounds_per_cpu_second": work.rounds / cpu if alone else None,
-        "seconds_import": imported,
-        "seconds_to_first_round": ready,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "accuracy": accuracy,
         "loss": loss,
-        "first_loss": first_loss,
-        "path": getattr(contestant, "path", None),
     }
+
+
+def turns(order: dict[str, Any]) -> None:
+    """A contestant that takes a round when asked for one, and says how fast it was."""
+    contestant, found = started(order)
+    print(f"{ANSWER}{json.dumps(found)}", flush=True)
+    for asked in sys.stdin:
+        if asked.strip() == "round":
+            cpu, clock = time.process_time(), time.perf_counter()
+            contestant.round()
+            clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+            said = {"rounds_per_second": 1 / clock, "rounds_per_cpu_second": 1 / cpu}
+        else:
+            accuracy, loss = contestant.evaluate()
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            said = {"accuracy": accuracy, "loss": loss, "peak_mib": peak}
+        print(f"{ANSWER}{json.dumps(said)}", flush=True)
+    getattr(contestant, "close", lambda: None)()

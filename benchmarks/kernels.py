@@ -5,7 +5,8 @@
 A loop stays while switching it off costs a tenth on one of these on two kinds of processor. Rounds take
 turns in one process, in random order, and are timed by the processor. A larger processor pretends AVX2 by
 ATEN_CPU_CAPABILITY=avx2, MKL_CBWR=AVX2, ONEDNN_MAX_CPU_ISA=AVX2, NUMBA_CPU_NAME=haswell with a Haswell's
-NUMBA_CPU_FEATURES ("+avx2,+fma,+bmi,..."), NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR".
+NUMBA_CPU_FEATURES ("+avx2,+fma,+bmi,..."), NPY_DISABLE_CPU_FEATURES="X86_V4 AVX512_ICL AVX512_SPR", and
+OPENSSL_ia32cap=":~0x600d0230000" for the cipher; what is used is printed.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.bare import Bare
+from benchmarks.machine import machine
 from benchmarks.ours import Ours
 from benchmarks.workloads import MNIST, WORKLOADS, problem
 from fedtorch.fast import ops, solver
@@ -77,7 +79,7 @@ def main() -> None:
     asks.add_argument("--mnist", type=Path, default=MNIST)
     asked = asks.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}\n")
+    print(f"{machine()}\n")
     print(f"| workload | all on, ms | {' | '.join([*GROUPS][1:])} |\n|{'---|' * (len(GROUPS) + 1)}")
     for work, projected in CASES:
         found = times(work, projected, asked.rounds, asked.mnist)

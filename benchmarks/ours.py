@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch.utils.data import TensorDataset
 
-from benchmarks.workloads import EXAMPLES, Problem
+from benchmarks.workloads import Problem
 from fedtorch import Client, Local, Server, evaluate
 from fedtorch.privacy import ClientLevel, Privacy, SampleLevel
 from fedtorch.training.losses import accuracy, cross_entropy
@@ -43,7 +43,7 @@ def plan(problem: Problem, projected: bool = False) -> Privacy | None:
     if problem.work.privacy == "client":
         return ClientLevel(noise_multiplier=problem.noise, rounds=rounds)
     if problem.work.privacy == "sample":
-        rate = problem.work.batch_size / EXAMPLES
+        rate = problem.work.batch_size / problem.work.examples
         return SampleLevel(
             noise_multiplier=problem.noise,
             rounds=rounds,

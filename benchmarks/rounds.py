@@ -2,46 +2,44 @@
 
     python -m benchmarks.rounds --workloads w1 w2 w3 w4 w5 --reps 5 --json out.json
     python -m benchmarks.rounds --seeds 5        # other data, weights, order and noise each time
+    python -m benchmarks.rounds --workloads w7 w7-private --turns 8       # networks that people train
 
 Each measurement is a process of its own with one thread; repetitions go contestant by contestant
-(A B C A B C ...), so that a neighbour's load falls on all of them. A ratio is the median of the ratios
+(A B C A B C ...), so that a neighbour's load falls on all of them. With ``--turns`` all are up at once
+and take turns round by round, which is for rounds of a second. A ratio is the median of the ratios
 to the bare loop of the same repetition, once by the clock and once by processor time. It ends with
 status 1 where a contestant's result differs from the baseline's beyond what noise explains.
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from benchmarks import agreement
-from benchmarks.contestants import BASELINE, CONTESTANTS, missing, once
+from benchmarks.contestants import BASELINE, CONTESTANTS, missing, once, turns
+from benchmarks.machine import machine
+from benchmarks.side import ANSWER, Side
 from benchmarks.workloads import WORKLOADS, Workload
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
-
-def measured(order: dict[str, Any]) -> dict[str, Any]:
-    """One measurement in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.rounds", "--worker"]
-    done = subprocess.run(
-        [*command, json.dumps(order | {"born": time.time()})],
-        env=os.environ | ONE_THREAD,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise SystemExit(f"{order['name']} failed on {order['work']}:\n{done.stderr[-3000:]}")
-    # others may talk after our last word
-    line = next(li for li in reversed(done.stdout.splitlines()) if li.startswith('{"rounds_per'))
-    found: dict[str, Any] = json.loads(line)
-    return found
+def begun(name: str, work: Workload, options: argparse.Namespace, rep: int = 0) -> Side:
+    """A contestant in a process of its own."""
+    order = {
+        "name": name,
+        "work": asdict(work),
+        "mnist": options.mnist,
+        "seed": rep if options.seeds else 0,
+        "noise": options.noise,
+        "draw": rep,
+        "turns": bool(options.turns),
+        "born": time.time(),
+    }
+    return Side(Path.cwd(), "-m", "benchmarks.rounds", "--worker", json.dumps(order))
 
 
 def measure(names: list[str], work: Workload, options: argparse.Namespace) -> dict[str, Any]:
@@ -49,16 +47,9 @@ def measure(names: list[str], work: Workload, options: argparse.Namespace) -> di
     runs: dict[str, Any] = {n: [] for n in names}
     for rep in range(options.seeds or options.reps):
         for name in names:
-            found = measured(
-                {
-                    "name": name,
-                    "work": asdict(work),
-                    "mnist": options.mnist,
-                    "seed": rep if options.seeds else 0,
-                    "noise": options.noise,
-                    "draw": rep,
-                }
-            )
+            side = begun(name, work, options, rep)
+            side.end()
+            found = json.loads(side.first)
             runs[name].append(found)
             print(
                 f"{work.name} {rep + 1} {name}: {found['rounds_per_second']:.2f}/s, "
@@ -66,6 +57,22 @@ def measure(names: list[str], work: Workload, options: argparse.Namespace) -> di
                 flush=True,
             )
     return runs
+
+
+def in_turns(names: list[str], work: Workload, options: argparse.Namespace) -> dict[str, Any]:
+    """Runs of a single round each, of contestants that are all up."""
+    work = replace(work, rounds=options.turns)
+    sides = {n: begun(n, work, options) for n in names}
+    times: dict[str, Any] = {n: [] for n in names}
+    for _ in range(options.turns):
+        for n, side in sides.items():
+            times[n].append(json.loads(side.ask("round")))
+    out: dict[str, Any] = {}
+    for n, side in sides.items():
+        known = json.loads(side.first) | json.loads(side.ask("score"))
+        out[n] = [known | t for t in times[n]]
+        side.end()
+    return out
 
 
 def summary(runs: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +140,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS)
     parser.add_argument("--mnist", default="../shared/data/mnist", help="folder of IDX files")
     parser.add_argument("--reps", type=int, default=5)
+    parser.add_argument("--turns", type=int, help="rounds in turn, all contestants being up")
     parser.add_argument("--seeds", type=int, help="repetitions with seeds 0, 1, ...")
     parser.add_argument(
         "--noise", type=float, default=1.0, help="multiplier; 1e-6: none to speak of"
@@ -153,16 +161,21 @@ def main() -> int:
     """Measure what was asked for, or do the one measurement a parent asked for."""
     asked = options()
     if asked.worker:
-        print(json.dumps(once(json.loads(asked.worker))))
+        order = json.loads(asked.worker)
+        if order["turns"]:
+            turns(order)
+        else:
+            print(f"{ANSWER}{json.dumps(once(order))}", flush=True)
         return 0
+    print(machine())
     results, wrong = {}, []
     for workload in asked.workloads:
-        work = replace(WORKLOADS[workload], epochs=asked.epochs)
-        runs = measure(present(workload, asked.only), work, asked)
+        work, who = replace(WORKLOADS[workload], epochs=asked.epochs), present(workload, asked.only)
+        runs = in_turns(who, work, asked) if asked.turns else measure(who, work, asked)
         results[workload] = summary(runs)
-        wrong += agreement.complaints(runs, work, asked.noise)
-    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread\n")
-    print(table(results))
+        results_of_one = {n: own[:1] if asked.turns else own for n, own in runs.items()}
+        wrong += agreement.complaints(results_of_one, work, asked.noise)
+    print(f"\n{table(results)}")
     if asked.json:
         with open(asked.json, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=2)

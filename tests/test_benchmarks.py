@@ -7,6 +7,7 @@ from benchmarks import secure
 from benchmarks.agreement import complaints
 from benchmarks.bare import Bare
 from benchmarks.contestants import make
+from benchmarks.networks import for_opacus
 from benchmarks.rounds import summary
 from benchmarks.workloads import WORKLOADS, problem
 
@@ -40,6 +41,7 @@ def test_on_equal_batches_only_rounding_differs():
     assert complaints({"bare": bare, "fedtorch": [run(0.9), run(0.87)]}, W1, 1.0)
     assert not complaints({"bare": bare, "bf16": [run(0.9, 1.01), run(0.9)]}, W1, 1.0)
     early = [r | {"first_loss": 2.0001} for r in bare]
+    assert not complaints({"bare": bare, "fedtorch": early}, WORKLOADS["w7"], 1.0)
     assert "first_loss" in complaints({"bare": bare, "fedtorch": early}, W1, 1.0)[0]
 
 
@@ -79,3 +81,22 @@ def _digits_score(bare: Bare) -> tuple[float, float]:
         output = bare.model(x)
     right = (output.argmax(1) == y).double().mean()
     return float(right), float(torch.nn.functional.cross_entropy(output, y))
+
+
+@pytest.mark.parametrize("name", ["w8-lora", "w10"])
+def test_networks_train_where_there_are_no_files(name, tmp_path):
+    work = replace(WORKLOADS[name], clients=2, rounds=1, examples=2, batch_size=2)
+    made = problem(work, tmp_path / "digits")
+    made = replace(made, test=tuple(t[:4] for t in made.test))
+    ours, bare = make("fedtorch", made, tmp_path), Bare(made)
+    frozen = {n: p.clone() for n, p in bare.model.named_parameters() if not p.requires_grad}
+    ours.round()
+    bare.round()
+    assert ours.evaluate() == pytest.approx(bare.evaluate(), rel=1e-4)
+    assert all(torch.equal(bare.model.get_parameter(n), p) for n, p in frozen.items())
+
+
+def test_opacus_is_given_the_same_transformer(tmp_path):
+    made = problem(WORKLOADS["w8"], tmp_path / "digits")
+    x = made.test[0][:3]
+    torch.testing.assert_close(for_opacus(made.model())(x), made.model()(x))
