@@ -45,13 +45,13 @@ class Draws:
 
     def __init__(self, *purpose: str | int) -> None:
         """``purpose``: seeds and words, as of ``derive``."""
-        self._seed, self._left = derive(0, *purpose), list[Any]()
+        self._purpose, self._left = purpose, list[Any]()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """From where they were last left in here."""
         with kept():
-            set_global(self._seed)
+            set_global(derive(0, *self._purpose))
             for (_, put), left in zip(_generators(), self._left, strict=False):
                 put(left)
             yield

@@ -78,3 +78,21 @@ def test_a_figure_that_no_plan_names_stays_where_it_is(plan):
 def test_no_plan_can_open_another_way_out(plan):
     with pytest.raises(TypeError, match="release"):
         type("Open", (type(plan),), {"release": lambda self, raw, task: raw})
+
+
+def test_one_client_of_a_context_has_its_own_rows_and_the_others_keep_theirs():
+    model, who = mlp(), make_clients([5, 7])
+    recipe, task = Recipe(FedAvg()), Task(snapshot(model), {}, 0, 0, 0.1, NUMBERS)
+    order = Nothing().batches([5, 7], recipe, task, ["c0", "c1"])
+    ctx = context(who, order, task, recipe, model)
+    second = ctx.of(1)
+    assert second.steps.tolist() == ctx.steps[1:].tolist() == [len(order[1])]
+    assert second.seeds == ctx.seeds[1:]
+    assert len(ctx.steps) == len(ctx.seeds) == 2
+    assert second.anchor is ctx.anchor
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_plan_says_whether_it_shortens_what_clients_learned(plan):
+    scale = plan.scale(torch.tensor([100.0]), torch.ones(1), raw(plan)[1])
+    assert plan.shortens is bool(scale != 1)

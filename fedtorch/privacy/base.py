@@ -366,6 +366,11 @@ class Privacy(ABC):
         """The client's half: what leaves the client in place of ``sent``, each group [K, ...]."""
         return sent
 
+    @property
+    def shortens(self) -> bool:
+        """Whether ``scale`` may give anything but ones."""
+        return type(self).scale is not Privacy.scale
+
     def scale(self, norms: Tensor, examples: Tensor, task: Task) -> Tensor:
         """What ``client`` multiplies each update by, [K], where it ``scales``.
 

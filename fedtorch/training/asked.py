@@ -5,7 +5,7 @@ Through the module itself, one client after another, whatever solver trains: the
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -22,7 +22,7 @@ from fedtorch.training.outline import Outline
 from fedtorch.training.sequential import naming_client
 from fedtorch.training.step import Stepping
 from fedtorch.tree import row
-from fedtorch.types import Params, Stack, Task
+from fedtorch.types import Params, Stack, Task, altered
 
 MOST = 512
 """Examples in one batch, where all are asked for and the run's batches are no larger."""
@@ -86,7 +86,7 @@ class Asked:
         """What is known of them stays known."""
         clients, order = [self.clients[k] for k in places], [self.order[k] for k in places]
         own = {n: v[[*places]] for n, v in self.own.items()}
-        return replace(self, clients=clients, order=order, own=own)
+        return altered(self, clients=clients, order=order, own=own)
 
     def _batches(self, k: int, step: int | None = None) -> Iterable[tuple[int, Any]]:
         """Examples of each batch, and the batch."""

@@ -219,19 +219,20 @@ class Descent:
         self.params, self.lr, self.weight_decay = params, lr, weight_decay
         self.momentum, self.fresh, self.nesterov = momentum, 1 - dampening, nesterov
         self.velocity: dict[int, Tensor] = {}
+        self._unrecorded = torch.no_grad()
 
-    @torch.no_grad()
     def __call__(self) -> None:
         """One step."""
-        for k, p in enumerate(self.params):
-            g = p.grad
-            if g is None:
-                continue
-            if self.weight_decay:
-                g = g.add(p, alpha=self.weight_decay)
-            if self.momentum:
-                g = self._heavy(k, g)
-            p.add_(g, alpha=-self.lr)
+        with self._unrecorded:
+            for k, p in enumerate(self.params):
+                g = p.grad
+                if g is None:
+                    continue
+                if self.weight_decay:
+                    g = g.add(p, alpha=self.weight_decay)
+                if self.momentum:
+                    g = self._heavy(k, g)
+                p.add_(g, alpha=-self.lr)
 
     def _heavy(self, k: int, g: Tensor) -> Tensor:
         if k not in self.velocity:

@@ -44,6 +44,7 @@ def train_sequentially(
     examples = torch.tensor([float(len(c)) for c in clients])
     weight = recipe.weights(examples)
     share = (weight.double() / weight.sum()).tolist()
+    measured = privacy.shortens or recipe.strategy.measures
     loss, squares, counted, used, moved = [], [], [], [], set[str]()
     with seeds.kept():
         for k, client in enumerate(clients):
@@ -58,13 +59,15 @@ def train_sequentially(
             buffers = expand(near(trainee.floats())) if privacy.statistics else {}
             if buffers and not settled(buffers, task.state):
                 squares[k] = math.nan
-            norm = total.bound(_float64(squares[k:])).sqrt()
-            part = float(privacy.scale(norm, examples[k : k + 1], task))
-            counted.append(share[k] * part if math.isfinite(squares[k]) else 0.0)
-            scale = recipe.strategy.scale(alone, norm) if counted[k] else None
-            used.append(counted[k] * (1.0 if scale is None else float(scale)))
+            fine, part, scale = math.isfinite(squares[k]), 1.0, 1.0
+            if fine and measured:
+                norm = total.bound(_float64(squares[k:])).sqrt()
+                part, scale = _factors(recipe, alone, norm, examples[k : k + 1], task)
+            counted.append(share[k] * part if fine else 0.0)
+            used.append(counted[k] * scale)
             if counted[k]:
                 total.add(used[k])
+            if counted[k] and buffers:
                 add_weighted(floats, buffers, _float64(counted[k:]))
                 moved |= moving(buffers, task.state).keys()
     # the sum, and what is told of each
@@ -72,6 +75,15 @@ def train_sequentially(
     floats = {k: v for k, v in floats.items() if k in moved}
     both = _float64(used), _float64(counted)
     return Summed(torch.stack(loss), _float64(squares), *both, total, floats)
+
+
+def _factors(
+    recipe: Recipe, ctx: Context, norm: Tensor, examples: Tensor, task: Task
+) -> tuple[float, float]:
+    """What a change of this length is multiplied by, for the plan and then for the strategy."""
+    part = float(recipe.privacy.scale(norm, examples, task))
+    scale = recipe.strategy.scale(ctx, norm) if part else None
+    return part, 1.0 if scale is None else float(scale)
 
 
 def _float64(values: Sequence[float]) -> Tensor:

@@ -59,7 +59,8 @@ class Trainee:
             return own_update(self.recipe.local, self.model, visit, self.lr)
         self._asked = self.recipe.strategy.objective(self.recipe.asked, ctx)
         correct = Corrector(self.recipe.strategy, ctx)
-        weights = expand(self.weights()) if correct else {}
+        corrects = bool(correct)
+        weights = expand(self.weights()) if corrects else {}
         step = stepper(self.recipe, self.model, self.params, self.lr, len(steps))
         trained, clip_norm = [*self.params.values()], self.recipe.clip_norm
         losses = []
@@ -75,7 +76,7 @@ class Trainee:
                 loss = learn(batch)
                 if clip_norm is not None:
                     nn.utils.clip_grad_norm_(trained, clip_norm)
-                if correct:
+                if corrects:
                     correct(self.params, weights)
                 step()
                 losses.append(loss)
