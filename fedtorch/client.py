@@ -1,6 +1,6 @@
 """Clients: data that stays with its owner. ``training/local_update.py`` is what they do with it."""
 
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, cast
 
 from torch.utils.data import DataLoader, Sampler
@@ -66,7 +66,7 @@ class Client:
             own = collate if not isinstance(validation, DataLoader | Collated) else None
             validation = as_dataset(validation, owner, own)
         self.validation = validation
-        self.persons = None if persons is None else [str(p) for p in persons]
+        self.persons = None if persons is None else _names(persons, owner)
         if self.persons is not None and len(self.persons) != len(self):
             raise ConfigError(
                 f"{owner}: persons must name one for each of its {len(self)} examples, got "
@@ -87,3 +87,20 @@ class Client:
     def __repr__(self) -> str:
         """Id and size, never data."""
         return f"Client({self.id!r}, {len(self)} examples)"
+
+
+def _names(persons: Any, owner: str) -> list[str]:
+    """Whose each example is, from a list, an array or a column; raises ConfigError for what is no name."""
+    found = persons if isinstance(persons, str) else getattr(persons, "tolist", lambda: persons)()
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        raise ConfigError(
+            f"{owner}: persons must be a list of names, one for each example, got {persons!r:.50}"
+        )
+    found = list(found)
+    for one in found:
+        if not isinstance(one, str | int) and not (isinstance(one, float) and one.is_integer()):
+            raise ConfigError(
+                f"{owner}: persons must be texts or whole numbers, that mean the same at all clients, got "
+                f"{one!r:.50}"
+            )
+    return [str(one) for one in found]

@@ -1,6 +1,7 @@
 """What an audit makes of scores: guesses, limits, words; of synthetic scores whose law is known."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from fedtorch.privacy.accounting.gaussian import gaussian_epsilon
 from fedtorch.privacy.audit import chi_limits
-from fedtorch.privacy.findings import Seen, guessed, judged, pooled
+from fedtorch.privacy.findings import Findings, Seen, guessed, judged, pooled
 from fedtorch.types import ConfigError
 
 
@@ -107,6 +108,16 @@ def test_what_contradicts_a_claim_is_said(change, words):
     assert found.refuted and any(words in why for why in found.contradictions)
     assert "the claim is refuted" in "\n".join(found.words())
     assert json.loads(json.dumps(found.table()))["refuted"] is True
+
+
+@pytest.mark.parametrize("figure", ["noise", "step_noise", "longest"])
+def test_what_is_no_number_contradicts_a_claim_too(figure):
+    found = judged(replace(release(), **{figure: math.nan}), 100.0, 1e-5, 0.2)
+    assert found.refuted and "nan" in " ".join(found.contradictions)
+    table = found.table()
+    assert Findings.read(table).refuted
+    with pytest.raises(ValueError, match="no unit that can be audited"):
+        Findings.read(table | {"unit": "inf"})
 
 
 def test_a_bound_above_the_claim_refutes_it():

@@ -3,6 +3,8 @@
 import json
 from contextlib import closing
 
+import numpy as np
+import pandas
 import pytest
 import torch
 from torch import nn
@@ -33,6 +35,28 @@ def test_who_has_most():
         ConfigError, match="persons must name one for each of its 3 examples, got 2"
     ):
         Client("c", (torch.randn(3, 2), torch.zeros(3)), persons=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    "who",
+    [
+        [["7", "Ann  Lee", "9"], ["7.0", "ann lee "], ["07", "9.50"]],
+        [[7, 8, 9], np.array([7.0, 1.0]), torch.tensor([7, 2])],
+        [np.array(["7", "8"]), pandas.Series([7.0, 1.0]), [7]],
+        [["1" * 40, "2"], ["1" * 40 + ".0"], ["1" * 40, "1" * 39 + "2"]],
+    ],
+    ids=["texts", "arrays", "columns", "long"],
+)
+def test_one_person_is_one_however_the_clients_write_the_name(who):
+    assert max(persons.held(clients(who), "example")) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "who", [["a", None], [1.0, float("nan")], [0.5, 1.0], "ab", 3, [True, ()]], ids=str
+)
+def test_what_names_nobody_is_refused(who):
+    with pytest.raises(ConfigError, match="client 'c': persons must be"):
+        Client("c", (torch.randn(2, 2), torch.zeros(2)), persons=who)
 
 
 def trained(plan):

@@ -37,3 +37,11 @@ def test_figures_are_asked_for_by_name():
         History(ROUNDS).plot("cohort")
     with pytest.raises(ConfigError, match="no round was trained"):
         History().plot()
+
+
+@pytest.mark.parametrize("figure", ["round", "test_accuracy"])
+def test_a_number_that_no_float_holds_is_damage_named_by_its_line(tmp_path, figure):
+    lines = ['{"round": 1}', f'{{"round": 2, "{figure}": {"9" * 400}}}', '{"round": 3}', ""]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"metrics.jsonl is damaged in line 2"):
+        History.load(tmp_path)

@@ -103,6 +103,8 @@ class Findings:
     @classmethod
     def read(cls, table: dict[str, Any]) -> "Findings":
         """Those of a ``privacy.json``; raises KeyError, TypeError or ValueError where it is damaged."""
+        if table["unit"] not in ATTACKERS:
+            raise ValueError(f"it is about no unit that can be audited, but {table['unit']!r:.50}")
         ratios: dict[str, Any] = {
             name: Ratio(*map(float, (table[key], *table[f"{key}_between"]))) if table[key] else None
             for name, key in RATIOS.items()
@@ -115,27 +117,28 @@ class Findings:
         return [*self._contradictions()]
 
     def _contradictions(self) -> Iterator[str]:
-        if self.at_least > self.at_most:
+        # asked so that what is no number contradicts
+        if not self.at_least <= self.at_most:
             yield f"epsilon is at least {self.at_least:.3g}, more than the {self.at_most:.3g} claimed"
         for noise, what in ((self.noise, "the run's noise"), (self.step_noise, "a step's noise")):
-            if noise and noise.value < noise.low:
+            if noise and not noise.value >= noise.low:
                 yield f"{what} is {noise.value:.3g} of what is claimed, and at least {noise.low:.3g} is due"
         if (
             self.noise
             and self.step_noise
-            and self.noise.value > self.noise.high * self.step_noise.value
+            and not self.noise.value <= self.noise.high * self.step_noise.value
         ):
             times = self.noise.value / self.step_noise.value
             yield f"noise is used again: {times:.3g} times as much of it is left in the sum of all steps"
         step = self.step_noise
-        if step and step.value > step.high:
+        if step and not step.value <= step.high:
             yield (
                 f"a step's noise is {step.value:.3g} of what is claimed, and at most {step.high:.3g} is "
                 "due: not all of it is noise, or the divisor is not the public one"
             )
-        if self.shift and self.shift.value > self.shift.high:
+        if self.shift and not self.shift.value <= self.shift.high:
             yield f"a canary counts {self.shift.value:.3g} times what rate and clip allow"
-        if self.longest > 1 + ROUNDING:
+        if not self.longest <= 1 + ROUNDING:
             yield f"one {self.unit} moves the sum by {self.longest:.4g} clipping norms"
         if self.missed:
             yield f"{self.missed} noised steps are charged that went past the audit"

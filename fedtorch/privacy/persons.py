@@ -7,6 +7,8 @@ all clients, which are dearest at a single one; without it they are counted, and
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from fedtorch.privacy.accounting.events import Event
@@ -21,7 +23,7 @@ def held(clients: Sequence[Any], unit: str) -> list[Held]:
     """What persons have, of which nobody else has as much everywhere; empty: nobody says whose they are."""
     own: dict[str, list[int]] = defaultdict(list)
     for client in clients:
-        for name, count in Counter(getattr(client, "persons", None) or ()).items():
+        for name, count in Counter(map(_same, getattr(client, "persons", None) or ())).items():
             own[name].append(count if unit == "example" else 1)
     if unit == "example":
         known = {tuple(sorted(counts, reverse=True)) for counts in own.values()}
@@ -32,6 +34,16 @@ def held(clients: Sequence[Any], unit: str) -> list[Held]:
         if not any(len(one) <= len(k) and all(map(int.__le__, one, k)) for k in kept):
             kept.append(one)
     return kept
+
+
+def _same(name: str) -> str:
+    """One writing of a name: who is ``7`` here and ``7.0`` or ``07`` there would count as two."""
+    with suppress(InvalidOperation):
+        number = Decimal(name)
+        if number.is_finite() and abs(number.adjusted()) < 100:
+            written = f"{number:f}"
+            return written.rstrip("0").rstrip(".") if "." in written else written
+    return " ".join(name.casefold().split())
 
 
 def check(plan: Privacy, clients: Sequence[Any]) -> None:

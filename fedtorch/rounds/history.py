@@ -1,6 +1,7 @@
 """The figures of a run, round by round, as Python has them."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from html import escape
@@ -11,6 +12,9 @@ from fedtorch.types import ConfigError
 
 FILE = "metrics.jsonl"
 """File in a run folder: one JSON object a round."""
+
+WIDE = re.compile(rb"\d{309}")
+"""In a line of figures: digits of a number beyond all floats."""
 
 COLUMNS = ("round", "train_loss", "nonprivate_train_loss", "privacy_epsilon")
 """Figures a short table shows, beside those of the test set."""
@@ -182,6 +186,8 @@ def sift(data: bytes) -> tuple[list[dict[str, Any]], list[int]]:
     rounds, lost = [], []
     for number, line in enumerate(data.split(b"\n")[:-1], 1):
         try:
+            if WIDE.search(line):
+                raise ValueError("a number that no float holds")
             figures = json.loads(line)
             rounds.append(figures | {"round": int(figures["round"])})
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
