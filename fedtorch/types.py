@@ -38,6 +38,10 @@ class ClientError(RuntimeError):
     """A client's own code (its dataset, the model, the loss) raised; the message says whose."""
 
 
+class OverBudget(RuntimeError):
+    """What was asked would cost a site's data more than the site allows; nothing of it has left."""
+
+
 class ClaimRefuted(RuntimeError):
     """An audit has found what contradicts a run's privacy claim; the message says what."""
 

@@ -33,7 +33,7 @@ from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.run import checkpoint
 from fedtorch.sites import keys
 from fedtorch.sites import offer as offers
-from fedtorch.sites.budget import Budget, OverBudget
+from fedtorch.sites.budget import Budget
 from fedtorch.sites.engine import ALIVE_SECONDS, SMALL, Sites, remotes
 from fedtorch.sites.joined import Joined
 from fedtorch.sites.limits import accept
@@ -44,7 +44,7 @@ from fedtorch.sites.serve import calibrated
 from fedtorch.sites.site import Site
 from fedtorch.strategies import FedBABU, FedNova
 from fedtorch.training.stacked import snapshot
-from fedtorch.types import ConfigError, Task
+from fedtorch.types import ConfigError, OverBudget, Task
 
 pytestmark = pytest.mark.timeout(300)
 NAMES = ["north", "south"]

@@ -8,8 +8,8 @@ import pytest
 from fedtorch import FedAvg, Recipe
 from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
 from fedtorch.privacy.accounting.ledger import Ledger
-from fedtorch.sites.budget import Budget, OverBudget
-from fedtorch.types import ConfigError
+from fedtorch.sites.budget import Budget
+from fedtorch.types import ConfigError, OverBudget
 
 PLAN = SampleLevel(noise_multiplier=2.0, rounds=5)
 
@@ -148,7 +148,7 @@ def test_a_full_disk_is_one_sentence_and_the_charge_stays(used, monkeypatch):
         raise OSError(28, "No space left on device")
 
     made = budget(journal.parent)
-    monkeypatch.setattr("fedtorch.sites.budget.disk.replace", full)
+    monkeypatch.setattr("fedtorch.privacy.accounting.owned.disk.replace", full)
     with pytest.raises(ConfigError, match="cannot be written: No space left"):
         made.charge(PLAN, 3, 2.0)
     monkeypatch.undo()

@@ -6,6 +6,7 @@ from fedtorch.lazy import offers
 
 if TYPE_CHECKING:
     from fedtorch.privacy.adaptive import AdaptiveClip
+    from fedtorch.privacy.alone import Budget
     from fedtorch.privacy.bands import Bands
     from fedtorch.privacy.base import STATISTICS_NOISE, Privacy
     from fedtorch.privacy.client import ClientLevel
@@ -21,6 +22,7 @@ __all__ = [
     "STATISTICS_NOISE",
     "AdaptiveClip",
     "Bands",
+    "Budget",
     "ClientLevel",
     "DistributedDP",
     "LocalDP",

@@ -65,16 +65,24 @@ class LocalDP(Privacy):
         self, sent: dict[str, Stack], examples: Tensor, task: Task, ids: Sequence[str]
     ) -> dict[str, Stack]:
         """Clip, then noise every coordinate of every group from the client's own stream."""
-        norms = joint_norms(sent, 1 if self.mechanism == "laplace" else 2)
-        scale = 2 * task.privacy["clip"] * task.privacy["noise"]
-        draw = laplace if self.mechanism == "laplace" else gaussian
         streams = [self.stream("local noise", *task.draw, i) for i in ids]
+        return self.noised(sent, task.privacy["clip"], task.privacy["noise"], streams)
+
+    def noised(
+        self, sent: dict[str, Stack], clip: float, noise: float, streams: Sequence[Stream]
+    ) -> dict[str, Stack]:
+        """The same by these numbers and streams, one for each client."""
+        norms = joint_norms(sent, 1 if self.mechanism == "laplace" else 2)
+        draw = laplace if self.mechanism == "laplace" else gaussian
         return {
             g: {
-                k: noised(v, scale * torch.stack([draw(s, tuple(v.shape[1:])) for s in streams]))
+                k: noised(
+                    v,
+                    2 * clip * noise * torch.stack([draw(s, tuple(v.shape[1:])) for s in streams]),
+                )
                 for k, v in s_.items()
             }
-            for g, s_ in clipped(sent, norms, task.privacy["clip"]).items()
+            for g, s_ in clipped(sent, norms, clip).items()
         }
 
     def check(self, population: int, noise: float) -> list[str]:

@@ -4,24 +4,18 @@ Whatever the server says, a site charges itself before it trains, on its own dis
 budget has no room. A visit that is done again, because the server lost it, is charged again.
 """
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
-from fedtorch import disk
 from fedtorch.checks import combination
 from fedtorch.privacy import Privacy
 from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.accounting.ledger import Ledger
+from fedtorch.privacy.accounting.owned import note, opened
 from fedtorch.privacy.run import BEFORE
 from fedtorch.recipe import Recipe
-from fedtorch.types import ConfigError
-
-
-class OverBudget(Exception):
-    """This site will not do what it was asked: its data would cost more than it allows."""
-
+from fedtorch.types import ConfigError, OverBudget
 
 BOOKS = {"example": "example", "client": "client", "presence": "client"}
 """Ledgers and their units. What one row costs is in the first two: a row more or less, and any data in
@@ -109,7 +103,7 @@ class Budget:
                     f"max_epsilon {self.most:g}; so far it is {self.spent():.4f}"
                 )
         ledger.charge(round, event, [self.site])
-        self._note(name, ledger)
+        note(self._path(name), ledger, self.site)
 
     def spent(self, accountant: str = "prv") -> float:
         """Epsilon of this site's rows over all runs; each unit's ledger at this site's delta, so that runs
@@ -119,42 +113,7 @@ class Budget:
         return max(by.get("example", 0.0) + by.get("client", 0.0), by.get("presence", 0.0))
 
     def _open(self, unit: str) -> Ledger:
-        path = self._path(unit)
-        note = path.with_suffix(".json")
-        if not note.exists() and (
-            not path.exists() or disk.regular(path).read_bytes().count(b"\n") <= 1
-        ):
-            # new, or killed before anything was charged
-            ledger = Ledger(path, BOOKS[unit])
-            self._note(unit, ledger)
-            return ledger
-        try:
-            saved = json.loads(disk.regular(note).read_text(encoding="utf-8"))
-            ledger = Ledger.resume(path, saved)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
-            if isinstance(e, ConfigError):
-                raise ConfigError(
-                    f"{e}; what this site's data has cost is not known without"
-                ) from e
-            raise ConfigError(
-                f"{note}, which says how far {path.name} had come, cannot be used ({e}): what this site's "
-                "data has cost is not known without; put the state folder back as it was"
-            ) from e
-        if saved.get("site", self.site) != self.site or ledger.unit != BOOKS[unit]:
-            raise ConfigError(
-                f"{path} is the ledger of {saved.get('site')!r} for the unit {ledger.unit}, not of "
-                f"{self.site!r} for the unit {BOOKS[unit]}: give each site a state folder of its own"
-            )
-        return ledger
-
-    def _note(self, unit: str, ledger: Ledger) -> None:
-        # how far the journal had come: a journal cut short later does not go unnoticed
-        note = self._path(unit).with_suffix(".json")
-        state = ledger.state_dict() | {"site": self.site}
-        try:
-            disk.replace(note, json.dumps(state) + "\n")
-        except OSError as e:
-            raise ConfigError(f"{note} cannot be written: {e.strerror}") from e
+        return opened(self._path(unit), BOOKS[unit], self.site)
 
     def _path(self, unit: str) -> Path:
         return self.folder / f"ledger-{unit}.jsonl"

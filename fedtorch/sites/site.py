@@ -22,7 +22,7 @@ from fedtorch.run import huggingface
 from fedtorch.secure.refused import Refused as NotSecure
 from fedtorch.sites import letters
 from fedtorch.sites import offer as plans
-from fedtorch.sites.budget import Budget, OverBudget
+from fedtorch.sites.budget import Budget
 from fedtorch.sites.curves import Curves
 from fedtorch.sites.ends import ENDS
 from fedtorch.sites.joined import NOBODY, Joined
@@ -37,7 +37,7 @@ from fedtorch.sites.statistics import Told, portion, told, words
 from fedtorch.training.evaluate import evaluate
 from fedtorch.training.module import load
 from fedtorch.training.personal import GROUP
-from fedtorch.types import ConfigError, Failure, Params, Task
+from fedtorch.types import ConfigError, Failure, OverBudget, Params, Task
 
 MOST_PLAN = 1 << 16
 """Bytes of a plan's header."""

@@ -1,0 +1,173 @@
+"""The release alone: what a site of any framework puts between its update and the wire.
+
+Nobody else's training changes. The update is clipped and noised by a plan of local privacy, and charged to
+a ledger of the site's own before it leaves. Nobody is trusted, so the noise is large where sites are few.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtorch import disk
+from fedtorch.privacy.accounting.ledger import Ledger
+from fedtorch.privacy.accounting.owned import note, opened, untouched
+from fedtorch.privacy.local import LocalDP
+from fedtorch.privacy.noise.streams import Stream
+from fedtorch.types import ConfigError, OverBudget
+
+Numbers = TypeVar("Numbers", Tensor, np.ndarray)
+
+PATIENCE = 30.0
+"""Seconds that a charge waits for another process of the site to end its own."""
+
+
+def release(update: Mapping[str, Numbers], plan: LocalDP, stream: Stream) -> dict[str, Numbers]:
+    """The update as it may leave a site: clipped to ``plan.clip`` as one vector, then noised throughout.
+
+    ``update`` has tensors or arrays of floats of any shapes, of what a client changed (its weights less
+    those that it was sent); what comes back has their shapes, types and devices. An update with any number
+    that is not finite is released as noise alone: that it failed is not told either. ``stream`` makes the
+    noise, and must be a new one each time (``plan.stream("release", round)``). Nothing is charged here:
+    ``Budget.release`` charges first.
+
+    Guarantee: whatever the site's data was, two updates differ by 2 clip at most, and the noise multiplier
+    of the plan is in units of that (``LocalDP``). Raises ConfigError where a part is not made of floats,
+    which no noise would cover, or the plan does not say how much noise there is.
+    """
+    if not update:
+        raise ConfigError("the update is empty: there is nothing to release")
+    noise = multiplier(plan)
+    exact = {name: _floats(name, v)[None] for name, v in update.items()}
+    sent = plan.noised({"delta": exact}, plan.clip, noise, [stream])["delta"]
+    return {name: _like(sent[name][0], v) for name, v in update.items()}
+
+
+def multiplier(plan: LocalDP) -> float:
+    """Noise multiplier of a plan that stands alone; raises ConfigError where it is not one that can."""
+    if type(plan) is not LocalDP:
+        raise ConfigError(
+            "a release alone hides a site's whole data from everybody, by LocalDP, not "
+            f"{type(plan).__name__}: other plans need their own batches, or a server that is trusted"
+        )
+    if plan.noise_multiplier is None and plan.rounds is None:
+        raise ConfigError(
+            "the plan does not say for how many rounds its epsilon is: give it rounds, or a "
+            "noise_multiplier"
+        )
+    return plan.calibrated(plan.rounds or 1)
+
+
+class Budget:
+    """What a site's updates have cost over all runs, in its own folder, and the most that they may."""
+
+    def __init__(
+        self, folder: Path | str, plan: LocalDP, *, site: str = "site", most: float | None = None
+    ) -> None:
+        """Read what was spent, in ``folder``, which is made where there is none.
+
+        ``plan`` says how much is charged each time, and by its epsilon how much there is in all; ``most``
+        is another limit, and must be given where the plan has a noise multiplier in place of an epsilon.
+        Raises ConfigError where there is no limit, or the ledger was damaged or is another site's.
+        """
+        self.folder, self.plan, self.site = Path(folder), plan, site
+        self.event = plan.event(multiplier(plan))
+        most = plan.target if most is None else most
+        if most is None or not 0 < most < math.inf:
+            raise ConfigError(
+                f"a budget needs the most that it may spend, above 0, got {most}: give most, or a plan "
+                "with an epsilon"
+            )
+        self.most = most
+        self.path = self.folder / "ledger-client.jsonl"
+        if not untouched(self.path):
+            opened(self.path, plan.unit, site)
+
+    @property
+    def spent(self) -> float:
+        """Epsilon of all that was charged here, at the plan's delta."""
+        return 0.0 if untouched(self.path) else self._priced(Ledger.look(self.path))
+
+    def charge(self, round: int) -> float:
+        """Enter one release, of which nothing may have left yet; when this returns it is on disk.
+
+        Gives the epsilon of all with it. Raises OverBudget, with nothing entered, where that is above
+        ``most``; ConfigError where the ledger cannot be written. Several processes of a site may charge:
+        each waits for the others.
+        """
+        with self._held():
+            ledger = opened(self.path, self.plan.unit, self.site)
+            if not self._has_room(ledger):
+                cost = ledger.would_spend(self.event, [self.site], *self._terms)
+                raise OverBudget(
+                    f"round {round}: {self.site} would have spent epsilon {cost:.4f} in all, more than "
+                    f"its {self.most:g}; so far it is {self._priced(ledger):.4f}, and no more leaves it"
+                )
+            ledger.charge(round, self.event, [self.site])
+            note(self.path, ledger, self.site)
+            return self._priced(ledger)
+
+    def release(self, update: Mapping[str, Numbers], round: int) -> dict[str, Numbers]:
+        """Charge, then clip and noise (``release``, which says what comes back and what is refused).
+
+        What is charged stays charged, even where the release then fails.
+        """
+        count = self.charge(round)
+        return release(update, self.plan, self.plan.stream("release", self.site, round, str(count)))
+
+    @property
+    def _terms(self) -> tuple[float, str]:
+        return self.plan.delta, self.plan.accountant
+
+    def _priced(self, ledger: Ledger) -> float:
+        return ledger.spent(*self._terms)
+
+    def _has_room(self, ledger: Ledger) -> bool:
+        if self.plan.rounds and self.plan.planned(self.event.noise, self.plan.rounds) <= self.most:
+            # the last planned round must not fail by a rounding of the accountant
+            whole = self.plan.event(self.event.noise)
+            if ledger.within([whole] * self.plan.rounds, self.event, [self.site]):
+                return True
+        return ledger.fits(self.event, [self.site], self.most, *self._terms)
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = disk.regular(self.folder / disk.LOCK).open("ab")
+        except OSError as e:
+            raise ConfigError(f"budget folder {self.folder} cannot be written: {e.strerror}") from e
+        end = time.monotonic() + PATIENCE
+        with file, ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(disk.held(file))
+                    break
+                except (BlockingIOError, PermissionError) as e:
+                    if time.monotonic() > end:
+                        raise ConfigError(
+                            f"budget folder {self.folder} is held by another process for {PATIENCE:g} s"
+                        ) from e
+                    time.sleep(0.01)
+            yield
+
+
+def _floats(name: str, value: Tensor | np.ndarray) -> Tensor:
+    v = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    if not v.is_floating_point():
+        raise ConfigError(
+            f"{name} is made of {v.dtype}, which no noise covers: leave it out of the update"
+        )
+    return v.detach().double()
+
+
+def _like(value: Tensor, old: Numbers) -> Numbers:
+    if isinstance(old, Tensor):
+        return value.to(old.device, old.dtype)
+    return value.numpy().astype(np.asarray(old).dtype)
