@@ -54,6 +54,7 @@ class Below:
 
     def times(self, dense: Tensor, start: Tensor | None = None) -> Tensor:
         """Each with all of the other."""
+        dense = dense.contiguous()  # a transposed weight would be written out for each of them
         return torch.cat([part.times(dense, start) for part in self.parts])
 
 

@@ -267,7 +267,9 @@ def pays(rows: int, shape: tuple[int, int], examples: int | None = None) -> bool
     """
     out, inputs = shape
     if examples is not None:
-        met = 4 * inputs * out * examples / RATE_ALL + 2 * rows * examples * out / RATE_MET
+        # in the first pass a row meets, on average, half of the others
+        others = (rows - min(rows, examples) / 2) * examples
+        met = 4 * inputs * out * examples / RATE_ALL + 2 * others * out / RATE_MET
         return met < 4 * inputs * out * rows / RATE_COPIES
     written = 6 * inputs * out / RATE_ALL + 2 * rows * (inputs + out) / RATE_WRITTEN
     return written < 6 * inputs * out / RATE_COPIES
