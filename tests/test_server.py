@@ -271,7 +271,7 @@ LATER += ["saved", "secure", "sites", "strategies.fedprox", "tracking"]
 """What ``import fedtorch`` leaves to those runs that need it."""
 
 
-def test_plain_training_starts_without_the_slow_imports():
+def test_plain_training_and_help_start_without_the_slow_imports():
     code = f"""
 import sys
 import torch
@@ -286,9 +286,13 @@ model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
 Server(model, [Client("0", d.train)]).round()
 slow = "torch._dynamo", "sklearn", "matplotlib", "tensorboard", "pandas", "opacus", "scipy.special"
 print([m for m in slow if m in sys.modules])
+import contextlib, io, train
+with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+    train.main(["--help"])
+print([m for m in (*slow, "jsonargparse") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["set()", "[]", "[]"]
+    assert done.stdout.split() == ["set()", "[]", "[]", "[]"]
 
 
 def test_a_round_that_nobody_counts_in_is_said():

@@ -37,6 +37,8 @@ class Reading:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """An interrupt that came as an exception ends it as well."""
+        if command():
+            gc.freeze()  # the command reads more modules: what is here by now is searched no more
         if self.collects:
             gc.enable()
         if self.ours and kind is KeyboardInterrupt:

@@ -14,9 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from types import NoneType
-from typing import Any, get_args
-
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from typing import TYPE_CHECKING, Any, get_args
 
 from fedtorch.options import find, near
 from fedtorch.run.names import (
@@ -32,6 +30,9 @@ from fedtorch.run.names import (
     written,
 )
 from fedtorch.types import ConfigError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 LISTS = (list[str], list[int], tuple[str, ...])
 
@@ -236,6 +237,8 @@ def _named(value: Any) -> tuple[Any, Table]:
 
 
 def _checked(cls: Callable[..., Any], table: Table, skip: set[str], where: str) -> Table:
+    from jsonargparse import ArgumentError
+
     try:
         with ONE:
             checked = parser_for(cls, skip).parse_object(table, defaults=False)
@@ -244,8 +247,10 @@ def _checked(cls: Callable[..., Any], table: Table, skip: set[str], where: str) 
     return {k: v for k, v in vars(checked).items() if k in table}
 
 
-def parser_for(cls: Callable[..., Any], skip: set[str]) -> ArgumentParser:
+def parser_for(cls: Callable[..., Any], skip: set[str]) -> "ArgumentParser":
     """A jsonargparse parser for a class's options, with help from the attribute docstrings."""
+    from jsonargparse import ArgumentParser, set_parsing_settings  # help does without it
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, as_group=False, skip=skip, fail_untyped=False)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from fedtorch.tracking.base import Tracker, Tracking
     from fedtorch.tracking.mlflow import MLflow
     from fedtorch.tracking.record import Record
-    from fedtorch.tracking.tensorboard.events import TensorBoard
+    from fedtorch.tracking.tensorboard.choice import TensorBoard
     from fedtorch.tracking.wandb import WandB
 else:
     __getattr__, __dir__ = offers(__name__, __file__)

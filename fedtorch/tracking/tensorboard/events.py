@@ -1,15 +1,14 @@
-"""TensorBoard: what is recorded becomes event files in the run folder."""
+"""What is recorded becomes event files in the run folder, which TensorBoard reads."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fedtorch import disk
-from fedtorch.tracking.base import Tracker, Tracking
+from fedtorch.tracking.base import Tracker
 from fedtorch.tracking.tags import custom_scalars, purpose
 from fedtorch.tracking.tensorboard import protos
 from fedtorch.tracking.tensorboard.protos import EventFile
@@ -18,17 +17,6 @@ PLACES = {"run_dir", "resume", "trust_code"}
 """Options that say where a run is, and differ for that reason alone."""
 CLIENTS = "clients/client-"
 """Tags that start like this go into the run of that client."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorBoard(Tracking):
-    """Event files in the run folder, read by ``tensorboard --logdir``."""
-
-    def open(self, folder: Path, start: int) -> Tracker:
-        """Cuts away what an earlier start logged for rounds after ``start``."""
-        for path in folder.rglob(f"*tfevents*{disk.EVENTS}"):
-            trim(path, start)
-        return EventTracker(folder, self.compare)
 
 
 class EventTracker(Tracker):
