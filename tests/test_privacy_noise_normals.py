@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from fedtorch.kernels.compile import available, compiled
+from fedtorch.kernels.processor import converts
 from fedtorch.privacy.noise import normals
 
 EXACT = np.longdouble
@@ -175,9 +176,25 @@ def test_the_loop_is_compiled_and_takes_pairs_side_by_side():
     normals.add(words(4), np.zeros(4, np.float32), 1.0)
     assert compiled(normals.fused, exact=True).signatures and normals.way() == "a compiled loop"
     fresh = njit(normals.fused, error_model="numpy")  # of one that was kept there is no listing
-    fresh(words(4), np.zeros(4, np.float32), 1.0)
+    row, given = np.zeros((2, 2), np.float32), words(4).reshape(2, 2)
+    fresh(*row, *given, 1.0, None if converts() else normals.MAGIC)
     (listing,) = fresh.inspect_asm().values()
     assert re.search("sqrtpd", listing) or not get_host_cpu_features().get("avx2")
+
+
+@pytest.mark.skipif(not available(), reason="without numba there is no loop")
+def test_processors_with_and_without_an_instruction_to_convert_draw_the_same_bits(monkeypatch):
+    n = 20_001
+    given, rows = words(n), np.zeros((2, n))
+    given[:64] = np.arange(64, dtype=np.uint64) << np.uint64(
+        58
+    )  # borders of both halves, and of the sign
+    given[64:128] = given[:64] - np.uint64(1)
+    given[10_001:] = np.roll(given[:10_001], 3)
+    for row, can in zip(rows, (True, False), strict=True):
+        monkeypatch.setattr(normals, "converts", lambda can=can: can)
+        normals.add(given.copy(), row, 1.0)
+    assert rows.any(1).all() and rows[0].tobytes() == rows[1].tobytes()
 
 
 def test_without_numba_numpy_does_it(monkeypatch):

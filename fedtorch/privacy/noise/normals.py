@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from fedtorch.kernels.compile import compiled
+from fedtorch.kernels.processor import converts
 
 COS = (
     1.0,
@@ -58,6 +59,13 @@ EXPONENT = -1 << 52
 """The bits of a float64's sign and exponent."""
 SIGN = -1 << 63
 
+LOW = 0x4330000000000000
+"""The bits of 2^52, whose last 32 are 0: any other 32 there are that number more."""
+HIGH = 0x4530000080000000
+"""The bits of 2^84 + 2^63: a signed number's upper half put in by exclusive or is 2^32 times it more."""
+MAGIC = 2.0**84 + 2.0**63 + 2.0**52
+"""What both are too much."""
+
 
 def add(words: np.ndarray, row: np.ndarray, std: float) -> None:
     """Add N(0, std^2) to n numbers in place: a sum in float64, rounded to the row's type once.
@@ -69,7 +77,16 @@ def add(words: np.ndarray, row: np.ndarray, std: float) -> None:
     """
     if len(words) != len(row) + len(row) % 2:
         raise ValueError(f"{len(row)} normals cannot be made of {len(words)} words")
-    (compiled(fused, exact=True) or passes)(words, row, std)
+    loop, m, pairs = compiled(fused, exact=True), len(words) // 2, len(row) // 2
+    if loop is None:
+        passes(words, row, std)
+        return
+    magic = None if converts() else MAGIC
+    # each with an index from 0: otherwise the compiler finds no vectors
+    loop(row[:pairs], row[m:], words[:pairs], words[m : m + pairs], std, magic)
+    if pairs < m:  # nobody takes the last sine
+        none = np.empty(1, row.dtype)
+        loop(row[pairs:m], none, words[pairs:m], words[m + pairs :], std, magic)
 
 
 def way() -> str:
@@ -77,39 +94,50 @@ def way() -> str:
     return "a compiled loop" if compiled(fused, exact=True) else "NumPy"
 
 
-def fused(words: np.ndarray, row: np.ndarray, std: float) -> None:
-    """``add`` pair by pair: to be compiled, where eight pairs go side by side."""
-    pairs = len(row) // 2
-    m = len(row) - pairs
-    # each with an index from 0: otherwise the compiler finds no vectors
-    left, right, angles, lengths = row[:pairs], row[m:], words[:pairs], words[m:]
-    for end in range(1 + len(row) % 2):
-        if end:  # nobody takes the last sine
-            left, right = row[pairs:m], np.empty(1, row.dtype)
-            angles, lengths = words[pairs:m], words[pairs + m :]
-        for i in range(len(left)):
-            # half a turn is exact in integers: the top bit and the next say if both coordinates change sign
-            a = np.int64(angles[i])
-            y = np.float64((a << 1) >> 1) * 2.0**-62
-            z = y * y
-            c = COS[5] + z * (COS[6] + z * (COS[7] + z * COS[8]))
-            c = COS[0] + z * (COS[1] + z * (COS[2] + z * (COS[3] + z * (COS[4] + z * c))))
-            s = SIN[5] + z * (SIN[6] + z * (SIN[7] + z * SIN[8]))
-            s = y * (SIN[0] + z * (SIN[1] + z * (SIN[2] + z * (SIN[3] + z * (SIN[4] + z * s)))))
-            # u = 2^e m with m around 1; x = m - 1 is exact, and 2 f = x - f x keeps digits near u = 1
-            u = np.float64(np.int64(lengths[i] >> np.uint64(1))) * 2.0**-63 + 2.0**-64
-            bits = np.float64(u).view(np.int64)
-            above = bits - ROOT
-            x = np.int64(bits - (above & EXPONENT)).view(np.float64) - 1.0
-            f = x / (2.0 + x)
-            t = f * f
-            g = LOG[3] + t * (LOG[4] + t * (LOG[5] + t * LOG[6]))
-            g = t * (LOG[0] + t * (LOG[1] + t * (LOG[2] + t * g)))
-            ln = np.float64(above >> 52) * LN2 + (x - f * (x - g))
-            r = np.float64(math.sqrt(-2.0 * std * std * ln)).view(np.int64)
-            r = np.int64(r ^ ((a ^ (a << 1)) & SIGN)).view(np.float64)
-            left[i] = left[i] + r * c
-            right[i] = right[i] + r * s
+def fused(
+    left: np.ndarray,
+    right: np.ndarray,
+    angles: np.ndarray,
+    lengths: np.ndarray,
+    std: float,
+    magic: float | None,
+) -> None:
+    """``add`` pair by pair: to be compiled, where four pairs or more go side by side.
+
+    ``magic``: MAGIC where a processor has no instruction that converts several whole numbers of 64 bits.
+    Their halves are then put into numbers of floating point, which are exact, as is all but the last sum:
+    it rounds as the instruction does.
+    """
+    for i in range(len(left)):
+        # half a turn is exact in integers: the top bit and the next say if both coordinates change sign
+        a = np.int64(angles[i])
+        v, w = a << 1, np.int64(lengths[i] >> np.uint64(1))
+        if magic is None:
+            y, u = np.float64(v), np.float64(w)
+        else:
+            above = np.int64(np.int64(np.uint64(v) >> np.uint64(32)) ^ HIGH).view(np.float64)
+            y = above - magic + np.int64((v & 0xFFFFFFFF) | LOW).view(np.float64)
+            above = np.int64(np.int64(np.uint64(w) >> np.uint64(32)) ^ HIGH).view(np.float64)
+            u = above - magic + np.int64((w & 0xFFFFFFFF) | LOW).view(np.float64)
+        y, u = y * 2.0**-63, u * 2.0**-63 + 2.0**-64
+        z = y * y
+        c = COS[5] + z * (COS[6] + z * (COS[7] + z * COS[8]))
+        c = COS[0] + z * (COS[1] + z * (COS[2] + z * (COS[3] + z * (COS[4] + z * c))))
+        s = SIN[5] + z * (SIN[6] + z * (SIN[7] + z * SIN[8]))
+        s = y * (SIN[0] + z * (SIN[1] + z * (SIN[2] + z * (SIN[3] + z * (SIN[4] + z * s)))))
+        # u = 2^e m with m around 1; x = m - 1 is exact, and 2 f = x - f x keeps digits near u = 1
+        bits = np.float64(u).view(np.int64)
+        beyond = bits - ROOT
+        x = np.int64(bits - (beyond & EXPONENT)).view(np.float64) - 1.0
+        f = x / (2.0 + x)
+        t = f * f
+        g = LOG[3] + t * (LOG[4] + t * (LOG[5] + t * LOG[6]))
+        g = t * (LOG[0] + t * (LOG[1] + t * (LOG[2] + t * g)))
+        ln = np.float64(beyond >> 52) * LN2 + (x - f * (x - g))
+        r = np.float64(math.sqrt(-2.0 * std * std * ln)).view(np.int64)
+        r = np.int64(r ^ ((a ^ (a << 1)) & SIGN)).view(np.float64)
+        left[i] = left[i] + r * c
+        right[i] = right[i] + r * s
 
 
 def passes(words: np.ndarray, row: np.ndarray, std: float) -> None:
