@@ -234,7 +234,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     with closing(server), loop.around(config, server, kept, config.tracking, began) as here:
         # before the first round: what is trained, by whom, and how good it is untrained
         record, report = here.record, here.report
-        scores = loop.Scores(
+        scores = loop.ScoreKeeper(
             *(here, data.test, metrics, clients, config.eval_every, config.finetune_steps),
             step=judge,
         )
@@ -337,8 +337,8 @@ def read_config(argv: Sequence[str]) -> Config:
     flags = cli.from_flags(argv, {f.name: f.type for f in fields(Config)})
     if str(flags.get("resume", "false")).lower() == "true" and "run_dir" in flags:
         config = folders.config(Path(str(flags["run_dir"])).expanduser())
-        folders.of("train", config)
-        return cast(Config, cli.resume(Config, argv, config, FREE_ON_RESUME))
+        folders.began_by("train", config)
+        return cast(Config, cli.resumed_config(Config, argv, config, FREE_ON_RESUME))
     return cast(Config, cli.parse(Config, argv))
 
 
@@ -360,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if mean is not None:
             search.run(rest, points, mean, read_config, train)
         elif points:
-            sweep.run(rest, points, read_config, train)
+            sweep.run_sweep(rest, points, read_config, train)
         else:
             train(read_config(argv))
     except ConfigError as e:

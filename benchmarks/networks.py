@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtorch.privacy.models import fixed
-from fedtorch.run.zoo import find
+from fedtorch.run.zoo import maker_of
 
 RANK = 4
 
 
 def transformer(vocab_size: int, input_shape: tuple[int]) -> nn.Module:
     """W8: the zoo's with four layers, 128 wide."""
-    model: nn.Module = find("transformer")(vocab_size, input_shape, width=128, layers=4)
+    model: nn.Module = maker_of("transformer")(vocab_size, input_shape, width=128, layers=4)
     return model
 
 

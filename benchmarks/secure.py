@@ -28,7 +28,7 @@ from fedtorch.secure import costs, shamir, streams
 from fedtorch.secure.client import SecureClient
 from fedtorch.secure.encode import Coding, Figures, seal, to_words
 from fedtorch.secure.opening import Joiner
-from fedtorch.secure.primitives import Pair, box, derive
+from fedtorch.secure.primitives import KeyPair, box, derive
 from fedtorch.secure.protocol import (
     Boxes,
     Confirmations,
@@ -130,7 +130,7 @@ def case(n: int, neighbours: int | None, d: int, width: int) -> dict[str, Any]:
     opened = timed(lambda: mine.open(Confirmations(signatures)), ms, "open")
     up = 96 + len(keys[0].signature) + sum(map(len, own.boxes.values()))
     up += len(signature) + shamir.SIZE * (len(opened.seeds) + len(opened.masks))
-    cost = costs.of(n, n, near, terms.threshold, len(words), width)
+    cost = costs.cost_of(n, n, near, terms.threshold, len(words), width)
     client_ms = sum(ms.values())
     return {
         "clients": n,
@@ -170,7 +170,7 @@ def server(terms: Terms, near: int, site: Site) -> float:
         timed(lambda: np.add(total, some, out=total), ms, "add")
     keys = [(os.urandom(32), 1) for _ in range(tries)]
     timed(lambda: streams.add(total, keys), ms, "stream")
-    pair, other = Pair(os.urandom(32)), Pair(os.urandom(32)).public
+    pair, other = KeyPair(os.urandom(32)), KeyPair(os.urandom(32)).public
     for _ in range(tries):
         timed(lambda: derive(pair.agree(other), "pair", terms.context), ms, "agree")
     shares = {k: shamir.to_bytes(secrets.randbelow(shamir.PRIME // 2)) for k in range(t)}

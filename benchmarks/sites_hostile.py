@@ -27,7 +27,7 @@ from benchmarks.hospitals_checks import demand
 from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message
 from fedtorch.sites import keys
-from fedtorch.sites.rpc import Line, Refused, Unreachable
+from fedtorch.sites.rpc import Refused, ServerLine, Unreachable
 
 EVIL, HOLDER, STRANGER = "y-evil", "z-holder", "stranger"
 FIGURES = ("train_loss", "update_norm", "examples", "visited", "steps")
@@ -70,9 +70,9 @@ class Federation:
             [sys.executable, "-m", "fedtorch", "serve", *words], stdout=self.log, stderr=self.log
         )
 
-    def line(self, who: str, name: str = "") -> Line:
+    def line(self, who: str, name: str = "") -> ServerLine:
         """A line with the certificate of ``who``."""
-        return Line(f"127.0.0.1:{self.port}", self.folder / "keys" / who, name or who, -1)
+        return ServerLine(f"127.0.0.1:{self.port}", self.folder / "keys" / who, name or who, -1)
 
     def site(self, name: str, change: Change | None = None) -> None:
         """Work until the run is over; with ``change`` on every report, and then it must be refused."""
@@ -92,7 +92,7 @@ class Federation:
                 time.sleep(0.3)
         line.close()
 
-    def ask(self, line: Line, method: str, facts: dict[str, Any] | None = None) -> Message:
+    def ask(self, line: ServerLine, method: str, facts: dict[str, Any] | None = None) -> Message:
         """One call."""
         return wire.decode(line.call(method, wire.encode(Message(method, facts or {})), 30))
 

@@ -54,7 +54,7 @@ class Trained:
         """
         done = None if self.prepared is None else self.prepared.preparation
         if done is not None and done.columns and hasattr(x, "columns"):
-            x = assembly.rows(frames.frame(x, FRAME), Path(FRAME), done)
+            x = assembly.table_inputs(frames.frame(x, FRAME), Path(FRAME), done)
         return predict(self.model, x, batch_size)
 
     def labels(self, x: Any, batch_size: int = 512) -> list[Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import Client, ConfigError, Recipe, Server
-from fedtorch.checks.held import Held
+from fedtorch.checks.held import RowDraws
 from fedtorch.privacy import SampleLevel
 
 X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
@@ -102,7 +102,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_an_example_draws_the_same_in_every_batch_and_as_it_is_asked(name: str) -> None:
-    draw, held = CALLS[name], Held(0, 2000)
+    draw, held = CALLS[name], RowDraws(0, 2000)
     with held.of(torch.arange(2000)):
         whole = draw(2000)
     with held.of(torch.tensor([7, 3, 7])):

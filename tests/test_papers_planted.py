@@ -15,7 +15,7 @@ from fedtorch.aggregation.vectors import Bulyan, scores
 from fedtorch.rounds.buffered import Buffered
 from fedtorch.rounds.clock import Clock
 from fedtorch.strategies import APFL, FedNova
-from fedtorch.strategies.apfl import mixed
+from fedtorch.strategies.apfl import blend
 from test_aggregation_robust import ends
 from test_aggregation_vectors import ROWS, table
 from test_papers import LR, STEPS, Scalar, quadratic
@@ -41,7 +41,7 @@ class Unchained(APFL):
         shared, w, v = solve(), ctx.anchor, ctx.memory["v"]
         alpha = ctx.memory["alpha"]["alpha"]
         for t in range(int(ctx.steps.max())):
-            g, at_w = (ctx.data.grad(at, t)[0] for at in (mixed(alpha, v, w), w))
+            g, at_w = (ctx.data.grad(at, t)[0] for at in (blend(alpha, v, w), w))
             v, w = ({k: x[k] - ctx.lr * d[k] for k in x} for x, d in ((v, g), (w, at_w)))
         return shared, {"v": v, "alpha": {"alpha": alpha}}
 

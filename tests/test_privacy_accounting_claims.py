@@ -11,7 +11,7 @@ from fedtorch.privacy import LocalDP
 from fedtorch.privacy.accounting import bounds, claims
 from fedtorch.privacy.accounting.events import Event, epsilon
 from fedtorch.privacy.accounting.gaussian import gaussian_delta, gaussian_epsilon
-from fedtorch.privacy.accounting.mixed import REPLACED, mixed
+from fedtorch.privacy.accounting.mixed import REPLACED, worst_pair
 
 N = NormalDist()
 GRID = np.linspace(-30, 30, 60_001)
@@ -19,7 +19,7 @@ GRID = np.linspace(-30, 30, 60_001)
 
 def densities(noise, rate, units):
     """The worst pair on a grid, each summing to 1."""
-    pair = mixed(noise, rate, units)
+    pair = worst_pair(noise, rate, units)
     both = [
         sum(
             w * np.exp(-((GRID - a) ** 2) / 2 / noise**2)
@@ -104,7 +104,7 @@ def test_one_release_costs_a_group_what_a_sum_over_a_grid_says(units, accountant
 def test_one_unit_by_the_general_way_is_one_unit():
     run = ((1.2, 0.1, 50),)
     general = bounds._parts(((1.2, 0.1, 50, 1),), 1e-5, 5.0)[1][0][0]
-    pair = mixed(1.2, 0.1, 1)
+    pair = worst_pair(1.2, 0.1, 1)
     losses = np.linspace(-0.09, 6, 200)
     from fedtorch.privacy.accounting import spectrum
 

@@ -9,16 +9,16 @@ import pytest
 
 from fedtorch.privacy.accounting.gaussian import gaussian_epsilon
 from fedtorch.privacy.audit import chi_limits
-from fedtorch.privacy.findings import Findings, Seen, guessed, judged, pooled
+from fedtorch.privacy.findings import CanaryResults, Findings, guessed, judged, pooled
 from fedtorch.types import ConfigError
 
 
-def release(m: int = 1000, shift: float = 1.0, noise: float = 1.0, seed: int = 0) -> Seen:
+def release(m: int = 1000, shift: float = 1.0, noise: float = 1.0, seed: int = 0) -> CanaryResults:
     """One Gaussian release of ``m`` canaries, in units of the noise claimed."""
     draw = np.random.default_rng(seed)
     inside, made = draw.random(m) < 0.5, noise * draw.standard_normal(m)
     size = float(np.sqrt((made**2).mean()))
-    return Seen(
+    return CanaryResults(
         unit="example",
         inside=inside,
         scores=made + shift * inside,

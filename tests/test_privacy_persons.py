@@ -28,9 +28,9 @@ def clients(who=WHO):
 
 
 def test_who_has_most():
-    assert sorted(persons.held(clients(), "example")) == [(2, 1), (3,)]
-    assert persons.held(clients(), "client") == [(2,)]
-    assert persons.held([Client("c", (torch.randn(3, 2), torch.zeros(3)))], "example") == []
+    assert sorted(persons.holdings(clients(), "example")) == [(2, 1), (3,)]
+    assert persons.holdings(clients(), "client") == [(2,)]
+    assert persons.holdings([Client("c", (torch.randn(3, 2), torch.zeros(3)))], "example") == []
     with pytest.raises(
         ConfigError, match="persons must name one for each of its 3 examples, got 2"
     ):
@@ -48,7 +48,7 @@ def test_who_has_most():
     ids=["texts", "arrays", "columns", "long"],
 )
 def test_one_person_is_one_however_the_clients_write_the_name(who):
-    assert max(persons.held(clients(who), "example")) == (1, 1, 1)
+    assert max(persons.holdings(clients(who), "example")) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedtorch.run.charts import Curve, chart, chosen, shaded, ticks
+from fedtorch.run.charts import Curve, chart, shaded, some_of, ticks
 from fedtorch.run.markup import tag, text
 
 
@@ -33,8 +33,8 @@ def test_points_lie_where_their_values_are():
 def test_a_long_curve_keeps_its_last_point_and_a_file_its_size():
     drawn = chart("x", [Curve("a", [(r, r % 7) for r in range(5001)])])
     assert len(drawn) < 20_000 and "<circle" not in drawn and "x: a 2" in drawn
-    assert chosen(range(1, 101), 60)[-1] == 100 and len(chosen(range(1, 101), 60)) == 50
-    assert chosen([], 60) == [] and chosen([4], 60) == [4]
+    assert some_of(range(1, 101), 60)[-1] == 100 and len(some_of(range(1, 101), 60)) == 50
+    assert some_of([], 60) == [] and some_of([4], 60) == [4]
 
 
 def test_many_columns_are_shades_and_few_have_their_values():

@@ -153,7 +153,7 @@ def test_what_only_a_file_names_is_never_imported_unasked(tmp_path, monkeypatch,
         parse("--config", "c.toml")
     assert f"c.toml names code to import and run: {names}; add --trust-code" in str(caught.value)
     with pytest.raises(ConfigError, match="the run's config names code"):
-        cli.resume(Config, ["--run-dir", "x"], Path("c.toml"), set())
+        cli.resumed_config(Config, ["--run-dir", "x"], Path("c.toml"), set())
     assert not Path("traces").exists()
 
 

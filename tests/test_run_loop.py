@@ -19,7 +19,7 @@ def test_a_run_ends_after_its_rounds_or_after_the_round_in_which_it_is_asked_to(
     config = Config(rounds=5, privacy=None)
     test = make_clients([9])[0].data
     with loop.around(config, server, Folder(tmp_path, ""), None, 0.0) as here:
-        scores = loop.Scores(here, test, {"accuracy": accuracy}, every=2)
+        scores = loop.ScoreKeeper(here, test, {"accuracy": accuracy}, every=2)
         server.observers += [here, scores, here.record, loop.Checkpoints(here, every=2)]
         while not here.last:
             if stopped and server.round_number == 2:

@@ -6,7 +6,7 @@ import pytest
 
 from fedtorch.rounds.history import History
 from fedtorch.run.console import fitting, show_table
-from fedtorch.run.results import Saved, cut, table
+from fedtorch.run.results import Saved, cut, screen_table
 
 
 def run(name: str, **options: object) -> Saved:
@@ -15,7 +15,7 @@ def run(name: str, **options: object) -> Saved:
 
 
 def test_a_federation_has_its_sites_for_data_and_others_their_dataset():
-    sites, own = table(
+    sites, own = screen_table(
         [run("a", sites=["x", "y"], rounds=9), run("b", dataset="csv", privacy="null")]
     )
     assert (sites["data"], sites["state"], sites["auroc"], sites["seconds"]) == (
@@ -33,11 +33,13 @@ def test_a_federation_has_its_sites_for_data_and_others_their_dataset():
 def test_long_names_of_runs_are_cut_in_their_middle_to_fit_the_window(width, monkeypatch):
     names = [f"labelled-text-transformer-fedprox-20261129-23292{k}-451" for k in range(2)]
     runs = [run(n, dataset="labelled-text", strategy="scaffold") for n in names]
-    assert fitting(table(runs), "run") is None  # no window: a file, a pipe
+    assert fitting(screen_table(runs), "run") is None  # no window: a file, a pipe
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", str(width))
-    room = fitting([{k: v for k, v in r.items() if k != "test_loss"} for r in table(runs)], "run")
-    shown = [r["run"] for r in table(runs, room)]
+    room = fitting(
+        [{k: v for k, v in r.items() if k != "test_loss"} for r in screen_table(runs)], "run"
+    )
+    shown = [r["run"] for r in screen_table(runs, room)]
     assert len({*shown}) == 2 and (shown == names) == (width == 200)
     assert all("…" in n or n in names for n in shown)
 

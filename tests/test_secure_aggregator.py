@@ -299,7 +299,7 @@ def test_bytes_of_the_formula_are_those_of_the_messages(near, monkeypatch):
     down = []
     this.tamper = lambda way, phase, place, m: down.append((way, place, m)) or m
     this.run()
-    cost = costs.of(9, 9, near or 8, this.terms.threshold, 50, 32)
+    cost = costs.cost_of(9, 9, near or 8, this.terms.threshold, 50, 32)
     up = [_size(m) for way, place, m in down if way == "up" and place == 0]
     assert sum(up) == cost.up
     assert sum(_size(m) for way, place, m in down if way == "down" and place == 0) == cost.down
@@ -365,7 +365,7 @@ def test_the_terms_of_a_round_follow_from_options_and_roster():
 def test_the_bytes_of_a_round_are_reported():
     server, figures = trained(Secure(width=32, range=4.0))
     numbers = sum(p.numel() for p in server.model.parameters()) + 4
-    cost = costs.of(5, 5, 4, 4, numbers, 32)
+    cost = costs.cost_of(5, 5, 4, 4, numbers, 32)
     assert figures["bytes_up"] == 5 * cost.up
     assert figures["secure_bytes_down"] == 5 * cost.down
     plain = trained(Mean())[1]

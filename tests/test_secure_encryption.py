@@ -9,7 +9,7 @@ import torch
 from conftest import make_clients, mlp
 from fedtorch import HE, ConfigError, FedAvg, Mean, Observer, Recipe, Server, TopK
 from fedtorch.privacy import ClientLevel, DistributedDP, Nothing
-from fedtorch.secure.encryption import FLOOD, MOST, SLOTS, STEP, Adder, Holder, make_keys
+from fedtorch.secure.encryption import FLOOD, LARGEST_SUM, SLOTS, STEP, Adder, Holder, make_keys
 from fedtorch.secure.he import EncryptedSum
 
 
@@ -27,7 +27,7 @@ def rows(count, size, largest):
 
 def test_a_sum_is_that_of_plain_numbers_to_a_millionth(keys):
     secret, public = keys
-    values = rows(3, SLOTS + 700, MOST / 3)
+    values = rows(3, SLOTS + 700, LARGEST_SUM / 3)
     client, server = Holder(secret), Adder(public)
     code = server.add([client.encrypt(v) for v in values])
     assert len(code) == 2
@@ -62,7 +62,7 @@ def test_a_server_has_no_secret_key_and_can_open_nothing(keys):
 
 def test_numbers_that_would_wrap_are_refused(keys):
     with pytest.raises(ConfigError, match="beyond 256"):
-        Adder(keys[1]).encrypt(np.array([MOST + 1]))
+        Adder(keys[1]).encrypt(np.array([LARGEST_SUM + 1]))
     with pytest.raises(ConfigError, match="beyond 256"):
         Adder(keys[1]).encrypt(np.array([np.nan]))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedtorch.secure import shamir, streams
 from fedtorch.secure.client import SecureClient
-from fedtorch.secure.primitives import Pair, derive
+from fedtorch.secure.primitives import KeyPair, derive
 from fedtorch.secure.protocol import (
     PHASES,
     Boxes,
@@ -144,7 +144,7 @@ def unmasked_by_pairs(this, place):
     found = vector.copy()
     for j, keys in client._keys.items():
         if j != place:
-            shared = Pair(client._mask.secret).agree(keys.mask)
+            shared = KeyPair(client._mask.secret).agree(keys.mask)
             key = derive(shared, "pair", this.terms.context)
             streams.add(found, [(key, -1 if j > place else 1)])
     return found
@@ -283,7 +283,7 @@ def changed(at, phase, change):
 def swapped(place, roll):
     """A server's own key in the place of a client's."""
     keys = dict(roll.keys)
-    keys[1] = replace(keys[1], mask=Pair(b"s" * 32).public)
+    keys[1] = replace(keys[1], mask=KeyPair(b"s" * 32).public)
     return Roll(keys) if place == 0 else roll
 
 

@@ -39,7 +39,7 @@ from fedtorch.sites.joined import Joined
 from fedtorch.sites.limits import accept
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.reports import Assignment, expected, judge
-from fedtorch.sites.rpc import Line, Refused, Unreachable
+from fedtorch.sites.rpc import Refused, ServerLine, Unreachable
 from fedtorch.sites.serve import calibrated
 from fedtorch.sites.site import Site
 from fedtorch.strategies import FedBABU, FedNova
@@ -331,7 +331,7 @@ def test_a_server_that_falls_back_to_a_checkpoint_repeats_the_rounds_bit_for_bit
 
 
 def line(folder, port, name, which="keys", as_name=None):
-    return Line(f"127.0.0.1:{port}", folder / which / (as_name or name), name, 1 << 24)
+    return ServerLine(f"127.0.0.1:{port}", folder / which / (as_name or name), name, 1 << 24)
 
 
 def ask(line, method, facts=None):
@@ -348,7 +348,7 @@ def test_who_has_no_right_key_is_turned_away_and_the_log_says_so(folder, caplog,
         with pytest.raises(Unreachable):  # a certificate of another authority
             ask(line(folder, port, "north", "others"), "join")
         with pytest.raises(Unreachable):  # plain text
-            ask(Line(f"127.0.0.1:{port}", None, "north", 1 << 24), "join")
+            ask(ServerLine(f"127.0.0.1:{port}", None, "north", 1 << 24), "join")
         with pytest.raises(Unreachable):  # the server's certificate is not a site's
             ask(line(folder, port, "server"), "join")
         with caplog.at_level(logging.WARNING), pytest.raises(Refused, match="not one of this run"):

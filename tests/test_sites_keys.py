@@ -15,7 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID as Usage
 from fedtorch import ConfigError
 from fedtorch import __main__ as program
 from fedtorch.sites import keys
-from fedtorch.sites.rpc import Line
+from fedtorch.sites.rpc import ServerLine
 
 
 def test_keys_are_private_and_sites_can_be_added(tmp_path):
@@ -27,9 +27,9 @@ def test_keys_are_private_and_sites_can_be_added(tmp_path):
             keys.make(tmp_path, [], [bad], 2)
     (tmp_path / "a/key.pem").chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
-        Line("localhost:1", tmp_path / "a", "a", 1)
+        ServerLine("localhost:1", tmp_path / "a", "a", 1)
     with pytest.raises(ConfigError, match=r"key.pem, cert.pem and ca.pem"):
-        Line("localhost:1", tmp_path / "none", "a", 1)
+        ServerLine("localhost:1", tmp_path / "none", "a", 1)
 
 
 def test_a_certificate_is_good_for_one_thing_only(tmp_path):

@@ -15,7 +15,16 @@ from cryptography.x509.oid import NameOID
 
 from fedtorch.engines.wire import MessageError
 from fedtorch.sites import keys, rpc
-from fedtorch.sites.rpc import LINES, OPEN_CALLS, SPARE, Line, Listener, Quiet, Refused, Unreachable
+from fedtorch.sites.rpc import (
+    LINES,
+    OPEN_CALLS,
+    SPARE,
+    Listener,
+    Quiet,
+    Refused,
+    ServerLine,
+    Unreachable,
+)
 
 pytestmark = pytest.mark.timeout(120)
 NAMES = ["north", "south"]
@@ -53,7 +62,9 @@ def line(folder, listener):
     made = []
 
     def to(which, name=None):
-        made.append(Line(f"127.0.0.1:{listener.port}", folder / which, name or which, 1 << 24))
+        made.append(
+            ServerLine(f"127.0.0.1:{listener.port}", folder / which, name or which, 1 << 24)
+        )
         return made[-1]
 
     yield to

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fedtorch.checks.held import Held
+from fedtorch.checks.held import RowDraws
 from fedtorch.checks.precise import Tried, precise
 from fedtorch.checks.stacking import shapes_in
 from fedtorch.client import Client
@@ -69,7 +69,9 @@ def _alike(tried: Tried, each: Apart) -> bool:
     return True
 
 
-def _gradient(model: nn.Module, recipe: Recipe, batch: Any, held: Held) -> tuple[Tensor, Tensor]:
+def _gradient(
+    model: nn.Module, recipe: Recipe, batch: Any, held: RowDraws
+) -> tuple[Tensor, Tensor]:
     model.zero_grad()
     with held:
         (loss,) = recipe.losses(model, batch)

@@ -24,7 +24,7 @@ SCALES = (1.0, 30.0, 1e3, 1e6)
 CLASSES = 32
 """Classes of which a batch each is tried, spread over those there are."""
 
-LARGEST = 2048
+LARGEST_BATCH = 2048
 """Examples beyond which no batch is tried: a loss of pairs has a number for each two of them."""
 
 LARGE = 512
@@ -64,7 +64,7 @@ def meets(
     ]
     for scale in scales:
         given = filled(output, [scale * t if t.is_floating_point() else t for t in noise])
-        limits = (LARGEST, CLASSES) if scale == 1 else (LARGE, 2)
+        limits = (LARGEST_BATCH, CLASSES) if scale == 1 else (LARGE, 2)
         with tolerant(0.0):
             for batch in _batches(output, y, min(many, limits[0]), limits[1]):
                 if _differs(loss, given, size(y), batch, near):

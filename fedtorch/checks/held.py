@@ -45,7 +45,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 """Multiples of it, less their whole part, leave no large gap in [0, 1]."""
 
 
-class Held(TorchFunctionMode):
+class RowDraws(TorchFunctionMode):
     """Calls that draw give numbers of their own for each example, the same in every batch.
 
     Others, as ``torch.randperm``, draw as ever: what hangs on them differs from seed to seed.
@@ -120,9 +120,9 @@ def _limits(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int]:
     return low, high
 
 
-def same_draws(examples: int) -> Held:
+def same_draws(examples: int) -> RowDraws:
     """For ``with``: each example of a batch of so many draws the same numbers."""
-    return Held(0).of(torch.zeros(examples, dtype=torch.int64))
+    return RowDraws(0).of(torch.zeros(examples, dtype=torch.int64))
 
 
 def draws_numbers(model: nn.Module, batch: Any, recipe: Recipe, held: bool = False) -> bool:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.checks.company import LARGEST, SCALES, WATCHED, Near, meets, tolerant
+from fedtorch.checks.company import LARGEST_BATCH, SCALES, WATCHED, Near, meets, tolerant
 from fedtorch.checks.crowds import AFFORD, affordable, among, enlarged, most, places
-from fedtorch.checks.held import Held
+from fedtorch.checks.held import RowDraws
 from fedtorch.checks.precise import Tried, another, precise, products
 from fedtorch.recipe import Recipe
 from fedtorch.training.module import forward, snapshot, undropped
@@ -51,10 +51,10 @@ def mixes(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
             # whether examples mix may hang on what is drawn
             many, drawn = size(batch), own.held.calls
             for seed in range(1, TIMES if drawn else 1):
-                held = Held(seed, many)
+                held = RowDraws(seed, many)
                 why = why or _found(fine._replace(held=held), rough._replace(held=held), work)
             for seed in range(TIMES, min(RARE, AFFORD // (8 * many * work)) if drawn else 0):
-                rarely = fine._replace(held=Held(seed, many))
+                rarely = fine._replace(held=RowDraws(seed, many))
                 why = why or _neighbours(rarely, (1.0,), many)
             # numbers of some size may be needed for that
             after = snapshot(fine.model)
@@ -97,7 +97,7 @@ def _found(fine: Tried, rough: Tried, work: int) -> str | None:
         x, y = fine.batch
         with torch.no_grad():
             output = forward(fine.model, x)
-        if meets(recipe.loss, output, y, fine.near, LARGEST):
+        if meets(recipe.loss, output, y, fine.near, LARGEST_BATCH):
             return "an example's loss depends on its neighbours"
     return (
         _neighbours(fine, (1.0,), size(fine.batch))

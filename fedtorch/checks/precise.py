@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedtorch import seeds
 from fedtorch.checks.company import Near
-from fedtorch.checks.held import Held
+from fedtorch.checks.held import RowDraws
 from fedtorch.recipe import Recipe
 from fedtorch.training.module import forward, training, undropped
 from fedtorch.training.outline import copied, untouched
@@ -25,7 +25,7 @@ class Tried(NamedTuple):
     recipe: Recipe
     batch: Any
     near: Near
-    held: Held
+    held: RowDraws
     """What it draws, other than by dropout."""
 
     def losses(self, index: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Tried(NamedTuple):
 @contextmanager
 def precise(model: nn.Module, batch: Any, recipe: Recipe) -> Iterator[tuple[Tried, Tried]]:
     """Try a model as it is, and in the finest numbers that it takes; in the end it is as it was."""
-    own = Tried(model, recipe, batch, Near(1e-3, 1e-5), Held(0, size(batch)))
+    own = Tried(model, recipe, batch, Near(1e-3, 1e-5), RowDraws(0, size(batch)))
     with seeds.seeded(0), untouched(model), undropped(model):
         fine = _in_float64(own)
         with untouched(fine.model), undropped(fine.model):

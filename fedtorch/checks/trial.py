@@ -151,13 +151,13 @@ def difference(
     """
     before = snapshot(model)
     try:
-        weights = stirred({k: before[k] for k, _ in model.named_parameters()})
-        return apart(solver, model, few, before | weights, recipe, private)
+        weights = without_ties({k: before[k] for k, _ in model.named_parameters()})
+        return distance(solver, model, few, before | weights, recipe, private)
     finally:
         load(model, before)  # the general path trains the module itself
 
 
-def stirred(state: Params) -> Params:
+def without_ties(state: Params) -> Params:
     """Weights to try with: none all alike, as zeros at the end of a branch and of the model hide it."""
     draw = torch.Generator().manual_seed(SEED)
 
@@ -168,7 +168,7 @@ def stirred(state: Params) -> Params:
     return tmap(moved, state)
 
 
-def apart(
+def distance(
     solver: Solver,
     model: nn.Module,
     few: Sequence[Dataset],

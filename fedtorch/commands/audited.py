@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtorch.commands.options import words_and_options
-from fedtorch.commands.runs import tell
+from fedtorch.commands.runs import print_damaged
 from fedtorch.commands.train import train_module
 from fedtorch.privacy.findings import Findings
 from fedtorch.run import cli, objects, results, trust
@@ -27,7 +27,7 @@ def audit(argv: Sequence[str]) -> int:
     if len(words) != 1:
         raise ConfigError(f"fedtorch audit takes one run folder, but got {len(words)}")
     options: dict[str, str] = {k: given[k] for k in ("canaries", "guesses") if k in given}
-    tell([run := results.load(words[0])])
+    print_damaged([run := results.load(words[0])])
     found = _kept(run.folder) or _kept(run.folder / TWIN)
     if found is None or options:
         found = _twin(run, options, TRUST in given, "json" in given)

@@ -35,7 +35,7 @@ def figures(run: Sequence[Event], given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tell(found: dict[str, Any], given: dict[str, Any]) -> None:
+def print_curve(found: dict[str, Any], given: dict[str, Any]) -> None:
     """The same as lines, unless JSON was asked for."""
     if given["json"]:
         return

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from fedtorch.commands.options import words_and_options
-from fedtorch.commands.runs import tell
+from fedtorch.commands.runs import print_damaged
 from fedtorch.commands.use import TRUST, note, trained
 from fedtorch.data import partition
 from fedtorch.privacy.run import mark
@@ -38,7 +38,7 @@ from fedtorch.types import ConfigError
 
 Figures = dict[str, Any]
 
-MOST = 20
+MATRIX_CLASSES = 20
 """Classes up to which the matrix is a table on a screen."""
 
 
@@ -103,7 +103,7 @@ def federation(run: results.Saved, as_json: bool, trusted: bool) -> int:
 
     if run.options.get("dataset") in (None, "null"):
         return recorded(run, as_json, "the server of these sites has no test data of its own")
-    tell([run])
+    print_damaged([run])
     path = run.folder / "config.toml"
     table = cli.read(path)
     known = trusted or trust.remembered(path)
@@ -127,7 +127,7 @@ def federation(run: results.Saved, as_json: bool, trusted: bool) -> int:
 
 def recorded(run: results.Saved, as_json: bool, why: str) -> int:
     """What a run wrote down of its last round, which nothing here can judge again: ``why`` not."""
-    tell([run])
+    print_damaged([run])
     kept = run.summary.get("model_of_round")
     last = next((m for m in run.history if m["round"] == kept), run.history.last())
     figures = {k: v for k, v in last.items() if "test_" in k or "validation_" in k}
@@ -158,7 +158,7 @@ def tell_figures(figures: Figures, found: compared.Matrix | None, as_json: bool)
         print(f"{k:<{width}} {by_client.word(v)}")
     if found is None:
         return
-    if len(found.names) > MOST:
+    if len(found.names) > MATRIX_CLASSES:
         print("most often taken for another class, on the test set")
         worst = found.mistakes(10)
         show_table([{"class": a, "taken for": b, "times": n} for a, b, n in worst])

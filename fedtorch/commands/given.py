@@ -20,15 +20,15 @@ from fedtorch.types import ConfigError
 def examples(known: Prepared, path: Path) -> Tensor:
     """The file's examples as the model takes them, [N, ...]; raises ConfigError where they cannot be."""
     if known.preparation.columns:
-        if path.suffix.lower() in (".npy", ".npz", *pictures.KINDS):
+        if path.suffix.lower() in (".npy", ".npz", *pictures.ENDINGS):
             raise ConfigError(f"{path}: this run takes a table, .csv, .tsv or .parquet")
         return unlabelled(path, known.preparation)
     shape = tuple(known.facts.get("input_shape", ()))
     if known.preparation.vocabulary:
-        return written(path, known.preparation, shape[0])
+        return encoded_texts(path, known.preparation, shape[0])
     if not shape:
         raise ConfigError(f"{path}: the model takes inputs of its own kind, which no file holds")
-    if path.suffix.lower() in pictures.KINDS:
+    if path.suffix.lower() in pictures.ENDINGS:
         return torch.tensor(picture(path, shape, known)).view(1, *shape)
     return arranged(path, array(path), shape, known)
 
@@ -52,7 +52,7 @@ def array(path: Path) -> np.ndarray:
         raise ConfigError(f"{path} cannot be read: {why}") from e
 
 
-def written(path: Path, done: Preparation, length: int) -> Tensor:
+def encoded_texts(path: Path, done: Preparation, length: int) -> Tensor:
     """Texts of a table's column, or the lines of another file, as numbers of the vocabulary."""
     if path.suffix.lower() in (".csv", ".tsv"):
         return labelled.encoded(labelled.texts(separated.read(path), done.text), done, length)
@@ -68,9 +68,9 @@ def written(path: Path, done: Preparation, length: int) -> Tensor:
 def pictures_in(folder: Path) -> list[Path]:
     """Every picture of a folder and below, by name."""
     every = (Path(at, name) for at, _, names in disk.below(folder) for name in names)
-    files = sorted(p for p in every if p.suffix.lower() in pictures.KINDS and p.name[0] != ".")
+    files = sorted(p for p in every if p.suffix.lower() in pictures.ENDINGS and p.name[0] != ".")
     if not files:
-        raise ConfigError(f"there are no pictures in {folder} ({', '.join(pictures.KINDS)})")
+        raise ConfigError(f"there are no pictures in {folder} ({', '.join(pictures.ENDINGS)})")
     return files
 
 

@@ -64,7 +64,7 @@ def epsilon(argv: Sequence[str]) -> int:
 
         whole = curve.figures(run, given)
         show(given, figures | whole if given["json"] else figures)
-        curve.tell(whole, given)
+        curve.print_curve(whole, given)
     elif given["plot"]:
         raise ConfigError("--plot draws the curve: add --curve")
     else:

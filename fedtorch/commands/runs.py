@@ -17,11 +17,11 @@ def runs(argv: Sequence[str]) -> int:
     words, given = words_and_options(argv, "runs", {"json": False, "sort": True, "where": True})
     if len(words) > 1:
         raise ConfigError(f"fedtorch runs takes one folder, but got {len(words)}")
-    everything = saved.find(words[0] if words else "runs")
-    tell(everything)
+    everything = saved.find_runs(words[0] if words else "runs")
+    print_damaged(everything)
     found = saved.chosen(everything, given.get("where", ""), given.get("sort", ""))
     if "json" in given:
-        print(json.dumps(saved.rows(found) if found else [], indent=2))
+        print(json.dumps(saved.summary_rows(found) if found else [], indent=2))
     elif found:
         show_runs(found)
     else:
@@ -33,15 +33,15 @@ def runs(argv: Sequence[str]) -> int:
 
 def show_runs(found: Sequence[saved.Saved]) -> None:
     """The table of runs, cut to the window: options that differ go first, then middles of names."""
-    table = saved.table(found)
+    table = saved.screen_table(found)
     spare = [k for k in dict.fromkeys(k for row in table for k in row) if k not in SHOWN]
     first = next((k for k in table[0] if k not in SHOWN and f"test_{k}" in found[0].result()), "")
     spare = sorted((k for k in spare if k != first), key=lambda name: name.count("."))
     room = fitting([{k: v for k, v in row.items() if k not in spare} for row in table], "run")
-    show_table(saved.table(found, room), spare)
+    show_table(saved.screen_table(found, room), spare)
 
 
-MOST = 20
+SHOWN_CLIENTS = 20
 """Clients that compare shows of many, the most different first."""
 
 SHOWN = ("run", "data", "model", "strategy", "privacy", "epsilon", "seconds", "state")
@@ -54,7 +54,7 @@ def compare(argv: Sequence[str]) -> int:
     if len(words) != 2:
         raise ConfigError(f"fedtorch compare takes two run folders, but got {len(words)}")
     pair = [saved.load(word) for word in words]
-    tell(pair)
+    print_damaged(pair)
     found = compared.sides(*pair)
     names = ("A", "B")
     metrics = [
@@ -91,12 +91,12 @@ def show_pairs(title: str, pairs: Mapping[str, Sequence[float]]) -> None:
     """What both runs have, in this order."""
     rows = [{title: k, "A": a, "B": b, "B - A": b - a} for k, (a, b) in pairs.items()]
     if rows:
-        show_table(rows[:MOST])
-    if len(rows) > MOST:
-        print(f"({len(rows) - MOST} more: fedtorch compare --json)")
+        show_table(rows[:SHOWN_CLIENTS])
+    if len(rows) > SHOWN_CLIENTS:
+        print(f"({len(rows) - SHOWN_CLIENTS} more: fedtorch compare --json)")
 
 
-def tell(found: Sequence[saved.Saved]) -> None:
+def print_damaged(found: Sequence[saved.Saved]) -> None:
     """What is damaged in run folders: beside the output, which may be for a program."""
     for note in (n for run in found for n in run.notes):
         print(f"warning: {note}", file=sys.stderr)

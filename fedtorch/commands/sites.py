@@ -40,8 +40,8 @@ def serve(argv: Sequence[str]) -> int:
     flags = cli.from_flags(argv, {f.name: f.type for f in fields(ServeConfig)})
     if str(flags.get("resume", "false")).lower() == "true" and "run_dir" in flags:
         path = folders.config(Path(str(flags["run_dir"])).expanduser())
-        folders.of("serve", path)
-        config = cli.resume(ServeConfig, argv, path, FREE_ON_RESUME)
+        folders.began_by("serve", path)
+        config = cli.resumed_config(ServeConfig, argv, path, FREE_ON_RESUME)
     else:
         config = cli.parse(ServeConfig, argv)
     try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedtorch import disk
 from fedtorch.commands.given import examples, pictures_in
 from fedtorch.commands.options import words_and_options
-from fedtorch.commands.runs import tell
+from fedtorch.commands.runs import print_damaged
 from fedtorch.commands.train import train_module
 from fedtorch.data import Data, prepared, tokens
 from fedtorch.data.prepared import Prepared
@@ -58,7 +58,7 @@ def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool 
     loss and metrics will be imported as well.
     """
     train = train_module()
-    tell([run := results.load(folder)])
+    print_damaged([run := results.load(folder)])
     if MADE_BY in run.options:
         raise ConfigError(
             f"the run in {folder} was made in Python, where its model is: fedtorch.load({folder!r}, model)"

@@ -187,8 +187,8 @@ def unlabelled(path: Path, done: Preparation) -> Tensor:
     how = Format(done.separator, done.encoding, decimal=done.decimal, na=done.na)
     try:
         if path.suffix == frames.SUFFIX:
-            return rows(frames.parquet(path, how), path, done)
-        return rows(separated.unnamed(path, how, done.header, done.target), path, done)
+            return table_inputs(frames.parquet(path, how), path, done)
+        return table_inputs(separated.unnamed(path, how, done.header, done.target), path, done)
     except ConfigError as e:
         what, option, _ = str(e).partition("--dataset.")
         if not option:
@@ -200,7 +200,7 @@ def unlabelled(path: Path, done: Preparation) -> Tensor:
         ) from e
 
 
-def rows(table: Sheet, path: Path, done: Preparation) -> Tensor:
+def table_inputs(table: Sheet, path: Path, done: Preparation) -> Tensor:
     """Inputs of a table that came from ``path``, prepared so: [N, width]."""
     if missing := [n for n in done.columns if n not in table.header]:
         raise ConfigError(f"{path} has no column {missing[0]!r}, which the model was trained on")

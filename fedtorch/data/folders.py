@@ -238,12 +238,12 @@ def found(root: Path) -> tuple[list[File], list[str]]:
         if len(at) > len(LEVELS):
             raise ConfigError(f"{folder} lies more than {len(LEVELS)} folders deep")
         for name in sorted(n for n in names if not n.startswith(".")):
-            if name.lower().endswith(pictures.KINDS):
+            if name.lower().endswith(pictures.ENDINGS):
                 files.append(File(os.path.join(folder, name), at))
             else:
                 others.append(name)
     if not files:
-        ends = ", ".join(pictures.KINDS)
+        ends = ", ".join(pictures.ENDINGS)
         there = ", ".join(sorted({Path(name).suffix or name for name in others})[:5])
         raise ConfigError(
             f"there are no pictures in {root} ({ends})" + (f"; it has {there}" if there else "")

@@ -32,7 +32,7 @@ def parquet(path: Path, how: Format = Format()) -> Sheet:
     nameless = [c for c in columns if c.startswith(INDEX)]
     # pandas writes an index last, where the target is looked for: it comes first, as in its CSV files
     order = [*index, *(c for c in columns if c not in index)]
-    found = written(str(path), {c: columns[c] for c in order if c not in nameless}, how)
+    found = as_sheet(str(path), {c: columns[c] for c in order if c not in nameless}, how)
     return replace(found, notes=("pandas' index is left out",)) if nameless else found
 
 
@@ -43,13 +43,13 @@ def frame(df: Any, name: str) -> Sheet:
     names = [str(c) for c in df.columns]
     if twice := [c for c in names if names.count(c) > 1]:
         raise ConfigError(f"{name} names column {twice[0]!r} twice")
-    return written(name, {str(c): df[c].to_list() for c in df.columns}, Format())
+    return as_sheet(name, {str(c): df[c].to_list() for c in df.columns}, Format())
 
 
 def declared(df: Any) -> dict[str, list[str]]:
     """Categories of the columns whose type names them."""
     found = {str(c): getattr(df[c].dtype, "categories", None) for c in df.columns}
-    return {c: [text(v) for v in names] for c, names in found.items() if names is not None}
+    return {c: [cell_text(v) for v in names] for c, names in found.items() if names is not None}
 
 
 BAR = "|"
@@ -58,7 +58,7 @@ BAR = "|"
 
 def one_by_one(column: str, names: Iterable[Any]) -> str:
     """Categories of a column as an option declares them; raises ConfigError where that would part one."""
-    texts = [text(v) for v in names]
+    texts = [cell_text(v) for v in names]
     if odd := [n for n in texts if BAR in n]:
         raise ConfigError(
             f"column {column!r} has a category {odd[0]!r}, and {BAR} sets categories apart: rename it"
@@ -66,16 +66,16 @@ def one_by_one(column: str, names: Iterable[Any]) -> str:
     return BAR.join(texts)
 
 
-def written(path: str, columns: Mapping[str, Sequence[Any]], how: Format) -> Sheet:
+def as_sheet(path: str, columns: Mapping[str, Sequence[Any]], how: Format) -> Sheet:
     """Columns by name as text; rows count from 0."""
     if not columns or not len(next(iter(columns.values()))):
         raise ConfigError(f"{path} is empty")
-    texts = [[text(v) for v in values] for values in columns.values()]
+    texts = [[cell_text(v) for v in values] for values in columns.values()]
     rows = [list(row) for row in zip(*texts, strict=True)]
     # a number is written with a point here, whatever other files do
     return Sheet(path, list(columns), rows, [0] * len(rows), Format(na=how.na))
 
 
-def text(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """One value as a file would have it; none, NaN and the like are spelled so."""
     return str(value.item() if hasattr(value, "item") else value).strip()

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 from fedtorch import disk
 from fedtorch.types import ConfigError
 
-KINDS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 """Endings of files that hold pictures."""
 
 READERS = min(8, os.cpu_count() or 1)

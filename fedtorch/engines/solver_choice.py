@@ -13,7 +13,7 @@ from torch import nn
 from fedtorch import fast, seeds
 from fedtorch.checks import apart, modes, stacking
 from fedtorch.checks import private as private_step
-from fedtorch.checks.company import LARGEST, Near, meets
+from fedtorch.checks.company import LARGEST_BATCH, Near, meets
 from fedtorch.checks.standins import shown
 from fedtorch.checks.trial import fills_up, pooled, stacks
 from fedtorch.client import Client
@@ -122,7 +122,7 @@ def offered(
         found = fast.offer(model, [c.data for c in clients], recipe, recipe.privacy, half)
     # the loss is given the examples of all clients of a chunk at once
     private = recipe.privacy.per_example  # which refuses what mixes
-    if isinstance(found, str) or private or not crowds(model, clients, recipe, LARGEST):
+    if isinstance(found, str) or private or not crowds(model, clients, recipe, LARGEST_BATCH):
         return found
     return "the loss looks at the whole batch, not at each example alone"
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fedtorch.fast.schedule import Schedule
-from fedtorch.training.dropout import CALLS, USUAL, Dropout, asked, dropout_mask
+from fedtorch.training.dropout import CALLS, USUAL, Dropout, dropout_mask, dropout_of
 
 MODULES: dict[object, int] = {nn.Dropout: 0, nn.Dropout1d: 3, nn.Dropout2d: 4, nn.Dropout3d: 5}
 """Layers, and the axes of their input where they drop whole channels of it."""
@@ -16,9 +16,9 @@ MODULES: dict[object, int] = {nn.Dropout: 0, nn.Dropout1d: 3, nn.Dropout2d: 4, n
 def dropout(node: fx.Node, root: nn.Module) -> Dropout | None:
     """What a node of a graph traced in training mode drops, at p = 0 nothing; None: it is no dropout."""
     if node.op == "call_module" and type(m := root.get_submodule(str(node.target))) in MODULES:
-        return asked(MODULES[type(m)], (), {name: getattr(m, name) for name in USUAL})
+        return dropout_of(MODULES[type(m)], (), {name: getattr(m, name) for name in USUAL})
     if node.op == "call_function" and node.target in CALLS:
-        return asked(CALLS[node.target], node.args, node.kwargs)
+        return dropout_of(CALLS[node.target], node.args, node.kwargs)
     return None
 
 

@@ -19,7 +19,7 @@ from fedtorch.fast.layer_table import Activation
 from fedtorch.fast.layers import Act, Given, Layer, Leaf, Rule, Weights, passed_down, squares
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.projected import Projected
-from fedtorch.fast.reader import Linear, Part
+from fedtorch.fast.reader import DensePart, Linear
 from fedtorch.privacy.gradients import PrivateSteps, rounded
 from fedtorch.tree import exact_sq_norms, scaled_rows, split
 from fedtorch.types import Params, Stack
@@ -30,7 +30,7 @@ class Flat:
 
     def __init__(
         self,
-        specs: Sequence[Part],
+        specs: Sequence[DensePart],
         front: Sequence[str],
         state: Params,
         rule: Rule,

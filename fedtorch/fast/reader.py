@@ -33,7 +33,7 @@ class Linear:
         return {self.weight: weight} | ({} if bias is None or not self.bias else {self.bias: bias})
 
 
-Part = Linear | Activation | Dropout
+DensePart = Linear | Activation | Dropout
 """Of the dense part."""
 
 
@@ -41,7 +41,7 @@ Part = Linear | Activation | Dropout
 class Chain:
     """A model as a front of any known layers, then linear layers and what is between them."""
 
-    layers: tuple[Part, ...]
+    layers: tuple[DensePart, ...]
     """The dense part, from flat features to outputs."""
     front: Front | None = None
     """What comes before it; none: the examples themselves, flattened."""
@@ -125,14 +125,14 @@ def outputs(graph: fx.Graph) -> tuple[object, bool]:
     return end, False
 
 
-def width(layers: Sequence[Part]) -> int:
+def width(layers: Sequence[DensePart]) -> int:
     """Outputs of the last linear layer."""
     return [layer.shape[0] for layer in layers if isinstance(layer, Linear)][-1]
 
 
-def dense(end: object, root: nn.Module) -> tuple[list[Part], fx.Node]:
+def dense(end: object, root: nn.Module) -> tuple[list[DensePart], fx.Node]:
     """Linear layers and what is between them up to ``end``, and the node that feeds them."""
-    layers: list[Part] = []
+    layers: list[DensePart] = []
     at: Any = end
     linear = 0
     while isinstance(at, fx.Node) and len(at.users) == 1:
@@ -148,7 +148,7 @@ def dense(end: object, root: nn.Module) -> tuple[list[Part], fx.Node]:
     return layers[:linear][::-1], cast(fx.Node, end)
 
 
-def simple(node: fx.Node, root: nn.Module) -> Part | str | None:
+def simple(node: fx.Node, root: nn.Module) -> DensePart | str | None:
     """A node of the dense part; "nothing" where it does nothing, None where it is something else."""
     if drop := dropout(node, root):
         return "nothing" if not drop.p else None if drop.axes else drop
@@ -164,9 +164,9 @@ def simple(node: fx.Node, root: nn.Module) -> Part | str | None:
     return activation(node, root)
 
 
-def dropped_inputs(end: fx.Node, root: nn.Module) -> tuple[list[Part], fx.Node]:
+def dropped_inputs(end: fx.Node, root: nn.Module) -> tuple[list[DensePart], fx.Node]:
     """Dropout right before the dense part, and the node that feeds it."""
-    layers: list[Part] = []
+    layers: list[DensePart] = []
     while (drop := dropout(end, root)) and not drop.axes and len(end.users) == 1:
         layers += [drop] if drop.p else []
         end = end.all_input_nodes[0]

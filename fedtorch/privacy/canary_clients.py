@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.privacy.base import Privacy
-from fedtorch.privacy.findings import Seen
+from fedtorch.privacy.findings import CanaryResults
 from fedtorch.types import Params, Raw, Stack, Task
 
 LONG = 1e6
@@ -111,13 +111,13 @@ class CanaryClients:
         parts = row.split([v.numel() for v in self.like.values()])
         return {n: p.view(1, *v.shape) for (n, v), p in zip(self.like.items(), parts, strict=True)}
 
-    def seen(self, rate: float, due: int) -> Seen:
+    def seen(self, rate: float, due: int) -> CanaryResults:
         """What the canaries show, held to a claim; ``due``: rounds that the ledger charges."""
         state, rounds = self.state, self.state["rounds"]
         std = math.sqrt(state["variance"]) or 1.0
         scores = (self.along(state["noise"]) + state["sent"]).numpy() / std
         wander = rate * (1 - rate) * state["clip_squares"] / (std * std)
-        return Seen(
+        return CanaryResults(
             unit="client",
             inside=state["inside"].numpy(),
             scores=scores,

@@ -159,12 +159,12 @@ def released(
         raise ConfigError(
             "private statistics of columns need a plan that pays for them: privacy.statistics_noise 10"
         )
-    asked, each = of(kind, bounds), zip(rows, ids, strict=True)
+    asked, each = kind_of(kind, bounds), zip(rows, ids, strict=True)
     sent = [plan.portion(asked.vectors(own), id, asked.norm) for own, id in each]
     return read(plan, asked, sent)
 
 
-def of(kind: str, bounds: Sequence[tuple[float, float]]) -> Statistics:
+def kind_of(kind: str, bounds: Sequence[tuple[float, float]]) -> Statistics:
     """Those of a kind, of columns with these public bounds."""
     low, high = np.array(bounds, dtype=float).T
     return KINDS[kind](low, high)

@@ -24,7 +24,7 @@ ATTACKERS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class CanaryResults:
     """What became of a run's canaries; noise and scores in standard deviations of the noise claimed."""
 
     unit: str
@@ -182,7 +182,12 @@ class Findings:
 
 
 def judged(
-    seen: Seen, claim: float, delta: float, share: float, p: float = 0.05, exact: float = 1e-9
+    seen: CanaryResults,
+    claim: float,
+    delta: float,
+    share: float,
+    p: float = 0.05,
+    exact: float = 1e-9,
 ) -> Findings:
     """Guess the ``share`` of canaries whose scores say most, and hold noise and shift to their limits.
 
@@ -213,7 +218,7 @@ def judged(
     )
 
 
-def guessed(seen: Seen, share: float) -> tuple[int, int]:
+def guessed(seen: CanaryResults, share: float) -> tuple[int, int]:
     """How many canaries are guessed, and how many of those guesses are right."""
     if not 0 < share <= 1:
         raise ConfigError(f"audit.guesses must be a share in (0, 1], got {share}")
@@ -225,7 +230,7 @@ def guessed(seen: Seen, share: float) -> tuple[int, int]:
     return guesses, int(right)
 
 
-def _shift(seen: Seen) -> Ratio | None:
+def _shift(seen: CanaryResults) -> Ratio | None:
     """How much higher the scores of those that are in are, over what the claim says."""
     there = seen.shift > 0
     within, without = there & seen.inside, there & ~seen.inside
@@ -238,7 +243,7 @@ def _shift(seen: Seen) -> Ratio | None:
     return Ratio(value, 1 - room, 1 + room)
 
 
-def pooled(parts: list[Seen]) -> Seen:
+def pooled(parts: list[CanaryResults]) -> CanaryResults:
     """Of several clients, whose canaries are as many hypotheses of one run."""
     numbers, steps = (sum(getattr(s, n) for s in parts) for n in ("numbers", "step_numbers"))
     noise = sum(s.numbers * s.noise**2 for s in parts) / max(numbers, 1)
@@ -247,7 +252,7 @@ def pooled(parts: list[Seen]) -> Seen:
         name: np.concatenate([getattr(s, name) for s in parts])
         for name in ("inside", "scores", "shift", "wander")
     }
-    return Seen(
+    return CanaryResults(
         unit=parts[0].unit,
         noise=math.sqrt(noise),
         numbers=numbers,
@@ -259,7 +264,7 @@ def pooled(parts: list[Seen]) -> Seen:
     )
 
 
-def of_examples(kept: Params, rate: float, clip: float, noise: float, due: int) -> Seen:
+def of_examples(kept: Params, rate: float, clip: float, noise: float, due: int) -> CanaryResults:
     """What one client's canaries show, held to a claim: a rate, a clipping norm and a noise multiplier.
 
     ``due``: noised steps of its visits that the ledger charges.
@@ -268,7 +273,7 @@ def of_examples(kept: Params, rate: float, clip: float, noise: float, due: int) 
     std = noise * clip * math.sqrt(steps) or 1.0
     scores = (kept["noise"] + kept["sent"]).numpy() / std
     squares, (parts, numbers) = float(kept["squares"]), kept["parts"].tolist()
-    return Seen(
+    return CanaryResults(
         unit="example",
         inside=kept["inside"].numpy(),
         scores=scores,

@@ -15,11 +15,11 @@ from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.base import Privacy
 from fedtorch.types import ConfigError
 
-Held = tuple[int, ...]
+Holding = tuple[int, ...]
 """Units of one person by client, the most first."""
 
 
-def held(clients: Sequence[Any], unit: str) -> list[Held]:
+def holdings(clients: Sequence[Any], unit: str) -> list[Holding]:
     """What persons have, of which nobody else has as much everywhere; empty: nobody says whose they are."""
     own: dict[str, list[int]] = defaultdict(list)
     for client in clients:
@@ -29,7 +29,7 @@ def held(clients: Sequence[Any], unit: str) -> list[Held]:
         known = {tuple(sorted(counts, reverse=True)) for counts in own.values()}
     else:  # all clients are in one sum
         known = {(sum(counts),) for counts in own.values()}
-    kept: list[Held] = []
+    kept: list[Holding] = []
     for one in sorted(known, key=sum, reverse=True):
         if not any(len(one) <= len(k) and all(map(int.__le__, one, k)) for k in kept):
             kept.append(one)
@@ -48,7 +48,7 @@ def _same(name: str) -> str:
 
 def check(plan: Privacy, clients: Sequence[Any]) -> None:
     """Raises ConfigError where a person has more than the plan says that anybody has."""
-    most = max(map(sum, held(clients, plan.unit)), default=0)
+    most = max(map(sum, holdings(clients, plan.unit)), default=0)
     if plan.person is not None and most > plan.person:
         raise ConfigError(
             f"privacy.person {plan.person} is less than the {most} {plan.unit}s that one person has: give "
@@ -56,14 +56,14 @@ def check(plan: Privacy, clients: Sequence[Any]) -> None:
         )
 
 
-def epsilon_of(
+def person_epsilon(
     plan: Privacy, events: Sequence[Event], clients: Sequence[Any], accountant: str
 ) -> tuple[int, float] | None:
     """Units of a person at most, and the epsilon of them all; None: nobody says, or there is no bound."""
     from fedtorch.privacy.accounting import claims  # for a report, in the end
 
-    there = [(plan.person,)] if plan.person is not None else held(clients, plan.unit)
-    priced: dict[Held, list[tuple[Event, int]]] = {}
+    there = [(plan.person,)] if plan.person is not None else holdings(clients, plan.unit)
+    priced: dict[Holding, list[tuple[Event, int]]] = {}
     for one in there:
         parts = [plan.several(events, k) for k in one]
         if any(p is None for p in parts):

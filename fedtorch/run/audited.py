@@ -15,7 +15,7 @@ from fedtorch.types import AUDIT, ClaimRefuted, ConfigError
 
 if TYPE_CHECKING:  # what an audit alone needs is read when there is one
     from fedtorch.privacy.canary_clients import CanaryClients
-    from fedtorch.privacy.findings import Findings, Seen
+    from fedtorch.privacy.findings import CanaryResults, Findings
 
 EXAMPLES = 1000
 """Canaries of an audit that names no number, where they are examples."""
@@ -197,7 +197,7 @@ class Audit(Observer):
         books = self._now.server.private
         return judged(self._seen(), books.spent(), books.delta, self.guesses, exact=exact)
 
-    def _seen(self) -> "Seen":
+    def _seen(self) -> "CanaryResults":
         from fedtorch.privacy.findings import of_examples, pooled
 
         plan, noise = self._now.plan, self._now.server.private.noise

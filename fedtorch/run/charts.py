@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fedtorch.run.markup import Markup, tag, text, together
+from fedtorch.run.markup import Markup, concatenated, tag, text
 
 Line = Sequence[tuple[float, float]]
 
@@ -14,7 +14,7 @@ LEFT, RIGHT, TOP, BELOW = 46, 350, 10, 184
 MOST_POINTS = 600
 DOTTED = 100
 """Rounds up to which every point says its value under the mouse."""
-LARGEST = 1e150
+LARGEST_NUMBER = 1e150
 """Beyond it the difference of two numbers may be none."""
 
 
@@ -93,7 +93,7 @@ def _drawable(curve: Curve) -> Curve:
 
 
 def _few(line: Line) -> Line:
-    kept = [(float(x), float(y)) for x, y in line if abs(y) < LARGEST]
+    kept = [(float(x), float(y)) for x, y in line if abs(y) < LARGEST_NUMBER]
     every = -(-len(kept) // MOST_POINTS) or 1
     return kept[:-1:every] + kept[-1:]
 
@@ -114,7 +114,7 @@ def _axes(
 ) -> Markup:
     rows = [(at(left, y)[1], f"{y:.4g}") for y in ticks(low, high, 5)]
     columns = [(at(x, low)[0], f"{x:.4g}") for x in ticks(left, right, 5, whole=True)]
-    return together(
+    return concatenated(
         [
             *(tag("line", x1=LEFT, x2=RIGHT, y1=y, y2=y, class_="grid") for y, _ in rows),
             *(tag("text", w, x=LEFT - 5, y=y + 4, text_anchor="end") for y, w in rows),
@@ -206,7 +206,7 @@ def scale(low: str, high: str) -> Markup:
     return tag("p", text(low), " ", tag("span", *steps, class_="scale"), " ", high, class_="legend")
 
 
-def chosen(rounds: Sequence[int], most: int) -> list[int]:
+def some_of(rounds: Sequence[int], most: int) -> list[int]:
     """Some of many rounds, evenly, the last among them."""
     every = max(1, -(-len(rounds) // most))
     return sorted({*rounds[::-every][:most]})

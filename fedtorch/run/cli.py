@@ -51,7 +51,7 @@ def trusts(flags: Table) -> bool:
     return given == "true"
 
 
-def resume(cls: type, argv: Sequence[str], config: Path, free: set[str]) -> Any:
+def resumed_config(cls: type, argv: Sequence[str], config: Path, free: set[str]) -> Any:
     """Flags over a run's saved config, of which they may change the options in ``free`` alone."""
     if not config.is_file():
         raise ConfigError(f"nothing to resume: {config.parent} holds no run; leave out --resume")

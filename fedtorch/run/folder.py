@@ -129,7 +129,7 @@ def config(folder: Path) -> Path:
     return folder / CONFIG
 
 
-def of(command: str, config: Path) -> None:
+def began_by(command: str, config: Path) -> None:
     """Raises ConfigError unless it was ``train``, or ``serve``, that began the run with this config."""
     made = "serve" if "sites" in tomllib.loads(config.read_text(encoding="utf-8")) else "train"
     if made != command:

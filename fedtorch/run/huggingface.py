@@ -72,7 +72,7 @@ class LoRA:
 
     def strategy(self, given: Strategy) -> Strategy:
         """The strategy of this aggregation; raises ConfigError where another one is given beside it."""
-        return adapters.chosen(self.aggregation, given)
+        return adapters.strategy_for(self.aggregation, given)
 
 
 class Logits(nn.Module):

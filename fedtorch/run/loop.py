@@ -93,7 +93,7 @@ class Loop(Observer):
         self.server.remembered.hand(callbacks)
         self.last = self.over()
 
-    def end(self, scores: "Scores", command: str = "train") -> None:
+    def end(self, scores: "ScoreKeeper", command: str = "train") -> None:
         """Write the model, the best where it is kept, then tell trackers what privacy cost.
 
         ``command`` goes on with such a run.
@@ -160,7 +160,7 @@ class Ending(Observer):
 
 
 @dataclass(eq=False)
-class Scores(Observer):
+class ScoreKeeper(Observer):
     """How good the model is: on test data, where there are any, and on clients' validation data."""
 
     loop: Loop

@@ -35,10 +35,10 @@ def tag(name: str, *inside: Any, **attributes: Any) -> Markup:
         for k, v in attributes.items()
         if v is not None
     )
-    return Markup(f"<{name}{given}>{together(inside)}</{name}>")
+    return Markup(f"<{name}{given}>{concatenated(inside)}</{name}>")
 
 
-def together(parts: Iterable[Any]) -> Markup:
+def concatenated(parts: Iterable[Any]) -> Markup:
     """One behind the other."""
     return Markup("".join(map(text, parts)))
 

@@ -127,7 +127,7 @@ def user_level(run: PrivateRun, clients: Sequence[Any], accountant: str) -> dict
         return None
     if plan.search:
         return None
-    found = persons.epsilon_of(plan, run.ledger.most(), clients, accountant)
+    found = persons.person_epsilon(plan, run.ledger.most(), clients, accountant)
     if found is None:
         return None
     return {

@@ -124,7 +124,7 @@ def _summary(path: Path) -> dict[str, Any]:
     return table
 
 
-def find(folder: str | Path) -> list[Saved]:
+def find_runs(folder: str | Path) -> list[Saved]:
     """Every run in a folder and below it, by name; raises ConfigError when there is none."""
     found = sorted(Path(folder).rglob("config.toml")) if Path(folder).is_dir() else []
     if not found:
@@ -132,7 +132,7 @@ def find(folder: str | Path) -> list[Saved]:
     return [load(path.parent) for path in found]
 
 
-def rows(runs: Sequence[Saved]) -> list[dict[str, Any]]:
+def summary_rows(runs: Sequence[Saved]) -> list[dict[str, Any]]:
     """A row for each run: its name, the options in which the runs differ, and its result."""
     common = runs[0].folder.parent
     while not all(r.folder.is_relative_to(common) for r in runs):
@@ -147,10 +147,10 @@ def rows(runs: Sequence[Saved]) -> list[dict[str, Any]]:
     return made
 
 
-def table(runs: Sequence[Saved], room: int | None = None) -> list[dict[str, Any]]:
+def screen_table(runs: Sequence[Saved], room: int | None = None) -> list[dict[str, Any]]:
     """What a screen shows of each run; names of runs are cut in their middle to fit ``room`` letters."""
     made = []
-    for run, row in zip(runs, rows(runs), strict=True):
+    for run, row in zip(runs, summary_rows(runs), strict=True):
         options, scores = (
             run.options,
             [k for k in row if k.startswith("test_") and k != "test_loss"],
@@ -219,7 +219,7 @@ def chosen(runs: Sequence[Saved], where: str = "", sort: str = "") -> list[Saved
 
 def value(run: Saved, name: str) -> Any:
     """What a run has of this name: a column of the table, an option, a figure; None: nothing."""
-    (shown,) = table([run])
+    (shown,) = screen_table([run])
     key = name.replace("-", "_")
     for having in (shown, run.options, run.history.last()):
         for one in (name, key, f"test_{key}"):
@@ -230,7 +230,7 @@ def value(run: Saved, name: str) -> Any:
 
 def _named(name: str, values: Iterable[Any], runs: Sequence[Saved]) -> None:
     if all(v is None for v in values):
-        names = {k for r in runs for k in (*table([r])[0], *r.options)}
+        names = {k for r in runs for k in (*screen_table([r])[0], *r.options)}
         raise ConfigError(f"no run has {name!r}{near(name, names) or '; see fedtorch runs --json'}")
 
 

@@ -11,8 +11,8 @@ from fedtorch import disk
 from fedtorch.rounds.history import CAME, LEFT_OUT, Scores, by_client, took_part
 from fedtorch.rounds.judged import metrics_of
 from fedtorch.run import compared
-from fedtorch.run.charts import Cell, Curve, chart, chosen, scale, shaded
-from fedtorch.run.markup import Markup, table, tag, together, word
+from fedtorch.run.charts import Cell, Curve, chart, scale, shaded, some_of
+from fedtorch.run.markup import Markup, concatenated, table, tag, word
 from fedtorch.run.report import plainly
 from fedtorch.run.results import Saved
 
@@ -71,7 +71,7 @@ def client_maps(run: Saved) -> Markup:
     rounds = by_client(run.history)
     if not rounds:
         return Markup()
-    steps = chosen([*rounds], COLUMNS)
+    steps = some_of([*rounds], COLUMNS)
     some = (
         f" {len(steps)} of {len(rounds)} rounds are shown, evenly."
         if len(steps) < len(rounds)
@@ -81,7 +81,7 @@ def client_maps(run: Saved) -> Markup:
     last = [*rounds.values()][-1]
     maps = [_client_map(name, {r: rounds[r] for r in steps}, last) for name in metrics_of(last)]
     said = tag("p", said, some, f" {NOT_PRIVATE}" if run.private else "")
-    return together([said, tag("div", *maps, class_="side")])
+    return concatenated([said, tag("div", *maps, class_="side")])
 
 
 def _client_map(name: str, rounds: Mapping[int, Scores], last: Scores) -> Markup:
@@ -146,13 +146,13 @@ def participation(run: Saved) -> Markup:
     if all(n == len(rounds) for n in came.values()):
         who = f"All {len(names)} clients" if len(names) > 1 else "The client"
         return tag("p", f"{who} reported in every round.")
-    steps = chosen([*rounds], COLUMNS)
+    steps = some_of([*rounds], COLUMNS)
     rows = [(i, [KINDS[rounds[r].get(i, 0)] for r in steps], [str(came[i])]) for i in names[:MOST]]
     left = any(LEFT_OUT in here.values() for here in rounds.values())
     key = [tag("span", tag("i", class_=f"key {k}"), w) for k, w in KINDS[: 4 if left else 3]]
     shown = shaded("client", [str(r) for r in steps], rows, ["reported"], quiet=True)
     said = tag("p", NOT_PRIVATE) if any("nonprivate_cohort" in m for m in run.history) else Markup()
-    return together([said, shown, tag("p", *key, class_="legend"), more(len(names))])
+    return concatenated([said, shown, tag("p", *key, class_="legend"), more(len(names))])
 
 
 def _natural(name: str) -> tuple[bool, int, str]:
@@ -167,7 +167,7 @@ def sites(run: Saved) -> Markup:
     if not rows:
         return Markup()
     said = tag("p", NOT_PRIVATE) if run.private else Markup()
-    return together([said, table([*rows[0]], [[*row.values()] for row in rows])])
+    return concatenated([said, table([*rows[0]], [[*row.values()] for row in rows])])
 
 
 def _holders(run: Saved) -> dict[str, tuple[int, list[int]]]:
@@ -209,7 +209,7 @@ def who_holds_what(run: Saved) -> Markup:
     else:
         told = [[i, size, *([sum(n > 0 for n in c)] if classes else [])] for i, (size, c) in shown]
         made = table(["client", "examples", *(["classes"] if classes else [])], told)
-    return together([tag("p", *said), made, more(len(found))])
+    return concatenated([tag("p", *said), made, more(len(found))])
 
 
 # the test set
@@ -225,7 +225,7 @@ def confusion(run: Saved) -> Markup:
     said = tag("p", f"{right} of {total} test examples are taken for what they are.")
     if len(found.names) > MATRIX:
         worst = found.mistakes(15)
-        return together([said, table(["is", "is taken for", "times"], worst)])
+        return concatenated([said, table(["is", "is taken for", "times"], worst)])
     rows = [
         (
             name,
@@ -238,7 +238,7 @@ def confusion(run: Saved) -> Markup:
         "p",
         "Rows are what an example is, columns what it is taken for; darker is a larger share of its row.",
     )
-    return together([said, shaded("is \\ taken for", found.names, rows, ["right"]), key])
+    return concatenated([said, shaded("is \\ taken for", found.names, rows, ["right"]), key])
 
 
 # privacy
@@ -278,7 +278,7 @@ def privacy(run: Saved) -> Markup:
         for k in TOLD
         if isinstance(told.get(k), str | int | float)
     ]
-    return together([*lines, table((), rows, "options")])
+    return concatenated([*lines, table((), rows, "options")])
 
 
 def _wider(told: Mapping[str, Any]) -> list[str]:
@@ -314,7 +314,7 @@ def _audited(told: Mapping[str, Any]) -> Markup:
     bound = tag("p", tag("b", f"At least: epsilon {least:.4g}"), f", an audit in this run ({how}).")
     refuted = [tag("p", f"The claim is refuted: {w}.", class_="note") for w in found]
     nothing = "It found nothing that contradicts the claim; a bound below it proves nothing."
-    return together([bound, *(refuted or [tag("p", nothing)])])
+    return concatenated([bound, *(refuted or [tag("p", nothing)])])
 
 
 def from_json(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from fedtorch.types import ConfigError
 
 FILE = "report.json"
 FORMAT = "fedtorch report 1"
-MOST = 1000
+KEPT_CLIENTS = 1000
 """Clients that are kept of many."""
 MOST_CLASSES = 200
 """Classes up to which there is a matrix."""
@@ -50,7 +50,7 @@ class Shown:
         hidden = server.recipe.privacy.strict or server.recipe.hides
         here = [] if hidden else [c for c in server.clients if isinstance(c, Client)]
         names = () if data is None else data.preparation.classes
-        return cls(folder, rounds, names, held(here, data), server.private is not None)
+        return cls(folder, rounds, names, examples_held(here, data), server.private is not None)
 
     def write(self, model: Any = None, test: Any = None, kind: str = "") -> None:
         """The file, whole or not at all; with a model's confusion matrix on test data, if they have one."""
@@ -58,7 +58,7 @@ class Shown:
         if self.classes and len(self.classes) <= MOST_CLASSES:
             table["classes"] = [str(c) for c in self.classes]
         if self.holders:
-            table["clients"] = dict([*self.holders.items()][:MOST])
+            table["clients"] = dict([*self.holders.items()][:KEPT_CLIENTS])
             table["clients_in_all"] = len(self.holders)
         found = None if test is None else confusion(model, test, kind)
         if found is not None and len(found) <= MOST_CLASSES:
@@ -67,7 +67,7 @@ class Shown:
             file.write((json.dumps(table) + "\n").encode())
 
 
-def held(clients: Sequence[Client], data: Data | None = None) -> dict[str, list[Any]]:
+def examples_held(clients: Sequence[Client], data: Data | None = None) -> dict[str, list[Any]]:
     """Client -> [training examples, those of each class]; the latter empty where classes are not known.
 
     ``data``: what the clients' were cut from, where that was loaded.

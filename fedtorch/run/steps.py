@@ -20,13 +20,13 @@ from fedtorch.training.module import evaluating
 from fedtorch.training.stacked import to
 from fedtorch.types import ConfigError
 
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,199}:[A-Za-z_][A-Za-z0-9_]{0,99}")
+FUNCTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,199}:[A-Za-z_][A-Za-z0-9_]{0,99}")
 """package.module:function; of the working folder by the file's name without .py."""
 
 
 def check(option: str, name: str) -> None:
     """Refuse what is no name of a function, before anything is imported."""
-    if NAME.fullmatch(name) and ".py:" not in name:
+    if FUNCTION_NAME.fullmatch(name) and ".py:" not in name:
         return
     raise ConfigError(
         f"{option} must be package.module:function, such as steps:fn for fn of steps.py in the working "

@@ -85,7 +85,7 @@ def named_folder(rest: Sequence[str]) -> tuple[list[str], Path | None]:
     return words, None
 
 
-def run(
+def run_sweep(
     rest: Sequence[str],
     points: Sequence[Setting],
     read_config: Callable[[Sequence[str]], Any],
@@ -114,7 +114,7 @@ def run(
             show_line(line)
         raise
     runs = [results.load(c.run_dir) for c in configs]
-    show_table(results.rows(runs))
+    show_table(results.summary_rows(runs))
     for line in prices.spent(runs):
         show_line(line)
     print(f"compare: tensorboard --logdir {folder}   (HParams)")

@@ -52,7 +52,7 @@ def _ours(path: Path) -> bool:
 
 def build(spec: str, facts: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Module:
     """The model ``spec``; raises ConfigError naming what there is or what does not fit."""
-    make = find(spec)
+    make = maker_of(spec)
     if isinstance(make, type) and not issubclass(make, nn.Module):
         raise ConfigError(f"model {spec!r} is a class, but no subclass of nn.Module")
     try:
@@ -104,7 +104,7 @@ def _odd(takes: Mapping[str, inspect.Parameter], args: Mapping[str, Any]) -> str
     return ""
 
 
-def find(spec: str) -> Callable[..., Any]:
+def maker_of(spec: str) -> Callable[..., Any]:
     """The function or class that makes the model."""
     where, _, attr = spec.partition(":")
     if where.endswith(".py"):

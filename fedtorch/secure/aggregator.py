@@ -218,7 +218,7 @@ class SecureSum:
 
     def _count(self, size: int) -> None:
         rule, asked, here = self._rule, self._asked or self._reported, self._reported
-        cost = costs.of(asked, here, rule.near(asked), rule.needed(asked), size, rule.width)
+        cost = costs.cost_of(asked, here, rule.near(asked), rule.needed(asked), size, rule.width)
         self.figures |= {
             "bytes_up": here * cost.up,
             "secure_bytes_down": here * cost.down,

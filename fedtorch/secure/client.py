@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from fedtorch.secure import shamir, streams
-from fedtorch.secure.primitives import KEY, Pair, box, commit, derive, unbox
+from fedtorch.secure.primitives import KEY, KeyPair, box, commit, derive, unbox
 from fedtorch.secure.protocol import (
     BOX,
     PHASES,
@@ -56,7 +56,7 @@ class SecureClient:
         self.terms, self.place, self.phase = terms, place, PHASES[0]
         self._sign, self._verify, self._confirms = sign, verify, confirms
         self._random = random
-        self._box, self._mask = Pair(random.token_bytes(KEY)), Pair(random.token_bytes(KEY))
+        self._box, self._mask = KeyPair(random.token_bytes(KEY)), KeyPair(random.token_bytes(KEY))
         self._seed = random.token_bytes(KEY)
         self._own = Keys(self._box.public, self._mask.public, commit(terms.context, self._seed))
         self._keys: dict[int, Keys] = {}

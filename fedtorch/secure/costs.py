@@ -33,7 +33,7 @@ class Cost(NamedTuple):
     """Seconds of one core of the server's."""
 
 
-def of(clients: int, reported: int, near: int, threshold: int, size: int, width: int) -> Cost:
+def cost_of(clients: int, reported: int, near: int, threshold: int, size: int, width: int) -> Cost:
     """With so many asked, reported and neighbours, and vectors of ``size`` numbers of ``width`` bits."""
     vector, words = size * width // 8, size * width / 64
     up = vector + KEYS + BOX * near + SIGNED + SIZE * (near + 1)

@@ -19,7 +19,7 @@ SLOTS = DEGREE // 2
 """Numbers in one ciphertext."""
 SCALE = 44
 """Bits behind the point while encrypted: a sum of clients errs by some 1e-9."""
-MOST = 2.0 ** (PRIMES[0] - SCALE - 2)
+LARGEST_SUM = 2.0 ** (PRIMES[0] - SCALE - 2)
 """Largest number of a sum, with a bit to spare: beyond twice as much it would wrap without a word."""
 STEP = 2.0**-23
 """What leaves a holder of the key is rounded to whole multiples of it."""
@@ -157,7 +157,7 @@ def _varint(n: int) -> bytes:
 
 def _encrypted(context: Any, values: np.ndarray) -> list[bytes]:
     ts = tenseal()
-    if not np.abs(values).max(initial=0.0) <= MOST:
-        raise ConfigError(f"a number beyond {MOST:g} cannot be encrypted for a sum")
+    if not np.abs(values).max(initial=0.0) <= LARGEST_SUM:
+        raise ConfigError(f"a number beyond {LARGEST_SUM:g} cannot be encrypted for a sum")
     parts = (values[i : i + SLOTS] for i in range(0, len(values), SLOTS))
     return [bytes(ts.ckks_vector(context, p).serialize()) for p in parts]

@@ -15,7 +15,7 @@ from fedtorch.aggregation.mean import Held, RunningMean
 from fedtorch.options import POSITIVE, brief, check
 from fedtorch.privacy import Privacy
 from fedtorch.secure.encode import Layout
-from fedtorch.secure.encryption import MOST, Adder, Holder, make_keys, tenseal
+from fedtorch.secure.encryption import LARGEST_SUM, Adder, Holder, make_keys, tenseal
 from fedtorch.secure.roster import LEAST
 from fedtorch.types import ConfigError, Params, Released
 
@@ -76,11 +76,11 @@ class EncryptedSum:
         self._layout: Layout | None = None
         self._sum: list[bytes] = []
         self._came, self._clamped, self._bytes, self._seconds = 0, 0, 0, 0.0
-        self._range = MOST
+        self._range = LARGEST_SUM
 
     def expect(self, asked: int, privacy: Privacy, clip: float) -> None:
         """So many clients are asked: a number of each may be so large that their sum fits."""
-        self._range = MOST / max(asked, 1)
+        self._range = LARGEST_SUM / max(asked, 1)
 
     def short(self) -> bool:
         """Whether too few have reported for the sum to be opened."""

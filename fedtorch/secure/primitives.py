@@ -12,7 +12,7 @@ TAG = 16
 """Bytes that a box is longer than what is in it."""
 
 
-class Pair:
+class KeyPair:
     """An X25519 key: the secret half and the public one, 32 bytes each."""
 
     def __init__(self, secret: bytes) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedtorch.secure import shamir, streams
 from fedtorch.secure.opening import Joiner, unjoined
-from fedtorch.secure.primitives import Pair, commit, derive
+from fedtorch.secure.primitives import KeyPair, commit, derive
 from fedtorch.secure.protocol import (
     BOX,
     PHASES,
@@ -152,7 +152,7 @@ class SecureServer:
             elif alive:
                 keys.append((derive(secret, "self", self.terms.context), -1))
             else:
-                keys += self._left_over(owner, Pair(secret))
+                keys += self._left_over(owner, KeyPair(secret))
         self.liars = joiner.liars
         if lost:
             raise unjoined(lost, len(lost) == len(self._boxes))
@@ -162,7 +162,7 @@ class SecureServer:
     def _committed(self, own: Keys) -> Callable[[bytes], bool]:
         return lambda seed: commit(self.terms.context, seed) == own.commitment
 
-    def _left_over(self, gone: int, pair: Pair) -> list[tuple[bytes, int]]:
+    def _left_over(self, gone: int, pair: KeyPair) -> list[tuple[bytes, int]]:
         """Masks that survivors share with one who has gone, taken off."""
         alive = [j for j in self._near[gone] if j in self._added]
         shared = {j: pair.agree(self._keys[j].mask) for j in alive}
@@ -204,4 +204,4 @@ class SecureServer:
 
 
 def _is_key(own: Keys) -> Callable[[bytes], bool]:
-    return lambda secret: Pair(secret).public == own.mask
+    return lambda secret: KeyPair(secret).public == own.mask

@@ -41,7 +41,7 @@ OFFERED = (
     "privacy.bands",
 )
 """Choices of a plan: their names must be fedtorch's own."""
-NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
+MODEL_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
 PUBLISHED = re.compile(r"hf:[A-Za-z0-9_.-]{1,96}(/[A-Za-z0-9_.-]{1,96})?")
 """A model of Hugging Face as a plan names it: by its folder's own name, or its name on the hub."""
 TOKENS: dict[str, type] = {"vocab_size": int, "padding": int, "language": bool, "tokens": str}
@@ -149,7 +149,9 @@ def read(table: dict[str, Any], models: Sequence[str], runs: Sequence[str] = ())
     """
     model, optimizer = _chosen(table, "model"), _chosen(table, "optimizer", "sgd")
     place = _place(model, models)
-    if not isinstance(model, str) or not (place or (NAME.fullmatch(model) and model in models)):
+    if not isinstance(model, str) or not (
+        place or (MODEL_NAME.fullmatch(model) and model in models)
+    ):
         fix = ""
         if isinstance(model, str) and PUBLISHED.fullmatch(model):
             fix = f"; where it has the files, it agrees by --models {model}=FOLDER"

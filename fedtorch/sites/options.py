@@ -25,7 +25,7 @@ LIMITS = (
 )
 
 
-def named(site: str) -> None:
+def check_site_name(site: str) -> None:
     """Raises ConfigError where it can be no site's name."""
     if not SITE_NAME.fullmatch(site):
         raise ConfigError(f"{site!r} cannot be a site's name: letters, digits, . _ - only")
@@ -124,7 +124,7 @@ class SiteConfig:
             )
         if not self.name:
             raise ConfigError("--name: which of the server's sites is this?")
-        named(self.name)
+        check_site_name(self.name)
         addressed("server", self.server)
         for name in self.steps:
             steps.check("steps", name)
@@ -223,7 +223,7 @@ class ServeConfig(RunOptions):
             )
         addressed("address", self.address)
         for name in self.sites:
-            named(name)
+            check_site_name(name)
 
     def _check_texts(self) -> None:
         texts = self.model.startswith(PREFIX)

@@ -110,7 +110,7 @@ class Listener:
         self.server.stop(grace=1).wait()
 
 
-class Line:
+class ServerLine:
     """A site's line to the server."""
 
     def __init__(self, address: str, keys: Path | None, site: str, limit: int) -> None:

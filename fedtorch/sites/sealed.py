@@ -16,7 +16,7 @@ from torch import Tensor
 from fedtorch import disk
 from fedtorch.engines.wire import Message, MessageError, short
 from fedtorch.secure.encode import Figures, Layout
-from fedtorch.secure.encryption import MOST, SLOTS, Adder, Holder, make_keys, told
+from fedtorch.secure.encryption import LARGEST_SUM, SLOTS, Adder, Holder, make_keys, told
 from fedtorch.secure.refused import Refused
 from fedtorch.secure.roster import ATTEMPT, LEAST, task_digest
 from fedtorch.secure.tags import TAGS, Tags
@@ -152,7 +152,7 @@ class Vector:
     @property
     def top(self) -> float:
         """The largest number of one site's, so that no sum can wrap."""
-        return MOST / self.asked
+        return LARGEST_SUM / self.asked
 
     def about(self, run: str, round: Round) -> dict[str, Any]:
         """What the tags of a round hang on: who was told anything else makes others."""
@@ -179,7 +179,7 @@ class Vector:
         if values.dtype != torch.float64 or values.shape != (self.size,):
             raise MessageError("what it has opened is of another size than the sum")
         found = values.numpy()
-        if not np.abs(found).max() <= MOST + 1 or abs(found[-RIDERS] - count) > 1e-3:
+        if not np.abs(found).max() <= LARGEST_SUM + 1 or abs(found[-RIDERS] - count) > 1e-3:
             raise MessageError(
                 f"what it has opened is no sum of {count} sites: its key may be another"
             )

@@ -111,7 +111,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
             ready = statistics_came(session, config, here)
             test = own_test(own, session.options.plan) if ready else None
             judged = plan.judging(server.recipe, model, test) if test is not None else ({}, None)
-            scores = loop.Scores(here, test, judged[0], step=judged[1])
+            scores = loop.ScoreKeeper(here, test, judged[0], step=judged[1])
             starting_score(here.record, here.report, scores.last, server)
             shown = Shown.of(server, kept.path, config.rounds, own)
             here.report.attempt("report.json", shown.write)

@@ -30,7 +30,7 @@ from fedtorch.sites.limits import accept
 from fedtorch.sites.masks import HARMLESS, Party
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.parties import Parties
-from fedtorch.sites.rpc import Line, Refused, Unreachable
+from fedtorch.sites.rpc import Refused, ServerLine, Unreachable
 from fedtorch.sites.sealed import Sealing
 from fedtorch.sites.state import Answered, Base, VisitMemory
 from fedtorch.sites.statistics import Told, portion, told, words
@@ -111,7 +111,7 @@ class Site:
             log.warning("%s is not there: visits are counted anew", self.answered.path)
         keys = Path(config.credentials) if config.credentials else None
         self.limit = config.max_megabytes << 20
-        self.line = Line(config.server, keys, config.name, self.limit)
+        self.line = ServerLine(config.server, keys, config.name, self.limit)
 
     def run(self) -> int:
         """Work until the run is over; 0 when it is done, 1 when it ended early or the server is away."""

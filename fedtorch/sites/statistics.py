@@ -37,7 +37,7 @@ log = logging.getLogger("fedtorch.sites")
 
 def statistics_asked(plan: Plan) -> columns.Statistics:
     """What the plan asks of a site's rows."""
-    return columns.of(plan.statistics, [*plan.ranges.values()])
+    return columns.kind_of(plan.statistics, [*plan.ranges.values()])
 
 
 def asking(plan: Plan, names: Sequence[str]) -> "Asking | None":

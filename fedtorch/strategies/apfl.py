@@ -49,7 +49,7 @@ class APFL(Strategy):
         shared, w, v = solve(), ctx.anchor, ctx.memory["v"]
         alpha = ctx.memory["alpha"]["alpha"]
         for t in range(int(ctx.steps.max())):
-            mix, at_w = mixed(alpha, v, w), ctx.data.grad(w, t)[0]
+            mix, at_w = blend(alpha, v, w), ctx.data.grad(w, t)[0]
             g = ctx.data.grad(mix, t)[0]
             pull = torch.stack(
                 [((v[k] - w[k]) * g[k]).reshape(len(g[k]), -1).sum(1) for k in g]
@@ -66,10 +66,10 @@ class APFL(Strategy):
         """The mix with the shared weights as they are now."""
         if not memory:
             return {}
-        return mixed(memory["alpha"]["alpha"], memory["v"], params)
+        return blend(memory["alpha"]["alpha"], memory["v"], params)
 
 
-def mixed(alpha: Tensor, v: Params, w: Params) -> Params:
+def blend(alpha: Tensor, v: Params, w: Params) -> Params:
     """The mix of one client, or with a leading axis, of each."""
     found = {}
     for k, own in v.items():

@@ -121,7 +121,7 @@ class FedExLoRA(Strategy):
         return delta | folded, extras
 
 
-def chosen(aggregation: str, given: Strategy) -> Strategy:
+def strategy_for(aggregation: str, given: Strategy) -> Strategy:
     """The strategy of an aggregation by name; raises ConfigError where another is given beside it."""
     kinds: dict[str, type[Strategy]] = {"rolora": RoLoRA, "fedex": FedExLoRA}
     own = kinds.get(aggregation)

@@ -35,7 +35,7 @@ class Dropout:
     inplace: bool = False
 
 
-def asked(axes: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dropout:
+def dropout_of(axes: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dropout:
     """What a call drops; one that is switched off drops nothing, with p = 0."""
     named = {"training" if k == "train" else k: v for k, v in kwargs.items()}
     given = USUAL | dict(zip(USUAL, args[1:], strict=False)) | named
@@ -90,7 +90,7 @@ def dropped(
     """Any call of torch; where it is dropout's, its input times ``noise`` of input and what it drops."""
     if func not in CALLS or not args:
         return func(*args, **kwargs)
-    x, drop = args[0], asked(CALLS[func], args, kwargs)
+    x, drop = args[0], dropout_of(CALLS[func], args, kwargs)
     if drop.axes not in (0, x.dim()):  # an input that is not a batch
         return func(*args, **kwargs)
     return x * noise(x.detach(), drop) if drop.p else x

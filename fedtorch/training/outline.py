@@ -20,7 +20,7 @@ TORCHS = {*vars(nn.Module())}
 """What every module has: parameters, buffers, hooks and the mode."""
 
 
-class Part(NamedTuple):
+class Submodule(NamedTuple):
     """One submodule as it was."""
 
     name: str
@@ -49,7 +49,7 @@ class Outline:
     def __init__(self, model: nn.Module, own: bool = False) -> None:
         """``own``: only of submodules whose code or hooks are not PyTorch's, as the others keep nothing."""
         self._parts = [
-            Part(name, module, _entries(module), _shapes(module))
+            Submodule(name, module, _entries(module), _shapes(module))
             for name, module in model.named_modules()
             if not (own and _is_torchs(module)) and not isinstance(module, torch.jit.ScriptModule)
         ]

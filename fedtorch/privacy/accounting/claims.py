@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedtorch.privacy.accounting import bounds
-from fedtorch.privacy.accounting.events import Event, Units, apart, epsilon, gaussian, merge
+from fedtorch.privacy.accounting.events import Event, Units, by_mechanism, epsilon, gaussian, merge
 from fedtorch.privacy.accounting.gaussian import above, laplace_epsilon, quantile
 from fedtorch.privacy.accounting.mixed import REPLACED as REPLACED
 from fedtorch.privacy.accounting.mixed import both_ways, moved
@@ -80,7 +80,7 @@ def curve(
         return Curve(tuple((search_epsilon(merged, trials, d), d) for d in (*deltas, delta)))
     if any(e.noise == 0 for e in merged):
         return Curve((), math.inf, exact=True)
-    pure, run, shared = apart(merged)
+    pure, run, shared = by_mechanism(merged)
     if not run and not shared:
         return Curve(((pure, 0.0),), None if pure else 0.0, exact=not pure)
     own = epsilon(merged, delta, accountant)

@@ -112,7 +112,7 @@ def epsilon(events: Iterable[Event], delta: float, accountant: str = "prv") -> f
     merged = merge(events)
     check_accountant(accountant)
     check_delta(delta, zero=all(e.mechanism == "laplace" for e in merged))
-    pure, run, shared = apart(merged)
+    pure, run, shared = by_mechanism(merged)
     if shared:
         from fedtorch.privacy.accounting.skellam import skellam_epsilon
 
@@ -120,7 +120,7 @@ def epsilon(events: Iterable[Event], delta: float, accountant: str = "prv") -> f
     return pure + (gaussian(run, float(delta), accountant) if run else 0.0)
 
 
-def apart(merged: Iterable[Event]) -> tuple[float, "Run", "Shared"]:
+def by_mechanism(merged: Iterable[Event]) -> tuple[float, "Run", "Shared"]:
     """The sum of pure epsilons, Gaussian releases, and Skellam ones."""
     from fedtorch.privacy.accounting.gaussian import laplace_epsilon
 

@@ -139,7 +139,7 @@ class Mixed(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def mixed(noise: float, rate: float, units: int) -> Mixed:
+def worst_pair(noise: float, rate: float, units: int) -> Mixed:
     """The worst pair for so many ``units``; see ``REPLACED``."""
     if units == REPLACED:
         coin = (1 - rate, rate) if rate < 1 else (1.0,)
@@ -166,7 +166,7 @@ def mixed_renyi(noise: float, rate: float, units: int, orders: tuple[float, ...]
     a = np.array(orders)
     if rate == 1:
         return a * moved(units) ** 2 / noise / noise / 2
-    return mixed(noise, rate, units).log_moments(a) / (a - 1)
+    return worst_pair(noise, rate, units).log_moments(a) / (a - 1)
 
 
 def both_ways(units: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtorch.privacy.accounting.events import Event, apart, check_delta, merge
+from fedtorch.privacy.accounting.events import Event, by_mechanism, check_delta, merge
 from fedtorch.privacy.accounting.gaussian import bisected
 from fedtorch.privacy.accounting.renyi import orders, renyi, renyi_deltas, renyi_epsilon
 from fedtorch.types import ConfigError
@@ -78,7 +78,7 @@ def search_epsilon(events: Iterable[Event], trials: Trials, delta: float) -> flo
         )
     if any(e.noise == 0 for e in merged):
         return math.inf
-    _, run, _ = apart(merged)
+    _, run, _ = by_mechanism(merged)
     if not run:
         return 0.0
     one = sum(renyi(s, q) * t for s, q, t, *_ in run)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedtorch.privacy.accounting.gaussian import above
-from fedtorch.privacy.accounting.mixed import mixed
+from fedtorch.privacy.accounting.mixed import worst_pair
 
 TILTED = 1e-9
 """What frequencies that are left out may add, of tilted mass."""
@@ -73,7 +73,7 @@ def release(
     half = -(-half // even) * even
     size, first, low, high = 2 * half, 1 - half, (1 - half) * mesh, half * mesh
     # at every edge between two places, how likely a larger loss is: 1 below all losses, and 0 far above
-    law = _Removed(noise, rate) if units == 1 else mixed(noise, rate, units)
+    law = _Removed(noise, rate) if units == 1 else worst_pair(noise, rate, units)
     lowest, most = (float(x) for x in law.loss(np.array(law.ends)))
     start = int(max(0.0, (lowest - low) / mesh))
     stop = size if most >= high else min(size, math.ceil((most - low) / mesh) + 2)
