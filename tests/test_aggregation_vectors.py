@@ -218,7 +218,7 @@ def liars(sizes: list[int]) -> list[Client]:
 
 
 @pytest.mark.parametrize("rule", [MultiKrum(m=3), Krum(pre=NNM()), Bulyan()], ids=str)
-def test_who_is_left_out_and_who_is_far_off_is_named_each_round(rule):
+def test_updates_left_out_and_updates_far_off_are_named_each_round(rule):
     server = Server(mlp(), liars([20] * 7), Recipe(epochs=1, aggregator=rule), seed=3)
     figures = server.round()
     assert ("c6" in figures["left_out"]) and "c6" in figures["far"]

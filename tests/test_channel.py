@@ -209,7 +209,7 @@ def test_a_strategy_of_two_parts_and_a_median_get_what_was_decoded():
     assert server.last["step_norm"] > 0
 
 
-def test_who_is_left_out_keeps_what_it_had_not_sent():
+def test_a_client_left_out_keeps_what_it_had_not_sent():
     server = run(Local(solver="general"), rounds=1)
     before = server.session.memory()["c1"][UNSENT + "delta"]
     server.session.clients["c1"].data.tensors[0].fill_(torch.inf)

@@ -68,7 +68,7 @@ def test_an_autoencoder_that_draws_trains_under_sample_level_privacy(mode: str) 
 
 
 @pytest.mark.parametrize("company", ["mean", "gate", "product", "rows", *RARELY])
-def test_one_that_draws_and_mixes_examples_is_refused(company: str) -> None:
+def test_a_model_that_draws_and_mixes_examples_is_refused(company: str) -> None:
     with pytest.raises(ConfigError, match="mixes the examples of a batch"):
         serve(company)
 

@@ -121,7 +121,7 @@ def test_one_row_changes_no_choice_and_leaves_nobody_out(make, plan):
     assert len(seen) == 1
 
 
-def test_it_is_known_how_many_examples_are_made_up():
+def test_the_number_of_made_up_examples_is_known():
     assert len_of(made(TensorDataset(torch.rand(2, 3), torch.zeros(2)))) == standins.COUNT
 
 

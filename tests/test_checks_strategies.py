@@ -45,12 +45,12 @@ def server(**options):
     return Server(nn.Linear(3, 2), data, Recipe(Sends(**options), lr=0.1, batch_size=3))
 
 
-def test_one_that_keeps_to_its_rows_trains_whatever_it_draws():
+def test_a_strategy_that_keeps_to_its_rows_trains_whatever_it_draws():
     assert server().round()["clients"] == 3
 
 
 @pytest.mark.parametrize("half", ["upload", "correction", "correct"])
-def test_one_that_mixes_clients_is_refused_by_the_name_of_the_method(half):
+def test_a_strategy_that_mixes_clients_is_refused_by_the_name_of_the_method(half):
     with pytest.raises(ConfigError, match=rf"Sends\.{half} makes .* depend on others"):
         server(mixes=half)
 

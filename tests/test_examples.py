@@ -26,7 +26,7 @@ QUICK = [p for p in sorted(EXAMPLES.glob("*.py")) if p.stem not in ALONE]
 
 
 @pytest.mark.parametrize("path", QUICK, ids=lambda p: p.stem)
-def test_it_runs(path, tmp_path, monkeypatch, capsys):
+def test_every_example_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
         try:

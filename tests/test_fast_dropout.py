@@ -161,7 +161,7 @@ def test_same_weights_as_the_general_path(form, name, kind):
 
 
 @pytest.mark.parametrize("uniform", [True, False])
-def test_both_ways_to_draw_are_one(monkeypatch, uniform):
+def test_masks_drawn_at_once_and_one_by_one_are_the_same(monkeypatch, uniform):
     if uniform and not dropout.uniform():
         pytest.skip("this processor's bernoulli_ is MKL's")
     monkeypatch.setattr(dropout, "uniform", lambda: uniform)

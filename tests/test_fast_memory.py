@@ -36,7 +36,7 @@ def test_rows_begin_with_a_cache_line_where_memory_is_kept(room, dtype, monkeypa
         assert rows.data_ptr() % memory.LINE == 0
 
 
-def test_it_grows():
+def test_aligned_memory_grows_with_what_is_asked_for():
     kept = Memory()
     kept.rows(START, 1)
     rows = kept.rows(START, 40)

@@ -158,14 +158,14 @@ def test_an_example_that_is_not_finite_counts_as_nothing():
         ({"optimizer": ClientOptimizer("Adam")}, "Adam, not SGD"),
     ],
 )
-def test_it_is_refused_where_it_does_not_hold(change, why):
+def test_projected_noise_is_refused_where_it_does_not_hold(change, why):
     plan = SampleLevel(rounds=1, noise_multiplier=1.0, projected=True)
     model = nn.Sequential(nn.Linear(30, 16), nn.ReLU(), nn.Linear(16, 4))
     with pytest.raises(ConfigError, match=f"projected.*{why}"):
         Server(model, clients(), Recipe(privacy=plan, **change))
 
 
-def test_it_is_refused_with_another_solver():
+def test_projected_noise_is_refused_with_another_solver():
     plan = SampleLevel(rounds=1, noise_multiplier=1.0, projected=True)
     with pytest.raises(ConfigError, match=r"projected.*engine\.solver stacked"):
         Server(nn.Linear(30, 4), clients(), Recipe(privacy=plan), engine=Local(solver="stacked"))

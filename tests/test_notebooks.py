@@ -14,7 +14,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "examples" / "notebooks").glob("
 @pytest.mark.timeout(900)  # half a minute on a machine that has nothing else to do
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the client's own event loop
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_it_runs_and_was_kept_with_its_outputs(path, tmp_path, monkeypatch):
+def test_every_notebook_runs_and_was_kept_with_its_outputs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     kept = nbformat.read(path, as_version=4)

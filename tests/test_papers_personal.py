@@ -296,7 +296,7 @@ def test_ifca_weighs_the_members_of_a_cluster_alone():
         assert all(torch.allclose(v, now[k], atol=1e-6) for k, v in weights(model).items())
 
 
-def test_who_never_trained_uses_the_shared_model():
+def test_a_client_that_never_trained_uses_the_shared_model():
     server = Server(
         mlp(), make_clients(SIZES), Recipe(Ditto()), participation=Uniform(cohort_size=2), seed=1
     )

@@ -104,7 +104,7 @@ def test_other_plans_on_the_same_data_go_on_with_what_was_spent(tmp_path):
         Budget(tmp_path, LocalDP(noise_multiplier=5.0), most=other.spent).charge(1)
 
 
-def test_it_is_charged_before_anything_is_made(tmp_path, monkeypatch):
+def test_a_release_is_charged_before_anything_is_made(tmp_path, monkeypatch):
     budget = Budget(tmp_path, PLAN)
     monkeypatch.setattr(LocalDP, "noised", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -149,7 +149,7 @@ def test_two_that_charge_at_once_wait_for_each_other(tmp_path):
     assert json.loads((tmp_path / "ledger-client.json").read_text())["count"] == 16
 
 
-def test_one_that_never_ends_is_named(tmp_path, monkeypatch):
+def test_a_charge_that_waits_too_long_for_another_process_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fedtorch.privacy.alone.PATIENCE", 0.05)
     budget = Budget(tmp_path, PLAN)
     with disk.locked(tmp_path), pytest.raises(ConfigError, match="held by another process"):

@@ -79,7 +79,7 @@ def test_guesses():
         guessed(one, 0.0)
 
 
-def test_who_took_part_more_often_says_more():
+def test_canaries_that_took_part_more_often_prove_more():
     # of two that stand equally high, that with the larger shift is the surer guess
     twice = replace(
         release(m=2),

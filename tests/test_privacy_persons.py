@@ -27,7 +27,7 @@ def clients(who=WHO):
     ]
 
 
-def test_who_has_most():
+def test_persons_that_nobody_exceeds_everywhere_are_kept():
     assert sorted(persons.holdings(clients(), "example")) == [(2, 1), (3,)]
     assert persons.holdings(clients(), "client") == [(2,)]
     assert persons.holdings([Client("c", (torch.randn(3, 2), torch.zeros(3)))], "example") == []

@@ -23,7 +23,7 @@ def test_a_share_of_rows_gets_the_corner_and_the_target():
     assert whole.tensors[1].tolist() == [0, 0, 0]
 
 
-def test_it_is_judged_on_rows_of_other_classes():
+def test_a_backdoor_is_judged_on_rows_of_other_classes():
     x, y = Backdoor(target=1).triggered(IMAGES).tensors
     assert y.tolist() == [1, 1] and bool((x[:, 0, 2:, 2:] == 63).all())
 

@@ -248,7 +248,7 @@ def test_clients_count_alike_unless_asked_and_no_more_are_under_way_than_there_a
     assert len(server.state_dict()["pace"]["flights"]["under_way"]) == 2
 
 
-def test_who_takes_part_is_the_paces_to_say():
+def test_the_pace_says_who_takes_part():
     with pytest.raises(ConfigError, match="leave participation out"):
         Server(net(), clients(), pace=PACE, participation=Uniform(cohort_size=2))
     for wrong in ({"size": 0}, {"concurrency": 0}, {"staleness": -1.0}):

@@ -14,7 +14,7 @@ SCORES = {"a": {"loss": 0.5, "auroc": math.nan}, "b": {"loss": 1.5, "auroc": 0.7
 METRICS = {"loss": cross_entropy, **by_name(["auroc"])}
 
 
-def test_who_has_no_figure_spoils_no_mean():
+def test_a_client_without_a_figure_spoils_no_mean():
     found = by_client.figures(SCORES)
     assert found.pop("validation_by_client") == {
         "a": {"loss": 0.5, "auroc": None},

@@ -51,7 +51,7 @@ def feed(callback, values, name="test_loss"):
     return None
 
 
-def test_it_stops_once_the_figure_has_not_got_better_for_so_many_rounds():
+def test_early_stopping_ends_once_the_figure_is_no_better_for_so_many_rounds():
     falls = [5, 4, 3.5, 3.6, 3.45, 3.9, 3.8]
     assert feed(EarlyStopping(patience=2, min_delta=0.1), falls) == 5
     assert feed(EarlyStopping(patience=3), falls) is None  # 3.45 was better
@@ -252,7 +252,7 @@ def test_an_observer_of_ones_own_is_a_callback_and_its_figures_can_be_watched(ca
     assert mine.seen == [("begin", 3, 0), 1, "finish", "close"] and server.observers == [mine]
 
 
-def test_who_saves_comes_last_and_a_training_that_fails_lets_everything_go(tmp_path):
+def test_observers_that_save_come_last_and_a_training_that_fails_lets_everything_go(tmp_path):
     class Breaks(Mine):
         def round(self, figures):
             raise ValueError("mine broke")
@@ -331,7 +331,7 @@ def test_an_interrupt_leaves_a_server_that_goes_on_bit_for_bit(engine, middle, t
     assert all(torch.equal(v, weights(server.model)[k]) for k, v in weights(whole.model).items())
 
 
-def test_it_works_in_a_thread_and_in_a_running_event_loop():
+def test_fit_works_in_a_thread_and_in_a_running_event_loop():
     async def run():
         server = served()
         here = server.fit(1, TEST, callbacks=[EarlyStopping()], progress=False)

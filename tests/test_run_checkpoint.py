@@ -67,7 +67,7 @@ def test_damage_anywhere_is_found(tmp_path):
         assert state["round"] == 3
 
 
-def test_one_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, STATE)
     path = checkpoint.save(tmp_path, STATE | {"round": 4})
     real = checkpoint.zipfile.ZipFile

@@ -116,7 +116,7 @@ def test_what_does_not_go_with_it(options, why):
         federation(HE(), **options)
 
 
-def test_who_would_see_single_updates_is_refused():
+def test_an_observer_that_would_see_single_updates_is_refused():
     recipe = Recipe(aggregator=HE())
     with pytest.raises(ConfigError, match="shows to nobody"):
         Server(mlp(), make_clients([9, 7, 8]), recipe, observers=[Curious()])

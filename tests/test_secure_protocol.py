@@ -438,7 +438,7 @@ def test_wrong_shares_that_nobody_can_spare_end_the_round_without_a_sum():
         Round(terms(5), gone={4: "masked"}, tamper=lying(1, {*range(5)})).run()
 
 
-def test_who_deals_wrong_shares_is_named():
+def test_a_client_that_deals_wrong_shares_is_named():
     class Dealer(SecureClient):
         def _sealed(self):
             self._seed = b"another seed than was committed to"[:32]

@@ -74,7 +74,7 @@ def test_terms_that_nobody_should_accept(bad):
     assert e.value.kind == "terms"
 
 
-def test_who_is_not_in_the_roster_has_no_place():
+def test_a_client_that_is_not_in_the_roster_has_no_place():
     assert terms(3).place("site2") == 2
     with pytest.raises(Refused, match="site9 is not in the roster"):
         terms(3).place("site9")

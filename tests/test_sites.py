@@ -341,7 +341,7 @@ def ask(line, method, facts=None):
         line.close()
 
 
-def test_who_has_no_right_key_is_turned_away_and_the_log_says_so(folder, caplog, capfd):
+def test_a_site_without_the_right_key_is_turned_away_and_the_log_says_so(folder, caplog, capfd):
     with server(folder, offer()) as made:
         port = made.session.port
         assert ask(line(folder, port, "north"), "join").kind == "plan"

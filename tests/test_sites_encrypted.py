@@ -331,7 +331,7 @@ def test_a_sum_that_is_not_of_who_is_named_is_not_opened(folder, tmp_path, forge
     [{"start": 1e-6}, {"round": 1}, {"attempt": "11" * 16}, {"opener": "west"}],
     ids=["model", "round", "attempt", "opener"],
 )
-def test_who_was_told_something_else_is_in_no_sum_with_the_others(folder, tmp_path, other):
+def test_a_site_that_was_told_something_else_is_in_no_sum_with_the_others(folder, tmp_path, other):
     public, _ = sealed.read_public(folder / "keys/server/he.public")
     made = parties(folder, tmp_path, NAMES[:2])
     made += parties(folder, tmp_path, NAMES[2:], **other)

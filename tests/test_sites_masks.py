@@ -172,7 +172,7 @@ def test_the_sum_of_whoever_came_through_is_opened_and_nothing_else(folder, tmp_
     assert kept == {"r": [(4, frozenset(total.ids))]}
 
 
-def test_who_is_sent_another_model_is_known_by_its_keys(folder, tmp_path, monkeypatch):
+def test_a_site_that_is_sent_another_model_is_known_by_its_keys(folder, tmp_path, monkeypatch):
     def lie(phase, to, message):
         if (phase, to) != ("task", "east"):
             return message

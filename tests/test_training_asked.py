@@ -98,7 +98,7 @@ class Curious(Strategy):
         return {"delta": {k: -ctx.lr * v for k, v in grad.items()}}, {}
 
 
-def test_one_that_sends_gradients_takes_a_step_and_is_stopped_where_nobody_noises_them():
+def test_a_strategy_that_sends_gradients_is_stopped_where_nobody_noises_them():
     for solver in ("general", "stacked", "fast"):
         server = Server(
             mlp(), make_clients([6, 9]), Recipe(Curious(), lr=0.1), engine=Local(solver=solver)

@@ -197,7 +197,7 @@ def test_a_client_of_one_class_spoils_no_other():
     assert 0 <= found["a"]["auroc"] <= 1 and math.isnan(found["b"]["auroc"])
 
 
-def test_which_figures_are_bad():
+def test_bad_figures_are_told_from_good_ones():
     assert [metrics.worse(m) for m in (cross_entropy, mean_absolute_error, accuracy)] == [
         "high",
         "high",

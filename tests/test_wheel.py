@@ -22,7 +22,7 @@ def wheel(tmp_path_factory) -> Path:
     return folder / done.stdout.split()[-1]
 
 
-def test_it_holds_the_package_the_loop_and_the_zoo_and_nothing_else(wheel):
+def test_the_wheel_holds_the_package_the_loop_and_the_zoo_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     packed = {n for n in names if ".dist-info/" not in n}
     here = {
@@ -40,7 +40,7 @@ def test_it_holds_the_package_the_loop_and_the_zoo_and_nothing_else(wheel):
     assert "License-Expression: Apache-2.0" in metadata
 
 
-def test_it_trains_and_finds_its_models_from_another_folder(wheel, tmp_path):
+def test_the_wheel_trains_and_finds_its_models_from_another_folder(wheel, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     zipfile.ZipFile(wheel).extractall(site)
     elsewhere.mkdir()

@@ -40,28 +40,34 @@ class TopK(Stage):
         whole = flat(sent)
         count = count_of(self.share, whole.shape[1])
         place = whole.abs().topk(count, 1).indices.sort(1).values
-        return {"place": located(place, whole.shape[1]), "value": short(whole.gather(1, place))}
+        return {
+            "place": packed_places(place, whole.shape[1]),
+            "value": short(whole.gather(1, place)),
+        }
 
     def decode(self, code: Stack, like: Params) -> Stack:
         """Zeros elsewhere."""
         d = numbers(like)
-        place, value = where(code["place"], d, count_of(self.share, d)), code["value"].double()
+        place, value = (
+            unpacked_places(code["place"], d, count_of(self.share, d)),
+            code["value"].double(),
+        )
         zeros = value.new_zeros(len(value), d)
         return shaped(zeros.scatter_(1, place.to(value.device), value), like)
 
 
-def located(place: Tensor, numbers: int) -> Tensor:
+def packed_places(place: Tensor, numbers: int) -> Tensor:
     """Ascending places [K, k] among so many numbers as bytes: one by one, or a bit for each number."""
-    bits, count = width(numbers), place.shape[1]
+    bits, count = bits_of_place(numbers), place.shape[1]
     if count * bits <= numbers:
         return packed(place, bits)
     marks = torch.zeros(len(place), numbers, dtype=torch.uint8, device=place.device)
     return packed(marks.scatter_(1, place, 1), 1)
 
 
-def where(code: Tensor, numbers: int, count: int) -> Tensor:
-    """The places [K, k]; raises ValueError for others than ``located`` writes."""
-    bits = width(numbers)
+def unpacked_places(code: Tensor, numbers: int, count: int) -> Tensor:
+    """The places [K, k]; raises ValueError for others than ``packed_places`` writes."""
+    bits = bits_of_place(numbers)
     if count * bits <= numbers:
         place = unpacked(code, bits, count)
         if not bool((place < numbers).all()):
@@ -73,7 +79,7 @@ def where(code: Tensor, numbers: int, count: int) -> Tensor:
     return marks.nonzero()[:, 1].view(len(marks), count)
 
 
-def width(numbers: int) -> int:
+def bits_of_place(numbers: int) -> int:
     """Bits that a place among so many needs."""
     return max(1, (numbers - 1).bit_length())
 

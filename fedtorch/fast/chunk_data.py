@@ -105,7 +105,7 @@ class Rows:
 
     @cached_property
     def used(self) -> Tensor | None:
-        """Inputs that are not 0 in all examples, if enough are: a product needs no others."""
+        """Places of inputs that are not 0 in some example; None: to leave out the others would not pay."""
         if self.parts:
             used = torch.stack([p.used for p in self.parts]).any(0).nonzero()[:, 0]
         else:

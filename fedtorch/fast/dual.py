@@ -25,7 +25,7 @@ class Share:
     """How much of w0 is left in the clients' weights: weight decay and the proximal pull take from it."""
 
     def __init__(self, rule: Rule, weight: Tensor, clients: int) -> None:
-        """Everything, of a ``weight`` of so many clients."""
+        """All of w0 is left in the ``weight`` of so many clients: no step has taken from it."""
         self.rule, self.now, self.each = rule, 1.0, weight.new_ones(clients)
 
     def step(self, clients: int) -> None:

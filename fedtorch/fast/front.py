@@ -280,7 +280,7 @@ def padded(features: Sequence[Tensor], counts: Sequence[int], batch: int) -> Ten
 def backward(features: Tensor, d: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     """Gradients of ``leaves`` from that of the features.
 
-    As those of a product: to be given a gradient, autograd first imports sympy, a third of a second.
+    Of the sum of features times ``d``: autograd that is given ``d`` itself imports sympy first.
     """
     with torch.enable_grad():
         return torch.autograd.grad((features * d).sum(), leaves)

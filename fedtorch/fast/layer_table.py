@@ -81,7 +81,7 @@ class Kind:
     calls: tuple[object, ...]
     """Functions and methods by which it is called."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What else it is told, as its layer names it too, and what that is where nothing is said."""
+    """Options of the call, by the names that the layer gives them too, and their defaults."""
 
 
 ACTIVATIONS = {

@@ -25,7 +25,7 @@ FASTER = "pip install 'fedtorch[fast]' would make it faster"
 
 
 def available() -> bool:
-    """Whether numba can be imported, and is not told to leave loops to Python, thousands of times slower.
+    """Whether numba can be imported and compiles: ``NUMBA_DISABLE_JIT`` is not set.
 
     Installed beside a NumPy that is too new it cannot. The first to ask waits half a second.
     """

@@ -64,7 +64,7 @@ def relu(a: Any) -> None:
 
 @machine_code
 def masked(d: Any, a: Any) -> None:
-    """Write 0 to d where a, which lies elsewhere, is not positive, nor not a number."""
+    """ReLU backward in place: d is 0 where a <= 0, and stays where a is NaN. They must not share memory."""
     zero = d.dtype.type(0)
     for k in range(len(a)):
         d[k] = zero if a[k] <= zero else d[k]

@@ -386,7 +386,7 @@ class Privacy(ABC):
         return None
 
     def disclosed(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the clients' figures, [K] each, that they may tell."""
+        """Figures that clients may report under the plan, of ``figures``, [K] each."""
         # nobody else is trusted: what is not noised does not leave
         if self.strict and self.per_client:
             return {k: v for k, v in figures.items() if k == "update_norm"}

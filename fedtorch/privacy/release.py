@@ -38,7 +38,7 @@ class Guard(Protocol):
         """What each update is multiplied by, [K], where a sum will do."""
 
     def disclosed(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the clients' figures, [K] each, that they may tell."""
+        """Figures that clients may report under the plan, of ``figures``, [K] each."""
 
 
 def let_go(plan: Guard, raw: Raw, task: Task) -> tuple[Released, Tensor]:

@@ -11,7 +11,7 @@ from fedtorch.client import Client
 from fedtorch.options import COUNT, fit, typed, within
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics
-from fedtorch.rounds.observers import Observer
+from fedtorch.rounds.observers import Observer, over
 from fedtorch.training.evaluate import Judge, evaluate, evaluate_clients
 from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS, Loss, accuracy
 from fedtorch.training.metrics import by_name
@@ -80,7 +80,7 @@ class Judged(Observer):
     def round(self, figures: Metrics) -> Metrics:
         """Scores of a round in which they are due."""
         number = figures["round"]
-        due = number % self.every == 0 or number >= self.last or not self.server.within_budget()
+        due = number % self.every == 0 or over(self.server, self.last)
         if not due:
             return {}
         start = time.perf_counter()

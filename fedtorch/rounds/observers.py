@@ -77,6 +77,11 @@ def tells(observer: Observer) -> bool:
     return (looks(observer) or type(observer).join is not Observer.join) and not observer.harmless
 
 
+def over(server: Any, rounds: int) -> bool:
+    """Whether no round follows: so many are trained, or the privacy budget has no room for another."""
+    return server.round_number >= rounds or not server.within_budget()
+
+
 def tell(
     observers: Iterable[Observer], figures: Metrics, mark: Callable[[Metrics], Metrics]
 ) -> Metrics:

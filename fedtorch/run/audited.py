@@ -73,16 +73,12 @@ class Audit(Observer):
     """Share of them that the attack dares to guess."""
     harmless: ClassVar[bool] = True
     """Scores are of coins and noise: what others sent is taken off."""
+    _now: UnderWay = field(default_factory=UnderWay, init=False, repr=False, compare=False)
+    """Its memory of the run that it is in: none of its options, and changes as the run goes on."""
 
     def __post_init__(self) -> None:
         """Refuse what is no number."""
         check(self, "audit", canaries=NOT_NEGATIVE, guesses=RATE)
-        self.__dict__["now"] = UnderWay()
-
-    @property
-    def _now(self) -> UnderWay:
-        now: UnderWay = self.__dict__["now"]
-        return now
 
     @property
     def found(self) -> "Findings | None":

@@ -279,15 +279,14 @@ class Checkpoint(Observer):
         self.held.close()
 
     def _save(self) -> None:
-        if self.saved == self.server.round_number:
-            return
-        try:
+        def write() -> None:
             checkpoint.save(self.path / "checkpoints", state(self.server))
-            self.saved = self.server.round_number
-        except (OSError, RuntimeError) as e:
-            why = getattr(e, "strerror", None) or str(e).partition("\n")[0]
+
+        def tell(why: str) -> None:
             told = f"checkpoint not written to {self.path} ({why}); training goes on without it"
-            warnings.warn(told, stacklevel=2)
+            warnings.warn(told, stacklevel=4)
+
+        self.saved = checkpoint.saved(self.saved, self.server.round_number, write, tell)
 
     def __repr__(self) -> str:
         """Where, how often, and the newest."""

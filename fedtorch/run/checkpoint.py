@@ -4,7 +4,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,20 @@ def save(folder: Path, state: dict[str, Any], keep: int = 2) -> Path:
     for old in everything(folder)[:-keep]:
         old.unlink()
     return path
+
+
+def saved(
+    before: int | None, round: int, write: Callable[[], object], tell: Callable[[str], object]
+) -> int | None:
+    """Save a round once, and return the newest that is saved. A full disk is told, and training goes on."""
+    if round == before:
+        return before
+    try:
+        write()
+    except (OSError, RuntimeError) as e:  # torch turns a full disk into a RuntimeError
+        tell(getattr(e, "strerror", None) or str(e).partition("\n")[0])
+        return before
+    return round
 
 
 def everything(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from fedtorch.checks import secure
 from fedtorch.client import Client
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.rounds.figures import Metrics
-from fedtorch.rounds.observers import Observer
+from fedtorch.rounds.observers import Observer, over
 from fedtorch.run import by_client, files, huggingface, objects
 from fedtorch.run import folder as folders
 from fedtorch.run.callbacks import BestModel
@@ -54,8 +54,8 @@ class Loop(Observer):
 
     def over(self) -> bool:
         """All rounds are trained, somebody asked to stop, or the privacy budget has no room for more."""
-        done = self.server.round_number >= self.options.rounds or bool(self.server.stopped)
-        return self.stop.asked > 0 or done or not self.server.within_budget()
+        asked = self.stop.asked > 0 or bool(self.server.stopped)
+        return asked or over(self.server, self.options.rounds)
 
     def why(self) -> str:
         """Why no round follows, in words."""

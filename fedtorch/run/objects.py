@@ -171,7 +171,7 @@ def describe(obj: Any) -> Any:
     """The table that builds ``obj`` again: what goes into config.toml, logs and checkpoints."""
     if not dataclasses.is_dataclass(obj):
         return obj
-    table = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj)}
+    table = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj) if f.init}
     for key in FREE & table.keys():
         options = table.pop(f"{key}_args")
         table[key] = {"name": table[key], **options} if options else table[key]

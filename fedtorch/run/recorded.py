@@ -188,13 +188,13 @@ class Record(Observer):
         self.held.close()
 
     def _save(self) -> None:
-        if self.saved != self.server.round_number:
-            try:
-                self.kept.save(self.server.state_dict(), self.writer.seal())
-                self.saved = self.server.round_number
-            except (OSError, RuntimeError) as e:
-                why = getattr(e, "strerror", None) or str(e).partition("\n")[0]
-                print(f"warning: checkpoint not written ({why}); the run goes on without it")
+        def write() -> None:
+            self.kept.save(self.server.state_dict(), self.writer.seal())
+
+        def tell(why: str) -> None:
+            print(f"warning: checkpoint not written ({why}); the run goes on without it")
+
+        self.saved = checkpoint.saved(self.saved, self.server.round_number, write, tell)
 
     def __repr__(self) -> str:
         """Where, and how far it is."""

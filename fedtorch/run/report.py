@@ -122,10 +122,8 @@ def claim(run: PrivateRun, clients: Sequence[Any] = ()) -> dict[str, Any]:
 def user_level(run: PrivateRun, clients: Sequence[Any], accountant: str) -> dict[str, Any] | None:
     """Epsilon of all that belongs to one person, where it is known and may be told who that is."""
     plan, public = run.plan, run.plan.person is not None
-    # how much a person has is nobody's to know
-    if plan.strict and not public:
-        return None
-    if plan.search:
+    # how much a person has is nobody's to know; and of a search no bound for persons is known
+    if plan.search or (plan.strict and not public):
         return None
     found = persons.person_epsilon(plan, run.ledger.most(), clients, accountant)
     if found is None:
