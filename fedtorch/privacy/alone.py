@@ -41,12 +41,7 @@ def release(update: Mapping[str, Numbers], plan: LocalDP, stream: Stream) -> dic
     of the plan is in units of that (``LocalDP``). Raises ConfigError where a part is not made of floats,
     which no noise would cover, or the plan does not say how much noise there is.
     """
-    if not update:
-        raise ConfigError("the update is empty: there is nothing to release")
-    noise = multiplier(plan)
-    exact = {name: _floats(name, v)[None] for name, v in update.items()}
-    sent = plan.noised({"delta": exact}, plan.clip, noise, [stream])["delta"]
-    return {name: _like(sent[name][0], v) for name, v in update.items()}
+    return _noised(update, _exact(update), plan, stream)
 
 
 def multiplier(plan: LocalDP) -> float:
@@ -64,6 +59,17 @@ def multiplier(plan: LocalDP) -> float:
     return plan.calibrated(plan.rounds or 1)
 
 
+def limit(plan: LocalDP, most: float | None) -> float:
+    """Epsilon that may be spent; raises ConfigError where neither the plan nor ``most`` says how much."""
+    most = plan.target if most is None else most
+    if most is None or not 0 < most < math.inf:
+        raise ConfigError(
+            f"a budget needs the most that it may spend, above 0, got {most}: give most, or a plan with "
+            "an epsilon"
+        )
+    return most
+
+
 class Budget:
     """What a site's updates have cost over all runs, in its own folder, and the most that they may."""
 
@@ -78,13 +84,7 @@ class Budget:
         """
         self.folder, self.plan, self.site = Path(folder), plan, site
         self.event = plan.event(multiplier(plan))
-        most = plan.target if most is None else most
-        if most is None or not 0 < most < math.inf:
-            raise ConfigError(
-                f"a budget needs the most that it may spend, above 0, got {most}: give most, or a plan "
-                "with an epsilon"
-            )
-        self.most = most
+        self.most = limit(plan, most)
         self.path = self.folder / "ledger-client.jsonl"
         if not untouched(self.path):
             opened(self.path, plan.unit, site)
@@ -116,10 +116,13 @@ class Budget:
     def release(self, update: Mapping[str, Numbers], round: int) -> dict[str, Numbers]:
         """Charge, then clip and noise (``release``, which says what comes back and what is refused).
 
-        What is charged stays charged, even where the release then fails.
+        What is refused is not charged; what is charged stays charged.
         """
-        count = self.charge(round)
-        return release(update, self.plan, self.plan.stream("release", self.site, round, str(count)))
+        exact = _exact(update)
+        spent = self.charge(round)
+        return _noised(
+            update, exact, self.plan, self.plan.stream("release", self.site, round, repr(spent))
+        )
 
     @property
     def _terms(self) -> tuple[float, str]:
@@ -156,6 +159,19 @@ class Budget:
                         ) from e
                     time.sleep(0.01)
             yield
+
+
+def _exact(update: Mapping[str, Numbers]) -> dict[str, Tensor]:
+    if not update:
+        raise ConfigError("the update is empty: there is nothing to release")
+    return {name: _floats(name, v)[None] for name, v in update.items()}
+
+
+def _noised(
+    update: Mapping[str, Numbers], exact: dict[str, Tensor], plan: LocalDP, stream: Stream
+) -> dict[str, Numbers]:
+    sent = plan.noised({"delta": exact}, plan.clip, multiplier(plan), [stream])["delta"]
+    return {name: _like(sent[name][0], v) for name, v in update.items()}
 
 
 def _floats(name: str, value: Tensor | np.ndarray) -> Tensor:

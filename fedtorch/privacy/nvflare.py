@@ -1,0 +1,162 @@
+"""A filter for NVFLARE sites: what a site trained leaves clipped, noised and charged, or it does not leave.
+
+NVFLARE's own base class of filters hands on whatever it cannot read. This one blocks it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from nvflare.apis.dxo import DXO, DataKind, from_shareable
+from nvflare.apis.filter import ContentBlockedException, Filter, FilterChainType, FilterContextKey
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.app_common.app_constant import AppConstants
+from torch import Tensor
+
+from fedtorch.privacy.alone import Budget, limit, multiplier
+from fedtorch.privacy.local import LocalDP
+from fedtorch.types import ConfigError, OverBudget
+
+SENT = "fedtorch_sent"
+"""Property of a task's context: the weights that the server sent, of which results are the change."""
+
+ROUNDS = (AppConstants.START_ROUND, AppConstants.CURRENT_ROUND, AppConstants.NUM_ROUNDS)
+"""Headers that go back as the server sent them; all others stay at the site."""
+
+
+class PrivateRelease(Filter):  # type: ignore[misc]
+    """Clips and noises a site's weights, and charges them to the site's own ledger before they leave.
+
+    To be named in the ``privacy.json`` of the site, twice in every scope: under ``task_data_filters``,
+    where it remembers what the server sent, and under ``task_result_filters``. Weights (WEIGHTS) and their
+    changes (WEIGHT_DIFF) pass, as what they were: arrays or tensors of floats with noise on them, others as
+    the server sent them. Metrics, counts of steps, headers and every other kind of result do not pass. That
+    a task failed is told, by NVFLARE's return code alone.
+
+    Guarantee: that of ``LocalDP``, for the whole of the site's data and all that passes the filter, over
+    all jobs and restarts. It does not bind code that a job brings along, nor events that a job streams.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        rounds: int | None = None,
+        epsilon: float | None = None,
+        delta: float = 1e-5,
+        clip: float = 1.0,
+        noise_multiplier: float | None = None,
+        mechanism: Literal["gaussian", "laplace"] = "gaussian",
+        most: float | None = None,
+    ) -> None:
+        """Options of ``LocalDP``, and ``most`` of a ``Budget``.
+
+        The ledger is in ``folder``, in one named after the site. Raises ConfigError where there is no limit
+        or no such plan.
+        """
+        super().__init__()
+        if not Path(folder).is_absolute():
+            raise ConfigError(
+                f"the filter's folder {folder} must be an absolute path: NVFLARE runs each job in a "
+                "folder of its own, where a new ledger would begin"
+            )
+        # NVFLARE writes a job's filters down by these names
+        self.folder, self.rounds, self.most = folder, rounds, most
+        self.epsilon, self.delta, self.clip = epsilon, delta, clip
+        self.noise_multiplier, self.mechanism = noise_multiplier, mechanism
+        multiplier(plan := self._plan()), limit(plan, most)
+
+    def _plan(self) -> LocalDP:
+        return LocalDP(
+            rounds=self.rounds,
+            epsilon=self.epsilon,
+            delta=self.delta,
+            clip=self.clip,
+            noise_multiplier=self.noise_multiplier,
+            mechanism=self.mechanism,
+        )
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """What may leave in place of ``shareable``; raises ContentBlockedException where nothing may."""
+        if self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
+            fl_ctx.set_prop(SENT, shareable, private=True, sticky=False)
+            return shareable
+        code = shareable.get_return_code()
+        if code != ReturnCode.OK:
+            return make_reply(code)
+        try:
+            return self._released(shareable, fl_ctx)
+        except (ConfigError, OverBudget) as e:
+            self.log_error(fl_ctx, f"nothing leaves: {e}", fire_event=False)
+            raise ContentBlockedException(str(e)) from e
+
+    def _released(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        result = _weights(shareable, "the result")
+        task = fl_ctx.get_prop(SENT)
+        if task is None:
+            raise ConfigError(
+                "the filter did not see the task: name it under task_data_filters as well"
+            )
+        full = result.data_kind == DataKind.WEIGHTS
+        sent = _weights(task, "the task").data
+        update = _change(result.data, sent, full)
+        site = str(fl_ctx.get_identity_name())
+        budget = Budget(Path(self.folder) / site, self._plan(), site=site, most=self.most)
+        number = task.get_header(AppConstants.CURRENT_ROUND)
+        released = budget.release(update, number if isinstance(number, int) else 0)
+        self.log_info(
+            fl_ctx, f"released at epsilon {budget.spent:.4f} of {budget.most:g}", fire_event=False
+        )
+        data = {}
+        for name, value in result.data.items():
+            old = _tensor(name, sent[name])
+            new = _plus(old if full else torch.zeros_like(old), released.get(name))
+            data[name] = new if isinstance(value, Tensor) else new.numpy()
+        reply = make_reply(ReturnCode.OK)
+        for header in ROUNDS:
+            if task.get_header(header) is not None:
+                reply.set_header(header, task.get_header(header))
+        return DXO(result.data_kind, data).update_shareable(reply)
+
+
+def _weights(shareable: Shareable, what: str) -> DXO:
+    try:
+        dxo = from_shareable(shareable)
+    except ValueError as e:
+        raise ConfigError(f"{what} cannot be read: {e}") from e
+    if dxo.data_kind not in (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF):
+        raise ConfigError(f"{what} is of the kind {dxo.data_kind}, which no noise covers")
+    return dxo
+
+
+def _change(result: Mapping[str, Any], sent: Mapping[str, Any], full: bool) -> dict[str, Tensor]:
+    """What the site changed of the floats that the server sent; refuses what was never sent."""
+    update = {}
+    for name, value in result.items():
+        if name not in sent:
+            raise ConfigError(f"{name} is in the result, and the server never sent it")
+        new, old = _tensor(name, value), _tensor(name, sent[name])
+        if new.shape != old.shape:
+            raise ConfigError(
+                f"{name} has shape {tuple(new.shape)}, and was sent with {tuple(old.shape)}"
+            )
+        if old.is_floating_point():
+            update[name] = new.double() - old.double() if full else new.double()
+    return update
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, np.ndarray | np.number) and value.dtype.kind in "fiub":
+        return torch.from_numpy(np.array(value))
+    raise ConfigError(f"{name} is a {type(value).__name__}, not an array of numbers")
+
+
+def _plus(old: Tensor, change: Tensor | None) -> Tensor:
+    """The release on top of what was sent, in its type; what is not made of floats stays as it is."""
+    return old if change is None else (old.double() + change).to(old.dtype)
