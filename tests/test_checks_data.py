@@ -372,7 +372,7 @@ def clipped_by_hand(model: nn.Module, made: list[Client], collate, clip: float, 
 @pytest.mark.parametrize(
     "make, model, collate, mode",
     [
-        (lambda: clients(), lambda: reader(), padded, "ghost"),
+        (lambda: clients(), lambda: reader(), padded, "layers"),
         (lambda: clients(), lambda: reader(masked=False), padded, "alone"),
         (graph_clients, net, offset, "alone"),
     ],

@@ -50,6 +50,7 @@ def each_way(check: Callable[[Callable[..., SampleLevel], bool], None]) -> Calla
     def on_all() -> None:
         for quick, options in (
             (False, {"mode": "stacked"}),
+            (False, {"mode": "layers"}),
             (True, {}),
             (True, {"projected": True}),
         ):

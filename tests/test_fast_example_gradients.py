@@ -8,9 +8,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 
 from fedtorch import Client, FedAvg, FedProx, Local, Recipe, Scaffold, Server
-from fedtorch.fast import example_gradients
 from fedtorch.fast.trial import offer
-from fedtorch.privacy import SampleLevel
+from fedtorch.privacy import SampleLevel, formulas
 from fedtorch.training.losses import cross_entropy
 from fedtorch.types import ConfigError
 from tests.test_fast_front import MODELS, apart, images, trained
@@ -98,6 +97,11 @@ LAYERS = {
     "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (4, 9)),
     "conv2d": (nn.Conv2d(3, 4, (3, 5), padding="same", dilation=(2, 1)), (3, 8, 7)),
     "conv3d": (nn.Conv3d(2, 3, 2, bias=False), (2, 4, 4, 3)),
+    "depthwise": (nn.Conv2d(4, 8, 3, padding=2, dilation=2, groups=4), (4, 6, 5)),
+    "circular": (nn.Conv2d(2, 4, 3, stride=2, padding=1, padding_mode="circular"), (2, 7, 6)),
+    "reflected": (nn.Conv1d(2, 3, 4, padding="same", padding_mode="reflect"), (2, 9)),
+    "uneven": (nn.Conv2d(2, 3, (2, 4), padding="same"), (2, 5, 7)),
+    "instance": (nn.InstanceNorm2d(3, affine=True), (3, 4, 4)),
     "linear": (nn.Linear(5, 4), (3, 2, 5)),
     "group": (nn.GroupNorm(2, 4), (4, 3, 3)),
     "layer": (nn.LayerNorm((3, 2)), (5, 3, 2)),
@@ -105,6 +109,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_of_examples_are_autograds(name, last):
@@ -120,7 +125,7 @@ def test_gradients_of_examples_are_autograds(name, last):
         return (functional_call(layer, params, (x[None],))[0] * d).sum()
 
     wanted = vmap(grad(one), (None, 0, 0))(params, x, d)
-    found = example_gradients.GRADIENTS[type(layer)](layer, x, d)
+    found = formulas.GRADIENTS[type(layer)](layer, x, d)
     assert found.keys() == wanted.keys()
     for n, g in found.items():
         torch.testing.assert_close(g, wanted[n], rtol=1e-4, atol=1e-5)
@@ -158,12 +163,12 @@ def test_no_example_moves_the_sum_by_more_than_the_clip():
 
 
 def test_a_wrong_gradient_is_found_before_training(monkeypatch):
-    right = example_gradients.convolution
+    right = formulas.convolution
 
-    def halved(m, x, d):
-        return {n: g / 2 for n, g in right(m, x, d).items()}
+    def halved(*given):
+        return {n: g / 2 for n, g in right(*given).items()}
 
-    monkeypatch.setitem(example_gradients.GRADIENTS, nn.Conv2d, halved)
+    monkeypatch.setitem(formulas.GRADIENTS, nn.Conv2d, halved)
     who = images()
     recipe = Recipe(privacy=plan())
     why = offer(MODELS["paper"](), [c.data for c in who], recipe, recipe.privacy)
@@ -199,12 +204,10 @@ def test_zeros_at_the_end_of_branch_and_model_hide_nothing_from_the_trial():
 @pytest.mark.parametrize(
     ("layer", "options", "why"),
     [
-        (nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect"), {}, "layer 0 .Conv2d. has no private"),
-        (nn.Conv2d(1, 4, 2, padding="same"), {}, "layer 0 .Conv2d. has no private"),
+        (nn.ConvTranspose2d(1, 4, 3, padding=1), {}, "layer 0: ConvTranspose2d has no formula"),
         (nn.Conv2d(1, 4, 3, padding=1), {"projected": True}, "takes the examples themselves"),
     ],
 )  # fmt: skip
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 def test_what_has_no_private_form_is_named(layer, options, why):
     model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(4 * 64, 4))
     recipe = Recipe(privacy=plan(**options))
@@ -213,7 +216,7 @@ def test_what_has_no_private_form_is_named(layer, options, why):
 
 
 def test_gradients_that_would_not_fit_are_not_written_out(monkeypatch):
-    monkeypatch.setattr(example_gradients, "GRADIENTS_WRITTEN", 100)
+    monkeypatch.setattr("fedtorch.fast.example_gradients.GRADIENTS_WRITTEN", 100)
     recipe = Recipe(loss=cross_entropy, privacy=plan())
     with pytest.raises(ConfigError, match=r"gradients of 6 examples .* too much memory"):
         Server(MODELS["paper"](), images(), recipe, engine=Local(solver="fast"))

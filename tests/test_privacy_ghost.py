@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedtorch.privacy import one_client
+from fedtorch.privacy import gradients
 from fedtorch.privacy.ghost import Ghosts, apart
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import stream
@@ -70,7 +70,7 @@ def test_written_out_gradients_are_split_to_fit_into_memory(monkeypatch):
     net = nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(8, 4))
     x, y, seen = torch.randn(7, 6), torch.arange(7) % 4, []
     whole = summed(net, x, y, "ghost", 0.3)
-    monkeypatch.setattr(one_client, "ROOM", 3 * 8)  # the convolution has eight numbers
+    monkeypatch.setattr(gradients, "ROOM", 3 * 8)  # the convolution has eight numbers
     net.register_forward_hook(lambda m, inputs, out: seen.append(len(out)))
     assert (summed(net, x, y, "ghost", 0.3) - whole).abs().max() < 1e-6
     assert seen == [3, 3, 1]

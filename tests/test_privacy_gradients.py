@@ -1,6 +1,7 @@
 """Clipped, noised gradients: every mode against a loop over examples."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,7 @@ from fedtorch.tree import exact_sq_norms
 from fedtorch.types import Task
 from private_case import clients, flat, model, visit
 
-MODES = ("stacked", "hooks", "ghost")
+MODES = ("layers", "stacked", "hooks", "ghost")
 
 
 def brute_force(
@@ -107,9 +108,14 @@ def step(mode: str, **options) -> SampleLevel:
     return SampleLevel(mode=mode, **options)
 
 
-@pytest.mark.parametrize("make", [model, conv, channels_last, Scaled])
 @pytest.mark.parametrize("clip", [0.3, 1e6])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("make", "mode"),
+    [
+        *itertools.product((model, conv, channels_last), MODES),
+        *itertools.product((Scaled,), MODES[1:]),  # a weight that belongs to no layer
+    ],
+)
 def test_clipped_sum_is_the_brute_force_one(mode, clip, make):
     who = clients((11,))
     x, y = who[0].data.tensors
@@ -164,8 +170,8 @@ def test_modes_and_chunks_agree_with_noise_on(mode):
     assert (together - alone).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
-def test_nothing_of_opacus_stays_on_the_model(mode):
+@pytest.mark.parametrize("mode", ["layers", "hooks", "ghost"])
+def test_nothing_of_a_visit_stays_on_the_model(mode):
     net = model()
     names, keys = set(vars(net)), list(net.state_dict())
     task = Task(snapshot(net), {}, 0, 0, 1.0, {"clip": 1.0, "noise": 1.0})
@@ -265,7 +271,7 @@ def test_no_row_however_small_or_large_moves_the_sum_by_more_than_the_clip(mode,
         assert float(change.norm()) <= 1 + 2e-5, name
 
 
-@pytest.mark.parametrize("mode", ["stacked", "hooks", "ghost", "alone"])
+@pytest.mark.parametrize("mode", [*MODES, "alone"])
 def test_gradients_at_the_ends_of_float32_are_clipped_in_every_mode(mode):
     def first(net, x):  # a row is its own gradient, so each size is seen by itself
         return net(x)[:, 0]

@@ -233,12 +233,18 @@ class Circular(nn.Module):
         return self.head(torch.tanh(self.conv(x.view(-1, 2, 3))).flatten(1))
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
-@pytest.mark.parametrize("kind", [Borrowed, Circular])
-def test_modes_that_get_the_gradients_of_a_model_wrong_are_refused(kind, mode):
-    with pytest.raises(ConfigError, match="differ from those of the examples one by one"):
-        server(kind(), clients(), SampleLevel(rounds=1, mode=mode))
-    assert server(kind(), clients(), SampleLevel(rounds=1)).session.recipe.privacy.mode == "stacked"
+@pytest.mark.parametrize(
+    ("kind", "wrong", "right"),
+    [
+        (Borrowed, ("layers", "hooks", "ghost"), "stacked"),
+        (Circular, ("hooks", "ghost"), "auto"),  # the fast path
+    ],
+)
+def test_modes_that_get_the_gradients_of_a_model_wrong_are_refused(kind, wrong, right):
+    for mode in wrong:
+        with pytest.raises(ConfigError, match="differ from those of the examples one by one"):
+            server(kind(), clients(), SampleLevel(rounds=1, mode=mode))
+    assert server(kind(), clients(), SampleLevel(rounds=1)).session.recipe.privacy.mode == right
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
@@ -268,12 +274,13 @@ def test_ghost_over_sequences_is_refused_and_others_hold_where_large_numbers_can
     who = [Client("c", (torch.tensor([[1e5, 3e4, 1e5 + 1, 3e4]]), torch.tensor([1])))]
     one = {"sample_rate": 1.0, "steps": 1, "batch_size": 1.0, "rounds": 1, "clip": 0.5}
     norms = [
-        flat(visit(net, who, SampleLevel(mode=m, **one), 0.0)).norm() for m in ("stacked", "hooks")
+        flat(visit(net, who, SampleLevel(mode=m, **one), 0.0)).norm()
+        for m in ("layers", "stacked", "hooks")
     ]
     assert max(norms) <= 0.5 * (1 + 1e-5)
     with pytest.raises(ConfigError, match="layer inner sees several rows"):
         server(net, who, SampleLevel(mode="ghost", rounds=1))
-    assert server(net, who, SampleLevel(rounds=1)).session.recipe.privacy.mode == "hooks"
+    assert server(net, who, SampleLevel(rounds=1)).session.recipe.privacy.mode == "layers"
 
 
 def test_examples_are_found_to_mix_where_the_first_client_has_one_alone():

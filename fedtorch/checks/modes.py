@@ -29,6 +29,15 @@ from fedtorch.types import ConfigError
 SIDE_BY_SIDE = 8
 """Clients from which on stacking them beats Opacus (small models); measured in benchmarks/privacy.py."""
 
+WORDS = {
+    "layers": "by formulas of the model's layers",
+    "ghost": "from Opacus, but for those of linear layers and embeddings",
+    "hooks": "from Opacus",
+    "stacked": "by torch.func",
+    "alone": "example after example, which is slow but suits any model",
+}
+"""Ways to the gradients of examples, the fastest first."""
+
 TOLERANCE = 5e-3
 """How far a mode may be from the truth, in clipping norms; a wrong one is far beyond."""
 
@@ -44,33 +53,30 @@ def with_mode(
     recipe: Recipe,
     chunk: int,
     alone: str | None = None,
-) -> tuple[Recipe, int]:
-    """The recipe with the way to per-example gradients chosen, and clients side by side.
+) -> tuple[Recipe, int, list[str]]:
+    """The recipe with the way to per-example gradients chosen, clients side by side, and what to say of it.
 
     For training without the fast path, which is tried for itself. Raises ConfigError where there is none.
     """
     plan = recipe.privacy.per_example
     if not plan:
-        return recipe, chunk
-    mode: str = plan.mode
+        return recipe, chunk, []
+    mode, why = str(plan.mode), alone and f"each collated alone: {alone}"
     if alone:
         if mode not in ("auto", "alone"):
             raise ConfigError(f"privacy.mode {mode} cannot train: {alone}; take mode alone")
         mode = "alone"
     elif mode == "auto":
         small = chunk >= SIDE_BY_SIDE and stacks(model, clients, recipe)
-        mode = (
-            "stacked"
-            if small
-            else _first_that_works(model, clients, recipe, ("ghost", "hooks", "stacked", "alone"))
-        )
+        mode, why = ("stacked", None) if small else _first_that_works(model, clients, recipe)
     elif why := _works(model, clients, recipe, mode):
         raise ConfigError(
             f"privacy.mode {mode} cannot train model {type(model).__name__}: {why}; try another mode"
             f"{models.FIX}"
         )
     chunk = chunk if mode == "stacked" else 1
-    return replace(recipe, privacy=plan.by(mode)), chunk
+    note = f"private gradients are taken {WORDS[mode]}" + (f" ({why})" if why else "")
+    return replace(recipe, privacy=plan.by(mode)), chunk, [note]
 
 
 def stacks(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
@@ -80,13 +86,14 @@ def stacks(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
 
 
 def _first_that_works(
-    model: nn.Module, clients: Sequence[Client], recipe: Recipe, modes: Sequence[str]
-) -> str:
-    whys = []
-    for mode in modes:
+    model: nn.Module, clients: Sequence[Client], recipe: Recipe
+) -> tuple[str, str | None]:
+    """The mode, and why it is not the first."""
+    whys: list[str] = []
+    for mode in WORDS:
         why = _works(model, clients, recipe, mode)
         if why is None:
-            return mode
+            return mode, whys[0] if whys else None
         whys.append(f"{mode}: {why}")
     raise ConfigError(
         f"model {type(model).__name__} gives no per-example gradients ({'; '.join(whys)}){models.FIX}"
@@ -130,7 +137,7 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
     if wrong:
         return (
             "its clipped gradients differ from those of the examples one by one (a weight used outside "
-            "its layer, as by a penalty, or an option of a layer that Opacus does not know)"
+            "its layer, as by a penalty, or an option of a layer that is not known there)"
         )
     return None
 
@@ -153,7 +160,7 @@ def _misses(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> bool:
     Of a compiled model they may see nothing, and of a penalty on weights never anything.
     """
     found = _one_step(model, batch, recipe, mode, UNCLIPPED)
-    if mode not in ("hooks", "ghost"):
+    if mode not in ("layers", "hooks", "ghost"):
         return False
     model.zero_grad()
     with seeds.seeded(0):

@@ -94,13 +94,8 @@ def choose(
     if plan and not available():
         notes.append(f"noise in every step is drawn by NumPy: {FASTER}")
     # else the way to gradients of examples, and one client after another or many
-    recipe, size = modes.with_mode(model, tried, recipe, size, alone)
-    plan = recipe.privacy.per_example
-    if plan and plan.mode == "alone":
-        notes.append(
-            "private gradients are taken example after example, which is slow but suits any model"
-            + (f", each collated alone: {alone}" if alone else "")
-        )
+    recipe, size, how_noted = modes.with_mode(model, tried, recipe, size, alone)
+    notes += how_noted
     if half:
         notes.append("clients train one after another under autocast to bf16")
         return Choice(stacked.Mixed(stacked.general), 1, recipe, tuple(notes))

@@ -5,19 +5,17 @@ follows from its own input and its own output's gradient. For convolutions that 
 than the gradient of the whole batch, so nothing is saved by asking for norms alone.
 """
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.nn import grad
 
 from fedtorch.fast.dropout import Coins
 from fedtorch.fast.front import Front, backward, needs_generator, padded
 from fedtorch.fast.layers import Leaf, Leaves
 from fedtorch.fast.tuning import GRADIENTS_WRITTEN
+from fedtorch.privacy.formulas import GRADIENTS, unlike
 from fedtorch.types import Params
 
 
@@ -100,30 +98,9 @@ def unknown(model: nn.Module, front: Front, batch: int) -> str | None:
         return f"the gradients of {batch} examples in its first layers would take too much memory"
     for name in front.names:
         layer = model.get_submodule(name.rpartition(".")[0])
-        if type(layer) not in GRADIENTS or not plain(layer):
-            return f"layer {name.rpartition('.')[0]} ({layer._get_name()}) has no private fast form"
+        if why := unlike(layer):
+            return f"layer {name.rpartition('.')[0]}: {why} under sample-level privacy"
     return None
-
-
-def plain(layer: nn.Module) -> bool:
-    """Whether the layer has no option that its formula below leaves out."""
-    if isinstance(layer, nn.Embedding):
-        return not (layer.scale_grad_by_freq or layer.sparse)
-    return getattr(layer, "padding_mode", "zeros") == "zeros" and layer_padding(layer) is not None
-
-
-def layer_padding(layer: nn.Module) -> tuple[int, ...] | None:
-    """Zeros on both sides of each axis; None where a side gets more than the other."""
-    padding = getattr(layer, "padding", ())
-    if padding == "valid":
-        return (0,) * len(cast(Any, layer).kernel_size)
-    if padding == "same":
-        both = [
-            d * (k - 1)
-            for d, k in zip(cast(Any, layer).dilation, cast(Any, layer).kernel_size, strict=True)
-        ]
-        return None if any(b % 2 for b in both) else tuple(b // 2 for b in both)
-    return cast(tuple[int, ...], padding)
 
 
 def prefixed(target: str) -> str:
@@ -135,73 +112,3 @@ def prefixed(target: str) -> str:
 def fitted(value: Tensor) -> Tensor:
     """A weight as the library likes it: those of 2-D convolutions channels last."""
     return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
-
-
-WEIGHTS = {1: grad.conv1d_weight, 2: grad.conv2d_weight, 3: grad.conv3d_weight}
-"""By axes: gradient of a convolution's weight."""
-
-
-def convolution(m: nn.Module, x: Tensor, d: Tensor) -> Params:
-    """One call an example: unfolding the inputs for a batched product takes as long."""
-    m = cast(nn.Conv2d, m)
-    weight = WEIGHTS[x.dim() - 2]
-    size, padding = m.weight.shape, layer_padding(m)
-    each = [
-        weight(a[None], size, g[None], m.stride, padding, m.dilation, m.groups)
-        for a, g in zip(x, d, strict=True)
-    ]
-    return {
-        "weight": torch.stack(each),
-        **({} if m.bias is None else {"bias": d.flatten(2).sum(2)}),
-    }
-
-
-def linear(m: nn.Module, x: Tensor, d: Tensor) -> Params:
-    """Outer products, summed over what is neither example nor feature."""
-    x, d = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, d))
-    return {"weight": d.mT.bmm(x), **({} if m.bias is None else {"bias": d.sum(1)})}
-
-
-def embedding(m: nn.Module, x: Tensor, d: Tensor) -> Params:
-    """The gradient of each place goes to the row that was looked up there."""
-    m = cast(nn.Embedding, m)
-    n, (rows, width) = len(x), m.weight.shape
-    if m.padding_idx is not None:
-        d = torch.where((x == m.padding_idx)[..., None], 0, d)
-    place = x.reshape(n, -1) + torch.arange(n)[:, None] * rows
-    out = d.new_zeros(n * rows, width).index_add_(0, place.flatten(), d.reshape(-1, width))
-    return {"weight": out.view(n, rows, width)}
-
-
-def group_norm(m: nn.Module, x: Tensor, d: Tensor) -> Params:
-    """Of scale and shift, summed over all but channels."""
-    m = cast(nn.GroupNorm, m)
-    normal = F.group_norm(x, m.num_groups, None, None, m.eps)
-    return affine(m, *((t.reshape(*t.shape[:2], -1).sum(2)) for t in (d * normal, d)))
-
-
-def layer_norm(m: nn.Module, x: Tensor, d: Tensor) -> Params:
-    """Of scale and shift, summed over what is not normalized."""
-    m = cast(nn.LayerNorm, m)
-    normal = F.layer_norm(x, m.normalized_shape, None, None, m.eps)
-    axes = x.dim() - len(m.normalized_shape)
-    return affine(m, *(t.reshape(len(t), -1, *t.shape[axes:]).sum(1) for t in (d * normal, d)))
-
-
-def affine(m: nn.Module, weight: Tensor, bias: Tensor) -> Params:
-    """Those of the two that the layer has."""
-    return {n: g for n, g in (("weight", weight), ("bias", bias)) if getattr(m, n) is not None}
-
-
-Gradient = Callable[[nn.Module, Tensor, Tensor], Params]
-"""Layer, inputs [n, ...], gradients of outputs [n, ...] -> gradients by name, [n, ...]."""
-
-GRADIENTS: dict[type[nn.Module], Gradient] = {
-    nn.Conv1d: convolution,
-    nn.Conv2d: convolution,
-    nn.Conv3d: convolution,
-    nn.Linear: linear,
-    nn.Embedding: embedding,
-    nn.GroupNorm: group_norm,
-    nn.LayerNorm: layer_norm,
-}

@@ -18,13 +18,17 @@ from fedtorch.tree import exact_sq_norms, scaled_rows
 LAYERS = (nn.Linear, nn.Embedding)
 
 
+Into = Callable[[Tensor], Tensor | None]
+"""Of a parameter, where sums of its gradients go; None: it is not trained."""
+
+
 class Seen(Protocol):
     """Inputs and gradients of one layer for a batch."""
 
     def sq_norms(self) -> Tensor:
         """Squared norm of each example's gradient, [n], float64."""
 
-    def add(self, factors: Tensor, into: Callable[[Tensor], Tensor | None]) -> None:
+    def add(self, factors: Tensor, into: Into) -> None:
         """Add the sum of the gradients, each times its factor [n], to ``into`` of each parameter."""
 
 
@@ -92,7 +96,7 @@ class Product:
             lengths += 1
         return squares * lengths
 
-    def add(self, factors: Tensor, into: Callable[[Tensor], Tensor | None]) -> None:
+    def add(self, factors: Tensor, into: Into) -> None:
         """One product for all examples."""
         d = scaled_rows(self.d, factors)
         if (weight := into(self.layer.weight)) is not None:
@@ -123,7 +127,7 @@ class Looked:
         squares = exact_sq_norms(self.rows)
         return squares.new_zeros(self.n).index_add_(0, self.example.to(squares.device), squares)
 
-    def add(self, factors: Tensor, into: Callable[[Tensor], Tensor | None]) -> None:
+    def add(self, factors: Tensor, into: Into) -> None:
         """Each row to its own."""
         if (weight := into(self.layer.weight)) is not None:
             weight.index_add_(0, self.row, scaled_rows(self.rows, factors[self.example]))

@@ -1,10 +1,10 @@
 """Clipped and noised gradients for one local step: the heart of DP-SGD.
 
-Four ways lead to the same sum of clipped per-example gradients: ``stacked`` here (torch.func, K clients at
+Five ways lead to the same sum of clipped per-example gradients: ``stacked`` here (torch.func, K clients at
 once), the others for one client after another in ``privacy/one_client.py``.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,11 @@ from fedtorch.privacy.noise.keystream import Scratch
 from fedtorch.privacy.noise.streams import Stream
 from fedtorch.training.dropout import Drawing
 from fedtorch.training.step import Stepping
-from fedtorch.tree import exact_sq_norms, filled, leaves, split, tmap
+from fedtorch.tree import exact_sq_norms, filled, leaves, rows, size, split, tmap
 from fedtorch.types import Params, Stack
+
+ROOM = 1 << 28
+"""Numbers that gradients of examples may have at once, where that can be had with less."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,29 @@ def stacked_gradients(
             total[k] += torch.einsum("kb,kb...->k...", weight, counting(weight > 0, g, sq))
         losses.append(values)
     return steps.finish(total), torch.cat(losses, 1)
+
+
+def in_parts(
+    params: Mapping[str, Tensor],
+    steps: PrivateSteps,
+    batch: Any,
+    numbers: int,
+    add: Callable[[Any, Params], Tensor],
+) -> Tensor:
+    """Leave one client's private gradient of a batch in ``p.grad``; returns the mean loss (0 when empty).
+
+    ``add(part, total)`` adds a part's clipped gradients to their sum, and returns its losses. It writes out
+    ``numbers`` for each example.
+    """
+    total = {k: torch.zeros_like(p) for k, p in params.items()}
+    most = max(1, min(steps.max_batch, ROOM // max(numbers, 1)))
+    losses = [
+        add(rows(batch, part), total) for part in torch.arange(size(batch)).split(most) if len(part)
+    ]
+    done = steps.finish({k: v[None] for k, v in total.items()})
+    for k, p in params.items():
+        p.grad = done[k][0]
+    return torch.cat(losses).mean() if losses else torch.zeros(())
 
 
 def joint_sq_norms(grads: Iterable[Tensor]) -> Tensor:

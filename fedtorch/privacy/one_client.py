@@ -1,26 +1,32 @@
 """Private gradients of one client, whose batches pass through the model itself.
 
-Opacus ``hooks`` write out the gradient of each example; ``ghost`` is the same, but linear layers and
-embeddings give norms and sum without it. ``alone`` takes example after example; all are held to it.
+``layers`` takes a model whose layers all have formulas here (``privacy/layer_gradients.py``). Opacus
+``hooks`` write out the gradient of each example; ``ghost`` is the same, but linear layers and embeddings
+give norms and sum without it. ``alone`` takes example after example; all are held to it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fedtorch.privacy.ghost import Ghosts
-from fedtorch.privacy.gradients import PrivateSteps, counting, joint_sq_norms, rounded
+from fedtorch.privacy.gradients import (
+    PrivateSteps,
+    counting,
+    in_parts,
+    joint_sq_norms,
+    rounded,
+)
+from fedtorch.privacy.layer_gradients import LayerGradients
 from fedtorch.training.dropout import Replaying
 from fedtorch.training.step import Step
 from fedtorch.tree import exact_sq_norms, rows, size
 from fedtorch.types import Params
-
-ROOM = 1 << 28
-"""Numbers that the gradients ``ghost`` has to write out may have at once."""
 
 
 class Gradients(Protocol):
@@ -35,6 +41,10 @@ def private_gradients(model: nn.Module, losses: Step, steps: PrivateSteps) -> It
     """For one visit, by a recipe's ``losses``; afterwards the model is as it was, with its plain keys."""
     if steps.mode == "alone":
         yield Alone(model, losses, steps)
+        return
+    if steps.mode == "layers":
+        with LayerGradients(model, losses, steps).listening() as known:
+            yield known
         return
     from opacus.grad_sample import GradSampleHooks
 
@@ -114,23 +124,13 @@ class OpacusGradients:
     def backward(self, batch: Any) -> Tensor:
         """The gradient in ``p.grad``, and the mean loss."""
         params: Params = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        total = {k: torch.zeros_like(p) for k, p in params.items()}
         apart = {id(p) for m in self.ghosts.layers for p in m.parameters(recurse=False)}
         written = {k: p for k, p in params.items() if id(p) not in apart}
-        most = self.steps.max_batch
-        if apart and (numbers := sum(p.numel() for p in written.values())):
-            most = max(1, min(most, ROOM // numbers))
-        losses = [
-            self._part(rows(batch, part), params, written, total)
-            for part in torch.arange(size(batch)).split(most)
-            if len(part)
-        ]
-        done = self.steps.finish({k: v[None] for k, v in total.items()})
-        for k, p in params.items():
-            p.grad = done[k][0]
-        return torch.cat(losses).mean() if losses else torch.zeros(())
+        numbers = sum(p.numel() for p in written.values()) if apart else 0
+        add = partial(self._part, params=params, written=written)
+        return in_parts(params, self.steps, batch, numbers, add)
 
-    def _part(self, batch: Any, params: Params, written: Params, total: Params) -> Tensor:
+    def _part(self, batch: Any, total: Params, params: Params, written: Params) -> Tensor:
         self.ghosts.forget()
         self.many = size(batch)
         # Opacus keeps the size of the first batch of a layer called twice

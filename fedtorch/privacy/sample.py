@@ -48,9 +48,9 @@ class SampleLevel(Privacy):
     """Local steps of each client in a round."""
     batch_size: float = 32.0
     """Fixed public divisor of the noised sum: the batch size you expect."""
-    mode: Literal["auto", "stacked", "hooks", "ghost", "alone"] = "auto"
-    """Per-example gradients by torch.func, Opacus hooks or ghost clipping, or examples one at a time
-    (alone: slow, any model): the same numbers."""
+    mode: Literal["auto", "layers", "stacked", "hooks", "ghost", "alone"] = "auto"
+    """Per-example gradients by formulas of the model's layers, torch.func, Opacus hooks or ghost clipping,
+    or examples one at a time (alone: slow, any model): the same numbers."""
     max_batch: int = 512
     """Examples whose gradients are held at once; a larger batch is split."""
     projected: bool = False

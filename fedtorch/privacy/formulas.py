@@ -1,0 +1,133 @@
+"""Each example's gradient of a layer's weights, from what the layer took and from what came back to it.
+
+Of a layer that looks at each example alone, both have a row for each example, so that one batched product
+gives all the examples' gradients: no more arithmetic than the gradient of the whole batch.
+"""
+
+from collections.abc import Callable, Container
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import grad
+
+from fedtorch.types import Params
+
+Gradient = Callable[..., Params]
+"""Layer, inputs [n, ...], gradients of outputs [n, ...], names or None for all -> by name, [n, ...]."""
+
+Names = Container[str] | None
+
+
+def unlike(layer: nn.Module) -> str | None:
+    """Why there is no formula for this layer; None where there is one."""
+    if type(layer) not in GRADIENTS:
+        return f"{layer._get_name()} has no formula"
+    for option in ("scale_grad_by_freq", "sparse", "max_norm", "track_running_stats"):
+        if getattr(layer, option, None):
+            return f"{layer._get_name()} with {option} has no formula"
+    return None
+
+
+CONVOLUTIONS = {1: grad.conv1d_weight, 2: grad.conv2d_weight, 3: grad.conv3d_weight}
+"""By axes: gradient of a convolution's weight."""
+
+
+def convolution(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Params:
+    """The examples as groups of channels of a single one: one call, and no inputs unfolded in memory."""
+    m, n = cast(nn.Conv2d, m), len(x)
+
+    def weight() -> Tensor:
+        seen, padding = padded(m, x)
+        each: Tensor = CONVOLUTIONS[x.dim() - 2](
+            seen.reshape(1, -1, *seen.shape[2:]),
+            (n * m.out_channels, *m.weight.shape[1:]),
+            d.reshape(1, -1, *d.shape[2:]),
+            m.stride,
+            padding,
+            m.dilation,
+            n * m.groups,
+        )
+        return each.view(n, *m.weight.shape)
+
+    return _asked(m, names, weight=weight, bias=lambda: d.flatten(2).sum(2))
+
+
+def padded(m: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What a convolution sees, and the zeros that are still to be put on both sides of each axis."""
+    none = (0,) * (x.dim() - 2)
+    if m.padding_mode != "zeros" or m.padding == "same":
+        mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+        return F.pad(x, m._reversed_padding_repeated_twice, mode), none
+    return x, none if m.padding == "valid" else m.padding
+
+
+def linear(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Params:
+    """Outer products, summed over what is neither example nor feature."""
+    x, d = (t.reshape(len(t), -1, t.shape[-1]) for t in (x, d))
+    return _asked(m, names, weight=lambda: d.mT.bmm(x), bias=lambda: d.sum(1))
+
+
+def embedding(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Params:
+    """The gradient of each place goes to the row that was looked up there."""
+    m = cast(nn.Embedding, m)
+    n, (rows, width) = len(x), m.weight.shape
+    if m.padding_idx is not None:
+        d = torch.where((x == m.padding_idx)[..., None], 0, d)
+    place = x.reshape(n, -1) + torch.arange(n, device=x.device)[:, None] * rows
+    out = d.new_zeros(n * rows, width).index_add_(0, place.flatten(), d.reshape(-1, width))
+    return {"weight": out.view(n, rows, width)}
+
+
+def group_norm(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Params:
+    """Of scale and shift, summed over all but channels."""
+    m = cast(nn.GroupNorm, m)
+    return _channels(m, lambda: F.group_norm(x, m.num_groups, None, None, m.eps), d, names)
+
+
+def instance_norm(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Params:
+    """Likewise."""
+    eps = cast(nn.InstanceNorm2d, m).eps
+    return _channels(m, lambda: F.instance_norm(x, eps=eps), d, names)
+
+
+def layer_norm(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Params:
+    """Of scale and shift, summed over what is not normalized."""
+    m = cast(nn.LayerNorm, m)
+    axes = x.dim() - len(m.normalized_shape)
+
+    def summed(v: Tensor) -> Tensor:
+        return v.reshape(len(v), -1, *v.shape[axes:]).sum(1)
+
+    def weight() -> Tensor:
+        return summed(d * F.layer_norm(x, m.normalized_shape, None, None, m.eps))
+
+    return _asked(m, names, weight=weight, bias=lambda: summed(d))
+
+
+def _channels(m: nn.Module, normal: Callable[[], Tensor], d: Tensor, names: Names) -> Params:
+    def summed(v: Tensor) -> Tensor:
+        return v.reshape(*v.shape[:2], -1).sum(2)
+
+    return _asked(m, names, weight=lambda: summed(d * normal()), bias=lambda: summed(d))
+
+
+def _asked(m: nn.Module, names: Names, **made: Callable[[], Tensor]) -> Params:
+    """Those that the layer has and that are asked for."""
+    has = {k for k, _ in m.named_parameters(recurse=False)}
+    return {k: make() for k, make in made.items() if k in has and (names is None or k in names)}
+
+
+GRADIENTS: dict[type[nn.Module], Gradient] = {
+    nn.Conv1d: convolution,
+    nn.Conv2d: convolution,
+    nn.Conv3d: convolution,
+    nn.Linear: linear,
+    nn.Embedding: embedding,
+    nn.GroupNorm: group_norm,
+    nn.InstanceNorm1d: instance_norm,
+    nn.InstanceNorm2d: instance_norm,
+    nn.InstanceNorm3d: instance_norm,
+    nn.LayerNorm: layer_norm,
+}

@@ -1,0 +1,264 @@
+"""Private gradients of a model whose layers are known: what each took, and what autograd brings back to it.
+
+No weight is in autograd's graph, so that the gradients of a batch's weights are never formed. Those of its
+examples follow from inputs and outputs, layer by layer (``formulas``), or are not written out (``ghost``).
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtorch import seeds
+from fedtorch.privacy.formulas import GRADIENTS, unlike
+from fedtorch.privacy.ghost import Into, Looked, Product, Seen
+from fedtorch.privacy.gradients import PrivateSteps, in_parts, joint_sq_norms, rounded
+from fedtorch.training.step import Step
+from fedtorch.tree import rows, size
+from fedtorch.types import Params
+
+
+class LayerGradients:
+    """One client's, by the formulas of the model's layers.
+
+    Raises NotImplementedError for a layer without one. What it cannot see, as a weight that is used outside
+    its layer, is left out: whoever takes it holds it to the gradients of examples one by one.
+    """
+
+    def __init__(self, model: nn.Module, losses: Step, steps: PrivateSteps) -> None:
+        self.model, self.losses, self.steps = model, losses, steps
+        self.params: Params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        self.layers = known(model)
+        self.tables = {m for m in self.layers if isinstance(m, nn.Embedding)}
+        self.shared: set[nn.Module] | None = None
+        """Tables in which one row of places is looked up for all examples."""
+        self.numbers = sum(p.numel() for p in self.params.values())
+        """Written out for each example: all there are at first, and then as many as last time."""
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    @contextmanager
+    def listening(self) -> Iterator["LayerGradients"]:
+        """To the model's layers; afterwards it is as it was."""
+        handles: list[Any] = [
+            m.register_forward_pre_hook(self._each, with_kwargs=True) for m in self.tables
+        ]
+        handles += [m.register_forward_hook(self._forward, with_kwargs=True) for m in self.layers]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def backward(self, batch: Any) -> Tensor:
+        """The gradient in ``p.grad``, and the mean loss."""
+        return in_parts(self.params, self.steps, batch, self.numbers, self._part)
+
+    def _part(self, batch: Any, total: Params) -> Tensor:
+        self.many, self.calls = size(batch), list[Call | Written]()
+        if self.shared is None:
+            one, two = (self._lengths(batch, n) for n in (1, 2))
+            self.shared = {m for m, n in one.items() if n == two.get(m)}
+        with hidden(self.params):
+            values = self.losses(self.model, batch)
+            if values.requires_grad:  # it may have asked no layer
+                values.sum().backward()
+        seen, values = apart(self.calls), values.detach()
+        self.numbers = sum(s.numbers for s in seen if isinstance(s, Written))
+        if seen:
+            sq = torch.stack([s.sq_norms() for s in seen]).sum(0)
+            weight = rounded(self.steps.factors(sq), values)
+            names = {id(p): k for k, p in self.params.items()}
+            for s in seen:
+                s.add(weight, lambda p: total.get(names.get(id(p), "")))
+        return values
+
+    def _forward(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+    ) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        x = taken(args, kwargs).detach()
+        if not x.dim() or len(x) % self.many:
+            raise NotImplementedError(
+                f"layer {self.layers[layer]} sees {list(x.shape)} of {self.many} examples, not as many "
+                "rows of each"
+            )
+        # of a view that is changed in place no hook would be told
+        heard = out.clone() if out._is_view() else out
+        if not heard.requires_grad:
+            heard = Awaited.apply(heard, self.anchor)
+        heard.register_hook(partial(self._backward, layer, x, x._version))
+        return heard
+
+    def _backward(self, layer: nn.Module, x: Tensor, version: int, d: Tensor) -> None:
+        if x._version != version:
+            raise NotImplementedError(f"what layer {self.layers[layer]} took is changed in place")
+        call = Call(layer, x, d.detach(), self.many, trained(layer, self.params))
+        self.calls.append(call if call.form else call.written())
+
+    def _each(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """One row looked up for all examples, as positions are in transformers, becomes one for each."""
+        index = taken(args, kwargs)
+        if index.dim() == 1 and layer in (self.shared or ()):
+            index = index[None]
+        elif index.dim() < 2 or len(index) > 1:
+            return None
+        if not torch.is_grad_enabled():
+            return None
+        return (index.expand(self.many, *index.shape[1:]),), {}
+
+    def _lengths(self, batch: Any, many: int) -> dict[nn.Module, int]:
+        """How many rows each table is asked for by a single axis of places, of so many examples."""
+        found: dict[nn.Module, int] = {}
+
+        def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            index = taken(args, kwargs)
+            found[layer] = index.numel() if index.dim() == 1 else -many
+            if len(found) == len(self.tables):
+                raise Enough
+
+        hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in self.tables]
+        try:
+            if hooks:
+                with torch.no_grad(), seeds.kept():
+                    self.losses(self.model, rows(batch, torch.zeros(many, dtype=torch.int64)))
+        except Enough:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+
+class Enough(Exception):
+    """All that was to be looked at was seen."""
+
+
+class Awaited(torch.autograd.Function):
+    """An output that nothing before it asks a gradient for, and that shall have one all the same."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, anchor: Tensor) -> Tensor:
+        """The output itself; ``anchor`` asks for a gradient in its place."""
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *d: Tensor) -> tuple[None, None]:
+        """Nothing goes further back."""
+        return None, None
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a layer: what it took, and what came back to what it gave."""
+
+    layer: nn.Module
+    x: Tensor
+    d: Tensor
+    many: int
+    """Examples, each with as many rows as any other."""
+    trained: dict[str, Tensor]
+    """The layer's parameters of which gradients are wanted."""
+
+    @property
+    def form(self) -> "type[Product] | type[Looked] | None":
+        """By which the gradients need not be written out, if there is one."""
+        if isinstance(self.layer, nn.Embedding):
+            return Looked
+        row = type(self.layer) is nn.Linear and self.x.dim() == 2 and len(self.x) == self.many
+        return Product if row else None
+
+    def seen(self) -> Seen:
+        """In that form, or written out."""
+        if self.form is Looked:
+            return Looked(self.layer, self.x.reshape(self.many, -1), self.d)
+        return self.written() if self.form is None else self.form(self.layer, self.x, self.d)
+
+    def written(self) -> "Written":
+        """By the layer's formula."""
+        x, d = self.x, self.d
+        if len(x) != self.many and isinstance(self.layer, (nn.Linear, nn.Embedding)):
+            x, d = (t.unflatten(0, (self.many, -1)) for t in (x, d))
+        found = GRADIENTS[type(self.layer)](self.layer, x, d, self.trained)
+        if len(x) != self.many:
+            found = {k: g.unflatten(0, (self.many, -1)).sum(1) for k, g in found.items()}
+        return Written({self.trained[k]: g for k, g in found.items()})
+
+
+class Written:
+    """Gradients of examples as they are, of the parameters that have any."""
+
+    def __init__(self, grads: dict[Tensor, Tensor]) -> None:
+        """By parameter, each [n, ...]."""
+        self.grads = grads
+        self.numbers = sum(p.numel() for p in grads)
+
+    def sq_norms(self) -> Tensor:
+        """Of all of them together."""
+        return joint_sq_norms(self.grads.values())
+
+    def add(self, factors: Tensor, into: Into) -> None:
+        """One product for each parameter."""
+        used = slice(None) if bool(factors.all()) else factors > 0  # 0 x NaN is NaN
+        for p, g in self.grads.items():
+            if (total := into(p)) is not None:
+                total += torch.tensordot(factors[used], g[used], 1)
+
+
+def apart(calls: Sequence[Call | Written]) -> list[Seen]:
+    """What was seen; the gradients of a parameter that was met more than once are added up."""
+    met = [[*c.trained.values()] if isinstance(c, Call) else [*c.grads] for c in calls]
+    times = Counter(p for some in met for p in some)
+    seen: list[Seen] = []
+    both: dict[Tensor, Tensor] = {}
+    for call, some in zip(calls, met, strict=True):
+        if all(times[p] == 1 for p in some):
+            seen.append(call.seen() if isinstance(call, Call) else call)
+            continue
+        for p, g in (call.written() if isinstance(call, Call) else call).grads.items():
+            both[p] = both[p] + g if p in both else g
+    return [*seen, Written(both)] if both else seen
+
+
+def known(model: nn.Module) -> dict[nn.Module, str]:
+    """Layers with parameters to train, and their names; raises NotImplementedError for one not known."""
+    found: dict[nn.Module, str] = {}
+    for name, m in model.named_modules():
+        own = [k for k, p in m.named_parameters(recurse=False) if p.requires_grad]
+        if own and (why := unlike(m)):
+            raise NotImplementedError(f"parameter {name}{'.' if name else ''}{own[0]}: {why}")
+        if own:
+            found[m] = name or "model"
+    return found
+
+
+def trained(layer: nn.Module, params: Params) -> dict[str, Tensor]:
+    """Those of a layer's parameters that are among ``params``."""
+    asked = {id(p) for p in params.values()}
+    return {k: p for k, p in layer.named_parameters(recurse=False) if id(p) in asked}
+
+
+def taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer is given, by place or by name."""
+    given: Tensor = args[0] if args else kwargs["input"]
+    return given
+
+
+@contextmanager
+def hidden(params: Params) -> Iterator[None]:
+    """Autograd does not see that these ask for gradients."""
+    for p in params.values():
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in params.values():
+            p.requires_grad_(True)

@@ -1,0 +1,255 @@
+"""Clipped sums by formulas of layers, of all kinds and uses of them, against examples one at a time."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedtorch import Recipe, Server
+from fedtorch.client import Client
+from fedtorch.privacy import SampleLevel, layer_gradients
+from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.privacy.noise.streams import stream
+from fedtorch.privacy.one_client import private_gradients
+from fedtorch.training.losses import cross_entropy
+from fedtorch.training.step import Supervised
+from fedtorch.types import ConfigError
+
+
+class Called(nn.Module):
+    """A network by hand, so that what is called how often is as a test wants it."""
+
+    def __init__(self, forward, **layers: nn.Module) -> None:
+        super().__init__()
+        self.by = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        return self.by(self, x)
+
+
+def images(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(4))
+
+
+def twice() -> nn.Module:
+    again = nn.Linear(6, 6)
+    return nn.Sequential(again, nn.Tanh(), again, nn.ReLU(inplace=True), nn.Linear(6, 4))
+
+
+def tied() -> nn.Module:
+    net = Called(
+        lambda m, x: m.head(m.table(x).tanh()).mean(1),
+        table=nn.Embedding(9, 5),
+        head=nn.Linear(5, 9),
+    )
+    net.head.weight = net.table.weight
+    return net
+
+
+def partly() -> nn.Module:
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 4))
+    net[0].requires_grad_(False)
+    net[2].weight.requires_grad_(False)
+    net[4].bias.requires_grad_(False)
+    return net
+
+
+def adapters() -> nn.Module:
+    net = Called(
+        lambda m, x: m.out(m.norm(m.base(x) + m.up(m.down(x))).mean(1)),
+        base=nn.Linear(5, 7), down=nn.Linear(5, 2, bias=False), up=nn.Linear(2, 7, bias=False),
+        norm=nn.LayerNorm(7), out=nn.Linear(7, 4),
+    )  # fmt: skip
+    net.base.requires_grad_(False)
+    return net
+
+
+def placed(index) -> nn.Module:
+    return Called(
+        lambda m, x: m.out((m.words(x) + m.places(index(x))).tanh().mean(1)),
+        words=nn.Embedding(9, 5, padding_idx=0), places=nn.Embedding(8, 5), out=nn.Linear(5, 4),
+    )  # fmt: skip
+
+
+def windows(m, x):
+    parts = m.conv(x.unflatten(3, (2, 4)).permute(0, 3, 1, 2, 4).flatten(0, 1))
+    return m.out(m.norm(parts).flatten(1)).unflatten(0, (-1, 2)).mean(1)
+
+
+ROWS = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+PARTS = torch.randn(5, 3, 5, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(5, 2, 6, 8, generator=torch.Generator().manual_seed(2))
+WORDS = torch.randint(0, 9, (5, 5), generator=torch.Generator().manual_seed(3))
+INSTANCE, LINES = (partial(n, affine=True) for n in (nn.InstanceNorm2d, nn.InstanceNorm1d))
+NETS = {
+    "twice": (twice, ROWS),
+    "never": (lambda: Called(lambda m, x: m.a(x), a=nn.Linear(6, 4), b=nn.Linear(3, 2)), ROWS),
+    "tied": (tied, WORDS),
+    "partly": (partly, ROWS),
+    "adapters": (adapters, PARTS),
+    "by name": (lambda: Called(lambda m, x: m.a(input=x), a=nn.Linear(6, 4)), ROWS),
+    "places": (lambda: placed(lambda x: torch.arange(x.shape[1])), WORDS),
+    "place": (lambda: placed(lambda x: torch.arange(x.shape[1])[None]), WORDS),
+    "own places": (lambda: placed(lambda x: (x > 3).long().cumsum(1)), WORDS),
+    "one word": (lambda: Called(lambda m, x: m.a(x[:, 0]), a=nn.Embedding(9, 4)), WORDS),
+    "all words": (
+        lambda: Called(
+            lambda m, x: m.b(m.a(x.flatten()).view(*x.shape, 3)).sum(1),
+            a=nn.Embedding(9, 3), b=nn.Linear(3, 4),
+        ),
+        WORDS,
+    ),
+    "in place": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 2), nn.ELU(inplace=True),
+                              nn.Flatten(), nn.Linear(6, 4)),
+        PARTS,
+    ),
+    "windows": (
+        lambda: Called(windows, conv=nn.Conv2d(2, 4, 3), norm=INSTANCE(4), out=nn.Linear(32, 4)),
+        IMAGES,
+    ),
+    "strided": (
+        lambda: images(nn.Conv2d(2, 4, (3, 2), (2, 1), (1, 0), bias=False), nn.GroupNorm(2, 4)),
+        IMAGES,
+    ),
+    "dilated": (lambda: images(nn.Conv2d(2, 4, 2, padding="same", dilation=2, groups=2)), IMAGES),
+    "circular": (lambda: images(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), nn.Tanh()), IMAGES),
+    "lines": (lambda: images(nn.Flatten(2), nn.Conv1d(2, 4, 5, 3), LINES(4)), IMAGES),
+    "blocks": (lambda: images(nn.Unflatten(1, (1, 2)), nn.Conv3d(1, 3, 2), nn.Tanh()), IMAGES),
+}  # fmt: skip
+Y = torch.arange(5) % 4
+
+
+def built(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(7)
+    make, x = NETS[name]
+    net = make()
+    net(x)  # lazy layers
+    return net.to(dtype), x.to(dtype) if x.is_floating_point() else x
+
+
+def summed(net: nn.Module, x, y, mode: str, clip: float, most: int = 512) -> torch.Tensor:
+    steps = PrivateSteps(clip, 0.0, 1.0, [stream("aes", 0, "test")], mode, most)
+    with private_gradients(net, Supervised(cross_entropy), steps) as found:
+        found.backward((x[:2], y[:2]))  # what is known of one batch must fit the next
+        found.backward((x, y))
+        return torch.cat([p.grad.flatten() for p in net.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("clip", [0.1, 1e6])
+@pytest.mark.parametrize("name", NETS)
+def test_the_sum_is_that_of_examples_alone(name, clip):
+    net, x = built(name, torch.float64)
+    asked = [p.requires_grad for p in net.parameters()]
+    want = summed(net, x, Y, "alone", clip)
+    assert want.abs().max() > 1e-4
+    for many, most in ((5, 512), (5, 3), (1, 512), (0, 512)):
+        got, alone = (summed(net, x[:many], Y[:many], m, clip, most) for m in ("layers", "alone"))
+        torch.testing.assert_close(got, alone, atol=1e-12, rtol=1e-9)
+    single, x = built(name)
+    torch.testing.assert_close(
+        summed(single, x, Y, "layers", clip), want.float(), atol=1e-6, rtol=1e-4
+    )
+    assert [p.requires_grad for p in net.parameters()] == asked
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize("name", ["adapters", "dilated", "places", "tied"])
+def test_an_example_that_is_not_finite_counts_as_nothing(name):
+    net, x = built(name)
+    table = next((m for m in net.modules() if isinstance(m, nn.Embedding)), None)
+    bad = x.clone()
+    if table is None:
+        bad[2] = math.nan
+    else:
+        with torch.no_grad():
+            table.weight[8] = math.nan
+        bad, x = (torch.where(v == 8, 7, v) for v in (bad, x))
+        bad[2, 0] = 8
+    kept = torch.tensor([0, 1, 3, 4])
+    clean, dirty = (summed(net, v, y, "layers", 0.1) for v, y in ((x[kept], Y[kept]), (bad, Y)))
+    assert dirty.isfinite().all()
+    torch.testing.assert_close(dirty, clean, atol=1e-6, rtol=1e-5)
+
+
+def test_the_same_masks_drop_as_in_the_model_itself():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 30), nn.Dropout(0.5), nn.Linear(30, 4))
+    got = []
+    for mode in ("layers", "alone"):
+        torch.manual_seed(3)
+        got.append(summed(net, ROWS, Y, mode, 0.1))
+    torch.testing.assert_close(*got, atol=1e-6, rtol=1e-5)
+
+
+def changed(m, x):
+    h = torch.tanh(m.first(x))
+    y = m.a(h)
+    h += 1
+    return y
+
+
+def some(m, x):
+    return F.pad(m.a(x[1:]), (0, 0, 1, 0))
+
+
+class Own(nn.Linear):
+    """Not what its type says."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: nn.Sequential(nn.Linear(6, 4), nn.PReLU()), "parameter 1.weight: PReLU has no formula"),
+        (lambda: nn.Sequential(Own(6, 4)), "parameter 0.weight: Own has no formula"),
+        (lambda: Called(some, a=nn.Linear(6, 4)), r"layer a sees \[1, 6\] of 2 examples"),
+        (lambda: Called(changed, first=nn.Linear(6, 6), a=nn.Linear(6, 4)), "what layer a took is changed"),
+    ],
+    ids=["kind", "subclass", "axes", "changed"],
+)  # fmt: skip
+def test_what_it_cannot_see_is_named(make, why):
+    net = make()
+    with pytest.raises(NotImplementedError, match=why):
+        summed(net, ROWS, Y, "layers", 1.0)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def outside(m, x):
+    return m.a(x) + F.linear(x, m.a.weight)
+
+
+def test_a_weight_used_outside_its_layer_is_found_before_training():
+    who = [Client("c", (ROWS, Y))]
+
+    net = Called(outside, a=nn.Linear(6, 4))
+    recipe = Recipe(privacy=SampleLevel(rounds=1, batch_size=2, mode="layers"))
+    with pytest.raises(ConfigError, match=r"privacy.mode layers cannot train .* differ from those"):
+        Server(net, who, recipe)
+
+
+def test_the_way_that_is_taken_is_said():
+    who = [Client("c", (WORDS, Y))]
+    server = Server(built("places")[0], who, Recipe(privacy=SampleLevel(rounds=1, batch_size=2)))
+    assert "private gradients are taken by formulas of the model's layers" in map(str, server.notes)
+
+
+def test_a_short_form_of_a_linear_layer_writes_nothing_out():
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4))
+    calls = [
+        layer_gradients.Call(m, torch.randn(3, m.in_features), torch.randn(3, m.out_features), 3,
+                             dict(m.named_parameters()))
+        for m in (net[0], net[2])
+    ]  # fmt: skip
+    assert not any(isinstance(s, layer_gradients.Written) for s in layer_gradients.apart(calls))
+    again = layer_gradients.apart([*calls, calls[0]])
+    torch.testing.assert_close(
+        again[-1].grads[net[0].weight], 2 * calls[0].written().grads[net[0].weight]
+    )
