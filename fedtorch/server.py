@@ -39,7 +39,8 @@ from fedtorch.training.losses import Loss
 from fedtorch.training.module import load
 from fedtorch.training.outline import copied
 from fedtorch.training.predict import predict
-from fedtorch.types import ConfigError, Params, Task
+from fedtorch.training.told import right
+from fedtorch.types import TOLD, ConfigError, Params, Task
 
 if TYPE_CHECKING:
     from fedtorch.data.base import Data
@@ -94,14 +95,14 @@ class Server:
         params = self._weights.trained
         self.state = ServerState.first(strategy, params, seed)
         """What is remembered from round to round beside the weights."""
-        like = sends(strategy, params, self.extras)
+        like = sends(strategy, params, self.extras) | self.recipe.privacy.beside
         self.recipe = replace(self.recipe, strategy=strategy)
         self.recipe = secure.placed(self.recipe, participation.most(len(clients)), like)
         # who trains them, when, and at what price
         self.session = runs_on.open(self.model, clients, self.recipe)
         strategies.check(strategy, params, self.extras)
         self._coded = uploads(strategy, params, self.extras) if self.recipe.channel else {}
-        groups = {*like, *self.extras, *strategy.remember(params)} - {"delta"}
+        groups = {*like, *self.extras, *strategy.remember(params)} - {"delta", TOLD}
         combination.check(self.recipe, participation, pace, groups)
         asked = Asked.of(self.recipe, participation, handed.sizes(clients), params, self._coded)
         self.under_way = UnderWay(pace, asked)
@@ -166,6 +167,7 @@ class Server:
         figures = {
             "round": self.round_number,
             **moved.figures(task, step, came, self.recipe, self._weights.first),
+            **moved.told,
             **step.figures,
             **total.figures,
             "seconds_sample": sampled - start,
@@ -407,10 +409,11 @@ class Server:
         share = self.recipe.privacy.share() or reported / len(self.ids)
         draw = seeds.derive(self.seed, "strategy", "step", self.round_number)
         sent = released or means
+        told = self.books.told(sent, task, reported, right(self.recipe) is not None)
         delta, state = self.state.step(self.recipe.strategy, sent, share, weights, draw)
         new = added(weights, delta, {} if released else buffers)
         if new is None or not state.finite:
-            return Moved(means, buffers, failed=True)
+            return Moved(means, buffers, failed=True, told=told)
         load(self.model, new)
         self.state = replace(state, held=gathered.held)
-        return Moved(means, buffers, delta)
+        return Moved(means, buffers, delta, told=told)

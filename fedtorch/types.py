@@ -23,6 +23,9 @@ NUMBERS = "numbers"
 AUDIT = "audit"
 """The group of a client's memory that has canaries of an audit, which no strategy knows of."""
 
+TOLD = "told"
+"""The group in which a client sends what a plan's own figures are made of, clipped and noised."""
+
 BUFFERS = "buffers"
 """The group in which a rule sees the changes of float buffers, which are as open to a liar as weights."""
 
@@ -272,6 +275,8 @@ class Raw:
     """Names that stay with the client."""
     measured: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] | None = None
     """From the lengths of the changes: what each is multiplied by, and numbers that go along, [K] each."""
+    told: tuple[Tensor, ...] = ()
+    """Of every example of each client what the plan's own figures are made of, [n, 3]; or none are due."""
 
 
 @dataclass(frozen=True)

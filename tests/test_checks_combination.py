@@ -325,7 +325,18 @@ def untrained(model, batches, lr):
 
 
 PLAN = {"privacy": SampleLevel(**NOISE)}
+FIGURES = {"metrics_epsilon": 0.3, **NOISE}
 OVERRULED = [
+    (
+        {"privacy": SampleLevel(**FIGURES), "strategy": FedPer(personal=("2.*",))},
+        "leaves parts of it with them",
+    ),
+    (
+        {"privacy": ClientLevel(**FIGURES), "local": lambda *a: None},
+        "local tells none of an example",
+    ),
+    ({"privacy": SampleLevel(**FIGURES), "aggregator": Median()}, "takes what it trusts"),
+    ({"privacy": SampleLevel(**FIGURES), "pace": Buffered()}, "clients have several"),
     (
         {"aggregator": HE(), "strategy": FedAvg(weighting="examples")},
         "weighs all clients alike, as none tells",
@@ -423,7 +434,7 @@ def test_every_sentence_of_the_table_is_met_by_some_recipe():
     """And options that a plan or another option overrules are refused like parts."""
     for given, why in OVERRULED:
         options = dict(given)
-        order = {k: options.pop(k) for k in ("participation",) if k in options}
+        order = {k: options.pop(k) for k in ("participation", "pace") if k in options}
         with pytest.raises(ConfigError, match=why):
             Server(mlp(), make_clients([9, 7]), Recipe(**options), **order)
     shy = LocalDP(strict=True, **NOISE)

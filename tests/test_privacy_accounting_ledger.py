@@ -75,7 +75,7 @@ def test_asking_does_not_charge() -> None:
     ledger.charge(0, STEP, ["a"])
     before = ledger.spent(DELTA)
     for clients in (["a"], ["b"], None, []):
-        asked = ledger.would_spend(STEP, clients, DELTA)
+        asked = ledger.would_spend([STEP], clients, DELTA)
         twin = Ledger()
         twin.charge(0, STEP, ["a"])
         twin.charge(1, STEP, clients)
@@ -89,12 +89,12 @@ def test_a_budget_is_kept_to_the_last_round_that_fits(accountant: str) -> None:
     event = Event("gaussian", 1.0, 0.05, 20)
     budget = epsilon([Event("gaussian", 1.0, 0.05, 100)], DELTA, accountant)
     ledger, rounds = Ledger(), 0
-    while ledger.fits(event, ["a"], budget, DELTA, accountant):
+    while ledger.fits([event], ["a"], budget, DELTA, accountant):
         ledger.charge(rounds, event, ["a"])
         rounds += 1
     assert rounds == 5
     assert ledger.spent(DELTA, accountant) == budget
-    assert ledger.fits(event, ["b"], budget, DELTA, accountant)  # b has not spent anything
+    assert ledger.fits([event], ["b"], budget, DELTA, accountant)  # b has not spent anything
 
 
 def test_thousands_of_clients_are_priced_by_their_history() -> None:
@@ -391,7 +391,7 @@ def test_epsilon_never_falls_and_entries_never_change(
         if number == saved_after:
             state = ledger.state_dict()
         before = list(ledger.entries)
-        expected = ledger.would_spend(event, clients, DELTA)
+        expected = ledger.would_spend([event], clients, DELTA)
         ledger.charge(number, event, clients)
         assert ledger.entries[: len(before)] == before
         assert ledger.spent(DELTA) == expected

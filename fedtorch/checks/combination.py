@@ -256,6 +256,25 @@ REFUSED: tuple[Row, ...] = (
         "numbers that all of them send: use aggregator mean, or fedavg",
     ),
     (
+        lambda r, who, pace: r.privacy.metrics_epsilon and r.strategy.personal,
+        "privacy.metrics_epsilon tells how the model is that clients are sent, and strategy {strategy} "
+        "leaves parts of it with them: leave out one of them",
+    ),
+    (
+        lambda r, who, pace: r.privacy.metrics_epsilon and r.local,
+        "privacy.metrics_epsilon needs a loss, and local tells none of an example: leave out one of them",
+    ),
+    (
+        lambda r, who, pace: r.privacy.metrics_epsilon and not r.aggregator.linear,
+        "privacy.metrics_epsilon needs the sum of what clients tell, and aggregator {aggregator} takes "
+        "what it trusts: use aggregator mean or secure, or leave metrics_epsilon out",
+    ),
+    (
+        lambda r, who, pace: r.privacy.metrics_epsilon and pace.overlaps,
+        "privacy.metrics_epsilon tells of one model, and with pace {pace} clients have several: use pace "
+        "synchronous, or leave metrics_epsilon out",
+    ),
+    (
         lambda r, who, pace: r.strategy.sgd and r.client_optimizer.maker() is not SGD,
         "strategy {strategy} holds for clients that train with SGD, whose steps it knows the reach of: use "
         "--optimizer SGD (with momentum, if you like), or fedavg",

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from fedtorch.checks import data, keeps, reached, short
+from fedtorch.checks import data, keeps, reached, short, told
 from fedtorch.checks.model import aside, modes
 from fedtorch.checks.outputs import labels_fit
 from fedtorch.checks.probe import fits
@@ -52,6 +52,7 @@ class Local:
             with aside(model, local=recipe.local is not None):
                 found = fits(worker, tried, recipe)
             labels_fit(worker, clients, tried, recipe)
+            told.fits(worker, tried, recipe)
             short.batches(worker, tried, recipe)
             reached.others(model, worker, tried, recipe)
             with untouched(worker):

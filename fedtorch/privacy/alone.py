@@ -104,7 +104,7 @@ class Budget:
         with self._held():
             ledger = opened(self.path, self.plan.unit, self.site)
             if not self._has_room(ledger):
-                cost = ledger.would_spend(self.event, [self.site], *self._terms)
+                cost = ledger.would_spend([self.event], [self.site], *self._terms)
                 raise OverBudget(
                     f"round {round}: {self.site} would have spent epsilon {cost:.4f} in all, more than "
                     f"its {self.most:g}; so far it is {self._priced(ledger):.4f}, and no more leaves it"
@@ -135,9 +135,9 @@ class Budget:
         if self.plan.rounds and self.plan.planned(self.event.noise, self.plan.rounds) <= self.most:
             # the last planned round must not fail by a rounding of the accountant
             whole = self.plan.event(self.event.noise)
-            if ledger.within([whole] * self.plan.rounds, self.event, [self.site]):
+            if ledger.within([whole] * self.plan.rounds, [self.event], [self.site]):
                 return True
-        return ledger.fits(self.event, [self.site], self.most, *self._terms)
+        return ledger.fits([self.event], [self.site], self.most, *self._terms)
 
     @contextmanager
     def _held(self) -> Iterator[None]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fedtorch import seeds
-from fedtorch.options import COUNT, POSITIVE, RATE, TrainingOptions, briefly, check
+from fedtorch.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, TrainingOptions, briefly, check
+from fedtorch.privacy import told
 from fedtorch.privacy.accounting.events import (
     Event,
     Units,
@@ -29,7 +30,7 @@ from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import Stream, stream
 from fedtorch.privacy.release import FIGURES, finite_loss, let_go
 from fedtorch.training.batches import batch_order
-from fedtorch.types import ConfigError, Params, Raw, Released, Stack, Task
+from fedtorch.types import TOLD, ConfigError, Params, Raw, Released, Stack, Task
 
 if TYPE_CHECKING:
     from fedtorch.privacy.accounting.search import Trials
@@ -97,6 +98,10 @@ class Privacy(ABC):
     """Whether float buffers, statistics of the data that nobody noises, may leave a client."""
     weighting: ClassVar[Literal["examples", "uniform"]] = "uniform"
     """How clients are weighed where the strategy leaves it open."""
+    metrics_apart: ClassVar[bool] = False
+    """Whether figures are a release of their own; else they have a share of the clip, and all is one."""
+    metrics_count: ClassVar[bool] = False
+    """Whether how many are behind a figure is told by the figure alone."""
     default_lr: ClassVar[float] = 0.1
     """Client learning rate where none is given."""
 
@@ -119,6 +124,13 @@ class Privacy(ABC):
     search: int | None = None
     """Runs expected of a random search of which this one is released, and which epsilon pays for as a
     whole; --sweep.random sets it."""
+    metrics_epsilon: float | None = None
+    """How much of epsilon figures take, which the guarantee covers and strict tells: loss and accuracy of
+    the model as clients were sent it, on their training data, clipped and noised. None: there are none."""
+    metrics_every: int | None = None
+    """Rounds between two such figures: fewer are less noisy. None: 10, or the last round of a short run."""
+    metrics_loss: float = 5.0
+    """Largest loss of an example that they count; what is larger counts as this, what is below 0 as 0."""
     accountant: Literal["prv", "rdp"] = "prv"
     """prv (tight) or rdp."""
     budget: Literal["stop", "error"] = "stop"
@@ -144,9 +156,11 @@ class Privacy(ABC):
     def __post_init__(self) -> None:
         """Refuse what gives no guarantee, by name."""
         check_accountant(self.accountant)
-        numbers = ("clip", "epsilon", "noise_multiplier", "batch_size", "statistics_noise")
-        counts = ("rounds", "steps", "max_batch", "weight_cap", "person", "search")
+        numbers = ["clip", "epsilon", "noise_multiplier", "batch_size", "statistics_noise"]
+        numbers += ["metrics_loss"]
+        counts = ["rounds", "steps", "max_batch", "weight_cap", "person", "search", "metrics_every"]
         ranges = dict.fromkeys(numbers, POSITIVE) | dict.fromkeys(counts, COUNT)
+        ranges |= {"metrics_epsilon": NOT_NEGATIVE}
         check(self, "privacy", sample_rate=RATE, rate=RATE, **ranges)
         if self.epsilon is not None and self.noise_multiplier is not None:
             raise ConfigError("privacy takes epsilon or noise_multiplier, not both: leave one out")
@@ -157,6 +171,7 @@ class Privacy(ABC):
                 f"that vanishes in float32: their product must be at least {LEAST_NOISE:g}"
             )
         check_delta(self.delta)
+        told.check(self)
         if self.search is not None:
             if not self.searchable:
                 raise ConfigError(
@@ -194,12 +209,15 @@ class Privacy(ABC):
         return stream(self.rng, self.insecure_seed, *purpose)
 
     def calibrated(self, rounds: int) -> float:
-        """Noise multiplier with which ``rounds`` planned rounds cost the target; found once, cached."""
+        """Noise multiplier with which ``rounds`` planned rounds cost the target; found once, cached.
+
+        Where figures are a release of their own it is what is left of it that the rounds cost.
+        """
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         one = self.event(1.0)
         steps = one.steps * self.releases(rounds)
-        target = self.target or 0.0
+        target = (self.target or 0.0) - (self.metrics_epsilon or 0.0) * self.metrics_apart
         if self.trials:
             from fedtorch.privacy.accounting.search import search_noise
 
@@ -236,11 +254,22 @@ class Privacy(ABC):
         """What delta is more than ``delta`` because draws are not exactly those of the mechanism."""
         return 0.0
 
-    def planned(self, noise: float, rounds: int) -> float:
-        """Epsilon of ``rounds`` rounds for the unit that takes part most."""
+    def planned(self, noise: float, rounds: int, figures: float | None = None) -> float:
+        """Epsilon of ``rounds`` rounds for the unit that takes part most; ``figures``: noise of theirs."""
+        return self.price(self.whole(noise, rounds, figures or told.noise(self, rounds)))
+
+    def whole(self, noise: float, rounds: int, figures: float | None) -> tuple[Event, ...]:
+        """All that it is charged for in them."""
         one = self.event(noise)
-        whole = replace(one, steps=one.steps * self.releases(rounds))
-        return self.price([whole, *self.once])
+        apart = self.apart(figures) if figures else ()
+        beside = (replace(e, steps=told.times(self, rounds)) for e in apart)
+        return (replace(one, steps=one.steps * self.releases(rounds)), *beside, *self.once)
+
+    def apart(self, figures: float) -> tuple[Event, ...]:
+        """What figures of one round cost beside it: nothing where they are a part of what it releases."""
+        if not self.metrics_apart:
+            return ()
+        return (Event("gaussian", figures),)
 
     def price(self, events: Sequence[Event]) -> float:
         """Epsilon of a run with these releases; of the whole search, where it is the best of one."""
@@ -284,6 +313,37 @@ class Privacy(ABC):
         """The server's half: the noised sum [m] of what clients sent."""
         return np.asarray(np.stack(portions).sum(0, dtype=np.float64))
 
+    # figures inside the budget (told.py)
+
+    @property
+    def beside(self) -> dict[str, Params]:
+        """What a client sends for them beside the strategy's groups, in names and shapes."""
+        return {TOLD: {"sum": torch.zeros(told.NUMBERS).double()}} if self.metrics_epsilon else {}
+
+    def rest(self, share: float) -> float:
+        """What share of the clip they leave: of a vector and one at right angles to it."""
+        return math.sqrt(1 - share * share)
+
+    @property
+    def metrics_norm(self) -> float:
+        """Largest norm of what a unit adds to figures, as the plan measures it."""
+        return told.norm(self.metrics_count)
+
+    def tell(self, examples: Tensor, task: Task, id: str) -> Tensor:
+        """What a client sends, [3], of ``examples``, [n, 3]; ``client`` clips and noises it."""
+        mean = told.summed(examples, self.metrics_count, mean=True)
+        return torch.from_numpy(told.share(task) * task.privacy["clip"] / self.metrics_norm * mean)
+
+    def heard(
+        self, mean: Tensor, task: Task, clients: float, spread: float
+    ) -> tuple[Tensor, float]:
+        """The sum behind the mean of what clients sent, and the deviation of the noise on it.
+
+        ``clients``: whom the mean is over; ``spread``: deviation of the noise on what is clipped.
+        """
+        part = told.share(task) * task.privacy["clip"] / self.metrics_norm
+        return mean * (clients / part), spread / part
+
     # the round; what a plan does not do is the identity
 
     def batches(
@@ -316,23 +376,34 @@ class Privacy(ABC):
     def check_numbers(self, numbers: Mapping[str, float]) -> None:
         """Raises ConfigError where a task's public numbers cannot be meant."""
         check_clip("a task's clip", numbers["clip"])
+        figures = numbers.get("figures", math.inf)
+        least = 0.0 if self.metrics_apart else numbers["noise"]
+        if not (self.metrics_epsilon and figures > least) and "figures" in numbers:
+            raise ConfigError(f"a task's noise multiplier of figures cannot be {figures:g}")
 
-    def hold(self, told: Mapping[str, float]) -> None:
-        """Raises ConfigError where the public numbers of a task are not those of this plan.
+    def hold(self, numbers: Mapping[str, float], round: int = 0) -> None:
+        """Raises ConfigError where the public numbers of a round's task are not those of this plan.
 
         A client that joined a plan is charged for that plan: another clip or other noise is another run.
         """
-        if sorted(told) != ["clip", "noise"]:
+        wanted = ["clip", *(["figures"] if told.due(self, round) else []), "noise"]
+        if sorted(numbers) != wanted:
             raise ConfigError(
-                f"a task's privacy must name clip and noise, not {', '.join(sorted(told)) or 'nothing'}"
+                f"a task's privacy must name {', '.join(wanted[:-1])} and noise, not "
+                f"{', '.join(sorted(numbers)) or 'nothing'}"
             )
-        self.hold_clip(told["clip"])
+        self.hold_clip(numbers["clip"])
         if self.rounds is None:
             raise ConfigError("a plan without rounds does not say how much noise there is")
-        if not math.isclose(told["noise"], noise := self.calibrated(self.rounds), rel_tol=1e-6):
-            raise ConfigError(
-                f"a task's noise multiplier is {told['noise']:g}, the plan's {noise:g}"
-            )
+        own = {"noise": self.calibrated(self.rounds)}
+        if "figures" in numbers:
+            own["figures"] = told.noise(self, self.rounds) or 0.0
+        for name, noise in own.items():
+            if not math.isclose(numbers[name], noise, rel_tol=1e-6):
+                whose = " of figures" if name == "figures" else ""
+                raise ConfigError(
+                    f"a task's noise multiplier{whose} is {numbers[name]:g}, the plan's {noise:g}"
+                )
 
     def hold_clip(self, clip: float) -> None:
         """Raises ConfigError where a round's clipping norm is not the plan's."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch.privacy import told
 from fedtorch.privacy.accounting.events import Event, Units
 from fedtorch.privacy.adaptive import AdaptiveClip
 from fedtorch.privacy.bands import Bands
@@ -39,6 +40,7 @@ class ClientLevel(Privacy):
     searchable: ClassVar[bool] = True
     per_client: ClassVar[bool] = False
     central: ClassVar[bool] = True
+    metrics_count: ClassVar[bool] = True
 
     rate: float = 1.0
     """Chance of each client to be in a round; 1: everyone, without amplification."""
@@ -54,6 +56,12 @@ class ClientLevel(Privacy):
         super().__post_init__()
         if self.adaptive:
             check_clip("privacy.adaptive.start", self.adaptive.start)
+        if (self.adaptive or self.bands) and self.metrics_epsilon:
+            raise ConfigError(
+                f"privacy.{'adaptive' if self.adaptive else 'bands'} and privacy.metrics_epsilon do not go "
+                "together: figures have a share of the clipping norm, and need one norm and independent "
+                "noise; leave one of them out"
+            )
         if self.adaptive and self.bands:
             raise ConfigError(
                 "privacy.adaptive and privacy.bands do not go together: correlated noise needs one "
@@ -114,12 +122,11 @@ class ClientLevel(Privacy):
         self, sent: dict[str, Stack], examples: Tensor, task: Task, ids: Sequence[str]
     ) -> dict[str, Stack]:
         """Clip all groups together; the weight, at most 1, comes after the clip."""
-        norms = joint_norms(sent)
         scale = (examples / self.weight_cap).clamp(max=1) if self.weight_cap else None
-        out = clipped(sent, norms, task.privacy["clip"], scale)
+        out = told.fitted(self, sent, task, scale=scale)
         if self.adaptive:
             # centred: adding or removing a client moves the sum of bits by 1/2, not by 1
-            below = norms <= task.privacy["clip"]
+            below = joint_norms(sent) <= task.privacy["clip"]
             out[CLIP_BIT] = {"bit": torch.where(below, 0.5, -0.5).double()[:, None]}
         return out
 
@@ -130,7 +137,7 @@ class ClientLevel(Privacy):
 
     def scale(self, norms: Tensor, examples: Tensor, task: Task) -> Tensor:
         """The factor of the clip and the weight."""
-        clip = task.privacy["clip"]
+        clip = told.room(self, task)
         factor = torch.where(norms.isfinite(), clip / norms.clamp(min=clip), 0)
         weight = (examples / self.weight_cap).clamp(max=1) if self.weight_cap else 1.0
         return factor * weight
@@ -140,7 +147,7 @@ class ClientLevel(Privacy):
         if not groups:
             return update
         sent = {g: update.sent[g] for g in groups}
-        short = clipped(sent, joint_norms(sent), task.privacy["clip"])
+        short = clipped(sent, joint_norms(sent), told.room(self, task))
         return update.mapped(lambda g, _: short[g], groups)
 
     def server(
@@ -179,6 +186,11 @@ class ClientLevel(Privacy):
             clip = self.adaptive.next(state["clip"], total, denominator, draw)
             new["clip"] = min(max(clip, CLIPS[0]), CLIPS[1])
         return mean, new
+
+    def tell(self, examples: Tensor, task: Task, id: str) -> Tensor:
+        """The mean of a client's examples, weighed as its update is."""
+        weight = min(len(examples) / self.weight_cap, 1.0) if self.weight_cap else 1.0
+        return super().tell(examples, task, id) * weight
 
     def portion(self, vectors: np.ndarray, id: str, norm: float) -> np.ndarray:
         """Every client sends the mean of its examples' vectors."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fedtorch.options import COUNT, NOT_NEGATIVE, POSITIVE, check
+from fedtorch.privacy import told
 from fedtorch.privacy.accounting.events import MAX_NOISE, Event, epsilon
 from fedtorch.privacy.base import Privacy, State
-from fedtorch.privacy.clipping import clipped, joint_norms
 from fedtorch.privacy.noise.rounding import reach, rounded
 from fedtorch.privacy.noise.skellam import Cumulative, farthest, table
 from fedtorch.types import ConfigError, Stack, Task
@@ -218,7 +218,7 @@ class DistributedDP(Privacy):
                 f"noise multiplier {noise:g} is not what this plan of distributed privacy is made for"
             )
         share = self.table(noise)
-        sent = clipped(sent, joint_norms(sent), task.privacy["clip"])
+        sent = told.fitted(self, sent, task)
         flat = [v.reshape(len(ids), -1) for s in sent.values() for v in s.values()]
         rows = torch.cat(flat, 1).cpu().numpy()
         if rows.shape[1] > (self.coordinates or 0):

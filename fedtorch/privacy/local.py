@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch.privacy import told
 from fedtorch.privacy.accounting.events import Event, Units
 from fedtorch.privacy.base import Privacy, State
 from fedtorch.privacy.clipping import clipped, joint_norms
 from fedtorch.privacy.noise.streams import Stream, noised
-from fedtorch.types import Stack, Task
+from fedtorch.types import TOLD, Stack, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +62,28 @@ class LocalDP(Privacy):
         scale = 2 * self.clip * noise
         return math.sqrt(2) * scale if self.mechanism == "laplace" else scale
 
+    @property
+    def metrics_norm(self) -> float:
+        """In the norm of the mechanism: loss and accuracy are within 1/2 each."""
+        return 1.0 if self.mechanism == "laplace" else super().metrics_norm
+
+    def rest(self, share: float) -> float:
+        """L1 norms add up."""
+        return 1 - share if self.mechanism == "laplace" else super().rest(share)
+
+    def heard(
+        self, mean: Tensor, task: Task, clients: float, spread: float
+    ) -> tuple[Tensor, float]:
+        """Each client has noised its own."""
+        return super().heard(mean, task, clients, spread * math.sqrt(clients))
+
     def client(
         self, sent: dict[str, Stack], examples: Tensor, task: Task, ids: Sequence[str]
     ) -> dict[str, Stack]:
         """Clip, then noise every coordinate of every group from the client's own stream."""
+        order = 1 if self.mechanism == "laplace" else 2
+        if TOLD in sent:  # within the clip together, each by its share
+            sent = told.fitted(self, sent, task, order)
         streams = [self.stream("local noise", *task.draw, i) for i in ids]
         return self.noised(sent, task.privacy["clip"], task.privacy["noise"], streams)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.tree import expand, moving, per_client, sq_norms, tmap
-from fedtorch.types import NUMBERS, Raw, Released, Stack, Task
+from fedtorch.types import NUMBERS, Params, Raw, Released, Stack, Task
 
 FIGURES = frozenset(("train_loss", "examples", "visited", "steps", "update_norm"))
 """Figures of a visit that a client may tell at most, each by its name."""
@@ -39,6 +39,13 @@ class Guard(Protocol):
 
     def disclosed(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
         """Figures that clients may report under the plan, of ``figures``, [K] each."""
+
+    @property
+    def beside(self) -> dict[str, Params]:
+        """What a client sends for the plan's own figures, in names and shapes."""
+
+    def tell(self, examples: Tensor, task: Task, id: str) -> Tensor:
+        """What one client sends for them."""
 
 
 def let_go(plan: Guard, raw: Raw, task: Task) -> tuple[Released, Tensor]:
@@ -75,7 +82,7 @@ def _each(plan: Guard, raw: Raw, task: Task) -> Found:
     if raw.settled is not None and not plan.claims:
         good = good & raw.settled
     if plan.claims:
-        groups = plan.client(groups, raw.examples, task, raw.ids)
+        groups = plan.client(groups | _told(plan, raw, task), raw.examples, task, raw.ids)
         norms["delta"] = sq_norms(groups["delta"])
     if raw.measured:  # which a plan that claims anything refuses
         scale, numbers = raw.measured(norms["delta"].sqrt().cpu())
@@ -103,8 +110,19 @@ def _mean(plan: Guard, raw: Raw, task: Task) -> Found:
     sent = {"delta": expand(raw.results.weighted_sum(share * part * scale))}
     if numbers:
         sent[NUMBERS] = {n: (share @ v)[None] for n, v in numbers.items()}
+    for group, stack in _told(plan, raw, task).items():
+        sent[group] = {n: (share @ v)[None] for n, v in stack.items()}
     buffers = raw.results.mean_buffers(share) if plan.statistics else {}
     return sent, buffers, norms * part, good
+
+
+def _told(plan: Guard, raw: Raw, task: Task) -> dict[str, Stack]:
+    """What the plan's own figures are sent as, [K, ...] each; zeros where none are due."""
+    clients, names = len(raw.ids), plan.beside
+    if not raw.told:
+        return {g: {n: v.expand(clients, *v.shape) for n, v in p.items()} for g, p in names.items()}
+    rows = [plan.tell(e, task, i) for e, i in zip(raw.told, raw.ids, strict=True)]
+    return {g: dict.fromkeys(p, torch.stack(rows)) for g, p in names.items()}
 
 
 def finite_loss(figures: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,14 +1,15 @@
 """Privacy of one run at the server: the calibrated plan, its state, and the ledger it is charged to."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
+from fedtorch.privacy import told
 from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.base import Privacy
 from fedtorch.privacy.nothing import DISAGREE, OpenRun
-from fedtorch.types import ConfigError, Params
+from fedtorch.types import TOLD, ConfigError, Params, Task
 
 BEFORE = -1
 """Round that the ledger names for what is released before round 0."""
@@ -23,6 +24,10 @@ PUBLIC = frozenset(
         "privacy_noise_multiplier",
         "privacy_noise_std",
         "privacy_clip_norm",
+        "noised_loss",
+        "noised_accuracy",
+        "noised_count",
+        "noised_error",
     )
 )
 """Figures that no client's data reaches but through what the guarantee covers, each by its name."""
@@ -75,6 +80,8 @@ class PrivateRun:
         self.ids = list(ids)
         self.rounds = plan.rounds
         self.noise = plan.calibrated(plan.rounds)
+        self.metrics_noise = told.noise(plan, plan.rounds)
+        """Noise multiplier of figures inside the budget; None where there are none."""
         self.size = sum(v.numel() for p in groups.values() for v in p.values())
         self.state = plan.start(groups)
         self.keep(Ledger(unit=plan.unit))
@@ -111,16 +118,22 @@ class PrivateRun:
         if plan.target is None:  # no budget was given: what was promised is the planned rounds
             return round < self.rounds
         charged = self.charged(cohort, round)
-        event = plan.event(self.noise)
-        if self._planned() <= plan.target and self.ledger.within(self._whole(), event, charged):
+        events = self._events(round)
+        if self._planned() <= plan.target and self.ledger.within(self._whole(), events, charged):
             return True  # a part of the plan costs no more than the plan, whatever its own bound is
         if plan.search:
             return False
-        return self.ledger.fits(event, charged, plan.target, plan.delta, plan.accountant)
+        return self.ledger.fits(events, charged, plan.target, plan.delta, plan.accountant)
 
     def charge(self, cohort: Sequence[int], round: int) -> None:
-        """Enter this round into the ledger; when this returns the entry is on disk."""
-        self.ledger.charge(round, self.plan.event(self.noise), self.charged(cohort, round))
+        """Enter this round into the ledger; when this returns all of it is on disk."""
+        for event in self._events(round):
+            self.ledger.charge(round, event, self.charged(cohort, round))
+
+    def _events(self, round: int) -> list[Event]:
+        """What a round releases: its noised work, and figures where those are a release of their own."""
+        figures = self.metrics_noise if told.due(self.plan, round) else None
+        return [self.plan.event(self.noise), *(self.plan.apart(figures) if figures else ())]
 
     def charged(self, cohort: Sequence[int], round: int) -> list[str] | None:
         """Whom a round is charged to: client ids, or None for the run as a whole."""
@@ -130,7 +143,10 @@ class PrivateRun:
     def numbers(self, round: int) -> dict[str, float]:
         """What the clients are told."""
         self.state["round"] = round
-        return self.plan.numbers(self.noise, self.state)
+        numbers = self.plan.numbers(self.noise, self.state)
+        if self.metrics_noise and told.due(self.plan, round):
+            numbers = numbers | {"figures": self.metrics_noise}
+        return numbers
 
     def release(self, sums: Callable[[], dict[str, Params]]) -> dict[str, Params] | None:
         """Noised mean of what the clients sent, or None where an ordinary mean is private already."""
@@ -141,6 +157,32 @@ class PrivateRun:
             return None
         mean, self.state = released
         return mean
+
+    def told(
+        self, means: dict[str, Params], task: Task, reported: int, scored: bool
+    ) -> dict[str, float]:
+        """Figures inside the budget, taken out of the ``means`` of what so many clients sent.
+
+        ``scored``: whether there is an accuracy beside the loss.
+        """
+        mean, plan = means.pop(TOLD, {}).get("sum"), self.plan
+        if mean is None or "figures" not in task.privacy:
+            return {}
+        clients = (plan.share() or 0.0) * len(self.ids) if plan.central else float(reported)
+        spread = plan.spread(self.noise, self.state, len(self.ids))
+        total, std = plan.heard(mean.double().cpu(), task, clients, spread)
+        kept = ["noised_loss", *(["noised_accuracy", "noised_error"] if scored else [])]
+        if not plan.metrics_count:
+            found = told.read(total.tolist(), std, plan.metrics_loss, clients, 0.0)
+            return {k: v for k, v in found.items() if k in kept}
+        count, off = 2 * float(total[0]), 2 * std
+        if plan.per_client and reported == len(self.ids):
+            # all are there, with the examples that they had before: so far their mean is the best guess
+            seen, times = self.state.get("counted", (0.0, 0))
+            self.state["counted"] = seen, times = seen + count, times + 1
+            count, off = seen / times, off / math.sqrt(times)
+        found = told.read(total.tolist(), std, plan.metrics_loss, count, off)
+        return {k: v for k, v in found.items() if k in kept} | {"noised_count": max(count, 0.0)}
 
     def mark(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Figures by name, what the guarantee does not cover marked so (left out when strict)."""
@@ -166,13 +208,11 @@ class PrivateRun:
 
     def _planned(self) -> float:
         """Epsilon of all rounds of the plan."""
-        return self.plan.planned(self.noise, self.rounds)
+        return self.plan.planned(self.noise, self.rounds, self.metrics_noise)
 
     def _whole(self) -> tuple[Event, ...]:
         """All that one unit is charged for in them."""
-        one = self.plan.event(self.noise)
-        rounds = replace(one, steps=one.steps * self.plan.releases(self.rounds))
-        return (rounds, *self.plan.once)
+        return self.plan.whole(self.noise, self.rounds, self.metrics_noise)
 
     @property
     def delta(self) -> float:
@@ -189,6 +229,7 @@ class PrivateRun:
             "rounds": self.rounds,
             "state": {k: v for k, v in self.state.items() if k != "zeros"},
             "ledger": self.ledger.state_dict(),
+            **({"metrics_noise": self.metrics_noise} if self.metrics_noise else {}),
         }
 
     def load_state_dict(self, saved: dict[str, Any] | None, ledger: Ledger | None = None) -> None:
@@ -210,7 +251,13 @@ class PrivateRun:
                 "the run's ledger and privacy.statistics_noise do not agree on what was released before "
                 "round 0: go on with the plan that the run began with"
             )
+        if (saved.get("metrics_noise") is None) != (self.metrics_noise is None):
+            raise ConfigError(
+                "the run and privacy.metrics_epsilon do not agree on whether figures are told inside the "
+                "budget: go on with the plan that the run began with"
+            )
         self.noise, self.rounds = saved["noise"], saved["rounds"]
+        self.metrics_noise = saved.get("metrics_noise")
         if self.plan.target is None:  # no budget ends such a run: what is promised is all of it
             self.rounds = max(self.rounds, self.plan.rounds or 0)
         self.state |= saved["state"]

@@ -4,6 +4,7 @@ Abadi et al. 2016 (arXiv:1607.00133, Alg. 1): Poisson batches, per-example clipp
 sum, division by a fixed public number.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fedtorch import seeds
 from fedtorch.options import TrainingOptions
+from fedtorch.privacy import told
 from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.base import Privacy
 from fedtorch.privacy.clipping import bounded
@@ -40,6 +42,8 @@ class SampleLevel(Privacy):
     unit: ClassVar[Literal["example", "client", "nobody"]] = "example"
     searchable: ClassVar[bool] = True
     per_client: ClassVar[bool] = True
+    metrics_apart: ClassVar[bool] = True
+    metrics_count: ClassVar[bool] = True
     default_lr: ClassVar[float] = 1.0  # a step of clipped gradients is short
 
     sample_rate: float = 0.2
@@ -113,6 +117,25 @@ class SampleLevel(Privacy):
         own = torch.from_numpy(bounded(vectors, norm).sum(0))
         std = norm * (self.statistics_noise or 0.0)
         return noised(own, std * self.stream("statistics", id).normal(tuple(own.shape))).numpy()
+
+    def tell(self, examples: Tensor, task: Task, id: str) -> Tensor:
+        """The noised sum of all that a client has, over its expected number of examples in public."""
+        own = torch.from_numpy(told.summed(examples, counts=True, mean=False))
+        std = task.privacy["figures"] * self.metrics_norm
+        noise = self.stream("figures", *task.draw, id).normal(tuple(own.shape))
+        return noised(own, std * noise) / self._expected
+
+    def heard(
+        self, mean: Tensor, task: Task, clients: float, spread: float
+    ) -> tuple[Tensor, float]:
+        """Each client has noised its own sum."""
+        std = task.privacy["figures"] * self.metrics_norm
+        return mean * (clients * self._expected), std * math.sqrt(clients)
+
+    @property
+    def _expected(self) -> float:
+        """Examples of a client as options say: sums stay within what masks have room for."""
+        return self.batch_size / self.sample_rate
 
     def check(self, population: int, noise: float) -> list[str]:
         """The plan draws the batches."""

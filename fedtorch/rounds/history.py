@@ -99,11 +99,13 @@ class History(list[dict[str, Any]]):
         found = {
             "loss": [
                 *("train_loss", "nonprivate_train_loss", "test_loss"),
-                *("validation_loss", "nonprivate_validation_loss"),
+                *("validation_loss", "nonprivate_validation_loss", "noised_loss"),
             ],
             **{t[5:]: [t, own[t], f"nonprivate_{own[t]}"] for t in tests if t != "test_loss"},
             "epsilon": [f"privacy_epsilon{k}" for k in ("", "_at_least", "_planned")],
         }
+        if "noised_accuracy" in there:
+            found["accuracy"] = [*found.get("accuracy", []), "noised_accuracy"]
         kept = {t: [n for n in names if n in there] for t, names in found.items()}
         return {t: names for t, names in kept.items() if names}
 

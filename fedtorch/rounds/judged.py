@@ -5,15 +5,13 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from fedtorch.client import Client
 from fedtorch.options import COUNT, fit, typed, within
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics
 from fedtorch.rounds.observers import Observer, over
 from fedtorch.training.evaluate import Judge, evaluate, evaluate_clients
-from fedtorch.training.losses import DEFAULTS, LOSSES, METRICS, Loss, accuracy
+from fedtorch.training.losses import Loss, accuracy, usual_metrics
 from fedtorch.training.metrics import by_name
 from fedtorch.types import ConfigError
 
@@ -35,16 +33,9 @@ def judging(
     if step is not None:
         return metrics or ()
     if metrics is None:
-        return {"loss": recipe.judge} | (_beside(recipe.judge) if usual else {})
+        return {"loss": recipe.judge} | (usual_metrics(recipe.judge) if usual else {})
     known = usual and recipe.step is None and recipe.local is None
     return ({"loss": recipe.loss} if known else {}) | by_name(metrics)
-
-
-def _beside(loss: Loss) -> dict[str, Loss]:
-    """What is usual beside a loss, where that is not to be asked for."""
-    of = {nn.CrossEntropyLoss: "cross_entropy", nn.BCEWithLogitsLoss: "bce", nn.MSELoss: "mse"}
-    name = next((n for n, f in LOSSES.items() if f is loss), of.get(type(loss)))
-    return {m: METRICS[m] for n, m in DEFAULTS.values() if n == name}
 
 
 class Judged(Observer):

@@ -23,6 +23,8 @@ class Moved:
     """The step was not finite, and the round before stands."""
     nobody: bool = False
     """No client counted, and nothing was released."""
+    told: dict[str, float] = field(default_factory=dict)
+    """Figures of the clients' data that the privacy plan pays for."""
 
     @cached_property
     def norm(self) -> float:

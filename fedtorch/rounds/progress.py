@@ -63,6 +63,8 @@ def parts(figures: Mapping[str, Any]) -> list[str]:
         **{k.replace("_", " "): k for k in first},
         "epsilon": "privacy_epsilon",
         **{k.replace("_", " "): k for k in tests if k not in first},
+        "noised accuracy": "noised_accuracy",
+        "noised loss": "noised_loss",
         "train loss": "train_loss",
         "(not private) train loss": "nonprivate_train_loss",
     }

@@ -7,11 +7,10 @@ among runs is made from all. The charges of one unit (an example, a client) over
 import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedtorch.privacy import Privacy
+from fedtorch.privacy import Privacy, told
 from fedtorch.privacy.accounting.events import Event, Kind, epsilon
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.run.files import LEDGER
@@ -91,12 +90,11 @@ def together(ledgers: Sequence[Ledger], same: bool, delta: float, accountant: st
 
 
 def _promised(plans: Sequence[Privacy]) -> str:
-    events, alone = [], 0.0
+    events, alone = list[Event](), 0.0
     for plan in plans:
         rounds = plan.rounds or 0
         noise = plan.calibrated(rounds)
-        one = plan.event(noise)
-        events += [replace(one, steps=one.steps * plan.releases(rounds)), *plan.once]
+        events += plan.whole(noise, rounds, told.noise(plan, rounds))
         alone = max(alone, plan.planned(noise, rounds))
     delta = max(p.delta for p in plans)
     accountant = "prv" if all(p.accountant == "prv" for p in plans) else "rdp"

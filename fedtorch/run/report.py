@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from fedtorch.privacy import Privacy, persons
+from fedtorch.privacy import Privacy, persons, told
 from fedtorch.privacy.accounting import claims
 from fedtorch.privacy.noise.normals import way
 from fedtorch.privacy.run import BEFORE, PrivateRun
@@ -32,6 +32,7 @@ def promise(run: PrivateRun) -> list[str]:
     return [
         f"privacy of {words['unit']}: {words['mechanism']}",
         *([f"before round 0: {before}; a part of the budget"] if before else []),
+        *([f"figures inside the budget: {figures_of(run)}"] if plan.metrics_epsilon else []),
         f"trusted: {trusted(plan)}; neighbouring: {words['neighbouring']}",
         f"noise multiplier {run.noise:.4g}, planned epsilon {epsilon:.3f} at delta {run.delta:g} over "
         f"{amount(run.rounds, 'round')} ({'rdp' if plan.search else plan.accountant} accountant)",
@@ -85,6 +86,19 @@ def statistics_of(run: PrivateRun) -> str:
         return ""
     who = "each client" if run.plan.per_client else "the server"
     return f"centers and widths of columns, once, noise multiplier {noise:g} by {who}"
+
+
+def figures_of(run: PrivateRun) -> str:
+    """What is told inside the budget round by round, in words; empty: nothing."""
+    plan = run.plan
+    if not plan.metrics_epsilon:
+        return ""
+    every = plan.metrics_every or min(run.rounds, told.USUAL)
+    return (
+        f"loss (held to {plan.metrics_loss:g} for each example) and accuracy of the model as clients were "
+        f"sent it, on their training data, every {amount(every, 'round')}; {plan.metrics_epsilon:g} of "
+        f"epsilon, noise multiplier {run.metrics_noise:.3g}"
+    )
 
 
 def _odds(epsilon: float) -> str:
@@ -176,6 +190,7 @@ def statement(run: PrivateRun, clients: Sequence[Any] = ()) -> dict[str, Any]:
         "rounds_planned": run.rounds,
         "rounds_charged": sum(e.round != BEFORE for e in run.ledger.entries),
         "released_before_round_0": statistics_of(run) or None,
+        "figures_inside_the_budget": figures_of(run) or None,
         "accountant": "rdp" if plan.search else plan.accountant,
         "versions": {p: installed(p) for p in ("fedtorch", "torch", "opacus", "numpy", "scipy")},
         "randomness": randomness(run),

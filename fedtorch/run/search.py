@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtorch import disk
+from fedtorch.privacy import told
 from fedtorch.run import files, prices
 from fedtorch.run import folder as folders
 from fedtorch.run.results import higher_is_better
@@ -164,7 +165,7 @@ def _same(configs: Sequence[Any]) -> None:
     for c in configs:
         plan, over = c.plan, prices.source(type(c.dataset).__name__, getattr(c.dataset, "path", ""))
         noise = plan.calibrated(plan.rounds)
-        price = plan.event(noise), plan.releases(plan.rounds), plan.once, plan.delta
+        price = plan.whole(noise, plan.rounds, told.noise(plan, plan.rounds)), plan.delta
         known.add((over, type(plan), *price))
     if len(known) > 1:
         raise ConfigError(

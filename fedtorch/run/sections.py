@@ -58,6 +58,7 @@ def _lines(names: Sequence[str], run: Saved, other: Saved | None) -> list[Curve]
 def _label(name: str) -> str:
     words = {"privacy_epsilon": "spent, at most", "privacy_epsilon_planned": "planned"}
     words["privacy_epsilon_at_least"] = "at least, by the audit"
+    words |= {f"noised_{k}": f"clients' {k}, noised, in the budget" for k in ("accuracy", "loss")}
     bare = name.removeprefix("nonprivate_")
     mark = " (not private)" if bare != name else ""
     return words.get(name, bare.replace("_", " ").replace("validation", "clients' own")) + mark
@@ -248,7 +249,8 @@ TOLD = (
     "mechanism", "trusted", "neighbouring", "noise_multiplier", "epsilon_planned", "epsilon_replace_one",
     "gaussian_mu", "true_positives_at_1_percent_false_ones_at_most", "membership_advantage_at_most",
     "rounds_planned",
-    "rounds_charged", "released_before_round_0", "accountant", "randomness", "outside_the_guarantee",
+    "rounds_charged", "released_before_round_0", "figures_inside_the_budget", "accountant", "randomness",
+    "outside_the_guarantee",
 )  # fmt: skip
 """Of ``privacy.json``."""
 

@@ -5,6 +5,7 @@ budget has no room. A visit that is done again, because the server lost it, is c
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,22 +73,32 @@ class Budget:
             return recipe
         return replace(recipe, privacy=replace(recipe.privacy, strict=True))
 
-    def charge(self, privacy: Privacy | None, round: int, noise: float) -> None:
-        """Enter a visit before any of its work is done; raises OverBudget, with nothing entered."""
+    def charge(
+        self, privacy: Privacy | None, round: int, noise: float, figures: float | None = None
+    ) -> None:
+        """Enter a visit before any of its work is done; raises OverBudget, with nothing entered.
+
+        ``figures``: noise multiplier of those that it is to tell inside the budget.
+        """
         if privacy is None:
             return
         if not 0 < noise < math.inf:
             raise OverBudget(
                 f"it was asked to train with noise multiplier {noise:g}, which hides nothing"
             )
-        self._enter(privacy, round, privacy.event(noise))
+        if figures is not None and not 0 < figures < math.inf:
+            raise OverBudget(
+                f"it was asked for figures with noise multiplier {figures:g}, which hides nothing"
+            )
+        apart = () if figures is None else privacy.apart(figures)
+        self._enter(privacy, round, [privacy.event(noise), *apart])
 
     def charge_once(self, privacy: Privacy) -> None:
         """The same for what a plan releases once, before the first round."""
         for event in privacy.once:
-            self._enter(privacy, BEFORE, event)
+            self._enter(privacy, BEFORE, [event])
 
-    def _enter(self, privacy: Privacy, round: int, event: Event) -> None:
+    def _enter(self, privacy: Privacy, round: int, events: Sequence[Event]) -> None:
         name = book(privacy)
         ledger = self.ledgers[name] = self.ledgers.get(name) or self._open(name)
         if self.most is not None:
@@ -96,13 +107,14 @@ class Budget:
                 for b in ("example", "client")
                 if b in self.ledgers and b != name and name != "presence"
             )
-            if not ledger.fits(event, [self.site], self.most - others, self.delta):
-                cost = others + ledger.would_spend(event, [self.site], self.delta)
+            if not ledger.fits(events, [self.site], self.most - others, self.delta):
+                cost = others + ledger.would_spend(events, [self.site], self.delta)
                 raise OverBudget(
                     f"this site's data would have cost epsilon {cost:.4f} in all, more than its "
                     f"max_epsilon {self.most:g}; so far it is {self.spent():.4f}"
                 )
-        ledger.charge(round, event, [self.site])
+        for event in events:
+            ledger.charge(round, event, [self.site])
         note(self._path(name), ledger, self.site)
 
     def spent(self, accountant: str = "prv") -> float:

@@ -94,7 +94,7 @@ class Joined:
             raise MessageError(f"the learning rate is {task.lr:g}")
         if self.plan.privacy:
             try:
-                self.plan.privacy.hold(task.privacy)
+                self.plan.privacy.hold(task.privacy, task.round)
             except ConfigError as e:
                 raise MessageError(f"round {task.round + 1}: {e}") from e
         return task

@@ -141,7 +141,7 @@ def expected(recipe: Recipe, params: Params, model: nn.Module) -> Expected:
     """Names, shapes and dtypes of an honest update: an upload of a visit that changed nothing."""
     like = uploads(recipe.strategy, params, recipe.strategy.init(params))
     whole = sends(recipe.strategy, params, recipe.strategy.init(params))
-    sent = {g: to_float64(expand(p)) for g, p in whole.items()}
+    sent = {g: to_float64(expand(p)) for g, p in (whole | recipe.privacy.beside).items()}
     if (
         recipe.privacy.claims and not recipe.privacy.masked
     ):  # adaptive clipping sends one number more

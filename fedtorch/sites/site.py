@@ -353,7 +353,8 @@ class Site:
             if isinstance(self.party, Sealing) and self.party.declined:
                 log.error("round %d: this site declines: %s", task.round + 1, self.party.declined)
                 return Outcome(NOBODY, [Failure(self.client.id, "declined", "")], {})
-            self.budget.charge(plan.privacy, task.round, task.privacy.get("noise", 0.0))
+            noise, figures = task.privacy.get("noise", 0.0), task.privacy.get("figures")
+            self.budget.charge(plan.privacy, task.round, noise, figures)
         except OverBudget as e:
             log.warning("round %d: not done, %s", task.round + 1, e)
             return Outcome(NOBODY, [_spent(self.client.id)], {})

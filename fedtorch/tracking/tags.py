@@ -91,6 +91,18 @@ TAGS: dict[str, Tag] = {
         "",
         "what the audit's attack proves was spent at least, at 95 %; only the last one counts",
     ),
+    "noised_accuracy": Tag(
+        "noised/accuracy",
+        "",
+        "accuracy of the model as clients were sent it, on their training data: noised, inside the budget",
+    ),
+    "noised_loss": Tag("noised/loss", "loss", "the same of the loss, which is held to a range"),
+    "noised_error": Tag("noised/error", "", "standard deviation of the noise on that accuracy"),
+    "noised_count": Tag(
+        "noised/count",
+        "",
+        "how many examples, or clients of a secret cohort, are behind it: noised",
+    ),
     "privacy_noise_multiplier": Tag(
         "privacy/noise_multiplier", "", "noise standard deviation over clip norm"
     ),
@@ -195,6 +207,10 @@ def custom_scalars(private: bool) -> dict[str, dict[str, Chart]]:
             "Epsilon: at most (accountant), at least (audit), planned; set smoothing to 0": (
                 "Multiline",
                 ["privacy/epsilon$", "privacy/epsilon_at_least", "privacy/epsilon_planned"],
+            ),
+            "Noised figures inside the budget: accuracy, its error": (
+                "Multiline",
+                ["noised/accuracy", "noised/error"],
             ),
             "Noise multiplier, its deviation, and clip": (
                 "Multiline",

@@ -68,12 +68,14 @@ def _visits(
     )
     if not privacy.per_example:
         ctx = replace(ctx, data=data)
+    told = _told(clients, task, recipe, model)
     # local steps, clipped and noised where the plan says so
     trained, kept = _trained(data, ctx, solve)
     # what the strategy makes of them, and what of that may leave the clients
     ctx = replace(ctx, memory={**ctx.memory, **kept})
     precise = exact(task, ctx) if recipe.needs_rows else ctx
     raw, memory = raw_of(data, precise, trained, kept)
+    raw = replace(raw, told=told) if told else raw
     released, good = privacy.release(raw, task)
     # made smaller where the recipe has a channel
     members = [c for c in clients if c.id in released.ids]
@@ -96,6 +98,17 @@ def _visits(
         client.memory = client.memory | {g: tmap(lambda v: v.to(dtype), m) for g, m in left.items()}
     lost = [i for i in ids if i not in released.ids]
     return released, [Failure(i, "nonfinite", "its update is not finite") for i in lost]
+
+
+def _told(
+    clients: Sequence[Client], task: Task, recipe: Recipe, model: nn.Module
+) -> tuple[Tensor, ...]:
+    """What the plan's own figures are made of, in rounds that tell them."""
+    if "figures" not in task.privacy:
+        return ()
+    from fedtorch.training.told import examples  # few rounds do
+
+    return examples(clients, task, recipe, model)
 
 
 def _watches(clients: Sequence[Client], task: Task, recipe: Recipe) -> dict[str, canaries.Watch]:

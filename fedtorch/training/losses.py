@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtorch.types import ConfigError
 
@@ -151,3 +151,10 @@ DEFAULTS = {
     "regression": ("mse", "mae"),
 }
 """Kind of task -> the loss and the metric it is trained and judged by unless told otherwise."""
+
+
+def usual_metrics(loss: Loss) -> dict[str, Loss]:
+    """What is usual beside a loss, by name, where that is not to be asked for."""
+    of = {nn.CrossEntropyLoss: "cross_entropy", nn.BCEWithLogitsLoss: "bce", nn.MSELoss: "mse"}
+    name = next((n for n, f in LOSSES.items() if f is loss), of.get(type(loss)))
+    return {m: METRICS[m] for n, m in DEFAULTS.values() if n == name}

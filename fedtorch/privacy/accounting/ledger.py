@@ -92,31 +92,35 @@ class Ledger:
         return _events(largest.items())
 
     def would_spend(
-        self, event: Event, clients: Iterable[str] | None, delta: float, accountant: str = "prv"
+        self,
+        more: Sequence[Event],
+        clients: Iterable[str] | None,
+        delta: float,
+        accountant: str = "prv",
     ) -> float:
         """Epsilon of the run if this were charged too."""
-        return _largest(self._all(event, clients), delta, accountant)
+        return _largest(self._all(more, clients), delta, accountant)
 
     def within(
-        self, plan: Iterable[Event], more: Event | None = None, clients: Iterable[str] | None = ()
+        self, plan: Iterable[Event], more: Sequence[Event] = (), clients: Iterable[str] | None = ()
     ) -> bool:
         """Whether nobody is charged for anything that is not in ``plan``.
 
-        As if they (``clients``; None: everyone) were charged for one event ``more``.
+        As if they (``clients``; None: everyone) were charged for ``more``.
         """
         most = dict(_joined(map(_history, plan)))
         return all(_within(dict(history), most) for history in self._all(more, clients))
 
     def fits(
         self,
-        event: Event,
+        more: Sequence[Event],
         clients: Iterable[str] | None,
         budget_epsilon: float,
         delta: float,
         accountant: str = "prv",
     ) -> bool:
         """Whether the run stays within a budget if this is charged too."""
-        tallies = self._all(event, clients)
+        tallies = self._all(more, clients)
         # RDP is quick and never below PRV: most rounds need no more
         return any(_largest(tallies, delta, a) <= budget_epsilon for a in ("rdp", accountant))
 
@@ -202,13 +206,13 @@ class Ledger:
         self._histories = +(self._histories - before)
 
     def _all(
-        self, event: Event | None = None, clients: Iterable[str] | None = None
+        self, events: Sequence[Event] = (), clients: Iterable[str] | None = None
     ) -> set[History]:
         """Charges of each client, the run's own included, each history once.
 
-        A history that only clients charged by ``event`` have stays in, beside the longer ones it becomes.
+        A history that only clients charged by ``events`` have stays in, beside the longer ones it becomes.
         """
-        more = _history(event) if event else NOTHING
+        more = _joined(map(_history, events))
         run = self._run if clients is not None else _both(self._run, more)
         now = {self._clients.get(name, NOTHING) for name in clients or ()}
         owns = {NOTHING, *self._histories, *(_both(own, more) for own in now)}
