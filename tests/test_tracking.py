@@ -41,7 +41,7 @@ PACED |= {"visits_min", "visits_median", "visits_max"}
 """Of a buffered pace alone."""
 MASKED = {"clamped", "secure_client_seconds", "secure_server_seconds"}
 """Of the aggregator secure alone."""
-NO_PRIVACY = {name for name in TAGS if not name.startswith("privacy_")} - PACED - MASKED
+NO_PRIVACY = {n for n in TAGS if not n.startswith(("privacy_", "noised_"))} - PACED - MASKED
 
 
 def run(folder: Path, *more: str) -> int:
