@@ -107,8 +107,9 @@ def test_one_unit_moves_figures_and_update_together_by_no_more_than_noise_is_mad
     assert longest(plan_of(name), monkeypatch) <= 1 + (1e-3 if name == "distributed" else 1e-6)
 
 
-@pytest.mark.parametrize("name", ["sample", "client", "part", "capped"])  # others clip all once more
+@pytest.mark.parametrize("name", ["sample", "client", "part", "capped"])
 def test_figures_that_nobody_bounds_are_noticed(name, monkeypatch):
+    """Other plans clip all of a client's numbers once more."""
     monkeypatch.setattr(told, "bounded", lambda rows, norm: rows.clip(-1e3, 1e3))
     monkeypatch.setattr(told, "room", lambda plan, task: task.privacy["clip"])
     with pytest.raises(AssertionError):
