@@ -33,6 +33,10 @@ COMMANDS = {
         "test the privacy claim of a run by canaries",
         "fedtorch.commands.audited:audit",
     ),
+    "attack": (
+        "what updates or the model of a run give away of its data",
+        "fedtorch.commands.attacked:attack",
+    ),
     "predict": ("a trained model on a file of examples", "fedtorch.commands.use:predict"),
     "models": ("models that --model can name", "fedtorch.commands.listing:models"),
     "datasets": ("datasets that --dataset can name", "fedtorch.commands.listing:datasets"),
@@ -86,6 +90,19 @@ TAKES: dict[str, tuple[str, dict[str, str]]] = {
         {
             "--canaries N": "train it once more with so many canaries (1,000)",
             "--guesses SHARE": "of which so many are guessed (0.2)",
+            **JSON,
+            **TRUST,
+        },
+    ),
+    "attack": (
+        "gradient|membership RUN",
+        {
+            "--clients N": "gradient: so many clients (10; 2 where each takes seconds)",
+            "--examples N": "gradient: examples in each client's batch (1)",
+            "--steps N": "gradient: local steps on that batch (1)",
+            "--epsilon E": "gradient: of the private twin of a run without a plan (8)",
+            "--way WAY": "gradient: divide, match or auto",
+            "--shadows N": "membership: shadow models (16)",
             **JSON,
             **TRUST,
         },

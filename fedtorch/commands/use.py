@@ -51,11 +51,17 @@ class Trained:
         return self.loaded
 
 
-def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool = False) -> Trained:
+def trained(
+    folder: str,
+    trusted: bool = False,
+    load: bool = True,
+    judged: bool = False,
+    again: bool = False,
+) -> Trained:
     """Raises ConfigError when the folder holds no run, one that has not come to its end, or code of others.
 
     ``trusted``: import what its config names. ``load``: the data too, which may have gone. ``judged``: its
-    loss and metrics will be imported as well.
+    loss and metrics will be imported as well; ``again``: all that training imports.
     """
     train = train_module()
     print_damaged([run := results.load(folder)])
@@ -67,7 +73,7 @@ def trained(folder: str, trusted: bool = False, load: bool = True, judged: bool 
     if not trusted:
         own = trust.remembered(run.folder / "config.toml")
         later = {"optimizer"} if judged else {"optimizer", "loss", "metrics", "step", "eval_step"}
-        imported = {k: v for k, v in table.items() if k not in later}
+        imported = {k: v for k, v in table.items() if again or k not in later}
         named = {"model": train.Config.model} | imported
         trust.check(named, {}, f"the run in {folder}", own)
     config = objects.construct(train.Config, table)

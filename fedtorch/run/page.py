@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtorch import disk
-from fedtorch.run import compared, prices, sections
+from fedtorch.run import attacked, compared, prices, sections
 from fedtorch.run.markup import Markup, table, tag, word
 from fedtorch.run.results import Saved
 from fedtorch.run.style import HEAD, MADE
@@ -55,6 +55,8 @@ def parts_of(run: Saved, other: Saved | None) -> Iterator[Section]:
     strict = run.strict
     yield "Curves", sections.curves(run, other)
     yield "Privacy", sections.privacy(run)
+    if not strict:
+        yield "Attacks", attacked.section(run)
     if other is not None:
         yield f"Against {other.name}", _against(run, other)
     if not strict:

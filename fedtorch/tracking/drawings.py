@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,62 @@ def image_grid(images: Tensor, titles: Sequence[str], heading: str, columns: int
     axes.imshow(sheet, interpolation="nearest", aspect="auto")
     axes.axis("off")
     figure.suptitle(heading, fontsize=10)
+    return _png(figure)
+
+
+def image_rows(
+    rows: Sequence[tuple[str, Tensor, Sequence[str]]], heading: str, most: int = 10
+) -> bytes:
+    """Rows of pictures [N, 1 or 3, rows, columns] in 0..1, one below another, each with its name.
+
+    Names stand at the left, a word below each picture. ``most`` pictures are shown of each row.
+    """
+    from matplotlib.figure import Figure
+
+    first = rows[0][1]
+    count, high, wide = min(len(first), most), first.shape[2], first.shape[3]
+    tall = 0.95 * min(high / wide, 2.0) + 0.25
+    figure = Figure(figsize=(2.9 + 0.95 * count, 0.55 + tall * len(rows)))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_xlim(0, 2.9 + 0.95 * count)
+    axes.set_ylim(0.55 + tall * len(rows), 0)
+    axes.axis("off")
+    axes.text(0.1, 0.3, heading, fontsize=10, va="center")
+    for at, (name, pictures, words) in enumerate(rows):
+        top = 0.55 + tall * at
+        axes.text(0.1, top + (tall - 0.25) / 2, fill(name, 34), fontsize=8, va="center")
+        for k, (picture, word) in enumerate(zip(pictures[:count], words, strict=False)):
+            left, shown = 2.8 + 0.95 * k, picture.float().clamp(0, 1).movedim(0, -1).numpy()
+            shown = np.repeat(1 - shown, 3, 2) if shown.shape[2] == 1 else shown
+            edges = (left, left + 0.9, top + tall - 0.3, top)
+            axes.imshow(shown, extent=edges, interpolation="nearest", aspect="auto")
+            axes.text(left + 0.45, top + tall - 0.18, word, fontsize=7, ha="center", va="center")
+    axes.set_xlim(0, 2.9 + 0.95 * count)
+    axes.set_ylim(0.55 + tall * len(rows), 0)
+    return _png(figure)
+
+
+def roc_figure(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], heading: str, least: float
+) -> bytes:
+    """True over false positive rates on logarithmic axes from ``least`` on, beside guessing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    for name, (false, true) in curves.items():
+        axes.step(np.maximum(false, least), np.maximum(true, least), where="post", label=name)
+    axes.plot([least, 1], [least, 1], linestyle=":", color="grey", label="guessing")
+    axes.axvline(0.01, color="grey", linewidth=0.6)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(least, 1)
+    axes.set_ylim(least, 1)
+    axes.set_xlabel("false positive rate (others taken for members)")
+    axes.set_ylabel("true positive rate (members found)")
+    axes.grid(True, which="both", alpha=0.2)
+    axes.legend(loc="lower right", fontsize="small")
+    axes.set_title(heading, fontsize=10)
     return _png(figure)
 
 
