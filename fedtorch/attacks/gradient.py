@@ -184,7 +184,7 @@ class _Attack:
         own = not claims and not hides
         yield self._view("plain", "the server, each client's plain update", find(sent), own)
         made = self._noised()
-        crowd = self.everyone if together(made) else self.clients
+        crowd = self.everyone if only_mean(made) else self.clients
         try:
             found = find(seen(self.model, crowd, made, self.seed))
         except ConfigError as e:
@@ -293,7 +293,7 @@ def seen(
     or an aggregator hides updates from it, that is how the model moves.
     """
     watch = _Watch()
-    mean = together(recipe)
+    mean = only_mean(recipe)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a round's figures, which nobody reads
         server = Server(
@@ -318,7 +318,7 @@ def seen(
     return found
 
 
-def together(recipe: Recipe) -> bool:
+def only_mean(recipe: Recipe) -> bool:
     """Whether nobody who is not trusted sees what one client sends."""
     return recipe.privacy.central or recipe.hides
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedtorch import disk
 from fedtorch.privacy import Privacy
 from fedtorch.privacy.run import mark
-from fedtorch.run.markup import Markup, table, tag, together
+from fedtorch.run.markup import Markup, concatenated, table, tag
 from fedtorch.run.results import Saved
 from fedtorch.run.sections import NOT_PRIVATE
 from fedtorch.tracking import TensorBoard, Tracking, drawings
@@ -176,4 +176,4 @@ def section(run: Saved) -> Markup:
     if not parts:
         return Markup()
     said = "Made by the owner of the data, who has the true examples to hold the attacks to."
-    return together([tag("p", said, f" {NOT_PRIVATE}" if run.private else ""), *parts])
+    return concatenated([tag("p", said, f" {NOT_PRIVATE}" if run.private else ""), *parts])
