@@ -9,11 +9,11 @@ import fedtorch  # noqa: F401  (first: Ctrl-C while torch is read is one line th
 import gc
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -21,12 +21,14 @@ from torch import nn
 from fedtorch import disk, seeds
 from fedtorch.checks import secure
 from fedtorch.checks.outputs import classes_fit
+from fedtorch.client import Client
 from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.data.tokens import PREFIX
 from fedtorch.engines import Engine, Local
 from fedtorch.options import COUNT, NOT_NEGATIVE, SHARE, as_typed, check
 from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.privacy.run import BudgetSpent
+from fedtorch.rounds.observers import Observer
 from fedtorch.rounds.progress import amount
 from fedtorch.rounds.synchronous import Rounds, Synchronous
 from fedtorch.rounds.threat import Threat
@@ -58,6 +60,8 @@ from fedtorch.run.shown import Shown
 from fedtorch.server import Server
 from fedtorch.tracking import TensorBoard, Tracking
 from fedtorch.tracking.tensorboard.pictures import Pictures
+from fedtorch.training.evaluate import Judge
+from fedtorch.training.losses import Loss
 from fedtorch.types import ClaimRefuted, ClientError, ConfigError, NothingLearned
 
 
@@ -184,13 +188,23 @@ def train(config: Config) -> dict[str, Any]:
             raise
 
 
-def run(config: Config, held: ExitStack) -> dict[str, Any]:
-    """The run; ``held`` keeps the lock on its folder."""
-    began = time.perf_counter()
-    torch.set_num_threads(config.threads)
-    if config.tracking:
-        config.tracking.ready()
+class Assembled(NamedTuple):
+    """What a run begins with."""
 
+    data: Data
+    ids: list[str]
+    parts: list[torch.Tensor]
+    """Places of each client's examples among the training data."""
+    clients: Sequence[Client]
+    server: Server
+    metrics: Mapping[str, Loss]
+    judge: Judge | None
+    callbacks: Sequence[Observer]
+    notes: Sequence[str]
+
+
+def assembled(config: Config) -> Assembled:
+    """From data to server; raises ConfigError for what no run can be, and writes nothing."""
     # who has which data
     data = config.dataset.load(config.seed)
     ids, parts = partition(data, config.partition, config.clients, config.seed)
@@ -220,6 +234,27 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     watched = [f"test_{name}" for name in metrics or ("loss",)]
     watched += [f"validation_{name}" for name in metrics] if config.validation else []
     notes = loop.begin(callbacks, server, config.rounds, watched)
+    return Assembled(data, ids, parts, clients, server, metrics, judge, callbacks, notes)
+
+
+def tried(config: Config) -> None:
+    """Raises ConfigError where the run would be refused: before others of a sweep are paid for."""
+    # whose workers need not start for it, and whose audit begins afresh
+    audit = config.audit and replace(config.audit)
+    engine = config.engine if isinstance(config.engine, Local) else Local()
+    with seeds.kept():
+        assembled(replace(config, audit=audit, engine=engine)).server.close()
+
+
+def run(config: Config, held: ExitStack) -> dict[str, Any]:
+    """The run; ``held`` keeps the lock on its folder."""
+    began = time.perf_counter()
+    torch.set_num_threads(config.threads)
+    if config.tracking:
+        config.tracking.ready()
+
+    # who has which data, what is trained, by whom, and how
+    data, ids, parts, clients, server, metrics, judge, callbacks, notes = assembled(config)
 
     # where the run is kept: a new folder, or one to go on in
     kept = loop.open_folder(
@@ -244,7 +279,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
         opening = f"{data.name}: {amount(len(parts), 'client')}, {config.model}, "
         opening += amount(config.rounds, "round")
         report.say(prepared.said(data, strict(server)))
-        if private and (note := prepared.undeclared(data, config.dataset)):
+        if config.privacy and (note := prepared.undeclared(data, config.dataset)):
             report.say(f"note: {note}")
         for note in notes:
             report.say(f"note: {note}")
@@ -358,9 +393,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv, mean = search.asked(argv)
         rest, points = sweep.settings(argv)
         if mean is not None:
-            search.run(rest, points, mean, read_config, train)
+            search.run(rest, points, mean, read_config, tried, train)
         elif points:
-            sweep.run_sweep(rest, points, read_config, train)
+            sweep.run_sweep(rest, points, read_config, tried, train)
         else:
             train(read_config(argv))
     except ConfigError as e:

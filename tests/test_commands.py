@@ -137,6 +137,16 @@ def test_every_run_of_a_sweep_is_checked_before_the_first_trains(tmp_path, capsy
     assert main(words) == 2
     assert "unknown strategy 'fedavgg'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+    for swept, why in (
+        ("model=logistic,logistc", "run model=logistc: unknown model 'logistc'"),
+        ("strategy=fedavg,fednova", "run strategy=fednova: strategy fednova sends numbers that no"),
+        ("monitor=test_loss,test_f1", "run monitor=test_f1: "),
+        ("model=a/b.py,a_b.py", "has values that would share a folder"),
+    ):
+        more = ["--privacy", "sample", "--sweep", swept, "--keep", "best"]
+        assert main(["train", *SMALL, "--run-dir", str(tmp_path), *more]) == 2
+        assert why in (said := capsys.readouterr().err) and "--sweep" in said
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_sweep_names_are_folders():

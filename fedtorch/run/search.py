@@ -21,7 +21,7 @@ from fedtorch.privacy import told
 from fedtorch.run import files, prices
 from fedtorch.run import folder as folders
 from fedtorch.run.results import higher_is_better
-from fedtorch.run.sweep import Setting, arguments, compared, named_folder
+from fedtorch.run.sweep import Setting, arguments, as_given, compared, each_tried, named_folder
 from fedtorch.tracking import TensorBoard
 from fedtorch.types import ConfigError, NothingLearned
 
@@ -55,6 +55,7 @@ def run(
     points: Sequence[Setting],
     mean: int,
     read_config: Callable[[Sequence[str]], Any],
+    tried: Callable[[Any], None],
     train: Callable[[Any], Any],
 ) -> None:
     """Draw, train out of sight, keep the best, say what all of it costs."""
@@ -64,6 +65,7 @@ def run(
         configs = [_one(read_config(arguments(words, p, folder)), p, mean) for p in points]
         _same(configs)
         _free(folder)
+        each_tried(points, configs, tried)
         if not len(configs[0].dataset.load(configs[0].seed).test):
             raise ConfigError(
                 "--sweep.random chooses by public test data, and there are none: give dataset.test, or "
@@ -91,9 +93,8 @@ def run(
     told = json.loads((folder / BEST / "privacy.json").read_text(encoding="utf-8"))
     about = {"settings": list(points), "best": points[at], "chosen_by": name, **told["search"]}
     files.write_json(folder / ABOUT, about | {k: told[k] for k in ("epsilon_spent", "delta")})
-    shown = " ".join(f"{k}={v}" for k, v in points[at].items())
     print(
-        f"best: {shown}  {name.replace('_', ' ')} {value:.4f}\n"
+        f"best: {as_given(points[at])}  {name.replace('_', ' ')} {value:.4f}\n"
         f"privacy: epsilon {told['epsilon_spent']:.3f} for the search ({mean} runs expected) at delta "
         f"{told['delta']:g}; the released run alone would be "
         f"{told['search']['epsilon_of_the_released_run_alone']:.3f}\n"

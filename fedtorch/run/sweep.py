@@ -73,6 +73,22 @@ def compared(config: Any, setting: Setting) -> Any:
     return replace(config, tracking=replace(config.tracking, compare=[*setting]))
 
 
+def each_tried(
+    points: Sequence[Setting], configs: Sequence[Any], tried: Callable[[Any], None]
+) -> None:
+    """Raises ConfigError naming a setting whose run would be refused."""
+    for point, config in zip(points, configs, strict=True):
+        try:
+            tried(config)
+        except ConfigError as e:
+            raise ConfigError(f"--sweep, run {as_given(point)}: {e}") from e
+
+
+def as_given(setting: Setting) -> str:
+    """As it is typed."""
+    return " ".join(f"{k}={v}" for k, v in setting.items())
+
+
 def named_folder(rest: Sequence[str]) -> tuple[list[str], Path | None]:
     """The other arguments, and the folder that --run-dir names."""
     words = list(rest)
@@ -89,6 +105,7 @@ def run_sweep(
     rest: Sequence[str],
     points: Sequence[Setting],
     read_config: Callable[[Sequence[str]], Any],
+    tried: Callable[[Any], None],
     train: Callable[[Any], Any],
 ) -> None:
     """One run after another, all checked before the first starts, and a table at the end."""
@@ -96,6 +113,9 @@ def run_sweep(
     folder = given or folders.fresh("sweep")
     try:
         configs = [compared(read_config(arguments(rest, point, folder)), point) for point in points]
+        if len({c.run_dir for c in configs}) < len(configs):
+            raise ConfigError("--sweep has values that would share a folder, as a/b and a_b do")
+        each_tried(points, configs, tried)
     except ConfigError:
         if given is None:
             folder.rmdir()
@@ -104,9 +124,7 @@ def run_sweep(
         show_line(line)
     try:
         for number, (point, config) in enumerate(zip(points, configs, strict=True), 1):
-            print(
-                f"run {number} of {len(points)}: {' '.join(f'{k}={v}' for k, v in point.items())}"
-            )
+            print(f"run {number} of {len(points)}: {as_given(point)}")
             train(config)
     except BaseException:  # what was trained before is paid for
         there = [c.run_dir for c in configs if (Path(c.run_dir) / "config.toml").is_file()]
