@@ -33,7 +33,7 @@ from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.rounds.state import ServerState
 from fedtorch.rounds.synchronous import Asked, Rounds, ServerStep, Synchronous
 from fedtorch.rounds.threat import Threat
-from fedtorch.strategies.base import sends, uploads
+from fedtorch.strategies.still import sends, uploads
 from fedtorch.training.evaluate import Judge, evaluate
 from fedtorch.training.losses import Loss
 from fedtorch.training.module import load

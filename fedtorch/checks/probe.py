@@ -17,7 +17,7 @@ from fedtorch.client import Client
 from fedtorch.options import typed
 from fedtorch.privacy import Nothing
 from fedtorch.recipe import Recipe
-from fedtorch.strategies.base import still
+from fedtorch.strategies.still import still
 from fedtorch.training.batches import fetch, least, len_of, uncollated
 from fedtorch.training.correction import Corrector
 from fedtorch.training.local_steps import stepper

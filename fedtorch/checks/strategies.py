@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fedtorch import seeds
 from fedtorch.channel.base import UNSENT
-from fedtorch.strategies.base import Strategy, still
+from fedtorch.strategies.base import Strategy
+from fedtorch.strategies.still import still
 from fedtorch.training.correction import correction
 from fedtorch.training.personal import GROUP
 from fedtorch.tree import tmap

@@ -121,7 +121,10 @@ class ClientLevel(Privacy):
     def client(
         self, sent: dict[str, Stack], examples: Tensor, task: Task, ids: Sequence[str]
     ) -> dict[str, Stack]:
-        """Clip all groups together; the weight, at most 1, comes after the clip."""
+        """Clip all groups together; the weight, at most 1, comes after the clip.
+
+        Guarantee: the joint norm of what each client sends is at most the round's clip; its bit is +-1/2.
+        """
         scale = (examples / self.weight_cap).clamp(max=1) if self.weight_cap else None
         out = told.fitted(self, sent, task, scale=scale)
         if self.adaptive:
@@ -155,8 +158,8 @@ class ClientLevel(Privacy):
     ) -> tuple[dict[str, Params], State] | None:
         """Noise on the sum, a public divisor, and only then the next clipping norm.
 
-        Sensitivity: ``clip`` for the update; 1/2 for the bits, whose own noise is paid for by a little
-        more noise on the update (``AdaptiveClip.update_noise``), so that the round costs ``noise``.
+        Guarantee: ``event(noise)`` for each client. Sensitivity: ``clip`` for the sum, 1/2 for the bits,
+        whose own noise is paid for by a little more on the update (``AdaptiveClip.update_noise``).
         """
         draw, zeros = self.stream("central noise", int(state["round"])), state["zeros"]
         denominator = self.rate * population

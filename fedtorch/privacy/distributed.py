@@ -210,7 +210,11 @@ class DistributedDP(Privacy):
     def client(
         self, sent: dict[str, Stack], examples: Tensor, task: Task, ids: Sequence[str]
     ) -> dict[str, Stack]:
-        """Clip, round at random to the grid, and add a share of the noise: multiples of 1 / scale."""
+        """Clip, round at random to the grid, and add a share of the noise: multiples of 1 / scale.
+
+        Guarantee: ``event(noise)`` for each client in the sum of a round; none for what one sends, so that
+        masks must hide it.
+        """
         noise = task.privacy["noise"]
         scale = self.resolution or FINEST
         if self.clients is None or self.wraps(self.clients, noise):

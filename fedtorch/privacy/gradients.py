@@ -48,7 +48,8 @@ class PrivateSteps:
     def factors(self, sq_norms: Tensor) -> Tensor:
         """Squared norms -> min(1, clip / norm); an example that is not finite counts as nothing.
 
-        The norms must be float64's: where squares vanish in float32 a gradient would pass unclipped.
+        Guarantee: no gradient times its factor is longer than ``clip``, where no norm is less than it is.
+        They must be float64's: where squares vanish in float32 a gradient would pass unclipped.
         """
         scale = (self.clip * sq_norms.double().rsqrt()).clamp(max=1)
         return torch.where(sq_norms.isfinite(), scale, 0).to(sq_norms.dtype)
@@ -62,7 +63,10 @@ class PrivateSteps:
         add(row, times * self.noise * self.clip, self.scratch)
 
     def finish(self, sums: Stack) -> Stack:
-        """(sum + N(0, (noise clip)^2)) / divisor, [K, ...]; sensitivity of the sum: clip (add/remove).
+        """(sum + N(0, (noise clip)^2)) / divisor, [K, ...].
+
+        Guarantee: a Gaussian release of multiplier ``noise`` for each example of sums that were clipped by
+        ``factors``: adding or removing one moves them by ``clip`` at most.
 
         All parameters of a client are one draw: many small ones would each cost a call.
         """

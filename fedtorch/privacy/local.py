@@ -80,7 +80,10 @@ class LocalDP(Privacy):
     def client(
         self, sent: dict[str, Stack], examples: Tensor, task: Task, ids: Sequence[str]
     ) -> dict[str, Stack]:
-        """Clip, then noise every coordinate of every group from the client's own stream."""
+        """Clip, then noise every coordinate of every group from the client's own stream.
+
+        Guarantee: ``event(noise)`` for each client, whoever reads what it sends.
+        """
         order = 1 if self.mechanism == "laplace" else 2
         if TOLD in sent:  # within the clip together, each by its share
             sent = told.fitted(self, sent, task, order)

@@ -126,7 +126,10 @@ class PrivateRun:
         return self.ledger.fits(events, charged, plan.target, plan.delta, plan.accountant)
 
     def charge(self, cohort: Sequence[int], round: int) -> None:
-        """Enter this round into the ledger; when this returns all of it is on disk."""
+        """Enter this round into the ledger.
+
+        Guarantee: when this returns all of it is on disk, with the events that ``release`` makes true.
+        """
         for event in self._events(round):
             self.ledger.charge(round, event, self.charged(cohort, round))
 

@@ -14,7 +14,7 @@ from fedtorch.engines.wire import Message, MessageError
 from fedtorch.recipe import Recipe
 from fedtorch.sites.offer import Plan
 from fedtorch.sites.state import Base
-from fedtorch.strategies.base import uploads
+from fedtorch.strategies.still import uploads
 from fedtorch.training.personal import GROUP, given, personal
 from fedtorch.types import ClientError, ConfigError, Failure, Params, Released, Task
 

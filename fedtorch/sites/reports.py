@@ -16,7 +16,7 @@ from fedtorch.privacy import Privacy
 from fedtorch.privacy.clipping import joint_norms
 from fedtorch.privacy.release import FIGURES
 from fedtorch.recipe import Recipe
-from fedtorch.strategies.base import sends, uploads
+from fedtorch.strategies.still import sends, uploads
 from fedtorch.training.personal import personal, shared
 from fedtorch.tree import expand, row, to_float64
 from fedtorch.types import CLIP_BIT, ConfigError, Failure, Params, Released, Task

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch.options import FRACTION, check
-from fedtorch.strategies.base import Solve, Strategy, whole_models
+from fedtorch.strategies.base import Solve, Strategy
+from fedtorch.strategies.needs import whole_models
 from fedtorch.tree import per_client
 from fedtorch.types import Context, Params, Stack
 

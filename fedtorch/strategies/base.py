@@ -1,18 +1,17 @@
 """A strategy is a frozen dataclass of hyper-parameters with pure methods; every default is FedAvg."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fedtorch.options import briefly, check, typed
-from fedtorch.training.module import statistics
+from fedtorch.options import briefly, check
 from fedtorch.training.optimizer import ServerOptimizer
 from fedtorch.training.step import Step
-from fedtorch.tree import expand, row, tmap
-from fedtorch.types import NUMBERS, ConfigError, Context, Params, Stack
+from fedtorch.tree import tmap
+from fedtorch.types import Context, Params, Stack
 
 
 class Correction(NamedTuple):
@@ -243,64 +242,3 @@ class Strategy:
 @dataclass(frozen=True, kw_only=True)
 class FedAvg(Strategy):
     """Weighted mean of the clients' weights (McMahan et al. 2017, arXiv:1602.05629, Alg. 1)."""
-
-
-def no_optimizer(strategy: Strategy, why: str, instead: str = "fedavg") -> None:
-    """Raises ConfigError where a server optimizer would follow a step that leaves no room for it."""
-    if strategy.server is not None:
-        raise ConfigError(
-            f"strategy {typed(strategy)} {why}: leave strategy.server out, or use {instead}"
-        )
-
-
-def whole_models(strategy: Strategy, model: nn.Module) -> None:
-    """Raises ConfigError where a strategy of whole models meets personal parts, or running statistics."""
-    who = f"strategy {typed(strategy)}"
-    if strategy.personal:
-        raise ConfigError(
-            f"{who} has whole models beside the shared one: leave out strategy.personal, or use fedper"
-        )
-    if found := sorted(statistics(model)):
-        raise ConfigError(
-            f"{who} computes with weights, and model {type(model).__name__} also has running statistics "
-            f"({found[0]}): use GroupNorm in place of BatchNorm, or strategy ditto"
-        )
-
-
-def uploads(strategy: Strategy, params: Params, extras: dict[str, Params]) -> dict[str, Params]:
-    """What a client uploads, in names and shapes: an upload of a visit that changed nothing."""
-    ctx = still(strategy, params, extras)
-    return {g: row(s, 0) for g, s in strategy.upload(expand(params), ctx)[0].items()}
-
-
-def sends(strategy: Strategy, params: Params, extras: dict[str, Params]) -> dict[str, Params]:
-    """All that a client sends, in names and shapes: what it uploads, and its numbers."""
-    found = uploads(strategy, params, extras)
-    numbers = strategy.numbers(still(strategy, params, extras), torch.ones(1).double())
-    return found | ({NUMBERS: {n: v.double()[0] for n, v in numbers.items()}} if numbers else {})
-
-
-def still(strategy: Strategy, params: Params, extras: Mapping[str, Params]) -> Context:
-    """What a strategy sees of a client's first visit, before any step."""
-    own = {g: expand(m) for g, m in strategy.remember(params).items()}
-    shared = {g: expand(e) for g, e in extras.items()}
-    return Context(expand(params), shared, own, torch.ones(1), 1.0, (0,), data=Silent(params))
-
-
-@dataclass(frozen=True)
-class Silent:
-    """One client's data before anybody looks at them: a loss of one, and no gradient."""
-
-    params: Params
-
-    def loss(self, at: Stack | None = None) -> Tensor:
-        """One."""
-        return torch.ones(1).double()
-
-    def grad(self, at: Stack | None = None, step: int | None = None) -> tuple[Stack, Tensor]:
-        """Zeros."""
-        return {k: torch.zeros_like(v)[None] for k, v in self.params.items()}, self.loss()
-
-    def among(self, places: Sequence[int]) -> "Silent":
-        """There is one."""
-        return self

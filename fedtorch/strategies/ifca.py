@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fedtorch import seeds
 from fedtorch.options import POSITIVE, Range, check
-from fedtorch.strategies.base import Solve, Strategy, no_optimizer, whole_models
+from fedtorch.strategies.base import Solve, Strategy
+from fedtorch.strategies.needs import no_optimizer, whole_models
 from fedtorch.tree import per_client, tmap
 from fedtorch.types import Context, Params, Stack
 

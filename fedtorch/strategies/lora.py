@@ -11,7 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedtorch.strategies.base import FedAvg, Strategy, no_optimizer
+from fedtorch.strategies.base import FedAvg, Strategy
+from fedtorch.strategies.needs import no_optimizer
 from fedtorch.types import ConfigError, Params, Stack
 
 TURN = "turn"

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtorch.options import NOT_NEGATIVE, POSITIVE, check
-from fedtorch.strategies.base import Strategy, whole_models
+from fedtorch.strategies.base import Strategy
+from fedtorch.strategies.needs import whole_models
 from fedtorch.training.losses import reduce
 from fedtorch.training.module import evaluating
 from fedtorch.training.step import Step, Stepping

@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fedtorch.options import NOT_NEGATIVE, check
-from fedtorch.strategies.base import Strategy, no_optimizer
+from fedtorch.strategies.base import Strategy
+from fedtorch.strategies.needs import no_optimizer
 from fedtorch.types import Context, Params
 
 LEAST_LOSS = 1e-10

@@ -58,8 +58,8 @@ class Ledger:
     def charge(self, round: int, event: Event, clients: Iterable[str] | None = None) -> Entry:
         """Record a release that is about to happen; when this returns, the record is on disk.
 
-        To be called before anything of the release leaves: a kill at any moment then leaves at least
-        every release charged. Raises ConfigError, with nothing charged, when it cannot be written.
+        Guarantee: called before anything of the release leaves, it leaves every release charged, whenever
+        the process is killed. Raises ConfigError, with nothing charged, when it cannot be written.
         """
         names = None if clients is None else tuple(clients)
         if names is not None and len(set(names)) < len(names):
