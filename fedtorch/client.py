@@ -42,6 +42,7 @@ class Client:
         """
         self.id = str(fit("the id of a client, which comes before its data,", id, str | int))
         owner = f"client {id!r}"
+        # of a DataLoader what it reads, and how
         self.loader: Loader | None = None
         """What the data came in, if it was a DataLoader."""
         if isinstance(data, DataLoader):
@@ -61,11 +62,13 @@ class Client:
                 f"{owner}: its sampler must be fn(seed, round) -> places of examples, or a torch Sampler, "
                 f"got {type(sampler).__name__}"
             )
+        # its examples, and those that it holds back
         self.data = as_dataset(data, owner, collate, num_workers)
         if validation is not None:
             own = collate if not isinstance(validation, DataLoader | Collated) else None
             validation = as_dataset(validation, owner, own)
         self.validation = validation
+        # whose they are
         self.persons = None if persons is None else _names(persons, owner)
         if self.persons is not None and len(self.persons) != len(self):
             raise ConfigError(

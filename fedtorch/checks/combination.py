@@ -54,6 +54,7 @@ def _drawn_past(recipe: Recipe) -> bool:
 
 
 REFUSED: tuple[Row, ...] = (
+    # a strategy by itself
     (
         lambda r, who, pace: (
             bool(type(r.strategy).__dataclass_fields__["personal"].default)
@@ -67,6 +68,7 @@ REFUSED: tuple[Row, ...] = (
         "strategy {strategy} draws weights back by lr times its mu, alpha or lam in each step, and from 2 "
         "on (2 + 2 momentum) a step ends further off than it began: lower lr or that option",
     ),
+    # privacy, and what a visit's steps are made of
     (
         lambda r, who, pace: r.privacy.claims and r.strategy.weighting == "examples",
         "strategy.weighting examples voids the privacy claim: it releases how many examples each client "
@@ -117,6 +119,7 @@ REFUSED: tuple[Row, ...] = (
         "strategy {strategy} needs the sum of a visit's learning rates, which a scheduler of your own does "
         "not tell beforehand: use lr_warmup and lr_decay, or strategy fedavg",
     ),
+    # sums under masks or encrypted
     (
         lambda r, who, pace: r.hides and not r.secure and r.strategy.weighting == "examples",
         "aggregator {aggregator} weighs all clients alike, as none tells how many examples it has: use "
@@ -179,6 +182,7 @@ REFUSED: tuple[Row, ...] = (
         "aggregator secure shows each client of a round who else is in it, which voids amplification by "
         "secret coins: use --privacy.rate 1 (and no privacy.bands)",
     ),
+    # client-level privacy, rules of rows, the channel
     (
         lambda r, who, pace: r.privacy.central and type(who) is not Everyone,
         "client-level privacy draws the cohort itself, by secret coins: use --privacy.rate in place of "
@@ -211,6 +215,7 @@ REFUSED: tuple[Row, ...] = (
         "made for their sum: take sample or local privacy, or a strategy that only averages (of LoRA, "
         "FFALoRA)",
     ),
+    # strategies of several passes, of their own steps or numbers
     (
         lambda r, who, pace: r.privacy.per_example and r.strategy.asks,
         "strategy {strategy} sends what it makes of losses or gradients that it asks of a client's "
@@ -289,6 +294,7 @@ REFUSED: tuple[Row, ...] = (
         "strategy {strategy} sends other weights from round to round, and a channel has one list of them: "
         "use no channel",
     ),
+    # paces
     (
         lambda r, who, pace: pace.timed and r.privacy.central,
         "pace {pace} voids the claim of client-level privacy: who counts is not left to secret coins, and "

@@ -53,6 +53,7 @@ def _per_example(
     data, name = largest(clients), type(model).__name__
     some = torch.arange(min(len_of(data), SOME)) if len_of(data) > 1 else torch.tensor([0, 0])
     batch = to(fetch(data, some), next(model.parameters()).device)
+    # each example has a loss
     with untouched(model), seeds.seeded(0):
         loss = recipe.losses(training(model), batch)
         if loss.dim() == 0:
@@ -63,6 +64,7 @@ def _per_example(
             )
         loss.sum().backward()
         grads = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
+    # each parameter has a gradient that noise can fall on
     sparse = [k for k, g in grads.items() if g is not None and g.is_sparse]
     if sparse:
         raise ConfigError(
@@ -76,6 +78,7 @@ def _per_example(
             "requires_grad_(False) on it, or it would be trained on noise alone (a part that is used by "
             "chance, as a layer skipped at random, needs privacy client)"
         )
+    # and no example is in another's
     if draws_numbers(model, batch, recipe, held=True):
         raise ConfigError(
             f"model {name} or its loss draws random numbers that no trial can hold still (torch.randperm, "

@@ -86,11 +86,13 @@ class ImageFolder:
         if not self.path or not root.is_dir():
             raise ConfigError(f"dataset.path must be a folder of pictures, got {self.path!r}")
         files, others = found(root)
+        # what each level of folders is, and whose each picture is
         levels = self._levels(root, files)
         place = {what: levels.index(what) for what in levels}
         notes = [f"folders are {'/'.join(levels)}", *others]
         files, tests = self._parts(files, place.get("part"), notes)
         owners = [f.folders[place["client"]] for f in files] if "client" in place else None
+        # classes as numbers
         names = self.classes or by_number({f.folders[place["class"]] for f in (*files, *tests)})
         number = {name: k for k, name in enumerate(names)}
         for f in (*files, *tests):
@@ -100,6 +102,7 @@ class ImageFolder:
             torch.tensor([number[f.folders[place["class"]]] for f in part], dtype=torch.int64)
             for part in (files, tests)
         )
+        # pictures as tensors of one size
         frame, deep, said = self._frame([*files, *tests])
         scale = self.scale or (65535.0 if deep else 255.0)
         seen = Decoded([f.path for f in (*files, *tests)], frame, deep, self.memory << 20)
@@ -107,6 +110,7 @@ class ImageFolder:
             raise ConfigError(f"dataset.scale {scale:g}: pixels go up to {seen.most}")
         if deep and not self.scale and 0 < seen.most <= 4095:
             said.append("no pixel is above 4095: of 12 bits? Then give --dataset.scale 4095")
+        # training and test rows, by the folders or by chance
         every = torch.cat([y, y_test])
         keep = torch.arange(len(files))
         held = torch.arange(len(files), len(every))
@@ -116,6 +120,7 @@ class ImageFolder:
         train, test = (seen.dataset(index, every, scale) for index in (keep, held))
         if self.workers and not seen.kept:
             train = Collated(train, num_workers=self.workers)
+        # what was done, for whoever uses the model later
         kept = "kept in memory" if seen.kept else "read from their files each time"
         done = Preparation(
             classes=() if names == [str(k) for k in range(len(names))] else tuple(names),

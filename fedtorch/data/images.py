@@ -74,6 +74,7 @@ def inputs(
             f"{where}: x is {array.dtype} {list(array.shape)}: give --dataset.scale {largest:g} where "
             "it holds pixels, --dataset.scale 1 where its numbers are to be taken as they are"
         )
+    # channels first
     looks_last = array.ndim == 4 and array.shape[3] in (1, 3, 4) and array.shape[1] not in (1, 3, 4)
     if looks_last and channels_last is None:
         raise ConfigError(
@@ -90,6 +91,7 @@ def inputs(
     if largest and array.ndim == 3:
         array = array[:, None]
         notes.append("images [N, rows, columns] get an axis for one channel")
+    # numbers of usual size
     by = scale or largest or 1.0
     kind = np.int64 if array.dtype == np.int64 else np.float32
     x = torch.from_numpy(np.ascontiguousarray(array.astype(kind)))
