@@ -2,7 +2,6 @@
 
 import logging
 import random
-import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -20,12 +19,12 @@ from fedtorch.engines.wire import Message, MessageError
 from fedtorch.privacy.run import BEFORE
 from fedtorch.run import huggingface
 from fedtorch.secure.refused import Refused as NotSecure
-from fedtorch.sites import letters
+from fedtorch.sites import letters, visits
 from fedtorch.sites import offer as plans
 from fedtorch.sites.budget import Budget
 from fedtorch.sites.curves import Curves
 from fedtorch.sites.ends import ENDS
-from fedtorch.sites.joined import NOBODY, Joined
+from fedtorch.sites.joined import Joined
 from fedtorch.sites.limits import accept
 from fedtorch.sites.masks import HARMLESS, Party
 from fedtorch.sites.options import SiteConfig
@@ -37,11 +36,10 @@ from fedtorch.sites.statistics import Told, portion, told, words
 from fedtorch.training.evaluate import evaluate
 from fedtorch.training.module import load
 from fedtorch.training.personal import GROUP
-from fedtorch.types import ConfigError, Failure, OverBudget, Params, Task
+from fedtorch.types import ConfigError, OverBudget, Params, Task
 
 MOST_PLAN = 1 << 16
 """Bytes of a plan's header."""
-VISIT = re.compile(r"[0-9a-f]{32}")
 log = logging.getLogger("fedtorch.site")
 
 
@@ -174,7 +172,9 @@ class Site:
         joined = Joined(plan, model, recipe)
         if plan.standardize and not plan.center:
             self.joined = joined
-            log.info("joined run %s to tell statistics of columns; %s", plan.run, _promise(plan))
+            log.info(
+                "joined run %s to tell statistics of columns; %s", plan.run, visits.promise(plan)
+            )
             return joined
         # then tasks
         engine = Local(chunk=1, device=self.config.device)
@@ -185,7 +185,7 @@ class Site:
         most = min(self.answered.most(plan) or self.config.max_rounds, self.config.max_rounds)
         log.info(
             "joined run %s: %s, %s; %s; %s of at most %s visits are done",
-            *(plan.run, plan.model, recipe.strategy, _promise(plan)),
+            *(plan.run, plan.model, recipe.strategy, visits.promise(plan)),
             *(f"{self.visits:,}", f"{most:,}"),
         )
         return joined
@@ -227,14 +227,7 @@ class Site:
 
     def _visit(self, joined: Joined, message: Message) -> None:
         plan, task = joined.plan, self._read(joined, message)
-        visit, after = message.facts.get("visit"), message.facts.get("after")
-        if not (isinstance(visit, str) and VISIT.fullmatch(visit)):
-            raise MessageError("the task names no visit")
-        if not (isinstance(after, str) and (not after or VISIT.fullmatch(after))):
-            raise MessageError("the task does not say which visit was the last")
-        saved = message.facts.get("saved", "")
-        if not (isinstance(saved, str) and (not saved or VISIT.fullmatch(saved))):
-            raise MessageError("the task does not say which visit a checkpoint knows")
+        visit, after, saved = visits.named(message)
         beyond = self.answered.beyond(plan, task.round)
         if beyond and not self.offered_again:
             # a run that was made longer offers a longer plan, and gives this visit again
@@ -251,8 +244,8 @@ class Site:
         if outcome is None:
             self.answered.enter(plan)
             outcome = joined.train(self.client, task)
-        stay = _named(plan, after), _named(plan, saved)
-        self.memory.keep(_named(plan, visit), self.client.memory, *stay)
+        stay = visits.kept_as(plan, after), visits.kept_as(plan, saved)
+        self.memory.keep(visits.kept_as(plan, visit), self.client.memory, *stay)
         if self.party is not None and outcome.update.ids:
             # to look at it takes time, of which phases have little
             self.unshown = joined, task, outcome
@@ -263,19 +256,17 @@ class Site:
 
     def _tell(self, plan: plans.Plan, message: Message) -> None:
         """Statistics of the columns that the plan names, once in a run; asked again, the same."""
-        visit = message.facts.get("visit")
         assert plan.privacy is not None
         if not plan.standardize or plan.center or self.unscaled.asks is None:
             raise MessageError("the server asks for statistics that its plan does not have")
-        if not (isinstance(visit, str) and VISIT.fullmatch(visit)):
-            raise MessageError("statistics are asked for without a visit")
+        visit = visits.asked_for(message, "statistics are asked for without a visit")
         outcome, vector = None, self.told.sent(plan.run)
         if vector is None:
             try:
                 self.budget.charge_once(plan.privacy)
             except OverBudget as e:
                 log.warning("no statistics of columns are told: %s", e)
-                outcome = Outcome(NOBODY, [_spent(self.client.id)], {})
+                outcome = visits.not_done(self.client.id)
             else:
                 vector = portion(plan, self.unscaled.asks, self.client.id)
                 self.told.keep(plan.run, sent=vector.tolist())
@@ -306,7 +297,7 @@ class Site:
             if e.kind not in HARMLESS:
                 raise MessageError(f"round {number + 1}: {e}") from e
             log.error("round %d: this site declines: %s", number + 1, e)
-            declined = Outcome(NOBODY, [Failure(self.client.id, "declined", "")], {})
+            declined = visits.not_done(self.client.id, "declined", "")
             self._send(self._report(joined.plan.run, declined, party.visit, number), number)
             self._end_party()
 
@@ -328,7 +319,7 @@ class Site:
 
     def _memory(self, joined: Joined, task: Task, after: str) -> dict[str, Params]:
         """What this site remembers; raises ConfigError where its state folder is another than it was."""
-        kept = self.memory.after(_named(joined.plan, after))
+        kept = self.memory.after(visits.kept_as(joined.plan, after))
         if not joined.fits(kept or {}) or (kept is None and self.memory.elsewhere(after)):
             raise MessageError(f"round {task.round + 1} goes on from a visit of another run")
         if kept is not None:
@@ -352,12 +343,12 @@ class Site:
                 raise OverBudget(beyond)
             if isinstance(self.party, Sealing) and self.party.declined:
                 log.error("round %d: this site declines: %s", task.round + 1, self.party.declined)
-                return Outcome(NOBODY, [Failure(self.client.id, "declined", "")], {})
+                return visits.not_done(self.client.id, "declined", "")
             noise, figures = task.privacy.get("noise", 0.0), task.privacy.get("figures")
             self.budget.charge(plan.privacy, task.round, noise, figures)
         except OverBudget as e:
             log.warning("round %d: not done, %s", task.round + 1, e)
-            return Outcome(NOBODY, [_spent(self.client.id)], {})
+            return visits.not_done(self.client.id)
         return None
 
     def _send(self, message: Message, round: int) -> None:
@@ -401,15 +392,6 @@ class Site:
         return wire.decode(data, self.limit, room)
 
 
-def _named(plan: plans.Plan, visit: str) -> str:
-    # what another plan left unnoised, as weights that are this site's own, must not come into this run
-    return f"{plan.run} {visit}" if visit else ""
-
-
-def _spent(site: str) -> Failure:
-    return Failure(site, "budget", "its privacy budget is spent")
-
-
 def _ended(why: object) -> int:
     """Say how the run ended; the exit code."""
     if why is None:
@@ -418,18 +400,6 @@ def _ended(why: object) -> int:
     said = ENDS.get(why) if isinstance(why, str) else None
     log.error("the server ended the run early: %s", said or wire.short(str(why)))
     return 1
-
-
-def _promise(plan: plans.Plan) -> str:
-    """What a run's privacy costs by its plan, in words: who sets no max_epsilon should read it."""
-    privacy = plan.privacy
-    if privacy is None or privacy.rounds is None:
-        return "no privacy"
-    cost = privacy.planned(privacy.calibrated(privacy.rounds), privacy.rounds)
-    adds = "added here" if privacy.per_client else "that the server says it adds"
-    if privacy.masked:
-        adds = "of which each site adds a share, " + privacy.describe()["trusted"].partition(";")[0]
-    return f"epsilon {cost:.3g} at delta {privacy.delta:g} for each {privacy.unit}, by noise {adds}"
 
 
 def _pause(times: int) -> None:
