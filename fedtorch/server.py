@@ -89,7 +89,7 @@ class Server:
             self.recipe, clients, participation, pace, self.observers, threat, seed
         )
         # what is trained, what travels, and what is remembered
-        self.model = models.fixed(model) if self.recipe.privacy.fix_model else model
+        self.model = models.mended(model, self.recipe.privacy)
         strategy = self.recipe.strategy.prepare(self.model)
         self._weights = Weights(self.model, replace(self.recipe, strategy=strategy))
         params = self._weights.trained

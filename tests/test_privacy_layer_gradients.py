@@ -81,6 +81,76 @@ def windows(m, x):
     return m.out(m.norm(parts).flatten(1)).unflatten(0, (-1, 2)).mean(1)
 
 
+def recurrent(kind, pick=lambda out, last: out[:, -1], start=None, **options) -> nn.Module:
+    """The layer between two others, or the first where ``start`` gives its first state."""
+    options = {"batch_first": True} | options
+
+    def forward(m, x):
+        seen = x if start else m.first(x)
+        seen = seen if options["batch_first"] else seen.transpose(0, 1)
+        out, last = m.cell(seen, *([start(m, x)] if start else []))
+        return m.head(pick(out if options["batch_first"] else out.transpose(0, 1), last))
+
+    cell = kind(5, 6, **options)
+    return Called(forward, first=nn.Linear(5, 5), cell=cell, head=nn.LazyLinear(4))
+
+
+def no_first(net: nn.Module) -> nn.Module:
+    """Whose first layer is not used."""
+    net.first.requires_grad_(False)
+    return net
+
+
+def states(m, x):
+    return torch.tanh(x[:, 0, :1]).expand(3, -1, 6).contiguous()
+
+
+def both_states(m, x):
+    return states(m, x), -states(m, x)
+
+
+def frozen_states(net: nn.Module) -> nn.Module:
+    net.cell.weight_hh_l0.requires_grad_(False)
+    net.cell.bias_ih_l0.requires_grad_(False)
+    return net
+
+
+def attended(forward, **options) -> nn.Module:
+    options = {"batch_first": True} | options
+    return Called(forward, mha=nn.MultiheadAttention(6, 2, **options), head=nn.Linear(6, 4),
+                  first=nn.Linear(5, 6), other=nn.Linear(5, options.get("kdim") or 6))  # fmt: skip
+
+
+def itself(m, x):
+    h = m.first(x) + m.other(x)
+    causal = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
+    return m.head(m.mha(h, h, h, attn_mask=causal, need_weights=False, is_causal=True)[0].mean(1))
+
+
+def across(m, x):
+    h, o = m.first(x), m.other(x).transpose(0, 1)
+    out, weights = m.mha(h.transpose(0, 1), o, o, key_padding_mask=x[..., 0] > 1)
+    return m.head(out.mean(0)) + weights.square().sum((1, 2))[:, None]
+
+
+def masked(m, x):
+    mask = torch.eye(x.shape[1], dtype=torch.bool).repeat(2 * len(x), 1, 1)
+    kept = torch.where(x[..., 1] > 1, -2.0, 0.0).to(x)
+    h = m.first(x)
+    seen = m.mha(
+        h, m.other(x), h, attn_mask=mask.to(x) * -3, key_padding_mask=kept, need_weights=False
+    )
+    return m.head(seen[0].mean(1))
+
+
+def encoder() -> nn.Module:
+    deep = nn.TransformerEncoderLayer(6, 2, 7, 0.0, batch_first=True)
+    return Called(
+        lambda m, x: m.head(m.deep(m.first(x)).mean(1)),
+        first=nn.Linear(5, 6), head=nn.Linear(6, 4), deep=deep,
+    )  # fmt: skip
+
+
 ROWS = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 PARTS = torch.randn(5, 3, 5, generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(5, 2, 6, 8, generator=torch.Generator().manual_seed(2))
@@ -120,6 +190,23 @@ NETS = {
     "dilated": (lambda: images(nn.Conv2d(2, 4, 2, padding="same", dilation=2, groups=2)), IMAGES),
     "circular": (lambda: images(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), nn.Tanh()), IMAGES),
     "lines": (lambda: images(nn.Flatten(2), nn.Conv1d(2, 4, 5, 3), LINES(4)), IMAGES),
+    "lstm": (lambda: recurrent(nn.LSTM), PARTS),
+    "lstm deep": (lambda: recurrent(nn.LSTM, num_layers=2, bidirectional=True, batch_first=False), PARTS),
+    "lstm cell": (lambda: recurrent(nn.LSTM, lambda out, last: last[1][-1], bias=False), PARTS),
+    "lstm partly": (lambda: frozen_states(recurrent(nn.LSTM)), PARTS),
+    "gru": (lambda: recurrent(nn.GRU, num_layers=2, bidirectional=True), PARTS),
+    "gru end": (lambda: recurrent(nn.GRU, lambda out, last: last[0], bias=False), PARTS),
+    "gru begun": (lambda: no_first(recurrent(nn.GRU, num_layers=3, start=states)), PARTS),
+    "lstm begun": (
+        lambda: no_first(recurrent(nn.LSTM, num_layers=3, start=both_states)),
+        PARTS,
+    ),
+    "rnn": (lambda: recurrent(nn.RNN, num_layers=2), PARTS),
+    "rnn relu": (lambda: recurrent(nn.RNN, nonlinearity="relu", bidirectional=True), PARTS),
+    "attention": (lambda: attended(itself), PARTS),
+    "attention across": (lambda: attended(across, batch_first=False, kdim=3, vdim=3), PARTS),
+    "attention masked": (lambda: attended(masked, bias=False), PARTS),
+    "encoder": (encoder, PARTS),
     "blocks": (lambda: images(nn.Unflatten(1, (1, 2)), nn.Conv3d(1, 3, 2), nn.Tanh()), IMAGES),
 }  # fmt: skip
 Y = torch.arange(5) % 4
@@ -198,6 +285,15 @@ def some(m, x):
     return F.pad(m.a(x[1:]), (0, 0, 1, 0))
 
 
+def turned(m, x):
+    return m.cell(x[..., None])[0].flatten(1)
+
+
+def packed(m, x):
+    seq = nn.utils.rnn.pack_padded_sequence(x[..., None], [6] * len(x), batch_first=True)
+    return m.cell(seq)[1][0][0]
+
+
 class Own(nn.Linear):
     """Not what its type says."""
 
@@ -210,10 +306,14 @@ class Own(nn.Linear):
     [
         (lambda: nn.Sequential(nn.Linear(6, 4), nn.PReLU()), "parameter 1.weight: PReLU has no formula"),
         (lambda: nn.Sequential(Own(6, 4)), "parameter 0.weight: Own has no formula"),
+        (lambda: Called(packed, cell=nn.LSTM(1, 4)), "LSTM takes packed sequences"),
+        (lambda: Called(turned, cell=nn.GRU(1, 4)), r"layer cell sees \[6\] of 5 examples"),
+        (lambda: nn.Sequential(nn.LSTM(6, 4, proj_size=2)), "parameter 0.weight_ih_l0: LSTM with"),
+        (lambda: nn.Sequential(nn.MultiheadAttention(4, 2, add_bias_kv=True)), "add_bias_kv"),
         (lambda: Called(some, a=nn.Linear(6, 4)), r"layer a sees \[1, 6\] of 2 examples"),
         (lambda: Called(changed, first=nn.Linear(6, 6), a=nn.Linear(6, 4)), "what layer a took is changed"),
     ],
-    ids=["kind", "subclass", "axes", "changed"],
+    ids=["kind", "subclass", "packed", "time first", "proj", "bias_kv", "axes", "changed"],
 )  # fmt: skip
 def test_what_it_cannot_see_is_named(make, why):
     net = make()

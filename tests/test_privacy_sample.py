@@ -307,7 +307,7 @@ def test_tied_weights_are_refused_by_ghost_and_right_elsewhere():
     assert server(Tied(), clients(), SampleLevel(rounds=1)).session.recipe.privacy.mode != "ghost"
 
 
-def test_a_recurrent_model_trains_example_by_example_or_with_the_fix():
+def test_a_recurrent_model_trains_as_it_is_or_with_twins_by_opacus():
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -319,9 +319,13 @@ def test_a_recurrent_model_trains_example_by_example_or_with_the_fix():
     net = Recurrent()
     with pytest.raises(ConfigError, match="fix-model"):
         server(net, clients(), SampleLevel(rounds=1, mode="hooks"))
-    slow = server(net, clients(), SampleLevel(rounds=1))
-    assert "taken example after example" in " ".join(slow.notes)
-    server(models.fixed(net), clients(), SampleLevel(rounds=1)).round()
+    run = server(net, clients(), SampleLevel(rounds=1, fix_model=True))
+    assert "taken by formulas of the model's layers" in " ".join(run.notes)
+    run.round()
+    assert type(run.model.lstm) is nn.LSTM
+    run = server(net, clients(), SampleLevel(rounds=1, fix_model=True, mode="hooks"))
+    run.round()
+    assert type(run.model.lstm) is not nn.LSTM
 
 
 def test_a_loss_for_the_whole_batch_is_refused():

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import grad
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedtorch.types import Params
 
@@ -18,6 +19,9 @@ Gradient = Callable[..., Params]
 """Layer, inputs [n, ...], gradients of outputs [n, ...], names or None for all -> by name, [n, ...]."""
 
 Names = Container[str] | None
+
+Heard = Callable[[dict[str, Callable[[], Tensor]]], None]
+"""Who is told of the gradients [n, ...] of a call, by name; each is made if it is asked for."""
 
 
 def unlike(layer: nn.Module) -> str | None:
@@ -124,6 +128,7 @@ GRADIENTS: dict[type[nn.Module], Gradient] = {
     nn.Conv2d: convolution,
     nn.Conv3d: convolution,
     nn.Linear: linear,
+    NonDynamicallyQuantizableLinear: linear,  # the last of nn.MultiheadAttention
     nn.Embedding: embedding,
     nn.GroupNorm: group_norm,
     nn.InstanceNorm1d: instance_norm,

@@ -5,7 +5,7 @@ examples follow from inputs and outputs, layer by layer (``formulas``), or are n
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
+from fedtorch.privacy import attention, recurrent
 from fedtorch.privacy.formulas import GRADIENTS, unlike
 from fedtorch.privacy.ghost import Into, Looked, Product, Seen
 from fedtorch.privacy.gradients import PrivateSteps, in_parts, joint_sq_norms, rounded
@@ -47,10 +48,16 @@ class LayerGradients:
         handles: list[Any] = [
             m.register_forward_pre_hook(self._each, with_kwargs=True) for m in self.tables
         ]
-        handles += [m.register_forward_hook(self._forward, with_kwargs=True) for m in self.layers]
+        by_hand = {m: OWN[type(m)][0] for m in self.layers if type(m) in OWN}
+        for m in self.layers.keys() - by_hand.keys():
+            handles.append(m.register_forward_hook(self._forward, with_kwargs=True))
         try:
+            for m, make in by_hand.items():
+                m.forward = make(m, self.anchor, partial(self._heard, m))
             yield self
         finally:
+            for m in by_hand:
+                vars(m).pop("forward", None)
             for handle in handles:
                 handle.remove()
 
@@ -84,10 +91,7 @@ class LayerGradients:
             return None
         x = taken(args, kwargs).detach()
         if not x.dim() or len(x) % self.many:
-            raise NotImplementedError(
-                f"layer {self.layers[layer]} sees {list(x.shape)} of {self.many} examples, not as many "
-                "rows of each"
-            )
+            raise NotImplementedError(uneven(self.layers[layer], x.shape, self.many))
         # of a view that is changed in place no hook would be told
         heard = out.clone() if out._is_view() else out
         if not heard.requires_grad:
@@ -100,6 +104,16 @@ class LayerGradients:
             raise NotImplementedError(f"what layer {self.layers[layer]} took is changed in place")
         call = Call(layer, x, d.detach(), self.many, trained(layer, self.params))
         self.calls.append(call if call.form else call.written())
+
+    def _heard(self, layer: nn.Module, made: dict[str, Callable[[], Tensor]]) -> None:
+        """What a layer that is run by hand tells of the gradients of a call."""
+        own = trained(layer, self.params)
+        found = {p: made[k]() for k, p in own.items() if k in made}
+        for p, g in found.items():
+            if len(g) % self.many:
+                raise NotImplementedError(uneven(self.layers[layer], g.shape[:1], self.many))
+            found[p] = g.unflatten(0, (self.many, -1)).sum(1) if len(g) != self.many else g
+        self.calls.append(Written(found))
 
     def _each(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -135,6 +149,11 @@ class LayerGradients:
             for hook in hooks:
                 hook.remove()
         return found
+
+
+def uneven(name: str, shape: Sequence[int], many: int) -> str:
+    """What is said where the first axis is none of examples."""
+    return f"layer {name} sees {list(shape)} of {many} examples, not as many rows of each"
 
 
 class Enough(Exception):
@@ -228,12 +247,22 @@ def apart(calls: Sequence[Call | Written]) -> list[Seen]:
     return [*seen, Written(both)] if both else seen
 
 
+OWN: dict[type[nn.Module], tuple[Callable[..., Any], Callable[[nn.Module], str | None]]] = {
+    nn.LSTM: (recurrent.recurrent, recurrent.odd),
+    nn.GRU: (recurrent.recurrent, recurrent.odd),
+    nn.RNN: (recurrent.recurrent, recurrent.odd),
+    nn.MultiheadAttention: (attention.attention, attention.odd),
+}
+"""Layers that are run by hand: their forward, and why one is not."""
+
+
 def known(model: nn.Module) -> dict[nn.Module, str]:
     """Layers with parameters to train, and their names; raises NotImplementedError for one not known."""
     found: dict[nn.Module, str] = {}
     for name, m in model.named_modules():
         own = [k for k, p in m.named_parameters(recurse=False) if p.requires_grad]
-        if own and (why := unlike(m)):
+        odd = OWN[type(m)][1] if type(m) in OWN else unlike
+        if own and (why := odd(m)):
             raise NotImplementedError(f"parameter {name}{'.' if name else ''}{own[0]}: {why}")
         if own:
             found[m] = name or "model"

@@ -1,10 +1,13 @@
 """Models that void a privacy claim: refused by layer, with the fix; and the fix itself."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fedtorch.privacy.base import Privacy
 from fedtorch.training.module import training
 from fedtorch.training.outline import copied
 from fedtorch.types import ConfigError
@@ -13,7 +16,7 @@ FIX = "; --privacy.fix-model true replaces it before round 0"
 
 
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.MultiheadAttention)
-"""Layers whose inside no hook can see; Opacus has twins for them."""
+"""Layers whose inside no hook of Opacus can see; it has twins for them."""
 
 
 def refuse(model: nn.Module) -> None:
@@ -74,14 +77,23 @@ def tied(model: nn.Module) -> str | None:
     return None
 
 
-def fixed(model: nn.Module) -> nn.Module:
-    """A copy with GroupNorm in place of BatchNorm, and Opacus's LSTM, GRU and attention for torch's.
+def mended(model: nn.Module, plan: Privacy) -> nn.Module:
+    """The model, or a fixed copy where the plan asks for one."""
+    steps = plan.per_example
+    return fixed(model, steps.mode if steps else "auto") if plan.fix_model else model
 
-    In-place activations are switched off, since they would overwrite what per-example gradients need.
+
+def fixed(model: nn.Module, mode: str = "hooks") -> nn.Module:
+    """A copy with GroupNorm in place of BatchNorm.
+
+    For a ``mode`` of Opacus, its LSTM, GRU and attention are put in the place of torch's too. In-place
+    activations are switched off, since they would overwrite what per-example gradients need.
     """
-    from opacus.validators import ModuleValidator
+    fixers: dict[type[nn.Module], Any] = {}
+    if mode in ("hooks", "ghost"):
+        from opacus.validators import ModuleValidator
 
-    fixers = {k: v for k, v in ModuleValidator.FIXERS.items() if k in RECURRENT}
+        fixers = {k: v for k, v in ModuleValidator.FIXERS.items() if k in RECURRENT}
     model = copied(model)
     still = resting(model)
     for name, module in list(model.named_modules()):

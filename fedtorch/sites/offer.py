@@ -103,7 +103,7 @@ class Plan(TrainingOptions):
             **self.training(),
         )
         model = self._model()
-        return checks.fixed(model) if recipe.privacy.fix_model else model, recipe
+        return checks.mended(model, recipe.privacy), recipe
 
     def outline(self) -> None:
         """Build the model as far as its size is known, of Hugging Face without its weights."""
