@@ -428,7 +428,7 @@ def test_the_bound_on_a_norm_holds_where_everything_cancels():
     grams = chunk_data.Kept().gram(TensorDataset(x, own.y), False, x.device)[None]
     first = dual.First(
         reader.Linear("w", None, (20, 300)), torch.zeros(20, 300), None, layers.Rule(0.1),
-        own, grams, taken, False,
+        own, (grams, taken), False,
     )  # fmt: skip
     first.D.copy_(D)
     true = float((D[0].T @ x).double().square().sum())
@@ -520,7 +520,7 @@ def test_a_sum_that_privacy_noises_is_float32_in_every_layer():
     x, D = torch.randn(160, 300), torch.randn(2, 80, 200)  # enough for bfloat16 to be worth it
     own = chunk_data.Rows(x, torch.zeros(160), (80, 80))
     places = torch.arange(160).view(2, 80), torch.arange(80).expand(2, 80)
-    first = dual.First(named, w0, None, rule, own, torch.zeros(2, 80, 80), places, True)
+    first = dual.First(named, w0, None, rule, own, (torch.zeros(2, 80, 80), places), True)
     hidden = dual.Hidden(named, w0, None, rule, (2, 80), True, own.ops)
     hidden.A.copy_(x.view(2, 80, 300))
     for layer in (first, hidden):

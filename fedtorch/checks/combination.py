@@ -224,16 +224,17 @@ REFUSED: tuple[Row, ...] = (
     ),
     (
         lambda r, who, pace: r.privacy.per_example and r.strategy.contrasts,
-        "strategy {strategy} has an objective of its own, and sample-level privacy clips the gradient of "
-        "each example's loss alone: use fedavg or fedprox, or client-level or local privacy",
+        "strategy {strategy} has an objective of its own, which may run the model several times for an "
+        "example, and sample-level privacy clips the gradient of one run and its loss: use fedavg or "
+        "fedprox, or client-level or local privacy",
     ),
     (
         lambda r, who, pace: (
             r.privacy.per_example and r.strategy.trains and not _noised_once(r.strategy)
         ),
-        "strategy {strategy} sends steps that start from what another pass made of a client's examples, "
-        "and sample-level privacy clips and noises one pass: use strategy ditto, fedper or fedbabu, or "
-        "client-level or local privacy",
+        "strategy {strategy} sends steps that start from what another pass made of a client's examples: "
+        "one example moves the gradients of all others then, which no clip bounds, and sample-level "
+        "privacy noises one pass: use strategy ditto, fedper or fedbabu, or client-level or local privacy",
     ),
     (
         lambda r, who, pace: r.local is not None and (r.strategy.trains or r.strategy.asks),

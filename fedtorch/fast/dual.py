@@ -10,12 +10,17 @@ The bias is a column of ones in A, hence a 1 added to them. This is exact, not a
 pays while a client takes fewer rows than the layer is wide. ``docs/fast-path-math.md`` derives it.
 """
 
+from collections.abc import Sequence
+from functools import cached_property
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from fedtorch.fast.chunk_data import Rows
+from fedtorch.fast.apart import Apart, norms_of, sum_of
+from fedtorch.fast.chunk_data import Rows, taken
 from fedtorch.fast.layers import Rule, squares
-from fedtorch.fast.ops import Ops, Shared, large
+from fedtorch.fast.ops import Ops, Shared, large, masked
 from fedtorch.fast.reader import Linear
 from fedtorch.fast.tuning import RATE_ALL, RATE_COPIES, RATE_MET, RATE_WRITTEN
 from fedtorch.types import Params, Stack
@@ -24,9 +29,9 @@ from fedtorch.types import Params, Stack
 class Share:
     """How much of w0 is left in the clients' weights: weight decay and the proximal pull take from it."""
 
-    def __init__(self, rule: Rule, weight: Tensor, clients: int) -> None:
-        """All of w0 is left in the ``weight`` of so many clients: no step has taken from it."""
-        self.rule, self.now, self.each = rule, 1.0, weight.new_ones(clients)
+    def __init__(self, rule: Rule, weight: Tensor, clients: int, now: float = 1.0) -> None:
+        """So much (``now``) of w0 is in the ``weight`` of so many clients before the first step."""
+        self.rule, self.now, self.each = rule, now, weight.new_full((clients,), now)
 
     def step(self, clients: int) -> None:
         """One step of the first ``clients``; the others have stopped."""
@@ -46,10 +51,11 @@ class Dual:
         rule: Rule,
         clients: int,
         half: bool,
+        own: Apart | None = None,
     ) -> None:
-        """``half``: large products in bfloat16."""
-        self.spec, self.w0, self.b0, self.rule = spec, weight, bias, rule
-        self.share = Share(rule, weight, clients)
+        """``half``: large products in bfloat16; ``own``: what each client has beside w0."""
+        self.spec, self.w0, self.b0, self.rule, self.own = spec, weight, bias, rule, own
+        self.share = Share(rule, weight, clients, 0.0 if own and own.starts else 1.0)
         self.half = half
         self.s = 0
         """Rows so far."""
@@ -75,6 +81,27 @@ class Dual:
             total.add_(self.w0, alpha=lost)
             bias = bias if self.b0 is None else bias.add_(self.b0, alpha=lost)
         return self.spec.named(total, None if self.b0 is None else bias)
+
+    def pairs(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """D [K, n, out], and each client's A."""
+        raise NotImplementedError
+
+    def stepped(self, clients: int, rows: int) -> None:
+        """So many clients have taken so many rows more."""
+        self.share.step(clients)
+        if self.own:
+            self.own.step(clients)
+        self.s += rows
+
+    def written(self, less: float = 0.0) -> Stack:
+        """The copies after all, ``less`` times w0, where clients have something of their own beside it."""
+        own = cast(Apart, self.own)
+        return own.written(self.pairs(), (self.w0, self.b0, self.share.each - less))
+
+    @cached_property
+    def changes(self) -> Stack:
+        """Of each client, written down: who has something of its own keeps what becomes of it."""
+        return self.written(1.0)
 
     def copies(self, change: Tensor, D: Tensor) -> Stack:
         """D^T A for each client -> the copies after all, for a strategy that wants to see them."""
@@ -123,21 +150,30 @@ class First(Dual):
         bias: Tensor | None,
         rule: Rule,
         rows: Rows,
-        grams: Tensor,
-        places: tuple[Tensor, Tensor],
+        known: tuple[Tensor, tuple[Tensor, Tensor]],
         half: bool,
+        own: Apart | None = None,
     ) -> None:
-        """``places``: the examples of each step, [K, T], as rows of x and as rows of the client's."""
-        super().__init__(spec, weight, bias, rule, len(grams), half)
+        """``known``: Gram matrices [K, n, n], and the examples of each step, [K, T], as rows of x and as
+        rows of the client's.
+        """
+        grams, places = known
+        super().__init__(spec, weight, bias, rule, len(grams), half, own)
         self.rows, self.grams = rows, grams
         self.outputs = self.known(rows)
         self.seen = rows.ops.coefficients(self.outputs, grams, places)
         self.D = self.seen.rows
+        if own:  # each example meets it once, however many steps follow
+            self.met = torch.cat([own.met(x, k) for k, x in enumerate(self.pairs()[1])])
 
     def forward(self, a: Tensor) -> Tensor:
-        """``a`` [k, B] are the rows of this step, of which only the shape matters here."""
+        """``a`` [k, B] are the rows of this step."""
         k, B = a.shape
-        return self.seen.outputs(self.s, k, B, keep=self.share.now, end=self.end)
+        if not self.own:
+            return self.seen.outputs(self.s, k, B, keep=self.share.now, end=self.end)
+        z = self.seen.outputs(self.s, k, B, keep=self.share.now)
+        z.add_(taken(self.met, a), alpha=self.own.now)
+        return z.relu_() if self.end else z
 
     def step(self, d: Tensor) -> None:
         """Add the rows to those of their examples; with decay those before count less."""
@@ -145,15 +181,22 @@ class First(Dual):
         if self.rule.keep != 1.0:
             self.D[:k].mul_(self.rule.keep)
         self.seen.add(self.s, d)
-        self.share.step(k)
-        self.s += B
+        self.stepped(k, B)
+
+    def pairs(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """Rows belong to examples."""
+        return self.D, torch.split(self.rows.flat, [*self.rows.sizes])
 
     def stack(self) -> Stack:
         """The copies."""
+        if self.own:
+            return self.written()
         return self.copies(self.D.mT.bmm(self.rows.spread(self.rows.flat)), self.D)
 
     def sq_norms(self, upper: bool = False) -> Tensor:
         """|D^T X|^2 = sum of (X X^T) * (D D^T): the change is not built for its norm."""
+        if self.own:
+            return norms_of(self.changes, upper)
         if upper and self.rule.keep != 1.0:
             return self.built_norms(self.stack())
         norms = (self.grams * self.D.bmm(self.D.mT)).sum((1, 2))
@@ -166,6 +209,8 @@ class First(Dual):
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """One product for all clients; who stays out may hold NaN, which times 0 is NaN again."""
+        if self.own:
+            return sum_of(self.changes, weight)
         D, bias = weighed(self.D, weight)
         on, stay = weight != 0, None
         if not bool(on.all()):
@@ -190,9 +235,10 @@ class Hidden(Dual):
         size: tuple[int, int],
         half: bool,
         ops: Ops,
+        own: Apart | None = None,
     ) -> None:
         """``size``: clients and rows they take."""
-        super().__init__(spec, weight, bias, rule, size[0], half)
+        super().__init__(spec, weight, bias, rule, size[0], half, own)
         self.A = weight.new_zeros(*size, weight.shape[1])
         self.D = weight.new_zeros(*size, weight.shape[0])
         self.grams, self.products = (weight.new_zeros(*size, size[1]) for _ in range(2))
@@ -204,27 +250,46 @@ class Hidden(Dual):
         """[k, B, in] -> [k, B, out]."""
         self.B = a.shape[1]
         known, now = (self.A, self.grams, self.D), self.share.now
-        return self.ops.append(self.up(a), a, known, self.s, self.one, now, self.end)
+        if not self.own:
+            return self.ops.append(self.up(a), a, known, self.s, self.one, now, self.end)
+        z = self.ops.append(self.shared(self.up(a)), a, known, self.s, self.one, now)
+        self.own.add_outputs(z, a)
+        return z.relu_() if self.end else z
 
     def backward(self, d: Tensor) -> Tensor:
         """[k, B, out] -> [k, B, in]; the rows are written down here already, for their products."""
         known, now = (self.D, self.products, self.A), self.share.now
-        return self.ops.append(self.down(d), d, known, self.s, 0.0, now, self.mask)
+        if not self.own:
+            return self.ops.append(self.down(d), d, known, self.s, 0.0, now, self.mask)
+        t = self.ops.append(self.shared(self.down(d)), d, known, self.s, 0.0, now)
+        t.baddbmm_(d, self.own.weight[: len(d)], alpha=self.own.now)
+        return masked(t, self.A[: len(d), self.s : self.s + self.B]) if self.mask else t
+
+    def shared(self, z: Tensor) -> Tensor:
+        """Products with w0 for ``append``, which counts on the first of them to be whole."""
+        return z if self.s else z.mul_(self.share.now)
 
     def step(self, d: Tensor) -> None:
         """With decay the rows before these count less."""
         k = len(d)
         if self.rule.keep != 1.0:
             self.D[:k, : self.s].mul_(self.rule.keep)
-        self.share.step(k)
-        self.s += d.shape[1]
+        self.stepped(k, d.shape[1])
+
+    def pairs(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """As they came."""
+        return self.D, self.A.unbind()
 
     def stack(self) -> Stack:
         """The copies."""
+        if self.own:
+            return self.written()
         return self.copies(self.D.mT.bmm(self.A), self.D)
 
     def sq_norms(self, upper: bool = False) -> Tensor:
         """As above, from the products of the steps where there is no decay, which changes D."""
+        if self.own:
+            return norms_of(self.changes, upper)
         if upper and self.rule.keep != 1.0:
             return self.built_norms(self.stack())
         if self.rule.keep != 1.0:
@@ -241,6 +306,8 @@ class Hidden(Dual):
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """One product for all clients; who stays out may hold NaN, which times 0 is NaN again."""
+        if self.own:
+            return sum_of(self.changes, weight)
         D, bias = weighed(self.D, weight)
         A, on = self.A, weight != 0
         if not bool(on.all()):

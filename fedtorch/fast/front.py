@@ -286,11 +286,9 @@ def backward(features: Tensor, d: Tensor, leaves: list[Tensor]) -> tuple[Tensor,
         return torch.autograd.grad((features * d).sum(), leaves)
 
 
-def shifted(shift: Tensor | None) -> Tensor | None:
-    """What is added to each client's gradients [K, ...], as the weights are kept."""
-    if shift is None or shift.dim() != 5:
-        return shift
-    return shift.permute(0, 1, 3, 4, 2).contiguous()
+def kept(stack: Tensor) -> Tensor:
+    """What is each client's own, [K, ...], as the weights are kept."""
+    return stack if stack.dim() != 5 else stack.permute(0, 1, 3, 4, 2).contiguous()
 
 
 def stored(weight: Tensor) -> Tensor:

@@ -3,20 +3,22 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import Dataset
 
 from fedtorch.fast import front
+from fedtorch.fast.apart import Apart
 from fedtorch.fast.chunk_data import Kept, Rows, taken
 from fedtorch.fast.copies import Own
 from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.dual import First, Hidden, pays
 from fedtorch.fast.example_gradients import Examples
 from fedtorch.fast.layer_table import Activation
-from fedtorch.fast.layers import Act, Given, Layer, Leaf, Rule, Weights, passed_down
+from fedtorch.fast.layers import Act, Given, Layer, Rule, Weights, passed_down
+from fedtorch.fast.linear import Steps, linear, strategy
 from fedtorch.fast.loss import AnyLoss, CrossEntropy, closed, squeezed
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.ops import ops_for
@@ -28,11 +30,10 @@ from fedtorch.fast.tuning import CHUNK_BYTES, MOST_CLIENTS
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import batch_order
-from fedtorch.training.correction import correction
 from fedtorch.training.dropout import Dropout
 from fedtorch.training.losses import cross_entropy
 from fedtorch.training.stacked import Chunk
-from fedtorch.types import Context, Params, Stack, Task
+from fedtorch.types import Params, Stack, Task
 
 
 @dataclass
@@ -46,8 +47,6 @@ class Fast:
     memory: Memory = field(default_factory=Memory)
     module: fx.GraphModule | None = None
     """The front; built from the working model on first use."""
-    plain: ClassVar[bool] = True
-    """It starts all clients from the shared weights: what else a strategy trains is others' to do."""
 
     def __getstate__(self) -> dict[str, object]:
         """A worker builds the front from its own model."""
@@ -68,17 +67,18 @@ class Fast:
             first = next(iter(task.state.values()))
             rows = self.kept.rows(datasets, first.device, ops_for(first))
             order = schedule(chunk.order, rows.sizes, first)
-            rule, shift = linear(recipe, ctx, task.lr)
+            steps = linear(recipe, ctx, task.state, task.lr)
+            rule = steps.rule
             coins = Coins(chunk.seeds, order)
             # layers that know their inputs
             if private is not None:
                 projected = bool(plan and plan.projected) and rows.finite
                 flat, layers = self._noised(
-                    model, datasets, rows, coins, task.state, (rule, shift), private, projected
+                    model, datasets, rows, coins, task.state, steps, private, projected
                 )
             else:
-                layers = self._front(model, rows, coins, task.state, rule, shift)
-                layers += joined(self._dense(datasets, rows, coins, task.state, rule, shift))
+                layers = self._front(model, rows, coins, task.state, steps)
+                layers += joined(self._dense(datasets, rows, coins, task.state, steps))
             # the loss, by its formula where it is known
             y = taken(rows.y, order.index)
             known = recipe.loss is cross_entropy and not self.chain.squeezed and rows.classes
@@ -107,7 +107,11 @@ class Fast:
             held = cast(list[Weights], others) if private is None else flat.held(others)
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
         mean, exact = head.total().cpu() / ctx.steps, recipe.privacy.claims
-        return Visit(held, mean, exact, first[:0], [*task.state])
+        return Visit(held, mean, exact, first[:0], task.state)
+
+    def takes(self, recipe: Recipe) -> bool:
+        """Whether it can take another pass of a visit, by such a recipe, from any weights at all."""
+        return strategy(recipe) is None
 
     def draws(self, recipe: Recipe) -> bool:
         """Whether anything may draw at random: the front, dropout, or a loss of one's own."""
@@ -139,18 +143,17 @@ class Fast:
         rows: Rows,
         coins: Coins,
         state: Params,
-        rules: tuple[Rule, Params],
+        steps: Steps,
         private: PrivateSteps,
         projected: bool,
     ) -> tuple[Flat, list[Layer]]:
         """Parameters that are noised in every step, and all layers."""
-        rule, shift = rules
         layers: list[Layer] = []
         if projected:
-            layers = [self._projected(datasets, rows, coins.order, state, rule, private)]
+            layers = [self._projected(datasets, rows, coins.order, state, steps.rule, private)]
         names = self.chain.front.names if self.chain.front else ()
         dense, memory = self.chain.layers[len(layers) :], (self.memory, len(datasets))
-        flat = Flat(dense, names, state, rule, shift, memory)
+        flat = Flat(dense, names, state, steps.rule, steps.shift, memory)
         if self.chain.front:
             module = self._built(model, apart=True)
             layers = [Examples(module, flat.leaves(names), rows.images, coins)]
@@ -183,15 +186,14 @@ class Fast:
         rows: Rows,
         coins: Coins,
         state: Params,
-        rule: Rule,
-        shift: Params,
+        steps: Steps,
     ) -> list[Layer]:
         if self.chain.front is None:
             return []
         K = len(coins.order.index)
+        kept = Steps(steps.rule, *({n: front.kept(v) for n, v in s.items()} for s in steps[1:]))
         leaves = {
-            n: Leaf(front.stored(state[n]).contiguous(), K, rule, front.shifted(shift.get(n)))
-            for n in self.chain.front.names
+            n: kept.leaf(n, front.stored(state[n]).contiguous(), K) for n in self.chain.front.names
         }
         return [front.Features(self._built(model), leaves, rows.images, coins, self.half)]
 
@@ -206,8 +208,7 @@ class Fast:
         rows: Rows,
         coins: Coins,
         state: Params,
-        rule: Rule,
-        shift: Params,
+        steps: Steps,
     ) -> list[Layer]:
         order = coins.order
         K, T = order.index.shape
@@ -219,17 +220,19 @@ class Fast:
                 continue
             first = not layers and self.chain.front is None
             w, b = state[spec.weight], None if spec.bias is None else state[spec.bias]
-            if shift or rule.momentum or not pays(T, spec.shape, rows.most if first else None):
-                own_bias = None if b is None else Leaf(b[None], K, rule, shift.get(spec.bias or ""))
-                weight = Leaf(w, K, rule, shift.get(spec.weight))
+            apart = Apart(spec, steps, K) if steps.own and not steps.full else None
+            if steps.full or not pays(T, spec.shape, rows.most if first else None):
+                own_bias = None if b is None else steps.leaf(spec.bias or "", b[None], K)
+                weight = steps.leaf(spec.weight, w, K)
                 layers.append(Own(spec, weight, own_bias, order, rows if first else None))
             elif first:
                 asked = b is not None, rows.x.device
                 grams = self.kept.stacked([self.kept.gram(d, *asked) for d in datasets], rows)
-                places = order.index, order.local
-                layers.append(First(spec, w, b, rule, rows, grams, places, self.half))
+                met = grams, (order.index, order.local)
+                layers.append(First(spec, w, b, steps.rule, rows, met, self.half, apart))
             else:
-                layers.append(Hidden(spec, w, b, rule, (K, T), self.half, rows.ops))
+                size, by = (K, T), (self.half, rows.ops, apart)
+                layers.append(Hidden(spec, w, b, steps.rule, size, *by))
         return layers
 
 
@@ -258,13 +261,23 @@ class Visit:
     """Never sum in bfloat16."""
     like: Tensor
     """Of the weights' type and device."""
-    names: Sequence[str]
-    """Of weights and buffers, in the model's order: how layers were trained must not show in theirs."""
+    start: Params
+    """The shared weights, in the model's order: how layers were trained must not show in theirs."""
 
     def rows(self) -> tuple[Stack, Stack]:
         """Trainable weights, [K, ...]; no model with buffers is read."""
         stacks = {k: v for layer in self.layers for k, v in layer.stack().items()}
         return self._ordered(stacks), {}
+
+    def changes(self) -> Stack:
+        """How far each client's weights are from the shared ones, [K, ...]."""
+        found = Stack()
+        for layer in self.layers:
+            if isinstance(layer, (First, Hidden)) and layer.own:  # which never had the weights
+                found |= layer.changes
+            else:
+                found |= {k: v - self.start[k] for k, v in layer.stack().items()}
+        return self._ordered(found)
 
     def settled(self) -> None:
         """There are no buffers."""
@@ -284,10 +297,4 @@ class Visit:
         return self._ordered({k: v for part in parts for k, v in part.items()})
 
     def _ordered(self, tree: Params) -> Params:
-        return {k: tree[k] for k in self.names if k in tree}
-
-
-def linear(recipe: Recipe, ctx: Context, lr: float) -> tuple[Rule, Params]:
-    """Optimizer and strategy as one rule that is linear in gradient and weights, and the clients' shift."""
-    args, (pull, shift) = recipe.client_optimizer.args, correction(recipe.strategy, ctx)
-    return Rule(lr, args.get("momentum", 0.0), args.get("weight_decay", 0.0), pull), shift
+        return {k: tree[k] for k in self.start if k in tree}

@@ -10,13 +10,12 @@ from torch.utils.data import Dataset, TensorDataset
 from fedtorch import seeds
 from fedtorch.checks.trial import FEW, TOLERANCE, difference, fills_up, pooled, some
 from fedtorch.fast.example_gradients import unknown
+from fedtorch.fast.linear import optimizer, plain, strategy
 from fedtorch.fast.reader import Chain, read
 from fedtorch.fast.solver import Fast
 from fedtorch.privacy.base import PerExample, Privacy
 from fedtorch.recipe import Recipe
-from fedtorch.strategies import Strategy
 from fedtorch.training.batches import len_of
-from fedtorch.training.local_steps import OWN, VARIES, varies
 from fedtorch.training.losses import LOSSES, reduce
 
 
@@ -114,48 +113,6 @@ def draws(
     if apart and (chain.drops_inputs or (chain.front and chain.front.drops)):
         return "dropout among its first layers needs examples that are contiguous in memory"
     return None
-
-
-def optimizer(recipe: Recipe) -> str | None:
-    """SGD, with momentum and weight decay, by one rate and by gradients as they are."""
-    if recipe.local is not None:
-        return OWN
-    client = recipe.client_optimizer
-    if client.maker() is not torch.optim.SGD:
-        return f"the client optimizer is {client.words}, not SGD"
-    if recipe.clip_norm is not None:
-        return "gradients are clipped (clip_norm)"
-    if varies(recipe):
-        return VARIES
-    args = client.args
-    other = sorted(k for k, v in args.items() if v and k not in ("momentum", "weight_decay"))
-    return f"SGD with {other[0]}" if other else None
-
-
-def plain(recipe: Recipe) -> bool:
-    """SGD without momentum and weight decay, and gradients as they are."""
-    args, kind = recipe.client_optimizer.args, type(recipe.strategy)
-    corrected = kind.correction is not Strategy.correction
-    return not (args.get("momentum") or args.get("weight_decay") or corrected)
-
-
-def strategy(recipe: Recipe) -> str | None:
-    """Gradients are changed by a ``Correction`` alone, which is linear in the weights."""
-    kind = type(recipe.strategy)
-    if recipe.strategy.personal:
-        return "weights stay with the clients (strategy.personal)"
-    if recipe.strategy.trains and not recipe.strategy.apart:
-        return f"{kind.__name__} trains in more than one pass"
-    if recipe.strategy.contrasts:
-        return f"{kind.__name__} changes what local steps minimise"
-    if kind.rests is not Strategy.rests:
-        return f"{kind.__name__} lets weights rest by turns"
-    if kind.correct is Strategy.correct:
-        return None
-    return (
-        f"{kind.__name__} corrects gradients in its own way "
-        "(what is linear in the weights can be its correction)"
-    )
 
 
 def tables(model: nn.Module, datasets: Sequence[Dataset]) -> str | None:

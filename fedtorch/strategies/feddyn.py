@@ -59,6 +59,5 @@ class FedDyn(Strategy):
         self, mean: dict[str, Params], extras: dict[str, Params], share: float
     ) -> tuple[Params, dict[str, Params]]:
         """``share`` of all clients sent this mean."""
-        delta = {k: v.double() for k, v in mean["delta"].items()}
-        h = tmap(lambda h, d: h - self.alpha * share * d, extras["h"], delta)
-        return tmap(lambda d, h: d - h / self.alpha, delta, h), {"h": h}
+        h = tmap(lambda h, d: h.sub(d, alpha=self.alpha * share), extras["h"], mean["delta"])
+        return tmap(lambda d, h: d.sub(h, alpha=1 / self.alpha), mean["delta"], h), {"h": h}

@@ -139,8 +139,11 @@ def _trained(
     if not recipe.strategy.trains:
         return _solved(data, ctx, solve), {}
 
-    def run(order: Sequence[Tensor], asked: Recipe, ctx: Context, plain: bool) -> Results:
-        suits = plain or not getattr(solve, "plain", False)
+    def run(
+        order: Sequence[Tensor], asked: Recipe, ctx: Context, plain: bool, whole: bool
+    ) -> Results:
+        takes = getattr(solve, "takes", None)
+        suits = plain or takes is None or (whole and takes(asked))
         return _solved(replace(data, order=order, recipe=asked), ctx, solve if suits else None)
 
     again = partial(_order, data.clients, task=task)

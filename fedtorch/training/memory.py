@@ -10,7 +10,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.strategies.base import Strategy
 from fedtorch.training.personal import GROUP
 from fedtorch.training.results import Results
-from fedtorch.tree import row
+from fedtorch.tree import row, tmap
 from fedtorch.types import Context, Stack
 
 
@@ -59,12 +59,17 @@ def alone(
 ) -> None:
     """The new memory of clients whose changes were sent as they are, and as a sum: one after another.
 
-    A client's change is in the cache then, and what it keeps holds nobody else's in memory.
+    What a client keeps holds nobody else's in memory.
     """
-    rows, _ = trained.rows()
+    changes = trained.changes()
     with torch.no_grad():
         for k, client in enumerate(clients):
             if good[k]:
-                change = {n: rows[n][k : k + 1] - w for n, w in ctx.anchor.items()}
+                change = {n: changes[n][k : k + 1] for n in ctx.anchor}
                 found = strategy.confirm({"delta": change}, {}, ctx.of(k))
-                client.memory = {g: row(m, 0) for g, m in found.items()}
+                client.memory = {g: tmap(_alone, row(m, 0)) for g, m in found.items()}
+
+
+def _alone(v: Tensor) -> Tensor:
+    """The same, and a copy where it is a row of others' stack."""
+    return v if v.untyped_storage().nbytes() == v.nbytes else v.clone()

@@ -27,8 +27,9 @@ class Passes:
     ctx: Context
     order: Callable[[Recipe], Sequence[Tensor]]
     """Which examples each client takes in which step of a pass."""
-    run: Callable[[Sequence[Tensor], Recipe, Context, bool], Results]
-    """The solver; told whether it is the visit's plain pass, from the shared weights."""
+    run: Callable[[Sequence[Tensor], Recipe, Context, bool, bool], Results]
+    """The solver; told whether it is the visit's plain pass, from the shared weights, and of another
+    whether all weights are trained from ones of one kind."""
     noised: list[Results] = field(default_factory=list)
     """Under sample-level privacy the result of the one pass that may be sent."""
 
@@ -64,12 +65,16 @@ class Passes:
         taken = torch.tensor([len(p) for p in order])
         lr_sum = rates(asked, self.task.lr, taken)
         ctx = replace(self.ctx, own=own, steps=taken, lr_sum=lr_sum)
+        # from weights that are all the clients' own, or all the shared ones
+        whole = not rests and (start is None or {*self._trained()} <= start.keys())
         with resting(self.model, {*rests}):
-            found = self.run(order, asked, ctx, plain)
+            found = self.run(order, asked, ctx, plain, whole and not plan)
         if plain and not isinstance(found, Stacked):  # memory of its own, and maybe but a sum
             self.noised.extend([found] if plan else [])
             return found
         rows, floats = found.rows()
+        if not isinstance(found, Stacked):
+            return Stacked(rows, floats, found.loss, self.task)
         # copies: the next pass writes over them in the same module
         params = {k: rows[k] if k in rows else self._still(k, own) for k in self._trained()}
         copies = [{k: v.detach().clone() for k, v in near(s).items()} for s in (params, floats)]

@@ -32,6 +32,9 @@ class Results(Protocol):
     def rows(self) -> tuple[Stack, Stack]:
         """Trainable weights and float buffers of each client, [K, ...] each."""
 
+    def changes(self) -> Stack:
+        """How far each client's trainable weights are from the shared ones, [K, ...], in their own type."""
+
     def settled(self) -> Tensor | None:
         """Whether each client's float buffers are finite or as they were, [K]; None: nothing to look at."""
 
@@ -63,6 +66,11 @@ class Stacked:
     def rows(self) -> tuple[Stack, Stack]:
         """As they are."""
         return self.params, self.buffers
+
+    def changes(self) -> Stack:
+        """Of the weights that they started from."""
+        start = near({k: self.task.state[k] for k in self.params})
+        return {k: v - start[k] for k, v in self.params.items()}
 
     def settled(self) -> Tensor | None:
         """Whether each client's float buffers are finite or as they were."""
@@ -160,6 +168,10 @@ class Summed:
     def rows(self) -> tuple[Stack, Stack]:
         """Raises TypeError: a sum does not show each client's weights."""
         raise TypeError("only the sum of these clients was kept")
+
+    def changes(self) -> Stack:
+        """Raises TypeError, as above."""
+        return self.rows()[0]
 
     def settled(self) -> None:
         """``squares`` say it."""
