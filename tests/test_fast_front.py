@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Scaffold, Server
 from fedtorch.fast import Fast, chunk_data, front, offer, reader
 from fedtorch.privacy import ClientLevel
+from fedtorch.training import evaluate
 from fedtorch.training.module import channels_last
 
 SIZES = [21, 5, 13, 1]
@@ -218,6 +219,24 @@ class Varied(nn.Module):
         a, b = self.pad(x).chunk(2, dim=2)
         x = F.relu6(F.interpolate(torch.stack([a, -b]).sum(0).clamp(-2, 2), size=(10, 10)))
         return self.out(F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0)).flatten(1))
+
+
+@pytest.mark.parametrize(("width", "general"), [(4, True), (400, False)], ids=["deep", "wide"])
+def test_a_front_with_group_norm_is_left_to_torch_where_the_dense_part_is_small(width, general):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 64, 3), nn.GroupNorm(4, 64), nn.ReLU(), nn.Conv2d(64, 512, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, width), nn.ReLU(), nn.Linear(width, 4)
+    )  # fmt: skip
+    if not general:
+        model[3] = nn.Conv2d(64, 512, 1)
+    server = Server(model, images(), Recipe(lr=0.1))
+    said = any("GroupNorm in so deep a front" in n for n in server.notes)
+    assert said == general
+    x = torch.randn(2, 1, 8, 8)
+    assert not evaluate.convolves(model, x)
+    model[1] = nn.Identity()
+    assert evaluate.convolves(model, x)
 
 
 def test_less_usual_layers_and_calls():

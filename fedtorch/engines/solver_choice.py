@@ -19,12 +19,13 @@ from fedtorch.checks.trial import fills_up, pooled, stacks
 from fedtorch.client import Client
 from fedtorch.fast.tuning import GROUP, MOST_CLIENTS, SMALL, SMALL_PRIVATE, STACKED_BYTES
 from fedtorch.kernels.compile import FASTER, available
+from fedtorch.kernels.processor import multiplies_bf16
 from fedtorch.privacy import Privacy
 from fedtorch.recipe import Recipe
 from fedtorch.training import stacked
 from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.losses import LOSSES
-from fedtorch.training.module import forward, to, undropped
+from fedtorch.training.module import forward, groups, to, undropped
 from fedtorch.training.optimizer import ClientOptimizer
 from fedtorch.training.outline import untouched
 from fedtorch.tree import has_float64, nbytes
@@ -33,6 +34,11 @@ from fedtorch.types import ConfigError
 SOLVERS = ("auto", "fast", "stacked", "general")
 
 DTYPES = ("float32", "bf16")
+
+EMULATED = (
+    "this processor has no instructions for bfloat16, so that bf16 is several times slower than float32: "
+    "leave engine.dtype out"
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def choose(
     half = check(solver, dtype, recipe)
     asked, plan = recipe.privacy, recipe.privacy.per_example
     size = min(chunk or _automatic(model), len(clients))
-    notes = kept(model, asked, changes)
+    notes = kept(model, asked, changes) + emulated(model, half)
     tried = shown(model, clients, recipe)
     alone = apart.needed(model, tried, recipe)
     private_step.fits(model, tried, recipe, alone)
@@ -76,9 +82,8 @@ def choose(
     # the fast path, where it can and pays
     if solver in ("auto", "fast"):
         found = offered(model, tried, recipe, half, changes)
-        least = SMALL_PRIVATE if plan else SMALL
-        if solver == "auto" and not half and size >= least:
-            found = unless_small(found, model, tried, recipe)
+        if solver == "auto" and not half:
+            found = unless_slower(found, model, tried, recipe, size)
         if not isinstance(found, str):
             size = chunk or found.chunk(max(len(c) for c in clients), recipe)
             how = f"fast path, up to {min(size, len(clients))} clients at once"
@@ -242,15 +247,25 @@ def check(solver: str, dtype: str, recipe: Recipe) -> bool:
     return dtype == "bf16"
 
 
-def unless_small(
-    found: fast.Fast | str, model: nn.Module, clients: Sequence[Client], recipe: Recipe
+def unless_slower(
+    found: fast.Fast | str, model: nn.Module, clients: Sequence[Client], recipe: Recipe, size: int
 ) -> fast.Fast | str:
-    """The front runs client after client, which takes the most of a round where a model is small."""
+    """Or why not: a front, which runs client after client, may be faster elsewhere; ``size``: stacked."""
     if isinstance(found, str) or found.chain.front is None:
         return found
-    if not modes.stacks(model, clients, recipe):
-        return found
-    return "so small a model with more than linear layers is faster with clients stacked"
+    deep = 2 * found.chain.front.numbers > sum(p.numel() for p in model.parameters())
+    if deep and groups(model) and next(model.parameters()).device.type == "cpu":  # W7
+        return "GroupNorm in so deep a front is faster in PyTorch's own layout"
+    least = SMALL_PRIVATE if recipe.privacy.per_example else SMALL
+    if size >= least and modes.stacks(model, clients, recipe):
+        return "so small a model with more than linear layers is faster with clients stacked"
+    return found
+
+
+def emulated(model: nn.Module, half: bool) -> list[str]:
+    """What to say where products in bfloat16 are slow."""
+    here = half and next(model.parameters()).device.type == "cpu"
+    return [EMULATED] if here and not multiplies_bf16() else []
 
 
 def loops(model: nn.Module, recipe: Recipe) -> str:

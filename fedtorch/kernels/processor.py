@@ -2,8 +2,12 @@
 
 import platform
 from functools import cache
+from typing import Any
 
 import numpy as np
+import torch
+
+X86 = "x86_64", "amd64", "i386", "i686"
 
 
 @cache
@@ -13,15 +17,31 @@ def features() -> frozenset[str]:
     return frozenset(found.get("SIMD Extensions", {}).get("found", ()))
 
 
+def x86() -> bool:
+    """Whether Intel or AMD made it, or might have."""
+    return platform.machine().lower() in X86
+
+
+@cache
 def converts() -> bool:
     """Whether whole numbers of 64 bits become floating point by one instruction for several of them.
 
     Of Intel's and AMD's processors those with AVX-512 (called X86_V4 since NumPy 2.4); ARM always has it.
     """
-    x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
-    return not x86 or not features().isdisjoint(("X86_V4", "AVX512_SKX"))
+    return not x86() or not features().isdisjoint(("X86_V4", "AVX512_SKX"))
 
 
 def wide_cipher() -> bool:
     """Whether one instruction encrypts four blocks of AES: since Intel's Ice Lake and AMD's Zen 4."""
     return "AVX512_ICL" in features()
+
+
+def multiplies_bf16() -> bool:
+    """Whether it multiplies numbers in bfloat16, and torch uses that: else it is emulated."""
+    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not told:  # before torch 2.11
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not x86():
+        return bool(told.get("bf16"))
+    wide = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+    return wide and bool(told.get("avx512_bf16") or told.get("amx_bf16"))

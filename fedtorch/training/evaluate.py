@@ -16,7 +16,15 @@ from fedtorch.training.batches import in_order, len_of
 from fedtorch.training.datasets import as_dataset
 from fedtorch.training.losses import Loss, counted, gathers, reduce
 from fedtorch.training.metrics import by_name
-from fedtorch.training.module import CPU, channels_last, evaluating, load, other_types, snapshot
+from fedtorch.training.module import (
+    CPU,
+    channels_last,
+    evaluating,
+    groups,
+    load,
+    other_types,
+    snapshot,
+)
 from fedtorch.training.stacked import forward, to
 from fedtorch.training.step import pair
 from fedtorch.tree import joined, size
@@ -228,7 +236,7 @@ def convolves(model: nn.Module, x: Any) -> bool:
     """Whether these are images that the model takes in channels-last memory, tried on two of them."""
     if not (isinstance(x, Tensor) and x.dim() == 4 and x.device.type == "cpu"):
         return False
-    if not any(isinstance(m, nn.Conv2d) for m in model.modules()):
+    if not any(isinstance(m, nn.Conv2d) for m in model.modules()) or groups(model):
         return False
     try:
         few = [x[:2].clone(), x[:2].clone()]  # a model may write on what it is given

@@ -133,13 +133,19 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 def channels_last(x: Tensor) -> Tensor:
     """Images [B, C, H, W] in channels-last memory, also where one channel leaves open what that would be.
 
-    Convolutions and pooling are two to four times faster so on a CPU. Other tensors as they are.
+    Convolutions and pooling are two to four times faster so on a CPU, and GroupNorm is slower. Other
+    tensors as they are.
     """
     if x.dim() != 4:
         return x
     n, c, h, w = x.shape
     flat = x.permute(0, 2, 3, 1).contiguous()
     return flat.as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+
+
+def groups(model: nn.Module) -> bool:
+    """Whether there is GroupNorm in it, which makes channels last the slower layout on a CPU."""
+    return any(isinstance(m, nn.GroupNorm) for m in model.modules())
 
 
 DROPOUT = {
