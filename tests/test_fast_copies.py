@@ -6,14 +6,14 @@ from fedtorch.fast import copies
 from fedtorch.fast.chunk_data import Rows
 from fedtorch.fast.layers import Leaf, Rule
 from fedtorch.fast.reader import Linear
-from fedtorch.fast.schedule import Schedule
+from fedtorch.fast.schedule import LockstepOrder
 from loop_case import close, drawn
 
 COUNTS = np.array([5, 0, 4, 1])
 
 
 def order(counts):
-    return Schedule(*[torch.zeros(4, 5).long()] * 2, torch.ones(4, 5, 1), [4], 5, counts[None])
+    return LockstepOrder(*[torch.zeros(4, 5).long()] * 2, torch.ones(4, 5, 1), [4], 5, counts[None])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

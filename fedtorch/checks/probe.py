@@ -24,7 +24,7 @@ from fedtorch.training.local_steps import stepper
 from fedtorch.training.losses import reduce
 from fedtorch.training.module import other_types, training
 from fedtorch.training.outline import untouched
-from fedtorch.training.own_update import Visit, own_update
+from fedtorch.training.own_update import VisitBatches, own_update
 from fedtorch.training.stacked import forward, snapshot, to
 from fedtorch.training.step import pair
 from fedtorch.tree import expand, leaves
@@ -283,7 +283,7 @@ def _objective(model: nn.Module, batch: Any, recipe: Recipe) -> None:
 def visit_alone(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -> None:
     """A visit of two batches by a local update of the user's own; raises ConfigError where it fails."""
     plan = (index % len_of(client.data)).expand(2, -1)
-    visit = Visit(client.data, plan, next(model.parameters()).device)
+    visit = VisitBatches(client.data, plan, next(model.parameters()).device)
     assert recipe.local is not None
     try:
         own_update(recipe.local, training(model), visit, recipe.learning_rate)

@@ -20,7 +20,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.training.batches import Collated, fetch, len_of, uncollated
 from fedtorch.training.module import forward, to, training
 from fedtorch.training.outline import untouched
-from fedtorch.training.own_update import Visit, own_update
+from fedtorch.training.own_update import VisitBatches, own_update
 from fedtorch.tree import parts, rebuilt
 from fedtorch.types import ConfigError
 
@@ -163,7 +163,7 @@ def _takes_examples(model: nn.Module, client: Client, recipe: Recipe) -> bool:
         with untouched(model), torch.no_grad(), seeds.seeded(0):
             if recipe.local is not None:
                 place = torch.arange(COUNT)[None]
-                visit = Visit(client.data, place, next(model.parameters()).device)
+                visit = VisitBatches(client.data, place, next(model.parameters()).device)
                 own_update(recipe.local, training(model), visit, recipe.learning_rate)
                 return True
             batch = fetch(client.data, torch.arange(COUNT))

@@ -10,7 +10,7 @@ from fedtorch.fast.chunk_data import Rows, taken
 from fedtorch.fast.layers import Leaf, squares
 from fedtorch.fast.ops import masked
 from fedtorch.fast.reader import Linear
-from fedtorch.fast.schedule import Schedule
+from fedtorch.fast.schedule import LockstepOrder
 from fedtorch.fast.tuning import CLOSING
 from fedtorch.tree import exact_sq_norms
 from fedtorch.types import Params, Stack
@@ -20,7 +20,7 @@ class Own:
     """A linear layer of which every client has its own copy."""
 
     def __init__(
-        self, spec: Linear, weight: Leaf, bias: Leaf | None, order: Schedule, rows: Rows | None
+        self, spec: Linear, weight: Leaf, bias: Leaf | None, order: LockstepOrder, rows: Rows | None
     ) -> None:
         """A first layer gets the examples that are its inputs."""
         self.spec, self.weight, self.bias, self.rows = spec, weight, bias, rows

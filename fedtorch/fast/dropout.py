@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx, nn
 
-from fedtorch.fast.schedule import Schedule
+from fedtorch.fast.schedule import LockstepOrder
 from fedtorch.training.dropout import CALLS, USUAL, Dropout, dropout_mask, dropout_of
 
 MODULES: dict[object, int] = {nn.Dropout: 0, nn.Dropout1d: 3, nn.Dropout2d: 4, nn.Dropout3d: 5}
@@ -25,7 +25,7 @@ def dropout(node: fx.Node, root: nn.Module) -> Dropout | None:
 class Coins:
     """Randomness of K clients, each with a generator of its own."""
 
-    def __init__(self, seeds: Sequence[int], order: Schedule) -> None:
+    def __init__(self, seeds: Sequence[int], order: LockstepOrder) -> None:
         """``seeds``: what the general path would seed each client's visit with."""
         self.seeds, self.order = seeds, order
 

@@ -109,7 +109,7 @@ def build(model: nn.Module, front: Front, apart: bool = False) -> fx.GraphModule
     (end,) = (n for n in graph.nodes if n.name == front.end)
     part = upto(graph, end)
     if apart:
-        keep_apart(part, root)
+        out_of_place(part, root)
     dropout_by_generator(part, root, dict(front.drops))
     for node in list(part.nodes):
         if node.op == "call_method" and node.target == "view":
@@ -124,7 +124,7 @@ def build(model: nn.Module, front: Front, apart: bool = False) -> fx.GraphModule
     return fx.GraphModule(root, part)
 
 
-def keep_apart(part: fx.Graph, root: nn.Module) -> None:
+def out_of_place(part: fx.Graph, root: nn.Module) -> None:
     """Let nothing in ``part`` write over its input; where others read that, the trial will tell."""
     for node in part.nodes:
         if node.op == "call_module":

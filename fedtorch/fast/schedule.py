@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LockstepOrder:
     """Which examples each client takes, step by step."""
 
     index: Tensor
@@ -33,7 +33,7 @@ class Schedule:
         return float(self.counts.sum()) / sum(self.live)
 
 
-def schedule(plans: Sequence[Tensor], sizes: Sequence[int], weight: Tensor) -> Schedule:
+def schedule(plans: Sequence[Tensor], sizes: Sequence[int], weight: Tensor) -> LockstepOrder:
     """Put the clients' plans side by side, for weights of ``weight``'s type, and on its device.
 
     The plans must come in order of falling length.
@@ -61,4 +61,4 @@ def schedule(plans: Sequence[Tensor], sizes: Sequence[int], weight: Tensor) -> S
     index = local + first[:, None]
     if weight.device.type != "cpu":
         index, local, scale = (t.to(weight.device) for t in (index, local, scale))
-    return Schedule(index, local, scale, live, B, counts)
+    return LockstepOrder(index, local, scale, live, B, counts)

@@ -25,7 +25,7 @@ from fedtorch.fast.ops import ops_for
 from fedtorch.fast.private import Flat, noised
 from fedtorch.fast.projected import Known, Projected
 from fedtorch.fast.reader import Chain, Linear
-from fedtorch.fast.schedule import Schedule, schedule
+from fedtorch.fast.schedule import LockstepOrder, schedule
 from fedtorch.fast.tuning import CHUNK_BYTES, MOST_CLIENTS
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.recipe import Recipe
@@ -163,7 +163,7 @@ class Fast:
         self,
         datasets: Sequence[Dataset],
         rows: Rows,
-        order: Schedule,
+        order: LockstepOrder,
         state: Params,
         rule: Rule,
         private: PrivateSteps,

@@ -14,7 +14,7 @@ from fedtorch.training.module import forget, to
 from fedtorch.types import ConfigError
 
 
-class Visit:
+class VisitBatches:
     """A visit's batches, where the model is: as many as its steps; gone through again, they come again."""
 
     def __init__(self, data: Dataset, plan: Tensor, device: torch.device) -> None:
@@ -30,11 +30,11 @@ class Visit:
         return (to(batch, self.device) for batch in batches(self.data, self.plan))
 
 
-OwnUpdate = Callable[[nn.Module, Visit, float], Any]
+OwnUpdate = Callable[[nn.Module, VisitBatches, float], Any]
 """``fn(model, batches, lr)`` trains the model in place; it returns the visit's loss, or None."""
 
 
-def own_update(update: OwnUpdate, model: nn.Module, visit: Visit, lr: float) -> Tensor:
+def own_update(update: OwnUpdate, model: nn.Module, visit: VisitBatches, lr: float) -> Tensor:
     """Have a function of the user's own train the model; its loss, float64, NaN where it tells none.
 
     What it froze for a while is as it was, and no gradients stay. Raises ConfigError for other results.

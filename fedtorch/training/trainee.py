@@ -16,7 +16,7 @@ from fedtorch.training.correction import Corrector
 from fedtorch.training.local_steps import stepper
 from fedtorch.training.module import forget, to, training
 from fedtorch.training.outline import Outline
-from fedtorch.training.own_update import Visit, own_update
+from fedtorch.training.own_update import VisitBatches, own_update
 from fedtorch.training.step import backward
 from fedtorch.tree import expand
 from fedtorch.types import Context, Params, Task
@@ -55,7 +55,7 @@ class Trainee:
         if not self.model.training:  # train() walks through all submodules
             training(self.model)
         if self.recipe.local is not None:
-            visit = Visit(data, steps, self.device)
+            visit = VisitBatches(data, steps, self.device)
             return own_update(self.recipe.local, self.model, visit, self.lr)
         self._asked = self.recipe.strategy.objective(self.recipe.asked, ctx)
         correct = Corrector(self.recipe.strategy, ctx)
