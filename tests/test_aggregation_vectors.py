@@ -356,3 +356,9 @@ def test_near_the_median_are_the_nearest_one_by_one(fewer):
         for _ in range(fewer):
             left.pop(0 if middle - left[0] > left[-1] - middle else -1)
         assert float(mean) == pytest.approx(sum(left) / len(left))
+
+
+def test_the_trusted_client_alone_is_no_round():
+    rule = FLTrust(trusted="a")
+    assert rule.missing(["a", "b"]) is None and "a round has 1" in str(rule.missing(["a"]))
+    assert "needs client 'a', who did not report" in str(rule.missing(["b", "c"]))

@@ -7,6 +7,7 @@ import torch
 
 from fedtorch import FedAvg, Poisson, Scaffold, ServerAdam, Uniform
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel
+from fedtorch.privacy.accounting.mixed import REPLACED
 from fedtorch.privacy.clipping import clipped, joint_norms
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.types import ConfigError
@@ -222,6 +223,16 @@ def test_bands_keep_clients_apart():
             assert t - last.get(i, -99) >= 4
             last[i] = t
     assert len(last) == 10
+
+
+@pytest.mark.parametrize("units", [REPLACED, 1, 2, 3])
+def test_what_bands_cost_several_clients_is_not_known(units):
+    events = [ClientLevel(noise_multiplier=1.0, bands=Bands(count=2)).event(1.0)]
+    banded, alone = (
+        ClientLevel(noise_multiplier=1.0, bands=b).several(events, units)
+        for b in (Bands(count=2), None)
+    )
+    assert alone == [(events[0], units)] and banded == (alone if units == 1 else None)
 
 
 def test_one_band_is_independent_noise():

@@ -49,6 +49,20 @@ def test_noise_for_a_target_on_a_fine_grid(target, known):
     assert DistributedDP(epsilon=target, rounds=1).calibrated(1) == pytest.approx(known, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("plan", "numbers"),
+    [
+        (DistributedDP(epsilon=3.0, clip=0.3, resolution=64.0), 1),
+        (DistributedDP(epsilon=3.0, clip=0.3).placed(20, 14, 1000), 14 * 1000),
+    ],
+    ids=["of one", "of a run"],
+)
+def test_what_rounding_of_tables_adds_to_delta_is_of_all_numbers_of_all_rounds(plan, numbers):
+    noise = plan.calibrated(5)
+    each = (1 + math.exp(plan.planned(noise, 5))) * plan.table(noise).error
+    assert plan.slack(noise, 5) == pytest.approx(5 * numbers * each, rel=1e-9, abs=0)
+
+
 @pytest.mark.parametrize("clip", [1e-4, 0.3, 50.0])
 def test_the_noise_of_a_run_costs_its_target_on_its_own_grid(clip):
     plan = DistributedDP(epsilon=3.0, rounds=20, clip=clip).placed(20, 14, 10_000)

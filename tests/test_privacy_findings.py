@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from fedtorch.privacy.accounting.gaussian import gaussian_epsilon
 from fedtorch.privacy.audit import chi_limits
-from fedtorch.privacy.findings import CanaryResults, Findings, guessed, judged, pooled
+from fedtorch.privacy.findings import CanaryResults, Findings, guessed, judged, of_examples, pooled
 from fedtorch.types import ConfigError
 
 
@@ -118,6 +119,25 @@ def test_what_is_no_number_contradicts_a_claim_too(figure):
     assert Findings.read(table).refuted
     with pytest.raises(ValueError, match="no unit that can be audited"):
         Findings.read(table | {"unit": "inf"})
+
+
+def test_what_one_client_s_canaries_show_is_in_units_of_the_noise_claimed():
+    kept = {
+        "at": torch.arange(2),
+        "inside": torch.tensor([True, False]),
+        "noise": torch.tensor([1.0, -3.0], dtype=torch.float64),
+        "sent": torch.tensor([2.0, 0.0], dtype=torch.float64),
+        "squares": torch.tensor([6.0], dtype=torch.float64),
+        "parts": torch.tensor([2.0, 4.0], dtype=torch.float64),
+        "longest": torch.tensor([1.5], dtype=torch.float64),
+        "steps": torch.tensor([4]),
+    }
+    # noise of 0.5 clips of 2 in each of 4 steps: a deviation of 2 in their sum
+    seen = of_examples(kept, rate=0.25, clip=2.0, noise=0.5, due=5)
+    assert seen.scores.tolist() == [1.5, -1.5] and (seen.numbers, seen.missed) == (2, 1)
+    assert seen.shift.tolist() == [1.0, 1.0] and seen.wander.tolist() == [0.75, 0.75]
+    assert seen.noise == pytest.approx(math.sqrt(5) / 2) and seen.longest == 0.75
+    assert (seen.step_noise, seen.step_numbers) == (pytest.approx(math.sqrt(8 / 12)), 12)
 
 
 def test_a_bound_above_the_claim_refutes_it():

@@ -42,6 +42,16 @@ def test_each_attack_on_known_rows(name):
     assert found.shape == OWN.shape and found[0].tolist() == pytest.approx(want, abs=6e-7)
 
 
+@pytest.mark.parametrize("attack", [MinMax(), MinSum()], ids=["max", "sum"])
+def test_the_farthest_is_found_among_many_who_are_close_together_and_far_away(attack):
+    g = torch.Generator().manual_seed(0)
+    honest = 1e4 + 1e-4 * torch.randn(30, 3, generator=g, dtype=torch.float64)
+    apart = (honest[:, None] - honest).square().sum(2)
+    away = (attack.rows(honest, honest[:1], 0) - honest).square().sum(1)
+    allowed, found = (apart.sum(1).max(), away.sum()) if attack.sums else (apart.max(), away.max())
+    assert float(found / allowed) == pytest.approx(1, abs=1e-3)
+
+
 def test_how_far_alie_goes_unseen():
     assert furthest(25, 5) == pytest.approx(0.253347, abs=6e-7)
     assert furthest(50, 12) == pytest.approx(0.336038, abs=6e-7)

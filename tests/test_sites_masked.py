@@ -3,6 +3,7 @@
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -22,6 +23,7 @@ from fedtorch.secure.server import SecureServer
 from fedtorch.sites import keys
 from fedtorch.sites import offer as offers
 from fedtorch.sites.engine import SitesSession
+from fedtorch.sites.masked import MaskedSession
 from fedtorch.sites.masks import Party
 from fedtorch.sites.openings import Openings
 from fedtorch.sites.reports import Reader
@@ -401,3 +403,17 @@ def test_a_call_that_a_dead_process_left_open_speaks_for_nobody(folder, tmp_path
         assert there.round()["failed"] == {}
         old.join()
     assert answers == ["wait"]
+
+
+def test_just_as_many_as_must_be_are_enough_to_close_the_sum():
+    half = SimpleNamespace(phase="masked", waiting={1}, late={2}, close=lambda: "unmask")
+    attempt = SimpleNamespace(
+        half=half, terms=SimpleNamespace(members=range(5)), names=NAMES, down=None
+    )
+    session = SimpleNamespace(least=3, change=threading.Condition())
+    with session.change:
+        MaskedSession._close(session, attempt)
+        assert attempt.down == "unmask"
+        session.least = 4
+        with pytest.raises(Unfit, match="3 sites sent a masked update, and minimum is 4"):
+            MaskedSession._close(session, attempt)

@@ -170,6 +170,8 @@ def test_the_sum_of_whoever_came_through_is_opened_and_nothing_else(folder, tmp_
     assert total.metrics["train_loss"][0] == pytest.approx(sum(0.5 * k for k in ks) / len(ks))
     kept = Openings(tmp_path / "south").runs
     assert kept == {"r": [(4, frozenset(total.ids))]}
+    silent = {n for names in out.values() for n in names}
+    assert {n for n, p in made.parties.items() if p.done} == {*NAMES} - silent
 
 
 def test_a_site_that_is_sent_another_model_is_known_by_its_keys(folder, tmp_path, monkeypatch):
