@@ -3,13 +3,17 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fedtorch import disk
 from fedtorch.__main__ import main
-from fedtorch.run import search
-from fedtorch.types import ConfigError, NothingLearned
+from fedtorch.privacy import SampleLevel
+from fedtorch.privacy.accounting.events import epsilon
+from fedtorch.privacy.accounting.ledger import Ledger
+from fedtorch.run import search, sweep
+from fedtorch.types import ClaimRefuted, ConfigError, NothingLearned
 
 WORDS = ["train", "--clients", "2", "--rounds", "1", "--privacy.steps", "2", "--tracking", "none"]
 
@@ -70,6 +74,63 @@ def played(tmp_path, scores, monkeypatch):
     monkeypatch.setattr(search, "replace", lambda config, **new: config | new)
     best = search._best([{}], len(scores), tmp_path, train)
     return best and best[2][1], len(list(tmp_path.iterdir()))
+
+
+def test_without_public_data_the_score_is_one_that_the_budget_pays_for(tmp_path):
+    where = tmp_path / "run"
+    where.mkdir()
+    (where / "config.toml").write_text("rounds = 20")
+    lines = [{"round": 10, "noised_loss": 2.0, "noised_accuracy": 0.4}, {"round": 11}]
+    lines.append({"round": 20, "noised_loss": 1.0, "noised_accuracy": 0.7})
+    (where / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    assert search._score({"test_loss": None}, where) == ("noised_accuracy", 0.7)
+    assert search._score({"test_accuracy": 0.2}, where) == ("test_accuracy", 0.2)
+    (where / "metrics.jsonl").write_text('{"round": 10, "noised_loss": 2.0}\n')
+    assert search._score({}, where) == ("noised_loss", 2.0)
+    (where / "metrics.jsonl").write_text('{"round": 10}\n')
+    assert math.isnan(search._score({}, where)[1])
+
+
+def test_what_a_killed_search_had_cost_is_said_before_it_is_removed(tmp_path, capsys):
+    plan = SampleLevel(noise_multiplier=2.0, rounds=2)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        ledger = Ledger(tmp_path / name / "ledger.jsonl")
+        ledger.charge(0, plan.event(2.0), ["a"])
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "ledger.jsonl").write_text("nothing\n")
+    search._empty(tmp_path, plan)
+    said = capsys.readouterr().out
+    cost = epsilon([plan.event(2.0)] * 2, plan.delta)
+    assert f"who watched its 2 runs has seen epsilon {cost:.3f} at delta 1e-05" in said
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_sweep_goes_on_after_a_claim_is_refuted_and_fails_in_the_end(
+    tmp_path, monkeypatch, capsys
+):
+    trained = []
+
+    def train(config):
+        trained.append(config.run_dir)
+        if len(trained) == 1:
+            raise ClaimRefuted("the privacy claim is refuted: noise 0.5")
+
+    for name in ("planned", "spent"):
+        monkeypatch.setattr(sweep.prices, name, lambda runs: [])
+    monkeypatch.setattr(sweep.results, "load", lambda path: path)
+    monkeypatch.setattr(sweep.results, "summary_rows", lambda runs: runs)
+    monkeypatch.setattr(sweep, "show_table", lambda rows: None)
+    configs = iter([SimpleNamespace(run_dir=str(tmp_path / n), tracking=None) for n in "ab"])
+    with pytest.raises(ClaimRefuted, match="refuted in 1 of 2 runs: a"):
+        sweep.run_sweep(
+            ["--run-dir", str(tmp_path)],
+            [{"lr": "1"}, {"lr": "2"}],
+            lambda words: next(configs),
+            lambda config: None,
+            train,
+        )
+    assert len(trained) == 2 and "noise 0.5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from fedtorch import disk
-from fedtorch.privacy import told
-from fedtorch.run import files, prices
+from fedtorch.privacy import Privacy, told
+from fedtorch.privacy.accounting.ledger import Ledger
+from fedtorch.rounds.progress import amount
+from fedtorch.run import files, prices, results
 from fedtorch.run import folder as folders
 from fedtorch.run.results import higher_is_better
 from fedtorch.run.sweep import Setting, arguments, as_given, compared, each_tried, named_folder
@@ -66,10 +68,11 @@ def run(
         _same(configs)
         _free(folder)
         each_tried(points, configs, tried)
-        if not len(configs[0].dataset.load(configs[0].seed).test):
+        public = len(configs[0].dataset.load(configs[0].seed).test) > 0
+        if not public and not configs[0].plan.metrics_epsilon:
             raise ConfigError(
-                "--sweep.random chooses by public test data, and there are none: give dataset.test, or "
-                "charge every run (leave out --sweep.random)"
+                "--sweep.random chooses by public test data, and there are none: give dataset.test, or a "
+                "score inside the budget, --privacy.metrics-epsilon 0.3"
             )
     except ConfigError:
         if given is None:
@@ -83,8 +86,8 @@ def run(
         f"{plan.delta:g}, for whoever sees what is kept alone"
     )
     if given is None:
-        _tidy(folder.parent)
-    with _out_of_sight(folder) as hidden:
+        _tidy(folder.parent, plan)
+    with _out_of_sight(folder, plan) as hidden:
         best = _best(configs, drawn(mean), hidden, train)
         if best is None:
             raise NothingLearned("no run of the search has learned anything; nothing is kept")
@@ -120,11 +123,12 @@ def _best(
         where = hidden / secrets.token_hex(8)
         try:
             with redirect_stdout(io.StringIO()):
-                name, value = _score(train(replace(configs[at], run_dir=str(where))))
+                summary = train(replace(configs[at], run_dir=str(where)))
+            name, value = _score(summary, where)
         except NothingLearned:  # as bad as can be, and a choice of the released model's
             shutil.rmtree(where)
             continue
-        better = best is None or (value > best[2][1]) == higher_is_better(name)
+        better = best is None or (value > best[2][1]) == higher_is_better(_plain(name))
         if math.isnan(value) or not better:
             shutil.rmtree(where)
             continue
@@ -134,9 +138,22 @@ def _best(
     return best
 
 
-def _score(summary: dict[str, Any]) -> tuple[str, float]:
-    """The first metric of the test data, else their loss, and its value."""
+def _plain(name: str) -> str:
+    return name.removeprefix("noised_")
+
+
+def _score(summary: dict[str, Any], where: Path) -> tuple[str, float]:
+    """The first metric of the test data, else their loss, and its value.
+
+    Without test data it is the last figure inside the budget, which is a part of what the run releases; NaN
+    where that was nothing but noise.
+    """
     there = {k: v for k, v in summary.items() if k.startswith("test_") and v is not None}
+    if not there:
+        told = [f for f in results.load(where).history if "noised_loss" in f]
+        last = told[-1] if told else {"noised_loss": math.nan}
+        name = "noised_accuracy" if "noised_accuracy" in last else "noised_loss"
+        return name, float(last[name])
     name = next((k for k in there if k != "test_loss"), "test_loss")
     return name, float(there[name])
 
@@ -151,7 +168,10 @@ def _one(config: Any, point: Setting, mean: int) -> Any:
             "--sweep.random keeps one run of many, and --audit looks at one: leave out one"
         )
     if config.resume:
-        raise ConfigError("--sweep.random is not gone on with: what is not kept is removed")
+        raise ConfigError(
+            "--sweep.random is not gone on with: of a search that was killed nothing is released, and what "
+            "it left is removed; leave out --resume, and the next search says what that had cost"
+        )
     if not isinstance(config.tracking, TensorBoard | None):
         raise ConfigError(
             f"--sweep.random keeps the best run alone, and tracking {type(config.tracking).__name__} would "
@@ -176,7 +196,7 @@ def _same(configs: Sequence[Any]) -> None:
 
 
 @contextmanager
-def _out_of_sight(folder: Path) -> Iterator[Path]:
+def _out_of_sight(folder: Path, plan: Privacy) -> Iterator[Path]:
     """A folder for runs that nobody may see, held by this process and gone in the end."""
     hidden = folder / HIDDEN
     try:
@@ -186,15 +206,16 @@ def _out_of_sight(folder: Path) -> Iterator[Path]:
     with disk.locked(hidden):
         try:
             _free(folder)  # once more: another process may have ended in between
-            _empty(hidden)
+            _empty(hidden, plan)
             yield hidden
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _empty(hidden: Path) -> None:
+def _empty(hidden: Path, plan: Privacy) -> None:
     """Remove what a search has left that was killed; raises ConfigError where that cannot be."""
     left = [p for p in hidden.iterdir() if p.name != disk.LOCK]
+    cost = _charged(left, plan)
     try:
         for path in left:
             shutil.rmtree(path)
@@ -204,14 +225,29 @@ def _empty(hidden: Path) -> None:
             f"({disk.reason(e)})"
         ) from e
     if left:
-        print(f"note: what a search that was killed has left in {hidden} is removed unseen")
+        print(f"note: what a search that was killed has left in {hidden} is removed unseen{cost}")
 
 
-def _tidy(runs: Path) -> None:
+def _charged(runs: Sequence[Path], plan: Privacy) -> str:
+    """What the journals of runs that were killed say, as the end of a sentence."""
+    ledgers = []
+    for path in (run / files.LEDGER for run in runs):
+        with suppress(ConfigError):  # a journal that is damaged is removed like a sound one
+            ledgers.append(Ledger.look(path))
+    if not ledgers:
+        return ""
+    cost = prices.together(ledgers, False, plan.delta, plan.accountant)
+    return (
+        f"; nothing of it was released, and who watched its {amount(len(ledgers), 'run')} has seen epsilon "
+        f"{cost:.3f} at delta {plan.delta:g}"
+    )
+
+
+def _tidy(runs: Path, plan: Privacy) -> None:
     """The same for every search in a folder of runs that no process is at work on."""
     for hidden in runs.glob(f"search-*/{HIDDEN}"):
         with suppress(ConfigError), disk.locked(hidden):
-            _empty(hidden)
+            _empty(hidden, plan)
             shutil.rmtree(hidden, ignore_errors=True)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from fedtorch.run import folder as folders
 from fedtorch.run import prices, results
 from fedtorch.run.console import show_line, show_table
-from fedtorch.types import ConfigError
+from fedtorch.types import ClaimRefuted, ConfigError
 
 HELP = """  --sweep lr=0.1,1 seed=0,1  Every combination of these values, a run each in one
                              folder (--run-dir, else runs/sweep-<time>); the same
@@ -108,7 +108,10 @@ def run_sweep(
     tried: Callable[[Any], None],
     train: Callable[[Any], Any],
 ) -> None:
-    """One run after another, all checked before the first starts, and a table at the end."""
+    """One run after another, all checked before the first starts, and a table at the end.
+
+    Raises ClaimRefuted in the end where an audit has refuted the claim of any.
+    """
     rest, given = named_folder(rest)
     folder = given or folders.fresh("sweep")
     try:
@@ -122,10 +125,15 @@ def run_sweep(
         raise
     for line in prices.planned(configs):
         show_line(line)
+    refuted: list[str] = []
     try:
         for number, (point, config) in enumerate(zip(points, configs, strict=True), 1):
             print(f"run {number} of {len(points)}: {as_given(point)}")
-            train(config)
+            try:
+                train(config)
+            except ClaimRefuted as e:  # of this run, and the others are worth knowing all the same
+                show_line(str(e))
+                refuted.append(Path(config.run_dir).name)
     except BaseException:  # what was trained before is paid for
         there = [c.run_dir for c in configs if (Path(c.run_dir) / "config.toml").is_file()]
         for line in prices.spent([results.load(d) for d in there]):
@@ -136,3 +144,7 @@ def run_sweep(
     for line in prices.spent(runs):
         show_line(line)
     print(f"compare: tensorboard --logdir {folder}   (HParams)")
+    if refuted:
+        raise ClaimRefuted(
+            f"the privacy claim is refuted in {len(refuted)} of {len(runs)} runs: {'; '.join(refuted)}"
+        )
