@@ -101,6 +101,16 @@ def named_folder(rest: Sequence[str]) -> tuple[list[str], Path | None]:
     return words, None
 
 
+def _trained(config: Any, train: Callable[[Any], Any]) -> list[str]:
+    """Train one run; its name, where an audit refutes its claim: the others are still worth knowing."""
+    try:
+        train(config)
+    except ClaimRefuted as e:
+        show_line(str(e))
+        return [Path(config.run_dir).name]
+    return []
+
+
 def run_sweep(
     rest: Sequence[str],
     points: Sequence[Setting],
@@ -129,11 +139,7 @@ def run_sweep(
     try:
         for number, (point, config) in enumerate(zip(points, configs, strict=True), 1):
             print(f"run {number} of {len(points)}: {as_given(point)}")
-            try:
-                train(config)
-            except ClaimRefuted as e:  # of this run, and the others are worth knowing all the same
-                show_line(str(e))
-                refuted.append(Path(config.run_dir).name)
+            refuted += _trained(config, train)
     except BaseException:  # what was trained before is paid for
         there = [c.run_dir for c in configs if (Path(c.run_dir) / "config.toml").is_file()]
         for line in prices.spent([results.load(d) for d in there]):
