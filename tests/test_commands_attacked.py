@@ -95,6 +95,12 @@ def test_of_a_private_run_figures_are_marked(tmp_path):
     assert not any(t.startswith("attack") or "none" in t for t in found)
 
 
+def test_a_federation_has_no_data_here(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text('sites = ["a", "b", "c"]\n')
+    assert main(["attack", "gradient", str(tmp_path)]) == 2
+    assert "a site attacks a simulation of its own data" in capsys.readouterr().err
+
+
 def test_rows_of_tables_are_cells_of_a_picture():
     cells = attacked._cells(torch.arange(14.0).view(2, 7))
     assert cells.shape == (2, 1, 3, 3)

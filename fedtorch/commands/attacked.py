@@ -21,7 +21,7 @@ from fedtorch.commands.use import TRUST, Trained, note, trained
 from fedtorch.data import partition
 from fedtorch.data.base import subset
 from fedtorch.options import near
-from fedtorch.run import attacked, objects, setup
+from fedtorch.run import attacked, objects, results, setup
 from fedtorch.run.console import show_table
 from fedtorch.run.sections import from_json
 from fedtorch.server import Server
@@ -50,6 +50,11 @@ def attack(argv: Sequence[str]) -> int:
             f"{', '.join(f'--{k}' for k in takes)}"
         )
     options = objects.construct(OPTIONS[name], table, "attack")
+    if isinstance(results.load(folder).options.get("sites"), list):
+        raise ConfigError(
+            f"the run in {folder} is a federation's, whose sites alone have its data: a site attacks a "
+            "simulation of its own data, fedtorch train"
+        )
     run = trained(folder, TRUST in given, again=True)
     plan = run.config.plan
     note(f"this attack reads the raw examples of the run, and what it writes is {attacked.OWNERS}")
