@@ -18,8 +18,9 @@ from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 from fedtorch import Client, Recipe
-from fedtorch.attacks.gradient import invert, seen
+from fedtorch.attacks.gradient import invert
 from fedtorch.attacks.membership import MembershipAttack, Train, infer
+from fedtorch.attacks.seen import seen
 from fedtorch.data import Digits
 from fedtorch.privacy import Nothing, Privacy, SampleLevel
 from fedtorch.run.attacked import gradient_picture

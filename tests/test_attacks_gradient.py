@@ -6,7 +6,8 @@ from torch import nn
 
 from fedtorch import Client, FedAvg, FedPer, Recipe, Secure, ServerAdam
 from fedtorch.attacks import gradient
-from fedtorch.attacks.gradient import GradientAttack, invert, seen
+from fedtorch.attacks.gradient import GradientAttack, invert
+from fedtorch.attacks.seen import seen
 from fedtorch.privacy import ClientLevel, DistributedDP, LocalDP, SampleLevel
 from fedtorch.types import ConfigError
 
@@ -117,6 +118,7 @@ REFUSED = {
     "words": (words, Recipe(), {}, "attack membership takes them"),
     "too many examples": (clients, Recipe(), {"examples": 99}, "more than any client has"),
     "one example alone": (clients, Recipe(), {"way": "match", "examples": 2}, "one example"),
+    "steps too long": (clients, Recipe(lr=1e38), {"steps": 3}, "not finite: lower lr"),
     "a server optimizer": (
         clients,
         Recipe(

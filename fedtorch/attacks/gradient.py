@@ -5,7 +5,6 @@ what the trust model lets somebody see, taken from a round of the real server. T
 the result against the true examples, which no attacker has.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,18 +16,16 @@ from torch import Tensor, nn
 from fedtorch.aggregation.mean import Mean
 from fedtorch.attacks import reconstruct
 from fedtorch.attacks.masks import masked
+from fedtorch.attacks.seen import only_mean, seen, who_sees
 from fedtorch.client import Client
-from fedtorch.engines import Local
 from fedtorch.options import COUNT, POSITIVE, check, fit, typed
 from fedtorch.privacy import DEFAULT, Nothing
 from fedtorch.recipe import Recipe
-from fedtorch.rounds.observers import Observer
 from fedtorch.secure.roster import LEAST
-from fedtorch.server import Server
 from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.outline import copied
 from fedtorch.training.step import pair
-from fedtorch.types import ConfigError, Params, Released
+from fedtorch.types import ConfigError, Params
 
 GOOD = 20.0
 """Decibels from which one sees what a picture shows."""
@@ -269,67 +266,6 @@ class _Attack:
             )  # fmt: skip
             found.append(example)
         return torch.cat(found)
-
-
-class _Watch(Observer):
-    """Keeps what each client sends."""
-
-    def __init__(self) -> None:
-        """Nothing yet."""
-        self.sent_by: dict[str, Params] = {}
-
-    def sent(self, released: Released) -> None:
-        """One row for each client."""
-        for k, id in enumerate(released.ids):
-            self.sent_by[id] = {n: v[k] for n, v in released.sent["delta"].items()}
-
-
-def seen(
-    model: nn.Module, clients: Sequence[Client], recipe: Recipe, seed: int = 0
-) -> list[Params]:
-    """What whoever is not trusted sees of one round from ``model``: each client's update, or their mean.
-
-    The server is real, so what leaves it is what would leave it in a run. Where a plan trusts the server,
-    or an aggregator hides updates from it, that is how the model moves.
-    """
-    watch = _Watch()
-    mean = only_mean(recipe)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a round's figures, which nobody reads
-        server = Server(
-            copied(model),
-            clients,
-            recipe,
-            seed=seed,
-            engine=Local(chunk=1),
-            observers=() if mean else (watch,),
-        )
-        server.round()
-    if mean and recipe.strategy.server is not None:
-        raise ConfigError(
-            "attack gradient reads the mean of clients off the model's step, which strategy.server "
-            f"{typed(recipe.strategy.server)} makes of it: attack a run without strategy.server"
-        )
-    found = [server.last_step] if mean else [watch.sent_by[c.id] for c in clients]
-    if not found[0]:
-        raise ConfigError(
-            "attack gradient: the round released nothing, as too few clients took part"
-        )
-    return found
-
-
-def only_mean(recipe: Recipe) -> bool:
-    """Whether nobody who is not trusted sees what one client sends."""
-    return recipe.privacy.central or recipe.hides
-
-
-def who_sees(recipe: Recipe) -> str:
-    """Who sees what under the recipe's plan, in words."""
-    if recipe.privacy.central:
-        return "whoever gets the models, their noised mean (the server is trusted and sees plain updates)"
-    if recipe.hides:
-        return "the server, the noised sum alone"
-    return "the server, each client's noised update"
 
 
 def _plain_steps(recipe: Recipe) -> None:
