@@ -77,6 +77,24 @@ def test_confidence_is_the_logit_of_the_right_class():
         confidence(nn.Identity(), TensorDataset(one, two), "regression")
 
 
+class Unsure(nn.Module):
+    """Right about all, with a probability of four in ten."""
+
+    def forward(self, x):
+        return torch.tensor([0.4, 0.3, 0.3]).log().expand(len(x), 3)
+
+
+def test_who_is_right_is_who_finds_the_class_likeliest_and_need_not_be_sure():
+    found = infer(
+        lambda inside, seed: (Unsure() for _ in inside),
+        numbered(0, 100),
+        numbered(100, 100),
+        "classification",
+        MembershipAttack(shadows=4),
+    )
+    assert found.train == found.test == 1.0
+
+
 def test_each_shadow_has_half_of_the_examples():
     inside = halves(101, 17, 0)
     assert (inside.sum(1) == 50).all() and inside.sum(0).min() >= 2 and inside.sum(0).max() <= 15

@@ -142,17 +142,24 @@ def infer(
             f"false alarm in {LEAST}: {n} training and {len_of(test)} test examples are too few"
         )
     inside = halves(n, models, seed)
-    seen, others = [], []
+    seen, right, others = [], [], []
     for k, model in enumerate(train(inside, seed)):
-        seen.append(confidence(model, data, kind))
+        sure, correct = _judged_by(model, data, kind)
+        seen.append(sure)
+        right.append(correct)
         others.append(confidence(model, test, kind, POPULATION))
         told(k + 1)
     phi, population = np.stack(seen), np.stack(others)
     rates = judged(phi, population, inside)
-    right = phi > 0
+    correct = np.stack(right)
     found = {} if own is None else own_model(own, data, test, kind, phi, population, inside)
     return Inferred(
-        options.shadows, n, rates, found, float(right[inside].mean()), float(right[~inside].mean())
+        options.shadows,
+        n,
+        rates,
+        found,
+        float(correct[inside].mean()),
+        float(correct[~inside].mean()),
     )
 
 
@@ -165,8 +172,16 @@ def halves(n: int, models: int, seed: int) -> np.ndarray:
 def confidence(model: nn.Module, data: Dataset, kind: str, most: int | None = None) -> np.ndarray:
     """How sure a model is of the right class: log(p / (1 - p)) of each example, [N], which is near normal.
 
-    Above 0 it is right. Raises ConfigError where there are no classes, or one for each position.
+    Above 0 it gives that class more than all others together. Raises ConfigError where there are no
+    classes, or one for each position.
     """
+    return _judged_by(model, data, kind, most)[0]
+
+
+def _judged_by(
+    model: nn.Module, data: Dataset, kind: str, most: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The confidence, and whether the likeliest class is the right one, [N] each."""
     found = predict(model, data)
     y = torch.cat([pair(batch)[1] for _, batch in in_order(data, 512)])
     y = y.squeeze(-1) if kind == "binary" and y.dim() > 1 else y
@@ -180,11 +195,12 @@ def confidence(model: nn.Module, data: Dataset, kind: str, most: int | None = No
     found, y = found[:most].double(), y[:most]
     if kind == "binary":
         logit = found.flatten(1).squeeze(-1) if found.dim() > 1 else found
-        return np.asarray(torch.where(y > 0.5, logit, -logit))
+        sure = torch.where(y > 0.5, logit, -logit)
+        return np.asarray(sure), np.asarray(sure > 0)
     log = found.log_softmax(1)
     own = log.gather(1, y.long()[:, None])
-    rest = log.scatter(1, y.long()[:, None], -torch.inf).logsumexp(1)
-    return np.asarray(own[:, 0] - rest)
+    rest = log.scatter(1, y.long()[:, None], -torch.inf)
+    return np.asarray(own[:, 0] - rest.logsumexp(1)), np.asarray(own[:, 0] > rest.amax(1))
 
 
 def judged(phi: np.ndarray, population: np.ndarray, inside: np.ndarray) -> dict[str, Rates]:
