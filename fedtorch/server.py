@@ -19,7 +19,7 @@ from fedtorch.engines.travels import Weights
 from fedtorch.options import NOT_NEGATIVE, fit, within
 from fedtorch.privacy import models, persons
 from fedtorch.privacy.accounting.ledger import Ledger
-from fedtorch.privacy.run import BudgetSpent, PrivateRun, charge, opened
+from fedtorch.privacy.run import PrivateRun, charge, opened
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics, Reports, why_nobody
 from fedtorch.rounds.fitting import fitted
@@ -202,7 +202,7 @@ class Server:
 
     def within_budget(self) -> bool:
         """Whether the privacy plan's epsilon has room for another round."""
-        return all(self.books.affordable(who, self.round_number) for who in self._step().asked)
+        return self.books.affordable(self._step().asked, self.round_number)
 
     @property
     def stopped(self) -> str:
@@ -220,12 +220,7 @@ class Server:
         while self.round_number < last and not asks_to_stop(self.observers):
             if self.recipe.privacy.budget == "stop" and not self.within_budget():
                 return
-            try:
-                figures = self.round()
-            except BudgetSpent:  # whoever is asked twice in a round may have room for once
-                if self.recipe.privacy.budget == "error":
-                    raise
-                return
+            figures = self.round()
             if self.nobody:
                 warnings.warn(why_nobody(figures), stacklevel=3)
             yield figures

@@ -11,6 +11,7 @@ from fedtorch import Client, FedAvg, FedPer, Local, Recipe, Scaffold, Server, Un
 from fedtorch.aggregation.robust import Median
 from fedtorch.engines import Processes
 from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
+from fedtorch.privacy.run import BudgetSpent
 from fedtorch.rounds.buffered import Asynchronous, Buffered
 from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.synchronous import Synchronous
@@ -205,7 +206,11 @@ def test_every_visit_is_charged_as_it_begins_and_noised_by_itself():
     paid = SampleLevel(epsilon=4.0, rounds=3, steps=2, insecure_seed=5)
     server = Server(net(), clients(1), Recipe(privacy=paid), pace=pace)
     assert len([*server.rounds(9)]) == 1
-    assert server.private.ledger.spent(paid.delta) <= 4.0
+    assert len(server.private.ledger) == 2 and server.private.ledger.spent(paid.delta) <= 4.0
+    assert not server.within_budget()  # of two visits of one client it could pay for the first
+    with pytest.raises(BudgetSpent, match="round 2 would spend more"):
+        server.round()
+    assert len(server.private.ledger) == 2
     local_dp = LocalDP(epsilon=50.0, rounds=4, insecure_seed=5)
     server = Server(net(), clients(), Recipe(privacy=local_dp), pace=PACE)
     assert len([*server.rounds(2)]) == 2

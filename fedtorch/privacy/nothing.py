@@ -64,7 +64,7 @@ class OpenRun:
         """Nothing to say."""
         return []
 
-    def affordable(self, cohort: Sequence[int], round: int) -> bool:
+    def affordable(self, asked: Sequence[Sequence[int]], round: int) -> bool:
         """There is no budget."""
         return True
 

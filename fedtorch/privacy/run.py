@@ -112,13 +112,20 @@ class PrivateRun:
             notes.append("INSECURE: the noise comes from a known seed; this run protects nobody")
         return notes
 
-    def affordable(self, cohort: Sequence[int], round: int) -> bool:
-        """Whether the target epsilon, or without one the plan's rounds, have room for this round."""
+    def affordable(self, asked: Sequence[Sequence[int]], round: int) -> bool:
+        """Whether the target epsilon, or without one the plan's rounds, have room for this round.
+
+        ``asked``: indices of clients, and once more of those that are asked again.
+        """
+        return all(self._room(who, round, n) for n, who in enumerate(asked, 1))
+
+    def _room(self, cohort: Sequence[int], round: int, times: int) -> bool:
+        """Whether there is room for these, each asked so many times."""
         plan = self.plan
         if plan.target is None:  # no budget was given: what was promised is the planned rounds
             return round < self.rounds
         charged = self.charged(cohort, round)
-        events = self._events(round)
+        events = self._events(round) * times
         if self._planned() <= plan.target and self.ledger.within(self._whole(), events, charged):
             return True  # a part of the plan costs no more than the plan, whatever its own bound is
         if plan.search:
@@ -275,12 +282,12 @@ def charge(books: "PrivateRun | OpenRun", asked: Sequence[Sequence[int]], round:
 
     ``asked``: indices of clients, and once more of those that are asked again. Raises BudgetSpent.
     """
+    if not books.affordable(asked, round):
+        raise BudgetSpent(
+            f"round {round + 1} would spend more than the privacy plan's epsilon: the model so far is "
+            "the last the budget pays for"
+        )
     for who in asked:
-        if not books.affordable(who, round):
-            raise BudgetSpent(
-                f"round {round + 1} would spend more than the privacy plan's epsilon: the model so far is "
-                "the last the budget pays for"
-            )
         books.charge(who, round)
 
 
