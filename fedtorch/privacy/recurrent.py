@@ -33,14 +33,21 @@ def lstm(z: Tensor, w: Tensor, b: Tensor | None, h0: Tensor, c0: Tensor) -> Pass
     h, c = (torch.cat([s[None], s.new_empty(len(z), *s.shape)]) for s in (h0, c0))
     H, wt = h0.shape[1], w.T.contiguous()
     z = z if b is None else z.add_(b)
-    for t, zt in enumerate(z):
-        zt.addmm_(h[t], wt)
-        zt[:, : 2 * H].sigmoid_()
-        zt[:, 2 * H : 3 * H].tanh_()
-        zt[:, 3 * H :].sigmoid_()
-        i, f, g, o = zt.split(H, 1)
-        torch.mul(f, c[t], out=c[t + 1]).addcmul_(i, g)
-        torch.mul(o, c[t + 1].tanh(), out=h[t + 1])
+    # views of all steps at once: one by one they take as long as the arithmetic
+    both, new, out = (part.unbind() for part in z.split((2 * H, H, H), 2))
+    (i, f), hs, cs = (
+        (part.unbind() for part in z[:, :, : 2 * H].split(H, 2)),
+        h.unbind(),
+        c.unbind(),
+    )
+    tanh = torch.empty_like(h0)
+    for t, zt in enumerate(z.unbind()):
+        zt.addmm_(hs[t], wt)
+        both[t].sigmoid_()
+        new[t].tanh_()
+        out[t].sigmoid_()
+        torch.mul(f[t], cs[t], out=cs[t + 1]).addcmul_(i[t], new[t])
+        torch.mul(out[t], torch.tanh(cs[t + 1], out=tanh), out=hs[t + 1])
     return Pass(h, z, c)
 
 
@@ -57,15 +64,17 @@ def lstm_back(
     )
     inner, d = o * (1 - tanh * tanh), torch.empty_like(way.gates)
     dc = torch.zeros_like(way.h[0]) if dc is None else dc.clone()
-    dn = torch.zeros_like(way.h[0])
+    dn, back = torch.zeros_like(way.h[0]), torch.empty_like(way.h[0])
+    three, last = ([v.unbind() for v in t.split((3 * H, H), 2)] for t in (d, slope)), dc[:, None]
+    (d3, d1), (s3, s1) = three
+    dhs, inners, fs, n = dh.unbind(), inner.unbind(), f.unbind(), len(back)
     for t in range(len(d) - 1, -1, -1):
-        back = dh[t] + dn
-        dc.addcmul_(back, inner[t])
-        n, dt, st = len(back), d[t], slope[t]
-        torch.mul(dc[:, None], st[:, : 3 * H].view(n, 3, H), out=dt[:, : 3 * H].view(n, 3, H))
-        torch.mul(back, st[:, 3 * H :], out=dt[:, 3 * H :])
-        dc.mul_(f[t])
-        torch.mm(dt, w, out=dn)
+        torch.add(dhs[t], dn, out=back)
+        dc.addcmul_(back, inners[t])
+        torch.mul(last, s3[t].view(n, 3, H), out=d3[t].view(n, 3, H))
+        torch.mul(back, s1[t], out=d1[t])
+        dc.mul_(fs[t])
+        torch.mm(d[t], w, out=dn)
     return d, d, dn, dc
 
 
