@@ -136,7 +136,9 @@ def test_twenty_seeds_of_a_right_build(level):
     assert all(f.at_least <= f.at_most and f.unit == level for f in found)
     assert sum(f.refuted for f in found) <= 1
     assert all(f.missed == 0 and f.longest <= 1.0001 for f in found)
-    assert 0.7 < np.mean([f.shift.value for f in found]) < 1.3
+    # noise and coins are the system's: 4.5 standard errors, where 0.3 failed one run in a hundred
+    shift = np.array([f.shift.value for f in found])
+    assert shift.std() < 1 and abs(shift.mean() - 1) < 4.5 * shift.std() / math.sqrt(len(shift))
 
 
 EMPTY = SampleLevel(rounds=3, batch_size=4.0, sample_rate=0.005, epsilon=4.0)

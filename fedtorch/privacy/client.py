@@ -126,7 +126,7 @@ class ClientLevel(Privacy):
         Guarantee: the joint norm of what each client sends is at most the round's clip; its bit is +-1/2.
         """
         scale = (examples / self.weight_cap).clamp(max=1) if self.weight_cap else None
-        out = told.fitted(self, sent, task, scale=scale)
+        out = told.clipped_together(self, sent, task, scale=scale)
         if self.adaptive:
             # centred: adding or removing a client moves the sum of bits by 1/2, not by 1
             below = joint_norms(sent) <= task.privacy["clip"]

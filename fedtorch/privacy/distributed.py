@@ -222,7 +222,7 @@ class DistributedDP(Privacy):
                 f"noise multiplier {noise:g} is not what this plan of distributed privacy is made for"
             )
         share = self.table(noise)
-        sent = told.fitted(self, sent, task)
+        sent = told.clipped_together(self, sent, task)
         flat = [v.reshape(len(ids), -1) for s in sent.values() for v in s.values()]
         rows = torch.cat(flat, 1).cpu().numpy()
         if rows.shape[1] > (self.coordinates or 0):

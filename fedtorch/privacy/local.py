@@ -86,7 +86,7 @@ class LocalDP(Privacy):
         """
         order = 1 if self.mechanism == "laplace" else 2
         if TOLD in sent:  # within the clip together, each by its share
-            sent = told.fitted(self, sent, task, order)
+            sent = told.clipped_together(self, sent, task, order)
         streams = [self.stream("local noise", *task.draw, i) for i in ids]
         return self.noised(sent, task.privacy["clip"], task.privacy["noise"], streams)
 

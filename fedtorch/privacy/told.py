@@ -163,7 +163,7 @@ def room(plan: "Privacy", task: Task) -> float:
     return clip * plan.rest(part) if part else clip
 
 
-def fitted(
+def clipped_together(
     plan: "Privacy",
     sent: dict[str, Stack],
     task: Task,

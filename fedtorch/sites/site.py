@@ -227,7 +227,7 @@ class Site:
 
     def _visit(self, joined: Joined, message: Message) -> None:
         plan, task = joined.plan, self._read(joined, message)
-        visit, after, saved = visits.named(message)
+        visit, after, saved = visits.visits_of_task(message)
         beyond = self.answered.beyond(plan, task.round)
         if beyond and not self.offered_again:
             # a run that was made longer offers a longer plan, and gives this visit again

@@ -31,7 +31,7 @@ def asked_for(message: Message, why: str = "the task names no visit") -> str:
     return visit
 
 
-def named(message: Message) -> Named:
+def visits_of_task(message: Message) -> Named:
     """All visits that a task names; raises MessageError where it does not say them."""
     visit = asked_for(message)
     after = _or_none(message.facts.get("after"), "which visit was the last")
