@@ -1,6 +1,7 @@
 """Figures inside the budget: what one unit moves, their noise, who pays, and that they are true."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 
@@ -26,6 +27,7 @@ from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.noise.streams import Stream
 from fedtorch.secure.aggregator import Secure
 from fedtorch.sites.budget import Budget, OverBudget
+from fedtorch.sites.reports import expected
 from fedtorch.strategies import FedPer
 from fedtorch.training.losses import accuracy, cross_entropy
 from fedtorch.types import TOLD, ConfigError, Task
@@ -310,6 +312,8 @@ def test_nothing_but_noised_sums_leaves_a_client():
         replace(run.recipe, privacy=replace(run.recipe.privacy, insecure_seed=9)),
         model(),
     )
+    like = {k: p.detach() for k, p in run.model.named_parameters()}
+    messages.check(update, expected(run.recipe, like, run.model))  # as a server of sites does
     sent = messages.outcome_message(messages.Outcome(update, [], {}), update.ids)
     read = messages.read_outcome(sent, update.ids).update
     assert torch.equal(read.sent[TOLD]["sum"], update.sent[TOLD]["sum"])
@@ -408,6 +412,18 @@ def test_a_site_charges_both_or_neither_and_holds_a_task_to_the_plan(tmp_path):
     assert not len(tight.ledgers["example"])
     with pytest.raises(OverBudget, match="hides nothing"):
         book.charge(plan, 1, noise, 0.0)
+
+
+def test_the_price_can_be_checked_by_hand(capsys):
+    from fedtorch.__main__ import main
+
+    plan = plan_of("sample", 6)
+    noise, figures = plan.calibrated(6), told.noise(plan, 6)
+    words = ["epsilon", "--noise-multiplier", str(noise), "--sample-rate", "0.2", "--steps", "12"]
+    assert main([*words, "--figures", "3", "--figures-noise", str(figures), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["epsilon"] == plan.planned(noise, 6)
+    assert main([*words, "--figures", "3"]) == 2
+    assert "belong together" in capsys.readouterr().err
 
 
 def test_who_stays_away_pays_for_no_figure():

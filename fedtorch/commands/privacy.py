@@ -39,6 +39,10 @@ def epsilon(argv: Sequence[str]) -> int:
         "steps": STEPS,
         "delta": DELTA,
         "accountant": ACCOUNTANT,
+        "figures": Option(
+            "releases of figures inside the budget beside them (metrics_epsilon)", 0, int
+        ),
+        "figures-noise": Option("noise multiplier of each of those, as privacy.json has it", 0.0),
         "curve": Option(
             "the whole claim: trade-off curve, replace-one, groups, membership", False, bool
         ),
@@ -54,6 +58,12 @@ def epsilon(argv: Sequence[str]) -> int:
     run = [
         events.Event("gaussian", given["noise-multiplier"], given["sample-rate"], given["steps"])
     ]
+    if bool(given["figures"]) != bool(given["figures-noise"]):
+        raise ConfigError(
+            "--figures and --figures-noise belong together: how many, and their noise"
+        )
+    if given["figures"]:
+        run.append(events.Event("gaussian", given["figures-noise"], 1.0, given["figures"]))
     figures = {
         "epsilon": events.epsilon(run, given["delta"], given["accountant"]),
         "epsilon_rdp": events.epsilon(run, given["delta"], "rdp"),

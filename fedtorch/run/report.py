@@ -97,7 +97,7 @@ def figures_of(run: PrivateRun) -> str:
     return (
         f"loss (held to {plan.metrics_loss:g} for each example) and accuracy of the model as clients were "
         f"sent it, on their training data, every {amount(every, 'round')}; {plan.metrics_epsilon:g} of "
-        f"epsilon, noise multiplier {run.metrics_noise:.3g}"
+        f"epsilon, noise multiplier {run.metrics_noise:.5g}"
     )
 
 
