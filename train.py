@@ -386,14 +386,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun()
     try:
         if (asked := cli.help_asked(argv)) is not None:
-            text = help.help_text(Config, "fedtorch train", help.RUN, asked)
+            text = help.help_text(Config, "fedtorch train", help.RUN_TOPICS, asked)
             page(text if asked else f"{text}\n{sweep.HELP}")
             return 0
         argv = cli.renamed(argv, Config)
         argv, mean = search.asked(argv)
         rest, points = sweep.settings(argv)
         if mean is not None:
-            search.run(rest, points, mean, read_config, tried, train)
+            search.run_search(rest, points, mean, read_config, tried, train)
         elif points:
             sweep.run_sweep(rest, points, read_config, tried, train)
         else:

@@ -64,7 +64,7 @@ The module is imported when the command is run, so that no command waits for ano
 """
 
 JSON = {"--json": "print JSON, for a program"}
-TRUST = {"--trust-code": "import code that only the run's config names"}
+TRUST_HELP = {"--trust-code": "import code that only the run's config names"}
 
 TAKES: dict[str, tuple[str, dict[str, str]]] = {
     "new": ("NAME", {}),
@@ -84,14 +84,14 @@ TAKES: dict[str, tuple[str, dict[str, str]]] = {
             "--against RUN": "a second run: what differs in options, results and clients",
         },
     ),
-    "eval": ("RUN", {**JSON, **TRUST}),
+    "eval": ("RUN", {**JSON, **TRUST_HELP}),
     "audit": (
         "RUN",
         {
             "--canaries N": "train it once more with so many canaries (1,000)",
             "--guesses SHARE": "of which so many are guessed (0.2)",
             **JSON,
-            **TRUST,
+            **TRUST_HELP,
         },
     ),
     "attack": (
@@ -104,12 +104,16 @@ TAKES: dict[str, tuple[str, dict[str, str]]] = {
             "--way WAY": "gradient: divide, match or auto",
             "--shadows N": "membership: shadow models (16)",
             **JSON,
-            **TRUST,
+            **TRUST_HELP,
         },
     ),
     "predict": (
         "RUN FILE",
-        {**JSON, "--length N": "characters that a model of texts goes on writing (200)", **TRUST},
+        {
+            **JSON,
+            "--length N": "characters that a model of texts goes on writing (200)",
+            **TRUST_HELP,
+        },
     ),
     "models": ("", JSON),
     "datasets": ("", JSON),

@@ -54,7 +54,11 @@ def plan_of(name: str, rounds: int = 4):
 
 def task_of(plan, **given) -> Task:
     noise = plan.calibrated(plan.rounds)
-    numbers = {"clip": plan.clip, "noise": noise, "figures": told.noise(plan, plan.rounds)} | given
+    numbers = {
+        "clip": plan.clip,
+        "noise": noise,
+        "figures": told.figures_noise(plan, plan.rounds),
+    } | given
     return Task({}, {}, 1, 0, 1.0, numbers)
 
 
@@ -152,7 +156,7 @@ def test_noise_of_figures_has_the_claimed_size_and_is_never_drawn_twice(monkeypa
 @ALL
 def test_training_and_figures_together_cost_what_was_asked_for(name):
     plan = plan_of(name, 6)
-    noise, figures = plan.calibrated(6), told.noise(plan, 6)
+    noise, figures = plan.calibrated(6), told.figures_noise(plan, 6)
     whole = plan.whole(noise, 6, figures)
     assert 7.95 < plan.price(whole) <= 8.0
     assert plan.planned(noise, 6) == plan.price(whole)
@@ -176,7 +180,7 @@ def test_figures_of_whole_data_are_composed_tightly_and_without_amplification():
         metrics_every=1,
         rounds=4,
     )
-    figures = told.noise(plan, 4)
+    figures = told.figures_noise(plan, 4)
     exact = gaussian_epsilon(1 / math.sqrt(12 / 4 + 4 / figures**2), plan.delta)
     assert plan.planned(2.0, 4) == pytest.approx(exact, rel=1e-9)
     assert exact - gaussian_epsilon(2 / math.sqrt(12), plan.delta) == pytest.approx(0.5, rel=0.03)
@@ -339,7 +343,7 @@ def test_nothing_but_noised_sums_leaves_a_client():
             "bands and privacy.metrics",
         ),
         (
-            lambda: told.noise(SampleLevel(metrics_epsilon=0.1, metrics_every=9), 8),
+            lambda: told.figures_noise(SampleLevel(metrics_epsilon=0.1, metrics_every=9), 8),
             "more than the run's 8",
         ),
         (
@@ -347,7 +351,7 @@ def test_nothing_but_noised_sums_leaves_a_client():
             "is too little for 1 releases",
         ),
         (
-            lambda: told.noise(LocalDP(noise_multiplier=50.0, metrics_epsilon=4.0), 8),
+            lambda: told.figures_noise(LocalDP(noise_multiplier=50.0, metrics_epsilon=4.0), 8),
             "is all that the run costs",
         ),
     ],
@@ -385,7 +389,7 @@ def test_parts_that_clients_keep_are_not_looked_at():
 
 def test_a_site_charges_both_or_neither_and_holds_a_task_to_the_plan(tmp_path):
     plan = plan_of("sample")
-    noise, figures = plan.calibrated(4), told.noise(plan, 4)
+    noise, figures = plan.calibrated(4), told.figures_noise(plan, 4)
     right = {"clip": 1.0, "noise": noise}
     plan.hold(right, 0)
     plan.hold(right | {"figures": figures}, 1)

@@ -7,17 +7,17 @@ import pytest
 
 from fedtorch.commands.train import train_module
 from fedtorch.options import find
-from fedtorch.run.help import RUN, SITE, help_text
+from fedtorch.run.help import RUN_TOPICS, SITE, help_text
 from fedtorch.run.names import CHOICES
 from fedtorch.sites.options import ServeConfig, SiteConfig
 from fedtorch.types import ConfigError
 
 Config = train_module().Config
-COMMANDS = [(Config, RUN), (ServeConfig, RUN), (SiteConfig, SITE)]
+COMMANDS = [(Config, RUN_TOPICS), (ServeConfig, RUN_TOPICS), (SiteConfig, SITE)]
 
 
 def said(*asked: str) -> str:
-    return help_text(Config, "fedtorch train", RUN, asked)
+    return help_text(Config, "fedtorch train", RUN_TOPICS, asked)
 
 
 @pytest.mark.parametrize("cls, topics", COMMANDS, ids=["train", "serve", "site"])

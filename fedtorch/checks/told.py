@@ -16,7 +16,7 @@ from fedtorch.training.told import halves
 from fedtorch.types import ConfigError
 
 
-def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
+def try_figures(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> None:
     """Raises ConfigError where they fail, or an example's own are not its own in evaluation."""
     plan = recipe.privacy
     if not plan.metrics_epsilon:

@@ -32,7 +32,7 @@ def serve(argv: Sequence[str]) -> int:
     0: all rounds are trained. 1: sites stayed away, or no report was ever used. 3: the privacy budget is
     spent. 128 + signal: stopped.
     """
-    if wants_help(argv, ServeConfig, "fedtorch serve", help.RUN):
+    if wants_help(argv, ServeConfig, "fedtorch serve", help.RUN_TOPICS):
         return 0
     log_to_screen()
     argv = cli.renamed(argv, ServeConfig)

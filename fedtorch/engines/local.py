@@ -52,7 +52,7 @@ class Local:
             with aside(model, local=recipe.local is not None):
                 found = fits(worker, tried, recipe)
             labels_fit(worker, clients, tried, recipe)
-            told.fits(worker, tried, recipe)
+            told.try_figures(worker, tried, recipe)
             short.batches(worker, tried, recipe)
             reached.others(model, worker, tried, recipe)
             with untouched(worker):

@@ -256,7 +256,7 @@ class Privacy(ABC):
 
     def planned(self, noise: float, rounds: int, figures: float | None = None) -> float:
         """Epsilon of ``rounds`` rounds for the unit that takes part most; ``figures``: noise of theirs."""
-        return self.price(self.whole(noise, rounds, figures or told.noise(self, rounds)))
+        return self.price(self.whole(noise, rounds, figures or told.figures_noise(self, rounds)))
 
     def whole(self, noise: float, rounds: int, figures: float | None) -> tuple[Event, ...]:
         """All that it is charged for in them."""
@@ -397,7 +397,7 @@ class Privacy(ABC):
             raise ConfigError("a plan without rounds does not say how much noise there is")
         own = {"noise": self.calibrated(self.rounds)}
         if "figures" in numbers:
-            own["figures"] = told.noise(self, self.rounds) or 0.0
+            own["figures"] = told.figures_noise(self, self.rounds) or 0.0
         for name, noise in own.items():
             if not math.isclose(numbers[name], noise, rel_tol=1e-6):
                 whose = " of figures" if name == "figures" else ""

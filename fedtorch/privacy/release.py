@@ -15,7 +15,7 @@ FIGURES = frozenset(("train_loss", "examples", "visited", "steps", "update_norm"
 LARGEST_LOSS = 1e6
 """Under a plan losses beyond it, or that are no numbers, are told as this."""
 
-Found = tuple[dict[str, Stack], Stack, Tensor, Tensor]
+ToSend = tuple[dict[str, Stack], Stack, Tensor, Tensor]
 """What is sent, buffers, norms as they are sent, and who was finite."""
 
 
@@ -74,7 +74,7 @@ def _reporting(plan: Guard, good: Tensor) -> Tensor:
     return torch.ones_like(good) if plan.always_reports else good
 
 
-def _each(plan: Guard, raw: Raw, task: Task) -> Found:
+def _each(plan: Guard, raw: Raw, task: Task) -> ToSend:
     """Every client's own upload, its buffers, its norm as it is sent, and whether it was finite."""
     groups = raw.groups or {}
     norms = {g: sq_norms(s) for g, s in groups.items()}
@@ -93,7 +93,7 @@ def _each(plan: Guard, raw: Raw, task: Task) -> Found:
     return groups, buffers, norms["delta"].sqrt().cpu(), good
 
 
-def _mean(plan: Guard, raw: Raw, task: Task) -> Found:
+def _mean(plan: Guard, raw: Raw, task: Task) -> ToSend:
     """The same of the weighted mean of those that are finite, each scaled: one row."""
     # where the plan clips by a norm it must not be less than the exact one
     norms = raw.results.sq_norms(upper=plan.always_reports).cpu().sqrt()

@@ -80,7 +80,7 @@ class PrivateRun:
         self.ids = list(ids)
         self.rounds = plan.rounds
         self.noise = plan.calibrated(plan.rounds)
-        self.metrics_noise = told.noise(plan, plan.rounds)
+        self.metrics_noise = told.figures_noise(plan, plan.rounds)
         """Noise multiplier of figures inside the budget; None where there are none."""
         self.size = sum(v.numel() for p in groups.values() for v in p.values())
         self.state = plan.start(groups)

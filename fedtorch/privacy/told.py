@@ -66,7 +66,7 @@ def due(plan: "Privacy", round: int) -> bool:
     return not (round + 1) % (plan.metrics_every or min(plan.rounds or 1, USUAL))
 
 
-def noise(plan: "Privacy", rounds: int) -> float | None:
+def figures_noise(plan: "Privacy", rounds: int) -> float | None:
     """Noise multiplier of each release of figures in a run of so many rounds; None: there are none.
 
     With it they take ``metrics_epsilon`` of the whole. Raises ConfigError where no noise is enough.

@@ -140,11 +140,11 @@ def _elsewhere(key: str) -> str:
     """Which command has an option that this one has not, in words."""
     from fedtorch.run import help  # what it reads takes its time
 
-    run, site = {*chain(*help.RUN.values())}, {*chain(*help.SITE.values())}
+    run, site = {*chain(*help.RUN_TOPICS.values())}, {*chain(*help.SITE.values())}
     if key in site - run:
         return "; fedtorch site has it"
     return (
-        f"; fedtorch {'serve' if key in help.RUN['sites'] else 'train'} has it"
+        f"; fedtorch {'serve' if key in help.RUN_TOPICS['sites'] else 'train'} has it"
         if key in run
         else ""
     )

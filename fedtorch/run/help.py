@@ -19,7 +19,7 @@ from fedtorch.types import ConfigError
 Topics = Mapping[str, tuple[str, ...]]
 """Heading -> options; what a command has not is left out."""
 
-RUN: Topics = {
+RUN_TOPICS: Topics = {
     "sites": ("sites", "address", "credentials", "he_public", "insecure", "input_shape", "outputs",
               "kind", "language", "standardize", "statistics", "deadline", "minimum", "enough",
               "most_examples", "patience"),

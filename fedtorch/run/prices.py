@@ -94,7 +94,7 @@ def _promised(plans: Sequence[Privacy]) -> str:
     for plan in plans:
         rounds = plan.rounds or 0
         noise = plan.calibrated(rounds)
-        events += plan.whole(noise, rounds, told.noise(plan, rounds))
+        events += plan.whole(noise, rounds, told.figures_noise(plan, rounds))
         alone = max(alone, plan.planned(noise, rounds))
     delta = max(p.delta for p in plans)
     accountant = "prv" if all(p.accountant == "prv" for p in plans) else "rdp"

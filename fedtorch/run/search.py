@@ -52,7 +52,7 @@ def asked(argv: Sequence[str]) -> tuple[list[str], int | None]:
     return rest, mean
 
 
-def run(
+def run_search(
     rest: Sequence[str],
     points: Sequence[Setting],
     mean: int,
@@ -186,7 +186,7 @@ def _same(configs: Sequence[Any]) -> None:
     for c in configs:
         plan, over = c.plan, prices.source(type(c.dataset).__name__, getattr(c.dataset, "path", ""))
         noise = plan.calibrated(plan.rounds)
-        price = plan.whole(noise, plan.rounds, told.noise(plan, plan.rounds)), plan.delta
+        price = plan.whole(noise, plan.rounds, told.figures_noise(plan, plan.rounds)), plan.delta
         known.add((over, type(plan), *price))
     if len(known) > 1:
         raise ConfigError(

@@ -128,7 +128,7 @@ def more(n: int) -> Markup:
     return tag("p", f"{n - MOST} clients more are not shown.") if n > MOST else Markup()
 
 
-KINDS = (
+CELL_KINDS = (
     ("na", "not asked"), ("h8", "reported"), ("bad", "did not report, or of no use"),
     ("out", "left out by the rule"),
 )  # fmt: skip
@@ -148,9 +148,11 @@ def participation(run: Saved) -> Markup:
         who = f"All {len(names)} clients" if len(names) > 1 else "The client"
         return tag("p", f"{who} reported in every round.")
     steps = some_of([*rounds], COLUMNS)
-    rows = [(i, [KINDS[rounds[r].get(i, 0)] for r in steps], [str(came[i])]) for i in names[:MOST]]
+    rows = [
+        (i, [CELL_KINDS[rounds[r].get(i, 0)] for r in steps], [str(came[i])]) for i in names[:MOST]
+    ]
     left = any(LEFT_OUT in here.values() for here in rounds.values())
-    key = [tag("span", tag("i", class_=f"key {k}"), w) for k, w in KINDS[: 4 if left else 3]]
+    key = [tag("span", tag("i", class_=f"key {k}"), w) for k, w in CELL_KINDS[: 4 if left else 3]]
     shown = shaded("client", [str(r) for r in steps], rows, ["reported"], quiet=True)
     said = tag("p", NOT_PRIVATE) if any("nonprivate_cohort" in m for m in run.history) else Markup()
     return concatenated([said, shown, tag("p", *key, class_="legend"), more(len(names))])
