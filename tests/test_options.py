@@ -80,6 +80,7 @@ FREE = {"seed", "insecure_seed"}
 """Any whole number will do."""
 FROM_ZERO = {
     "finetune_steps",
+    "metrics_epsilon",  # none is released
     "mu",
     "floor",
     "momentum",

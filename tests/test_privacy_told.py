@@ -422,7 +422,7 @@ def test_the_price_can_be_checked_by_hand(capsys):
     from fedtorch.__main__ import main
 
     plan = plan_of("sample", 6)
-    noise, figures = plan.calibrated(6), told.noise(plan, 6)
+    noise, figures = plan.calibrated(6), told.figures_noise(plan, 6)
     words = ["epsilon", "--noise-multiplier", str(noise), "--sample-rate", "0.2", "--steps", "12"]
     assert main([*words, "--figures", "3", "--figures-noise", str(figures), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["epsilon"] == plan.planned(noise, 6)

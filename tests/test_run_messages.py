@@ -43,7 +43,11 @@ def test_a_budget_that_protects_nobody_is_said_in_words_and_no_factor(epsilon):
     said = report.plainly(epsilon, "the model", "one example", 1e-5)
     assert said.startswith(f"epsilon {epsilon:.4g} protects nobody") and "fold" not in said
     plan = SimpleNamespace(
-        describe=lambda: {"unit": "one example"}, unit="example", person=None, strict=True
+        describe=lambda: {"unit": "one example"},
+        unit="example",
+        person=None,
+        strict=True,
+        search=None,
     )
     run = SimpleNamespace(plan=plan, spent=lambda: epsilon, delta=1e-5)
     assert "for one example, which protects nobody; privacy.json" in report.cost(run)
