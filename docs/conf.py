@@ -96,8 +96,10 @@ def inventory(name: str, places: dict[str, str]) -> str:
 
 
 intersphinx_mapping = {n: (at, inventory(n, of)) for n, (at, of) in ELSEWHERE.items()}
-nitpick_ignore_regex = [("py:class", r"fedtorch\..*|Data|Run|Shared|torch._C.Generator")]
-"""Types of ours in signatures whose pages would say no more than their name."""
+nitpick_ignore_regex = [
+    ("py:class", r"fedtorch\..*|Data|Run|Shared|nvflare\..*|torch._C.Generator|torch.Size")
+]
+"""Types in signatures whose pages would say no more than their name, or that have none."""
 
 PAGES = {
     "../README.md": "index.md",
