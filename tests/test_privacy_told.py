@@ -25,6 +25,7 @@ from fedtorch.privacy.accounting.events import Event, epsilon
 from fedtorch.privacy.accounting.gaussian import gaussian_epsilon
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.noise.streams import Stream
+from fedtorch.run import report
 from fedtorch.secure.aggregator import Secure
 from fedtorch.sites.budget import Budget, OverBudget
 from fedtorch.sites.reports import expected
@@ -204,7 +205,7 @@ def test_every_released_figure_is_charged_before_it_is_made(name, monkeypatch):
     kinds = [e.event for e in run.private.ledger.entries]
     own = [e for e in kinds if e == Event("gaussian", run.private.metrics_noise or 0.0)]
     assert len(own) == (2 if name == "sample" else 0)  # others have one event a round for both
-    assert len(kinds) - len(own) == 4
+    assert len(kinds) - len(own) == 4 == report.statement(run.private)["rounds_charged"]
     assert run.private.spent() <= 8.0
     assert run.private.spent() == pytest.approx(run.private.figures()["privacy_epsilon_planned"])
     # planted: a round's figures are not charged

@@ -9,7 +9,7 @@ from typing import Any
 from fedtorch.privacy import Privacy, persons, told
 from fedtorch.privacy.accounting import claims
 from fedtorch.privacy.noise.normals import way
-from fedtorch.privacy.run import BEFORE, PrivateRun
+from fedtorch.privacy.run import PrivateRun
 from fedtorch.rounds.progress import amount
 from fedtorch.run.versions import installed
 
@@ -188,7 +188,7 @@ def statement(run: PrivateRun, clients: Sequence[Any] = ()) -> dict[str, Any]:
         else None,
         **claim(run, clients),
         "rounds_planned": run.rounds,
-        "rounds_charged": sum(e.round != BEFORE for e in run.ledger.entries),
+        "rounds_charged": sum(e.event == plan.event(run.noise) for e in run.ledger.entries),
         "released_before_round_0": statistics_of(run) or None,
         "figures_inside_the_budget": figures_of(run) or None,
         "accountant": "rdp" if plan.search else plan.accountant,
