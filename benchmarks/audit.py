@@ -38,8 +38,9 @@ def noisy(change: Callable[[gradients.PrivateSteps], float]) -> Any:
         k: int,
         times: float = 1.0,
         part: bool = False,
-    ) -> None:
-        real(self, row, k, times * change(self), part)
+        onto: streams.Onto | None = None,
+    ) -> bool:
+        return real(self, row, k, times * change(self), part, onto)
 
     return patch.object(gradients.PrivateSteps, "noisy", wrong)
 
@@ -72,9 +73,9 @@ def no_noise_on_an_empty_batch() -> Any:
         k: int,
         times: float = 1.0,
         part: bool = False,
-    ) -> None:
-        if bool(row.any()):
-            real(self, row, k, times, part)
+        onto: streams.Onto | None = None,
+    ) -> bool:
+        return bool(row.any()) and real(self, row, k, times, part, onto)
 
     return patch.object(gradients.PrivateSteps, "noisy", wrong)
 

@@ -218,8 +218,8 @@ def half_the_noise(patch: pytest.MonkeyPatch) -> None:
 def half_the_noise_of_the_fast_path(patch: pytest.MonkeyPatch) -> None:
     noisy = gradients.PrivateSteps.noisy
 
-    def less(self, row, k, times=1.0, part=False):
-        noisy(dataclasses.replace(self, noise=self.noise / 2), row, k, times, part)
+    def less(self, row, k, times=1.0, part=False, onto=None):
+        return noisy(dataclasses.replace(self, noise=self.noise / 2), row, k, times, part, onto)
 
     patch.setattr(gradients.PrivateSteps, "noisy", less)
 

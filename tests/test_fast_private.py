@@ -1,9 +1,13 @@
+import pytest
 import torch
 
-from fedtorch.fast.layers import Rule
+from fedtorch.fast.layers import Leaf, Rule
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.private import Flat
 from fedtorch.fast.reader import Linear
+from fedtorch.privacy.canaries import Gauge, Watch, watched
+from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.privacy.noise.streams import stream
 
 
 def flat(memory: Memory) -> Flat:
@@ -34,3 +38,36 @@ def test_a_later_visit_leaves_what_is_still_held_alone():
     before = weights.clone()
     flat(memory)
     assert torch.equal(weights, before)
+
+
+def test_a_step_of_a_gradient_and_no_more_can_be_taken_by_whoever_noises_it():
+    weights = torch.randn(3, 5)
+    leaf, other = (Leaf(torch.zeros(5), 0, Rule(0.1), None, weights.clone()) for _ in range(2))
+    gradient = torch.randn(5)
+    to, factor = leaf.plain(1, 0.25)
+    to.add_(gradient, alpha=factor)
+    other.move(gradient[None], slice(1, 2), 0.25)
+    assert torch.equal(leaf.value, other.value) and not torch.equal(leaf.value, weights)
+
+
+@pytest.mark.parametrize("more", [{"momentum": 0.9}, {"decay": 0.1}, {"pull": 0.1}, {}])
+def test_a_step_of_more_than_the_gradient_cannot(more):
+    shift = None if more else torch.ones(3, 5)
+    assert (
+        Leaf(torch.zeros(5), 0, Rule(0.1, **more), shift, torch.zeros(3, 5)).plain(0, 1.0) is None
+    )
+
+
+def test_whole_sums_are_there_for_whoever_looks_at_them():
+    kept = {"at": torch.tensor([2]), "numbers": torch.tensor(5), "inside": torch.tensor([True])}
+    watch = Watch(kept, torch.tensor([[0]]))
+    plain = PrivateSteps(1.0, 2.0, 1.0, [stream("aes", 7, "noise")])
+    gauge = Gauge.new()
+    for private in (watched(plain, [watch]), PrivateSteps(1.0, 2.0, 1.0, [gauge])):
+        row, weights = torch.full((5,), 0.5), torch.zeros(5)
+        assert not private.noisy(row, 0, onto=(weights, -0.1))
+        assert not weights.any()
+    assert watch.steps == 1 and watch.moved[0, 0] != 0 and gauge.lengths
+    row = torch.zeros(5)
+    assert not plain.noisy(row, 0, part=True, onto=(weights, -0.1)) and not weights.any()
+    assert plain.noisy(row, 0, onto=(weights, -0.1)) and weights.all()

@@ -162,6 +162,25 @@ def test_only_the_row_is_written_also_where_it_has_gaps(way):
         assert not table.any()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 40, 4099])
+def test_what_a_noised_row_is_added_to_grows_as_by_two_passes(way, n, dtype):
+    given, row = words(n), np.linspace(-1, 1, n).astype(dtype)
+    table = np.full((2, n), 0.3, dtype)
+    inner, two = table[1], table[1].copy()
+    normals.add(given.copy(), row.copy(), 0.7, (inner, -0.01))
+    normals.add(given.copy(), row, 0.7)
+    two += dtype(-0.01) * row
+    # of a product and a sum in one instruction the first is not rounded
+    assert np.all(np.abs(inner - two) <= np.spacing(np.abs(two)))
+    assert np.all(table[0] == dtype(0.3))
+
+
+def test_a_row_is_added_to_as_many_numbers_only(way):
+    with pytest.raises(ValueError, match="3 numbers cannot be added to 2"):
+        normals.add(words(3), np.zeros(3), 1.0, (np.zeros(2), 1.0))
+
+
 @pytest.mark.parametrize("given", [0, 2, 3, 6])
 def test_another_number_of_words_than_needed_is_refused(way, given):
     with pytest.raises(ValueError, match=f"3 normals cannot be made of {given} words"):
@@ -176,10 +195,14 @@ def test_the_loop_is_compiled_and_takes_pairs_side_by_side():
     normals.add(words(4), np.zeros(4, np.float32), 1.0)
     assert compiled(normals.fused, exact=True).signatures and normals.way() == "a compiled loop"
     fresh = njit(normals.fused, error_model="numpy")  # of one that was kept there is no listing
-    row, given = np.zeros((2, 2), np.float32), words(4).reshape(2, 2)
-    fresh(*row, *given, 1.0, None if converts() else normals.MAGIC)
-    (listing,) = fresh.inspect_asm().values()
-    assert re.search("sqrtpd", listing) or not get_host_cpu_features().get("avx2")
+    row, given = np.zeros(4, np.float32), words(4)
+    magic = None if converts() else normals.MAGIC
+    fresh(given, row, 1.0, magic, None, None)
+    fresh(given, row, 1.0, magic, np.zeros(4, np.float32), 0.1)
+    listings = fresh.inspect_asm().values()
+    assert len(listings) == 2
+    for listing in listings:
+        assert re.search("sqrtpd", listing) or not get_host_cpu_features().get("avx2")
 
 
 @pytest.mark.skipif(not available(), reason="without numba there is no loop")

@@ -131,6 +131,22 @@ def test_a_row_is_noised_where_it_lies(rng, dtype):
     assert noised.sum() == 9
 
 
+@pytest.mark.parametrize("rng", ["aes", "os"])
+def test_a_row_is_noised_and_added_in_one_pass_where_that_is_offered(rng, monkeypatch):
+    monkeypatch.setattr("os.urandom", lambda n: bytes(range(256)) * (n // 256) + bytes(n % 256))
+    rows, weights = torch.linspace(-1, 1, BLOCK + 7).repeat(2, 1), torch.full((3, BLOCK + 7), 0.3)
+    stream(rng, None, "noise").add(rows[0], 0.25, Scratch())
+    took = stream(rng, None, "noise").add(rows[1], 0.25, Scratch(), (weights[1], -0.01))
+    assert took is (rng == "aes")  # four draws are summed first
+    alone = torch.equal(rows[1], rows[0]) and bool((weights[1] == 0.3).all())
+    assert alone is (rng == "os")
+    moved = torch.full((BLOCK + 7,), 0.3).add_(rows[0], alpha=-0.01)
+    torch.testing.assert_close(
+        weights[1], moved if took else torch.full_like(moved, 0.3), rtol=2e-7, atol=0
+    )
+    assert (weights[::2] == 0.3).all()
+
+
 def test_odd_and_empty_shapes():
     for rng in ("aes", "os"):
         assert stream(rng, None, "x").normal((3, 1, 5)).shape == (3, 1, 5)

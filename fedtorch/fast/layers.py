@@ -111,6 +111,12 @@ class Leaf:
         v = self.velocity[:k].baddbmm_(x, y, beta=rule.momentum)
         self._follow(w, v, slice(k))
 
+    def plain(self, k: int, scale: float) -> tuple[Tensor, float] | None:
+        """Client k's numbers and what a gradient is multiplied by before it is added, if that is all."""
+        rule = self.rule
+        only = not rule.momentum and rule.keep == 1.0 and not rule.pull and self.shift is None
+        return (self.value[k], -rule.lr * scale) if only else None
+
     def move(self, g: Tensor, clients: slice, scale: float = 1.0) -> None:
         """The same step of some clients for a gradient that had to be written out, times ``scale``."""
         rule, w = self.rule, self.value[clients]

@@ -124,8 +124,9 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
             write(k)
         for name, g in written[k].items():
             into[name].copy_(clipped(g, factors[k, : len(g)]))
-        private.noisy(flat.gradient, k)
-        flat.leaf.move(flat.gradient[None], slice(k, k + 1), 1 / private.divisor)
+        at, scale = slice(k, k + 1), 1 / private.divisor
+        if not private.noisy(flat.gradient, k, onto=flat.leaf.plain(k, scale)):
+            flat.leaf.move(flat.gradient[None], at, scale)
 
 
 def scales(

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedtorch.options import TrainingOptions
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.keystream import Scratch
-from fedtorch.privacy.noise.streams import Stream
+from fedtorch.privacy.noise.streams import Onto, Stream
 from fedtorch.types import ConfigError, Params, Task
 
 LONG = 1e3
@@ -126,8 +126,8 @@ class Watched(Stream):
     due: float = field(kw_only=True)
     """Standard deviation that the noise of a step must have, by the task."""
 
-    def add(self, row: Tensor, std: float, scratch: Scratch) -> None:
-        """Let the canaries of this step join, add the noise, see what came out."""
+    def add(self, row: Tensor, std: float, scratch: Scratch, onto: Onto | None = None) -> bool:
+        """Let the canaries of this step join, add the noise, see what came out, which must be there."""
         watch = self.watch
         if len(row) != watch.numbers:
             raise ConfigError(
@@ -143,6 +143,7 @@ class Watched(Stream):
         super().add(row, std, scratch)
         moved = here[at] - before
         watch.see(moved.cpu().numpy() if here is row else moved, self.amount)
+        return False
 
     def add_part(self, row: Tensor, std: float, scratch: Scratch) -> None:
         """Projected noise (fast/projected.py): a step's own while they are taken, then that of them all."""
@@ -195,9 +196,10 @@ class Gauge(Stream):
         object.__setattr__(made, "lengths", [])
         return made
 
-    def add(self, row: Tensor, std: float, scratch: Scratch) -> None:
+    def add(self, row: Tensor, std: float, scratch: Scratch, onto: Onto | None = None) -> bool:
         """Take the length of a sum."""
         self.lengths.append(float(row.double().norm()))
+        return False
 
     @property
     def longest(self) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from fedtorch.privacy.noise.keystream import Scratch
-from fedtorch.privacy.noise.streams import Stream
+from fedtorch.privacy.noise.streams import Onto, Stream
 from fedtorch.training.dropout import Drawing
 from fedtorch.training.step import Stepping
 from fedtorch.tree import exact_sq_norms, filled, leaves, rows, size, split, tmap
@@ -54,13 +54,24 @@ class PrivateSteps:
         scale = (self.clip * sq_norms.double().rsqrt()).clamp(max=1)
         return torch.where(sq_norms.isfinite(), scale, 0).to(sq_norms.dtype)
 
-    def noisy(self, row: Tensor, k: int, times: float = 1.0, part: bool = False) -> None:
+    def noisy(
+        self,
+        row: Tensor,
+        k: int,
+        times: float = 1.0,
+        part: bool = False,
+        onto: Onto | None = None,
+    ) -> bool:
         """Add client k's noise, ``times`` as large, to its sum of gradients, [numbers], in place.
 
         ``part``: the row is none of a step's, as where noise is drawn for what examples see of it alone.
+        ``onto``: as in ``Stream.add``; returns whether it took the row.
         """
-        add = self.streams[k].add_part if part else self.streams[k].add
-        add(row, times * self.noise * self.clip, self.scratch)
+        stream, std = self.streams[k], times * self.noise * self.clip
+        if part:
+            stream.add_part(row, std, self.scratch)
+            return False
+        return stream.add(row, std, self.scratch, onto)
 
     def finish(self, sums: Stack) -> Stack:
         """(sum + N(0, (noise clip)^2)) / divisor, [K, ...].

@@ -24,11 +24,16 @@ class Scratch:
     def __init__(self) -> None:
         """Nothing yet: it grows to what is asked for."""
         self.zeros, self.out = bytearray(), np.empty(0, np.uint8)
+        self.asked = 0, memoryview(b""), np.empty(0, np.uint64)
+        """What ``room`` gave last, most often again."""
 
-    def grow(self, size: int) -> None:
-        """Make room for ``size`` bytes."""
-        if size > len(self.zeros):
-            self.zeros, self.out = bytearray(size), np.empty(size + ROOM, np.uint8)
+    def room(self, size: int) -> tuple[memoryview, np.ndarray]:
+        """So many bytes of 0, and where they are encrypted into."""
+        if size != self.asked[0]:
+            if size > len(self.zeros):
+                self.zeros, self.out = bytearray(size), np.empty(size + ROOM, np.uint8)
+            self.asked = size, memoryview(self.zeros)[:size], self.out[:size].view(np.uint64)
+        return self.asked[1:]
 
 
 Words = Callable[[int, Scratch], np.ndarray]
@@ -56,9 +61,9 @@ def keystream(key: bytes) -> Words:
         nonlocal cipher, left
         if 8 * n > left:
             cipher, left = begin(), LIMIT
-        scratch.grow(8 * n)
-        cipher.update_into(memoryview(scratch.zeros)[: 8 * n], scratch.out.data)
+        zeros, drawn = scratch.room(8 * n)
+        cipher.update_into(zeros, scratch.out)
         left -= 8 * n
-        return scratch.out[: 8 * n].view(np.uint64)
+        return drawn
 
     return words

@@ -11,6 +11,7 @@ The coefficients are fits of ours, printed by ``tools/coefficients.py``; the err
 import math
 
 import numpy as np
+import torch
 
 from fedtorch.kernels.compile import compiled
 from fedtorch.kernels.processor import converts
@@ -67,8 +68,14 @@ MAGIC = 2.0**84 + 2.0**63 + 2.0**52
 """What both are too much."""
 
 
-def add(words: np.ndarray, row: np.ndarray, std: float) -> None:
+Onto = tuple[np.ndarray, float]
+"""Numbers of the same type as a row, and what of it is added to them."""
+
+
+def add(words: np.ndarray, row: np.ndarray, std: float, onto: Onto | None = None) -> None:
     """Add N(0, std^2) to n numbers in place: a sum in float64, rounded to the row's type once.
+
+    ``onto``: n numbers that grow by a factor times that; the row may hold anything then.
 
     ``words``: n of them, uint64, and one more if n is odd; they are used up. With m = half of them, row[k]
     gets the cosine of words[k] and words[m + k], and row[m + k] the sine.
@@ -77,16 +84,24 @@ def add(words: np.ndarray, row: np.ndarray, std: float) -> None:
     """
     if len(words) != len(row) + len(row) % 2:
         raise ValueError(f"{len(row)} normals cannot be made of {len(words)} words")
-    loop, m, pairs = compiled(fused, exact=True), len(words) // 2, len(row) // 2
+    if onto is not None and len(onto[0]) != len(row):
+        raise ValueError(f"{len(row)} numbers cannot be added to {len(onto[0])}")
+    loop = compiled(fused, exact=True)
     if loop is None:
         passes(words, row, std)
+        if onto is not None:
+            torch.from_numpy(onto[0]).add_(torch.from_numpy(row), alpha=onto[1])
         return
+    to, factor = onto or (None, None)
     magic = None if converts() else MAGIC
-    # each with an index from 0: otherwise the compiler finds no vectors
-    loop(row[:pairs], row[m:], words[:pairs], words[m : m + pairs], std, magic)
-    if pairs < m:  # nobody takes the last sine
-        none = np.empty(1, row.dtype)
-        loop(row[pairs:m], none, words[pairs:m], words[m + pairs :], std, magic)
+    loop(words, row, std, magic, to, factor)
+    if len(row) % 2:  # nobody takes the last sine
+        m = len(words) // 2
+        pair, into = (None if x is None else np.repeat(x[m - 1], 2) for x in (row, to))
+        loop(words[[m - 1, -1]], pair, std, magic, into, factor)
+        for whole, one in ((row, pair), (to, into)):
+            if whole is not None and one is not None:
+                whole[m - 1] = one[0]
 
 
 def way() -> str:
@@ -95,19 +110,25 @@ def way() -> str:
 
 
 def fused(
-    left: np.ndarray,
-    right: np.ndarray,
-    angles: np.ndarray,
-    lengths: np.ndarray,
+    words: np.ndarray,
+    row: np.ndarray,
     std: float,
     magic: float | None,
+    to: np.ndarray | None,
+    factor: float | None,
 ) -> None:
-    """``add`` pair by pair: to be compiled, where four pairs or more go side by side.
+    """``add`` pair by pair, but for what has no pair: to be compiled, where four or more go side by side.
 
     ``magic``: MAGIC where a processor has no instruction that converts several whole numbers of 64 bits.
     Their halves are then put into numbers of floating point, which are exact, as is all but the last sum:
     it rounds as the instruction does.
     """
+    m = len(words) // 2
+    pairs = len(row) - m
+    # each with an index from 0: otherwise the compiler finds no vectors
+    left, right, angles, lengths = row[:pairs], row[m:], words[:pairs], words[m : m + pairs]
+    if to is not None:
+        left_to, right_to = to[:pairs], to[m:]
     for i in range(len(left)):
         # half a turn is exact in integers: the top bit and the next say if both coordinates change sign
         a = np.int64(angles[i])
@@ -136,8 +157,13 @@ def fused(
         ln = np.float64(beyond >> 52) * LN2 + (x - f * (x - g))
         r = np.float64(math.sqrt(-2.0 * std * std * ln)).view(np.int64)
         r = np.int64(r ^ ((a ^ (a << 1)) & SIGN)).view(np.float64)
-        left[i] = left[i] + r * c
-        right[i] = right[i] + r * s
+        if to is None:
+            left[i] = left[i] + r * c
+            right[i] = right[i] + r * s
+        else:
+            number = left.dtype.type
+            left_to[i] = left_to[i] + number(factor) * number(left[i] + r * c)
+            right_to[i] = right_to[i] + number(factor) * number(right[i] + r * s)
 
 
 def passes(words: np.ndarray, row: np.ndarray, std: float) -> None:

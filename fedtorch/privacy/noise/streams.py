@@ -24,6 +24,10 @@ BLOCK = 1 << 15
 """Numbers noised at a time: what stays in a core's cache, with their words."""
 
 
+Onto = tuple[Tensor, float]
+"""A flat tensor that a row is added to once it is noised, and the factor by which."""
+
+
 @dataclass(frozen=True)
 class Stream:
     """Randomness for one purpose."""
@@ -42,14 +46,18 @@ class Stream:
             self._onto(out, 1 / math.sqrt(self.draws), scratch)
         return torch.from_numpy(out).view(shape)
 
-    def add(self, row: Tensor, std: float, scratch: Scratch) -> None:
-        """Add N(0, std^2) to a flat tensor in place; the sum is float64, and rounded to its type once."""
+    def add(self, row: Tensor, std: float, scratch: Scratch, onto: Onto | None = None) -> bool:
+        """Add N(0, std^2) to a flat tensor in place; the sum is float64, and rounded to its type once.
+
+        Returns whether ``onto`` took it in passing: then the row may hold anything.
+        """
         if self.draws == 1 and row.device.type == "cpu":
-            self._onto(row.numpy(), std, scratch)
-            return
+            self._onto(row.numpy(), std, scratch, onto)
+            return onto is not None
         for part in row.split(32 * BLOCK):
             noise = self.normal((len(part),)).mul_(std).to(part.device)
             part.copy_(noise.add_(part))
+        return False
 
     def add_part(self, row: Tensor, std: float, scratch: Scratch) -> None:
         """The same; an audit, which reads whole steps, has to know."""
@@ -61,10 +69,13 @@ class Stream:
             (self.words(n, Scratch()) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         )
 
-    def _onto(self, row: np.ndarray, std: float, scratch: Scratch) -> None:
+    def _onto(
+        self, row: np.ndarray, std: float, scratch: Scratch, onto: Onto | None = None
+    ) -> None:
+        to, factor = (onto[0].numpy(), onto[1]) if onto else (None, 0.0)
         for i in range(0, len(row), BLOCK):
-            part = row[i : i + BLOCK]
-            normals.add(self.words(len(part) + len(part) % 2, scratch), part, std)
+            part, here = row[i : i + BLOCK], None if to is None else (to[i : i + BLOCK], factor)
+            normals.add(self.words(len(part) + len(part) % 2, scratch), part, std, here)
 
 
 def stream(rng: str, insecure_seed: int | None, *purpose: str | int) -> Stream:
