@@ -36,7 +36,7 @@ def attack(argv: Sequence[str]) -> int:
     names = {f.name: True for kind in OPTIONS.values() for f in fields(kind)}
     words, given = words_and_options(argv, "attack", names | {"json": False, TRUST: False})
     if len(words) != 2 or words[0] not in OPTIONS:
-        hint = near(words[0], OPTIONS) if words else ""
+        hint = near(words[0], OPTIONS) if words and words[0] not in OPTIONS else ""
         raise ConfigError(
             "fedtorch attack takes gradient or membership, and a run folder: fedtorch attack gradient "
             f"RUN{hint}"
