@@ -40,7 +40,11 @@ def test_a_model_comes_back_bit_for_bit_and_gives_what_the_server_gives(tmp_path
         torch.utils.data.TensorDataset(x, y),
         pandas.DataFrame(x.numpy()),
     ):
-        assert torch.equal(trained.predict(given), server.predict(given, batch_size=7))
+        assert torch.equal(trained.predict(given), server.predict(given))
+        # other batches are other products, which not every processor rounds alike
+        assert torch.allclose(
+            trained.predict(given), server.predict(given, batch_size=7), atol=1e-6
+        )
     assert trained.predict(x).shape == (40, 4)
     assert repr(trained) == "Trained(Sequential, 136 parameters)" and trained.classes == ()
     with pytest.raises(ConfigError, match=r"was not kept with this model: save it with its data"):
