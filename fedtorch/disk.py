@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -140,18 +141,23 @@ def locked(folder: Path, option: str = "--run-dir") -> Iterator[str | None]:
 
 
 @contextmanager
-def held(file: BinaryIO) -> Iterator[None]:
+def held(file: BinaryIO, patience: float = 0.0) -> Iterator[None]:
     """Hold an open file for a moment; raises BlockingIOError or PermissionError where another does.
 
-    Where the file system has no locks it goes on without.
+    It waits so many seconds for that one to end. Where the file system has no locks it goes on without.
     """
-    try:
-        _take(file.fileno())
-    except (BlockingIOError, PermissionError):
-        raise
-    except OSError:
-        yield
-        return
+    end = time.monotonic() + patience
+    while True:
+        try:
+            _take(file.fileno())
+            break
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= end:
+                raise
+            time.sleep(0.01)
+        except OSError:
+            yield
+            return
     try:
         yield
     finally:

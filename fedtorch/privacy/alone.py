@@ -5,7 +5,6 @@ a ledger of the site's own before it leaves. Nobody is trusted, so the noise is 
 """
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -132,10 +131,11 @@ class Budget:
         return ledger.spent(*self._terms)
 
     def _has_room(self, ledger: Ledger) -> bool:
-        if self.plan.rounds and self.plan.planned(self.event.noise, self.plan.rounds) <= self.most:
+        plan, noise = self.plan, self.event.noise
+        if plan.rounds and plan.planned(noise, plan.rounds) <= self.most:
             # the last planned round must not fail by a rounding of the accountant
-            whole = self.plan.event(self.event.noise)
-            if ledger.within([whole] * self.plan.rounds, [self.event], [self.site]):
+            whole = plan.whole(noise, plan.rounds, None)
+            if ledger.within(whole, [self.event], [self.site]):
                 return True
         return ledger.fits([self.event], [self.site], self.most, *self._terms)
 
@@ -146,18 +146,13 @@ class Budget:
             file = disk.regular(self.folder / disk.LOCK).open("ab")
         except OSError as e:
             raise ConfigError(f"budget folder {self.folder} cannot be written: {e.strerror}") from e
-        end = time.monotonic() + PATIENCE
         with file, ExitStack() as stack:
-            while True:
-                try:
-                    stack.enter_context(disk.held(file))
-                    break
-                except (BlockingIOError, PermissionError) as e:
-                    if time.monotonic() > end:
-                        raise ConfigError(
-                            f"budget folder {self.folder} is held by another process for {PATIENCE:g} s"
-                        ) from e
-                    time.sleep(0.01)
+            try:
+                stack.enter_context(disk.held(file, PATIENCE))
+            except (BlockingIOError, PermissionError) as e:
+                raise ConfigError(
+                    f"budget folder {self.folder} is held by another process for {PATIENCE:g} s"
+                ) from e
             yield
 
 
