@@ -97,6 +97,17 @@ def test_what_is_described_builds_the_same_config_again(argv, tmp_path):
         assert getattr(again, f.name) == getattr(config, f.name), f.name
 
 
+def test_describing_a_config_imports_no_class_that_it_has_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr(objects, "find", lambda path: asked.append(path) or find(path))
+    config = parse("--strategy", "fedprox", "--channel", "topk")
+    objects.describe(config)
+    own = {type(getattr(config, f.name)).__name__ for f in fields(config)} | {"TopK"}
+    assert {path.rpartition(".")[2] for path in asked} <= own
+    named = [path for names in CHOICES.values() for path in names.values()]
+    assert all(find(path).__name__ == path.rpartition(".")[2] for path in named)
+
+
 @dataclass(frozen=True)
 class Shifted(Strategy):
     """A strategy of the user's own."""

@@ -188,12 +188,13 @@ def _entry(value: Any) -> Any:
         return parts[0] if len(parts) == 1 and isinstance(parts[0], dict) else parts
     if not dataclasses.is_dataclass(value):
         return value
-    path = f"{type(value).__module__}.{type(value).__name__}"
+    own = type(value).__name__
     for names in CHOICES.values():
         for name, dotted in names.items():
-            if find(dotted) is type(value):
+            # to find one of another name would import all that a run may have, for what this one has not
+            if dotted.endswith(f".{own}") and find(dotted) is type(value):
                 return {"name": name, **describe(value)}
-    return {"name": path, **describe(value)}
+    return {"name": f"{type(value).__module__}.{own}", **describe(value)}
 
 
 def _class(choice: str, name: str) -> Callable[..., Any]:

@@ -114,7 +114,9 @@ class Mixed(NamedTuple):
         z = np.arange(least, most, step)
         loss, base = self.loss(z), self._log(self.q, z) - z * z / 2 / s / s
         for i in np.flatnonzero(fits):
-            logs = orders[i] * loss + base
+            # an order's mass ends where its own largest place does
+            many = math.ceil((orders[i] * spread + FAR * s - least) / step)
+            logs = orders[i] * loss[:many] + base[:many]
             top = float(logs.max())
             total = float(np.exp(logs - top).sum()) * step / s / math.sqrt(2 * math.pi)
             found[i] = top + math.log(total) + 1e-13  # rounding
