@@ -23,7 +23,7 @@ from fedtorch.commands.train import train_module
 from fedtorch.data import Digits
 from fedtorch.rounds.history import read
 from fedtorch.run import checkpoint
-from fedtorch.tracking import Record, TensorBoard, drawings
+from fedtorch.tracking import Record, TensorBoard, drawings, maps
 from fedtorch.tracking.record import Lines
 from fedtorch.tracking.tags import FAMILIES, SMOOTHED, TAGS, custom_scalars, overview, purpose
 from fedtorch.tracking.tensorboard import protos
@@ -208,24 +208,45 @@ def test_the_overview_shows_the_worst_end_where_it_is_known():
     assert overview(values, ("mae", None)) == {"_overview/test_mae": 1.0}
 
 
-def test_a_map_of_clients_and_rounds_has_whole_names_and_grey_where_nothing_is(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(drawings, "_png", lambda figure: drawn.append(figure) or b"")
+def test_a_map_of_clients_and_rounds_has_whole_names_and_grey_where_nothing_is():
     long = "University Hospital of the North, ward for children"
     rounds = {1: {long: 0.5, "west": 0.7}, 2: {long: 0.6, "west": None}}
-    drawings.client_map([long, "west"], rounds, "accuracy")
     parts = torch.arange(4).split(2)
-    drawings.partition_map([long, "west"], parts, torch.tensor([0, 1, 0, 1]))
-    drawings.participation_map([long, "west"], {1: {long: 1}, 2: {"west": 2}})
-    for figure in drawn:
-        ticks = [*figure.axes[0].get_xticklabels(), *figure.axes[0].get_yticklabels()]
-        figure.canvas.draw()
-        for tick in ticks:
-            box = tick.get_window_extent()
-            assert min(box.x0, box.y0) >= 0, tick
-        assert long in [tick.get_text() for tick in ticks]
-    shown = drawn[0].axes[0].images[0].get_array()
-    assert shown[:, 0].tolist() == [0.5, 0.7] and shown.mask[1, 1]
+
+    def three(ids):
+        drawn = (
+            drawings.client_map([*ids, "west"], rounds, "accuracy"),
+            drawings.participation_map([*ids, "west"], {1: {ids[0]: 1}, 2: {"west": 2}}),
+            drawings.partition_map([*ids, "west"], parts, torch.tensor([0, 1, 0, 1])),
+            drawings.partition_map([*ids, "west"], parts, None),
+        )
+        return [np.array(Image.open(io.BytesIO(png)).convert("RGB")).astype(int) for png in drawn]
+
+    length = maps._length(long) - maps._length("north")
+    for k, (whole, short) in enumerate(zip(three([long]), three(["north"]), strict=True)):
+        edges = whole[0], whole[-1], whole[:, 0], whole[:, -1]
+        assert all((edge == 255).all() for edge in edges)  # nothing is cut off
+        assert whole.shape[int(k < 2)] >= short.shape[int(k < 2)] + length * (k > 1)
+        assert whole.shape[int(k < 2)] > maps._length(long) + 200
+    assert {(0xDD,) * 3, (0x44, 1, 0x54), (0xFD, 0xE7, 0x25)} <= {
+        tuple(p) for p in three([long])[0].reshape(-1, 3)[::7].tolist()
+    }
+
+
+def test_the_numbers_at_a_scale_are_round_and_inside():
+    assert maps.marks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert maps.marks(3.7, 1100) == [200 * k for k in range(1, 6)]
+    assert maps.marks(0.5, 0.5) == [0.5] and maps.marks(float("nan"), 1) == []
+    assert maps.some(["a", "b", "c"], 2) == {0.0: "a", 2.0: "c"}
+
+
+def test_a_run_with_pictures_reads_no_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert drawings.partition_map(["a"], [torch.arange(2)], torch.tensor([0, 1]))
+    assert drawings.client_map(["a"], {1: {"a": 0.5}}, "accuracy")
+    assert drawings.confusion_matrix(torch.tensor([0, 1]), torch.tensor([0, 0]), 2)
+    assert drawings.image_grid(torch.rand(2, 3, 4, 4), ["a", "b"], "two")
 
 
 @pytest.mark.parametrize("private", [False, True])

@@ -1,4 +1,4 @@
-"""Pictures of a run as PNG files, drawn without a window system."""
+"""Pictures of a run as PNG files, drawn without a window system: maps by Pillow, curves by matplotlib."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,21 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fedtorch.tracking.maps import (
+    BLUES,
+    INK,
+    VIRIDIS,
+    Axis,
+    Label,
+    Scale,
+    album,
+    drawn,
+    marks,
+    rgb,
+    shaded,
+    some,
+)
+
 MOST_SHOWN = 100
 """Clients, and rounds, that a map shows."""
 
@@ -15,26 +30,7 @@ MOST_SHOWN = 100
 NAMED = 60
 """Clients whose names stand beside a map."""
 
-
-def _figure(width: float, height: float, left: float = 0, below: float = 0) -> tuple[Any, Any]:
-    """A picture and its axes, with so many inches more at the left and below, for names."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    # margins in inches, not matplotlib's automatic layout, which takes longer than the drawing
-    width, height = width + left, height + below
-    figure = Figure(figsize=(width, height))
-    box = (
-        (0.75 + left) / width,
-        (0.65 + below) / height,
-        1 - (0.95 + left) / width,
-        1 - (1.05 + below) / height,
-    )
-    return figure, figure.add_axes(box)
-
-
-def _room(names: Sequence[str]) -> float:
-    """Inches that the longest of these names takes, at the size of ticks."""
-    return 0.09 * max((len(name) for name in names), default=0)
+HOLDS = "Who holds what"
 
 
 def _png(figure: Any) -> bytes:
@@ -45,26 +41,28 @@ def _png(figure: Any) -> bytes:
 
 def partition_map(ids: Sequence[str], parts: Sequence[Tensor], labels: Tensor | None) -> bytes:
     """Label-by-client heat map, or client sizes where there are no labels; at most 100 clients."""
-    shown = list(range(min(len(ids), MOST_SHOWN)))
-    names = [ids[k] for k in shown] if len(shown) <= NAMED else []
-    turned = _room(names) > 0.45
-    figure, axes = _figure(max(5.0, 0.22 * len(shown) + 2), 4, below=turned * _room(names))
+    count = min(len(ids), MOST_SHOWN)
+    names = {float(k): ids[k] for k in range(count)} if count <= NAMED else some([*ids[:count]])
+    size = max(280, 18 * count), 200
+    below = Axis("client" + _first(len(ids)), names, max(map(len, names.values())) > 3)
     if labels is None:
-        axes.bar(shown, [len(parts[k]) for k in shown])
-        axes.set_ylabel("examples")
-    else:
-        classes = int(labels.max()) + 1
-        table = np.stack([np.bincount(labels[parts[k]], minlength=classes) for k in shown], 1)
-        image = axes.imshow(table, aspect="auto", cmap="Blues", origin="lower")
-        figure.colorbar(image, label="examples")
-        axes.set_ylabel("label")
-        if classes <= 20:
-            axes.set_yticks(range(classes))
-    if names:
-        axes.set_xticks(shown, names, rotation=90 if turned else 0)
-    axes.set_xlabel("client" + _first(len(ids)))
-    axes.set_title("Who holds what")
-    return _png(figure)
+        return _sizes([len(parts[k]) for k in range(count)], size, below)
+    classes = int(labels.max()) + 1
+    table = np.stack([np.bincount(labels[parts[k]], minlength=classes) for k in range(count)], 1)
+    scale = Scale("examples", float(table.min()), float(table.max()), BLUES)
+    beside = Axis("label", some([str(k) for k in reversed(range(classes))], 20))
+    return drawn(shaded(table[::-1], scale), size, below, beside, title=HOLDS, scale=scale)
+
+
+def _sizes(sizes: Sequence[int], size: tuple[int, int], below: Axis) -> bytes:
+    """A bar for each client."""
+    top, high, wide = max([*sizes, 1]) * 1.05, 200, 10
+    levels = (np.arange(high)[::-1, None] + 0.5) / high * top
+    inside = (levels < np.repeat(sizes, wide)) & (np.arange(len(sizes) * wide) % wide % 9 > 0)
+    cells = np.where(inside[..., None], rgb("4c8bbf"), rgb("ffffff"))
+    below = below._replace(ticks={wide * k + wide / 2 - 0.5: n for k, n in below.ticks.items()})
+    beside = Axis("examples", {high * (1 - v / top) - 0.5: f"{v:g}" for v in marks(0, top)})
+    return drawn(cells, size, below, beside, title=HOLDS)
 
 
 def participation_map(ids: Sequence[str], rounds: Mapping[int, Mapping[str, int]]) -> bytes:
@@ -73,106 +71,59 @@ def participation_map(ids: Sequence[str], rounds: Mapping[int, Mapping[str, int]
     The first clients, the last rounds.
     """
     steps = sorted(rounds)[-MOST_SHOWN:]
-    shown = ids[:MOST_SHOWN]
-    table = np.array([[rounds[r].get(i, 0) for r in steps] for i in shown])
-    named = len(shown) <= NAMED
-    tall = (0.18 if named else 0.07) * len(shown) + 1.5
-    wide = max(5.0, 0.06 * len(steps) + 3)
-    figure, axes = _figure(wide, max(2.5, tall), left=_room(shown) if named else 0)
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
-
+    table = np.array([[rounds[r].get(i, 0) for r in steps] for i in ids[:MOST_SHOWN]])
     words = {"not chosen": "#f2f2f2", "reported": "#4c8bbf", "dropped or unusable": "#d1495b"}
     if (table == 3).any():
         words["left out by the rule"] = "#edae49"
-    colors = list(words.values())
-    edges = (steps[0] - 0.5, steps[-1] + 0.5, len(shown) - 0.5, -0.5)
-    axes.imshow(
-        table, cmap=ListedColormap(colors), vmin=0, vmax=len(colors) - 1, aspect="auto", extent=edges,
-        interpolation="nearest",
-    )  # fmt: skip
-    figure.legend(
-        handles=[Patch(color=c, label=w) for w, c in words.items()],
-        loc="upper right", ncols=len(words), fontsize="small", frameon=False,
-    )  # fmt: skip
-    if named:
-        axes.set_yticks(range(len(shown)), shown)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("round")
-    axes.set_ylabel("client" + _first(len(ids)))
-    return _png(figure)
+    return drawn(rgb(" ".join(words.values()))[table], *_by_round(ids, steps), legend=words)
 
 
 def client_map(
     ids: Sequence[str], rounds: Mapping[int, Mapping[str, float | None]], name: str
 ) -> bytes:
     """Client by round, shaded by a figure of the client's own data; grey where there is none."""
-    steps, shown = sorted(rounds)[-MOST_SHOWN:], ids[:MOST_SHOWN]
-    values = [[rounds[r].get(i) for r in steps] for i in shown]
+    steps = sorted(rounds)[-MOST_SHOWN:]
+    values = [[rounds[r].get(i) for r in steps] for i in ids[:MOST_SHOWN]]
     table = np.array([[np.nan if v is None else v for v in row] for row in values], float)
+    there = table[np.isfinite(table)] if np.isfinite(table).any() else np.zeros(1)
+    scale = Scale(name, float(there.min()), float(there.max()), VIRIDIS)
+    title = f"{name} on each client's validation data"
+    return drawn(shaded(table, scale), *_by_round(ids, steps), title=title, scale=scale)
+
+
+def _by_round(ids: Sequence[str], steps: Sequence[int]) -> tuple[tuple[int, int], Axis, Axis]:
+    """Size and axes of a map of clients and rounds."""
+    shown = ids[:MOST_SHOWN]
     named = len(shown) <= NAMED
-    tall = (0.18 if named else 0.07) * len(shown) + 1.5
-    wide = max(5.0, 0.08 * len(steps) + 3)
-    figure, axes = _figure(wide, max(2.5, tall), left=_room(shown) if named else 0)
-    axes.set_facecolor("#dddddd")
-    image = axes.imshow(
-        np.ma.masked_invalid(table), aspect="auto", cmap="viridis", interpolation="nearest",
-        extent=(-0.5, len(steps) - 0.5, len(shown) - 0.5, -0.5),
-    )  # fmt: skip
-    figure.colorbar(image, label=name)
-    every = max(1, -(-len(steps) // 10))
-    axes.set_xticks(range(0, len(steps), every), [str(r) for r in steps[::every]])
-    if named:
-        axes.set_yticks(range(len(shown)), shown)
-    axes.set_xlabel("round")
-    axes.set_ylabel("client" + _first(len(ids)))
-    axes.set_title(f"{name} on each client's validation data")
-    return _png(figure)
+    size = max(280, 7 * len(steps)), max(60, (16 if named else 6) * len(shown))
+    names = some([*shown], NAMED) if named else some([str(k) for k in range(len(shown))])
+    below = Axis("round", some([str(r) for r in steps]))
+    return size, below, Axis("client" + _first(len(ids)), names)
 
 
 def confusion_matrix(predicted: Tensor, true: Tensor, classes: int) -> bytes:
     """Rows are the true class, columns the predicted; each row shaded by its own share."""
     table = np.bincount(true * classes + predicted, minlength=classes**2).reshape(classes, classes)
     share = table / np.maximum(table.sum(1, keepdims=True), 1)
-    figure, axes = _figure(
-        max(4.0, 0.42 * min(classes, 40) + 1.5), max(3.5, 0.36 * min(classes, 40) + 1)
-    )
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, label="share of the true class")
-    if classes <= 20:
-        axes.set_xticks(range(classes))
-        axes.set_yticks(range(classes))
-        for row, column in zip(*np.nonzero(table), strict=True):
-            dark = share[row, column] > 0.5
-            axes.text(
-                column, row, table[row, column], ha="center", va="center",
-                color="white" if dark else "black", fontsize=8,
-            )  # fmt: skip
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    axes.set_title(f"Test set: {int(np.trace(table))} of {len(true)} right")
-    return _png(figure)
+    scale = Scale("share of the true class", 0.0, 1.0, BLUES)
+    numbers = [
+        Label(row, column, str(table[row, column]), "white" if share[row, column] > 0.5 else INK)
+        for row, column in zip(*np.nonzero(table), strict=True)
+    ]
+    side, ticks = max(190, 30 * min(classes, 40)), some([str(k) for k in range(classes)], 20)
+    return drawn(
+        shaded(share, scale), (side, side), Axis("predicted", ticks), Axis("true", ticks),
+        title=f"Test set: {int(np.trace(table))} of {len(true)} right", scale=scale,
+        labels=numbers if classes <= 20 else (),
+    )  # fmt: skip
 
 
 def image_grid(images: Tensor, titles: Sequence[str], heading: str, columns: int = 8) -> bytes:
     """Images [N, 1 or 3, rows, columns] side by side, each with a line above it."""
-    count, channels, height, width = images.shape
-    rows, gap, scale = -(-count // columns), 0.3, max(1, 56 // height)
-    tall, wide = round(height * scale * (1 + gap)), round(width * scale * (1 + gap / 2))
-    sheet = np.ones((rows * tall, columns * wide, 3), np.float32)
     low, high = float(images.min()), float(images.max())
     shown = ((images - low) / max(high - low, 1e-9)).movedim(1, -1).expand(-1, -1, -1, 3).numpy()
-    shown = (1 - shown if channels == 1 else shown).repeat(scale, 1).repeat(scale, 2)
-    figure, axes = _figure(1.1 * columns + 0.4, 1.1 * rows * tall / wide + 0.8)
-    axes.set_position((0.02, 0.02, 0.96, 1 - 0.5 / figure.get_figheight()))
-    for k, (image, title) in enumerate(zip(shown, titles, strict=True)):
-        top, left = k // columns * tall + tall - len(image), k % columns * wide
-        sheet[top : top + len(image), left : left + image.shape[1]] = image
-        axes.text(left, top - 2, title, fontsize=8, va="bottom")
-    axes.imshow(sheet, interpolation="nearest", aspect="auto")
-    axes.axis("off")
-    figure.suptitle(heading, fontsize=10)
-    return _png(figure)
+    shown = np.round((1 - shown if images.shape[1] == 1 else shown) * 255).astype(np.uint8)
+    return album(shown, titles, heading, columns)
 
 
 def image_rows(
