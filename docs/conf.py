@@ -97,7 +97,7 @@ def inventory(name: str, places: dict[str, str]) -> str:
 
 intersphinx_mapping = {n: (at, inventory(n, of)) for n, (at, of) in ELSEWHERE.items()}
 nitpick_ignore_regex = [
-    ("py:class", r"fedtorch\..*|Data|Run|Shared|nvflare\..*|torch._C.Generator|torch.Size")
+    ("py:class", r"fedtorch\..*|Data|Run|Shared|nvflare\..*|flwr\..*|torch._C.Generator|torch.Size")
 ]
 """Types in signatures whose pages would say no more than their name, or that have none."""
 

@@ -3,12 +3,9 @@
 NVFLARE's own base class of filters hands on whatever it cannot read. This one blocks it.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-import torch
 from nvflare.apis.dxo import DXO, DataKind, from_shareable
 from nvflare.apis.filter import ContentBlockedException, Filter, FilterChainType, FilterContextKey
 from nvflare.apis.fl_constant import ReturnCode
@@ -18,6 +15,7 @@ from nvflare.app_common.app_constant import AppConstants
 from torch import Tensor
 
 from fedtorch.privacy.alone import Budget, limit, multiplier
+from fedtorch.privacy.answers import answer
 from fedtorch.privacy.local import LocalDP
 from fedtorch.types import ConfigError, OverBudget
 
@@ -101,21 +99,19 @@ class PrivateRelease(Filter):  # type: ignore[misc]
             raise ConfigError(
                 "the filter did not see the task: name it under task_data_filters as well"
             )
-        full = result.data_kind == DataKind.WEIGHTS
         sent = _weights(task, "the task").data
-        update = _change(result.data, sent, full)
         site = str(fl_ctx.get_identity_name())
         budget = Budget(Path(self.folder) / site, self._plan(), site=site, most=self.most)
         number = task.get_header(AppConstants.CURRENT_ROUND)
-        released = budget.release(update, number if isinstance(number, int) else 0)
+        round, full = number if isinstance(number, int) else 0, result.data_kind == DataKind.WEIGHTS
+        released = answer(result.data, sent, budget, round, full)
         self.log_info(
             fl_ctx, f"released at epsilon {budget.spent:.4f} of {budget.most:g}", fire_event=False
         )
-        data = {}
-        for name, value in result.data.items():
-            old = _tensor(name, sent[name])
-            new = _plus(old if full else torch.zeros_like(old), released.get(name))
-            data[name] = new if isinstance(value, Tensor) else new.numpy()
+        data = {
+            name: v if isinstance(result.data[name], Tensor) else v.numpy()
+            for name, v in released.items()
+        }
         reply = make_reply(ReturnCode.OK)
         for header in ROUNDS:
             if task.get_header(header) is not None:
@@ -131,32 +127,3 @@ def _weights(shareable: Shareable, what: str) -> DXO:
     if dxo.data_kind not in (DataKind.WEIGHTS, DataKind.WEIGHT_DIFF):
         raise ConfigError(f"{what} is of the kind {dxo.data_kind}, which no noise covers")
     return dxo
-
-
-def _change(result: Mapping[str, Any], sent: Mapping[str, Any], full: bool) -> dict[str, Tensor]:
-    """What the site changed of the floats that the server sent; refuses what was never sent."""
-    update = {}
-    for name, value in result.items():
-        if name not in sent:
-            raise ConfigError(f"{name} is in the result, and the server never sent it")
-        new, old = _tensor(name, value), _tensor(name, sent[name])
-        if new.shape != old.shape:
-            raise ConfigError(
-                f"{name} has shape {tuple(new.shape)}, and was sent with {tuple(old.shape)}"
-            )
-        if old.is_floating_point():
-            update[name] = new.double() - old.double() if full else new.double()
-    return update
-
-
-def _tensor(name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, np.ndarray | np.number) and value.dtype.kind in "fiub":
-        return torch.from_numpy(np.array(value))
-    raise ConfigError(f"{name} is a {type(value).__name__}, not an array of numbers")
-
-
-def _plus(old: Tensor, change: Tensor | None) -> Tensor:
-    """The release on top of what was sent, in its type; what is not made of floats stays as it is."""
-    return old if change is None else (old.double() + change).to(old.dtype)
