@@ -19,7 +19,7 @@ from fedtorch.privacy.accounting.events import epsilon
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import BEFORE
 from fedtorch.run import checkpoint, cli
-from fedtorch.sites.budget import Budget
+from fedtorch.sites.ledgers import SiteLedgers
 from fedtorch.sites.serve import ServeConfig, make_plan
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def guarantee(folder: Path, names: Iterable[str]) -> str:
     promised, spent = 8.0, {"the run": summary["epsilon"]}
     config = cli.parse(ServeConfig, ["--config", str(folder / "serve.toml")])
     for name in names:
-        spent[name] = Budget(folder / name / "state", name, None, 1e-5).spent()
+        spent[name] = SiteLedgers(folder / name / "state", name, None, 1e-5).spent()
     plan = make_plan(config, "").privacy
     assert plan is not None
     entries = charges(folder / "run/ledger.jsonl")

@@ -17,7 +17,7 @@ from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.rounds.clock import Trace
 from fedtorch.run import checkpoint, cli
 from fedtorch.sites import keys, sealed, serve
-from fedtorch.sites.budget import Budget
+from fedtorch.sites.ledgers import SiteLedgers
 from fedtorch.sites.openings import Openings
 from fedtorch.sites.rpc import read_keys
 from fedtorch.sites.state import Answered, VisitMemory
@@ -153,8 +153,8 @@ READERS = {
     "runs.json": lambda path: Answered(path.parent),
     "statistics.json": lambda path: Told(path.parent),
     "openings.jsonl": lambda path: Openings(path.parent),
-    "ledger-example.json": lambda path: Budget(path.parent, "a", 1.0, 1e-5),
-    "ledger-example.jsonl": lambda path: Budget(path.parent, "a", 1.0, 1e-5),
+    "ledger-example.json": lambda path: SiteLedgers(path.parent, "a", 1.0, 1e-5),
+    "ledger-example.jsonl": lambda path: SiteLedgers(path.parent, "a", 1.0, 1e-5),
     "sites.json": lambda path: serve.known(path.parent, True),
     "key.pem": lambda path: read_keys(path.parent),
     "ca/key.pem": lambda path: keys.make(path.parent.parent, ["localhost"], ["a"], 2),

@@ -15,7 +15,7 @@ from fedtorch.privacy.noise.rounding import rounded
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.rounds.participation import Everyone, Uniform
 from fedtorch.run.report import promise, statement
-from fedtorch.sites.budget import Budget, book
+from fedtorch.sites.ledgers import SiteLedgers, book
 from fedtorch.types import ConfigError, Task
 from private_case import clients, model, silent
 
@@ -333,7 +333,7 @@ def test_a_task_for_which_the_plan_is_not_made_is_refused():
 def test_a_site_with_a_limit_wants_masks_and_charges_its_own_ledger(tmp_path):
     plan = DistributedDP(epsilon=2.0, rounds=4).placed(5, 4, 100)
     recipe, noise = Recipe(privacy=plan, aggregator=Secure(width=32)), plan.calibrated(4)
-    site = Budget(tmp_path, "north", 2.5, 1e-5)
+    site = SiteLedgers(tmp_path, "north", 2.5, 1e-5)
     with pytest.raises(ConfigError, match="require_secure"):
         site.admit(recipe, insecure=False, derived=False)
     site.admit(recipe, insecure=False, derived=False, masks=True)
@@ -341,7 +341,7 @@ def test_a_site_with_a_limit_wants_masks_and_charges_its_own_ledger(tmp_path):
     for round in range(4):
         site.charge(plan, round, noise)
     assert site.spent() == pytest.approx(2.0, abs=1e-5)
-    again = Budget(tmp_path, "north", 2.5, 1e-5)
+    again = SiteLedgers(tmp_path, "north", 2.5, 1e-5)
     assert again.spent() == site.spent()
     plan.hold({"clip": plan.clip, "noise": noise})
     with pytest.raises(ConfigError, match="noise multiplier"):

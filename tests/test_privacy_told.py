@@ -27,7 +27,7 @@ from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.noise.streams import Stream
 from fedtorch.run import report
 from fedtorch.secure.aggregator import Secure
-from fedtorch.sites.budget import Budget, OverBudget
+from fedtorch.sites.ledgers import OverBudget, SiteLedgers
 from fedtorch.sites.reports import expected
 from fedtorch.strategies import FedPer
 from fedtorch.training.losses import accuracy, cross_entropy
@@ -399,7 +399,7 @@ def test_a_site_charges_both_or_neither_and_holds_a_task_to_the_plan(tmp_path):
             plan.hold(numbers, round)
     with pytest.raises(ConfigError, match="multiplier of figures is"):
         plan.hold(right | {"figures": figures / 2}, 1)
-    book = Budget(tmp_path, "north", 100.0, 1e-5)
+    book = SiteLedgers(tmp_path, "north", 100.0, 1e-5)
     book.charge(plan, 0, noise)
     before = book.spent()
     book.charge(plan, 1, noise, figures)
@@ -408,7 +408,7 @@ def test_a_site_charges_both_or_neither_and_holds_a_task_to_the_plan(tmp_path):
         Event("gaussian", figures),
     ]
     tight = (
-        Budget(tmp_path / "other", "north", before, 1e-5)
+        SiteLedgers(tmp_path / "other", "north", before, 1e-5)
         if (tmp_path / "other").mkdir() is None
         else None
     )

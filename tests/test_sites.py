@@ -33,9 +33,9 @@ from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.run import checkpoint
 from fedtorch.sites import keys
 from fedtorch.sites import offer as offers
-from fedtorch.sites.budget import Budget
 from fedtorch.sites.engine import ALIVE_SECONDS, SMALL, Sites, remotes
 from fedtorch.sites.joined import Joined
+from fedtorch.sites.ledgers import SiteLedgers
 from fedtorch.sites.limits import accept
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.reports import Assignment, expected, judge
@@ -268,7 +268,7 @@ def test_private_noise_is_added_at_the_sites_and_charged_there(folder, tmp_path,
         assert (wanted[k] - v).abs().max() <= 1e-6
     # the site's own book says what the server's says, and outlives the process
     assert made[0].budget.spent() == pytest.approx(there.private.ledger.spent(1e-5))
-    again = Budget(tmp_path / "north", "north", 30.0, 1e-5)
+    again = SiteLedgers(tmp_path / "north", "north", 30.0, 1e-5)
     assert again.spent() == made[0].budget.spent() > 0
     again.most = again.spent() + 1e-6
     with pytest.raises(OverBudget):
@@ -276,7 +276,7 @@ def test_private_noise_is_added_at_the_sites_and_charged_there(folder, tmp_path,
     assert again.spent() == made[0].budget.spent()
     (tmp_path / "north/ledger-example.jsonl").write_text("")
     with pytest.raises(ConfigError):
-        Budget(tmp_path / "north", "north", 30.0, 1e-5)
+        SiteLedgers(tmp_path / "north", "north", 30.0, 1e-5)
 
 
 def test_a_site_stops_at_its_own_budget_and_the_run_goes_on(folder, tmp_path, caplog):
@@ -296,7 +296,7 @@ def test_a_site_stops_at_its_own_budget_and_the_run_goes_on(folder, tmp_path, ca
 
 
 def test_a_site_with_a_budget_joins_only_runs_whose_noise_it_adds(tmp_path):
-    budget = Budget(tmp_path, "north", 1.0, 1e-5)
+    budget = SiteLedgers(tmp_path, "north", 1.0, 1e-5)
     for privacy, why in (
         (None, "no noise"),
         (ClientLevel(rounds=1), "only the server adds"),

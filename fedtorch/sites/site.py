@@ -21,10 +21,10 @@ from fedtorch.run import huggingface
 from fedtorch.secure.refused import Refused as NotSecure
 from fedtorch.sites import letters, visits
 from fedtorch.sites import offer as plans
-from fedtorch.sites.budget import Budget
 from fedtorch.sites.curves import Curves
 from fedtorch.sites.ends import ENDS
 from fedtorch.sites.joined import Joined
+from fedtorch.sites.ledgers import SiteLedgers
 from fedtorch.sites.limits import accept
 from fedtorch.sites.masks import HARMLESS, Party
 from fedtorch.sites.options import SiteConfig
@@ -101,7 +101,7 @@ class Site:
             raise ConfigError(
                 f"state folder {config.state!r} cannot be used: {why}; --state names a folder"
             ) from e
-        self.budget = Budget(self.folder, config.name, config.max_epsilon, config.max_delta)
+        self.budget = SiteLedgers(self.folder, config.name, config.max_epsilon, config.max_delta)
         charges = sum(map(len, self.budget.ledgers.values()))
         if not config.lost_state:
             self.answered.charged(charges - self.told.charged)

@@ -29,7 +29,7 @@ def book(privacy: Privacy) -> str:
     return "presence" if privacy.central or privacy.masked else privacy.unit
 
 
-class Budget:
+class SiteLedgers:
     """Ledgers of one site, one for each unit of privacy and neighbouring relation, and its limits."""
 
     def __init__(self, folder: Path, site: str, most: float | None, delta: float) -> None:

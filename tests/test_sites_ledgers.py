@@ -8,14 +8,14 @@ import pytest
 from fedtorch import FedAvg, Recipe
 from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
 from fedtorch.privacy.accounting.ledger import Ledger
-from fedtorch.sites.budget import Budget
+from fedtorch.sites.ledgers import SiteLedgers
 from fedtorch.types import ConfigError, OverBudget
 
 PLAN = SampleLevel(noise_multiplier=2.0, rounds=5)
 
 
-def budget(folder, most=10.0, site="north") -> Budget:
-    return Budget(folder, site, most, 1e-5)
+def budget(folder, most=10.0, site="north") -> SiteLedgers:
+    return SiteLedgers(folder, site, most, 1e-5)
 
 
 @pytest.mark.parametrize("most", [None, 10.0], ids=["no budget", "budget"])
@@ -156,7 +156,7 @@ def test_a_full_disk_is_one_sentence_and_the_charge_stays(used, monkeypatch):
 
 
 def test_what_presence_costs_is_not_added_to_what_rows_cost(tmp_path):
-    budget = Budget(tmp_path, "north", None, 1e-5)
+    budget = SiteLedgers(tmp_path, "north", None, 1e-5)
     local = LocalDP(rounds=1, noise_multiplier=2.0)
     central = ClientLevel(rounds=1, noise_multiplier=2.0)
     for plan in (SampleLevel(rounds=1), local, central):
@@ -166,6 +166,6 @@ def test_what_presence_costs_is_not_added_to_what_rows_cost(tmp_path):
     for _ in range(30):
         budget.charge(central, 1, 2.0)
     assert budget.spent() == budget.ledgers["presence"].spent(1e-5) > rows + data
-    again = Budget(tmp_path, "north", None, 1e-5)
+    again = SiteLedgers(tmp_path, "north", None, 1e-5)
     assert again.spent() == budget.spent()
     assert [len(again.ledgers[b]) for b in ("example", "client", "presence")] == [1, 1, 31]
