@@ -59,6 +59,8 @@ def test_everything_is_told_when_asked_for(monkeypatch):
         ("data", "--dataset.target", "--rounds"),
         ("dataset", "--dataset.target", "--partition"),
         ("fedprox", "--strategy.mu 0.01", "--strategy.q "),
+        ("strategy.fedprox", "--strategy.mu 0.01", "--strategy.q "),
+        ("all", "size to arrive", "``"),
         ("strategy.server", "--strategy.server.beta1 0.9", "--strategy.mu"),
         ("server_lr", "--strategy.server.lr", "--rounds"),
         ("strategy.mu", "--strategy.mu 1", "--strategy.q "),

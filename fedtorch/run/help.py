@@ -122,7 +122,7 @@ def _below(word: str, known: Mapping[str, Any]) -> Iterator[str]:
             options = _options(choice, find(path))
             last = [o for o in options if name in (f"{choice}.{o[0].rpartition('.')[2]}".replace("-", "_"),
                                                    o[0].rpartition(".")[2].replace("-", "_"))]  # fmt: skip
-            if short in (word, word.replace("_", "-")) or last:
+            if last or word.replace("_", "-") in (short, f"{choice}.{short}"):
                 yield from _wrapped(f"{flag(choice)} {short}: {_about(find(path))}", 2, 6)
                 yield from (_line(*o) for o in last or options)
 
@@ -155,7 +155,12 @@ def _line(name: str, usual: str, text: str) -> str:
 
 def _about(cls: type) -> str:
     """The first paragraph of a class's docstring in one line."""
-    return " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].split())
+    return _plain((inspect.getdoc(cls) or "").partition("\n\n")[0])
+
+
+def _plain(text: str) -> str:
+    """A docstring's words in one line, without its marks of code."""
+    return " ".join(text.replace("``", "").split())
 
 
 def _wrapped(text: str, indent: int, hanging: int | None = None) -> list[str]:
@@ -169,4 +174,4 @@ def _width() -> int:
 
 def _docs(cls: type) -> dict[str, str]:
     found = [p for base in cls.__mro__[-2::-1] for p in parse_from_object(base).params]
-    return {p.arg_name: " ".join((p.description or "").split()) for p in found}
+    return {p.arg_name: _plain(p.description or "") for p in found}

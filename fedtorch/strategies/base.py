@@ -73,8 +73,8 @@ class Strategy:
     weighting: Literal["auto", "examples", "uniform"] = "auto"
     """Average clients by their number of examples, or all alike; auto: by examples, under privacy alike."""
     personal: tuple[str, ...] = ()
-    """Weights and buffers that stay with each client, by name ("head.*") or kind of layer ("@BatchNorm"):
-    they are in its memory, in no task, upload or mean, and in nothing that the methods below are given."""
+    """Weights and buffers that stay with each client, by name ("head.*") or kind of layer ("@BatchNorm"),
+    and are neither sent nor averaged."""
 
     apart: ClassVar[bool] = False
     """Whether of its passes one ``solve()`` is all that is sent, and the rest stays with the client."""
@@ -208,7 +208,10 @@ class Strategy:
         return None
 
     def numbers(self, ctx: Context, norms: Tensor) -> dict[str, Tensor]:
-        """Numbers that are averaged along, [K] each: ``step`` has their means in group ``"numbers"``."""
+        """Numbers that are averaged along, [K] each: ``step`` has their means in group ``"numbers"``.
+
+        A round's record has the means too, ``strategy_NAME``.
+        """
         return {}
 
     def confirm(
