@@ -48,12 +48,14 @@ class Moved:
         asked, reported = sum(map(len, step.asked)), len(came.reports.ids)
         # a cosine to the mean is one of a weighted mean
         mean_norm = self.mean_norm if recipe.aggregator.linear else None
+        numbers = self.means.get("numbers", {})
         rare = {"step_failed": self.failed, "nobody": self.nobody}
         return {
             "lr": task.lr,
             **came.figures(),
             **came.reports.figures(mean_norm),
             "step_norm": self.norm,
+            **{f"strategy_{k}": float(v) for k, v in numbers.items()},
             **{k: 1 for k, v in rare.items() if v},
             **traffic(task, model, sent, asked=asked, reported=reported, coded=came.coded),
         }
