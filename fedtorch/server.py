@@ -109,7 +109,7 @@ class Server:
         persons.check(self.recipe.privacy, clients)
         self.books = opened(self.recipe.privacy, self.ids, like)
         """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
-        said = handed.notes(self.model, self.recipe, like, clients)
+        said = handed.notes(self.model, self.recipe, like, self._coded, clients)
         self.notes = [*said, *self.session.notes, *pace.check(asked), *masks, *self.books.check()]
         self.clients = clients
         self.round_number = 0

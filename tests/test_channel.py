@@ -101,6 +101,9 @@ def run(engine: object, rounds: int = 3, **given: object) -> Server:
 
 def test_every_solver_sends_the_same_and_bytes_are_those_of_the_code():
     d = sum(p.numel() for p in mlp().parameters())
+    server = run(Local())
+    sent = f"a client sends {server.last['bytes_up'] // 5} bytes a round in place of {4 * d}"
+    assert any(sent in note for note in server.notes)
     found = []
     for engine in (
         Local(chunk=1, solver="general"),

@@ -192,7 +192,7 @@ REFUSED = {
     ("seen", "client"): SEEN,
     ("rep", "sample"): PASSES,
     ("moon", "sample"): OBJECTIVE,
-    **{(name, "sample"): ASKED for name in ("pfedme", "ifca", "fair")},
+    ("pfedme", "sample"): ASKED,
     **{
         (name, "buffered"): OVERLAPPED.replace("scaffold also needs c", f"{name} also needs {what}")
         for name, what in [
@@ -206,7 +206,7 @@ REFUSED = {
         "scaffold also needs c", "ifca also needs m1, numbers, pick"
     ),
     ("fair", "buffered"): OVERLAPPED.replace("scaffold also needs c", "qfedavg also needs numbers"),
-    **{(who, name): SENT for who in ("ifca", "fair") for name in ("client", "local")},
+    **{(who, name): SENT for who in ("ifca", "fair") for name in ("sample", "client", "local")},
     **{
         (who, name): MEASURED.replace("median", name)
         for who in ("ifca", "fair")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedtorch.rounds.progress import Bar, summary
+from fedtorch.rounds.progress import Bar, summary, troubles
 from fedtorch.run.console import Report
 
 FIGURES = {
@@ -30,6 +30,16 @@ def test_what_matters_most_is_said_first_and_kept_longest():
         == "test loss 0.3000  train loss 2.0000"
     )
     assert summary({"round": 1}, 3) == ""
+    timed = {"round": 1, "simulated_seconds": 1234.4, "clients_per_second": 3}
+    assert summary(timed) == "clock 1,234 s  3.0 clients/s"
+
+
+def test_a_rule_that_takes_few_names_those_it_took():
+    cohort = [str(k) for k in range(9)]
+    one = {"round": 2, "cohort": cohort, "left_out": cohort[:8]}
+    assert troubles(one) == ["round 2: the aggregator took 8 alone"]
+    most = {"round": 2, "cohort": cohort, "left_out": cohort[:2]}
+    assert troubles(most) == ["round 2: the aggregator left out 0, 1"]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])

@@ -1,11 +1,13 @@
 """Attacks on the seven rows of test_aggregation_vectors, of which the last lies."""
 
+import re
+
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
 from conftest import make_clients, mlp, weights
-from fedtorch import ConfigError, FedAvg, Local, Median, Recipe, Scaffold, Server
+from fedtorch import ConfigError, FedAvg, Local, Median, Recipe, Scaffold, Server, TrimmedMean
 from fedtorch.aggregation.vectors import FLTrust, Krum
 from fedtorch.privacy import ClientLevel
 from fedtorch.rounds.attacks import (
@@ -136,7 +138,7 @@ def test_a_liar_trains_on_flipped_labels():
             lambda: run(
                 Ipm(), privacy=ClientLevel(noise_multiplier=1.0, rounds=1, insecure_seed=1)
             ),
-            "voids the claim of client-level privacy",
+            "ipm forges what single clients send, .* leave threat out",
         ),
     ],
 )
@@ -160,5 +162,25 @@ def test_a_threat_is_named_on_the_command_line(fedtorch):
     code, out, _ = fedtorch(
         *small, "--threat", "sign-flip", "--threat.liars", 2, "--aggregator", "median"
     )
-    assert code == 0 and "threat sign-flip (liars 2, scale 1): " in out and "clients lie" in out
+    assert code == 0 and re.search(
+        r"^threat sign-flip \(liars 2, scale 1\): clients \d, \d lie$", out, re.M
+    )
     assert "attacked" not in out
+
+
+def test_an_attack_that_does_nothing_and_a_rule_that_is_told_of_fewer_are_said():
+    """ALIE's z is 0 until liars and some honest ones are more than half."""
+
+    def said(threat, **rule):
+        notes = run(threat, **rule)[0].notes
+        return [n for n in notes if "z is 0" in n or "ready for" in n]
+
+    assert said(Alie()) == [
+        "threat alie: the paper's z is 0 for 1 of 6, and who lies sends the honest mean: take "
+        "more threat.liars, or give threat.z"
+    ]
+    assert not said(Alie(z=1.0)) and not said(Alie(liars=3)) and not said(SignFlip())
+    few = said(SignFlip(liars=2), aggregator=TrimmedMean(f=1))
+    assert few == ["threat sign-flip: 2 lie, and aggregator.f makes trimmed-mean ready for 1"]
+    assert not said(SignFlip(liars=2), aggregator=TrimmedMean(f=2))
+    assert not said(SignFlip(), aggregator=Median())

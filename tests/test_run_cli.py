@@ -279,6 +279,8 @@ class Touch:
         (["--schedule", "no.such.Schedule"], "cannot import 'no.such.Schedule'"),
         (["--lr.x", "1"], "lr: expected float"),
         (["--channel", "sign:3"], "channel sign has no option to stand behind a colon"),
+        (["--strategy", "ditto", "--strategy.lam", "nan"], "strategy.lam: must be finite, got nan"),
+        (["--threat.liars", "2"], "threat.liars without --threat: name one of sign-flip, gauss"),
         (["--channel", "topk:a"], "channel.share: expected float, got a"),
         (
             ["--channel", "topk,randk", "--channel.share", "0.1"],

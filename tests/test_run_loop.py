@@ -1,13 +1,15 @@
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import make_clients, mlp
-from fedtorch import Server
+from fedtorch import FedAvg, Recipe, Server
 from fedtorch.commands.train import train_module
 from fedtorch.run import loop
 from fedtorch.run.folder import Folder
+from fedtorch.strategies import IFCA, Ditto
 from fedtorch.training.losses import accuracy
 
 Config = train_module().Config
@@ -35,6 +37,21 @@ def test_a_run_ends_after_its_rounds_or_after_the_round_in_which_it_is_asked_to(
     saved = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert saved == [f"round-{n:06d}.pt" for n in ((2, 3) if stopped else (4, 5))]
     assert here.summary(scores.last)["test_accuracy"] == rounds[-1]["test_accuracy"]
+
+
+@pytest.mark.parametrize(
+    "strategy, asked",
+    [
+        (FedAvg(), "--validation 0.2"),
+        (Ditto(), "--evaluate personal"),
+        (IFCA(), "--evaluate personal"),
+    ],
+    ids=["fedavg", "ditto", "ifca"],
+)
+def test_the_end_says_what_would_judge_clients_by_the_models_that_they_have(strategy, asked):
+    server = Server(mlp(), make_clients([12, 5]), Recipe(strategy))
+    scores = loop.ScoreKeeper(SimpleNamespace(server=server), None, {})
+    assert scores.ends().startswith(f"clients: {asked} would ")
 
 
 def test_a_run_that_went_on_for_fewer_rounds_than_it_has_does_not_call_them_all(tmp_path):

@@ -1,6 +1,7 @@
 """What a run says before the first round, and after the last."""
 
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from fedtorch import Client, Median, Recipe, Server, TopK
+from fedtorch.rounds.attacks import SignFlip
 from fedtorch.rounds.buffered import Buffered
 from fedtorch.run import report
 from fedtorch.run.messages import conclude, introduce
@@ -25,6 +27,10 @@ def test_what_is_not_usual_is_said():
     assert not any(line.startswith(("aggregator", "channel", "pace")) for line in said(Recipe()))
     assert "channel topk (feedback True, share 0.2)" in said(Recipe(channel=(TopK(share=0.2),)))
     assert "aggregator median (f 0)" in said(Recipe(aggregator=Median()))
+    lying = said(Recipe(aggregator=Median()), threat=SignFlip())
+    assert any(
+        re.fullmatch(r"threat sign-flip \(liars 1, scale 1\): client \d lies", s) for s in lying
+    )
     late = said(Recipe(), pace=Buffered(size=2, concurrency=3))
     assert any(
         line.startswith("pace buffered (size 2, concurrency 3, staleness 0.5, clock simulated (")

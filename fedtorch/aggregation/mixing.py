@@ -23,6 +23,9 @@ class Mixing(ABC):
     def fits(self, f: int) -> None:  # noqa: B027 (most fit always)
         """Raises ConfigError where it would do nothing for so many liars."""
 
+    def suits(self, clients: int) -> None:  # noqa: B027 (most suit always)
+        """Raises ConfigError where it would leave one row of so many clients, which no rule can judge."""
+
     def needed(self, rows: int) -> int:
         """Clients of whom it makes so many rows."""
         return rows
@@ -64,6 +67,14 @@ class Bucketing(Mixing):
     def __post_init__(self) -> None:
         """Refuse buckets that mix nothing."""
         check(self, "aggregator.pre", size=Range("at least 2", 2, float("inf"), "high"))
+
+    def suits(self, clients: int) -> None:
+        """Two buckets at least."""
+        if clients <= self.size:
+            raise ConfigError(
+                f"aggregator.pre.size {self.size} makes one bucket, the mean of all, as a round has "
+                f"{clients} clients: take fewer"
+            )
 
     def matrix(self, table: Table, f: int, seed: int) -> Tensor:
         """By a shuffle of the round's own."""

@@ -101,10 +101,17 @@ class Robust:
         """Raises ConfigError where a round, of ``most`` of these clients, can never be enough."""
         if most < self.clients:
             raise ConfigError(f"{self.short(most)}: lower {self.lowers}, or take more clients")
-        if self.trusts is not None and (self.trusts not in ids or most < len(ids)):
+        if self.pre is not None:
+            self.pre.suits(most)
+        if self.trusts is not None and self.trusts not in ids:
             raise ConfigError(
-                f"aggregator {typed(self)} needs client {self.trusts!r} in every round: name one "
-                "that there is (aggregator.trusted), and take participation everyone"
+                f"aggregator {typed(self)} trusts client {self.trusts!r}, and there is none of that name: "
+                f"give aggregator.trusted one of {', '.join(ids[:6])}{', ...' if ids[6:] else ''}"
+            )
+        if self.trusts is not None and most < len(ids):
+            raise ConfigError(
+                f"aggregator {typed(self)} needs client {self.trusts!r} in every round: take participation "
+                "everyone"
             )
         made = torch.zeros(())
         if isinstance(self, ByUpdate):

@@ -217,16 +217,22 @@ REFUSED: tuple[Row, ...] = (
     ),
     # strategies of several passes, of their own steps or numbers
     (
+        lambda r, who, pace: r.privacy.claims and r.strategy.measures,
+        "strategy {strategy} sends numbers that no noise is made for, such as lengths, losses or steps, "
+        "which void the privacy claim: use fedavg (fednova is fedavg where all take equally many steps), "
+        "or --privacy none",
+    ),
+    (
         lambda r, who, pace: r.privacy.per_example and r.strategy.asks,
         "strategy {strategy} sends what it makes of losses or gradients that it asks of a client's "
-        "examples, and sample-level privacy noises local steps alone: use fedavg, or client-level or local "
-        "privacy",
+        "examples, and sample-level privacy noises local steps alone: use fedavg, client-level or local "
+        "privacy, or --privacy none",
     ),
     (
         lambda r, who, pace: r.privacy.per_example and r.strategy.contrasts,
         "strategy {strategy} has an objective of its own, which may run the model several times for an "
         "example, and sample-level privacy clips the gradient of one run and its loss: use fedavg or "
-        "fedprox, or client-level or local privacy",
+        "fedprox, client-level or local privacy, or --privacy none",
     ),
     (
         lambda r, who, pace: (
@@ -234,7 +240,8 @@ REFUSED: tuple[Row, ...] = (
         ),
         "strategy {strategy} sends steps that start from what another pass made of a client's examples: "
         "one example moves the gradients of all others then, which no clip bounds, and sample-level "
-        "privacy noises one pass: use strategy ditto, fedper or fedbabu, or client-level or local privacy",
+        "privacy noises one pass: use strategy ditto, fedper or fedbabu, client-level or local privacy, or "
+        "--privacy none",
     ),
     (
         lambda r, who, pace: r.local is not None and (r.strategy.trains or r.strategy.asks),
@@ -250,11 +257,6 @@ REFUSED: tuple[Row, ...] = (
         lambda r, who, pace: r.strategy.overshoots(r.learning_rate),
         "strategy {strategy} goes lr lam of the way to a client's own model on each batch, and that model "
         "inner_lr lam of the way back: from 1 on they overshoot; lower lr or strategy.lam",
-    ),
-    (
-        lambda r, who, pace: r.privacy.claims and r.strategy.measures,
-        "strategy {strategy} sends numbers that no noise is made for, such as lengths or steps, which void "
-        "the privacy claim: use fedavg, which is the same where all take equally many steps",
     ),
     (
         lambda r, who, pace: not r.aggregator.linear and r.strategy.measures,
@@ -344,6 +346,12 @@ def refusal(
         honest = replace(recipe, aggregator=attack.rule)
         if why := refusal(honest, participation, pace, groups):
             return why
+        if recipe.privacy.central:
+            return (
+                f"threat {typed(attack.threat)} forges what single clients send, and the noise of "
+                "client-level privacy is made for a sum of what they learned: leave threat out, or take "
+                "sample or local privacy"
+            )
         why = _refused(recipe, participation, pace, groups)
         lies = f"threat {typed(attack.threat)} puts its own in the place of what single clients send, so"
         return (

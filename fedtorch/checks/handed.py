@@ -3,10 +3,11 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from fedtorch.channel.base import bytes_of
 from fedtorch.checks import combination, secure
 from fedtorch.client import Client
 from fedtorch.options import fit, shown, typed
@@ -108,9 +109,16 @@ def with_liars(
 
 
 def notes(
-    model: nn.Module, recipe: Recipe, sent: dict[str, Params], clients: Sequence[Any]
+    model: nn.Module,
+    recipe: Recipe,
+    sent: dict[str, Params],
+    coded: Mapping[str, Params],
+    clients: Sequence[Any],
 ) -> list[str]:
-    """What is to be said of model and recipe; ``sent``: what a client sends, in names and shapes."""
+    """What is to be said of model and recipe.
+
+    ``sent``: what a client sends, in names and shapes; ``coded``: what of it a channel encodes.
+    """
     found = lora.notes(model, recipe.strategy)
     lightning = hasattr(model, "training_step") and hasattr(model, "configure_optimizers")
     if lightning and recipe.step is None and recipe.local is None:
@@ -125,18 +133,37 @@ def notes(
     if recipe.strategy.personal:
         found.append(
             "strategy.personal: each client keeps weights of its own; server.model has the shared ones "
-            "and those that clients start with, and a client's own model is server.model_of(id)"
+            "and those that clients start with, and a client's own model is server.model_of(id); test "
+            "figures are of server.model"
         )
     elif recipe.strategy.keeps:
         found.append(
-            "each client keeps a model of its own, server.model_of(id); server.model is the shared one"
+            "each client keeps a model of its own, server.model_of(id); server.model is the shared one, "
+            "and test figures are of it"
         )
+    if coded:
+        whole = nbytes(v for p in coded.values() for v in p.values())
+        small = bytes_of(recipe.channel, coded)
+        found.append(f"channel: a client sends {small:,} bytes a round in place of {whole:,}")
     if not recipe.aggregator.linear:
         each = nbytes(v for p in sent.values() for v in p.values())
         rule: Any = recipe.aggregator
-        who = f"threat {typed(rule.threat)}" if isinstance(rule, Attacked) else typed(rule)
+        who = typed(rule)
+        if isinstance(rule, Attacked):
+            who = f"threat {typed(rule.threat)}"
+            found += _of_liars(rule, who, len(clients))
         found.append(
             f"{who} keeps every client's update until the round ends: up to "
             f"{len(clients) * each / 1e6:,.1f} MB"
         )
     return [*found, *secure.notes(recipe, model, simulated=sizes(clients) is not None)]
+
+
+def _of_liars(attack: Attacked, who: str, clients: int) -> list[str]:
+    """An attack that does nothing, and a rule that is not told of all who lie."""
+    rule, lie = cast(Any, attack.rule), len(attack.who)
+    found = [f"{who}: {why}"] if (why := attack.threat.idle(clients)) else []
+    told = getattr(rule, "f", 0)
+    if told < lie and (told or getattr(rule, "pre", None)):
+        found.append(f"{who}: {lie} lie, and aggregator.f makes {typed(rule)} ready for {told}")
+    return found

@@ -81,6 +81,15 @@ class Alie(Threat):
         z = furthest(len(honest) + len(own), len(own)) if self.z is None else self.z
         return (honest.mean(0) - z * deviation(honest)).expand(own.shape)
 
+    def idle(self, clients: int) -> str:
+        """Where the paper's z is 0."""
+        if self.z is not None or furthest(clients, self.liars):
+            return ""
+        return (
+            f"the paper's z is 0 for {self.liars} of {clients}, and who lies sends the honest mean: "
+            "take more threat.liars, or give threat.z"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ipm(Threat):

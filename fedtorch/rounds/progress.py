@@ -31,7 +31,10 @@ def troubles(figures: Mapping[str, Any]) -> list[str]:
     if few := _either(figures, "too_few"):
         return [*said, f"round {number}: {few}; the model stays as it was"]
     if left := _either(figures, "left_out"):
-        said.append(f"round {number}: the aggregator left out {_first_few(left)}")
+        took = [i for i in _either(figures, "cohort") or [] if i not in left]
+        all_named = 0 < len(took) <= SHOWN < len(left)
+        what = f"took {_first_few(took)} alone" if all_named else f"left out {_first_few(left)}"
+        said.append(f"round {number}: the aggregator {what}")
     if far := _either(figures, "far"):
         said.append(f"round {number}: far from all others is the update of {_first_few(far)}")
     if clamped := _either(figures, "clamped"):
@@ -73,6 +76,8 @@ def parts(figures: Mapping[str, Any]) -> list[str]:
         for label, k in shown.items()
         if figures.get(k) is not None
     ]
+    if (clock := figures.get("simulated_seconds")) is not None:
+        told.append(f"clock {clock:,.0f} s")
     speed = _either(figures, "clients_per_second")
     return told if speed is None else [*told, f"{speed:.1f} clients/s"]
 

@@ -52,6 +52,10 @@ class Threat:
         """What a liar trains on in place of its own data."""
         return data
 
+    def idle(self, clients: int) -> str:
+        """Why it harms nobody among so many clients, and what would; empty: it may."""
+        return ""
+
     def triggered(self, test: Dataset) -> Dataset | None:
         """Rows on which accuracy is the attack's success; none: it is what the honest rows lose."""
         return None

@@ -273,6 +273,9 @@ class ScoreKeeper(Observer):
             return f"{mark}clients: {by_client.ends(self.by_client, self.metrics)}"
         if secure.hides(server.recipe.aggregator):
             return "clients: the aggregator hides each"
+        strategy = server.recipe.strategy
+        if strategy.keeps or strategy.personal:
+            return "clients: --evaluate personal would judge each one's own model, not the shared one alone"
         return "clients: --validation 0.2 would name the best and the worst"
 
 

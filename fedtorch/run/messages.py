@@ -44,7 +44,9 @@ def _parts(server: Server) -> list[str]:
     recipe, lies = server.recipe, list[str]()
     rule: Any = recipe.aggregator
     if isinstance(rule, Attacked):
-        lies = [f"threat {worded(rule.threat)}: {', '.join(rule.who)} of the clients lie"]
+        who = ", ".join(rule.who)
+        them = f"clients {who} lie" if len(rule.who) > 1 else f"client {who} lies"
+        lies = [f"threat {worded(rule.threat)}: {them}"]
         rule = rule.rule
     return [
         *([f"aggregator {worded(rule)}"] if rule != Recipe().aggregator else []),

@@ -109,13 +109,18 @@ def home(value: Any) -> Any:
 def choose(choice: str, value: Any, default: Any = None) -> Any:
     """``"fedprox"`` or ``{"name": "fedprox", "mu": 0.1}`` -> the object.
 
-    Options without a name are those of the ``default``; where there is none, of the first choice.
+    Options without a name are those of the ``default``; where there is none, of the first choice. Raises
+    ConfigError where that is one of several that have them.
     """
     name, options = _named(ours(choice, value))
     if name is None and dataclasses.is_dataclass(default) and not isinstance(default, type):
         return construct(type(default), options, choice)
     if name is None:
+        taking = [n for n in CHOICES[choice] if options.keys() <= {*_options(choice, n)}]
         name = next(iter(CHOICES[choice]))
+        if options and len(taking) > 1:
+            given = ", ".join(f"{choice}.{k}" for k in options)
+            raise ConfigError(f"{given} without --{choice}: name one of {', '.join(taking)}")
     if str(name).lower() == "true" and "on" in CHOICES[choice]:
         name = "on"
     if str(name).lower() in OFF:
@@ -269,6 +274,7 @@ def _in_words(message: str, where: str) -> str:
         rest = f"expected {types[0].replace(', ', ' or ').replace('NoneType', 'null')}, got {value}"
     rest = f"{rest} nothing" if rest.endswith("Got value:") else rest
     rest = rest.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
+    rest = re.sub(r"expected float, got ([+-]?(?:nan|inf))$", r"must be finite, got \1", rest)
     rest = re.sub(r"Literal\[([^]]*)\]", _choices, rest.replace("typing.", ""))
     return f"{where + '.' if where else ''}{name}: {rest}"
 

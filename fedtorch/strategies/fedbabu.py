@@ -27,8 +27,8 @@ class FedBABU(Strategy):
             which = "every weight" if found else "no weight"
             raise ConfigError(
                 f"strategy.head {', '.join(self.head)} fits {which} that model {type(model).__name__} "
-                f"trains: it has {', '.join(names[:6])}, ...; name the last layer's, such as "
-                f"{names[-1].rpartition('.')[0]}.*"
+                f"trains: it has {', '.join(names[:6])}{', ...' if names[6:] else ''}; name the last "
+                f"layer's, such as {names[-1].rpartition('.')[0]}.*"
             )
         for name in found:
             model.get_parameter(name).requires_grad_(False)

@@ -46,7 +46,8 @@ class MOON(Strategy):
         if self.tap not in names:
             raise ConfigError(
                 f"strategy.tap {self.tap!r} is no layer of model {type(model).__name__}: it has "
-                f"{', '.join(names[-6:])}; name the one before the last, whose outputs are the features"
+                f"{', '.join(names[-6:])}; name one before the last, whose outputs are features, such as "
+                f"{names[-2:][0]}"
             )
         return self
 

@@ -30,11 +30,7 @@ def personal(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     for pattern in patterns:
         names = {k for k in trained | floats if _fits(model, k, pattern)}
         if not names:
-            raise ConfigError(
-                f"strategy.personal {pattern!r} fits nothing that model {type(model).__name__} trains: it "
-                f"has {', '.join(sorted(trained)[:6])}, ...; name some of these in strategy.personal "
-                '("head.*" goes by name, "@BatchNorm" by layer), or take a model that has such'
-            )
+            raise ConfigError(_unfitting(model, pattern))
         found |= names
     if not trained - found:
         raise ConfigError(
@@ -54,6 +50,21 @@ def given(model: nn.Module, patterns: Sequence[str] = ()) -> Params:
     brought = {*shared(model, patterns)}
     both = (*model.named_parameters(), *model.named_buffers())
     return {k: v.detach() if k in brought else v.detach().clone() for k, v in both}
+
+
+def _unfitting(model: nn.Module, pattern: str) -> str:
+    """Why a pattern names nothing, and what would."""
+    trained = [k for k, p in model.named_parameters() if p.requires_grad]
+    layers = [*dict.fromkeys(f"{k.rpartition('.')[0]}.*" if "." in k else k for k in trained)]
+    what = f"it has {', '.join(trained[:6])}{', ...' if trained[6:] else ''}"
+    if pattern.startswith("@"):
+        kinds = dict.fromkeys(type(m).__name__ for m in model.modules() if not [*m.children()])
+        what = f"its layers are {', '.join(kinds)}"
+    return (
+        f"strategy.personal {pattern!r} fits nothing that model {type(model).__name__} trains: {what}; "
+        f"name in strategy.personal what stays with its client, such as {layers[0]!r} (first layer) or "
+        f"{layers[-1]!r} (last), or use strategy fedavg"
+    )
 
 
 def _fits(model: nn.Module, name: str, pattern: str) -> bool:
