@@ -171,6 +171,9 @@ WANTED = {
 SEVERAL = {"channel"}
 """Choices of several parts in order: ``topk:0.01,qsgd``, or a list of tables."""
 
+NONE_USUAL = {"threat"}
+"""Choices that are off unless one is named: options alone do not say which is meant."""
+
 ALIASES = {
     "learning_rate": "lr",
     "local_epochs": "epochs",

@@ -22,6 +22,7 @@ from fedtorch.run.names import (
     CHOICES,
     FREE,
     NEAR,
+    NONE_USUAL,
     OFF,
     SEVERAL,
     WANTED,
@@ -110,17 +111,18 @@ def choose(choice: str, value: Any, default: Any = None) -> Any:
     """``"fedprox"`` or ``{"name": "fedprox", "mu": 0.1}`` -> the object.
 
     Options without a name are those of the ``default``; where there is none, of the first choice. Raises
-    ConfigError where that is one of several that have them.
+    ConfigError where none of the choices is usual.
     """
     name, options = _named(ours(choice, value))
     if name is None and dataclasses.is_dataclass(default) and not isinstance(default, type):
         return construct(type(default), options, choice)
     if name is None:
-        taking = [n for n in CHOICES[choice] if options.keys() <= {*_options(choice, n)}]
-        name = next(iter(CHOICES[choice]))
-        if options and len(taking) > 1:
+        if options and choice in NONE_USUAL:
             given = ", ".join(f"{choice}.{k}" for k in options)
-            raise ConfigError(f"{given} without --{choice}: name one of {', '.join(taking)}")
+            raise ConfigError(
+                f"{given} without --{choice}: name one of {', '.join(CHOICES[choice])}"
+            )
+        name = next(iter(CHOICES[choice]))
     if str(name).lower() == "true" and "on" in CHOICES[choice]:
         name = "on"
     if str(name).lower() in OFF:
