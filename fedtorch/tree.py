@@ -15,6 +15,9 @@ from fedtorch.types import Params, Stack
 SHORT = 1 << 14
 """Numbers a row up to which all rows go in one call."""
 
+SQUARES = 128
+"""Numbers of a row whose squares float32 adds up, so that the sum errs by a few millionths at most."""
+
 
 def tmap(fn: Callable[..., Tensor], *trees: Params) -> Params:
     """Apply ``fn`` name by name; every tree must hold the names of the first."""
@@ -151,23 +154,50 @@ def dots(v: Tensor) -> Tensor:
     return torch.stack([r.dot(r) for r in rows])
 
 
-def exact_sq_norms(v: Tensor) -> Tensor:
-    """Squared L2 norm of each row of [n, ...], [n], in float64: of float32 none vanishes or overflows.
+def exact_sq_norms(*parts: Tensor) -> Tensor:
+    """Squared L2 norm of each row of [n, ...], [n], in float64, and none that is less than it is.
 
-    On the CPU where the device has no float64.
+    Of several tensors it is that of a row of all. Of float32 none vanishes or overflows. On the CPU where
+    the device has no float64.
     """
-    v = v if has_float64(v.device) else v.cpu()
-    rows = v.reshape(len(v), math.prod(v.shape[1:]))  # there may be none
-    if v.dtype == torch.float64 or rows.shape[1] < SHORT // 16:
+    near = [v if has_float64(v.device) else v.cpu() for v in parts]
+    rows = [v.reshape(len(v), math.prod(v.shape[1:])) for v in near]  # there may be none
+    found, long = [], []
+    for r in rows:
+        if r.dtype == torch.float32 and r.device.type == "cpu" and r.shape[1] >= SHORT // 16:
+            long.append(r)
+        else:
+            found.append(_sq_norms(r))
+    if long:
+        found.append(_long_sq_norms(long))
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+
+
+def _sq_norms(rows: Tensor) -> Tensor:
+    if rows.dtype == torch.float64 or rows.shape[1] < SHORT // 16:
         rows = rows.double()
         return cast(Tensor, torch.linalg.vecdot(rows, rows))
-    if v.device.type != "cpu":
-        return cast(Tensor, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)).square()
-    # row after row the copy stays in the cache: a third of the time
-    if not len(rows):  # a Poisson batch may be empty
-        return v.new_zeros(0, dtype=torch.float64)
-    found = [r.dot(r) for r in (r.double() for r in rows)]
-    return torch.stack(found) if found else rows.new_zeros(0, dtype=torch.float64)
+    return cast(Tensor, torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)).square()
+
+
+def _long_sq_norms(parts: Sequence[Tensor]) -> Tensor:
+    """By blocks in float32, which takes a quarter of the time that conversion does."""
+    cuts = [(r, r.shape[1] // SQUARES * SQUARES) for r in parts]
+    blocks = [
+        torch.linalg.vector_norm(r[:, :m].unflatten(1, (-1, SQUARES)), dim=2) for r, m in cuts
+    ]
+    found: Tensor = torch.cat(blocks, 1).double().square_().sum(1)
+    # each sum of a block may be that much too small, with its root, and with what vanished
+    found = found * (1 + (SQUARES + 6) * 2.0**-24)
+    if rest := [r[:, m:] for r, m in cuts if m < r.shape[1]]:
+        found += torch.cat(rest, 1).double().square_().sum(1)
+    # below it what vanished may count, and above float32's largest there is no square
+    lost = sum(r.shape[1] for r in parts) * torch.finfo(torch.float32).tiny * 2.0**24
+    kept = (found > lost) & found.isfinite()
+    if not bool(kept.all()):
+        for k in (~kept).nonzero().flatten().tolist():
+            found[k] = sum(r.dot(r) for r in (part[k].double() for part in parts))
+    return found
 
 
 def scaled_rows(v: Tensor, factors: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import math
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -72,6 +73,25 @@ def test_finite_holds_where_a_float32_square_does_not():
 def test_norms_of_an_empty_stack_are_empty():
     for width in (3, tree.SHORT + 1):  # an empty Poisson batch has none
         assert tree.exact_sq_norms(torch.zeros(0, width)).shape == (0,)
+
+
+def test_norms_of_long_rows_are_never_less_than_they_are():
+    g = torch.Generator().manual_seed(0)
+    parts = [torch.randn(7, n, generator=g) for n in (5, 1024, 3000, tree.SHORT + 1)]
+    for part in parts:
+        part[2] *= 1e-25  # whose squares float32 has not
+        part[3] *= 1e25
+        part[4] = 0
+        part[5, -1] = math.inf
+        part[6, :3] *= 1e-25
+    found, want = tree.exact_sq_norms(*parts), torch.cat(parts, 1).double().square().sum(1)
+    assert found.dtype == torch.float64
+    assert bool((found >= want * (1 - 1e-12)).all())
+    torch.testing.assert_close(found, want, rtol=2e-5, atol=0)
+    alone = torch.stack([tree.exact_sq_norms(p) for p in parts]).sum(0)
+    torch.testing.assert_close(found, alone, rtol=1e-9, atol=0)
+    parts[1][0, 7] = math.nan
+    assert tree.exact_sq_norms(*parts)[:2].isnan().tolist() == [True, False]
 
 
 class Odd(OrderedDict):

@@ -4,7 +4,7 @@ Five ways lead to the same sum of clipped per-example gradients: ``stacked`` her
 once), the others for one client after another in ``privacy/one_client.py``.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from fedtorch.privacy.noise.keystream import Scratch
 from fedtorch.privacy.noise.streams import Onto, Stream
 from fedtorch.training.dropout import Drawing
 from fedtorch.training.step import Stepping
-from fedtorch.tree import exact_sq_norms, filled, leaves, rows, size, split, tmap
+from fedtorch.tree import exact_sq_norms, expand, filled, leaves, row, rows, size, split, tmap
 from fedtorch.types import Params, Stack
 
 ROOM = 1 << 28
@@ -81,12 +81,15 @@ class PrivateSteps:
 
         All parameters of a client are one draw: many small ones would each cost a call.
         """
-        flat = torch.cat([v.reshape(len(v), -1) for v in sums.values()], 1)
-        for k, row in enumerate(flat):
-            self.noisy(row, k)
-        flat.div_(self.divisor)
+        flat = self.released(torch.cat([v.reshape(len(v), -1) for v in sums.values()], 1))
         made = split(flat, {k: v.shape[1:] for k, v in sums.items()})
         return {k: v.to(sums[k].dtype) for k, v in made.items()}  # of mixed types, as each was
+
+    def released(self, flat: Tensor) -> Tensor:
+        """The same of sums that lie one after another in a client's row, [K, numbers], in place."""
+        for k, own in enumerate(flat):
+            self.noisy(own, k)
+        return flat.div_(self.divisor)
 
 
 def rounded(factors: Tensor, like: Tensor) -> Tensor:
@@ -125,7 +128,7 @@ def stacked_gradients(
         grads, values = per_example(
             fixed, rest, tensors, *(torch.arange(n, device=mask.device) for n in real.shape)
         )
-        sq = joint_sq_norms(g.flatten(0, 1) for g in grads.values()).view(real.shape)
+        sq = exact_sq_norms(*(g.flatten(0, 1) for g in grads.values())).view(real.shape)
         weight = torch.where(real, rounded(steps.factors(sq), values), 0)
         for k, g in grads.items():
             total[k] += torch.einsum("kb,kb...->k...", weight, counting(weight > 0, g, sq))
@@ -145,20 +148,21 @@ def in_parts(
     ``add(part, total)`` adds a part's clipped gradients to their sum, and returns its losses. It writes out
     ``numbers`` for each example.
     """
-    total = {k: torch.zeros_like(p) for k, p in params.items()}
+    first, shapes = next(iter(params.values())), {k: p.shape for k, p in params.items()}
+    alike = all(p.dtype == first.dtype and p.device == first.device for p in params.values())
+    flat = first.new_zeros(1, sum(p.numel() for p in params.values()) if alike else 0)
+    total = split(flat[0], shapes) if alike else tmap(torch.zeros_like, dict(params))
     most = max(1, min(steps.max_batch, ROOM // max(numbers, 1)))
     losses = [
         add(rows(batch, part), total) for part in torch.arange(size(batch)).split(most) if len(part)
     ]
-    done = steps.finish({k: v[None] for k, v in total.items()})
+    if alike:
+        steps.released(flat)
+    else:
+        total = row(steps.finish(expand(total)), 0)
     for k, p in params.items():
-        p.grad = done[k][0]
+        p.grad = total[k]
     return torch.cat(losses).mean() if losses else torch.zeros(())
-
-
-def joint_sq_norms(grads: Iterable[Tensor]) -> Tensor:
-    """Squared norm of an example's gradients [n, ...] together, [n]."""
-    return torch.stack([exact_sq_norms(g) for g in grads]).sum(0)
 
 
 def counting(used: Tensor, grads: Tensor, sq_norms: Tensor) -> Tensor:

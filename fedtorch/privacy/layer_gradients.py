@@ -9,19 +9,23 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from fedtorch import seeds
 from fedtorch.privacy import attention, recurrent
 from fedtorch.privacy.formulas import GRADIENTS, unlike
 from fedtorch.privacy.ghost import Into, Looked, Product, Seen
-from fedtorch.privacy.gradients import PrivateSteps, in_parts, joint_sq_norms, rounded
+from fedtorch.privacy.gradients import PrivateSteps, in_parts, rounded
 from fedtorch.training.step import Step
-from fedtorch.tree import rows, size
+from fedtorch.tree import SHORT, exact_sq_norms, rows, size
 from fedtorch.types import Params
+
+Grads = dict[Tensor, Tensor]
+"""By parameter: its gradient of each example, [n, ...]."""
 
 
 class LayerGradients:
@@ -66,7 +70,7 @@ class LayerGradients:
         return in_parts(self.params, self.steps, batch, self.numbers, self._part)
 
     def _part(self, batch: Any, total: Params) -> Tensor:
-        self.many, self.calls = size(batch), list[Call | Written]()
+        self.many, self.calls = size(batch), list[Call | Grads]()
         if self.shared is None:
             one, two = (self._lengths(batch, n) for n in (1, 2))
             self.shared = {m for m, n in one.items() if n == two.get(m)}
@@ -92,17 +96,24 @@ class LayerGradients:
         x = taken(args, kwargs).detach()
         if not x.dim() or len(x) % self.many:
             raise NotImplementedError(uneven(self.layers[layer], x.shape, self.many))
-        # of a view that is changed in place no hook would be told
-        heard = out.clone() if out._is_view() else out
-        if not heard.requires_grad:
-            heard = Awaited.apply(heard, self.anchor)
-        heard.register_hook(partial(self._backward, layer, x, x._version))
-        return heard
+        # of a view that is changed in place no hook would be told, but what it is a view of is
+        made = out if out._base is None else out._base
+        if not out.requires_grad:
+            out = made = Awaited.apply(out.clone() if out._is_view() else out, self.anchor)
+        elif made.numel() != out.numel() or not (made.is_contiguous() and out.is_contiguous()):
+            out = made = out.clone() if out._is_view() else out
+        told = partial(self._backward, layer, x, x._version, out.shape)
+        cast(Node, made.grad_fn).register_prehook(told)
+        return out
 
-    def _backward(self, layer: nn.Module, x: Tensor, version: int, d: Tensor) -> None:
+    def _backward(
+        self, layer: nn.Module, x: Tensor, version: int, shape: torch.Size, found: Any
+    ) -> None:
         if x._version != version:
             raise NotImplementedError(f"what layer {self.layers[layer]} took is changed in place")
-        call = Call(layer, x, d.detach(), self.many, trained(layer, self.params))
+        call = Call(
+            layer, x, found[0].detach().reshape(shape), self.many, trained(layer, self.params)
+        )
         self.calls.append(call if call.form else call.written())
 
     def _heard(self, layer: nn.Module, made: dict[str, Callable[[], Tensor]]) -> None:
@@ -113,7 +124,7 @@ class LayerGradients:
             if len(g) % self.many:
                 raise NotImplementedError(uneven(self.layers[layer], g.shape[:1], self.many))
             found[p] = g.unflatten(0, (self.many, -1)).sum(1) if len(g) != self.many else g
-        self.calls.append(Written(found))
+        self.calls.append(found)
 
     def _each(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -199,9 +210,11 @@ class Call:
         """In that form, or written out."""
         if self.form is Looked:
             return Looked(self.layer, self.x.reshape(self.many, -1), self.d)
-        return self.written() if self.form is None else self.form(self.layer, self.x, self.d)
+        return (
+            Written(self.written()) if self.form is None else self.form(self.layer, self.x, self.d)
+        )
 
-    def written(self) -> "Written":
+    def written(self) -> Grads:
         """By the layer's formula."""
         x, d = self.x, self.d
         if len(x) != self.many and isinstance(self.layer, (nn.Linear, nn.Embedding)):
@@ -209,40 +222,46 @@ class Call:
         found = GRADIENTS[type(self.layer)](self.layer, x, d, self.trained)
         if len(x) != self.many:
             found = {k: g.unflatten(0, (self.many, -1)).sum(1) for k, g in found.items()}
-        return Written({self.trained[k]: g for k, g in found.items()})
+        return {self.trained[k]: g for k, g in found.items()}
 
 
 class Written:
     """Gradients of examples as they are, of the parameters that have any."""
 
-    def __init__(self, grads: dict[Tensor, Tensor]) -> None:
-        """By parameter, each [n, ...]."""
-        self.grads = grads
+    def __init__(self, grads: Grads) -> None:
+        """By parameter."""
         self.numbers = sum(p.numel() for p in grads)
+        rows = [(p, g.reshape(len(g), p.numel())) for p, g in grads.items()]
+        self.runs = [([p], g) for p, g in rows if p.numel() >= SHORT]
+        """Parameters and their gradients [n, numbers] side by side, as each would cost its calls."""
+        if small := [(p, g) for p, g in rows if p.numel() < SHORT]:
+            self.runs.append(([p for p, _ in small], torch.cat([g for _, g in small], 1)))
 
     def sq_norms(self) -> Tensor:
         """Of all of them together."""
-        return joint_sq_norms(self.grads.values())
+        return exact_sq_norms(*(side for _, side in self.runs))
 
     def add(self, factors: Tensor, into: Into) -> None:
-        """One product for each parameter."""
-        used = slice(None) if bool(factors.all()) else factors > 0  # 0 x NaN is NaN
-        for p, g in self.grads.items():
-            if (total := into(p)) is not None:
-                total += torch.tensordot(factors[used], g[used], 1)
+        """One product for each run."""
+        used = None if bool(factors.all()) else factors > 0  # 0 x NaN is NaN
+        for run, side in self.runs:
+            found = factors @ side if used is None else factors[used] @ side[used]
+            for p, part in zip(run, found.split([p.numel() for p in run]), strict=True):
+                if (total := into(p)) is not None:
+                    total += part.view(p.shape)
 
 
-def apart(calls: Sequence[Call | Written]) -> list[Seen]:
+def apart(calls: Sequence[Call | Grads]) -> list[Seen]:
     """What was seen; the gradients of a parameter that was met more than once are added up."""
-    met = [[*c.trained.values()] if isinstance(c, Call) else [*c.grads] for c in calls]
+    met = [[*c.trained.values()] if isinstance(c, Call) else [*c] for c in calls]
     times = Counter(p for some in met for p in some)
     seen: list[Seen] = []
-    both: dict[Tensor, Tensor] = {}
+    both: Grads = {}
     for call, some in zip(calls, met, strict=True):
-        if all(times[p] == 1 for p in some):
-            seen.append(call.seen() if isinstance(call, Call) else call)
+        if isinstance(call, Call) and all(times[p] == 1 for p in some):
+            seen.append(call.seen())
             continue
-        for p, g in (call.written() if isinstance(call, Call) else call).grads.items():
+        for p, g in (call.written() if isinstance(call, Call) else call).items():
             both[p] = both[p] + g if p in both else g
     return [*seen, Written(both)] if both else seen
 

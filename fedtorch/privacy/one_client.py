@@ -15,13 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch.privacy.ghost import Ghosts
-from fedtorch.privacy.gradients import (
-    PrivateSteps,
-    counting,
-    in_parts,
-    joint_sq_norms,
-    rounded,
-)
+from fedtorch.privacy.gradients import PrivateSteps, counting, in_parts, rounded
 from fedtorch.privacy.layer_gradients import LayerGradients
 from fedtorch.training.dropout import Replaying
 from fedtorch.training.step import Step
@@ -91,7 +85,7 @@ class Alone:
             value.sum().backward()
             # a weight an example does not reach (an expert not chosen) has no gradient
             grads = {k: p.grad for k, p in params.items() if p.grad is not None}
-            sq = joint_sq_norms(g[None] for g in grads.values())
+            sq = exact_sq_norms(*(g[None] for g in grads.values()))
             if factor := float(rounded(self.steps.factors(sq), value)):  # 0 x NaN is NaN
                 for k, g in grads.items():
                     total[k] += factor * g
@@ -139,7 +133,8 @@ class OpacusGradients:
         values = self.losses(self.model, batch)
         values.sum().backward()
         grads: Params = {k: getattr(p, "grad_sample") for k, p in written.items()}  # noqa: B009
-        sq = torch.stack([*map(exact_sq_norms, grads.values()), *self.ghosts.sq_norms()]).sum(0)
+        own = [exact_sq_norms(*grads.values())] if grads else []
+        sq = torch.stack([*own, *self.ghosts.sq_norms()]).sum(0)
         weight = rounded(self.steps.factors(sq), values)
         for k, g in grads.items():
             total[k] += torch.tensordot(weight, counting(weight > 0, g, sq), 1)
