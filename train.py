@@ -105,8 +105,9 @@ class Config(RunOptions):
     """Where the run is recorded beside metrics.jsonl: tensorboard, mlflow, wandb, none."""
     eval_every: int = 1
     """Rounds between two evaluations on the test set."""
-    checkpoint_every: int = 1
-    """Rounds between two checkpoints."""
+    checkpoint_every: int | Literal["auto"] = "auto"
+    """Rounds between two checkpoints; auto: each round, of a large model (8 MB) every 30 seconds, written
+    beside the training; under a privacy plan each round, and the next one waits for it."""
     run_dir: str | None = None
     """Folder of the run; none: runs/<dataset>-<model>-<strategy>-<time>."""
 

@@ -126,6 +126,7 @@ CSV = "a,b,label\n" + "".join(f"{i},{i * 2},{i % 2}\n" for i in range(20))
         (["--clients", "1439"], "1439 clients are more than the 1438 training examples"),
         (["--clients", "0"], "clients must be at least 1"),
         (["--clients", "ten"], "clients: expected int or null, got ten"),
+        (["--checkpoint-every", "a"], "--checkpoint-every: expected int or auto, got a"),
         (["--rounds", "0"], "rounds must be at least 1"),
         (["--rounds", "2.5"], "rounds: "),
         (["--lr", "0"], "lr must be a positive number, got 0"),

@@ -32,10 +32,10 @@ class Folder:
     seal: Seal | None = None
     """Of the record, where the run is resumed."""
 
-    def save(self, state: Mapping[str, Any], seal: Seal | None = None) -> None:
-        """A checkpoint of ``Server.state_dict()`` and of what the record holds by now."""
+    def save(self, state: Mapping[str, Any], seal: Seal | None = None) -> Path:
+        """A checkpoint of ``Server.state_dict()`` and of what the record holds by now; its file."""
         whole = {**state, "config": self.config, "record": seal}
-        checkpoint.save(self.path / "checkpoints", whole)
+        return checkpoint.save(self.path / "checkpoints", whole)
 
     def begin(self, state: Mapping[str, Any]) -> None:
         """The first checkpoint; raises ConfigError when it cannot be written."""

@@ -23,6 +23,7 @@ from fedtorch.run.finetune import finetuned
 from fedtorch.run.folder import Folder
 from fedtorch.run.messages import record_privacy, strict
 from fedtorch.run.options import RunOptions
+from fedtorch.run.saving import SECONDS, Every, Saver
 from fedtorch.server import Server
 from fedtorch.tracking import Record, Tracking
 from fedtorch.training.evaluate import Judge, evaluate, evaluate_clients
@@ -47,6 +48,8 @@ class Loop(Observer):
     """Whether no round will follow."""
     callbacks: Sequence[Observer] = ()
     """Who may stop it early, and who keeps the best model."""
+    saver: Saver | None = None
+    """Who writes checkpoints."""
 
     def round(self, figures: Metrics) -> None:
         """Read once a round: what is asked for later is heeded a round later, and nothing is half saved."""
@@ -145,7 +148,11 @@ def around(
             record.strictly(server.mark)
         loop = Loop(options, server, kept, report, record, stop, began)
         loop.last = loop.over()
-        yield loop
+        try:
+            yield loop
+        finally:  # whatever ended it: nobody else may have the folder before
+            if loop.saver is not None:
+                report.attempt("checkpoint", loop.saver.wait)
 
 
 @dataclass(eq=False)
@@ -284,17 +291,37 @@ class Checkpoints(Observer):
     """Saves the run, and on disk before that what the record holds."""
 
     loop: Loop
-    every: int = 1
-    """Rounds between two checkpoints."""
+    every: Every = 1
+    """Rounds between two checkpoints; auto: see ``saving``."""
+
+    def __post_init__(self) -> None:
+        """No checkpoint is being written yet; none is when the loop is left."""
+        loop = self.loop
+        folder, charged = loop.kept.path / "checkpoints", loop.server.private is not None
+        self.saver = loop.saver = Saver(folder, self.every, charged)
+        self.spared = False
 
     def round(self, figures: Metrics) -> None:
         """One that cannot be written is said, and the run goes on."""
-        if self.loop.due(self.every):
+        if self.loop.last or self.saver.due(self.loop.server.round_number):
             self.loop.report.attempt("checkpoint", self.save)
+        elif self.saver.sparing and not self.spared:
+            self.spared = True
+            self.loop.report.say(
+                f"note: a checkpoint is {self.saver.size / 1e6:.0f} MB: one every {SECONDS:g} seconds and "
+                "in the end, written beside the training (--checkpoint-every 1: each round)"
+            )
 
     def save(self) -> None:
         """A checkpoint of the round that is over."""
-        self.loop.kept.save(self.loop.server.state_dict(), self.loop.record.seal())
+        kept, record = self.loop.kept, self.loop.record
+        seal = record.sealed()
+
+        def write(state: dict[str, Any]) -> Path:
+            record.sync()
+            return kept.save(state, seal)
+
+        self.saver.save(self.loop.server.state_dict(), write, self.loop.last)
 
 
 def open_folder(

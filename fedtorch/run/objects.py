@@ -270,14 +270,16 @@ def _in_words(message: str, where: str) -> str:
     key, _, rest = message.partition(":")
     name = key.removeprefix("Parser key ").strip('" ')
     rest = " ".join(rest.split()).replace("<class '", "").replace("'>", "")
-    types = re.findall(r"Subtypes: \[(.*?)\]", rest)
+    rest = rest.replace("typing.", "")
+    types = re.findall(r"Subtypes: \[(.*?)\] Errors:", rest)
     if types:
         value = rest.rpartition("Given value:")[2].strip() or "nothing"
-        rest = f"expected {types[0].replace(', ', ' or ').replace('NoneType', 'null')}, got {value}"
+        words = re.sub(r"Literal\[([^]]*)\]", lambda m: m[1].replace("'", ""), types[0])
+        rest = f"expected {words.replace(', ', ' or ').replace('NoneType', 'null')}, got {value}"
     rest = f"{rest} nothing" if rest.endswith("Got value:") else rest
     rest = rest.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
     rest = re.sub(r"expected float, got ([+-]?(?:nan|inf))$", r"must be finite, got \1", rest)
-    rest = re.sub(r"Literal\[([^]]*)\]", _choices, rest.replace("typing.", ""))
+    rest = re.sub(r"Literal\[([^]]*)\]", _choices, rest)
     return f"{where + '.' if where else ''}{name}: {rest}"
 
 

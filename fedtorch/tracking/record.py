@@ -104,7 +104,17 @@ class Record(Observer):
 
     def seal(self) -> Seal | None:
         """Size and digest of ``metrics.jsonl`` for a checkpoint; None if it could not be written."""
-        return None if self.lines is None else self.lines.seal()
+        self.sync()
+        return self.sealed()
+
+    def sealed(self) -> Seal | None:
+        """The same before it is known to be on disk."""
+        return None if self.lines is None else self.lines.sealed()
+
+    def sync(self) -> None:
+        """Have on disk what ``metrics.jsonl`` has by now."""
+        if self.lines is not None:
+            disk.sync(self.lines.file)
 
     def picture(self, tag: str, step: int, draw: Callable[..., bytes], *args: Any) -> None:
         """Draw beside the training; ``args`` must not change any more."""
@@ -209,9 +219,8 @@ class Lines:
         self.sum.update(line.encode())
         self.size += len(line)
 
-    def seal(self) -> Seal:
-        """Length and digest of what is written, which is on disk when this returns."""
-        disk.sync(self.file)
+    def sealed(self) -> Seal:
+        """Length and digest of what is written."""
         return {"bytes": self.size, "sha256": self.sum.hexdigest()}
 
     def close(self) -> None:
