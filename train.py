@@ -46,7 +46,7 @@ from fedtorch.run import (
     zoo,
 )
 from fedtorch.run import folder as folders
-from fedtorch.run.console import StopSignal, page, partition_table
+from fedtorch.run.console import Remarks, StopSignal, page, partition_table
 from fedtorch.run.interrupts import begun
 from fedtorch.run.messages import (
     conclude,
@@ -179,7 +179,7 @@ FREE_ON_RESUME = {
 
 def train(config: Config) -> dict[str, Any]:
     """One run from data to trained model; returns the summary. Its folder is locked to the end."""
-    with ExitStack() as held:
+    with ExitStack() as held, Remarks():
         try:
             return run(config, held)
         except ClientError as e:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import fedtorch.kernels
-from fedtorch.kernels.compile import PARTS, available, compiled, loops
+from fedtorch.kernels.compile import COMPILING, PARTS, available, compiled, loops, telling
+from fedtorch.run.console import Remarks
 
 if not available():
     pytest.skip("what is tested here is machine code by numba", allow_module_level=True)
@@ -94,6 +95,32 @@ def test_a_loop_of_another_file_that_is_called_is_part_of_what_is_kept():
         for n in re.findall(r"from fedtorch\.kernels\.(\w+)", p.read_text("utf-8"))
     }
     assert {"vector", "products"} <= called <= {p.stem for p in PARTS}
+
+
+def test_the_first_loop_to_be_compiled_is_told_once_and_kept_in_the_cache_folder(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "tried.py"
+    path.write_text("def one(x):\n    return x + 1\ndef two(x):\n    return x + 2\n")
+
+    def begun():
+        compiled.cache_clear()
+        telling.cache_clear()
+        spec = spec_from_file_location("fedtorch.tried", path)
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    with Remarks():
+        first = begun()
+        assert compiled(first.one)(1) == 2 and compiled(first.two)(1) == 3
+        told = capsys.readouterr().out
+        assert compiled(begun().one)(1) == 2  # it is there by now
+    assert COMPILING in told and f"kept in {tmp_path / 'cache/fedtorch/loops'}" in told
+    assert capsys.readouterr().out == ""
+    assert len(list((tmp_path / "cache/fedtorch/loops").rglob("tried.*.nbi"))) == 2
+    assert not list(tmp_path.glob("__pycache__/*.nbi"))
 
 
 def test_loops_left_to_python_are_none_at_all(fresh, monkeypatch):

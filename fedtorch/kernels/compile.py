@@ -1,10 +1,11 @@
 """Loops over arrays as machine code, where numba is installed (``pip install 'fedtorch[fast]'``).
 
 A loop is compiled on its first call for the types it is called with, which takes about half a second, and
-kept on disk. Sums may be regrouped, as in any vector code, unless it is to be ``exact``. NaN and infinity
-are what they were.
+kept in the user's cache folder. Sums may be regrouped, as in any vector code, unless it is to be ``exact``.
+NaN and infinity are what they were.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from functools import cache
@@ -19,6 +20,11 @@ Loop = TypeVar("Loop", bound=Callable[..., Any])
 PARTS = tuple(sorted(Path(__file__).parent.glob("*.py")))
 """What loops are compiled by, and whatever of each other's they call."""
 
+
+COMPILING = "loops are compiled for this processor, which takes ten seconds or so, once"
+
+LOG = logging.getLogger("fedtorch.kernels")
+"""Says so, before it is waited for."""
 
 FASTER = "pip install 'fedtorch[fast]' would make it faster"
 """What to tell whoever has no numba."""
@@ -53,15 +59,48 @@ def compiled(loop: Loop, exact: bool = False) -> Loop | None:
 def machine_code(loop: Loop, exact: bool = False) -> Loop:
     """A loop as machine code; raises ImportError without numba."""
     from numba import njit
+    from numba.core import config
 
+    telling()
     fast = {"contract"} if exact else {"contract", "reassoc"}
     options = {"nogil": True, "error_model": "numpy", "fastmath": fast}
     named = cast(FunctionType, loop)
     named.__qualname__ = f"{named.__qualname__.partition('-')[0]}-{digest_of(named, exact)}"
+    before = config.CACHE_DIR
     try:
+        config.CACHE_DIR = before or str(folder())
         return cast(Loop, njit(loop, cache=True, **options))
     except RuntimeError:  # nowhere to keep it: compiled anew in each process
         return cast(Loop, njit(loop, **options))
+    finally:
+        config.CACHE_DIR = before
+
+
+def folder() -> Path:
+    """Where loops are kept, unless ``NUMBA_CACHE_DIR`` says where."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedtorch" / "loops"
+
+
+@cache
+def telling() -> None:
+    """From now on the first loop of ours that has to be compiled is told."""
+    from numba.core import event
+
+    class Told(event.Listener):  # type: ignore[misc]
+        told = False
+
+        def on_start(self, event: Any) -> None:
+            module = str(event.data["dispatcher"].py_func.__module__)
+            ours = module.startswith("fedtorch.")
+            if ours and not self.told:
+                self.told = True
+                where = os.environ.get("NUMBA_CACHE_DIR") or folder()
+                LOG.info("%s: they are kept in %s", COMPILING, where)
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    event.register("numba:compile", Told())
 
 
 def digest_of(loop: FunctionType, exact: bool) -> str:

@@ -1,5 +1,6 @@
 """What a person sees: a live bar on a terminal, plain lines when piped."""
 
+import logging
 import os
 import signal
 import sys
@@ -107,6 +108,27 @@ class Report(Observer):
     ) -> None:
         """Leave the bar as it stands."""
         self.bar.stop()
+
+
+class Remarks(logging.Handler):
+    """What takes long and happens once, on the screen while a command runs: loops that are compiled."""
+
+    def __enter__(self) -> "Remarks":
+        """Listen to them."""
+        self.log = logging.getLogger("fedtorch.kernels")
+        self.before = self.log.level
+        self.log.addHandler(self)
+        self.log.setLevel(logging.INFO)
+        return self
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A line of its own."""
+        print(f"note: {record.getMessage()}", flush=True)
+
+    def __exit__(self, *error: object) -> None:
+        """Listen no more."""
+        self.log.removeHandler(self)
+        self.log.setLevel(self.before)
 
 
 class StopSignal:
