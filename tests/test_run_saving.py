@@ -87,6 +87,7 @@ def test_what_goes_wrong_beside_the_training_is_told_by_the_next(tmp_path):
     with pytest.raises(OSError, match="No space"):
         saver.save({"round": 2}, writer(tmp_path))
     saver.save({"round": 3}, full, last=False)
+    assert checkpoint.load(tmp_path)["round"] == 2  # which was written all the same
     with pytest.raises(OSError, match="No space"):
         saver.wait()
     saver.wait()  # once

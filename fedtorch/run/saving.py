@@ -50,14 +50,16 @@ class Saver:
     ) -> None:
         """Write a state, once the one before is written; ``write`` returns the file.
 
-        What kept the one before from being written is raised here, or by ``wait``.
+        What kept the one before from being written is raised here, after this one, or by ``wait``.
         """
-        self.wait()
-        self.began = time.monotonic()
-        if self.every == "auto" and not last:
-            self.writing = self.thread.submit(self._write, copy.deepcopy(state), write)
-        else:
-            self._write(state, write)
+        try:
+            self.wait()
+        finally:
+            self.began = time.monotonic()
+            if self.every == "auto" and not last:
+                self.writing = self.thread.submit(self._write, copy.deepcopy(state), write)
+            else:
+                self._write(state, write)
 
     def wait(self) -> None:
         """Until nothing is being written; raises what went wrong."""
