@@ -109,6 +109,7 @@ def test_the_first_loop_to_be_compiled_is_told_once_and_kept_in_the_cache_folder
         telling.cache_clear()
         spec = spec_from_file_location("fedtorch.tried", path)
         module = module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "fedtorch.tried", module)
         spec.loader.exec_module(module)
         return module
 
