@@ -61,6 +61,7 @@ def test_an_exact_loop_adds_in_the_order_written(fresh):
 
 
 def test_a_version_that_was_not_written_to_the_end_is_not_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "versions.py"
 
     def run(factor):
