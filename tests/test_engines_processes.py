@@ -189,7 +189,7 @@ class Stillborn:
 
     deaths, made = 0, 0
 
-    def __init__(self, device, body, block):
+    def __init__(self, forks, device, body, block):
         Stillborn.made += 1
         self.process = SimpleNamespace(exitcode=-9)
 
@@ -201,7 +201,7 @@ class Stillborn:
 def short_of_a_worker(pipe=None) -> ProcessesSession:
     """A session at work on one job, whose worker is gone."""
     session = ProcessesSession.__new__(ProcessesSession)
-    session.kit, session.board = (b"", torch.empty(0)), Board(1)
+    session.kit, session.board, session.forks = (b"", torch.empty(0)), Board(1), None
     job = session.board.running[0] = Job(0, [], None)
     gone = SimpleNamespace(device="cpu", job=job, end=lambda: -9, pipe=pipe, grow=len, box=None)
     session.workers = [gone]
@@ -337,10 +337,79 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     assert not any(alive(p) for p in pids)
 
 
+COPIED = """
+    import fcntl, os, signal, sys, threading, time
+    import torch
+    from torch import nn
+    from fedtorch import Client, Local, Recipe, Scaffold, Server
+    from fedtorch.engines import Processes
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 4)
+        def forward(self, x):
+            return self.linear(x).tanh()
+
+    torch.set_num_threads(1)
+    g = torch.Generator().manual_seed(0)
+    many = lambda: [
+        Client(str(k), (torch.randn(8 + k, 6, generator=g.manual_seed(k)), torch.arange(8 + k) % 4))
+        for k in range(4)
+    ]
+    file = open(sys.argv[1], "w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    made = []
+    for engine in (Local(chunk=1), Processes(workers=2, chunk=1)):
+        torch.manual_seed(1)
+        server = Server(Own(), many(), Recipe(Scaffold(), epochs=1), engine=engine, seed=2)
+        server.round()
+        if made:
+            session, copy = server.session, server.session.forks.pid
+            assert copy
+            pids = [copy, *(w.process.pid for w in session.workers)]
+            for pid in pids:
+                held = [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
+                assert sys.argv[1] not in held
+            os.kill(pids[1], signal.SIGKILL)
+        server.round()
+        made.append({k: v.clone() for k, v in server.model.state_dict().items()})
+        server.close()
+    assert pids[1] not in [w.process.pid for w in session.workers]
+    assert all(torch.equal(v, made[1][k]) for k, v in made[0].items())
+    for pid in pids:
+        assert not os.path.exists(f"/proc/{pid}")
+    # with another thread there is no copy: it could hold what nobody in the copy would let go
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    from fedtorch.engines.workers import forks
+    assert not forks.safe()
+    print("done")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a process is copied")
+def test_workers_copied_from_this_process_give_the_same_and_hold_nothing_of_it(tmp_path):
+    script = tmp_path / "copied.py"
+    script.write_text(textwrap.dedent(COPIED))  # without a main guard: it is not run again
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "held")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+OTHER = (
+    "import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+)
+"""A thread, for which no process is copied."""
+
+
 def test_a_script_without_a_main_guard_is_told_what_to_do(tmp_path):
     script = tmp_path / "unguarded.py"
     body = textwrap.dedent(ORPHANS).replace('if __name__ == "__main__":', "if True:")
-    body = body.replace("workers=2", "workers=1")
+    body = OTHER + body.replace("workers=2", "workers=1")
     script.write_text(body)
     done = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=200
@@ -404,7 +473,7 @@ def test_a_script_from_standard_input_may_use_workers():
     """
     done = subprocess.run(
         [sys.executable, "-"],
-        input=textwrap.dedent(script),
+        input=OTHER + textwrap.dedent(script),
         capture_output=True,
         text=True,
         check=True,

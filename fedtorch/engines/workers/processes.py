@@ -6,16 +6,13 @@ dies takes nothing with it.
 """
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import connection
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
 from fedtorch.client import Client
@@ -24,6 +21,7 @@ from fedtorch.engines.local import LocalSession, usable
 from fedtorch.engines.messages import read_outcome, task_message
 from fedtorch.engines.workers import kit, pool
 from fedtorch.engines.workers.board import DEATHS, Job
+from fedtorch.engines.workers.forks import Forks
 from fedtorch.engines.workers.worker import work
 from fedtorch.options import COUNT, brief, check
 from fedtorch.recipe import Recipe
@@ -85,8 +83,9 @@ class ProcessesSession(pool.PoolSession):
         self.kit = body, block
         self.inbox = shared(0)
         self.workers: list[Worker] = []
+        self.forks = Forks()
         try:
-            self.workers = [Worker(d, *self.kit) for d in devices]
+            self.workers = [Worker(self.forks, d, *self.kit) for d in devices]
             for worker in self.workers:
                 worker.wait_ready()
         except BaseException:
@@ -109,6 +108,7 @@ class ProcessesSession(pool.PoolSession):
         for worker in self.workers:
             worker.end()
         self.workers = []
+        self.forks.close()
 
     def _assign(self, worker: "Worker") -> None:
         other = self.board.waiting and self.board.waiting[0].task is not self.task
@@ -163,7 +163,7 @@ class ProcessesSession(pool.PoolSession):
         """A new worker in the place of one that died; what kills a worker may kill the next one too."""
         place = self.workers.index(worker)
         for _ in range(DEATHS):
-            fresh = self.workers[place] = Worker(worker.device, *self.kit)
+            fresh = self.workers[place] = Worker(self.forks, worker.device, *self.kit)
             try:
                 return fresh.wait_ready()
             except ConfigError:
@@ -177,9 +177,9 @@ class ProcessesSession(pool.PoolSession):
 class Worker:
     """This side of one worker process."""
 
-    def __init__(self, device: str, body: bytes, block: Tensor) -> None:
+    def __init__(self, forks: Forks, device: str, body: bytes, block: Tensor) -> None:
         """Start it; it is ready when ``wait_ready`` returns."""
-        context = fresh_interpreters()
+        context = forks.context
         self.device = device
         self.job: Job | None = None
         self.box = torch.empty(0, dtype=torch.uint8)
@@ -188,7 +188,7 @@ class Worker:
         self.process = context.Process(
             target=work, args=(theirs, body, block, device), daemon=True, name="fedtorch worker"
         )
-        with nameless_main():
+        with forks.serving():
             self.process.start()
         theirs.close()  # so that the pipe ends when the worker does
 
@@ -236,35 +236,6 @@ class Worker:
         self.process.join()
         code: int | None = self.process.exitcode
         return code
-
-
-def fresh_interpreters() -> Any:
-    """Processes that inherit nothing from this one, copied from a server that has torch imported.
-
-    A plain fork of this process would copy its threads' locks and its GPU; a plain spawn would import
-    torch once more for every worker, about 1.5 s of CPU each.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    # the first optimizer step imports torch._dynamo; where that name is gone, Python skips it
-    context.set_forkserver_preload(["fedtorch.engines.workers.worker", "torch._dynamo"])
-    return context
-
-
-@contextmanager
-def nameless_main() -> Iterator[None]:
-    """A script that came over standard input has no file that a new process could read: there is none."""
-    main = sys.modules["__main__"]
-    path = getattr(main, "__file__", None)
-    if path is None or Path(path).exists():
-        yield
-        return
-    del main.__file__
-    try:
-        yield
-    finally:
-        main.__file__ = path
 
 
 def shared(size: int) -> Tensor:

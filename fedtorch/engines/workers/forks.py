@@ -1,0 +1,151 @@
+"""Where worker processes come from: a copy of this process where that is safe, else a fresh interpreter.
+
+A server of forks that is itself a copy of this process has torch, the model's modules and all that the
+trial has imported; a fresh one imports torch first, for two seconds and more. A copy has this process's one
+thread alone. What another thread holds at that moment, a lock or the GPU, stays held in the copy for ever:
+so there is none, or none but OpenBLAS's, which it ends before a fork and starts again after it.
+"""
+
+import gc
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import connection, forkserver, util
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+KNOWN = (3, 11) <= sys.version_info < (3, 14)
+"""Python's server of forks is started here as those versions start it."""
+
+
+def safe() -> bool:
+    """Whether a copy of this process can work: on Linux, without other threads, with no GPU in use."""
+    if not (sys.platform == "linux" and KNOWN) or torch.cuda.is_initialized():
+        return False
+    _unwatched()
+    others = len(os.listdir("/proc/self/task")) - 1
+    return threading.active_count() == 1 and (not others or others == _of_openblas())
+
+
+def _unwatched() -> None:
+    """End the thread with which tqdm looks after bars, of which torch.fx makes one; the next starts it."""
+    bars: Any = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if getattr(bars, "monitor", None) is not None:
+        bars.monitor.exit()
+        bars.monitor = None
+
+
+def _of_openblas() -> int:
+    """Threads that NumPy's and SciPy's libraries have started."""
+    from threadpoolctl import threadpool_info
+
+    known = [p["num_threads"] for p in threadpool_info() if p["internal_api"] == "openblas"]
+    return sum(n - 1 for n in known)
+
+
+class Forks:
+    """Starts the workers of one session."""
+
+    def __init__(self) -> None:
+        """Begin a server of forks where that is safe; ``close`` ends it."""
+        self.pid, self.address, self.alive = _copied() if safe() else (0, "", -1)
+
+    @property
+    def context(self) -> Any:
+        """What makes processes that inherit no open file from this one."""
+        if "forkserver" not in multiprocessing.get_all_start_methods():
+            return multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        names = ["fedtorch.engines.workers.worker"]
+        # the first step of an optimizer of torch's imports it, and that of the trial has
+        names += ["torch._dynamo"] if "torch._dynamo" in sys.modules else []
+        context.set_forkserver_preload(names)
+        return context
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Processes that start in here come from this server, where there is one."""
+        if not self.pid:
+            with _nameless_main():
+                yield
+            return
+        usual: Any = forkserver._forkserver
+        names = "_forkserver_pid", "_forkserver_address", "_forkserver_alive_fd"
+        before = [getattr(usual, n) for n in names]
+        try:
+            for name, value in zip(names, (self.pid, self.address, self.alive), strict=True):
+                setattr(usual, name, value)
+            yield
+        finally:
+            for name, value in zip(names, before, strict=True):
+                setattr(usual, name, value)
+
+    def close(self) -> None:
+        """End the server, once all that it started have ended."""
+        if self.pid:
+            os.close(self.alive)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)
+            self.pid = 0
+
+
+def _copied() -> tuple[int, str, int]:
+    """A copy of this process that does nothing but fork when asked: its number, address, and life line."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        address = connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
+        listener.bind(address)
+        if not util.is_abstract_socket_namespace(address):
+            os.chmod(address, 0o600)
+        listener.listen()
+        reads, writes = os.pipe()
+        for stream in (sys.stdout, sys.stderr):  # or both would write what is not written yet
+            with suppress(Exception):
+                stream.flush()
+        pid = os.fork()
+        if pid == 0:
+            _serve(listener.fileno(), reads)
+        os.close(reads)
+    return pid, address, writes
+
+
+def _serve(listener: int, reads: int) -> None:
+    """What the copy does, for ever: it holds no file of the process that it was, and collects nothing."""
+    code = 1
+    try:
+        gc.freeze()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in map(int, os.listdir("/proc/self/fd")):
+            if number > 2 and number not in (listener, reads, nothing):
+                with suppress(OSError):  # the folder that was just read
+                    os.fstat(number)
+                    os.dup2(nothing, number)
+        forkserver.main(listener, reads, [])
+    except SystemExit:
+        code = 0
+    finally:
+        os._exit(code)
+
+
+@contextmanager
+def _nameless_main() -> Iterator[None]:
+    """A script that came over standard input has no file that a new process could read: there is none."""
+    main = sys.modules["__main__"]
+    path = getattr(main, "__file__", None)
+    if path is None or Path(path).exists():
+        yield
+        return
+    del main.__file__
+    try:
+        yield
+    finally:
+        main.__file__ = path
