@@ -24,7 +24,7 @@ from fedtorch.checks.outputs import classes_fit
 from fedtorch.client import Client
 from fedtorch.data import Data, Digits, Partition, partition, prepared
 from fedtorch.data.tokens import PREFIX
-from fedtorch.engines import Engine, Local
+from fedtorch.engines import Engine, Local, pages
 from fedtorch.options import COUNT, NOT_NEGATIVE, SHARE, as_typed, check
 from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.privacy.run import BudgetSpent
@@ -251,6 +251,7 @@ def run(config: Config, held: ExitStack) -> dict[str, Any]:
     """The run; ``held`` keeps the lock on its folder."""
     began = time.perf_counter()
     torch.set_num_threads(config.threads)
+    pages.keep()
     if config.tracking:
         config.tracking.ready()
 

@@ -1,11 +1,13 @@
 """Worker processes: the same weights as in one process, whatever happens to the workers."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -416,6 +418,29 @@ def test_a_script_without_a_main_guard_is_told_what_to_do(tmp_path):
     )
     assert done.returncode == 1
     assert "its work under `if __name__ == '__main__':`" in done.stderr
+
+
+def faults(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others keep pages as they like")
+def test_workers_keep_the_pages_of_large_tensors():
+    g = torch.Generator().manual_seed(0)
+    data = torch.randn(64, 1, 32, 32, generator=g), torch.arange(64) % 4
+    wide = nn.Sequential(nn.Conv2d(1, 64, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 32 * 32, 4))
+    engine = Processes(workers=1, solver="general")
+    server = Server(wide, [Client("a", data)], Recipe(batch_size=16, epochs=1), engine=engine)
+    try:
+        server.round()
+        pid = server.session.workers[0].process.pid
+        before = faults(pid)
+        for _ in range(3):
+            server.round()
+        # of twelve steps, each of which makes and drops tensors of 4 MB, 1,024 pages each
+        assert faults(pid) - before < 6000
+    finally:
+        server.close()
 
 
 def test_closing_leaves_no_process():

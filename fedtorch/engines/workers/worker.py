@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.engines import wire
+from fedtorch.engines import pages, wire
 from fedtorch.engines.messages import outcome_message, read_task
 from fedtorch.engines.workers import kit
 from fedtorch.types import ClientError
@@ -23,6 +23,7 @@ def work(pipe: Connection, body: bytes, block: Tensor, device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    pages.keep()
     try:
         tools = kit.unpack(body, block, device)
     except Exception as e:
@@ -75,6 +76,7 @@ class Worker:
     def __init__(self, body: bytes, block: np.ndarray, device: str) -> None:
         """Unpack; the data stays in the store of the node, all its actors read the same copy."""
         torch.set_num_threads(1)
+        pages.keep()
         self.kit = kit.unpack(body, _readable(block), device)
 
     def ready(self) -> bool:
