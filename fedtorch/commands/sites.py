@@ -149,3 +149,4 @@ def wants_help(argv: Sequence[str], config: type, command: str, topics: help.Top
 def log_to_screen() -> None:
     """Who came, who was turned away, and why: to stderr, where a supervisor keeps it."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Flower's calls, several a second

@@ -126,6 +126,7 @@ CHOICES: dict[str, dict[str, str]] = {
         "local": "fedtorch.engines.Local",
         "processes": "fedtorch.engines.Processes",
         "ray": "fedtorch.engines.Ray",
+        "flower": "fedtorch.sites.flower.Flower",
     },
 }
 """Short names of each choice; the dotted path is what a user's own class is given by."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.secure.aggregator import Secure
 from fedtorch.secure.he import HE
 from fedtorch.sites import offer as plans
+from fedtorch.sites.flower import Flower
 from fedtorch.sites.reports import Assignment, Reader, check_enough, judge
 from fedtorch.sites.rpc import Listener, log
 from fedtorch.sites.statistics import asking
@@ -28,6 +29,9 @@ from fedtorch.training.losses import LOSSES
 from fedtorch.training.module import snapshot
 from fedtorch.training.personal import personal, shared
 from fedtorch.types import ConfigError, Failure, Params, Released, Task
+
+if TYPE_CHECKING:
+    from fedtorch.sites.relay import GridListener
 
 HOLD_SECONDS = 20.0
 """How long a call for work is held open when there is none."""
@@ -58,6 +62,8 @@ class Sites:
     """Where to listen, HOST:PORT."""
     keys: Path | None = None
     """Folder with key.pem, cert.pem and ca.pem; none: no TLS, loopback only."""
+    flower: Flower | None = None
+    """A SuperLink to call over, in place of an address and keys of one's own."""
     deadline: float = 600.0
     """Seconds a round waits for its sites."""
     public: Path | None = None
@@ -87,6 +93,11 @@ class Sites:
         if self.enough is not None:
             check_enough(self.enough, self.minimum, len(clients), recipe.privacy)
         names = [c.id for c in clients]
+        if self.flower and isinstance(recipe.aggregator, HE | Secure):
+            raise ConfigError(
+                "sums under masks or encryption know sites by certificates of their own, which Flower does "
+                "not pass on: leave out engine flower, or aggregator secure or he"
+            )
         if isinstance(recipe.aggregator, HE):
             from fedtorch.sites.encrypted import EncryptedSession
 
@@ -144,9 +155,13 @@ class SitesSession:
         self.header_limit = self.reader.header_limit()
         size += 8 * self.asking.length if self.asking else 0
         self.limit = limit = size + self.header_limit + SMALL
-        self.listener = Listener(
-            options.address, options.keys, len(names), limit, self.handle, names
-        )
+        self.listener: Listener | GridListener
+        if options.flower:
+            self.listener = options.flower.listen(limit, self.handle, names)
+        else:
+            self.listener = Listener(
+                options.address, options.keys, len(names), limit, self.handle, names
+            )
         self.port = self.listener.port
 
     def room(self, numbers: int, groups: int) -> int:

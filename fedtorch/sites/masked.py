@@ -127,7 +127,7 @@ class MaskedSession(SitesSession):
         """Who is there is the roster; the others have no part in this round."""
         self.change.wait_for(lambda: {*visits} <= {*self._here()}, self.secure.phase_seconds)
         there = [i for i in visits if i in self._here()]
-        shown = {i: self.listener.desk.certificates[i] for i in there}
+        shown = {i: self.listener.certificates[i] for i in there}
         for visit in visits.values():
             visit.outcome = self._unfit(visit.site, shown)
         there = [i for i in there if visits[i].outcome is None]
@@ -204,7 +204,7 @@ class MaskedSession(SitesSession):
         """Answer one call; who joins must have a certificate that the other sites will take."""
         if method == "join":
             try:
-                keys.verified(self.listener.desk.certificates[site], site, self.authority)
+                keys.verified(self.listener.certificates[site], site, self.authority)
             except ConfigError as e:
                 raise MessageError(str(e)) from e
         return super().handle(method, site, data)

@@ -10,7 +10,9 @@ from fedtorch.data.tokens import PREFIX
 from fedtorch.options import COUNT, INSIDE, POSITIVE, Range, check
 from fedtorch.privacy import STATISTICS_NOISE, Privacy
 from fedtorch.run import steps
+from fedtorch.run.names import written
 from fedtorch.run.options import RunOptions
+from fedtorch.sites.flower import Flower
 from fedtorch.sites.keys import SITE_NAME, bare_fingerprint
 from fedtorch.training.losses import DEFAULTS, LOSSES
 from fedtorch.types import ConfigError
@@ -40,6 +42,25 @@ def addressed(option: str, address: str) -> None:
         )
 
 
+def carried(engine: Any, credentials: str, insecure: bool) -> None:
+    """Raises ConfigError unless it is said how server and sites know each other: in one way."""
+    if engine is None:
+        if bool(credentials) == insecure:
+            raise ConfigError(
+                "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"
+            )
+    elif not isinstance(engine, Flower):
+        raise ConfigError(
+            f"{written(engine).lower()} is an engine of fedtorch train, and each site trains on its own "
+            "device: leave engine out, or give --engine flower"
+        )
+    elif credentials or insecure:
+        raise ConfigError(
+            "with engine flower, Flower decides who is whom: give --engine.ca FILE, and leave out "
+            "credentials and insecure"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SiteConfig:
     """Every option of a site. ``--config site.toml`` sets them, flags override."""
@@ -57,6 +78,8 @@ class SiteConfig:
     credentials."""
     insecure: bool = False
     """No TLS and no keys: only for a server on this very machine."""
+    engine: Any = None
+    """flower: be behind the Flower SuperNode at engine.address, in place of server and credentials."""
     state: str = "site"
     """Folder for memory, privacy ledger and this site's TensorBoard."""
     lost_state: bool = False
@@ -118,10 +141,7 @@ class SiteConfig:
                 f"peers name {len({*self.peers} - {self.name})} other sites, and least_peers is "
                 f"{self.least_peers}: name more, or lower it"
             )
-        if bool(self.credentials) == self.insecure:
-            raise ConfigError(
-                "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"
-            )
+        carried(self.engine, self.credentials, self.insecure)
         if not self.name:
             raise ConfigError("--name: which of the server's sites is this?")
         check_site_name(self.name)
@@ -145,6 +165,9 @@ class ServeConfig(RunOptions):
     in credentials."""
     insecure: bool = False
     """No TLS and no keys: only for sites on this very machine."""
+    engine: Any = None
+    """flower: sites are behind the SuperNodes of the Flower SuperLink at engine.address, in place of
+    address and credentials."""
     input_shape: list[int] = field(default_factory=list)
     """Shape of one example, agreed with the sites; with a step it may be left out."""
     language: bool = False
@@ -193,10 +216,7 @@ class ServeConfig(RunOptions):
                 "privacy.statistics_noise pays for statistics of columns, and none are asked for: leave it "
                 "out, or name the columns with --standardize age=0:120,chol=0:600"
             )
-        if bool(self.credentials) == self.insecure:
-            raise ConfigError(
-                "give --credentials FOLDER (fedtorch keys makes them), or --insecure alone"
-            )
+        carried(self.engine, self.credentials, self.insecure)
         self._check_parties()
         if self.callbacks() and self.dataset is None and self.monitor.startswith("test_"):
             raise ConfigError(

@@ -90,6 +90,7 @@ class Listener:
             ],
         )
         self.desk = Desk(handle, names, secure=keys is not None)
+        self.certificates = self.desk.certificates
         handlers = {m: grpc.stream_unary_rpc_method_handler(self.desk.answer(m)) for m in METHODS}
         self.server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers),)

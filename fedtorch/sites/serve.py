@@ -40,6 +40,7 @@ FREE_ON_RESUME = {
     "most_examples",
     "patience",
     "address",
+    "engine",
     "he_public",
 }
 """Options a resumed run may change."""
@@ -71,6 +72,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         plan=plan,
         address=config.address,
         keys=keys,
+        flower=config.engine,
         public=public_key(config),
         deadline=config.deadline,
         minimum=config.minimum,
@@ -102,7 +104,12 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         )
         with loop.around(config, server, kept, TensorBoard(), began) as here:
             # before the first round: what is promised, and how good the model is untrained
-            here.report.say(f"listening at {config.address}, waiting for {', '.join(config.sites)}")
+            at = (
+                f"at the SuperLink {config.engine.address}"
+                if config.engine
+                else f"listening at {config.address}"
+            )
+            here.report.say(f"{at}, waiting for {', '.join(config.sites)}")
             opening = f"{amount(len(config.sites), 'site')}, {config.model}, "
             opening += amount(config.rounds, "round")
             for note in notes:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedtorch import disk
 from fedtorch.checks.outputs import classes_fit
@@ -37,6 +38,9 @@ from fedtorch.training.evaluate import evaluate
 from fedtorch.training.module import load
 from fedtorch.training.personal import GROUP
 from fedtorch.types import ConfigError, OverBudget, Params, Task
+
+if TYPE_CHECKING:
+    from fedtorch.sites.relay import NodeLine
 
 MOST_PLAN = 1 << 16
 """Bytes of a plan's header."""
@@ -81,6 +85,12 @@ class Site:
         """The visit whose figures are shown when that round is over."""
 
     @property
+    def server(self) -> str:
+        """Where the server is, or what leads to it."""
+        engine = self.config.engine
+        return f"the SuperNode {engine.address}" if engine else self.config.server
+
+    @property
     def plan(self) -> plans.Plan | None:
         """Of the run that is joined."""
         return self.joined.plan if self.joined else None
@@ -109,7 +119,11 @@ class Site:
             log.warning("%s is not there: visits are counted anew", self.answered.path)
         keys = Path(config.credentials) if config.credentials else None
         self.limit = config.max_megabytes << 20
-        self.line = ServerLine(config.server, keys, config.name, self.limit)
+        self.line: ServerLine | NodeLine
+        if config.engine:
+            self.line = config.engine.line(config.name, self.limit, self.folder)
+        else:
+            self.line = ServerLine(config.server, keys, config.name, self.limit)
 
     def run(self) -> int:
         """Work until the run is over; 0 when it is done, 1 when it ended early or the server is away."""
@@ -134,7 +148,7 @@ class Site:
                 if time.monotonic() - away_since > self.config.patience:
                     log.error("the server has been away too long: %s", e)
                     return 1
-                log.warning("cannot reach %s, trying again: %s", self.config.server, e)
+                log.warning("cannot reach %s, trying again: %s", self.server, e)
                 _pause(idle)
             except MessageError as e:
                 log.error("what the server sent is not to be trusted: %s", e)
