@@ -40,7 +40,7 @@ class Flower:
         host, _, port = self.address.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65535:
             raise ConfigError(
-                "engine.address must be HOST:PORT, of the SuperLink for a server and of the SuperNode for a "
+                "engine.address must be HOST:PORT, of the SuperLink for a server, of the SuperNode for a "
                 f"site, got {self.address!r}"
             )
         if not self.ca and host not in LOCAL:

@@ -12,8 +12,9 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,8 @@ LOOK = 0.2
 """Seconds between two looks for a message."""
 ALIVE = 10.0
 """Seconds between two signs of life to the SuperLink, which waits for 30."""
+FAREWELL = 8.0
+"""Seconds that the end waits until sites have heard of it: their nodes sleep for 3."""
 METHODS = ("join", "fetch", "report")
 
 
@@ -161,8 +164,8 @@ class Place:
     id: int
     name: str = ""
     process: str = ""
-    out: dict[str, float] = field(default_factory=dict)
-    """Messages that it has not answered, and since when."""
+    out: dict[str, bool] = field(default_factory=dict)
+    """Messages that it has not replied to, and whether they told it something."""
     got: int = 0
     """The last call that came."""
     busy: int = 0
@@ -203,6 +206,8 @@ class GridListener:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="fedtorch-site")
         self.worker = threading.Thread(target=self._work, name="fedtorch-grid", daemon=True)
         self.worker.start()
+        self.rest = threading.Event()
+        threading.Thread(target=self._live, name="fedtorch-alive", daemon=True).start()
 
     def close(self) -> None:
         """Tell what there is to tell, for as long as a node may sleep, and end the run."""
@@ -210,6 +215,7 @@ class GridListener:
             return
         self.ending = True
         self.worker.join(15)
+        self.rest.set()
         self.pool.shutdown(wait=False, cancel_futures=True)
         try:
             self.grid.close()
@@ -218,38 +224,44 @@ class GridListener:
 
     def _work(self) -> None:
         """In a thread of its own: all that is said to the SuperLink."""
-        looked = alive = 0.0
-        end = 0.0
+        looked = end = 0.0
         while True:
             now = time.monotonic()
-            end = end or (now + 8 if self.ending else 0.0)
+            end = end or (now + FAREWELL if self.ending else 0.0)
             if self.ending and (now > end or not self._owes()):
                 return
             try:
-                if now - alive > ALIVE:
-                    self.grid.alive()
-                    alive = now
-                if now - looked > 1:
+                if now - looked > 5 * LOOK:
                     self._look()
                     looked = now
                 for place in [*self.places.values()]:
                     self._say(place)
-                numbers = [n for p in self.places.values() for n in p.out]
-                for parcel in self.grid.replies(numbers):
-                    self._take(parcel)
+                numbers = {n: p for p in self.places.values() for n in p.out}
+                for number, get in self.grid.replies([*numbers]):
+                    place = numbers[number]
+                    with self.lock:
+                        del place.out[number]
+                        place.busy += 1
+                    self.pool.submit(self._open, place, get)
             except Unreachable as e:
                 self.quiet.warn("", str(e))
-                time.sleep(1)
+                time.sleep(5 * LOOK)
             except Refused as e:
                 self.quiet.warn("", f"{e}; beginning a new run there")
                 self._anew()
             time.sleep(LOOK)
 
+    def _live(self) -> None:
+        """In a thread of its own, as large messages take long: tell the SuperLink that we live."""
+        while not self.rest.wait(ALIVE):
+            with suppress(Unreachable, Refused):  # whoever works finds out by itself
+                self.grid.alive()
+
     def _owes(self) -> bool:
         """Whether a site has not heard yet what was answered."""
         with self.lock:
             places = [*self.places.values()]
-        return any(p.here and (p.ready or p.busy or (p.name and p.out)) for p in places)
+        return any(p.here and (p.ready or p.busy or any(p.out.values())) for p in places)
 
     def _anew(self) -> None:
         """The SuperLink knows nothing of the run any more: begin another, with whatever nodes come."""
@@ -274,85 +286,88 @@ class GridListener:
     def _say(self, place: Place) -> None:
         """Send a node what it is to hear, and enough blank messages for it to answer by."""
         now = time.monotonic()
-        with self.lock:
-            ready, place.ready = place.ready, []
-            waiting = place.busy > 0
         if not place.here or now < place.rest:
-            with self.lock:
-                place.ready = ready + place.ready
             return
+        with self.lock:
+            ready = [*place.ready]
+            waiting = place.busy > 0
         # after an answer a second message, which keeps the node from its sleep of 3 s
         wanted = 2 if ready else 0 if waiting else 1
         while ready or (len(place.out) < wanted and not self.ending):
             header = {"session": self.session, "process": place.process, "again": place.again}
             answers, body = packed(ready)
             number = self.grid.send(place.id, header | {"answers": answers}, body)
-            place.out[number] = now
+            with self.lock:
+                place.out[number] = bool(ready)
+                place.got = 0 if place.again else place.got  # all that is due comes again
+                place.ready = [a for a in place.ready if a not in ready]
             ready, place.again = [], False
 
-    def _take(self, parcel: Parcel) -> None:
-        """A reply: calls to answer, or nothing new."""
-        place = next(p for p in self.places.values() if parcel.reply_to in p.out)
-        del place.out[parcel.reply_to]
-        if parcel.error:
-            self.quiet.warn(place.name, f"node {place.id} ({place.name or 'new'}): {parcel.error}")
-            place.rest, place.again = time.monotonic() + 2, True
-            return
-        told = parcel.header
-        name, process = str(told.get("site")), str(told.get("process"))
-        if process != place.process:
-            place.process, place.got, place.ready = process, 0, []
+    def _open(self, place: Place, get: Callable[[], Parcel]) -> None:
+        """In a thread of its own, as bytes may come slowly and a call for work may wait: one reply."""
         try:
-            self._admit(place, name)
-            calls = [(n, m, d) for n, m, d in split(told.get("calls"), parcel.body)]
+            parcel = get()
+        except (Unreachable, Refused) as e:
+            parcel = Parcel({}, b"", place.id, str(e))
+        try:
+            calls = self._calls(place, parcel)
+            found = [(n, self._answer(place.name, method, data)) for n, method, data in calls]
         except (MessageError, PermissionError) as e:
             self.quiet.warn(place.name, f"turned away node {place.id}: {e}")
-            place.rest = time.monotonic() + 5
-            place.ready = [(n, Refused(str(e))) for n, _, _ in numbered(told.get("calls"))]
-            return
-        new = [c for c in calls if c[0] > place.got]
-        if new:
-            place.got = new[-1][0]
-            place.busy += 1
-            self.pool.submit(self._answer, place, process, new)
-        elif not told.get("busy") and not place.busy and not place.ready and not place.out:
-            place.again = True  # what it waits for was lost on the way
+            place.process = str(parcel.header.get("process"))
+            told = numbered(parcel.header.get("calls"))
+            found = [(n, Refused(str(e))) for n, _, _ in told]
+        with self.lock:
+            place.busy -= 1
+            if place.process == parcel.header.get("process"):
+                place.ready += found
 
-    def _admit(self, place: Place, name: str) -> None:
-        """Raises PermissionError where a node may not speak for a site of this name."""
+    def _calls(self, place: Place, parcel: Parcel) -> list[tuple[int, str, bytes]]:
+        """What is new in a reply; raises PermissionError or MessageError where it may not be."""
+        told = parcel.header
+        name, process = str(told.get("site")), str(told.get("process"))
+        with self.lock:
+            why = parcel.error or self._elsewhere(place, name, process)
+            if why:
+                self.quiet.warn(place.name, f"node {place.id} ({place.name or 'new'}): {why}")
+                place.rest, place.again = time.monotonic() + 2, True
+                return []
+            if process != place.process:
+                place.process, place.got, place.ready = process, 0, []
+            if place.name != name:
+                log.info("node %d is %s", place.id, name)
+            place.name = name
+            calls = [c for c in split(told.get("calls"), parcel.body) if c[0] > place.got]
+            place.got = max([place.got, *(c[0] for c in calls)])
+            idle = place.busy == 1 and not place.ready and not place.out
+            # what it waits for was lost on the way
+            place.again |= idle and not calls and not told.get("busy")
+        return calls
+
+    def _elsewhere(self, place: Place, name: str, process: str) -> str:
+        """Why a site must wait before it can be at this node; raises PermissionError where it never can."""
         if name not in self.names:
             raise PermissionError(f"{wire.short(name)} is not one of this run's sites")
         if self.pinned and self.pinned.get(name) != place.id:
             raise PermissionError(f"{name} is not at node {place.id} by --engine.nodes")
-        others = [p for p in self.places.values() if p is not place and p.name == name]
-        if any(p.here for p in others):
-            raise PermissionError(f"{name} is at node {others[0].id}, which is online")
-        for other in others:
-            other.name = ""
-        if place.name != name:
-            log.info("node %d is %s", place.id, name)
-        place.name = name
+        for other in [p for p in self.places.values() if p is not place and p.name == name]:
+            # a SuperNode that was started again may be another to Flower: the process beside it is not
+            if other.here and other.process != process:
+                return f"{name} is at node {other.id}, which counts as online"
+            other.name = other.process = ""
+        return ""
 
-    def _answer(self, place: Place, process: str, calls: Sequence[tuple[int, str, bytes]]) -> None:
-        """In a thread of its own, as a call for work may wait."""
-        found: list[tuple[int, bytes | Refused]] = []
-        for number, method, data in calls:
-            answer: bytes | Refused
-            try:
-                if method not in METHODS or len(data) > self.limit:
-                    raise MessageError(f"a call {wire.short(method)} of {len(data):,} bytes")
-                answer = self.handle(method, place.name, data)
-            except MessageError as e:
-                self.quiet.warn(place.name, f"refused a message of {place.name}: {e}")
-                answer = Refused(str(e))
-            except Exception as e:
-                log.exception("a call of %s", place.name)
-                answer = Refused(f"the server failed: {type(e).__name__}")
-            found.append((number, answer))
-        with self.lock:
-            place.busy -= 1
-            if place.process == process:
-                place.ready += found
+    def _answer(self, name: str, method: str, data: bytes) -> bytes | Refused:
+        try:
+            if method not in METHODS or len(data) > self.limit:
+                raise MessageError(f"a call {wire.short(method)} of {len(data):,} bytes")
+            return self.handle(method, name, data)
+        except MessageError as e:
+            self.quiet.warn(name, f"refused a message of {name}: {e}")
+            return Refused(str(e))
+        except Exception as e:
+            log.exception("a call of %s", name)
+            return Refused(f"the server failed: {type(e).__name__}")
 
 
 def packed(answers: Sequence[tuple[int, bytes | Refused]]) -> tuple[list[list[Any]], bytes]:

@@ -14,9 +14,10 @@ import io
 import json
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import httpx
@@ -97,11 +98,10 @@ class Door:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A message that came, or why none will: its words, its bytes, and to which message it replies."""
+    """A message that came, or why none will: its words, its bytes, and the node that it is from."""
 
     header: dict[str, Any]
     body: bytes
-    reply_to: str
     node: int
     error: str = ""
 
@@ -163,22 +163,27 @@ class Runtime:
             raise Unreachable("Flower did not take a message")
         return str(number)
 
-    def pull(self, numbers: Sequence[str] = ()) -> list[tuple[Header, Message]]:
-        """Messages that have come, to a server replies to these. Raises Unreachable or Refused."""
+    def pull(self, numbers: Sequence[str] = ()) -> list[tuple[Header, Callable[[], Parcel]]]:
+        """Messages that have come, to a server replies to these, each to be fetched by a call.
+
+        Raises Unreachable or Refused, and so does each call.
+        """
         with told(self.door):
             answer = self.client.PullMessages(PullAppMessagesRequest(message_ids=numbers))
-            node = Node(node_id=self.node)
-            get = make_pull_object_fn_protobuf(self.client.PullObject, node, self.run)
-            thanks = make_confirm_message_received_fn_protobuf(
-                self.client.ConfirmMessageReceived, node, self.run
-            )
-            found = zip(answer.messages_list, answer.message_object_trees, strict=True)
-            # a task may be there a moment before all of its message is
-            patience: dict[str, Any] = {"initial_backoff": 0.05, "backoff_cap": 1.0, "max_time": 300.0}
-            return [
-                (header, pull_and_inflate_object_from_tree(tree, get, thanks, **patience))
-                for header, tree in found
-            ]
+        node = Node(node_id=self.node)
+        get = make_pull_object_fn_protobuf(self.client.PullObject, node, self.run)
+        thanks = make_confirm_message_received_fn_protobuf(
+            self.client.ConfirmMessageReceived, node, self.run
+        )
+        # a message may be there a moment before all of it is
+        patience: dict[str, Any] = {"initial_backoff": 0.05, "backoff_cap": 1.0, "max_time": 300.0}
+
+        def fetch(tree: Any) -> Parcel:
+            with told(self.door):
+                return _parcel(pull_and_inflate_object_from_tree(tree, get, thanks, **patience))
+
+        found = zip(answer.messages_list, answer.message_object_trees, strict=True)
+        return [(header, partial(fetch, tree)) for header, tree in found]
 
     def finish(self, why: str = "") -> None:
         """Give the task back: done, or failed and why. Raises Unreachable or Refused."""
@@ -240,9 +245,10 @@ class Grid:
         )
         return self.runtime.push(make_message(about, content=_packed(header, body)))
 
-    def replies(self, numbers: Sequence[str]) -> list[Parcel]:
-        """What has come for these messages; raises Unreachable or Refused."""
-        return [_parcel(m) for _, m in self.runtime.pull(numbers)] if numbers else []
+    def replies(self, numbers: Sequence[str]) -> list[tuple[str, Callable[[], Parcel]]]:
+        """Replies to these messages, to be fetched by a call each; all may raise Unreachable or Refused."""
+        found = self.runtime.pull(numbers) if numbers else []
+        return [(str(header.metadata.reply_to_message_id), get) for header, get in found]
 
     def close(self) -> None:
         """End the run; raises Unreachable or Refused."""
@@ -265,11 +271,11 @@ class Behind:
         if self.runtime.acquire(TaskType.CLIENT_APP) is None:
             return None
         self.runtime.node = self.runtime.begin()
-        try:
-            ((self.header, message),) = self.runtime.pull()
-        except ValueError:
-            raise Unreachable("the SuperNode has a task without a message") from None
-        return _parcel(message)
+        found = self.runtime.pull()
+        if len(found) != 1:
+            raise Unreachable("the SuperNode has a task without a message")
+        ((self.header, get),) = found
+        return get()
 
     def reply(self, header: dict[str, Any], body: bytes) -> None:
         """Answer the message; raises Unreachable or Refused."""
@@ -339,7 +345,7 @@ def _begun(door: Door) -> int:
 
 
 def _packed(header: dict[str, Any], body: bytes) -> RecordDict:
-    """As few of Flower's objects as can be, each of which is a call or more: small bytes go with the words."""
+    """Few of Flower's objects, each of which is a call or more: small bytes go with the words."""
     words = ConfigRecord({"header": json.dumps(header)})
     if len(body) <= SMALL:
         words["body"] = body
@@ -349,10 +355,9 @@ def _packed(header: dict[str, Any], body: bytes) -> RecordDict:
 
 
 def _parcel(message: Message) -> Parcel:
-    about = message.metadata
-    place = str(about.reply_to_message_id), int(about.src_node_id)
+    node = int(message.metadata.src_node_id)
     if message.has_error():
-        return Parcel({}, b"", *place, error=f"{message.error.code}: {message.error.reason}")
+        return Parcel({}, b"", node, error=f"{message.error.code}: {message.error.reason}")
     try:
         words = message.content[RECORD]
         header = json.loads(str(words["header"]))
@@ -360,8 +365,8 @@ def _parcel(message: Message) -> Parcel:
         if not isinstance(header, dict) or not isinstance(body, bytes):
             raise TypeError("of another form")
     except (KeyError, TypeError, ValueError, RecursionError) as e:
-        return Parcel({}, b"", *place, error=f"no message of fedtorch's ({e})")
-    return Parcel(header, body, *place)
+        return Parcel({}, b"", node, error=f"no message of fedtorch's ({e})")
+    return Parcel(header, body, node)
 
 
 server_app, client_app = ServerApp(), ClientApp()
