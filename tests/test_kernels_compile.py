@@ -1,4 +1,4 @@
-import re
+import ast
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -7,12 +7,24 @@ import numpy as np
 import pytest
 
 import fedtorch.kernels
-from fedtorch.kernels.compile import COMPILING, PARTS, available, compiled, loops, telling
+from fedtorch.kernels.compile import (
+    COMPILING,
+    _text,
+    available,
+    compiled,
+    digest_of,
+    loops,
+    telling,
+    used,
+)
 from fedtorch.run.console import Remarks
 
 if not available():
     pytest.skip("what is tested here is machine code by numba", allow_module_level=True)
 from numba.core.caching import IndexDataCacheFile
+
+from fedtorch.kernels import closing, products, sparse
+from fedtorch.privacy.noise.normals import fused
 
 KERNELS = Path(fedtorch.kernels.__file__).parent
 
@@ -78,24 +90,46 @@ def test_a_version_that_was_not_written_to_the_end_is_not_the_one_before(tmp_pat
     assert run(30.0) == 30
 
 
-def test_what_compiles_loops_is_part_of_what_is_kept(monkeypatch, tmp_path, fresh):
-    before = compiled(total).__qualname__
-    other = tmp_path / "lanes.py"
-    other.write_text("# otherwise")
-    monkeypatch.setattr("fedtorch.kernels.compile.PARTS", (other,))
-    compiled.cache_clear()
-    assert compiled(total).__qualname__ != before
-    assert compiled(total).__qualname__ != compiled(total, exact=True).__qualname__
-
-
-def test_a_loop_of_another_file_that_is_called_is_part_of_what_is_kept():
-    callers = [p for p in KERNELS.glob("*.py") if "machine_code" in p.read_text("utf-8")]
-    called = {
-        n
-        for p in callers
-        for n in re.findall(r"from fedtorch\.kernels\.(\w+)", p.read_text("utf-8"))
+@pytest.mark.parametrize(
+    ("changed", "anew"),
+    [
+        ("compile", {"total", "less", "step", "compress", "fused"}),
+        ("vector", {"less", "step", "compress"}),
+        ("products", {"less", "step"}),
+        ("processor", {"fused"}),
+        ("loops", set()),
+    ],
+)
+def test_a_changed_file_is_compiled_anew_with_those_that_call_it_and_nothing_else(
+    changed, anew, monkeypatch
+):
+    loops = {
+        f.__name__: f
+        for f in (
+            total,
+            products.less.py_func,
+            closing.step.py_func,
+            sparse.compress.py_func,
+            fused,
+        )
     }
-    assert {"vector", "products"} <= called <= {p.stem for p in PARTS}
+    before = {name: digest_of(loop, False) for name, loop in loops.items()}
+    assert digest_of(total, True) != before["total"]
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda p: read(p) + b"#" * (p.stem == changed))
+    _text.cache_clear()
+    found = {name: digest_of(loop, False) for name, loop in loops.items()}
+    _text.cache_clear()
+    assert {name for name in loops if found[name] != before[name]} == anew
+
+
+def test_whatever_a_file_of_loops_imports_from_beside_it_is_found():
+    for path in [p for p in KERNELS.glob("*.py") if "@machine_code" in p.read_text("utf-8")]:
+        tree = ast.parse(path.read_text("utf-8"))
+        named = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        named |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        beside = {str(n).rpartition(".")[2] for n in named if str(n).startswith("fedtorch")}
+        assert beside and beside <= {p.stem for p in used(path.read_bytes())}
 
 
 def test_the_first_loop_to_be_compiled_is_told_once_and_kept_in_the_cache_folder(

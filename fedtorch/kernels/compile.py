@@ -7,6 +7,7 @@ NaN and infinity are what they were.
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
@@ -17,9 +18,7 @@ from typing import Any, TypeVar, cast
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
-PARTS = tuple(sorted(Path(__file__).parent.glob("*.py")))
-"""What loops are compiled by, and whatever of each other's they call."""
-
+HERE = Path(__file__)
 
 COMPILING = "loops are compiled for this processor, which takes ten seconds or so, once"
 
@@ -110,10 +109,27 @@ def digest_of(loop: FunctionType, exact: bool) -> str:
     killed while it writes leaves the old one there for good, and that may be of noise.
     """
     own = Path(loop.__code__.co_filename)
-    found = _read(PARTS) + (own.read_bytes() if own.is_file() else b"") + bytes([exact])
+    text = own.read_bytes() if own.is_file() else b""
+    found = b"".join(_text(p) for p in sorted(used(text))) + text + bytes([exact])
     return sha256(found).hexdigest()[:12]
 
 
+def used(text: bytes) -> set[Path]:
+    """This file, and those beside it that a loop's file imports from, and they: they end up in its code."""
+    found, new = set[Path](), {HERE} | _imported(text)
+    while new:
+        file = new.pop()
+        found.add(file)
+        new |= _imported(_text(file)) - found
+    return found
+
+
 @cache
-def _read(paths: tuple[Path, ...]) -> bytes:
-    return b"".join(p.read_bytes() for p in paths)
+def _imported(text: bytes) -> set[Path]:
+    names = re.findall(rb"^from fedtorch\.kernels\.(\w+) import", text, re.M)
+    return {HERE.with_name(f"{name.decode()}.py") for name in names}
+
+
+@cache
+def _text(file: Path) -> bytes:
+    return file.read_bytes()
