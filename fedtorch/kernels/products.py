@@ -1,7 +1,8 @@
 """Loops of the fast path that are compiled; only to be imported where numba is installed.
 
 Sums stay in registers: two rows at a time against four registers, or four rows, of the other matrix, which
-is as much as an AVX-512 processor can keep busy with. Matrices are flat, with places counted in numbers.
+is as much as an AVX-512 processor can keep busy with; where registers are shorter it is done in two halves,
+which changes no bit. Matrices are flat, with places counted in numbers.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from fedtorch.kernels.compile import machine_code
 from fedtorch.kernels.vector import (
+    HALVES,
     WIDTH,
     added,
     load,
@@ -86,6 +88,11 @@ def less_wide(
 ) -> None:
     """Four registers each of two rows, ``given`` in z and written ``to`` out, whose factors are g and h."""
     (c, d), (keep, rate) = given, by
+    if HALVES:
+        _less_two(z, (c, d), out, to, g, h, Y, t, q, some, by)
+        given, to = (c + W2, d + W2), (to[0] + W2, to[1] + W2)
+        _less_two(z, given, out, to, g, h, Y, t + W2, q, some, by)
+        return
     zero = none(z)
     a0, a1 = scaled(zero, keep, load(z, c)), scaled(zero, keep, load(z, c + W))
     a2, a3 = scaled(zero, keep, load(z, c + W2)), scaled(zero, keep, load(z, c + W3))
@@ -99,6 +106,36 @@ def less_wide(
         b0, b1, b2, b3 = scaled(b0, v, y0), scaled(b1, v, y1), scaled(b2, v, y2), scaled(b3, v, y3)
     _store_wide(out, to[0], a0, a1, a2, a3)
     _store_wide(out, to[1], b0, b1, b2, b3)
+
+
+@machine_code
+def _less_two(
+    z: Any,
+    given: Any,
+    out: Any,
+    to: Any,
+    g: Any,
+    h: Any,
+    Y: Any,
+    t: Place,
+    q: Place,
+    some: Any,
+    by: Any,
+) -> None:
+    """Half as many."""
+    (c, d), (keep, rate) = given, by
+    zero = none(z)
+    a0, a1 = scaled(zero, keep, load(z, c)), scaled(zero, keep, load(z, c + W))
+    b0, b1 = scaled(zero, keep, load(z, d)), scaled(zero, keep, load(z, d + W))
+    for j in some:
+        r = np.uint64(j) * q + t
+        y0, y1 = load(Y, r), load(Y, r + W)
+        u, v = rate * g[j], rate * h[j]
+        a0, a1, b0, b1 = scaled(a0, u, y0), scaled(a1, u, y1), scaled(b0, v, y0), scaled(b1, v, y1)
+    store(out, to[0], a0)
+    store(out, to[0] + W, a1)
+    store(out, to[1], b0)
+    store(out, to[1] + W, b1)
 
 
 @machine_code
@@ -187,6 +224,10 @@ def dots(
     x: Any, a: Place, b: Place, X: Any, r0: Place, r1: Place, r2: Place, r3: Place, q: Place
 ) -> Any:
     """Products of two rows of x with four of X, eight numbers."""
+    if HALVES:
+        a0, a1, b0, b1 = _dots_two(x, a, b, X, r0, r1, q)
+        a2, a3, b2, b3 = _dots_two(x, a, b, X, r2, r3, q)
+        return a0, a1, a2, a3, b0, b1, b2, b3
     zero = none(x)
     a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
     t = np.uint64(0)
@@ -207,6 +248,25 @@ def dots(
     return (
         added(a0), added(a1), added(a2), added(a3), added(b0), added(b1), added(b2), added(b3),
     )  # fmt: skip
+
+
+@machine_code
+def _dots_two(x: Any, a: Place, b: Place, X: Any, r0: Place, r1: Place, q: Place) -> Any:
+    """With two of them."""
+    zero = none(x)
+    a0, a1, b0, b1 = zero, zero, zero, zero
+    t = np.uint64(0)
+    while t < q:
+        m = min(q - t, W)
+        if m == W:
+            u, v, y0, y1 = load(x, a + t), load(x, b + t), load(X, r0 + t), load(X, r1 + t)
+        else:
+            u, v = load_some(x, a + t, m), load_some(x, b + t, m)
+            y0, y1 = load_some(X, r0 + t, m), load_some(X, r1 + t, m)
+        a0, a1 = multiplied(a0, u, y0), multiplied(a1, u, y1)
+        b0, b1 = multiplied(b0, v, y0), multiplied(b1, v, y1)
+        t += W
+    return added(a0), added(a1), added(b0), added(b1)
 
 
 @machine_code

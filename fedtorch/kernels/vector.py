@@ -9,12 +9,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
-from numba.core import cgutils, extending, types
+from llvmlite import binding, ir
+from numba.core import cgutils, config, extending, types
 from numba.core.extending import models, register_model
 from numba.np.arrayobj import make_array
 
 WIDTH = 16
+
+HOST = binding.get_host_cpu_features().flatten()
+HALVES = "+avx512f" not in (HOST if config.CPU_FEATURES is None else config.CPU_FEATURES)
+"""Whether sixteen numbers take several registers: then half as many sums at a time stay in them."""
 
 # as numba types it, the functions could not be called from loops
 intrinsic: Callable[[Callable[..., Any]], Any] = extending.intrinsic
