@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -67,9 +69,13 @@ def test_what_no_noise_would_cover_is_refused():
 
 
 def test_a_plan_that_cannot_stand_alone_is_refused(tmp_path):
-    for plan in (SampleLevel(rounds=3), ClientLevel(rounds=3)):
-        with pytest.raises(ConfigError, match=f"LocalDP, not {type(plan).__name__}"):
-            Budget(tmp_path, plan)
+    with pytest.raises(ConfigError, match="SampleLevel, not ClientLevel"):
+        Budget(tmp_path, ClientLevel(rounds=3))
+    rows = SampleLevel(noise_multiplier=1.0)
+    with pytest.raises(ConfigError, match="LocalDP, not SampleLevel"):
+        Budget(tmp_path, rows, most=1.0).release({"w": torch.zeros(2)}, 0)
+    with pytest.raises(ConfigError, match="LocalDP, not SampleLevel"):
+        release({"w": torch.zeros(2)}, rows, Silent())
     with pytest.raises(ConfigError, match="for how many rounds"):
         Budget(tmp_path, LocalDP(epsilon=8.0))
     with pytest.raises(ConfigError, match="give most"):
@@ -110,6 +116,62 @@ def test_a_release_is_charged_before_anything_is_made(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         budget.release({"w": torch.zeros(2)}, 0)
     assert len(Ledger.look(budget.path)) == 1
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from fedtorch.privacy import Budget, LocalDP, alone
+
+plan = LocalDP(noise_multiplier=20.0, accountant="rdp")
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def child(folder, out, patch):
+    alone.note = die if patch == "note" else alone.note
+    LocalDP.noised = die if patch == "noised" else LocalDP.noised
+    budget = Budget(folder, plan, most=1e3)
+    for r in range(10**6):
+        sent = budget.release({"w": torch.ones(2)}, r)
+        if patch == "send":
+            die()
+        os.write(out, b".")
+
+for k, patch in enumerate(sys.argv[2:]):
+    folder = f"{sys.argv[1]}/{k}"
+    Budget(folder, plan, most=1e3).charge(0)
+    reads, writes = os.pipe()
+    if not (pid := os.fork()):
+        os.close(reads)
+        child(folder, writes, patch)
+    os.close(writes)
+    got = b""
+    if patch.isdigit():
+        while len(got) < int(patch):
+            got += os.read(reads, 1)
+        os.kill(pid, signal.SIGKILL)
+    while more := os.read(reads, 99):
+        got += more
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    print(len(got), flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_no_release_uncharged(tmp_path):
+    moments = ["note", "noised", "send", "1", "2", "5"]
+    command = [sys.executable, "-c", KILLED, str(tmp_path), *moments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    for k, sent in enumerate(map(int, run.stdout.split())):
+        budget = Budget(tmp_path / str(k), LocalDP(noise_multiplier=20.0), most=1e3)
+        before = len(Ledger.look(budget.path))
+        # one before the kill, all that left, and at most one that did not
+        assert 1 + sent <= before <= 2 + sent + (moments[k] == "note")
+        assert before >= 2 or moments[k] == "note"
+        budget.charge(7)
+        assert len(Ledger.look(budget.path)) == before + 1
+    assert k == len(moments) - 1
 
 
 def test_each_release_has_noise_of_its_own(tmp_path):

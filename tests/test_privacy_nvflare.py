@@ -11,6 +11,8 @@ import torch
 from scipy import stats
 
 from fedtorch.privacy import Budget, LocalDP
+from fedtorch.privacy.accounting.ledger import Ledger
+from fedtorch.privacy.answers import leave_receipt
 from fedtorch.types import ConfigError
 
 pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
@@ -21,7 +23,7 @@ from nvflare.apis.fl_constant import ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 
-from fedtorch.privacy.nvflare import PrivateRelease
+from fedtorch.privacy.nvflare import PrivatelyTrained, PrivateRelease
 
 OPTIONS = {"epsilon": 8.0, "rounds": 3, "clip": 0.5}
 PLAN = LocalDP(**OPTIONS)
@@ -31,10 +33,10 @@ SENT = {"w": np.full((2, 2), 3.0, np.float32), "seen": np.array(7)}
 class Site:
     """A site's two filters, as NVFLARE calls them for one task after the other."""
 
-    def __init__(self, folder, name="north", **options) -> None:
+    def __init__(self, folder, name="north", kind=PrivateRelease, **options) -> None:
         self.name = name
         chains = (FilterChainType.TASK_DATA_CHAIN, FilterChainType.TASK_RESULT_CHAIN)
-        self.incoming, self.outgoing = (PrivateRelease(str(folder), **options) for _ in chains)
+        self.incoming, self.outgoing = (kind(str(folder), **options) for _ in chains)
         for made, chain in zip((self.incoming, self.outgoing), chains, strict=True):
             made.set_prop(FilterContextKey.CHAIN_TYPE, chain)
 
@@ -150,6 +152,31 @@ def test_a_ledger_that_each_job_would_begin_anew_is_refused():
         PrivateRelease("state", **OPTIONS)
 
 
+def test_what_private_training_has_let_go_passes_to_the_bit_and_nothing_else(tmp_path):
+    site = Site(tmp_path, kind=PrivatelyTrained)
+    trained = {"w": SENT["w"] + 1, "seen": torch.tensor(7)}
+    with pytest.raises(ContentBlockedException, match="has released last"):
+        site.answer(weights(trained))
+    (tmp_path / "north").mkdir()
+    leave_receipt(tmp_path / "north", {"seen": trained["seen"], "w": torch.tensor(trained["w"])})
+    out = site.answer(weights(trained, NUM_STEPS_CURRENT_ROUND=12), round=5)
+    found = from_shareable(out)
+    assert (found.data["w"] == trained["w"]).all() and found.data["seen"] == 7
+    assert found.meta == {} and out.get_header("current_round") == 5
+    for other in [
+        weights(trained | {"w": SENT["w"]}),
+        weights({"w": trained["w"]}),
+        weights(trained, DataKind.WEIGHT_DIFF),
+        weights({"loss": 0.25}, DataKind.METRICS),
+        weights(trained | {"w": [1.0]}),
+        Shareable(trained),
+    ]:
+        with pytest.raises(ContentBlockedException):
+            site.answer(other)
+    with pytest.raises(ContentBlockedException, match="has released last"):
+        Site(tmp_path, "south", kind=PrivatelyTrained).answer(weights(trained))
+
+
 def test_a_filter_without_a_limit_is_refused_as_it_is_made(tmp_path):
     for options, why in [
         ({"noise_multiplier": 1.0}, "give most"),
@@ -176,36 +203,91 @@ while flare.is_running():
     params = {name: value + 1.0 for name, value in task.params.items()}
     flare.send(flare.FLModel(params=params, metrics={"accuracy": 1.0}))
 """
+VISITS = """
+import sys
+import nvflare.client as flare
+import torch
+from torch import nn
+from fedtorch import Recipe
+from fedtorch.privacy import SampleLevel
+from fedtorch.sites.inside import PrivateVisits
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.numpy_key = nn.Parameter(torch.zeros(40, 50))
+
+    def forward(self, x):
+        return x @ self.numpy_key.T
+
+flare.init()
+site = flare.get_site_name()
+plan = SampleLevel(noise_multiplier=2.0, steps=2, sample_rate=0.5, batch_size=4.0)
+recipe = Recipe(loss=lambda out, y: 0 * out.sum(1), privacy=plan, lr=1.0)
+data = torch.ones(8, 50), torch.zeros(8)
+visits = PrivateVisits(Net(), data, recipe, f"{sys.argv[1]}/{site}", site=site, most=50.0)
+while flare.is_running():
+    task = flare.receive()
+    params = visits.visit(task.params, task.current_round)
+    flare.send(flare.FLModel(params=params, metrics={"accuracy": 1.0}))
+"""
 JOB = """
+import json, sys
+from pathlib import Path
 from nvflare.app_common.np.np_model_persistor import NPModelPersistor
 from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.job_config.api import FedJob
 from nvflare.job_config.defs import FilterType
 from nvflare.job_config.script_runner import FrameworkType, ScriptRunner
-from fedtorch.privacy.nvflare import PrivateRelease
+from nvflare.private.fed.app.simulator.simulator_runner import SimulatorRunner
+from fedtorch.privacy.nvflare import PrivatelyTrained, PrivateRelease
 if __name__ == "__main__":
-    job = FedJob(name="job", min_clients=2)
+    state = sys.argv[1]
+    release = PrivateRelease(state, epsilon=8.0, rounds=10, clip=0.5)
+    sites = {
+        "site-1": ("train.py", release),
+        "site-2": ("train.py", None),
+        "site-3": ("visits.py", PrivatelyTrained(state)),
+    }
+    job = FedJob(name="job", min_clients=3)
     job.to_server(NPModelPersistor(model=[[0.0] * 50] * 40), id="persistor")
-    job.to_server(FedAvg(num_clients=2, num_rounds=3, persistor_id="persistor", ignore_result_error=True))
-    job.to_clients(ScriptRunner(script="train.py", framework=FrameworkType.NUMPY))
-    for kind in (FilterType.TASK_DATA, FilterType.TASK_RESULT):
-        made = PrivateRelease(FOLDER, epsilon=8.0, rounds=3, clip=0.5)
-        job.to_clients(made, filter_type=kind, tasks=["train"])
-    job.simulator_run("work", n_clients=2)
+    asked = dict(ignore_result_error=True, task_check_period=0.05)
+    job.to_server(FedAvg(num_clients=3, num_rounds=10, persistor_id="persistor", **asked))
+    for site, (script, made) in sites.items():
+        job.to(ScriptRunner(script=script, script_args=state, framework=FrameworkType.NUMPY), site)
+        for kind in (FilterType.TASK_DATA, FilterType.TASK_RESULT):
+            if made is not None:
+                job.to(made, site, filter_type=kind, tasks=["train"])
+    job.export_job("jobs")
+    [path] = Path("jobs").rglob("config_fed_server.json")
+    quick = {"server": {"task_request_interval": 0.1}}  # two seconds after each task else
+    path.write_text(json.dumps(json.loads(path.read_text()) | quick))
+    sys.exit(SimulatorRunner("jobs/job", "work", clients=",".join(sites), n_clients=3, threads=3).run())
 """
 
 
 def test_a_job_in_the_simulator_goes_on_without_the_site_that_has_spent_all(tmp_path):
-    one, other = (Budget(tmp_path / "state" / s, PLAN, site=s) for s in ("site-1", "site-2"))
-    other.charge(0), other.charge(1)  # by an earlier job
-    (tmp_path / "train.py").write_text(TRAIN)
-    (tmp_path / "job.py").write_text(JOB.replace("FOLDER", repr(str(tmp_path / "state"))))
-    command = [sys.executable, "job.py"]
+    plan = LocalDP(epsilon=8.0, rounds=10, clip=0.5)
+    one = Budget(tmp_path / "state" / "site-1", plan, site="site-1")
+    for round in range(4):
+        one.charge(round)  # by an earlier job
+    for name, script in [("train.py", TRAIN), ("visits.py", VISITS), ("job.py", JOB)]:
+        (tmp_path / name).write_text(script)
+    command = [sys.executable, "job.py", str(tmp_path / "state")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert [b.spent for b in (one, other)] == [pytest.approx(8.0, abs=1e-3)] * 2
-    assert "site-2 would have spent epsilon" in done.stdout + done.stderr
+    # with the filter, without it, and trained privately: what each has charged
+    assert one.spent == pytest.approx(8.0, abs=1e-2)
+    assert "site-1 would have spent epsilon" in done.stdout + done.stderr
+    charged = [p.parent.name for p in (tmp_path / "state").rglob("*.jsonl")]
+    assert sorted(charged) == ["site-1", "site-3"]
+    rows = tmp_path / "state" / "site-3" / "ledger-example.jsonl"
+    assert len(Ledger.look(rows)) == len(Ledger.look(one.path)) == 10
     [kept] = (tmp_path / "work").rglob("server.npy")
-    # the mean of two, then one alone, twice: the last is 3 changes clipped to .5, with their noise
-    scale = 2 * 0.5 * PLAN.calibrated(3) * 2.5**0.5
-    assert abs(np.load(kept).std() / scale - 1) < 0.1
+    # 6 rounds of a mean of three, then 4 of two: site-2's whole steps of 1, and what is left of site-1's
+    shares = np.array([1 / 3] * 6 + [1 / 2] * 4)
+    moved = shares.sum() + 6 / 3 * 0.5 / 2000**0.5
+    by_release = 2 * 0.5 * plan.calibrated(10) * np.linalg.norm(shares[:6])
+    by_steps = 2**0.5 * 2.0 / 4 * np.linalg.norm(shares)
+    told = (np.load(kept).astype(float).ravel() - moved) / np.hypot(by_release, by_steps)
+    assert stats.kstest(told, stats.norm.cdf).pvalue > 1e-4

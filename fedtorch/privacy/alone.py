@@ -17,8 +17,10 @@ from torch import Tensor
 from fedtorch import disk
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.accounting.owned import note, opened, untouched
+from fedtorch.privacy.base import Privacy
 from fedtorch.privacy.local import LocalDP
 from fedtorch.privacy.noise.streams import Stream
+from fedtorch.privacy.sample import SampleLevel
 from fedtorch.types import ConfigError, OverBudget
 
 Numbers = TypeVar("Numbers", Tensor, np.ndarray)
@@ -40,15 +42,29 @@ def release(update: Mapping[str, Numbers], plan: LocalDP, stream: Stream) -> dic
     of the plan is in units of that (``LocalDP``). Raises ConfigError where a part is not made of floats,
     which no noise would cover, or the plan does not say how much noise there is.
     """
-    return _noised(update, _exact(update), plan, stream)
+    return _noised(update, _exact(update), hiding_all(plan), stream)
 
 
-def multiplier(plan: LocalDP) -> float:
-    """Noise multiplier of a plan that stands alone; raises ConfigError where it is not one that can."""
+def hiding_all(plan: Privacy) -> LocalDP:
+    """The plan, where it hides a site's whole data; raises ConfigError for others."""
     if type(plan) is not LocalDP:
         raise ConfigError(
-            "a release alone hides a site's whole data from everybody, by LocalDP, not "
-            f"{type(plan).__name__}: other plans need their own batches, or a server that is trusted"
+            f"a release hides a site's whole data, by LocalDP, not {type(plan).__name__}: single examples "
+            "are hidden in the training itself (fedtorch.sites.inside)"
+        )
+    return plan
+
+
+def multiplier(plan: Privacy) -> float:
+    """Noise multiplier of a plan that stands alone; raises ConfigError where it is not one that can."""
+    if type(plan) not in (LocalDP, SampleLevel):
+        raise ConfigError(
+            "a site alone promises what its own noise keeps, by LocalDP or, where fedtorch trains, "
+            f"SampleLevel, not {type(plan).__name__}: others need a server that is trusted, or other sites"
+        )
+    if plan.metrics_epsilon or plan.statistics_noise:
+        raise ConfigError(
+            "a site alone tells no figures: leave out metrics_epsilon and statistics_noise"
         )
     if plan.noise_multiplier is None and plan.rounds is None:
         raise ConfigError(
@@ -58,7 +74,7 @@ def multiplier(plan: LocalDP) -> float:
     return plan.calibrated(plan.rounds or 1)
 
 
-def limit(plan: LocalDP, most: float | None) -> float:
+def limit(plan: Privacy, most: float | None) -> float:
     """Epsilon that may be spent; raises ConfigError where neither the plan nor ``most`` says how much."""
     most = plan.target if most is None else most
     if most is None or not 0 < most < math.inf:
@@ -73,25 +89,31 @@ class Budget:
     """What a site's updates have cost over all runs, in its own folder, and the most that they may."""
 
     def __init__(
-        self, folder: Path | str, plan: LocalDP, *, site: str = "site", most: float | None = None
+        self,
+        folder: Path | str,
+        plan: Privacy,
+        *,
+        site: str = "site",
+        most: float | None = None,
     ) -> None:
         """Read what was spent, in ``folder``, which is made where there is none.
 
         ``plan`` says how much is charged each time, and by its epsilon how much there is in all; ``most``
         is another limit, and must be given where the plan has a noise multiplier in place of an epsilon.
+        Plans of both kinds have a ledger each, and what one has spent the other lacks.
         Raises ConfigError where there is no limit, or the ledger was damaged or is another site's.
         """
         self.folder, self.plan, self.site = Path(folder), plan, site
         self.event = plan.event(multiplier(plan))
         self.most = limit(plan, most)
-        self.path = self.folder / "ledger-client.jsonl"
-        if not untouched(self.path):
-            opened(self.path, plan.unit, site)
+        self.path = self.folder / f"ledger-{plan.unit}.jsonl"
+        for unit, path in self._kept():
+            opened(path, unit, site)
 
     @property
     def spent(self) -> float:
-        """Epsilon of all that was charged here, at the plan's delta."""
-        return 0.0 if untouched(self.path) else self._priced(Ledger.look(self.path))
+        """Epsilon of all that was charged here, at the plan's delta; of plans of both kinds, the sum."""
+        return sum(self._priced(Ledger.look(path)) for _, path in self._kept())
 
     def charge(self, round: int) -> float:
         """Enter one release, of which nothing may have left yet; when this returns it is on disk.
@@ -102,26 +124,26 @@ class Budget:
         """
         with self._held():
             ledger = opened(self.path, self.plan.unit, self.site)
-            if not self._has_room(ledger):
-                cost = ledger.would_spend([self.event], [self.site], *self._terms)
+            others = sum(self._priced(Ledger.look(p)) for _, p in self._kept() if p != self.path)
+            if not self._has_room(ledger, others):
+                cost = others + ledger.would_spend([self.event], [self.site], *self._terms)
+                so_far = others + self._priced(ledger)
                 raise OverBudget(
                     f"round {round}: {self.site} would have spent epsilon {cost:.4f} in all, more than "
-                    f"its {self.most:g}; so far it is {self._priced(ledger):.4f}, and no more leaves it"
+                    f"its {self.most:g}; so far it is {so_far:.4f}, and no more leaves it"
                 )
             ledger.charge(round, self.event, [self.site])
             note(self.path, ledger, self.site)
-            return self._priced(ledger)
+            return others + self._priced(ledger)
 
     def release(self, update: Mapping[str, Numbers], round: int) -> dict[str, Numbers]:
         """Charge, then clip and noise (``release``, which says what comes back and what is refused).
 
         What is refused is not charged; what is charged stays charged.
         """
-        exact = _exact(update)
+        plan, exact = hiding_all(self.plan), _exact(update)
         spent = self.charge(round)
-        return _noised(
-            update, exact, self.plan, self.plan.stream("release", self.site, round, repr(spent))
-        )
+        return _noised(update, exact, plan, plan.stream("release", self.site, round, repr(spent)))
 
     @property
     def _terms(self) -> tuple[float, str]:
@@ -130,14 +152,19 @@ class Budget:
     def _priced(self, ledger: Ledger) -> float:
         return ledger.spent(*self._terms)
 
-    def _has_room(self, ledger: Ledger) -> bool:
+    def _kept(self) -> list[tuple[str, Path]]:
+        """Ledgers here in which something was charged, and their units."""
+        found = [(u, self.folder / f"ledger-{u}.jsonl") for u in ("example", "client")]
+        return [(unit, path) for unit, path in found if not untouched(path)]
+
+    def _has_room(self, ledger: Ledger, others: float) -> bool:
         plan, noise = self.plan, self.event.noise
-        if plan.rounds and plan.planned(noise, plan.rounds) <= self.most:
+        if plan.rounds and not others and plan.planned(noise, plan.rounds) <= self.most:
             # the last planned round must not fail by a rounding of the accountant
             whole = plan.whole(noise, plan.rounds, None)
             if ledger.within(whole, [self.event], [self.site]):
                 return True
-        return ledger.fits([self.event], [self.site], self.most, *self._terms)
+        return ledger.fits([self.event], [self.site], self.most - others, *self._terms)
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -166,7 +193,7 @@ def _noised(
     update: Mapping[str, Numbers], exact: dict[str, Tensor], plan: LocalDP, stream: Stream
 ) -> dict[str, Numbers]:
     sent = plan.noised({"delta": exact}, plan.clip, multiplier(plan), [stream])["delta"]
-    return {name: _like(sent[name][0], v) for name, v in update.items()}
+    return {name: alike(sent[name][0], v) for name, v in update.items()}
 
 
 def _floats(name: str, value: Tensor | np.ndarray) -> Tensor:
@@ -178,7 +205,8 @@ def _floats(name: str, value: Tensor | np.ndarray) -> Tensor:
     return v.detach().double()
 
 
-def _like(value: Tensor, old: Numbers) -> Numbers:
+def alike(value: Tensor, old: Numbers) -> Numbers:
+    """Of the kind, type and device of ``old``."""
     if isinstance(old, Tensor):
         return value.to(old.device, old.dtype)
     return value.numpy().astype(np.asarray(old).dtype)

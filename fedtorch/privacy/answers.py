@@ -1,14 +1,21 @@
 """What a site of another framework answers: weights about those that it was sent, released."""
 
+import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch import disk
 from fedtorch.privacy.alone import Budget
 from fedtorch.types import ConfigError
+
+RECEIPT = "released.sha256"
+"""In a budget's folder: what private training at this site has released last."""
 
 
 def answer(
@@ -28,7 +35,7 @@ def answer(
     for name, value in result.items():
         if name not in sent:
             raise ConfigError(f"{name} is in the result, and the server never sent it")
-        new, old = _tensor(name, value), _tensor(name, sent[name])
+        new, old = tensor(name, value), tensor(name, sent[name])
         if new.shape != old.shape:
             raise ConfigError(
                 f"{name} has shape {tuple(new.shape)}, and was sent with {tuple(old.shape)}"
@@ -36,19 +43,44 @@ def answer(
         if old.is_floating_point():
             update[name] = new.double() - old.double() if full else new.double()
     released = budget.release(update, round)
-    about = {name: _tensor(name, sent[name]) for name in sent if name in result}
+    about = {name: tensor(name, sent[name]) for name in sent if name in result}
     return {
         name: _plus(old if full else torch.zeros_like(old), released.get(name))
         for name, old in about.items()
     }
 
 
-def _tensor(name: str, value: Any) -> Tensor:
+def tensor(name: str, value: Any) -> Tensor:
+    """On the CPU; raises ConfigError for what is no array of numbers."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
     if isinstance(value, np.ndarray | np.number) and value.dtype.kind in "fiub":
         return torch.from_numpy(np.array(value))
     raise ConfigError(f"{name} is a {type(value).__name__}, not an array of numbers")
+
+
+def leave_receipt(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write down what a site's own private training has released last: a filter knows it again."""
+    disk.replace(folder / RECEIPT, digest(weights) + "\n")
+
+
+def has_receipt(folder: Path, weights: Mapping[str, Tensor]) -> bool:
+    """Whether it is these weights, to the bit."""
+    try:
+        return disk.regular(folder / RECEIPT).read_text(encoding="utf-8").strip() == digest(weights)
+    except (OSError, ValueError):
+        return False
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and bits, in any order."""
+    made = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        about = [name, str(value.dtype), [*value.shape]]
+        made.update(json.dumps(about).encode() + b"\n")
+        made.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+    return made.hexdigest()
 
 
 def _plus(old: Tensor, change: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
-"""A filter for NVFLARE sites: what a site trained leaves clipped, noised and charged, or it does not leave.
+"""Filters for NVFLARE sites: what a site trained leaves noised and charged, or it does not leave.
 
-NVFLARE's own base class of filters hands on whatever it cannot read. This one blocks it.
+NVFLARE's own base class of filters hands on whatever it cannot read. These block it.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from nvflare.app_common.app_constant import AppConstants
 from torch import Tensor
 
 from fedtorch.privacy.alone import Budget, limit, multiplier
-from fedtorch.privacy.answers import answer
+from fedtorch.privacy.answers import answer, has_receipt, tensor
 from fedtorch.privacy.local import LocalDP
 from fedtorch.types import ConfigError, OverBudget
 
@@ -26,7 +26,53 @@ ROUNDS = (AppConstants.START_ROUND, AppConstants.CURRENT_ROUND, AppConstants.NUM
 """Headers that go back as the server sent them; all others stay at the site."""
 
 
-class PrivateRelease(Filter):  # type: ignore[misc]
+class Gate(Filter):  # type: ignore[misc]
+    """What both filters below do: they remember the task, and of a result nothing passes but weights."""
+
+    def __init__(self, folder: str) -> None:
+        """Ledgers are below ``folder``, each in a folder named after its site."""
+        super().__init__()
+        if not Path(folder).is_absolute():
+            raise ConfigError(
+                f"the filter's folder {folder} must be an absolute path: NVFLARE runs each job in a "
+                "folder of its own, where a new ledger would begin"
+            )
+        self.folder = folder  # NVFLARE writes a job's filters down by the names of their arguments
+
+    def let_go(self, result: DXO, task: Shareable, fl_ctx: FLContext) -> dict[str, Tensor]:
+        """The weights that may leave; raises ConfigError or OverBudget where none may."""
+        raise NotImplementedError
+
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """What may leave in place of ``shareable``; raises ContentBlockedException where nothing may."""
+        if self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
+            fl_ctx.set_prop(SENT, shareable, private=True, sticky=False)
+            return shareable
+        code = shareable.get_return_code()
+        if code != ReturnCode.OK:
+            return make_reply(code)
+        try:
+            result, task = _weights(shareable, "the result"), fl_ctx.get_prop(SENT)
+            if task is None:
+                raise ConfigError(
+                    "the filter did not see the task: name it under task_data_filters as well"
+                )
+            released = self.let_go(result, task, fl_ctx)
+        except (ConfigError, OverBudget) as e:
+            self.log_error(fl_ctx, f"nothing leaves: {e}", fire_event=False)
+            raise ContentBlockedException(str(e)) from e
+        data = {
+            name: v if isinstance(result.data[name], Tensor) else v.numpy()
+            for name, v in released.items()
+        }
+        reply = make_reply(ReturnCode.OK)
+        for header in ROUNDS:
+            if task.get_header(header) is not None:
+                reply.set_header(header, task.get_header(header))
+        return DXO(result.data_kind, data).update_shareable(reply)
+
+
+class PrivateRelease(Gate):
     """Clips and noises a site's weights, and charges them to the site's own ledger before they leave.
 
     To be named in the ``privacy.json`` of the site, twice in every scope: under ``task_data_filters``,
@@ -56,14 +102,8 @@ class PrivateRelease(Filter):  # type: ignore[misc]
         The ledger is in ``folder``, in one named after the site. Raises ConfigError where there is no limit
         or no such plan.
         """
-        super().__init__()
-        if not Path(folder).is_absolute():
-            raise ConfigError(
-                f"the filter's folder {folder} must be an absolute path: NVFLARE runs each job in a "
-                "folder of its own, where a new ledger would begin"
-            )
-        # NVFLARE writes a job's filters down by these names
-        self.folder, self.rounds, self.most = folder, rounds, most
+        super().__init__(folder)
+        self.rounds, self.most = rounds, most
         self.epsilon, self.delta, self.clip = epsilon, delta, clip
         self.noise_multiplier, self.mechanism = noise_multiplier, mechanism
         multiplier(plan := self._plan()), limit(plan, most)
@@ -78,27 +118,8 @@ class PrivateRelease(Filter):  # type: ignore[misc]
             mechanism=self.mechanism,
         )
 
-    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
-        """What may leave in place of ``shareable``; raises ContentBlockedException where nothing may."""
-        if self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
-            fl_ctx.set_prop(SENT, shareable, private=True, sticky=False)
-            return shareable
-        code = shareable.get_return_code()
-        if code != ReturnCode.OK:
-            return make_reply(code)
-        try:
-            return self._released(shareable, fl_ctx)
-        except (ConfigError, OverBudget) as e:
-            self.log_error(fl_ctx, f"nothing leaves: {e}", fire_event=False)
-            raise ContentBlockedException(str(e)) from e
-
-    def _released(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
-        result = _weights(shareable, "the result")
-        task = fl_ctx.get_prop(SENT)
-        if task is None:
-            raise ConfigError(
-                "the filter did not see the task: name it under task_data_filters as well"
-            )
+    def let_go(self, result: DXO, task: Shareable, fl_ctx: FLContext) -> dict[str, Tensor]:
+        """Charged, clipped and noised."""
         sent = _weights(task, "the task").data
         site = str(fl_ctx.get_identity_name())
         budget = Budget(Path(self.folder) / site, self._plan(), site=site, most=self.most)
@@ -108,15 +129,28 @@ class PrivateRelease(Filter):  # type: ignore[misc]
         self.log_info(
             fl_ctx, f"released at epsilon {budget.spent:.4f} of {budget.most:g}", fire_event=False
         )
-        data = {
-            name: v if isinstance(result.data[name], Tensor) else v.numpy()
-            for name, v in released.items()
-        }
-        reply = make_reply(ReturnCode.OK)
-        for header in ROUNDS:
-            if task.get_header(header) is not None:
-                reply.set_header(header, task.get_header(header))
-        return DXO(result.data_kind, data).update_shareable(reply)
+        return released
+
+
+class PrivatelyTrained(Gate):
+    """Lets those weights pass, to the bit, that private training at the site has released last.
+
+    In the place of ``PrivateRelease``, twice as well, where ``fedtorch.sites.inside.PrivateVisits`` trains
+    with the budget's folder ``folder/<name of the site>``: a script that sends anything else by mistake
+    sends nothing. Metrics, counts, headers and changes of weights (WEIGHT_DIFF) do not pass.
+    """
+
+    def let_go(self, result: DXO, task: Shareable, fl_ctx: FLContext) -> dict[str, Tensor]:
+        """As they are, where the site's training knows them."""
+        weights = {name: tensor(name, v) for name, v in result.data.items()}
+        whole = result.data_kind == DataKind.WEIGHTS
+        if not whole or not has_receipt(
+            Path(self.folder) / str(fl_ctx.get_identity_name()), weights
+        ):
+            raise ConfigError(
+                "these are not the weights that private training at this site has released last"
+            )
+        return weights
 
 
 def _weights(shareable: Shareable, what: str) -> DXO:
