@@ -26,6 +26,13 @@ settings.register_profile(
 )
 settings.load_profile("busy")
 
+
+@pytest.fixture(autouse=True)
+def workers_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of tests are small, and would all stay in one process."""
+    monkeypatch.setattr("fedtorch.engines.workers.worth.SHARED", 0.0)
+
+
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 

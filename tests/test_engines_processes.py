@@ -309,7 +309,8 @@ ORPHANS = """
     from fedtorch.engines import Processes
     if __name__ == "__main__":
         data = torch.randn(8, 6), torch.arange(8) % 4
-        server = Server(torch.nn.Linear(6, 4), [Client("a", data)], engine=Processes(workers=2))
+        engine = Processes(workers=2, chunk=1)
+        server = Server(torch.nn.Linear(6, 4), [Client("a", data)], engine=engine)
         print(*(w.process.pid for w in server.session.workers), flush=True)
         time.sleep(60)
 """

@@ -23,9 +23,10 @@ from fedtorch.engines.workers import kit, pool
 from fedtorch.engines.workers.board import DEATHS, Job
 from fedtorch.engines.workers.forks import Forks
 from fedtorch.engines.workers.worker import work
+from fedtorch.engines.workers.worth import Worth
 from fedtorch.options import COUNT, brief, check
 from fedtorch.recipe import Recipe
-from fedtorch.types import ClientError, ConfigError, Failure, Released
+from fedtorch.types import ClientError, ConfigError, Failure, Released, Task
 
 START_SECONDS = 120.0
 """Most a worker may take to import torch and say that it is ready."""
@@ -69,17 +70,31 @@ class Processes:
         devices = self.devices()
         own = pool.options(self.chunk, devices[0], self.solver, self.dtype)
         local, body, block = pool.prepare(own, model, clients, recipe, shared)
-        return ProcessesSession(local, body, block, devices, self.chunk is None)
+        # who says how large chunks are, or asks for one worker, has reasons of his own
+        ruled = self.chunk is None and self.device == "cpu" and len(devices) > 1
+        worth = Worth.of(local) if ruled else None
+        return ProcessesSession(local, body, block, devices, self.chunk is None, worth)
 
 
 class ProcessesSession(pool.PoolSession):
     """The workers, and the jobs they are at."""
 
     def __init__(
-        self, local: LocalSession, body: bytes, block: Tensor, devices: list[str], spread: bool
+        self,
+        local: LocalSession,
+        body: bytes,
+        block: Tensor,
+        devices: list[str],
+        spread: bool,
+        worth: Worth | None = None,
     ) -> None:
-        """Start a worker for each of ``devices``."""
+        """Start a worker for each of ``devices``; ``worth``: whether a round is left to them."""
         super().__init__(local, len(devices), spread)
+        self.worth, self.here = worth, False
+        everybody = [*local.clients.values()]
+        if worth is not None:
+            self.notes += worth.said(everybody, len(devices))
+            devices = devices if worth.pays(everybody) else []  # no round is
         self.kit = body, block
         self.inbox = shared(0)
         self.workers: list[Worker] = []
@@ -92,8 +107,20 @@ class ProcessesSession(pool.PoolSession):
             self.close()
             raise
 
+    def submit(self, ids: Sequence[str], task: Task) -> None:
+        """A round that is not worth sharing out is one of this process."""
+        asked = [self.local.clients[i] for i in ids]
+        self.here = self.worth is not None and not self.worth.pays(asked)
+        if self.here:
+            self.local.submit(ids, task)
+        else:
+            super().submit(ids, task)
+
     def collect(self) -> Iterator[Released | Failure]:
         """Hand chunks to free workers and their outcomes on, in the order of the chunks."""
+        if self.here:
+            yield from self.local.collect()
+            return
         while self.board.open:
             for worker in self.workers:
                 if worker.job is None:
