@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,16 @@ def test_lists_have_a_line_each(command, name, capsys):
     table = json.loads(capsys.readouterr().out)
     assert len(table) == len(lines) and all(table.values())
     assert any(line.split()[0] == name for line in lines)
+
+
+@pytest.mark.parametrize("command", ["strategies", "aggregators", "channels"])
+def test_each_algorithm_comes_with_its_paper(command, capsys):
+    assert main([command, "--json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    without = [
+        name for name, text in table.items() if not re.search(r"\d{4}\.\d{5}| 20\d\d\)", text)
+    ]
+    assert without == (["mean"] if command == "aggregators" else [])
 
 
 def test_version(capsys):

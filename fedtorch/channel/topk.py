@@ -86,10 +86,10 @@ def bits_of_place(numbers: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class RandomK(Stage):
-    """Numbers at places that all clients draw alike: no place is sent, and codes add up.
+    """Numbers at places that all draw alike: codes add up (Stich et al. 2018, arXiv:1809.07599).
 
-    The random-k of arXiv:1809.07599, k of a group's d numbers anew each round. Unbiased, as each counts d/k
-    times; with ``feedback`` it is sent as it is, and what is left out is added to the next update.
+    Random-k, of which no place is sent: k of a group's d numbers anew each round. Unbiased, as each counts
+    d/k times; with ``feedback`` it is sent as it is, and what is left out is added to the next update.
     """
 
     linear: ClassVar[bool] = True

@@ -24,7 +24,7 @@ NEIGHBOURS = Range("at least 2", 2, float("inf"), "high")
 
 @dataclass(frozen=True, kw_only=True)
 class Secure:
-    """The mean of what clients send under masks that cancel in the sum (Bonawitz et al. 2017).
+    """The mean of what clients send under masks that cancel in the sum (Bonawitz et al., CCS 2017).
 
     Fewer than ``threshold`` of those asked, and the round is lost: the model stays as it was. What masks
     hide is whose update it is; what all of them together say of somebody's data they do not hide.

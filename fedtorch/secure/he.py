@@ -22,13 +22,13 @@ from fedtorch.types import ConfigError, Params, Released
 
 @dataclass(frozen=True, kw_only=True)
 class HE:
-    """The mean of what clients send encrypted, under a key that all of them share and the server has not.
+    """The mean of what clients send encrypted, by a key of theirs: CKKS (Cheon et al., ASIACRYPT 2017).
 
-    One client that works with the server opens every update, where ``Secure`` needs as many as its
-    threshold; it costs 3 MB for 100,000 numbers. It is for few clients who trust each other, and a server
-    that hears from each of them once a round. Numbers larger than 256 over the clients of a round are
-    clamped, and counted. What is opened has noise of 1e-7 and is rounded, so that it does not give the key
-    away; a run is therefore not repeatable to the last bit.
+    All of them share the key, and the server has it not. One client that works with the server opens every
+    update, where ``Secure`` needs as many as its threshold; it costs 3 MB for 100,000 numbers. It is for
+    few clients who trust each other, and a server that hears from each of them once a round. Numbers larger
+    than 256 over the clients of a round are clamped, and counted. What is opened has noise of 1e-7 and is
+    rounded, so that it does not give the key away; a run is therefore not repeatable to the last bit.
     """
 
     __repr__ = brief

@@ -16,11 +16,11 @@ from fedtorch.types import Context, Params, Stack
 
 @dataclass(frozen=True, kw_only=True)
 class PFedMe(Strategy):
-    """On each batch theta_k steps by its gradient + lam (theta_k - w_k), then w_k goes lr lam of the way.
+    """theta_k steps by its gradient + lam (theta_k - w_k), w_k follows it (Dinh et al., arXiv:2006.08848).
 
-    Dinh et al. 2020, arXiv:2006.08848, Alg. 1. theta_k is what the client uses; it starts from w in every
-    visit. The paper averages clients alike; its beta is the rate of a server optimizer (sgd). lr lam
-    must be below 1.
+    Alg. 1: on each batch theta_k takes its steps, then w_k goes lr lam of the way. theta_k is what the
+    client uses; it starts from w in every visit. The paper averages clients alike; its beta is the rate of
+    a server optimizer (sgd). lr lam must be below 1.
     """
 
     steps_itself: ClassVar[bool] = True
