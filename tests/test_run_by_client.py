@@ -28,15 +28,16 @@ def test_a_client_without_a_figure_spoils_no_mean():
     assert math.isnan(nobody["validation_auroc_max"])
 
 
-def test_a_table_has_the_mean_the_worst_and_each_client():
-    mean, worst, a, b = by_client.rows(SCORES, METRICS, 2)
+def test_a_table_has_the_mean_the_deviation_the_worst_and_each_client():
+    mean, spread, worst, a, b = by_client.rows(SCORES, METRICS, 2)
     assert (mean["loss"], mean["auroc"], worst["loss"], worst["auroc"]) == (
         "1.0000", "0.7500", "1.5000", "0.7500"
     )  # fmt: skip
+    assert spread == {"client": "(deviation)", "loss": "0.5000", "auroc": "0.0000"}
     assert (a["auroc"], b["auroc"]) == ("-", "0.7500")
     *_, more = by_client.rows(SCORES, METRICS | {"auroc": lambda o, y: o}, 1)
     assert more == {"client": "... 1 more"}
-    unknown = by_client.rows(SCORES, {"loss": lambda o, y: o, "auroc": METRICS["auroc"]}, 1)[1]
+    unknown = by_client.rows(SCORES, {"loss": lambda o, y: o, "auroc": METRICS["auroc"]}, 1)[2]
     assert unknown["loss"] == "0.5000 to 1.5000"
     lines = by_client.markdown([{"client": "a|b", "loss": "1"}, {"client": "c"}]).splitlines()
     assert lines == ["| client | loss |", "| --- | --- |", "| a\\|b | 1 |", "| c |  |"]
@@ -87,4 +88,11 @@ def test_a_run_judges_clients_with_the_weights_they_keep(tmp_path, monkeypatch, 
         assert main(["eval", "r"]) == 0
         out = capsys.readouterr().out
         table = out[out.index("clients on their own validation data") :].splitlines()
-        assert [row.split()[0] for row in table[2:8]] == ["(mean)", "(worst)", "0", "1", "2", "3"]
+        assert [row.split()[0] for row in table[2:8]] == [
+            "(mean)",
+            "(deviation)",
+            "(worst)",
+            "0",
+            "1",
+            "2",
+        ]

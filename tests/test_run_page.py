@@ -89,6 +89,22 @@ def test_a_page_has_what_the_folder_has_and_can_be_read(tmp_path):
     assert len(text.encode()) < 40_000
 
 
+def test_a_page_says_by_which_parts_who_lied_and_what_it_cost(tmp_path):
+    stages = [{"name": "topk", "share": 0.05}, {"name": "qsgd"}]
+    run = made(
+        tmp_path / "run", aggregator="krum", threat="ipm", channel=stages, pace="synchronous"
+    )
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for m in lines[1:]:
+        m |= {"bytes_up": 2_000_000, "bytes_down": 500_000, "simulated_seconds": 1000 * m["round"]}
+        m |= {"liars": ["10", "9"]}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    words = read(fedtorch.report(run))[1]
+    assert "fedavg, aggregator krum, threat ipm, channel topk and qsgd, done" in words
+    assert "MB up 6.00 MB down 1.50 seconds on the clock 3,000" in words
+    assert "Made to lie: 9, 10." in words
+
+
 @pytest.mark.parametrize("where", ["client", "class", "option", "folder", "file"])
 def test_whatever_a_name_holds_is_text(where, tmp_path):
     name = HOSTILE if where == "client" else "b"

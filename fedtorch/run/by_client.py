@@ -1,6 +1,7 @@
 """Scores of clients on their own validation data: each client's, their mean, and the worst."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,13 +13,18 @@ from fedtorch.training.metrics import worse
 __all__ = ["ends", "figures", "markdown", "rows", "title", "word"]
 
 
+HEADS = ("mean", "deviation", "worst")
+"""What stands above the clients in a table."""
+
+
 def rows(scores: Scores, metrics: Mapping[str, Loss], most: int) -> list[dict[str, Any]]:
-    """A table: the mean, the worst (both ends where it is not known which), and ``most`` clients."""
-    mean, worst = {"client": "(mean)"}, {"client": "(worst)"}
+    """A table: mean, standard deviation and worst (or both ends) over clients, and ``most`` of these."""
+    mean, spread, worst = ({"client": f"({head})"} for head in HEADS)
     for name in metrics_of(scores):
         own = values(scores, name) or [math.nan]
         low, high = min(own), max(own)
-        mean[name] = word(sum(own) / len(own))
+        mean[name] = word(statistics.fmean(own))
+        spread[name] = word(statistics.pstdev(own) if all(map(math.isfinite, own)) else math.nan)
         ends = {"low": word(low), "high": word(high), None: f"{word(low)} to {word(high)}"}
         worst[name] = ends[worse(metrics[name]) if name in metrics else None]
     each = [
@@ -26,7 +32,7 @@ def rows(scores: Scores, metrics: Mapping[str, Loss], most: int) -> list[dict[st
         for i, s in list(scores.items())[:most]
     ]
     more = [{"client": f"... {len(scores) - most} more"}] if len(scores) > most else []
-    return [mean, worst, *each, *more]
+    return [mean, spread, worst, *each, *more]
 
 
 def ends(scores: Scores, metrics: Mapping[str, Loss], most: int = 3) -> str:

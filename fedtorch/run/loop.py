@@ -268,7 +268,7 @@ class ScoreKeeper(Observer):
     def side_by_side(self) -> Any:
         """Clients' own models beside the shared one and the fine-tuned, where there is more than one."""
         rows = self.table() if self.beside else []
-        return table_of(rows[: 2 + MOST_SHOWN]) if rows else None
+        return table_of(rows[: len(by_client.HEADS) + MOST_SHOWN]) if rows else None
 
     def ends(self) -> str:
         """The best and the worst clients by name, in a sentence, where that is allowed."""

@@ -5,13 +5,13 @@ page forbids scripts and the network to whoever opens it. What a run has not is 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedtorch import disk
 from fedtorch.run import attacked, compared, prices, sections
-from fedtorch.run.markup import Markup, table, tag, word
+from fedtorch.run.markup import Markup, concatenated, table, tag, word
 from fedtorch.run.results import Saved
 from fedtorch.run.style import HEAD, MADE
 from fedtorch.types import ConfigError
@@ -61,13 +61,24 @@ def parts_of(run: Saved, other: Saved | None) -> Iterator[Section]:
         yield f"Against {other.name}", _against(run, other)
     if not strict:
         yield "Clients, round by round", sections.client_maps(run)
-    yield "Who took part", sections.participation(run)
+    yield "Who took part", concatenated([sections.participation(run), sections.lied(run)])
     if not strict:
         yield "Sites", sections.sites(run)
         yield "Who holds what", sections.who_holds_what(run)
     yield "What is taken for what", sections.confusion(run)
     yield "Options", _options(run)
     yield "Versions", _versions(run)
+
+
+def _unusual(options: Mapping[str, Any]) -> list[str]:
+    """Rule, threat, channel and pace of a run that has others than most."""
+    found = []
+    for part in ("aggregator", "threat", "channel", "pace"):
+        value = options.get(part)
+        if isinstance(value, list):  # stages of a channel, in order
+            value = " and ".join(str(v.get("name")) for v in value if isinstance(v, dict))
+        found += [f"{part} {value}"] if value and value not in ("mean", "synchronous") else []
+    return found
 
 
 def _top(run: Saved) -> Markup:
@@ -84,12 +95,13 @@ def _top(run: Saved) -> Markup:
         *([("epsilon, at most", word(float(epsilon)))] if sections.number(epsilon) else []),
         ("rounds", f"{run.rounds} of {run.planned}" if run.rounds != run.planned else run.rounds),
         *([("seconds of training", f"{seconds:,.1f}")] if sections.number(seconds) else []),
+        *sections.cost(run),
     ]
     ended = run.summary.get("ended") if run.ended else ""
     state = {"round": "not at its end", "stopped": "stopped early"}.get(
         run.state().split()[0], run.state()
     )
-    said = [who, options.get("model"), options.get("strategy"), state]
+    said = [who, options.get("model"), options.get("strategy"), *_unusual(options), state]
     line = ", ".join(str(w) for w in said if w)
     return tag(
         "header",

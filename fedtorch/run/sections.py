@@ -158,6 +158,24 @@ def participation(run: Saved) -> Markup:
     return concatenated([said, shown, tag("p", *key, class_="legend"), more(len(names))])
 
 
+def lied(run: Saved) -> Markup:
+    """Who was made to lie, in a simulation."""
+    told = [m.get("liars", m.get("nonprivate_liars")) for m in run.history]
+    who = sorted({str(i) for ids in told if isinstance(ids, list) for i in ids}, key=_natural)
+    return tag("p", f"Made to lie: {', '.join(who[:MOST])}.") if who else Markup()
+
+
+def cost(run: Saved) -> list[tuple[str, str]]:
+    """Megabytes that were sent, and the clock of a pace."""
+    found = []
+    for name, label in (("bytes_up", "MB up"), ("bytes_down", "MB down")):
+        for key, mark in ((name, ""), (f"nonprivate_{name}", " (not private)")):
+            sizes = [m[key] for m in run.history if number(m.get(key))]
+            found += [(label + mark, f"{sum(sizes) / 1e6:,.2f}")] if sizes else []
+    clock = [m["simulated_seconds"] for m in run.history if number(m.get("simulated_seconds"))]
+    return [*found, *([("seconds on the clock", f"{max(clock):,.0f}")] if clock else [])]
+
+
 def _natural(name: str) -> tuple[bool, int, str]:
     """2 before 10, and numbers before words."""
     whole = name.isdecimal() and len(name) < 20

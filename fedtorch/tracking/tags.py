@@ -115,7 +115,20 @@ TAGS: dict[str, Tag] = {
 }
 """Figure of a round -> its tag."""
 
-FAMILIES = ("test", "validation", "privacy", "attack", "nonprivate", "site", "strategy", OVERVIEW)
+FAMILIES = (
+    *(
+        "test",
+        "validation",
+        "shared",
+        "finetuned",
+        "privacy",
+        "attack",
+        "nonprivate",
+        "site",
+        "strategy",
+    ),
+    OVERVIEW,
+)
 """A figure ``test_f1`` that has no line of its own becomes the tag ``test/f1``, and so on."""
 
 
