@@ -152,8 +152,10 @@ class Recipe(TrainingOptions):
         adds = all(stage.linear and not stage.feedback for stage in self.channel)
         if self.secure.apart if self.secure else self.hides:
             return True
-        # whoever remembers what was sent must see it once a plan or a channel has changed it
-        sees = self.strategy.confirms and bool(self.privacy.claims or self.channel)
+        # whoever remembers what was sent must see it once a plan or a channel has changed it; and a plan
+        # clips all that a client sends together
+        beside = self.strategy.confirms or self.strategy.follows
+        sees = beside and bool(self.privacy.claims or self.channel)
         # what a channel has decoded client-level privacy clips once more, client by client
         return not (sums and adds) or sees or bool(self.channel and self.privacy.central)
 

@@ -275,6 +275,8 @@ class Raw:
     """Names that stay with the client."""
     measured: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] | None = None
     """From the lengths of the changes: what each is multiplied by, and numbers that go along, [K] each."""
+    following: dict[str, tuple[Tensor, Stack]] = field(default_factory=dict)
+    """Where only a mean is needed: groups that are so many times the change, and what all add to it."""
     told: tuple[Tensor, ...] = ()
     """Of every example of each client what the plan's own figures are made of, [n, 3]; or none are due."""
 

@@ -318,7 +318,7 @@ class Stops(Observer):
     ids=["between", "within", "at-once", "at-once-processes"],
 )
 def test_an_interrupt_leaves_a_server_that_goes_on_bit_for_bit(engine, middle, times, done, capsys):
-    whole, server = served(), served(engine=engine)
+    whole, server = served(engine=Local(chunk=1)), served(engine=engine)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         server.fit(5, TEST, callbacks=[Stops(middle, times), BestModel()])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import make_clients, mlp, weights
-from fedtorch import ConfigError, FedAvg, FedProx, Recipe, Scaffold, Server, Strategy
+from fedtorch import ConfigError, FedAvg, FedProx, Local, Recipe, Scaffold, Server, Strategy
 from fedtorch.tree import tmap
 
 
@@ -43,6 +43,32 @@ def test_scaffold_keeps_memory_on_the_client_and_a_variate_on_the_server():
     # all clients took part, so c is the mean of the c_k
     assert all(torch.allclose(server.extras["c"][k], v, atol=1e-6) for k, v in mean.items())
     assert float(own[0]["0.weight"].norm()) > 0
+
+
+class ByRows(Scaffold):
+    """Sends each client's own change and control variate."""
+
+    @property
+    def only_delta(self):
+        return False
+
+
+@pytest.mark.parametrize("solver", ["fast", "stacked", "general"])
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_scaffold_by_sums_is_scaffold_client_by_client(solver, weighting):
+    """Clients of unequally many steps, of which each divides its change by its own."""
+    ends = []
+    for kind in (Scaffold, ByRows):
+        recipe = Recipe(kind(weighting=weighting), batch_size=4, lr=0.1, epochs=2)
+        server = Server(mlp(), make_clients([9, 20, 4]), recipe, engine=Local(solver=solver))
+        assert recipe.needs_rows == (kind is ByRows)
+        figures = [*server.rounds(3)][-1]
+        own = [m["c"] for m in server.session.memory().values()]
+        ends.append([server.model.state_dict(), server.extras["c"], *own])
+        ends[-1].append({"bytes": torch.tensor(float(figures["bytes_up"]))})
+    for one, other in zip(*ends, strict=True):
+        assert all(torch.allclose(v, other[k], rtol=1e-5, atol=1e-6) for k, v in one.items())
+    assert Recipe(Scaffold(option=1)).needs_rows, "its gradients are no multiple of the change"
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,16 @@ Half = Callable[[Stack, Context], Any]
 def check(strategy: Strategy, params: Params, extras: Mapping[str, Params]) -> None:
     """Raises ConfigError where a strategy of a user's own mixes clients, or takes a name that is taken."""
     kind = type(strategy)
-    own = {"upload": strategy.upload, "correct": _correct(strategy), "correction": _shift(strategy)}
+    uploads = {"upload": strategy.upload, "following": strategy.upload}
+    own = uploads | {"correct": _correct(strategy), "correction": _shift(strategy)}
     own = {k: f for k, f in own.items() if not _ours(getattr(kind, k))}
     if not own:
         return
     for name, half in own.items():
         one, other = (_found(half, strategy, params, extras, seed) for seed in (1, 2))
-        if name == "upload":
-            _free(kind.__name__, "sends", one[0])
-            _free(kind.__name__, "remembers", one[1])
+        if name in uploads:
+            _free(f"{kind.__name__}.{name}", "sends", one[0])
+            _free(f"{kind.__name__}.{name}", "remembers", one[1])
         if not _alike(one, other):
             raise ConfigError(
                 f"{kind.__name__}.{name} makes what it gives one client depend on others that train "
@@ -91,5 +92,5 @@ def _free(who: str, what: str, groups: Mapping[str, Stack]) -> None:
     for name in groups:
         if name in TAKEN[what] or name.startswith(UNSENT):
             raise ConfigError(
-                f"{who}.upload {what} a group {name!r}, a name that means something else: take another"
+                f"{who} {what} a group {name!r}, a name that means something else: take another"
             )

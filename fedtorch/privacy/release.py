@@ -108,6 +108,9 @@ def _mean(plan: Guard, raw: Raw, task: Task) -> ToSend:
     share = share / share.sum()
     scale, numbers = raw.measured(norms) if raw.measured else (torch.ones_like(norms), {})
     sent = {"delta": expand(raw.results.weighted_sum(share * part * scale))}
+    for group, (times, alike) in raw.following.items():
+        found = raw.results.weighted_sum(share * part * times)
+        sent[group] = {n: v[None] + alike[n].to(v) for n, v in found.items()}
     if numbers:
         sent[NUMBERS] = {n: (share @ v)[None] for n, v in numbers.items()}
     for group, stack in _told(plan, raw, task).items():

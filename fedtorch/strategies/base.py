@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 from fedtorch.options import briefly, check
 from fedtorch.training.optimizer import ServerOptimizer
 from fedtorch.training.step import Step
-from fedtorch.tree import tmap
+from fedtorch.tree import per_client, tmap
 from fedtorch.types import Context, Params, Stack
+
+Following = dict[str, tuple[Tensor, Stack]]
+"""Groups that follow from the change: how many times it they are, [K], and what is added, [1, ...]."""
 
 
 class Correction(NamedTuple):
@@ -87,7 +91,7 @@ class Strategy:
 
     @property
     def only_delta(self) -> bool:
-        """Whether clients send the change of their weights and no more, of which the mean will do."""
+        """Whether clients send the change of their weights and what is ``following`` it: a mean will do."""
         own = type(self).upload, type(self).arrived
         sums = own == (Strategy.upload, Strategy.arrived) and not self.personal
         return sums and (not self.trains or (self.apart and not self.confirms))
@@ -101,6 +105,11 @@ class Strategy:
     def confirms(self) -> bool:
         """Whether clients remember something of what they sent."""
         return type(self).confirm is not Strategy.confirm
+
+    @property
+    def follows(self) -> bool:
+        """Whether groups of its own follow from the change of the weights."""
+        return type(self).following is not Strategy.following
 
     @property
     def trains(self) -> bool:
@@ -198,7 +207,11 @@ class Strategy:
 
     def upload(self, params: Stack, ctx: Context) -> tuple[dict[str, Stack], dict[str, Stack]]:
         """What is sent (``"delta"`` and own groups) and the new memory, each group [K, ...]."""
-        return {"delta": tmap(torch.sub, params, ctx.anchor)}, {}
+        return with_groups(tmap(torch.sub, params, ctx.anchor), self.following(ctx)), {}
+
+    def following(self, ctx: Context) -> Following:
+        """Groups of its own of which a sum will do, as an upload of its own takes each client's weights."""
+        return {}
 
     def scale(self, ctx: Context, norms: Tensor) -> Tensor | None:
         """What each client's change is multiplied by before it is sent, [K]; None: nothing.
@@ -240,6 +253,20 @@ class Strategy:
         An update may leave out weights, which stay, and move frozen ones, which travel from then on.
         """
         return mean["delta"], extras
+
+
+def with_groups(delta: Stack, following: Following) -> dict[str, Stack]:
+    """Changes [K, ...] and the groups that follow from them."""
+
+    def made(d: Tensor, alike: Tensor, times: Tensor) -> Tensor:
+        if len(times) == 1:  # in one pass
+            return torch.add(alike, d, alpha=float(times))
+        return (d * per_client(times, d)).add_(alike)
+
+    groups = {
+        g: tmap(partial(made, times=times), delta, alike) for g, (times, alike) in following.items()
+    }
+    return {"delta": delta, **groups}
 
 
 @dataclass(frozen=True, kw_only=True)

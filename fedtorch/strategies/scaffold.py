@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from fedtorch.strategies.base import Correction, Strategy
-from fedtorch.tree import per_client, tmap
+from fedtorch.strategies.base import Correction, Following, Strategy
+from fedtorch.tree import tmap
 from fedtorch.types import Context, Params, Stack
 
 
@@ -41,6 +41,12 @@ class Scaffold(Strategy):
         """Option 2 divides by the rates of the steps."""
         return self.option == 2
 
+    @property
+    def only_delta(self) -> bool:
+        """Of option 2 the change of c_k is a multiple of the weights', less c."""
+        own = type(self).upload, type(self).arrived
+        return self.option == 2 and own == (Scaffold.upload, Strategy.arrived) and not self.personal
+
     def init(self, params: Params) -> dict[str, Params]:
         """The server's control variate c, zero at first."""
         return {"c": tmap(torch.zeros_like, params)}
@@ -55,15 +61,20 @@ class Scaffold(Strategy):
 
     def upload(self, params: Stack, ctx: Context) -> tuple[dict[str, Stack], dict[str, Stack]]:
         """Paper's lines 12-14: delta and the change of c_k are sent, the new c_k is kept."""
-        delta = tmap(torch.sub, params, ctx.anchor)
+        sent, _ = super().upload(params, ctx)
         if self.option == 1:
             grad = {k: v.to(params[k]) for k, v in ctx.data.grad()[0].items()}
-            return {"delta": delta, "c": tmap(torch.sub, grad, ctx.memory["c"])}, {"c": grad}
-        rate = -1 / ctx.lr_sum  # one pass of a product, where a quotient takes three
-        change = tmap(lambda d, c: (d * per_client(rate, d)).sub_(c), delta, ctx.extras["c"])
+            return sent | {"c": tmap(torch.sub, grad, ctx.memory["c"])}, {"c": grad}
+        return sent, {"c": tmap(torch.add, ctx.memory["c"], sent["c"])}
+
+    def following(self, ctx: Context) -> Following:
+        """Paper's line 12 of option 2: c_k moves by -c - delta / (steps lr)."""
+        if self.option == 1:
+            return {}
+        c = ctx.extras["c"]
         if ctx.lr == 0:  # a schedule's end: no step was taken, so none says anything of the drift
-            change = tmap(torch.zeros_like, delta)
-        return {"delta": delta, "c": change}, {"c": tmap(torch.add, ctx.memory["c"], change)}
+            return {"c": (torch.zeros_like(ctx.lr_sum), tmap(torch.zeros_like, c))}
+        return {"c": (-1 / ctx.lr_sum, tmap(torch.neg, c))}
 
     def confirm(
         self, sent: dict[str, Stack], memory: dict[str, Stack], ctx: Context

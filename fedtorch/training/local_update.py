@@ -239,7 +239,10 @@ def raw_of(
         fine = good if fine is None else fine & good
     ids, weight, own = tuple(c.id for c in clients), recipe.weights(examples), frozenset(ctx.own)
     beside = partial(measured, recipe.strategy, ctx) if recipe.strategy.measures else None
-    return Raw(ids, examples, weight, figures, trained, groups, fine, own, beside), memory
+    following = {} if recipe.needs_rows else recipe.strategy.following(ctx)
+    return Raw(
+        ids, examples, weight, figures, trained, groups, fine, own, beside, following
+    ), memory
 
 
 def measured(strategy: Strategy, ctx: Context, norms: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

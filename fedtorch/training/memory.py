@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
-from fedtorch.strategies.base import Strategy
+from fedtorch.strategies.base import Strategy, with_groups
 from fedtorch.training.personal import GROUP
 from fedtorch.training.results import Results
 from fedtorch.tree import row, tmap
@@ -61,12 +61,13 @@ def alone(
 
     What a client keeps holds nobody else's in memory.
     """
-    changes = trained.changes()
+    changes, groups = trained.changes(), strategy.following(ctx)
     with torch.no_grad():
         for k, client in enumerate(clients):
             if good[k]:
                 change = {n: changes[n][k : k + 1] for n in ctx.anchor}
-                found = strategy.confirm({"delta": change}, {}, ctx.of(k))
+                mine = {g: (times[k : k + 1], alike) for g, (times, alike) in groups.items()}
+                found = strategy.confirm(with_groups(change, mine), {}, ctx.of(k))
                 client.memory = {g: tmap(_alone, row(m, 0)) for g, m in found.items()}
 
 
