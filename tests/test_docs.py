@@ -101,6 +101,9 @@ def test_files_that_are_named_are_there_and_hold_what_is_named_with_them(path):
 GIVEN = {
     "path/file.py",
     "mine.py",
+    "quickstart/task.py",
+    "quickstart/client_app.py",
+    "quickstart/server_app.py",
     "models/mine.py",
     "checkpoints/",
     "nonprivate/",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fedtorch.privacy import gradients
-from fedtorch.privacy.ghost import Ghosts, apart
+from fedtorch.privacy.ghost import Ghosts, Product, apart, pays
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.privacy.one_client import private_gradients
@@ -90,6 +90,40 @@ def test_ghost_sums_stay_within_the_clip_where_gradients_cancel():
     )
     assert worst <= 0.3 * (1 + 1e-5)
     assert math.isfinite(worst)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e15])
+@pytest.mark.parametrize("trained", ["weight bias", "weight", "bias"])
+def test_a_norm_of_pairs_is_no_less_than_what_is_summed(trained, scale):
+    g, n = torch.Generator().manual_seed(0), 8
+    layer = nn.Linear(6, 5)
+    for name, p in layer.named_parameters():
+        p.requires_grad_(name in trained.split())
+    a, d = torch.randn(n, 4, 6, generator=g), torch.randn(n, 4, 5, generator=g)
+    d[0] = 0
+    for k, rest in enumerate([0.0, 1e-7, 1e-5, 1e-3, 1e-1], 2):  # rows cancel but for so much
+        a[k, 2:], d[k, 2:] = a[k, :2] * (1 + rest), -d[k, :2]
+    a, d = a / scale, d * scale
+    d[1] *= 1e-3
+    seen = Product(layer, a, d)
+    found = seen.sq_norms()
+    params = [p for p in layer.parameters() if p.requires_grad]
+    for k in range(n):
+        total = {p: torch.zeros_like(p) for p in params}
+        seen.add(torch.eye(n)[k], total.get)
+        summed = torch.cat([t.double().flatten() for t in total.values()]).square().sum()
+        assert summed <= found[k] * (1 + 1e-6)
+    parts = {"weight": d.double().mT @ a.double(), "bias": d.double().sum(1)}
+    want = sum(parts[name].flatten(1).square().sum(1) for name in trained.split())
+    torch.testing.assert_close(found[[1, 7]], want[[1, 7]], rtol=1e-4, atol=0)
+    assert found[0] == 0
+
+
+def test_pairs_of_rows_are_taken_where_they_are_less_work():
+    assert pays(1, 8, 1)
+    assert pays(32, 768, 3072)
+    assert not pays(80, 128, 384)
+    assert not pays(784, 9, 16)
 
 
 def test_a_partly_frozen_layer_keeps_gradients_of_single_examples():

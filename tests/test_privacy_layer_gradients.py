@@ -10,7 +10,7 @@ from torch import nn
 
 from fedtorch import Recipe, Server
 from fedtorch.client import Client
-from fedtorch.privacy import SampleLevel, layer_gradients
+from fedtorch.privacy import SampleLevel, ghost, layer_gradients
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.privacy.one_client import private_gradients
@@ -188,6 +188,12 @@ NETS = {
         IMAGES,
     ),
     "dilated": (lambda: images(nn.Conv2d(2, 4, 2, padding="same", dilation=2, groups=2)), IMAGES),
+    "channels": (
+        lambda: images(
+            nn.Conv2d(2, 16, 1), nn.Conv2d(16, 3, 3, (2, 1), (1, 2), dilation=(1, 2)), nn.Tanh()
+        ),
+        IMAGES,
+    ),
     "circular": (lambda: images(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), nn.Tanh()), IMAGES),
     "lines": (lambda: images(nn.Flatten(2), nn.Conv1d(2, 4, 5, 3), LINES(4)), IMAGES),
     "lstm": (lambda: recurrent(nn.LSTM), PARTS),
@@ -229,8 +235,10 @@ def summed(net: nn.Module, x, y, mode: str, clip: float, most: int = 512) -> tor
 
 
 @pytest.mark.parametrize("clip", [0.1, 1e6])
+@pytest.mark.parametrize("pairs", [0, math.inf], ids=["written", "pairs"])
 @pytest.mark.parametrize("name", NETS)
-def test_the_sum_is_that_of_examples_alone(name, clip):
+def test_the_sum_is_that_of_examples_alone(name, pairs, clip, monkeypatch):
+    monkeypatch.setattr(ghost, "PAIRS", pairs)
     net, x = built(name, torch.float64)
     asked = [p.requires_grad for p in net.parameters()]
     want = summed(net, x, Y, "alone", clip)

@@ -9,6 +9,7 @@ from torch import nn
 
 from fedtorch import Client, FedAvg, FedProx, Scaffold, Uniform
 from fedtorch.privacy import SampleLevel, models
+from fedtorch.privacy.noise.keystream import Scratch
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.types import ConfigError
 from private_case import clients, flat, model, server, silent, visit
@@ -17,7 +18,7 @@ from private_case import clients, flat, model, server, silent, visit
 @pytest.mark.parametrize("n", [1, 2, 49, 93, 98, 103])
 def test_batches_are_as_many_as_planned_whatever_the_size(n):
     plan = SampleLevel(sample_rate=0.1, steps=7)
-    batches = plan.poisson(n, stream("aes", None, "x"))
+    batches = plan.poisson(n, stream("aes", None, "x"), Scratch())
     assert len(batches) == 7
     for row in batches:
         real = row[row >= 0]
@@ -26,7 +27,7 @@ def test_batches_are_as_many_as_planned_whatever_the_size(n):
 
 def test_examples_are_in_a_batch_independently_with_the_rate():
     plan = SampleLevel(sample_rate=0.3, steps=20_000)
-    batches = plan.poisson(2, stream("aes", None, "x"))
+    batches = plan.poisson(2, stream("aes", None, "x"), Scratch())
     first, second = ((batches == i).any(1) for i in range(2))
     assert abs(first.double().mean() - 0.3) < 0.015
     table = [[int((first == a).logical_and(second == b).sum()) for b in (0, 1)] for a in (0, 1)]

@@ -137,13 +137,16 @@ def scales(
     """What each example's gradient is multiplied by, [k, B], from its norm over all layers."""
     squares = torch.stack([m.example_sq_norms(g) for m, g in known]).sum(0)
     for row, own in zip(squares, written, strict=True):
-        for g in own.values():
-            row[: len(g)] += exact_sq_norms(g)
+        if own:
+            found = exact_sq_norms(*own.values())
+            row[: len(found)] += found
     return rounded(private.factors(squares), known[0][1])
 
 
 def clipped(gradients: Tensor, factors: Tensor) -> Tensor:
     """Sum of [n, ...] with factors [n]; who has factor 0 may hold NaN, which times 0 is NaN again."""
     on = factors > 0
-    total: Tensor = torch.tensordot(factors[on], gradients[on], 1)
+    if not bool(on.all()):
+        factors, gradients = factors[on], gradients[on]
+    total: Tensor = torch.tensordot(factors, gradients, 1)
     return total

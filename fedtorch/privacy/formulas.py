@@ -4,6 +4,7 @@ Of a layer that looks at each example alone, both have a row for each example, s
 gives all the examples' gradients: no more arithmetic than the gradient of the whole batch.
 """
 
+import math
 from collections.abc import Callable, Container
 from typing import Any, cast
 
@@ -28,6 +29,15 @@ NARROW = 8
 """Outputs for each input from which on a linear layer has few of them."""
 
 
+NARROW_WINDOW = 32
+"""Numbers of a window up to which a convolution's are written down, as a first one's are (W5, W7)."""
+
+FEW_PLACES = 64
+"""Places up to which they are, of ``MANY_CHANNELS``: 256 channels of 8 x 8 take a third of the time."""
+
+MANY_CHANNELS = 16
+
+
 def unlike(layer: nn.Module) -> str | None:
     """Why there is no formula for this layer; None where there is one."""
     if type(layer) not in GRADIENTS:
@@ -43,10 +53,16 @@ CONVOLUTIONS = {1: grad.conv1d_weight, 2: grad.conv2d_weight, 3: grad.conv3d_wei
 
 
 def convolution(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Params:
-    """The examples as groups of channels of a single one: one call, and no inputs unfolded in memory."""
+    """One product of windows and places, or the examples as groups of channels of a single one.
+
+    The second is one call too, and unfolds no inputs in memory.
+    """
     m, n = cast(nn.Conv2d, m), len(x)
 
     def weight() -> Tensor:
+        if few_windows(m, d):
+            written = d.flatten(2).bmm(windows(m, x))
+            return written.view(n, m.out_channels, *m.kernel_size, -1).movedim(-1, 2)
         seen, padding = padded(m, x)
         each: Tensor = CONVOLUTIONS[x.dim() - 2](
             seen.reshape(1, -1, *seen.shape[2:]),
@@ -60,6 +76,31 @@ def convolution(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Para
         return each.view(n, *m.weight.shape)
 
     return _asked(m, names, weight=weight, bias=lambda: d.flatten(2).sum(2))
+
+
+def few_windows(m: Any, d: Tensor) -> bool:
+    """Whether windows are so narrow or so few that to write them down costs less than many groups do."""
+    size = math.prod(m.kernel_size)
+    narrow = size == 1 or m.in_channels * size <= NARROW_WINDOW
+    few = math.prod(d.shape[2:]) <= FEW_PLACES and m.in_channels >= MANY_CHANNELS
+    return m.groups == 1 and (narrow or few)
+
+
+def windows(m: Any, x: Tensor) -> Tensor:
+    """What a convolution takes at each place, [n, places, kernel x channels]."""
+    seen, padding = padded(m, x)
+    if any(padding):
+        seen = F.pad(seen, [side for p in reversed(padding) for side in (p, p)])
+    seen, axes, many = seen.movedim(1, -1), len(padding), m.in_channels >= MANY_CHANNELS
+    seen = seen.contiguous() if many else seen  # copied below in runs of channels, or of places
+    for axis in range(axes):
+        reach = m.dilation[axis] * (m.kernel_size[axis] - 1) + 1
+        seen = seen.unfold(axis + 1, reach, m.stride[axis])[..., :: m.dilation[axis]]
+    seen = seen.movedim(axes + 1, -1)
+    if many:
+        return seen.flatten(axes + 1).flatten(1, axes)
+    order = (0, *range(axes + 1, 2 * axes + 2), *range(1, axes + 1))
+    return seen.permute(order).flatten(axes + 2).flatten(1, axes + 1).mT
 
 
 def padded(m: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -132,6 +173,9 @@ def _asked(m: nn.Module, names: Names, **made: Callable[[], Tensor]) -> Params:
     has = {k for k, _ in m.named_parameters(recurse=False)}
     return {k: make() for k, make in made.items() if k in has and (names is None or k in names)}
 
+
+CONVOLUTIONAL = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Those that take windows."""
 
 GRADIENTS: dict[type[nn.Module], Gradient] = {
     nn.Conv1d: convolution,

@@ -5,6 +5,10 @@ back and what went in: its norm is the product of their norms, and the clipped s
 (Bu et al. 2023, arXiv:2210.00038). An embedding's gradient has as many rows as the example looked up. The
 norm and the sum are taken from the same numbers: a second backward pass would round in another way, and
 where large numbers cancel in it, what it rounds is all there is.
+
+Of a layer that sees several rows of an example, as at the places of a sequence or of an image, the squared
+norm is the sum of (a_s a_t)(d_s d_t) over pairs of rows s, t. It is less work than the gradient where rows
+are few and the layer is wide; where terms cancel the gradient is written out after all.
 """
 
 from collections.abc import Callable
@@ -16,6 +20,15 @@ from torch import Tensor, nn
 from fedtorch.tree import exact_sq_norms, scaled_rows
 
 LAYERS = (nn.Linear, nn.Embedding)
+
+PAIRS = 16
+"""Products of pairs of rows that cost as much as a number that is written out, normed and summed up."""
+
+CANCELLED = 2.0**-10
+"""Share of the largest squared norm that rows of their lengths could have, from which on it is exact."""
+
+ROUNDED = 8
+"""Rounding of a sum over pairs of rows, in units of a number's last place of that largest one."""
 
 
 Into = Callable[[Tensor], Tensor | None]
@@ -64,6 +77,10 @@ class Ghosts:
         self._met.add(layer)
         kind = Looked if isinstance(layer, nn.Embedding) else Product
         a = inputs[0].detach()
+        if kind is Product and a.dim() != 2:
+            raise NotImplementedError(
+                "a linear layer over several rows of an example has no such form in this mode"
+            )
         output.register_hook(lambda d: self.seen.append(kind(layer, a, d.detach())))
 
 
@@ -74,36 +91,72 @@ def apart(layer: nn.Module) -> bool:
     return own and plain and type(layer) in LAYERS
 
 
+def pays(rows: int, inner: int, outer: int) -> bool:
+    """Whether pairs of an example's rows are less work than its gradient [outer, inner] written out."""
+    return rows == 1 or rows * rows * (inner + outer) < PAIRS * inner * outer
+
+
 class Product:
-    """A linear layer's rows."""
+    """What a linear layer takes, or a convolution at each place: rows of examples."""
 
     def __init__(self, layer: nn.Module, a: Tensor, d: Tensor) -> None:
-        """Inputs [n, in] and gradients of the outputs [n, out]."""
-        if a.dim() != 2:
-            raise NotImplementedError(
-                "a linear layer over several rows of an example has no such form"
-            )
+        """Inputs [n, in] and gradients of the outputs [n, out], or several rows, [n, rows, in].
+
+        Of a convolution the inputs are windows, with channels innermost.
+        """
         self.layer, self.a, self.d = cast(nn.Linear, layer), a.to(d.dtype), d
 
     def sq_norms(self) -> Tensor:
-        """|d|^2 (|a|^2 + 1), the 1 for the bias."""
+        """|d|^2 (|a|^2 + 1), the 1 for the bias; of several rows the sum over pairs of them."""
         weight, bias = self.layer.weight, self.layer.bias
+        own = weight.requires_grad, bias is not None and bias.requires_grad
+        if self.d.dim() == 3:
+            return self._of_pairs(*own)
         squares = exact_sq_norms(self.d)
         lengths = torch.zeros_like(squares)
-        if weight.requires_grad:
+        if own[0]:
             lengths += exact_sq_norms(self.a)
-        if bias is not None and bias.requires_grad:
-            lengths += 1
-        return squares * lengths
+        return squares * (lengths + own[1])
+
+    def _of_pairs(self, weight: bool, bias: bool) -> Tensor:
+        """Guarantee: no less than it is. What rounding may have taken away is added."""
+        a, d = self.a, self.d
+        met = a.bmm(a.mT) if weight else d.new_zeros(())
+        found = (d.bmm(d.mT) * (met + bias)).flatten(1).sum(1).double()
+        kind, most = torch.finfo(d.dtype), longest(a, d, weight, bias).double()
+        found += ROUNDED * kind.eps * most**2
+        exact = found.isfinite() & (found > CANCELLED * most**2)
+        exact &= most**2 > d.shape[1] ** 2 * kind.tiny / kind.eps  # below it squares vanish
+        for k in (~exact).nonzero().flatten().tolist():
+            parts = [d[k].T @ a[k]] * weight + [d[k].sum(0)] * bias
+            written = exact_sq_norms(*(p[None] for p in parts))[0].sqrt()
+            most[k] = longest(a[k].double(), d[k].double(), weight, bias)
+            found[k] = (written + ROUNDED * kind.eps * most[k]) ** 2
+        return found
 
     def add(self, factors: Tensor, into: Into) -> None:
         """One product for all examples."""
-        d = scaled_rows(self.d, factors)
+        a, on = self.a, factors
+        if self.d.dim() == 3:
+            a, on = a.flatten(0, 1), factors[:, None].expand(self.d.shape[:2]).flatten()
+        d = scaled_rows(self.d.flatten(0, -2), on)
         if (weight := into(self.layer.weight)) is not None:
-            a = self.a if bool(factors.all()) else torch.where(factors[:, None] > 0, self.a, 0)
-            weight.addmm_(d.T, a)
+            a = a if bool(factors.all()) else torch.where(on[:, None] > 0, a, 0)
+            if weight.dim() == 2:
+                weight.addmm_(d.T, a)
+            else:
+                own = weight.movedim(1, -1)  # channels are innermost in windows
+                own.add_((d.T @ a).view(own.shape))
         if self.layer.bias is not None and (bias := into(self.layer.bias)) is not None:
             bias += d.sum(0)
+
+
+def longest(a: Tensor, d: Tensor, weight: bool, bias: bool) -> Tensor:
+    """Norm of the gradient of rows [..., rows, in] and [..., rows, out] if all of them pointed one way."""
+    lengths = torch.linalg.vector_norm(a, dim=-1) if weight else torch.zeros_like(d[..., 0])
+    lengths = lengths.hypot(torch.ones_like(lengths)) if bias else lengths
+    found: Tensor = torch.linalg.vector_norm(d, dim=-1) * lengths
+    return found.sum(-1)
 
 
 class Looked:

@@ -17,8 +17,8 @@ from torch.autograd.graph import Node
 
 from fedtorch import seeds
 from fedtorch.privacy import attention, recurrent
-from fedtorch.privacy.formulas import GRADIENTS, unlike
-from fedtorch.privacy.ghost import Into, Looked, Product, Seen
+from fedtorch.privacy.formulas import CONVOLUTIONAL, GRADIENTS, unlike, windows
+from fedtorch.privacy.ghost import Into, Looked, Product, Seen, pays
 from fedtorch.privacy.gradients import PrivateSteps, in_parts, rounded
 from fedtorch.training.step import Step
 from fedtorch.tree import SHORT, exact_sq_norms, rows, size
@@ -200,19 +200,29 @@ class Call:
 
     @property
     def form(self) -> "type[Product] | type[Looked] | None":
-        """By which the gradients need not be written out, if there is one."""
-        if isinstance(self.layer, nn.Embedding):
+        """By which the gradients need not be written out, if there is one that is less work."""
+        m: Any = self.layer
+        if isinstance(m, nn.Embedding):
             return Looked
-        row = type(self.layer) is nn.Linear and self.x.dim() == 2 and len(self.x) == self.many
-        return Product if row else None
+        wide = isinstance(m, nn.Linear) or (type(m) in CONVOLUTIONAL and m.groups == 1)
+        if not wide or "weight" not in self.trained:
+            return None
+        outer = m.weight.shape[0]
+        rows = self.d.numel() // (outer * self.many)
+        return Product if pays(rows, m.weight.numel() // outer, outer) else None
 
     def seen(self) -> Seen:
         """In that form, or written out."""
+        m, x, d, n = self.layer, self.x, self.d, self.many
+        if self.form is None:
+            return Written(self.written())
         if self.form is Looked:
-            return Looked(self.layer, self.x.reshape(self.many, -1), self.d)
-        return (
-            Written(self.written()) if self.form is None else self.form(self.layer, self.x, self.d)
-        )
+            return Looked(m, x.reshape(n, -1), d)
+        if not isinstance(m, nn.Linear):
+            x, d = windows(m, x), d.flatten(2).mT
+        several = d.numel() > n * d.shape[-1]
+        x, d = (t.reshape(n, -1, t.shape[-1]) if several else t.reshape(n, -1) for t in (x, d))
+        return Product(m, x, d)
 
     def written(self) -> Grads:
         """By the layer's formula."""

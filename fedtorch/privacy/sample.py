@@ -20,6 +20,7 @@ from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.base import Privacy
 from fedtorch.privacy.clipping import bounded
 from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.privacy.noise.keystream import Scratch
 from fedtorch.privacy.noise.streams import Stream, noised
 from fedtorch.types import Task
 
@@ -78,8 +79,8 @@ class SampleLevel(Privacy):
         self, sizes: Sequence[int], options: TrainingOptions, task: Task, ids: Sequence[str]
     ) -> list[Tensor]:
         """Each client's Poisson batches, from coins of its own."""
-        draws = [self.stream("batches", *task.draw, i) for i in ids]
-        return [self.poisson(n, draw) for n, draw in zip(sizes, draws, strict=True)]
+        draws, scratch = [self.stream("batches", *task.draw, i) for i in ids], Scratch()
+        return [self.poisson(n, draw, scratch) for n, draw in zip(sizes, draws, strict=True)]
 
     def steps_of(self, task: Task, ids: Sequence[str]) -> PrivateSteps:
         """Clip and noise of the task, a stream of noise for each client."""
@@ -103,13 +104,13 @@ class SampleLevel(Privacy):
         """From the run's seed: whatever a strategy sends could show what it drew from."""
         return seeds.derive(task.seed, "strategy", *task.draw, id)
 
-    def poisson(self, n: int, draw: Stream) -> Tensor:
+    def poisson(self, n: int, draw: Stream, scratch: Scratch) -> Tensor:
         """Poisson batches of ``n`` examples, [steps, widest], padded with -1; a step may be empty."""
-        coins = draw.uniform(self.steps * n).view(self.steps, n) < self.sample_rate
-        rows = [np.flatnonzero(row) for row in coins.numpy()]
-        batches = np.full((self.steps, max(1, *map(len, rows))), -1)
-        for batch, row in zip(batches, rows, strict=True):
-            batch[: len(row)] = row
+        coins = draw.uniforms(self.steps * n, scratch).reshape(self.steps, n) < self.sample_rate
+        step, place = coins.nonzero()
+        many = np.bincount(step, minlength=self.steps)
+        batches = np.full((self.steps, max(1, int(many.max()))), -1)
+        batches[step, np.arange(len(step)) - (many.cumsum() - many)[step]] = place
         return torch.from_numpy(batches)
 
     def portion(self, vectors: np.ndarray, id: str, norm: float) -> np.ndarray:

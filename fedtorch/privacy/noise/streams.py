@@ -65,9 +65,11 @@ class Stream:
 
     def uniform(self, n: int) -> Tensor:
         """Independent uniforms in [0, 1), [n], float64, 53 random bits each."""
-        return torch.from_numpy(
-            (self.words(n, Scratch()) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        )
+        return torch.from_numpy(self.uniforms(n, Scratch()))
+
+    def uniforms(self, n: int, scratch: Scratch) -> np.ndarray:
+        """The same for one after another."""
+        return (self.words(n, scratch) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def _onto(
         self, row: np.ndarray, std: float, scratch: Scratch, onto: Onto | None = None
