@@ -208,7 +208,8 @@ def test_zeros_at_the_end_of_branch_and_model_hide_nothing_from_the_trial():
         (nn.Conv2d(1, 4, 3, padding=1), {"projected": True}, "takes the examples themselves"),
     ],
 )  # fmt: skip
-def test_what_has_no_private_form_is_named(layer, options, why):
+def test_what_has_no_private_form_is_named(layer, options, why, monkeypatch):
+    monkeypatch.delitem(formulas.GRADIENTS, nn.ConvTranspose2d)
     model = nn.Sequential(layer, nn.Tanh(), nn.Flatten(), nn.Linear(4 * 64, 4))
     recipe = Recipe(privacy=plan(**options))
     with pytest.raises(ConfigError, match=why):

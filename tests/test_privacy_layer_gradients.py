@@ -32,6 +32,33 @@ class Called(nn.Module):
         return self.by(self, x)
 
 
+class Tokens(nn.Module):
+    """Parameters that belong to no layer: a token before the rows, positions, and a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.place = (
+            nn.Parameter(torch.randn(1, 1, 5)),
+            nn.Parameter(torch.randn(1, 4, 5)),
+        )
+        self.scale, self.unused = (
+            nn.Parameter(torch.ones(1, 1, 5)),
+            nn.Parameter(torch.ones(1, 1, 1)),
+        )
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.place[:, : x.shape[1] + 1]
+        return self.head(torch.tanh(x * self.scale).mean(1))
+
+
+class Mixed(Tokens):
+    """The token is used in another way."""
+
+    def forward(self, x):
+        return super().forward(x + self.token[0])
+
+
 def images(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(4))
 
@@ -213,6 +240,25 @@ NETS = {
     "attention across": (lambda: attended(across, batch_first=False, kdim=3, vdim=3), PARTS),
     "attention masked": (lambda: attended(masked, bias=False), PARTS),
     "encoder": (encoder, PARTS),
+    "slopes": (
+        lambda: images(nn.Conv2d(2, 3, 3), nn.PReLU(3), nn.Flatten(2), nn.PReLU()),
+        IMAGES,
+    ),
+    "transposed": (
+        lambda: images(
+            nn.ConvTranspose2d(2, 4, (3, 2), (2, 1), (1, 0), (1, 0), groups=2), nn.Tanh(),
+            nn.ConvTranspose2d(4, 1, 2, dilation=2, bias=False), nn.Flatten(2),
+            nn.ConvTranspose1d(1, 2, 3, 2),
+        ),
+        IMAGES,
+    ),
+    "roots": (
+        lambda: nn.Sequential(
+            nn.Linear(5, 4), nn.RMSNorm((3, 4), 1e-3), nn.Flatten(), nn.Linear(12, 4)
+        ),
+        PARTS,
+    ),
+    "tokens": (Tokens, PARTS),
     "blocks": (lambda: images(nn.Unflatten(1, (1, 2)), nn.Conv3d(1, 3, 2), nn.Tanh()), IMAGES),
 }  # fmt: skip
 Y = torch.arange(5) % 4
@@ -312,7 +358,7 @@ class Own(nn.Linear):
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: nn.Sequential(nn.Linear(6, 4), nn.PReLU()), "parameter 1.weight: PReLU has no formula"),
+        (lambda: nn.Sequential(nn.Bilinear(6, 6, 4)), "parameter 0.weight: Bilinear has no formula"),
         (lambda: nn.Sequential(Own(6, 4)), "parameter 0.weight: Own has no formula"),
         (lambda: Called(packed, cell=nn.LSTM(1, 4)), "LSTM takes packed sequences"),
         (lambda: Called(turned, cell=nn.GRU(1, 4)), r"layer cell sees \[6\] of 5 examples"),
@@ -341,6 +387,14 @@ def test_a_weight_used_outside_its_layer_is_found_before_training():
     recipe = Recipe(privacy=SampleLevel(rounds=1, batch_size=2, mode="layers"))
     with pytest.raises(ConfigError, match=r"privacy.mode layers cannot train .* differ from those"):
         Server(net, who, recipe)
+
+
+def test_a_parameter_that_is_not_one_for_each_example_is_found_before_training():
+    recipe = Recipe(privacy=SampleLevel(rounds=1, batch_size=2, mode="layers"))
+    with pytest.raises(ConfigError, match=r"privacy.mode layers cannot train model Mixed"):
+        net = Mixed()
+        net.unused.requires_grad_(False)
+        Server(net, [Client("c", (PARTS, Y))], recipe)
 
 
 def test_the_way_that_is_taken_is_said():

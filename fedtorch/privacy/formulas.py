@@ -103,6 +103,25 @@ def windows(m: Any, x: Tensor) -> Tensor:
     return seen.permute(order).flatten(axes + 2).flatten(1, axes + 1).mT
 
 
+def transposed(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Params:
+    """A convolution's, where what goes in and what comes back have changed places."""
+    m, n = cast(nn.ConvTranspose2d, m), len(x)
+
+    def weight() -> Tensor:
+        each: Tensor = CONVOLUTIONS[x.dim() - 2](
+            d.reshape(1, -1, *d.shape[2:]),
+            (n * m.in_channels, *m.weight.shape[1:]),
+            x.reshape(1, -1, *x.shape[2:]),
+            m.stride,
+            m.padding,
+            m.dilation,
+            n * m.groups,
+        )
+        return each.view(n, *m.weight.shape)
+
+    return _asked(m, names, weight=weight, bias=lambda: d.flatten(2).sum(2))
+
+
 def padded(m: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """What a convolution sees, and the zeros that are still to be put on both sides of each axis."""
     none = (0,) * (x.dim() - 2)
@@ -150,15 +169,30 @@ def instance_norm(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Pa
 def layer_norm(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Params:
     """Of scale and shift, summed over what is not normalized."""
     m = cast(nn.LayerNorm, m)
-    axes = x.dim() - len(m.normalized_shape)
+    shape = m.normalized_shape
+    return _summed(m, lambda: F.layer_norm(x, shape, None, None, m.eps), d, names)
+
+
+def rms_norm(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Params:
+    """Likewise, of scale alone."""
+    m = cast(nn.RMSNorm, m)
+    return _summed(m, lambda: F.rms_norm(x, m.normalized_shape, None, m.eps), d, names)
+
+
+def prelu(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Params:
+    """Of slopes, for each channel or for all, summed over what is below zero."""
+    m = cast(nn.PReLU, m)
+    shape = (len(x), m.num_parameters, -1)
+    return _asked(m, names, weight=lambda: torch.where(x < 0, d * x, 0).reshape(shape).sum(2))
+
+
+def _summed(m: Any, normal: Callable[[], Tensor], d: Tensor, names: Names) -> Params:
+    axes = d.dim() - len(m.normalized_shape)
 
     def summed(v: Tensor) -> Tensor:
         return v.reshape(len(v), -1, *v.shape[axes:]).sum(1)
 
-    def weight() -> Tensor:
-        return summed(d * F.layer_norm(x, m.normalized_shape, None, None, m.eps))
-
-    return _asked(m, names, weight=weight, bias=lambda: summed(d))
+    return _asked(m, names, weight=lambda: summed(d * normal()), bias=lambda: summed(d))
 
 
 def _channels(m: nn.Module, normal: Callable[[], Tensor], d: Tensor, names: Names) -> Params:
@@ -181,6 +215,9 @@ GRADIENTS: dict[type[nn.Module], Gradient] = {
     nn.Conv1d: convolution,
     nn.Conv2d: convolution,
     nn.Conv3d: convolution,
+    nn.ConvTranspose1d: transposed,
+    nn.ConvTranspose2d: transposed,
+    nn.ConvTranspose3d: transposed,
     nn.Linear: linear,
     NonDynamicallyQuantizableLinear: linear,  # the last of nn.MultiheadAttention
     nn.Embedding: embedding,
@@ -189,4 +226,6 @@ GRADIENTS: dict[type[nn.Module], Gradient] = {
     nn.InstanceNorm2d: instance_norm,
     nn.InstanceNorm3d: instance_norm,
     nn.LayerNorm: layer_norm,
+    nn.RMSNorm: rms_norm,
+    nn.PReLU: prelu,
 }

@@ -20,6 +20,7 @@ from fedtorch.privacy import attention, recurrent
 from fedtorch.privacy.formulas import CONVOLUTIONAL, GRADIENTS, unlike, windows
 from fedtorch.privacy.ghost import Into, Looked, Product, Seen, pays
 from fedtorch.privacy.gradients import PrivateSteps, in_parts, rounded
+from fedtorch.privacy.own_parameters import each_its_own, own_parameters
 from fedtorch.training.step import Step
 from fedtorch.tree import SHORT, exact_sq_norms, rows, size
 from fedtorch.types import Params
@@ -38,7 +39,7 @@ class LayerGradients:
     def __init__(self, model: nn.Module, losses: Step, steps: PrivateSteps) -> None:
         self.model, self.losses, self.steps = model, losses, steps
         self.params: Params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-        self.layers = known(model)
+        self.layers, self.own = known(model), own_parameters(model)
         self.tables = {m for m in self.layers if isinstance(m, nn.Embedding)}
         self.shared: set[nn.Module] | None = None
         """Tables in which one row of places is looked up for all examples."""
@@ -74,10 +75,12 @@ class LayerGradients:
         if self.shared is None:
             one, two = (self._lengths(batch, n) for n in (1, 2))
             self.shared = {m for m, n in one.items() if n == two.get(m)}
-        with hidden(self.params):
+        with hidden(self.params), each_its_own(self.own, self.many) as leaves:
             values = self.losses(self.model, batch)
             if values.requires_grad:  # it may have asked no layer
                 values.sum().backward()
+        found = [(p, leaf.grad) for p, leaf in leaves]
+        self.calls += [{p: g.view(self.many, *p.shape)} for p, g in found if g is not None]
         seen, values = apart(self.calls), values.detach()
         self.numbers = sum(s.numbers for s in seen if isinstance(s, Written))
         if seen:
@@ -288,8 +291,11 @@ OWN: dict[type[nn.Module], tuple[Callable[..., Any], Callable[[nn.Module], str |
 def known(model: nn.Module) -> dict[nn.Module, str]:
     """Layers with parameters to train, and their names; raises NotImplementedError for one not known."""
     found: dict[nn.Module, str] = {}
+    mine = {id(p) for _, _, p in own_parameters(model)}
     for name, m in model.named_modules():
-        own = [k for k, p in m.named_parameters(recurse=False) if p.requires_grad]
+        own = [
+            k for k, p in m.named_parameters(recurse=False) if p.requires_grad and id(p) not in mine
+        ]
         odd = OWN[type(m)][1] if type(m) in OWN else unlike
         if own and (why := odd(m)):
             raise NotImplementedError(f"parameter {name}{'.' if name else ''}{own[0]}: {why}")
