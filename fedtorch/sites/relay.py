@@ -100,7 +100,7 @@ class NodeLine:
             except (Unreachable, Refused) as e:
                 if said != str(e):
                     log.warning("%s", e)
-                said = str(e)
+                said, self.sent = str(e), 0  # what went with a reply that was lost goes again
                 time.sleep(5 * LOOK)
             time.sleep(LOOK)
         self.node.close()
