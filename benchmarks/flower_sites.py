@@ -1,6 +1,6 @@
 """Three hospitals over a SuperLink and three SuperNodes, beside our own line and Flower's own FedAvg.
 
-    python -m benchmarks.flower_sites ../shared/data/heart-disease
+    python -m benchmarks.flower_sites ../shared/data/heart-disease [own] [flower] [theirs]
 
 Everything on loopback under TLS, each party a process as a user starts it. FedAvg, SCAFFOLD and
 sample-level privacy over each line; without noise the weights must be those of one process. Over Flower's,
@@ -44,6 +44,7 @@ RUNS = {
     ],
 }
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
+QUIET["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 APP = """
 from pathlib import Path
 import numpy as np
@@ -280,9 +281,8 @@ def trained(folder: Path, way: str, kind: str, federation: Federation | None, ki
         raise SystemExit(f"{run.name}: {codes}, see {folder}")
     rounds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seconds = statistics.median(r["seconds_train"] for r in rounds[1:])
-    told = sum(
-        r[f"site_{n}_bytes_{w}"] for r in rounds[1:] for n in NAMES for w in ("sent", "received")
-    )
+    parts = [f"site_{n}_bytes_{w}" for n in NAMES for w in ("sent", "received")]
+    told = sum(r.get(part, 0) for r in rounds[1:] for part in parts)
     passed = (counter.count - first) / (len(rounds) - 1)
     line = f"{way:<8} {kind:<13} {seconds:6.2f} s a round, {told / (len(rounds) - 1):9,.0f} B of messages"
     line += f", {passed:10,.0f} B at the port" if not kills else ", a node and the server killed"
@@ -354,20 +354,23 @@ def theirs(folder: Path, rounds: int) -> str:
     return f"Flower's own FedAvg    {seconds:6.2f} s a round, {passed:10,.0f} B at the port"
 
 
-def main(data: Path) -> None:
-    """Every line and kind in turn."""
+def main(data: Path, *lines: str) -> None:
+    """Every line and kind in turn, or those lines that are named: own, flower, theirs."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(data, folder)
-        for kind in RUNS:
+        for kind in RUNS if not lines or "own" in lines else ():
             print(trained(folder, "own", kind, None, False), flush=True)
-        with closing(Federation(folder, NAMES)) as federation:
-            federation.start("link")
-            up(federation.link)
-            for kind in RUNS:
-                print(trained(folder, "Flower", kind, federation, kind == "SCAFFOLD"), flush=True)
-        print(theirs(folder, 10), flush=True)
+        if not lines or "flower" in lines:
+            with closing(Federation(folder, NAMES)) as federation:
+                federation.start("link")
+                up(federation.link)
+                for kind in RUNS:
+                    kills = kind == "SCAFFOLD"
+                    print(trained(folder, "Flower", kind, federation, kills), flush=True)
+        if not lines or "theirs" in lines:
+            print(theirs(folder, 10), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

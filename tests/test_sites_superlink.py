@@ -74,6 +74,25 @@ def server(federation, offered):
         made.close()
 
 
+class Apart(Site):
+    """A site in a thread: torch.fx, which looks at the model, is not for two threads at once."""
+
+    one = threading.Lock()
+
+    def _join(self):
+        try:
+            return super()._join()
+        finally:
+            self.one.release()
+
+    def _ask(self, method, message, seconds):
+        try:
+            return super()._ask(method, message, seconds)
+        finally:
+            if method == "join":
+                self.one.acquire()
+
+
 @contextmanager
 def sites(federation, state):
     """Sites at work in threads of this process, until their run is over."""
@@ -81,7 +100,7 @@ def sites(federation, state):
     for name in NAMES:
         data = Npz(str(federation.folder / f"{name}.npz"))
         own = {"engine": flower(federation, name), "state": str(state / name), "patience": 150.0}
-        made.append(Site(SiteConfig(name=name, dataset=data, **own)))
+        made.append(Apart(SiteConfig(name=name, dataset=data, **own)))
     ends: list[int] = []
 
     def work(site):
@@ -89,18 +108,9 @@ def sites(federation, state):
             ends.append(site.run())
 
     threads = [threading.Thread(target=work, args=(s,), daemon=True) for s in made]
-
-    def join():
-        """One after another: torch.fx, which looks at the model, is not for two threads at once."""
-        for t, s in zip(threads, made, strict=True):
-            t.start()
-            while s.plan is None and t.is_alive():
-                time.sleep(0.01)
-
-    joining = threading.Thread(target=join, daemon=True)
-    joining.start()
+    for t in threads:
+        t.start()
     yield made
-    joining.join()
     for t in threads:
         t.join()
     assert ends == [0, 0, 0]
@@ -174,7 +184,7 @@ def test_the_server_is_killed_in_mid_round_and_no_charge_is_lost(federation, tmp
 
     def serve(more):
         with (tmp_path / "serve.log").open("ab") as log:
-            command = ["timeout", "120", sys.executable, "-m", "fedtorch", *words, *more]
+            command = ["timeout", "250", sys.executable, "-m", "fedtorch", *words, *more]
             return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def rounds():
@@ -183,16 +193,15 @@ def test_the_server_is_killed_in_mid_round_and_no_charge_is_lost(federation, tmp
 
     with sites(federation, tmp_path) as at_work:
         process = serve(first)
-        while rounds() < 1 and process.poll() is None:
-            time.sleep(0.05)
+        while max(s.visits for s in at_work) < 2 and process.poll() is None:
+            time.sleep(0.02)
         assert process.poll() is None, (tmp_path / "serve.log").read_text()[-2000:]
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert rounds() < 3, "it was to be killed before its end"
+        assert rounds() == 1
         process = serve(["--resume"])
-        assert process.wait(120) == 0, (tmp_path / "serve.log").read_text()[-2000:]
+        assert process.wait(200) == 0, (tmp_path / "serve.log").read_text()[-2000:]
     assert rounds() == 3
     for site in at_work:
         charged = sum(map(len, site.budget.ledgers.values()))
-        assert 3 <= charged <= 5  # a round done again is paid for again
-        assert charged >= site.visits - 1
+        assert 3 <= charged <= 4  # a round done again is paid for again
