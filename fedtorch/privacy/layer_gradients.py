@@ -40,6 +40,7 @@ class LayerGradients:
         self.model, self.losses, self.steps = model, losses, steps
         self.params: Params = {k: p for k, p in model.named_parameters() if p.requires_grad}
         self.layers, self.own = known(model), own_parameters(model)
+        self.trained = {m: trained(m, self.params) for m in self.layers}
         self.tables = {m for m in self.layers if isinstance(m, nn.Embedding)}
         self.shared: set[nn.Module] | None = None
         """Tables in which one row of places is looked up for all examples."""
@@ -114,14 +115,12 @@ class LayerGradients:
     ) -> None:
         if x._version != version:
             raise NotImplementedError(f"what layer {self.layers[layer]} took is changed in place")
-        call = Call(
-            layer, x, found[0].detach().reshape(shape), self.many, trained(layer, self.params)
-        )
+        call = Call(layer, x, found[0].detach().reshape(shape), self.many, self.trained[layer])
         self.calls.append(call if call.form else call.written())
 
     def _heard(self, layer: nn.Module, made: dict[str, Callable[[], Tensor]]) -> None:
         """What a layer that is run by hand tells of the gradients of a call."""
-        own = trained(layer, self.params)
+        own = self.trained[layer]
         found = {p: made[k]() for k, p in own.items() if k in made}
         for p, g in found.items():
             if len(g) % self.many:
