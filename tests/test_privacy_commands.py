@@ -100,6 +100,24 @@ def test_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert [line.split()[0] for line in text[2:]] == [str(r) for r in out["rounds"]]
 
 
+def test_a_plan_with_figures_inside_the_budget_costs_what_the_run_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = ["plan", "--noise-multipliers", "2", "--rounds", "20", "--json"]
+    figures = ["--figures-every", "8", "--figures-noise", "5"]
+    (curve,) = json.loads(answer(capsys, *run, *figures))["curves"]
+    figured = [[], [Event("gaussian", 5, 1, 1)], [Event("gaussian", 5, 1, 2)]]
+    own = [
+        epsilon([Event("gaussian", 2, 1, r), *some], 1e-5)
+        for r, some in zip([7, 8, 20], figured, strict=True)
+    ]
+    (found,) = over_rounds([2], [7, 8, 20], 1, 1.0, 1e-5, figures=(8, 5.0)).values()
+    assert found == own and curve["epsilon"][-1] == own[-1]
+    for wrong in (figures[:2], figures[2:], [*figures, "--search", "3"]):
+        assert main([*run, *wrong]) == 2
+        assert "figures" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["epsilon", "noise", "plan"])
 def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     text = answer(capsys, command, "--help")

@@ -26,6 +26,7 @@ ACCOUNTANT = Option("prv (tight) or rdp (looser, as in older papers)", "prv", st
 RATE = Option("chance of each example (or client) to be in a step; 1: all are in every step", 1.0)
 NOISE = Option("standard deviation of the noise over the clip norm", required=True)
 STEPS = Option("noised steps of the whole run, e.g. rounds x local steps", kind=int, required=True)
+FIGURES_NOISE = Option("noise multiplier of each of those, as privacy.json has it", 0.0)
 JSON = Option("print one JSON object", False, bool)
 
 RELATION = "neighbouring runs: one example (or client) added or removed"
@@ -42,7 +43,7 @@ def epsilon(argv: Sequence[str]) -> int:
         "figures": Option(
             "releases of figures inside the budget beside them (metrics_epsilon)", 0, int
         ),
-        "figures-noise": Option("noise multiplier of each of those, as privacy.json has it", 0.0),
+        "figures-noise": FIGURES_NOISE,
         "curve": Option(
             "the whole claim: trade-off curve, replace-one, groups, membership", False, bool
         ),
@@ -58,10 +59,7 @@ def epsilon(argv: Sequence[str]) -> int:
     run = [
         events.Event("gaussian", given["noise-multiplier"], given["sample-rate"], given["steps"])
     ]
-    if bool(given["figures"]) != bool(given["figures-noise"]):
-        raise ConfigError(
-            "--figures and --figures-noise belong together: how many, and their noise"
-        )
+    together(given, "figures", "how many")
     if given["figures"]:
         run.append(events.Event("gaussian", given["figures-noise"], 1.0, given["figures"]))
     figures = {
@@ -123,6 +121,12 @@ def plan(argv: Sequence[str]) -> int:
         "sample-rate": RATE,
         "delta": DELTA,
         "accountant": ACCOUNTANT,
+        "figures-every": Option(
+            "rounds from one release of figures inside the budget to the next (metrics_every)",
+            0,
+            int,
+        ),
+        "figures-noise": FIGURES_NOISE,
         "search": Option(
             "runs expected of a random search, of which the best is kept: its price", 0, int
         ),
@@ -132,6 +136,7 @@ def plan(argv: Sequence[str]) -> int:
     given = read(argv, "plan", options)
     if given is None:
         return 0
+    together(given, "figures-every", "how often")
     from fedtorch.privacy.accounting import events
 
     if given["search"]:
@@ -144,6 +149,7 @@ def plan(argv: Sequence[str]) -> int:
         given["sample-rate"],
         given["delta"],
         given["accountant"],
+        (given["figures-every"], given["figures-noise"]) if given["figures-every"] else None,
     )
     if given["plot"]:
         draw(given["plot"], rounds, curves, given)
@@ -160,6 +166,18 @@ def plan(argv: Sequence[str]) -> int:
     for i, r in enumerate(rounds):
         print(f"{r:>6} " + "".join(f"{upwards(e[i]):>12}" for e in curves.values()))
     return 0
+
+
+def together(given: dict[str, Any], option: str, what: str) -> None:
+    """Refuse releases of figures without their noise, and noise without them."""
+    if bool(given[option]) != bool(given["figures-noise"]):
+        raise ConfigError(
+            f"--{option} and --figures-noise belong together: {what}, and their noise"
+        )
+    if option == "figures-every" and given[option] and given["search"]:
+        raise ConfigError(
+            "--figures-every is of one run's table: leave it out, or leave out --search"
+        )
 
 
 def searched(given: dict[str, Any]) -> int:

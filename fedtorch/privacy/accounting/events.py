@@ -185,14 +185,23 @@ def over_rounds(
     rate: float,
     delta: float,
     accountant: str = "prv",
+    figures: tuple[int, float] | None = None,
 ) -> dict[float, list[float]]:
-    """Epsilon after each of ``rounds``, for each Gaussian noise."""
+    """Epsilon after each of ``rounds``, for each Gaussian noise.
+
+    ``figures``: in every how many rounds some are released beside the model, and their noise multiplier.
+    """
     check_steps(steps_per_round)
     for r in rounds:
         check_steps(r, "rounds")
+    if figures:
+        check_steps(figures[0], "rounds from figures to figures")
 
     def cost(noise: float, r: int) -> float:
-        return epsilon([Event("gaussian", noise, rate, r * steps_per_round)], delta, accountant)
+        run = [Event("gaussian", noise, rate, r * steps_per_round)]
+        if figures and r >= figures[0]:
+            run.append(Event("gaussian", figures[1], 1.0, r // figures[0]))
+        return epsilon(run, delta, accountant)
 
     return {noise: [cost(noise, r) for r in rounds] for noise in noises}
 
