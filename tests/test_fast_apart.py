@@ -72,6 +72,7 @@ def test_both_passes_of_ditto_are_fast(monkeypatch):
     monkeypatch.setattr(stacked, "stacked", never)
     monkeypatch.setattr(stacked, "general", never)
     monkeypatch.setattr(solve, "pays", lambda *_: True)
+    monkeypatch.setattr("fedtorch.fast.whole.pays", lambda *_: False)
     monkeypatch.setattr(First, "__init__", lambda s, *a: (made.append(s), whole(s, *a))[1])
     run(*KINDS["ditto"], "fast")
     assert [bool(m.own) for m in made[-2:]] == [False, True] and made[-1].own.now < 1

@@ -327,16 +327,23 @@ def weighed(D: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pays(rows: int, shape: tuple[int, int], examples: int | None = None) -> bool:
-    """Whether a layer is cheaper without copies, in nanoseconds a client at rates measured on one core.
+    """Whether a layer is cheaper without copies."""
+    without, copies = costs(rows, shape, examples)
+    return without < copies
+
+
+def costs(rows: int, shape: tuple[int, int], examples: int | None = None) -> tuple[float, float]:
+    """Without copies and with them, in nanoseconds a client at rates measured on one core.
 
     ``rows`` a client takes in a visit, each of its ``examples`` perhaps several times; those are known
     of the first layer only, which computes with each example once and needs no gradient of its inputs.
+    Of other layers it is a row's share.
     """
     out, inputs = shape
     if examples is not None:
         # in the first pass a row meets, on average, half of the others
         others = (rows - min(rows, examples) / 2) * examples
         met = 4 * inputs * out * examples / RATE_ALL + 2 * others * out / RATE_MET
-        return met < 4 * inputs * out * rows / RATE_COPIES
+        return met, 4 * inputs * out * rows / RATE_COPIES
     written = 6 * inputs * out / RATE_ALL + 2 * rows * (inputs + out) / RATE_WRITTEN
-    return written < 6 * inputs * out / RATE_COPIES
+    return written, 6 * inputs * out / RATE_COPIES

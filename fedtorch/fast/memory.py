@@ -26,6 +26,10 @@ class Memory:
 
     def rows(self, start: Tensor, count: int) -> Tensor:
         """``start`` [numbers], ``count`` times: [count, numbers], each row on cache lines of its own."""
+        return self.room(start, count).copy_(start)
+
+    def room(self, start: Tensor, count: int) -> Tensor:
+        """The same with whatever is there."""
         width = len(start) + -len(start) % (LINE // start.element_size())
         size = count * width * start.element_size()
         if start.device.type == "cpu" and size <= MEMORY_KEPT and not self.busy():
@@ -37,7 +41,7 @@ class Memory:
             room = torch.from_numpy(lent).view(start.dtype).view(count, width)
         else:
             room = start.new_empty(count, width)
-        return room[:, : len(start)].copy_(start)
+        return room[:, : len(start)]
 
     def busy(self) -> bool:
         """Whether a tensor of what was lent last is still alive."""

@@ -4,8 +4,9 @@
 ``ops_for``; nobody else knows that there are loops. Without numba and on accelerators it is torch.
 """
 
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -115,6 +116,27 @@ class Ops:
         if bias is not None:
             bias[:k].mul_(keep).sub_(d.sum(1, keepdim=True))
         return masked(down, a) if end == "mask" else down
+
+    whole_visits: ClassVar[bool] = False
+    """Whether there is ``visits``: by torch it would be what the layers do, step by step."""
+
+    def visits(
+        self,
+        own: tuple[Tensor, Tensor, float],
+        layers: np.ndarray,
+        inputs: tuple[Tensor, Tensor],
+        given: tuple[Tensor, Tensor, Tensor, Tensor],
+        steps: tuple[Tensor, int],
+    ) -> Tensor:
+        """All steps of each client's linear layers, ReLU between them, before cross entropy.
+
+        ``own``: parameters [K, numbers] of each client, in whose place their change comes, those it began
+        with [numbers], and what a step keeps of them. Returns the changes' squared norms, [K], float64.
+        ``layers`` [n, 4]: outputs, inputs, and where weights and biases begin (-1: there are none);
+        ``inputs``: examples [N, in] and those of each step, [K, T]; ``given`` as above; ``steps`` of each
+        client, [K], and examples in each.
+        """
+        raise NotImplementedError
 
     def sparse(self, x: Tensor, most: float) -> Lean | None:
         """The matrix x [N, n] without its zeros; None: more than ``most`` are not 0, or nobody can."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import Dataset
 
-from fedtorch.fast import front
+from fedtorch.fast import front, whole
 from fedtorch.fast.apart import Apart
 from fedtorch.fast.chunk_data import Kept, Rows, taken
 from fedtorch.fast.copies import Own
@@ -61,24 +61,12 @@ class Fast:
     ) -> "Visit":
         """Train K clients; the same contract as ``general``."""
         datasets, ctx, private = chunk.datasets, chunk.context, chunk.private
-        plan = recipe.privacy.per_example
         with torch.no_grad():
             # the data side by side, and who is in which step
             first = next(iter(task.state.values()))
             rows = self.kept.rows(datasets, first.device, ops_for(first))
             order = schedule(chunk.order, rows.sizes, first)
             steps = linear(recipe, ctx, task.state, task.lr)
-            rule = steps.rule
-            coins = Coins(chunk.seeds, order)
-            # layers that know their inputs
-            if private is not None:
-                projected = bool(plan and plan.projected) and rows.finite
-                flat, layers = self._noised(
-                    model, datasets, rows, coins, task.state, steps, private, projected
-                )
-            else:
-                layers = self._front(model, rows, coins, task.state, steps)
-                layers += joined(self._dense(datasets, rows, coins, task.state, steps))
             # the loss, by its formula where it is known
             y = taken(rows.y, order.index)
             known = recipe.loss is cross_entropy and not self.chain.squeezed and rows.classes
@@ -86,28 +74,60 @@ class Fast:
             if private is not None:
                 factor = (order.scale > 0).to(order.scale.dtype)
             else:
-                factor = order.scale if rule.momentum else order.scale * rule.lr
+                factor = order.scale if steps.rule.momentum else order.scale * steps.rule.lr
             weights = order.scale, factor
             head = CrossEntropy(y, *weights) if known else AnyLoss(y, *weights, loss)
-            walked, last = (layers, head) if private else closed(layers, head, rows.ops)
-            # local steps: forward, backward, step
-            for t, k in enumerate(order.live):
-                step = slice(t * order.batch, (t + 1) * order.batch)
-                a = order.index[:k, step]
-                for layer in walked:
-                    a = layer.forward(a)
-                d = last(a, k, step)
-                if private is not None:
-                    noised(flat, layers, d, private)
-                else:
-                    grads = passed_down(walked, d)
-                    for layer, g in zip(walked, grads, strict=True):
-                        layer.step(g)
-            others = [m for m in layers if not isinstance(m, (Act, Drop, Given))]
-            held = cast(list[Weights], others) if private is None else flat.held(others)
+            # local steps
+            small = known and private is None and not self.half
+            if small and whole.pays(self.chain, steps, rows, order):
+                own = whole.Whole(self.chain, task.state, steps.rule, self.memory, len(datasets))
+                own.visit(rows, order, cast(CrossEntropy, head), ctx.steps)
+                held: list[Weights] = [own]
+            else:
+                held = self._lockstep(model, chunk, task, recipe, rows, order, steps, head)
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
         mean, exact = head.total().cpu() / ctx.steps, recipe.privacy.claims
         return Visit(held, mean, exact, first[:0], task.state)
+
+    def _lockstep(
+        self,
+        model: nn.Module,
+        chunk: Chunk,
+        task: Task,
+        recipe: Recipe,
+        rows: Rows,
+        order: LockstepOrder,
+        steps: Steps,
+        head: CrossEntropy | AnyLoss,
+    ) -> list[Weights]:
+        """All clients' local steps side by side, layer by layer, and what is left of the layers."""
+        datasets, private, plan = chunk.datasets, chunk.private, recipe.privacy.per_example
+        coins = Coins(chunk.seeds, order)
+        # layers that know their inputs
+        if private is not None:
+            projected = bool(plan and plan.projected) and rows.finite
+            flat, layers = self._noised(
+                model, datasets, rows, coins, task.state, steps, private, projected
+            )
+        else:
+            layers = self._front(model, rows, coins, task.state, steps)
+            layers += joined(self._dense(datasets, rows, coins, task.state, steps))
+        walked, last = (layers, head) if private else closed(layers, head, rows.ops)
+        # local steps: forward, backward, step
+        for t, k in enumerate(order.live):
+            step = slice(t * order.batch, (t + 1) * order.batch)
+            a = order.index[:k, step]
+            for layer in walked:
+                a = layer.forward(a)
+            d = last(a, k, step)
+            if private is not None:
+                noised(flat, layers, d, private)
+            else:
+                grads = passed_down(walked, d)
+                for layer, g in zip(walked, grads, strict=True):
+                    layer.step(g)
+        others = [m for m in layers if not isinstance(m, (Act, Drop, Given))]
+        return cast(list[Weights], others) if private is None else flat.held(others)
 
     def takes(self, recipe: Recipe) -> bool:
         """Whether it can take another pass of a visit, by such a recipe, from any weights at all."""

@@ -60,3 +60,9 @@ RATE_MET = 45.0
 
 RATE_WRITTEN = 40.0
 """Of rows that are written down with those before."""
+
+RATE_WHOLE = 80.0
+"""Of whole visits, one after another in a core's cache (W1 on the digits)."""
+
+CALLS = 2500.0
+"""Nanoseconds that the calls of a layer's step in lock-step cost each of ten clients (the same)."""

@@ -40,12 +40,12 @@ def step(
     d, turned = np.empty((B, C), a.dtype), np.empty((C, B), a.dtype)
     for c in range(k):
         ac, wc, to = a[c].reshape(-1), weight[c].reshape(-1), out[c].reshape(-1)
-        row_products(ac, wc, q, C, d, a.dtype.type(0))
+        row_products(ac, wc, q, (B, C), d.reshape(-1), (0, C), a.dtype.type(0))
         for i in range(B):
             if len(bias):
                 d[i] += bias[c, 0]
             here = scale[c, s + i, 0] > 0
-            loss = _gradient(d[i], y[c, s + i, 0], factor[c, s + i, 0])
+            loss = gradient(d[i], y[c, s + i, 0], factor[c, s + i, 0])
             losses[c, s + i, 0] = loss if here else 0
             if not here:  # whatever is there
                 d[i] = 0
@@ -70,7 +70,7 @@ def _move(bias: Any, turned: Any, keep: Any) -> None:
 
 
 @machine_code
-def _gradient(z: Any, label: int, factor: Any) -> Any:
+def gradient(z: Any, label: int, factor: Any) -> Any:
     """Softmax minus one-hot times factor, in the logits' place; returns the log of the label's share."""
     top = z[0]
     for j in range(1, len(z)):

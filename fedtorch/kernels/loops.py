@@ -1,6 +1,7 @@
 """What ``fedtorch.fast.ops`` does by torch, by compiled loops; imported where numba is installed alone."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from fedtorch.kernels.closing import step
 from fedtorch.kernels.products import ENDS, add_rows, corrected, less
 from fedtorch.kernels.sparse import compress, sparse_product
+from fedtorch.kernels.visits import visits
 
 BLOCK = 128
 """Columns whose rows of the other matrix stay in a core's first cache."""
@@ -84,6 +86,28 @@ class Loops:
         by = keep, ENDS[end]
         step(a.contiguous().numpy(), own, (y, scale), factor, losses, s, by, out.numpy())
         return out
+
+    whole_visits: ClassVar[bool] = True
+
+    def visits(
+        self,
+        own: tuple[Tensor, Tensor, float],
+        layers: np.ndarray,
+        inputs: tuple[Tensor, Tensor],
+        given: tuple[Tensor, Tensor, Tensor, Tensor],
+        steps: tuple[Tensor, int],
+    ) -> Tensor:
+        """As in ``ops``."""
+        (values, start, keep), many = own, steps[1]
+        (x, index), (y, scale, factor, losses) = (
+            (t.numpy() for t in inputs),
+            (t.numpy() for t in given),
+        )
+        sizes = int(layers[:, 1].sum()), *[int(layers[:, :2].max())] * 2
+        room = tuple(start.new_empty(many * n).numpy() for n in sizes)
+        by, sums = (steps[0].numpy(), many, keep, start.numpy()), np.empty(len(values))
+        visits(values.numpy(), layers, (x, index), (y, scale), factor, losses, by, room, sums)
+        return torch.from_numpy(sums)
 
     def sparse(self, x: Tensor, most: float) -> "Sparse | None":
         """As in ``ops``."""

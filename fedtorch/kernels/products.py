@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from fedtorch.kernels.compile import machine_code
+from fedtorch.kernels.tiles import ROWS, SIDE, dots
 from fedtorch.kernels.vector import (
     HALVES,
     WIDTH,
-    added,
     load,
     load_some,
-    multiplied,
     none,
     scaled,
     store,
@@ -28,6 +27,8 @@ W = np.uint64(WIDTH)
 W2, W3, W4 = np.uint64(2 * WIDTH), np.uint64(3 * WIDTH), np.uint64(4 * WIDTH)
 RELU, MASK = 1, 2
 ENDS = {"": 0, "relu": RELU, "mask": MASK}
+DOTS = 1 if HALVES else ROWS
+HIGH, FOUR, some_dots, row_dots = np.uint64(DOTS), np.uint64(SIDE), dots(DOTS), dots(1)
 
 
 @machine_code
@@ -195,78 +196,31 @@ def corrected(
 def products(x: Any, X: Any, G: Any, s: int, one: float) -> None:
     """Write x to X[s:e] and x X[:e]^T + one to G[s:e, :e]."""
     K, B, width = x.shape
-    e, q = s + B, np.uint64(width)
-    extra = x.dtype.type(one)
+    e, q, extra = s + B, np.uint64(width), x.dtype.type(one)
     for c in range(K):
-        xc, Xc, gc = x[c].reshape(-1), X[c].reshape(-1), G[c]
+        xc, Xc, gc = x[c].reshape(-1), X[c].reshape(-1), G[c].reshape(-1)
         for k in range(B * width):
             Xc[s * width + k] = xc[k]
-        row_products(xc, Xc, q, e, gc[s:e], extra)
+        row_products(xc, Xc, q, (B, e), gc, (s * G.shape[2], G.shape[2]), extra)
 
 
 @machine_code
-def row_products(x: Any, X: Any, q: Place, e: int, out: Any, extra: Any) -> None:
-    """Write the products of rows [B, q] of x with the first e rows of X, plus ``extra``, to out [B, e]."""
-    B = len(out)
-    for j in range(0, e, 4):
-        r0, r1 = np.uint64(j) * q, np.uint64(min(j + 1, e - 1)) * q
-        r2, r3 = np.uint64(min(j + 2, e - 1)) * q, np.uint64(min(j + 3, e - 1)) * q
-        for i in range(0, B, 2):
-            other = min(i + 1, B - 1)
-            found = dots(x, np.uint64(i) * q, np.uint64(other) * q, X, r0, r1, r2, r3, q)
-            for k in range(min(4, e - j)):
-                out[i, j + k] = found[k] + extra
-                out[other, j + k] = found[4 + k] + extra
+def row_products(x: Any, X: Any, q: Place, size: Any, out: Any, at: Any, extra: Any) -> None:
+    """Write the products of the first B rows [B, q] of x with e of X, plus ``extra``, to out, all flat.
 
-
-@machine_code
-def dots(
-    x: Any, a: Place, b: Place, X: Any, r0: Place, r1: Place, r2: Place, r3: Place, q: Place
-) -> Any:
-    """Products of two rows of x with four of X, eight numbers."""
-    if HALVES:
-        a0, a1, b0, b1 = _dots_two(x, a, b, X, r0, r1, q)
-        a2, a3, b2, b3 = _dots_two(x, a, b, X, r2, r3, q)
-        return a0, a1, a2, a3, b0, b1, b2, b3
-    zero = none(x)
-    a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
-    t = np.uint64(0)
-    while t < q:
-        m = min(q - t, W)
-        if m == W:
-            u, v, y0, y1 = load(x, a + t), load(x, b + t), load(X, r0 + t), load(X, r1 + t)
-            y2, y3 = load(X, r2 + t), load(X, r3 + t)
-        else:
-            u, v = load_some(x, a + t, m), load_some(x, b + t, m)
-            y0, y1 = load_some(X, r0 + t, m), load_some(X, r1 + t, m)
-            y2, y3 = load_some(X, r2 + t, m), load_some(X, r3 + t, m)
-        a0, a1 = multiplied(a0, u, y0), multiplied(a1, u, y1)
-        a2, a3 = multiplied(a2, u, y2), multiplied(a3, u, y3)
-        b0, b1 = multiplied(b0, v, y0), multiplied(b1, v, y1)
-        b2, b3 = multiplied(b2, v, y2), multiplied(b3, v, y3)
-        t += W
-    return (
-        added(a0), added(a1), added(a2), added(a3), added(b0), added(b1), added(b2), added(b3),
-    )  # fmt: skip
-
-
-@machine_code
-def _dots_two(x: Any, a: Place, b: Place, X: Any, r0: Place, r1: Place, q: Place) -> Any:
-    """With two of them."""
-    zero = none(x)
-    a0, a1, b0, b1 = zero, zero, zero, zero
-    t = np.uint64(0)
-    while t < q:
-        m = min(q - t, W)
-        if m == W:
-            u, v, y0, y1 = load(x, a + t), load(x, b + t), load(X, r0 + t), load(X, r1 + t)
-        else:
-            u, v = load_some(x, a + t, m), load_some(x, b + t, m)
-            y0, y1 = load_some(X, r0 + t, m), load_some(X, r1 + t, m)
-        a0, a1 = multiplied(a0, u, y0), multiplied(a1, u, y1)
-        b0, b1 = multiplied(b0, v, y0), multiplied(b1, v, y1)
-        t += W
-    return added(a0), added(a1), added(b0), added(b1)
+    ``size``: B and e; ``at``: where the first row of results is in ``out``, and how far the next from it.
+    """
+    B, e, begin, apart = np.uint64(size[0]), np.uint64(size[1]), np.uint64(at[0]), np.uint64(at[1])
+    zero, one, j = np.uint64(0), np.uint64(1), np.uint64(0)
+    while j < e:
+        i, m = zero, min(e - j, FOUR)
+        while i + HIGH <= B:
+            some_dots(x, X, out, begin, apart, q, i, j, e, m, extra)
+            i += HIGH
+        while i < B:
+            row_dots(x, X, out, begin, apart, q, i, j, e, m, extra)
+            i += one
+        j += FOUR
 
 
 @machine_code

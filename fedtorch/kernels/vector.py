@@ -103,18 +103,17 @@ def scaled(context: Any, b: Any, kind: Any, total: Any, factor: Any, v: Any) -> 
     return plus_product(b, total, repeated(b, factor, v.type), v)
 
 
-@operation(lambda total, u, v: total(total, u, v))
-def multiplied(context: Any, b: Any, kind: Any, total: Any, u: Any, v: Any) -> Any:
-    """What there is, plus u v, number by number."""
-    return plus_product(b, total, u, v)
-
-
-@operation(lambda v: v.dtype(v))
-def added(context: Any, b: Any, kind: Any, v: Any) -> Any:
-    """Their sum, one number."""
-    form = ir.FunctionType(v.type.element, [v.type.element, v.type])
-    reduce = _declared(b, form, f"llvm.vector.reduce.fadd.{_name(v.type)}")
-    return b.call(reduce, [ir.Constant(v.type.element, -0.0), v], fastmath=("reassoc",))
+def together(b: Any, parts: list[Any]) -> Any:
+    """The sums of eight registers, twice over: each by halves, all together in a quarter of the steps."""
+    block = WIDTH
+    while block > 2:  # halves of each on top of each other, two of them in one register
+        block //= 2
+        starts = range(0, 2 * WIDTH, 2 * block)
+        low = [k + lane for k in starts for lane in range(block)]
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [_folded(b, u, v, low, block) for u, v in pairs]
+    (last,) = parts
+    return _folded(b, last, last, [k % WIDTH for k in range(0, 2 * WIDTH, 2)], 1)
 
 
 def read(context: Any, b: Any, kind: Any, array: Any, at: Any, n: Any = None) -> Any:
@@ -157,6 +156,17 @@ def repeated(b: Any, number: Any, vector: Any) -> Any:
     nothing, first = ir.Constant(vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
     lanes = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), None)
     return b.shuffle_vector(b.insert_element(nothing, number, first), nothing, lanes)
+
+
+def _folded(b: Any, u: Any, v: Any, low: list[int], block: int) -> Any:
+    """Lanes ``low`` of two registers, each plus the one ``block`` further on."""
+    return b.fadd(shuffled(b, u, v, low), shuffled(b, u, v, [k + block for k in low]))
+
+
+def shuffled(b: Any, u: Any, v: Any, lanes: list[int]) -> Any:
+    """These lanes of two registers, counted through both."""
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), lanes)
+    return b.shuffle_vector(u, v, mask)
 
 
 def _first(b: Any, n: Any) -> Any:

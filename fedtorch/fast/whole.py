@@ -1,0 +1,95 @@
+"""Small models, whose whole visits one compiled loop takes: a client after the other, in a core's cache.
+
+Each client has a copy of all parameters, in one row of memory. In lock-step their layers are so many calls
+for so few numbers that a round waits for the calls.
+"""
+
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtorch.fast.chunk_data import Rows
+from fedtorch.fast.dual import costs
+from fedtorch.fast.layer_table import Activation
+from fedtorch.fast.layers import Rule
+from fedtorch.fast.linear import Steps
+from fedtorch.fast.loss import CrossEntropy
+from fedtorch.fast.memory import Memory
+from fedtorch.fast.reader import Chain, Linear
+from fedtorch.fast.schedule import LockstepOrder
+from fedtorch.fast.tuning import CALLS, RATE_WHOLE, SPARSE_RATE, STACKED_BYTES
+from fedtorch.tree import split
+from fedtorch.types import Params, Stack
+
+
+class Whole:
+    """How far the parameters of K clients have moved, [K, numbers], once they have been visited."""
+
+    def __init__(
+        self, chain: Chain, state: Params, rule: Rule, memory: Memory, clients: int
+    ) -> None:
+        """They start from the shared ones in ``state``."""
+        specs = linear(chain)
+        self.shapes = {n: state[n].shape for s in specs for n in (s.weight, s.bias) if n}
+        self.start = torch.cat([state[n].flatten() for n in self.shapes])
+        self.change, self.keep = memory.room(self.start, clients), rule.keep
+        ends = accumulate((s.numel() for s in self.shapes.values()), initial=0)
+        begin = dict(zip(self.shapes, ends, strict=False))
+        places = [(*s.shape, begin[s.weight], begin[s.bias] if s.bias else -1) for s in specs]
+        self.layers = np.array(places, np.int64)
+
+    def visit(self, rows: Rows, order: LockstepOrder, head: CrossEntropy, steps: Tensor) -> None:
+        """All local steps; ``steps`` [K]: of each client."""
+        head.check(int(self.layers[-1, 0]))
+        own, inputs = (self.change, self.start, self.keep), (rows.flat, order.index)
+        given = head.y, head.scale, head.factor, head.losses
+        self.squares = rows.ops.visits(own, self.layers, inputs, given, (steps, order.batch))
+
+    def stack(self) -> Stack:
+        """The clients' parameters."""
+        return split(self.change + self.start, self.shapes)
+
+    def sq_norms(self, upper: bool = False) -> Tensor:
+        """Of all parameters together; added up in float64, where no square vanishes."""
+        if not upper:
+            return self.squares
+        return self.squares * (1 + len(self.start) * 2.0**-52)
+
+    def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
+        """Likewise; who has weight 0 may hold NaN, which times 0 is NaN again."""
+        on = weight != 0
+        total = weight @ self.change if bool(on.all()) else weight[on] @ self.change[on]
+        return split(total, self.shapes)
+
+
+def pays(chain: Chain, steps: Steps, rows: Rows, order: LockstepOrder) -> bool:
+    """Whether whole visits are known and the faster way.
+
+    They are of linear layers in float32 with ReLU between them, and of steps along the gradient, with or
+    without weight decay.
+    """
+    specs = linear(chain)
+    inner = [s.name for s in chain.layers[1::2] if isinstance(s, Activation)]
+    known = chain.front is None and isinstance(chain.layers[0], Linear)
+    known = known and len(inner) == len(specs) - 1 == len(chain.layers) // 2
+    if not (known and rows.ops.whole_visits and set(inner) <= {"ReLU"}):
+        return False
+    if rows.x.dtype != torch.float32 or steps.own or steps.rule.momentum or steps.rule.pull:
+        return False
+    numbers = sum(out * into for out, into in (s.shape for s in specs))
+    if numbers * rows.x.element_size() > STACKED_BYTES:
+        return False
+    (first, *behind), taken = specs, order.index.shape[1]
+    cost = (6 * numbers - 2 * first.shape[0] * first.shape[1]) * taken / RATE_WHOLE
+    others = taken * sum(min(costs(taken, s.shape)) for s in behind)
+    others += CALLS * len(specs) * len(order.live)
+    seen = min(costs(taken, first.shape, rows.most))
+    # zeros are looked for where it matters alone
+    return cost < others + seen / SPARSE_RATE or (cost < others + seen and rows.sparse is None)
+
+
+def linear(chain: Chain) -> list[Linear]:
+    """The linear layers."""
+    return [s for s in chain.layers if isinstance(s, Linear)]

@@ -1,0 +1,132 @@
+"""Whole visits of clients whose layers are small enough to stay in a core's cache, one after another.
+
+Only to be imported where numba is installed.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from fedtorch.kernels.closing import gradient
+from fedtorch.kernels.compile import machine_code
+from fedtorch.kernels.products import masked, relu, row_products
+from fedtorch.kernels.tiles import ACROSS, ROWS, backward
+from fedtorch.kernels.vector import WIDTH
+
+W, WIDE, HIGH = np.uint64(WIDTH), np.uint64(ACROSS * WIDTH), np.uint64(ROWS)
+block, column = backward(ROWS, ACROSS), backward(ROWS, 1)
+row, rest = backward(1, ACROSS), backward(1, 1)
+
+
+@machine_code
+def visits(
+    own: Any,
+    layers: Any,
+    inputs: Any,
+    given: Any,
+    factor: Any,
+    losses: Any,
+    by: Any,
+    room: Any,
+    sums: Any,
+) -> None:
+    """What ``ops.visits`` does; ``by``: steps, examples in each, what one keeps of the weights, the start.
+
+    ``room``: for what all layers take, for the gradient of what one puts out, and for the next one's. The
+    changes' squared norms are written to ``sums``.
+    """
+    (x, index), (y, scale), (steps, B, keep, start), (a, d, down) = inputs, given, by, room
+    C = layers[len(layers) - 1, 0]
+    for c in range(len(own)):
+        w = own[c]
+        for k in range(len(start)):
+            w[k] = start[k]
+        for t in range(steps[c]):
+            s = t * B
+            forward(w, layers, x, index[c, s : s + B], a, d)
+            for i in range(B):
+                z, here = d[i * C : (i + 1) * C], scale[c, s + i, 0] > 0
+                loss = gradient(z, y[c, s + i, 0], factor[c, s + i, 0])
+                losses[c, s + i, 0] = loss if here else 0
+                if not here:  # whatever is there
+                    z[:] = 0
+            back(w, layers, a, d, down, B, x.dtype.type(keep))
+        sums[c] = moved(w, start)
+
+
+@machine_code
+def forward(w: Any, layers: Any, x: Any, index: Any, a: Any, out: Any) -> None:
+    """Write what each layer takes to ``a``, one behind the other, and what the last puts out to ``out``."""
+    B, last = len(index), len(layers) - 1
+    for i in range(B):
+        given, to = x[index[i]], a[i * x.shape[1] :]
+        for k in range(x.shape[1]):
+            to[k] = given[k]
+    at = 0
+    for n in range(last + 1):
+        size, into, weight, bias = layers[n]
+        taken = a[at : at + B * into]
+        z = out[: B * size] if n == last else a[at + B * into : at + B * (into + size)]
+        row_products(taken, w[weight:], np.uint64(into), (B, size), z, (0, size), w.dtype.type(0))
+        if bias >= 0:
+            for i in range(B):
+                to, more = z[i * size : (i + 1) * size], w[bias : bias + size]
+                for k in range(size):
+                    to[k] += more[k]
+        if n < last:
+            relu(z)
+        at += B * into
+
+
+@machine_code
+def back(w: Any, layers: Any, a: Any, d: Any, down: Any, B: int, keep: Any) -> None:
+    """Pass ``d``, the gradient of what the last layer puts out, down through all of them, and step."""
+    at = len(a)
+    for n in range(len(layers) - 1, -1, -1):
+        size, into, weight, bias = layers[n]
+        at -= B * into
+        taken = a[at : at + B * into]
+        down[: B * into] = 0
+        layer(w[weight:], d, taken, down, (B, size, into), keep, n > 0)
+        if bias >= 0:
+            b = w[bias : bias + size]
+            for k in range(size):
+                b[k] *= keep
+            for i in range(B):
+                one = d[i * size : (i + 1) * size]
+                for k in range(size):
+                    b[k] -= one[k]
+        if n > 0:
+            masked(down[: B * into], taken)
+            d, down = down, d
+
+
+@machine_code
+def layer(w: Any, d: Any, a: Any, down: Any, shape: Any, keep: Any, passes: bool) -> None:
+    """Of one layer with weights [size, in], block after block: what ``tiles.backward`` does."""
+    B, n, q = np.uint64(shape[0]), np.uint64(shape[1]), np.uint64(shape[2])
+    o = np.uint64(0)
+    while o < n:
+        whole, t = o + HIGH <= n, np.uint64(0)
+        while t < q:
+            m = W if t + WIDE <= q else min(q - t, W)
+            if t + WIDE <= q and whole:
+                block(w, d, a, down, B, n, q, o, t, m, keep, passes)
+            elif t + WIDE <= q:
+                row(w, d, a, down, B, n, q, o, t, m, keep, passes)
+            elif whole:
+                column(w, d, a, down, B, n, q, o, t, m, keep, passes)
+            else:
+                rest(w, d, a, down, B, n, q, o, t, m, keep, passes)
+            t += WIDE if t + WIDE <= q else W
+        o += HIGH if whole else np.uint64(1)
+
+
+@machine_code
+def moved(w: Any, start: Any) -> float:
+    """Take ``start`` from w, and sum up the squares of what is left."""
+    total = 0.0
+    for k in range(len(start)):
+        w[k] -= start[k]
+        total += float(w[k]) * float(w[k])
+    return total
