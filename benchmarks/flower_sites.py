@@ -55,7 +55,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-client_app, server_app = ClientApp(), ServerApp()
+client_app = ClientApp()
+server_app = ServerApp()
 
 @client_app.train()
 def train(message, context):
@@ -369,7 +370,7 @@ def main(data: Path, *lines: str) -> None:
                     kills = kind == "SCAFFOLD"
                     print(trained(folder, "Flower", kind, federation, kills), flush=True)
         if not lines or "theirs" in lines:
-            print(theirs(folder, 10), flush=True)
+            print(theirs(folder, 3), flush=True)
 
 
 if __name__ == "__main__":
