@@ -119,6 +119,13 @@ def test_a_norm_of_pairs_is_no_less_than_what_is_summed(trained, scale):
     assert found[0] == 0
 
 
+@pytest.mark.parametrize("large, small", [(1e18, 4.5e-23), (4.5e-23, 1e18)])
+def test_norms_of_pairs_are_whole_where_products_of_one_side_lose_their_digits(large, small):
+    a, d = torch.full((1, 4, 6), large), torch.full((1, 4, 5), small)
+    found = Product(nn.Linear(6, 5, bias=False), a, d).sq_norms()
+    assert float(found[0]) >= 16 * 6 * 5 * (1e18 * 4.5e-23) ** 2 * (1 - 1e-6)
+
+
 def test_pairs_of_rows_are_taken_where_they_are_less_work():
     assert pays(1, 8, 1)
     assert pays(32, 768, 3072)

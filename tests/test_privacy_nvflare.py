@@ -72,6 +72,17 @@ def test_weights_come_back_clipped_about_what_was_sent_and_counts_as_they_were(s
     assert out.data["w"] == pytest.approx(np.array([[3.3, 3], [3, 2.6]]))
 
 
+def test_weights_that_a_trainer_changed_in_place_are_clipped_about_what_was_sent(site, silent):
+    # as NVFLARE's own NPTrainer does: the task and the result hold the same arrays
+    held = {"w": np.full((2, 2), 3.0, np.float32)}
+    context = FLContext()
+    context.set_prop(ReservedKey.IDENTITY_NAME, site.name, private=False, sticky=True)
+    site.incoming.process(weights(held), context)
+    held["w"] += np.array([[3, 0], [0, -4]], np.float32)
+    out = from_shareable(site.outgoing.process(weights(held), context))
+    assert out.data["w"] == pytest.approx(np.array([[3.3, 3], [3, 2.6]]))
+
+
 def test_changes_come_back_as_changes(site, silent):
     change = {"w": torch.tensor([[3.0, 0], [0, -4]], dtype=torch.float64), "seen": torch.tensor(9)}
     out = from_shareable(site.answer(weights(change, DataKind.WEIGHT_DIFF)))

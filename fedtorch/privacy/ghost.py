@@ -126,7 +126,10 @@ class Product:
         kind, most = torch.finfo(d.dtype), longest(a, d, weight, bias).double()
         found += ROUNDED * kind.eps * most**2
         exact = found.isfinite() & (found > CANCELLED * most**2)
-        exact &= most**2 > d.shape[1] ** 2 * kind.tiny / kind.eps  # below it squares vanish
+        # what may have vanished in each product of two rows, by what it is multiplied by
+        a_most, d_most = (torch.linalg.vector_norm(t, dim=2).amax(1).double() for t in (a, d))
+        lost = 1 + a.shape[2] * d_most**2 + d.shape[2] * (a_most**2 + 1)
+        exact &= most**2 > d.shape[1] ** 2 * lost * kind.tiny / kind.eps
         for k in (~exact).nonzero().flatten().tolist():
             parts = [d[k].T @ a[k]] * weight + [d[k].sum(0)] * bias
             written = exact_sq_norms(*(p[None] for p in parts))[0].sqrt()

@@ -3,6 +3,7 @@
 NVFLARE's own base class of filters hands on whatever it cannot read. These block it.
 """
 
+import copy
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,8 @@ class Gate(Filter):  # type: ignore[misc]
     def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
         """What may leave in place of ``shareable``; raises ContentBlockedException where nothing may."""
         if self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
-            fl_ctx.set_prop(SENT, shareable, private=True, sticky=False)
+            # trainers add to the arrays that they are given: changes are taken from a copy
+            fl_ctx.set_prop(SENT, copy.deepcopy(shareable), private=True, sticky=False)
             return shareable
         code = shareable.get_return_code()
         if code != ReturnCode.OK:
