@@ -45,6 +45,8 @@ RUNS = {
 }
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
 QUIET["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+WHILE_WE_LIVE = '"$@" & cat; kill -9 0'
+"""For sh: run a command until nobody holds the other end of its input, however its owner ended."""
 APP = """
 from pathlib import Path
 import numpy as np
@@ -130,8 +132,9 @@ class Federation:
         found = Path(sys.executable).parent / command[0]
         with (self.folder / f"{name}.log").open("ab") as log:
             self.running[name] = subprocess.Popen(
-                ["timeout", "-s", "KILL", "1800", str(found), *command[1:], *common],
+                ["sh", "-c", WHILE_WE_LIVE, str(found), str(found), *command[1:], *common],
                 env=os.environ | QUIET | home,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -151,7 +154,7 @@ class Federation:
         process = self.running.pop(name)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(10)
+        process.communicate()
 
     def close(self) -> None:
         """Leave no process behind."""

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from contextlib import closing, contextmanager
 
@@ -30,7 +29,9 @@ with warnings.catch_warnings():
     pytest.importorskip("flwr.app", reason="the extra flower is not installed")
     from fedtorch.sites import superlink
 
-pytestmark = pytest.mark.timeout(300)
+LONG = 400
+"""Seconds: a limit, for a machine that has much else to do."""
+pytestmark = pytest.mark.timeout(2 * LONG)
 NAMES = ("north", "south", "west")
 
 
@@ -66,7 +67,7 @@ def offer(strategy=FedAvg(), **changes) -> offers.Plan:
 def server(federation, offered):
     with seeds.seeded(1):
         model, recipe = offered.build()
-    engine = Sites(plan=offered, flower=flower(federation), deadline=120.0, minimum=3)
+    engine = Sites(plan=offered, flower=flower(federation), deadline=float(LONG), minimum=3)
     made = Server(model, remotes(NAMES), recipe, engine=engine, seed=3)
     try:
         yield made
@@ -99,8 +100,8 @@ def sites(federation, state):
     made = []
     for name in NAMES:
         data = Npz(str(federation.folder / f"{name}.npz"))
-        own = {"engine": flower(federation, name), "state": str(state / name), "patience": 150.0}
-        made.append(Apart(SiteConfig(name=name, dataset=data, **own)))
+        own = {"engine": flower(federation, name), "state": str(state / name)}
+        made.append(Apart(SiteConfig(name=name, dataset=data, patience=float(LONG), **own)))
     ends: list[int] = []
 
     def work(site):
@@ -133,75 +134,62 @@ def same(model, expected):
         assert torch.allclose(value, expected[name], atol=1e-6, rtol=0), name
 
 
-def test_weights_are_those_of_one_process(federation, tmp_path):
-    offered = offer(FedAvg())
-    with sites(federation, tmp_path), server(federation, offered) as made:
-        assert len(made.session.wait_for_sites(150)) == 3
-        assert made.round()["clients"] == 3
-    same(made.model, here(federation, offered, 1))
-
-
-def test_a_node_is_killed_in_mid_round_and_large_weights_are_those_of_one_process(
+def test_a_node_is_killed_in_mid_round_and_weights_are_those_of_one_process(
     federation, tmp_path, monkeypatch
 ):
-    began, go_on = threading.Event(), threading.Event()
-    train = Joined.train
+    killed, train = [], Joined.train
 
-    def held(self, client, task):
-        if client.id == "west" and task.round == 1:
-            began.set()
-            go_on.wait(150)
+    def struck(self, client, task):
+        if client.id == "west" and task.round == 1 and not killed:
+            killed.append(federation.kill("west"))
+            federation.start("west")
         return train(self, client, task)
 
-    def kill():
-        began.wait(150)
-        federation.kill("west")
-        federation.start("west")
-        go_on.set()
-
-    monkeypatch.setattr(Joined, "train", held)
-    killer = threading.Thread(target=kill)
-    killer.start()
+    monkeypatch.setattr(Joined, "train", struck)
+    # weights too large to go with the words, which joins and reports go with
     offered = offer(Scaffold(), model_args={"hidden": 300}, epochs=1)
     with sites(federation, tmp_path), server(federation, offered) as made:
-        for _ in range(3):
-            assert len(made.session.wait_for_sites(150)) == 3
+        for _ in range(2):
+            assert len(made.session.wait_for_sites(LONG)) == 3
             assert made.round()["clients"] == 3
         assert made.session.figures()["site_west_bytes_received"] > superlink.SMALL
-    killer.join()
-    same(made.model, here(federation, offered, 3))
+    assert killed
+    same(made.model, here(federation, offered, 2))
 
 
-def test_the_server_is_killed_in_mid_round_and_no_charge_is_lost(federation, tmp_path):
+def test_the_server_is_killed_in_mid_round_and_no_charge_is_lost(federation, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     words = ["serve", "--run-dir", str(folder)]
     link = flower(federation)
     first = ["--engine", "flower", "--engine.address", link.address, "--engine.ca", link.ca]
     first += ["--engine.secret", link.secret, "--sites", ",".join(NAMES), "--minimum", "3"]
-    first += ["--input-shape", "6", "--outputs", "3", "--model", "logistic", "--rounds", "3"]
+    first += ["--input-shape", "6", "--outputs", "3", "--model", "logistic", "--rounds", "2"]
     first += ["--privacy", "sample", "--privacy.epsilon", "8", "--privacy.rounds", "5"]
     first += ["--privacy.sample-rate", "0.2", "--privacy.steps", "2", "--privacy.batch-size", "8"]
+    log, killed, train = tmp_path / "serve.log", [], Joined.train
 
     def serve(more):
-        with (tmp_path / "serve.log").open("ab") as log:
-            command = ["timeout", "250", sys.executable, "-m", "fedtorch", *words, *more]
-            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        with log.open("ab") as file:
+            command = ["timeout", str(LONG), sys.executable, "-m", "fedtorch", *words, *more]
+            return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+
+    def struck(self, client, task):
+        if client.id == "west" and task.round == 1 and not killed:
+            killed.append(os.killpg(process.pid, signal.SIGKILL))
+            process.wait()
+        return train(self, client, task)
 
     def rounds():
-        path = folder / "metrics.jsonl"
-        return len(path.read_text().splitlines()) if path.exists() else 0
+        return len((folder / "metrics.jsonl").read_text().splitlines())
 
+    monkeypatch.setattr(Joined, "train", struck)
+    process = serve(first)
     with sites(federation, tmp_path) as at_work:
-        process = serve(first)
-        while max(s.visits for s in at_work) < 2 and process.poll() is None:
-            time.sleep(0.02)
-        assert process.poll() is None, (tmp_path / "serve.log").read_text()[-2000:]
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.wait(LONG) == -signal.SIGKILL, log.read_text()[-2000:]
         assert rounds() == 1
-        process = serve(["--resume"])
-        assert process.wait(200) == 0, (tmp_path / "serve.log").read_text()[-2000:]
-    assert rounds() == 3
+        resumed = serve(["--resume"])
+        assert resumed.wait(LONG) == 0, log.read_text()[-2000:]
+    assert rounds() == 2
     for site in at_work:
         charged = sum(map(len, site.budget.ledgers.values()))
-        assert 3 <= charged <= 4  # a round done again is paid for again
+        assert 2 <= charged <= 3  # a round done again is paid for again
