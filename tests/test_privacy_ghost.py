@@ -126,6 +126,13 @@ def test_norms_of_pairs_are_whole_where_products_of_one_side_lose_their_digits(l
     assert float(found[0]) >= 16 * 6 * 5 * (1e18 * 4.5e-23) ** 2 * (1 - 1e-6)
 
 
+def test_norms_of_pairs_are_whole_where_all_numbers_are_rounded_one_way():
+    a, d = torch.full((1, 8, 4096), 1.9), torch.full((1, 8, 512), 0.7)
+    found = Product(nn.Linear(4096, 512), a, d).sq_norms()
+    one = 64 * 512 * float(d[0, 0, 0]) ** 2
+    assert one * (4096 * float(a[0, 0, 0]) ** 2 + 1) <= found[0] <= 1.0001 * one * 4096 * 1.9**2
+
+
 def test_pairs_of_rows_are_taken_where_they_are_less_work():
     assert pays(1, 8, 1)
     assert pays(32, 768, 3072)
