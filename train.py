@@ -98,7 +98,8 @@ class Config(RunOptions):
     """Who lies, in a simulation: sign-flip, gauss, label-flip, alie, ipm, min-max, min-sum, mimic,
     backdoor."""
     engine: Engine = Local()
-    """Where clients train: local, processes or ray (--engine.workers N); --engine.device cuda."""
+    """Where clients train: local, processes or ray (--engine.workers N); --engine.device cuda.
+    flower: fedtorch serve."""
     threads: int = 1
     """Threads inside one operation; more than 1 often slows small models."""
     tracking: Tracking | None = TensorBoard()

@@ -114,8 +114,8 @@ def half_the_clip_is_claimed() -> Any:
 def twice_the_rate() -> Any:
     real = SampleLevel.poisson
 
-    def wrong(self: SampleLevel, n: int, draw: streams.Stream) -> torch.Tensor:
-        return real(replace(self, sample_rate=2 * self.sample_rate), n, draw)
+    def wrong(self: SampleLevel, *drawn: Any) -> torch.Tensor:
+        return real(replace(self, sample_rate=2 * self.sample_rate), *drawn)
 
     return patch.object(SampleLevel, "poisson", wrong)
 

@@ -5,8 +5,10 @@ from fedtorch.kernels.compile import available
 
 if not available():
     pytest.skip("what is tested here is machine code by numba", allow_module_level=True)
-from fedtorch.kernels import products
-from fedtorch.kernels.products import W2, W3
+import numba
+
+from fedtorch.kernels import products, tiles
+from fedtorch.kernels.products import W2
 
 DRAWN = np.random.default_rng(0)
 
@@ -24,12 +26,53 @@ def test_the_other_half_of_a_tile_is_the_whole_to_the_bit():
     assert np.array_equal(whole, halves) and np.abs(whole).min() > 0
 
 
-def test_half_of_the_products_of_rows_is_the_whole_to_the_bit():
-    q = W3 + np.uint64(5)
-    rows = [np.uint64(k) * q for k in range(4)]
-    x, X = (DRAWN.standard_normal(n * int(q)) for n in (2, 4))
-    found = products.dots(x, rows[0], rows[1], X, *rows, q)
-    first = products._dots_two(x, rows[0], rows[1], X, rows[0], rows[1], q)
-    last = products._dots_two(x, rows[0], rows[1], X, rows[2], rows[3], q)
-    assert found == first[:2] + last[:2] + first[2:] + last[2:]
-    assert np.allclose(np.reshape(found, (2, 4)), x.reshape(2, -1) @ X.reshape(4, -1).T)
+def blocks(rows: int, across: int):
+    """All products of six rows with four, and a step of six rows of weights, in blocks of this size."""
+    dots, backward, full = tiles.dots(rows), tiles.backward(rows, across), across * tiles.WIDTH
+
+    @numba.njit
+    def run(x, w, z, d, a, down):
+        q, width, zero, four = (
+            np.uint64(z.size // 6),
+            np.uint64(w.size // 6),
+            np.uint64(0),
+            np.uint64(4),
+        )
+        for i in range(0, 6, rows):
+            dots(x, w, z, zero, four, width, np.uint64(i), zero, four, q, z.dtype.type(1))
+        for t in range(0, width, full):
+            for i in range(0, 6, rows):
+                m = np.uint64(min(full, width - t))
+                keep = w.dtype.type(0.9)
+                backward(
+                    w,
+                    d,
+                    a,
+                    down,
+                    four,
+                    np.uint64(6),
+                    width,
+                    np.uint64(i),
+                    np.uint64(t),
+                    m,
+                    keep,
+                    True,
+                )
+
+    return run
+
+
+def test_blocks_of_any_size_sum_in_the_same_order():
+    """How many rows and registers a processor takes at once decides nothing but speed."""
+    width, found = 4 * tiles.WIDTH, []
+    x, w, d, a = (
+        DRAWN.standard_normal(n).astype(np.float32) for n in (6 * width, 6 * width, 24, 4 * width)
+    )
+    for rows, across in ((1, 1), (2, 2), (3, 4)):
+        to, z, down = w.copy(), np.zeros(24, np.float32), np.zeros_like(a)
+        blocks(rows, across)(x, to, z, d, a, down)
+        found.append(np.concatenate([to, z, down]))
+    assert all(np.array_equal(found[0], f) for f in found)
+    X, W, D, A = (v.reshape(-1, n) for v, n in ((x, width), (w, width), (d, 6), (a, width)))
+    wanted = [0.9 * W - D.T @ A, X @ W[:4].T + 1, D @ W]
+    assert np.allclose(found[0], np.concatenate([v.ravel() for v in wanted]), atol=1e-4)

@@ -136,7 +136,7 @@ def test_switches_and_words_are_what_they_should_be(cls: Any) -> None:
         wrong: list[Any] = (
             [0, 1, None, "true"] if kind is bool else [3, b"x"] if kind is str else []
         )
-        wrong = ["sideways", 3] if hasattr(kind, "__args__") and "Literal" in str(kind) else wrong
+        wrong = ["sideways", 3.5] if hasattr(kind, "__args__") and "Literal" in str(kind) else wrong
         for value in wrong:
             with pytest.raises(ConfigError, match=f.name):
                 cls(**NEEDED.get(cls, {}) | {f.name: value})

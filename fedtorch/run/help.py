@@ -35,7 +35,7 @@ RUN_TOPICS: Topics = {
 """Options of ``train`` and ``serve``."""
 
 SITE: Topics = {
-    "site": ("server", "name", "dataset", "credentials", "he_secret", "insecure", "state",
+    "site": ("server", "engine", "name", "dataset", "credentials", "he_secret", "insecure", "state",
              "lost_state", "patience", "device"),
     "limits": ("models", "steps", "require_secure", "peers", "least_peers", "max_epsilon", "max_delta",
                "max_parameters", "max_rounds", "max_epochs", "max_steps", "max_batch",

@@ -1,6 +1,7 @@
 """What clients remember of a visit: what the strategy keeps, after what was really sent."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.strategies.base import Strategy, with_groups
 from fedtorch.training.personal import GROUP
 from fedtorch.training.results import Results
-from fedtorch.tree import row, tmap
+from fedtorch.tree import near, row, tmap
 from fedtorch.types import Context, Stack
 
 
@@ -61,7 +62,13 @@ def alone(
 
     What a client keeps holds nobody else's in memory.
     """
-    changes, groups = trained.changes(), strategy.following(ctx)
+    changes = trained.changes()
+    ctx = replace(
+        ctx,
+        extras={g: near(e) for g, e in ctx.extras.items()},
+        memory={g: near(m) for g, m in ctx.memory.items()},
+    )
+    groups = strategy.following(ctx)
     with torch.no_grad():
         for k, client in enumerate(clients):
             if good[k]:
