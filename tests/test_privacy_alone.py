@@ -102,6 +102,22 @@ def test_the_planned_rounds_fit_and_no_more(tmp_path, mechanism, accountant):
     assert Budget(tmp_path, plan, site="north").spent == budget.spent
 
 
+def test_no_two_releases_have_the_same_noise_even_where_epsilon_tells_them_not_apart(tmp_path):
+    plan = LocalDP(noise_multiplier=1e7, insecure_seed=3)
+    site = Budget(tmp_path, plan, most=1.0)
+    a, b = (site.release({"w": torch.zeros(4)}, 0)["w"] for _ in range(2))
+    assert not (a == b).any()
+
+
+def test_of_two_kinds_of_plans_each_has_half_of_delta(tmp_path):
+    whole = Budget(tmp_path, LocalDP(noise_multiplier=3.0), most=9.0)
+    whole.charge(0)
+    rows = Budget(tmp_path, SampleLevel(noise_multiplier=2.0), most=9.0)
+    paid = rows.charge(0)
+    halves = [Ledger.look(b.path).spent(b.plan.delta / 2, b.plan.accountant) for b in (whole, rows)]
+    assert paid == whole.spent == rows.spent == sum(halves)
+
+
 def test_other_plans_on_the_same_data_go_on_with_what_was_spent(tmp_path):
     Budget(tmp_path, LocalDP(noise_multiplier=3.0), most=9.0).charge(0)
     other = Budget(tmp_path, LocalDP(noise_multiplier=5.0), most=9.0)

@@ -118,9 +118,9 @@ def test_nothing_goes_along_with_the_weights(site):
         (weights({"more": SENT["w"]}), "never sent"),
         (weights({"w": SENT["w"][0]}), "shape"),
         (weights({"w": [[1.0, 2.0]]}), "list"),
-        (weights({"seen": np.array(8)}), "empty"),
+        (weights({"seen": np.array(8)}), "was sent and is not in the result"),
     ],
-    ids=["metrics", "statistics", "collection", "no DXO", "name", "shape", "list", "no floats"],
+    ids=["metrics", "statistics", "collection", "no DXO", "name", "shape", "list", "lacking"],
 )
 def test_what_no_noise_covers_stays_and_costs_nothing(tmp_path, site, result, why):
     with pytest.raises(ContentBlockedException, match=why):

@@ -112,7 +112,10 @@ class Budget:
 
     @property
     def spent(self) -> float:
-        """Epsilon of all that was charged here, at the plan's delta; of plans of both kinds, the sum."""
+        """Epsilon of all that was charged here, at the plan's delta; of plans of both kinds, the sum.
+
+        Each of two then has half of the delta, so that the sum holds at the whole of it.
+        """
         return sum(self._priced(Ledger.look(path)) for _, path in self._kept())
 
     def charge(self, round: int) -> float:
@@ -122,6 +125,10 @@ class Budget:
         ``most``; ConfigError where the ledger cannot be written. Several processes of a site may charge:
         each waits for the others.
         """
+        return self.entered(round)[0]
+
+    def entered(self, round: int) -> tuple[float, int]:
+        """What ``charge`` gives, and the number of the entry, which no other release has."""
         with self._held():
             ledger = opened(self.path, self.plan.unit, self.site)
             others = sum(self._priced(Ledger.look(p)) for _, p in self._kept() if p != self.path)
@@ -134,7 +141,7 @@ class Budget:
                 )
             ledger.charge(round, self.event, [self.site])
             note(self.path, ledger, self.site)
-            return others + self._priced(ledger)
+            return others + self._priced(ledger), len(ledger)
 
     def release(self, update: Mapping[str, Numbers], round: int) -> dict[str, Numbers]:
         """Charge, then clip and noise (``release``, which says what comes back and what is refused).
@@ -142,12 +149,13 @@ class Budget:
         What is refused is not charged; what is charged stays charged.
         """
         plan, exact = hiding_all(self.plan), _exact(update)
-        spent = self.charge(round)
-        return _noised(update, exact, plan, plan.stream("release", self.site, round, repr(spent)))
+        number = self.entered(round)[1]
+        return _noised(update, exact, plan, plan.stream("release", self.site, round, number))
 
     @property
     def _terms(self) -> tuple[float, str]:
-        return self.plan.delta, self.plan.accountant
+        kinds = {self.path, *(path for _, path in self._kept())}
+        return self.plan.delta / len(kinds), self.plan.accountant
 
     def _priced(self, ledger: Ledger) -> float:
         return ledger.spent(*self._terms)

@@ -29,7 +29,8 @@ def answer(
 
     ``result`` has the weights that a site trained (``full``) or their changes, ``sent`` those that it was
     sent, arrays or tensors. What is not made of floats comes back as it was sent, as no noise covers it.
-    Raises ConfigError, with nothing charged, for what cannot be read or was never sent; OverBudget.
+    All that was sent must be there: what a site leaves out may hang on its data. Raises ConfigError, with
+    nothing charged, for that, and for what cannot be read or was never sent; OverBudget.
     """
     update = {}
     for name, value in result.items():
@@ -42,8 +43,12 @@ def answer(
             )
         if old.is_floating_point():
             update[name] = new.double() - old.double() if full else new.double()
+    if lacking := [name for name in sent if name not in result]:
+        raise ConfigError(
+            f"{lacking[0]} was sent and is not in the result: all of it leaves, or nothing"
+        )
     released = budget.release(update, round)
-    about = {name: tensor(name, sent[name]) for name in sent if name in result}
+    about = {name: tensor(name, value) for name, value in sent.items()}
     return {
         name: _plus(old if full else torch.zeros_like(old), released.get(name))
         for name, old in about.items()

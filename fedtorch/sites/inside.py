@@ -16,7 +16,6 @@ from fedtorch.aggregation.mean import Mean
 from fedtorch.checks import combination
 from fedtorch.client import Client
 from fedtorch.engines.local import Local
-from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.alone import Budget, Numbers, alike
 from fedtorch.privacy.answers import leave_receipt, tensor
 from fedtorch.recipe import Recipe
@@ -77,11 +76,10 @@ class PrivateVisits:
                 raise ConfigError(
                     f"{name}, {tuple(value.shape)}, is in what was sent, not in the model"
                 )
-        self.budget.charge(round)
+        _, visit = self.budget.entered(round)
         state = {name: v.to(given[name]) for name, v in sent.items()}
         numbers = self.recipe.privacy.numbers(self.budget.event.noise, {})
         # no two visits share a draw, whatever the server calls its rounds
-        visit = len(Ledger.look(self.budget.path))
         task = Task(state, {}, round, 0, self.recipe.learning_rate, numbers, visit)
         self._session.submit([self.budget.site], task)
         try:
