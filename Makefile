@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
+# what is imported is compiled then, and kept: compiling all that is installed takes minutes
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help train test check format wheel wheel-check screenshots mutants shape clean demo-sites docs
 
 help:  ## what there is
@@ -10,11 +13,11 @@ help:  ## what there is
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(PY) -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 train: $(VENV)/.run  ## train the default model; ARGS="--rounds 5" passes options on

@@ -2,6 +2,7 @@
 
     python -m tests.golden --write      record them anew, in tests/golden.json
     python -m tests.golden              compare, a line for each run that differs
+    --place FILE                        another record, of another kind of machine
 
 Every option is written out: a new default moves nothing here. Noise is by seed.
 """
@@ -244,7 +245,15 @@ def machine() -> str:
     numba = "loops" if jit else "no loops"
     cpu = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
-    return f"{platform.machine()} {cpu}, torch {torch.__version__}, {threads} thread, {numba}"
+    by = f"{maker()} {platform.machine()} {cpu}"
+    return f"{by}, torch {torch.__version__}, {threads} thread, {numba}"
+
+
+def maker() -> str:
+    """Whose processor it is: MKL multiplies in another order on one that is not Intel's."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    return next((w.split(":")[1].strip() for w in lines if w.startswith("vendor_id")), "unknown")
 
 
 def main() -> int:
@@ -252,13 +261,14 @@ def main() -> int:
     asks = argparse.ArgumentParser(description=__doc__)
     asks.add_argument("--write", action="store_true", help="record what comes out now")
     asks.add_argument("--only", default="", help="part of the runs' names")
+    asks.add_argument("--place", type=Path, default=PLACE, help="the record, %(default)s")
     asked = asks.parse_args()
     torch.set_num_threads(1)
     found = {name: outcome(*rest) for name, *rest in runs() if asked.only in name}
     if asked.write:
-        PLACE.write_text(json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
+        asked.place.write_text(json.dumps({"machine": machine(), "runs": found}, indent=1) + "\n")
         return 0
-    known = json.loads(PLACE.read_text())
+    known = json.loads(asked.place.read_text())
     print(f"here: {machine()}\nthere: {known['machine']}")
     moved = [n for n in found if differ(found[n], known["runs"][n])]
     for name in moved:

