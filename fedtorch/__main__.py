@@ -49,6 +49,8 @@ COMMANDS = {
         "stages of the channel that --channel can name",
         "fedtorch.commands.listing:channels",
     ),
+    "paces": ("paces that --pace can name", "fedtorch.commands.listing:paces"),
+    "threats": ("liars that --threat can name", "fedtorch.commands.listing:threats"),
     "epsilon": ("what a private run with given noise costs", "fedtorch.commands.privacy:epsilon"),
     "noise": ("noise of a run that may cost a given epsilon", "fedtorch.commands.privacy:noise"),
     "plan": ("table of epsilon over rounds and noises", "fedtorch.commands.privacy:plan"),
@@ -120,6 +122,8 @@ TAKES: dict[str, tuple[str, dict[str, str]]] = {
     "strategies": ("", JSON),
     "aggregators": ("", JSON),
     "channels": ("", JSON),
+    "paces": ("", JSON),
+    "threats": ("", JSON),
     "completion": ("bash|zsh", {}),
     "version": ("", {}),
     "keys": (

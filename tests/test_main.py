@@ -72,7 +72,7 @@ def test_lists_have_a_line_each(command, name, capsys):
     assert any(line.split()[0] == name for line in lines)
 
 
-@pytest.mark.parametrize("command", ["strategies", "aggregators", "channels"])
+@pytest.mark.parametrize("command", ["strategies", "aggregators", "channels", "paces", "threats"])
 def test_each_algorithm_comes_with_its_paper(command, capsys):
     assert main([command, "--json"]) == 0
     table = json.loads(capsys.readouterr().out)

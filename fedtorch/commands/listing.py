@@ -1,4 +1,4 @@
-"""Names that there are: ``fedtorch models|datasets|strategies|aggregators|channels|version|completion``."""
+"""Names that there are: ``fedtorch models``, ``datasets``, ``strategies`` and so on; version, completion."""
 
 import ast
 import inspect
@@ -53,6 +53,16 @@ def aggregators(argv: Sequence[str]) -> int:
 def channels(argv: Sequence[str]) -> int:
     """Every stage of a channel by its short name."""
     return show(described("channel"), argv, "channels")
+
+
+def paces(argv: Sequence[str]) -> int:
+    """Every pace by its short name."""
+    return show(described("pace"), argv, "paces")
+
+
+def threats(argv: Sequence[str]) -> int:
+    """Every threat by its short name."""
+    return show(described("threat"), argv, "threats")
 
 
 def version(argv: Sequence[str]) -> int:

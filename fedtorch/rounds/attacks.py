@@ -16,7 +16,7 @@ from fedtorch.types import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class SignFlip(Threat):
-    """The opposite of what was learned, ``scale`` times."""
+    """The opposite of what was learned, ``scale`` times (Li et al. 2019, arXiv:1811.03761)."""
 
     scale: float = 1.0
     """How many times as long."""
@@ -28,7 +28,7 @@ class SignFlip(Threat):
 
 @dataclass(frozen=True, kw_only=True)
 class Gauss(Threat):
-    """Noise in place of an update."""
+    """Noise in place of an update (Blanchard et al. 2017, arXiv:1703.02757)."""
 
     std: float = 1.0
     """Standard deviation of each number."""
@@ -41,7 +41,7 @@ class Gauss(Threat):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelFlip(Threat):
-    """Honest training on labels y -> C - 1 - y."""
+    """Honest training on labels y -> C - 1 - y (Fang et al. 2020, arXiv:1911.11815)."""
 
     classes: int | None = None
     """C; none: as many as clients' labels say."""
@@ -130,7 +130,7 @@ class MinMax(Threat):
 
 @dataclass(frozen=True, kw_only=True)
 class MinSum(MinMax):
-    """The same with the sum of squared distances to all in place of the largest."""
+    """Min-max by the sum of squared distances to all in place of the largest (NDSS 2021)."""
 
     sums: ClassVar[bool] = True
 

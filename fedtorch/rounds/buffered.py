@@ -17,9 +17,9 @@ from fedtorch.types import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Buffered:
-    """``concurrency`` clients are always under way, and the server steps on the next ``size`` to arrive.
+    """The server steps on the next ``size`` to arrive (FedBuff, Nguyen et al. 2022, arXiv:2106.06639).
 
-    FedBuff (Nguyen et al. 2022, arXiv:2106.06639, Alg. 1): w <- w + (1/size) sum_i s(tau_i) delta_i with
+    ``concurrency`` clients are always under way. Alg. 1: w <- w + (1/size) sum_i s(tau_i) delta_i with
     s(tau) = (1 + tau)^-staleness, tau being the server's steps since client i was sent the model. Clients
     count alike unless ``strategy.weighting`` is ``examples``.
     """

@@ -95,7 +95,7 @@ class Rounds(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Synchronous:
-    """A step takes the whole cohort, however long its slowest client needs."""
+    """A step takes the whole cohort, and as long as its slowest client (arXiv:1602.05629)."""
 
     timed: ClassVar[bool] = False
     overlaps: ClassVar[bool] = False
