@@ -79,7 +79,7 @@ def main(seeds: int, picture: Path | None) -> None:
             flush=True,
         )
         # the mean over seeds in steps of the axis
-        axis = [END * k / 60 for k in range(1, 61)]
+        axis = [END * k / 60 for k in range(61)]
         drawn[name] = [
             (t, mean(max((a for s, a in c if s <= t), default=0.1) for c, _ in found)) for t in axis
         ]

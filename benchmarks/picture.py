@@ -37,8 +37,9 @@ def draw(path: Path, curves: Mapping[str, Curve], x: str, y: str, log: bool = Fa
         along = low + (high - low) * k / 4
         where = LEFT + (WIDE - LEFT - RIGHT) * k / 4
         told = 10**along if log else along
+        word = f"{told:,.0f}" if told >= 1000 else f"{told:.3g}"
         parts.append(
-            f'<text x="{where:.0f}" y="{HIGH - BELOW + 16}" text-anchor="middle">{told:.3g}</text>'
+            f'<text x="{where:.0f}" y="{HIGH - BELOW + 16}" text-anchor="middle">{word}</text>'
         )
     for (name, curve), colour, k in zip(curves.items(), COLOURS, range(99), strict=False):
         line = " ".join(map(place, curve))

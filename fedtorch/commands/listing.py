@@ -1,4 +1,4 @@
-"""Names that there are: ``fedtorch models``, ``datasets``, ``strategies`` and so on; version, completion."""
+"""Names that there are, ``fedtorch models``, ``strategies`` and the like; version and completion."""
 
 import ast
 import inspect
