@@ -1,6 +1,7 @@
 """Sample-level privacy: Poisson batches, public rate and divisor, and what is refused."""
 
 import math
+import tracemalloc
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from fedtorch import Client, FedAvg, FedProx, Scaffold, Uniform
 from fedtorch.privacy import SampleLevel, models
 from fedtorch.privacy.noise.keystream import Scratch
-from fedtorch.privacy.noise.streams import stream
+from fedtorch.privacy.noise.streams import BLOCK, stream
 from fedtorch.types import ConfigError
 from private_case import clients, flat, model, server, silent, visit
 
@@ -23,6 +24,19 @@ def test_batches_are_as_many_as_planned_whatever_the_size(n):
     for row in batches:
         real = row[row >= 0]
         assert len(real.unique()) == len(real) and (real < n).all()
+
+
+@pytest.mark.parametrize("n", [0, 3, 2 * BLOCK + 5])
+def test_coins_of_a_block_after_another_are_those_drawn_at_once_in_less_memory(n):
+    plan = SampleLevel(sample_rate=0.01, steps=12)
+    at_once = stream("aes", 7, "x").uniform(12 * n).reshape(12, n) < 0.01
+    tracemalloc.start()
+    batches = plan.poisson(n, stream("aes", 7, "x"), Scratch())
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    chosen = [row[row >= 0].tolist() for row in batches]
+    assert chosen == [row.nonzero().flatten().tolist() for row in at_once]
+    assert most < 60 * BLOCK + 16 * batches.numel() + 10_000  # 36 bytes a coin, and the batches
 
 
 def test_examples_are_in_a_batch_independently_with_the_rate():

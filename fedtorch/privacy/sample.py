@@ -21,7 +21,7 @@ from fedtorch.privacy.base import Privacy
 from fedtorch.privacy.clipping import bounded
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.keystream import Scratch
-from fedtorch.privacy.noise.streams import Stream, noised
+from fedtorch.privacy.noise.streams import BLOCK, Stream, noised
 from fedtorch.types import Task
 
 
@@ -106,8 +106,11 @@ class SampleLevel(Privacy):
 
     def poisson(self, n: int, draw: Stream, scratch: Scratch) -> Tensor:
         """Poisson batches of ``n`` examples, [steps, widest], padded with -1; a step may be empty."""
-        coins = draw.uniforms(self.steps * n, scratch).reshape(self.steps, n) < self.sample_rate
-        step, place = coins.nonzero()
+        chosen, total = [np.empty(0, np.int64)], self.steps * n
+        for first in range(0, total, BLOCK):  # a million examples have 50 million coins in 50 steps
+            coins = draw.uniforms(min(BLOCK, total - first), scratch) < self.sample_rate
+            chosen.append(first + coins.nonzero()[0])
+        step, place = np.divmod(np.concatenate(chosen), max(1, n))
         many = np.bincount(step, minlength=self.steps)
         batches = np.full((self.steps, max(1, int(many.max()))), -1)
         batches[step, np.arange(len(step)) - (many.cumsum() - many)[step]] = place
