@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedtorch.__main__ import main
 from fedtorch.rounds.history import History
@@ -78,7 +79,14 @@ def test_a_run_judges_clients_with_the_weights_they_keep(tmp_path, monkeypatch, 
     again = json.loads(capsys.readouterr().out)[f"{mark}validation_by_client"]
     for client, scores in each.items():
         assert scores == pytest.approx(again[client], rel=1e-6)
-    if not private:
+    if private:
+        shown = EventAccumulator("r").Reload()
+        for name in ("validation_accuracy", "validation_accuracy_min", "shared_accuracy_max"):
+            curve = [s.value for s in shown.Scalars(f"nonprivate/{name}")]
+            assert curve[-1] == pytest.approx(last[f"nonprivate_{name}"], rel=1e-6)
+        families = {tag.partition("/")[0] for tag in shown.Tags()["scalars"]}
+        assert families.isdisjoint({"validation", "shared"}), "not without the mark"
+    else:
         # the shared model's last layer is as nobody trained it
         assert last["validation_accuracy"] > last["test_accuracy"]
         (events,) = Path("r").glob("events*")

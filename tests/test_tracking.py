@@ -614,6 +614,43 @@ def test_pictures_of_a_model_that_branches():
     }
 
 
+def test_curves_of_personal_models_are_those_of_their_clients(tmp_path):
+    words = "--strategy ditto --evaluate personal --finetune-steps 3 --partition shards --rounds 2"
+    assert run(tmp_path / "run", *words.split(), *NO_PICTURES) == 0
+    shown, lines = accumulate(tmp_path / "run"), read(tmp_path / "run/metrics.jsonl")
+
+    def curve(tag: str) -> list[tuple[int, float]]:
+        return [(s.step, s.value) for s in shown.Scalars(tag)]
+
+    ends = {"": lambda v: sum(v) / len(v), "_min": min, "_max": max}
+    means = []
+    for kind, rounds in (("validation", (1, 2)), ("shared", (2,)), ("finetuned", (2,))):
+        own = [[s["accuracy"] for s in lines[r][f"{kind}_by_client"].values()] for r in rounds]
+        for end, of in ends.items():
+            wanted = [(r, pytest.approx(of(v), rel=1e-6)) for r, v in zip(rounds, own, strict=True)]
+            assert curve(f"{kind}/accuracy{end}") == wanted
+        means.append(curve(f"{kind}/accuracy")[-1][1])
+        if kind == "validation":
+            (spread,) = (
+                h for h in shown.Histograms("validation/accuracy_by_client") if h.step == 2
+            )
+            ends_of = (spread.histogram_value.min, spread.histogram_value.max)
+            assert ends_of == pytest.approx((min(own[-1]), max(own[-1])))
+    assert len(set(means)) == 3, "no model is taken for another"
+    assert curve("_overview/worst_client_accuracy") == curve("validation/accuracy_min")
+    (panel,) = shown.Tensors("validation/by_client")
+    told = panel.tensor_proto.string_val[0].decode()
+    assert panel.step == 2 and "shared accuracy" in told and "finetuned accuracy" in told
+
+
+def test_curves_of_clusters_are_the_shares_of_their_clients(tmp_path):
+    more = ("--rounds", "2", "--strategy", "ifca", *NO_PICTURES)
+    assert run(tmp_path / "run", *more) == 0
+    shown = accumulate(tmp_path / "run")
+    shares = [[s.value for s in shown.Scalars(f"strategy/m{j}")] for j in range(2)]
+    assert torch.tensor(shares).sum(0).tolist() == pytest.approx([1.0, 1.0])
+
+
 @pytest.mark.parametrize("how", ["empty", "flipped", "half"])
 def test_a_damaged_event_file_is_said_on_resume(how, tmp_path, capsys):
     file = EventFile(tmp_path, disk.EVENTS)
