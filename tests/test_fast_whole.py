@@ -53,10 +53,11 @@ def test_each_step_is_one_of_autograd(B, biased, keep):
         y = torch.randint(widths[-1], (3, T, 1), generator=draw)
         scale, losses = torch.full((3, T, 1), 1 / B), torch.ones(3, T, 1)
         scale[0, B - 1] = 0  # there is no example
-        factor, values = scale * 0.3, torch.empty(3, len(start) + 5)[:, : len(start)]
+        factor, values = scale * 0.3, torch.empty(3, len(start) + 5)
         given = (values, start, keep), torch.tensor(table).numpy(), (x, index)
         losing = y, scale, factor, losses
         squares = loops("fedtorch.kernels.loops").Loops().visits(*given, losing, (steps, B))
+        values = values[:, : len(start)]
         for c, n in enumerate(steps.tolist()):
             row = start
             for t in range(n):

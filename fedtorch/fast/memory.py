@@ -26,10 +26,10 @@ class Memory:
 
     def rows(self, start: Tensor, count: int) -> Tensor:
         """``start`` [numbers], ``count`` times: [count, numbers], each row on cache lines of its own."""
-        return self.room(start, count).copy_(start)
+        return self.room(start, count)[:, : len(start)].copy_(start)
 
     def room(self, start: Tensor, count: int) -> Tensor:
-        """The same with whatever is there."""
+        """The same with whatever is there, [count, width]: up to the next row's cache line."""
         width = len(start) + -len(start) % (LINE // start.element_size())
         size = count * width * start.element_size()
         if start.device.type == "cpu" and size <= MEMORY_KEPT and not self.busy():
@@ -38,10 +38,8 @@ class Memory:
             begin = -self.held.ctypes.data % LINE
             lent = self.held[begin : begin + size]  # torch keeps this view alive, and it the memory
             self.lent = weakref.ref(lent)
-            room = torch.from_numpy(lent).view(start.dtype).view(count, width)
-        else:
-            room = start.new_empty(count, width)
-        return room[:, : len(start)]
+            return torch.from_numpy(lent).view(start.dtype).view(count, width)
+        return start.new_empty(count, width)
 
     def busy(self) -> bool:
         """Whether a tensor of what was lent last is still alive."""

@@ -34,7 +34,8 @@ class Whole:
         specs = linear(chain)
         self.shapes = {n: state[n].shape for s in specs for n in (s.weight, s.bias) if n}
         self.start = torch.cat([state[n].flatten() for n in self.shapes])
-        self.change, self.keep = memory.room(self.start, clients), rule.keep
+        self.room, self.keep = memory.room(self.start, clients), rule.keep
+        self.change = self.room[:, : len(self.start)]
         ends = accumulate((s.numel() for s in self.shapes.values()), initial=0)
         begin = dict(zip(self.shapes, ends, strict=False))
         places = [(*s.shape, begin[s.weight], begin[s.bias] if s.bias else -1) for s in specs]
@@ -43,7 +44,7 @@ class Whole:
     def visit(self, rows: Rows, order: LockstepOrder, head: CrossEntropy, steps: Tensor) -> None:
         """All local steps; ``steps`` [K]: of each client."""
         head.check(int(self.layers[-1, 0]))
-        own, inputs = (self.change, self.start, self.keep), (rows.flat, order.index)
+        own, inputs = (self.room, self.start, self.keep), (rows.flat, order.index)
         given = head.y, head.scale, head.factor, head.losses
         self.squares = rows.ops.visits(own, self.layers, inputs, given, (steps, order.batch))
 
