@@ -54,6 +54,12 @@ def test_every_set_of_places_is_as_likely():
     assert places(3, 5, 5).tolist() == [0, 1, 2, 3, 4]
 
 
+def test_places_are_the_first_that_differ_of_the_draws_in_order():
+    for seed, numbers, count in ((3, 50, 20), (4, 1000, 90), (5, 7, 3)):
+        drawn = [int(u * numbers) for u in uniforms(seed, 9 * numbers)]
+        assert places(seed, numbers, count).tolist() == sorted([*dict.fromkeys(drawn)][:count])
+
+
 def test_draws_are_the_same_on_every_machine():
     """SplitMix64 from seed 0: its published first outputs, as shares of 2^64."""
     first = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F)

@@ -88,3 +88,31 @@ def test_a_strategy_of_the_users_own_is_one_method():
             0.0,
             1.0,
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping(Strategy):
+    """Hands its memory back as it was, or written to in place."""
+
+    apart = True
+    writes: bool = False
+
+    def remember(self, params):
+        return {"v": {k: torch.zeros_like(v) for k, v in params.items()}}
+
+    def train(self, solve, ctx):
+        v = ctx.memory["v"]
+        if self.writes:
+            v["0.weight"].add_(1)
+        return solve(), {"v": v}
+
+
+def test_memory_that_no_visit_changed_stays_as_it_is_and_what_was_written_in_place_is_kept():
+    for writes in (False, True):
+        clients = make_clients([9, 20])
+        server = Server(mlp(), clients, Recipe(Keeping(writes=writes), batch_size=4))
+        server.round()
+        before = [c.memory["v"] for c in clients]
+        server.round()
+        assert [c.memory["v"] is b for c, b in zip(clients, before, strict=True)] == [not writes] * 2
+        assert all(float(c.memory["v"]["0.weight"].mean()) == 2 * writes for c in clients)

@@ -23,7 +23,7 @@ def at(sent: Stack, place: Tensor) -> Tensor:
     for k in sorted(sent):
         rows = sent[k].reshape(len(sent[k]), sent[k][0].numel())
         a, b = torch.searchsorted(place, torch.tensor([start, start + rows.shape[1]])).tolist()
-        found.append(rows[:, (place[a:b] - start).to(rows.device)])
+        found.append(rows.index_select(1, (place[a:b] - start).to(rows.device)))
         start += rows.shape[1]
     return torch.cat(found, 1)
 
@@ -97,10 +97,13 @@ def places(seed: int, numbers: int, count: int) -> Tensor:
     # as many draws as leave so many different ones, on average, and some more
     drawn = round(-numbers * math.log1p(-count / numbers) + 4 * math.sqrt(count)) + 1
     while True:  # twins count once, and what comes first is as likely as any
-        place, turns = (uniforms(seed, drawn) * numbers).astype(np.int64), np.arange(drawn)
-        first = np.empty(numbers, np.int64)
-        first[place[::-1]] = turns[::-1]  # of twins the first is written last, and stays
-        came = place[first[place] == turns]
-        if len(came) >= count:
-            return torch.from_numpy(np.sort(came[:count]))
+        place = (uniforms(seed, drawn) * numbers).astype(np.int64)
+        came = np.zeros(numbers, bool)  # marked and not sorted: in a third of the time
+        came[place[:count]] = True
+        later = place[count:]
+        later, first = np.unique(later[~came[later]], return_index=True)
+        missing = count - int(np.count_nonzero(came))
+        if missing <= len(later):
+            came[later[np.argsort(first)[:missing]]] = True
+            return torch.from_numpy(np.flatnonzero(came))
         drawn *= 2

@@ -22,7 +22,7 @@ from fedtorch.training import stacked
 from fedtorch.training.asked import Asked
 from fedtorch.training.batches import sampled_order
 from fedtorch.training.local_steps import rates, reach
-from fedtorch.training.memory import alone, confirmed, remember
+from fedtorch.training.memory import alone, confirmed, remember, untouched
 from fedtorch.training.module import buffers, resting, to, to_device
 from fedtorch.training.passes import Passes
 from fedtorch.training.personal import GROUP, personal, shared
@@ -71,6 +71,9 @@ def _visits(
     told = _told(clients, task, recipe, model)
     # local steps, clipped and noised where the plan says so
     trained, kept = _trained(data, ctx, solve)
+    # what it hands back as it was is neither looked at nor written again
+    still = untouched(kept, ctx)
+    kept = {g: s for g, s in kept.items() if g not in still}
     # what the strategy makes of them, and what of that may leave the clients
     ctx = replace(ctx, memory={**ctx.memory, **kept})
     precise = exact(task, ctx) if recipe.needs_rows else ctx
@@ -87,7 +90,7 @@ def _visits(
         like = {g: row(s, 0) for g, s in (raw.groups or {}).items()} if recipe.channel else {}
         sent = decode(recipe.channel, released, like, turn).sent
         memory = confirmed(recipe, ids, released.ids, sent, memory, precise)
-    remember(clients, memory, ctx, good)
+    remember(clients, memory, ctx, good, still)
     if memory is None and recipe.strategy.confirms:
         alone(clients, trained, recipe.strategy, ctx, good)
     dtype = next(iter(ctx.anchor.values())).dtype
@@ -147,7 +150,7 @@ def _trained(
         return _solved(replace(data, order=order, recipe=asked), ctx, solve if suits else None)
 
     again = partial(_order, data.clients, task=task)
-    passes = Passes(task, recipe, data.model, ctx, again, run)
+    passes = Passes(task, recipe, data.model, ctx, data.order, again, run)
     # what stays with the client may look at its data
     found, kept = recipe.strategy.train(passes, replace(ctx, data=data))
     passes.check(found)

@@ -1,6 +1,6 @@
 """What clients remember of a visit: what the strategy keeps, after what was really sent."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -36,23 +36,37 @@ def confirmed(
     return memory | whole
 
 
+def untouched(kept: dict[str, Stack], ctx: Context) -> set[str]:
+    """Groups that are what the visit began with, and have not been written to since."""
+    same = {g for g, s in kept.items() if s is ctx.memory.get(g)}
+    return {g for g in same if not any(v._version for v in kept[g].values())}
+
+
 def remember(
-    clients: Sequence[Client], memory: dict[str, Stack] | None, ctx: Context, good: Tensor
+    clients: Sequence[Client],
+    memory: dict[str, Stack] | None,
+    ctx: Context,
+    good: Tensor,
+    still: Collection[str] = (),
 ) -> None:
     """Clients whose update was finite keep their new memory, in the weights' own types.
 
-    Copies: a row of a stack would keep that of all clients that it trained beside.
+    Copies: a row of a stack would keep that of all clients that it trained beside. ``still``: groups of
+    ``ctx.memory`` that no visit has changed, of which clients keep what they have.
     """
-    for k, client in enumerate(clients):
-        if good[k] and memory is not None:
-            like = ctx.anchor | ctx.own
-            client.memory = {
-                g: {
-                    n: v.to(like[n].dtype if n in like else v.dtype, copy=True)
-                    for n, v in row(m, k).items()
-                }
-                for g, m in memory.items()
+    if memory is None and not still:
+        return
+    new, like = memory or {}, ctx.anchor | ctx.own
+    for k in [k for k, fine in enumerate(good.tolist()) if fine]:
+        had = {g: m for g, m in clients[k].memory.items() if g in still and g not in new}
+        others = {g: m for g, m in ({g: ctx.memory[g] for g in still} | new).items() if g not in had}
+        clients[k].memory = had | {
+            g: {
+                n: v.to(like[n].dtype if n in like else v.dtype, copy=True)
+                for n, v in row(m, k).items()
             }
+            for g, m in others.items()
+        }
 
 
 def alone(

@@ -14,7 +14,7 @@ from fedtorch.training.local_steps import rates
 from fedtorch.training.module import resting
 from fedtorch.training.results import Results, Stacked
 from fedtorch.tree import near
-from fedtorch.types import Context, Stack, Task
+from fedtorch.types import Context, Stack, Task, altered
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,10 @@ class Passes:
     recipe: Recipe
     model: nn.Module
     ctx: Context
+    first: Sequence[Tensor]
+    """Which examples each client takes in which step of the visit's plain pass, and of any as long."""
     order: Callable[[Recipe], Sequence[Tensor]]
-    """Which examples each client takes in which step of a pass."""
+    """The same of a pass of another length."""
     run: Callable[[Sequence[Tensor], Recipe, Context, bool, bool], Results]
     """The solver; told whether it is the visit's plain pass, from the shared weights, and of another
     whether all weights are trained from ones of one kind."""
@@ -46,7 +48,8 @@ class Passes:
 
         Under sample-level privacy the pass without arguments is clipped and noised, and no other is.
         """
-        asked = replace(self.recipe, strategy=strategy or self.recipe.strategy)
+        # the recipe has been checked, and the others of its parts stay
+        asked = altered(self.recipe, strategy=strategy) if strategy else self.recipe
         plan = self.recipe.privacy.per_example
         plain = (
             start is None and strategy is None and not rests and epochs is None and steps is None
@@ -60,7 +63,8 @@ class Passes:
             asked = replace(asked, steps=steps)
         elif epochs is not None:
             asked = replace(asked, steps=None, epochs=epochs)
-        order = self.order(asked)
+        again = plan is None and epochs is None and steps is None
+        order = self.first if plain or again else self.order(asked)
         own = self.ctx.own | (start or {})
         taken = torch.tensor([len(p) for p in order])
         lr_sum = rates(asked, self.task.lr, taken)
