@@ -141,13 +141,6 @@ def test_pairs_of_rows_are_taken_where_they_are_less_work():
     assert not pays(784, 9, 16)
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
-def test_gradients_are_written_out_where_products_are_rounded_short(precision, monkeypatch):
-    assert pays(1, 1024, 1024) and pays(4, 1024, 1024)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-    assert not pays(1, 1024, 1024) and not pays(4, 1024, 1024)
-
-
 def test_a_partly_frozen_layer_keeps_gradients_of_single_examples():
     layer = nn.Linear(3, 2)
     layer.bias.requires_grad_(False)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedtorch import Client, Recipe, local_update
+from fedtorch import Client, Local, Recipe, Server, local_update
 from fedtorch.fast import offer
 from fedtorch.privacy import SampleLevel
 from fedtorch.privacy.gradients import PrivateSteps, stacked_gradients
@@ -20,7 +20,7 @@ from fedtorch.training.losses import cross_entropy
 from fedtorch.training.stacked import snapshot
 from fedtorch.training.step import Stepping, Supervised
 from fedtorch.tree import exact_sq_norms
-from fedtorch.types import Task
+from fedtorch.types import ConfigError, Task
 from private_case import clients, flat, model, visit
 
 MODES = ("layers", "stacked", "hooks", "ghost")
@@ -123,6 +123,42 @@ def test_clipped_sum_is_the_brute_force_one(mode, clip, make):
     sent = visit(make(), who, step(mode, clip=clip), noise=0.0)
     for got, w in zip(sent.values(), want, strict=True):
         assert torch.allclose(-7.0 * got[0], w.double(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.fixture(params=["medium", "high", "one backend", "allow_tf32"])
+def short(request):
+    """Float32 products rounded to fewer digits, told in each of torch's ways."""
+    matmul = torch.backends.cuda.matmul
+    if request.param == "one backend":
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    elif request.param == "allow_tf32":
+        matmul.allow_tf32 = True
+    else:
+        torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("solver", ["auto", "general", "stacked", "fast"])
+def test_products_of_fewer_digits_are_refused_before_training(short, solver):
+    recipe = Recipe(privacy=step("auto", epsilon=1.0))
+    with pytest.raises(ConfigError, match="torch.set_float32_matmul_precision"):
+        Server(model(), clients(), recipe, engine=Local(solver=solver))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_products_of_fewer_digits_are_refused_in_a_visit_of_every_mode(short, mode):
+    who = clients((11,))
+    with pytest.raises(ConfigError, match="beyond what clipping bounds"):
+        visit(model(), who, step(mode), noise=0.0)
+
+
+def test_a_backend_that_is_told_to_round_in_full_is_no_fault():
+    torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+    try:
+        visit(model(), clients((11,)), step("ghost"), noise=0.0)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -21,6 +21,7 @@ from fedtorch.fast.tuning import GROUP, MOST_CLIENTS, SMALL, SMALL_PRIVATE, STAC
 from fedtorch.kernels.compile import FASTER, available
 from fedtorch.kernels.processor import multiplies_bf16
 from fedtorch.privacy import Privacy
+from fedtorch.privacy.clipping import check_products
 from fedtorch.recipe import Recipe
 from fedtorch.training import stacked
 from fedtorch.training.batches import fetch, len_of
@@ -244,6 +245,8 @@ def check(solver: str, dtype: str, recipe: Recipe) -> bool:
         raise ConfigError(
             "engine.dtype bf16 is not for sample-level privacy: the noise in every step needs float32"
         )
+    if plan:
+        check_products()
     return dtype == "bf16"
 
 

@@ -14,6 +14,7 @@ from fedtorch.fast.linear import optimizer, plain, strategy
 from fedtorch.fast.reader import Chain, read
 from fedtorch.fast.solver import Fast
 from fedtorch.privacy.base import PerExample, Privacy
+from fedtorch.privacy.clipping import rounds_short
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import len_of
 from fedtorch.training.losses import LOSSES, reduce
@@ -30,7 +31,7 @@ def offer(
     why = "the recipe has a step of its own" if recipe.step is not None else None
     why = why or optimizer(recipe) or strategy(recipe) or tables(model, datasets)
     plan = privacy.per_example if privacy else None
-    if privacy and privacy.claims and torch.get_float32_matmul_precision() != "highest":
+    if privacy and privacy.claims and rounds_short():
         why = (
             why
             or "torch.set_float32_matmul_precision lets products round beyond what clipping bounds"

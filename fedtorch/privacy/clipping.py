@@ -25,6 +25,24 @@ def check_clip(name: str, clip: float) -> None:
         raise ConfigError(f"{name} must be between {least:g} and {most:g}, got {clip}")
 
 
+def rounds_short() -> bool:
+    """Whether torch was told to round float32 products to fewer digits, which no clip in float32 bounds."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # told of one kind of product alone, as from torch 2.9 on
+        places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        return any(p.fp32_precision not in ("none", "ieee") for p in places)
+
+
+def check_products() -> None:
+    """Refuse clipped sums of gradients that are taken in such products."""
+    if rounds_short():
+        raise ConfigError(
+            "sample-level privacy sums clipped gradients in float32, and torch was told to round its products "
+            'to fewer digits, beyond what clipping bounds: call torch.set_float32_matmul_precision("highest")'
+        )
+
+
 def joint_norms(sent: dict[str, Stack], order: int = 2) -> Tensor:
     """L1 or L2 norm of each client's groups together, [K], in float64."""
     flat = [v.double().reshape(len(v), -1) for stack in sent.values() for v in stack.values()]

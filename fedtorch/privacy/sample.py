@@ -18,7 +18,7 @@ from fedtorch.options import TrainingOptions
 from fedtorch.privacy import told
 from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.base import Privacy
-from fedtorch.privacy.clipping import bounded
+from fedtorch.privacy.clipping import bounded, check_products
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.keystream import Scratch
 from fedtorch.privacy.noise.streams import BLOCK, Stream, noised
@@ -84,6 +84,7 @@ class SampleLevel(Privacy):
 
     def steps_of(self, task: Task, ids: Sequence[str]) -> PrivateSteps:
         """Clip and noise of the task, a stream of noise for each client."""
+        check_products()
         return PrivateSteps(
             task.privacy["clip"],
             task.privacy["noise"],
