@@ -178,6 +178,47 @@ def encoder() -> nn.Module:
     )  # fmt: skip
 
 
+class Scale(nn.Module):
+    """A norm of a user's own, as language models have it, with one number that is not trained."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.linspace(0.5, 1.5, channels))
+        self.shift = nn.Parameter(torch.zeros(channels))
+        self.fixed = nn.Parameter(torch.ones(()), requires_grad=False)
+
+    def forward(self, x):
+        x = x / x.square().mean(-1, keepdim=True).add(0.1).sqrt() * self.fixed
+        return x * self.factor + torch.tanh(x + self.shift)
+
+
+class Turned(nn.Module):
+    """A linear layer as GPT-2 has it, [in, out]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / 3)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        flat = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return flat.view(*x.shape[:-1], -1)
+
+
+class Doubled(nn.Linear):
+    """Not what its parent is."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Louder(nn.Embedding):
+    """As encoders of language models have it."""
+
+    def forward(self, x):
+        return super().forward(x) * 3.0
+
+
 ROWS = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 PARTS = torch.randn(5, 3, 5, generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(5, 2, 6, 8, generator=torch.Generator().manual_seed(2))
@@ -259,6 +300,21 @@ NETS = {
         PARTS,
     ),
     "tokens": (Tokens, PARTS),
+    "own scale": (
+        lambda: nn.Sequential(
+            nn.Linear(5, 6), Scale(6), nn.Flatten(0, 1), Scale(6), Doubled(6, 4), nn.Unflatten(0, (-1, 3)),
+            nn.Flatten(), nn.Linear(12, 4),
+        ),
+        PARTS,
+    ),
+    "own first": (
+        lambda: nn.Sequential(
+            Turned(5, 6), nn.Tanh(), Turned(6, 4), nn.Flatten(), Doubled(12, 4)
+        ),
+        PARTS,
+    ),
+    "own words": (lambda: Called(lambda m, x: m.a(x).sum(1), a=Louder(9, 4)), WORDS),
+    "own twice": (lambda: Called(lambda m, x: m.b(m.a(m.a(x))), a=Doubled(6, 6), b=nn.Linear(6, 4)), ROWS),
     "blocks": (lambda: images(nn.Unflatten(1, (1, 2)), nn.Conv3d(1, 3, 2), nn.Tanh()), IMAGES),
 }  # fmt: skip
 Y = torch.arange(5) % 4
@@ -348,18 +404,35 @@ def packed(m, x):
     return m.cell(seq)[1][0][0]
 
 
-class Own(nn.Linear):
-    """Not what its type says."""
+class Noisy(nn.Linear):
+    """One that draws."""
 
     def forward(self, x):
-        return 2 * super().forward(x)
+        return super().forward(F.dropout(x))
+
+
+class Gated(nn.Linear):
+    """One that takes two things."""
+
+    def forward(self, x, gate):
+        return gate * super().forward(x)
+
+
+class Asking(nn.Linear):
+    """One that looks at values."""
+
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
 
 
 @pytest.mark.parametrize(
     ("make", "why"),
     [
         (lambda: nn.Sequential(nn.Bilinear(6, 6, 4)), "parameter 0.weight: Bilinear has no formula"),
-        (lambda: nn.Sequential(Own(6, 4)), "parameter 0.weight: Own has no formula"),
+        (lambda: nn.Sequential(nn.BatchNorm1d(6)), "parameter 0.weight: BatchNorm1d has no formula"),
+        (lambda: Called(lambda m, x: m.a(x, x[:, :1]), a=Gated(6, 4)), "a takes more than one tensor"),
+        (lambda: nn.Sequential(Noisy(6, 4)), "layer 0 .Noisy. cannot be run for examples apart: vmap"),
+        (lambda: nn.Sequential(Asking(6, 4)), "layer 0 .Asking. cannot be run for examples apart: vmap"),
         (lambda: Called(packed, cell=nn.LSTM(1, 4)), "LSTM takes packed sequences"),
         (lambda: Called(turned, cell=nn.GRU(1, 4)), r"layer cell sees \[6\] of 5 examples"),
         (lambda: nn.Sequential(nn.LSTM(6, 4, proj_size=2)), "parameter 0.weight_ih_l0: LSTM with"),
@@ -367,7 +440,7 @@ class Own(nn.Linear):
         (lambda: Called(some, a=nn.Linear(6, 4)), r"layer a sees \[1, 6\] of 2 examples"),
         (lambda: Called(changed, first=nn.Linear(6, 6), a=nn.Linear(6, 4)), "what layer a took is changed"),
     ],
-    ids=["kind", "subclass", "packed", "time first", "proj", "bias_kv", "axes", "changed"],
+    ids=["kind", "mixes", "gated", "draws", "asks", "packed", "turned", "proj", "kv", "axes", "changed"],
 )  # fmt: skip
 def test_what_it_cannot_see_is_named(make, why):
     net = make()

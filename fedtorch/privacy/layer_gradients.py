@@ -14,16 +14,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedtorch import seeds
 from fedtorch.privacy import attention, recurrent
-from fedtorch.privacy.formulas import CONVOLUTIONAL, GRADIENTS, unlike, windows
+from fedtorch.privacy.formulas import CONVOLUTIONAL, GRADIENTS, closed, gradient_of, unlike, windows
 from fedtorch.privacy.ghost import Into, Looked, Product, Seen, pays
 from fedtorch.privacy.gradients import PrivateSteps, in_parts, rounded
 from fedtorch.privacy.own_parameters import each_its_own, own_parameters
 from fedtorch.training.step import Step
 from fedtorch.tree import SHORT, exact_sq_norms, rows, size
 from fedtorch.types import Params
+
+FLATTENED = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Embedding)
+"""Layers of which rows of one example may be taken together again."""
 
 Grads = dict[Tensor, Tensor]
 """By parameter: its gradient of each example, [n, ...]."""
@@ -97,6 +101,8 @@ class LayerGradients:
     ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
+        if type(layer) not in GRADIENTS and (len(args) != 1 or kwargs):
+            raise NotImplementedError(f"layer {self.layers[layer]} takes more than one tensor")
         x = taken(args, kwargs).detach()
         if not x.dim() or len(x) % self.many:
             raise NotImplementedError(uneven(self.layers[layer], x.shape, self.many))
@@ -116,7 +122,15 @@ class LayerGradients:
         if x._version != version:
             raise NotImplementedError(f"what layer {self.layers[layer]} took is changed in place")
         call = Call(layer, x, found[0].detach().reshape(shape), self.many, self.trained[layer])
-        self.calls.append(call if call.form else call.written())
+        try:
+            self.calls.append(call if call.form else call.written())
+        except RuntimeError as e:
+            if type(layer) in GRADIENTS:
+                raise
+            kind, why = layer._get_name(), str(e).strip().splitlines()[0]
+            raise NotImplementedError(
+                f"layer {self.layers[layer]} ({kind}) cannot be run for examples apart: {why}"
+            ) from e
 
     def _heard(self, layer: nn.Module, made: dict[str, Callable[[], Tensor]]) -> None:
         """What a layer that is run by hand tells of the gradients of a call."""
@@ -204,6 +218,8 @@ class Call:
     def form(self) -> "type[Product] | type[Looked] | None":
         """By which the gradients need not be written out, if there is one that is less work."""
         m: Any = self.layer
+        if type(m) not in GRADIENTS:
+            return None
         if isinstance(m, nn.Embedding):
             return Looked
         wide = isinstance(m, nn.Linear) or (type(m) in CONVOLUTIONAL and m.groups == 1)
@@ -229,9 +245,9 @@ class Call:
     def written(self) -> Grads:
         """By the layer's formula."""
         x, d = self.x, self.d
-        if len(x) != self.many and isinstance(self.layer, (nn.Linear, nn.Embedding)):
+        if len(x) != self.many and type(self.layer) in FLATTENED:
             x, d = (t.unflatten(0, (self.many, -1)) for t in (x, d))
-        found = GRADIENTS[type(self.layer)](self.layer, x, d, self.trained)
+        found = gradient_of(self.layer)(self.layer, x, d, self.trained)
         if len(x) != self.many:
             found = {k: g.unflatten(0, (self.many, -1)).sum(1) for k, g in found.items()}
         return {self.trained[k]: g for k, g in found.items()}
@@ -296,7 +312,7 @@ def known(model: nn.Module) -> dict[nn.Module, str]:
             k for k, p in m.named_parameters(recurse=False) if p.requires_grad and id(p) not in mine
         ]
         odd = OWN[type(m)][1] if type(m) in OWN else unlike
-        if own and (why := odd(m)):
+        if own and not closed(m) and (why := odd(m)):
             raise NotImplementedError(f"parameter {name}{'.' if name else ''}{own[0]}: {why}")
         if own:
             found[m] = name or "model"
