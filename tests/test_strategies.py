@@ -114,5 +114,7 @@ def test_memory_that_no_visit_changed_stays_as_it_is_and_what_was_written_in_pla
         server.round()
         before = [c.memory["v"] for c in clients]
         server.round()
-        assert [c.memory["v"] is b for c, b in zip(clients, before, strict=True)] == [not writes] * 2
+        assert [c.memory["v"] is b for c, b in zip(clients, before, strict=True)] == [
+            not writes
+        ] * 2
         assert all(float(c.memory["v"]["0.weight"].mean()) == 2 * writes for c in clients)

@@ -59,7 +59,9 @@ def remember(
     new, like = memory or {}, ctx.anchor | ctx.own
     for k in [k for k, fine in enumerate(good.tolist()) if fine]:
         had = {g: m for g, m in clients[k].memory.items() if g in still and g not in new}
-        others = {g: m for g, m in ({g: ctx.memory[g] for g in still} | new).items() if g not in had}
+        others = {
+            g: m for g, m in ({g: ctx.memory[g] for g in still} | new).items() if g not in had
+        }
         clients[k].memory = had | {
             g: {
                 n: v.to(like[n].dtype if n in like else v.dtype, copy=True)
