@@ -142,7 +142,7 @@ def short(request):
 @pytest.mark.parametrize("solver", ["auto", "general", "stacked", "fast"])
 def test_products_of_fewer_digits_are_refused_before_training(short, solver):
     recipe = Recipe(privacy=step("auto", epsilon=1.0))
-    with pytest.raises(ConfigError, match="torch.set_float32_matmul_precision"):
+    with pytest.raises(ConfigError, match=r"torch\.set_float32_matmul_precision"):
         Server(model(), clients(), recipe, engine=Local(solver=solver))
 
 

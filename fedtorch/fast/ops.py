@@ -131,7 +131,8 @@ class Ops:
         """All steps of each client's linear layers, ReLU between them, before cross entropy.
 
         ``own``: room for the parameters of each client, [K, at least so many], without gaps, in whose place
-        their change comes, those it began with [numbers], and what a step keeps of them. Returns the changes' squared norms, [K], float64.
+        their change comes, those it began with [numbers], and what a step keeps of them. Returns the
+        changes' squared norms, [K], float64.
         ``layers`` [n, 4]: outputs, inputs, and where weights and biases begin (-1: there are none);
         ``inputs``: examples [N, in] and those of each step, [K, T]; ``given`` as above; ``steps`` of each
         client, [K], and examples in each.

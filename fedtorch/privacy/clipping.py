@@ -38,8 +38,9 @@ def check_products() -> None:
     """Refuse clipped sums of gradients that are taken in such products."""
     if rounds_short():
         raise ConfigError(
-            "sample-level privacy sums clipped gradients in float32, and torch was told to round its products "
-            'to fewer digits, beyond what clipping bounds: call torch.set_float32_matmul_precision("highest")'
+            "sample-level privacy sums clipped gradients in float32, and torch was told to round its "
+            "products to fewer digits, beyond what clipping bounds: call "
+            'torch.set_float32_matmul_precision("highest")'
         )
 
 
