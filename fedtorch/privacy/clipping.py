@@ -1,5 +1,7 @@
 """Clipping: what one client or example adds is scaled down to a norm."""
 
+from typing import Any, cast
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ def rounds_short() -> bool:
     try:
         return torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # told of one kind of product alone, as from torch 2.9 on
-        places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        places = torch.backends.cuda.matmul, cast(Any, torch.backends.mkldnn).matmul
         return any(p.fp32_precision not in ("none", "ieee") for p in places)
 
 
