@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 
 import pytest
 
@@ -72,6 +73,15 @@ def test_everything_is_told_when_asked_for(monkeypatch):
 def test_a_word_is_told_about_with_all_that_is_below_it(asked, there, absent):
     text = said(asked)
     assert there in text and absent not in text
+
+
+@pytest.mark.parametrize(("cls", "topics"), [(ServeConfig, RUN_TOPICS), (SiteConfig, SITE)])
+def test_a_federation_is_told_of_no_engine_that_it_refuses(cls, topics):
+    text = help_text(cls, "fedtorch x", topics, ["engine"])
+    assert "flower: Calls" in text and not re.search("local:|processes:|ray:", text)
+    assert "local" not in help_text(cls, "fedtorch x", topics).split("--engine")[1].splitlines()[0]
+    with pytest.raises(ConfigError, match="has no 'ray'"):
+        help_text(cls, "fedtorch x", topics, ["ray"])
 
 
 def test_options_that_all_names_have_are_told_once():

@@ -66,7 +66,7 @@ def help_text(cls: type, command: str, topics: Topics, asked: Sequence[str] = ()
         ]
         for topic, names in topics.items():
             lines += ["", f"{topic}:"]
-            lines += [_brief(flag(n), default(known[n]), _clause(n, texts)) for n in names]
+            lines += [_brief(flag(n), default(known[n]), _clause(known[n], texts)) for n in names]
         return "\n".join(lines)
     word = asked[0].lstrip("-").replace("-", "_")
     word = ALIASES.get(word, word)
@@ -74,7 +74,7 @@ def help_text(cls: type, command: str, topics: Topics, asked: Sequence[str] = ()
     pages = [page for name in wanted if name in known for page in _page(known[name], texts)]
     pages = pages or [*_below(word, known)]
     if not pages:
-        others = [*topics, *known, *(n for c in CHOICES if _of(c, known) for n in CHOICES[c])]
+        others = [*topics, *known, *(n for c in CHOICES if _of(c, known) for n in _names(c, known))]
         raise ConfigError(f"{command} has no {asked[0]!r} to tell about{near(word, others)}")
     return "\n".join([*lines, *pages])
 
@@ -86,13 +86,13 @@ def _page(f: "dataclasses.Field[Any]", texts: Mapping[str, str]) -> Iterator[str
     for choice in (c for c in CHOICES if _of(c, [f.name])):
         if "." in choice:
             yield f"\n  {flag(choice)}"
-        yield from _choice(choice)
+        yield from _choice(choice, _names(choice, {f.name: f}))
     yield ""
 
 
-def _choice(choice: str) -> Iterator[str]:
-    """Options that all of a choice's names have, once, then each name with its own."""
-    classes = {name: find(path) for name, path in CHOICES[choice].items()}
+def _choice(choice: str, names: Mapping[str, str]) -> Iterator[str]:
+    """Options that all of a choice's ``names`` have, once, then each name with its own."""
+    classes = {name: find(path) for name, path in names.items()}
     options = {name: _options(choice, cls) for name, cls in classes.items()}
     counted = Counter(o for own in options.values() for o in own)
     common = [o for o, times in counted.items() if times > max(1, len(options) / 2)]
@@ -117,8 +117,8 @@ def _below(word: str, known: Mapping[str, Any]) -> Iterator[str]:
     for choice in (c for c in CHOICES if _of(c, known)):
         if choice in (name, ALIASES.get(name)):
             yield f"  {flag(choice)}"
-            yield from _choice(choice)
-        for short, path in CHOICES[choice].items():
+            yield from _choice(choice, _names(choice, known))
+        for short, path in _names(choice, known).items():
             options = _options(choice, find(path))
             last = [o for o in options if name in (f"{choice}.{o[0].rpartition('.')[2]}".replace("-", "_"),
                                                    o[0].rpartition(".")[2].replace("-", "_"))]  # fmt: skip
@@ -131,10 +131,16 @@ def _of(choice: str, names: Any) -> bool:
     return choice.partition(".")[0] in names and choice not in FREE
 
 
-def _clause(name: str, texts: Mapping[str, str]) -> str:
+def _names(choice: str, known: Mapping[str, "dataclasses.Field[Any]"]) -> dict[str, str]:
+    """What a choice may be: all its names, but where its option's field says that a command takes few."""
+    few = known[choice.partition(".")[0]].metadata.get("names", CHOICES[choice])
+    return {n: path for n, path in CHOICES[choice].items() if n in few}
+
+
+def _clause(f: "dataclasses.Field[Any]", texts: Mapping[str, str]) -> str:
     """The first clause of an option's text, and the names that it may be."""
-    first = re.split(r"[:;.] |[.:]$", texts.get(name, ""), maxsplit=1)[0]
-    names = CHOICES.get(name, {})
+    first = re.split(r"[:;.] |[.:]$", texts.get(f.name, ""), maxsplit=1)[0]
+    names = _names(f.name, {f.name: f}) if f.name in CHOICES else {}
     return f"{first}: {', '.join(names)}" if len(names) > 1 else first
 
 

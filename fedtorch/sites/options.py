@@ -78,8 +78,9 @@ class SiteConfig:
     credentials."""
     insecure: bool = False
     """No TLS and no keys: only for a server on this very machine."""
-    engine: Any = None
-    """flower: be behind the Flower SuperNode at engine.address, in place of server and credentials."""
+    engine: Any = field(default=None, metadata={"names": ("flower",)})
+    """flower, where this site is behind the Flower SuperNode at engine.address; in place of server and
+    credentials."""
     state: str = "site"
     """Folder for memory, privacy ledger and this site's TensorBoard."""
     lost_state: bool = False
@@ -165,9 +166,9 @@ class ServeConfig(RunOptions):
     in credentials."""
     insecure: bool = False
     """No TLS and no keys: only for sites on this very machine."""
-    engine: Any = None
-    """flower: sites are behind the SuperNodes of the Flower SuperLink at engine.address, in place of
-    address and credentials."""
+    engine: Any = field(default=None, metadata={"names": ("flower",)})
+    """flower, where sites are behind the SuperNodes of the Flower SuperLink at engine.address; in place
+    of address and credentials."""
     input_shape: list[int] = field(default_factory=list)
     """Shape of one example, agreed with the sites; with a step it may be left out."""
     language: bool = False
