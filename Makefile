@@ -34,9 +34,8 @@ check: $(VENV)/.dev  ## format, lint, types, layers, the site, then the tests
 	$(MAKE) docs
 	$(MAKE) test
 
-docs: $(VENV)/.dev  ## the documentation site, into build/docs; a warning is an error, examples in docstrings run
-	$(PY) -m sphinx -W --keep-going -n -q -d build/doctrees -b html docs build/docs
-	$(PY) -m sphinx -W --keep-going -n -q -d build/doctrees -b doctest docs build/doctest
+docs: $(VENV)/.dev  ## the documentation site, into build/docs; a warning is an error
+	$(PY) -m sphinx -W --keep-going -n -q -j auto -d build/doctrees -b html docs build/docs
 
 format: $(VENV)/.dev  ## put the code into shape
 	$(VENV)/bin/ruff format .

@@ -31,7 +31,6 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.doctest",
     "sphinx_copybutton",
 ]
 html_theme = "furo"
@@ -43,7 +42,6 @@ myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 4
 suppress_warnings = ["myst.header"]  # a page that is a part of another begins below its title
 copybutton_prompt_text = "$ "
-doctest_global_setup = "from fedtorch.rounds.history import History"
 default_role = "literal"  # a word in single backticks of a docstring
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"

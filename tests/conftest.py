@@ -27,6 +27,18 @@ settings.register_profile(
 settings.load_profile("busy")
 
 
+FIRST = (
+    "engines_ray", "checks_combination", "sites", "sites_superlink", "notebooks", "fast_devices",
+    "engines_processes", "privacy_nvflare", "hospitals", "train", "privacy_run", "resume", "fast_dropout",
+)  # fmt: skip
+"""Files that take longest: one of them at the end would leave the other processes waiting for it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": k for k, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(FIRST)))
+
+
 @pytest.fixture(autouse=True)
 def workers_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds of tests are small, and would all stay in one process."""

@@ -33,7 +33,6 @@ SIZES = [37, 18, 5]
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    """Not on import: this module is looked through for documented examples, in the tests' own process."""
     pretend.register()
 
 

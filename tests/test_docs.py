@@ -1,5 +1,6 @@
 """The documents are true: their Python runs, their commands parse, their links lead somewhere."""
 
+import doctest
 import importlib
 import re
 import shlex
@@ -52,6 +53,16 @@ def test_python_blocks_run_one_after_another(path, tmp_path, monkeypatch, capsys
     with torch.random.fork_rng():
         for k, block in enumerate(blocks(path, "python")):
             exec(compile(block, f"{path.name} block {k}", "exec"), names)
+
+
+SHOWN = [p for p in sorted((ROOT / "fedtorch").rglob("*.py")) if ">>> " in p.read_text()]
+
+
+@pytest.mark.parametrize("path", SHOWN, ids=lambda p: p.stem)
+def test_examples_in_docstrings_show_what_comes_out(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    done = doctest.testmod(importlib.import_module(name))
+    assert done.attempted and not done.failed
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)

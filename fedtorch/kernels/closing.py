@@ -15,6 +15,7 @@ from fedtorch.kernels.products import (
     W4,
     Place,
     W,
+    counted,
     less_short,
     less_wide,
     masked,
@@ -35,22 +36,25 @@ def step(
     (weight, bias), (y, scale) = layer, given
     k, B, p = a.shape
     C, q = weight.shape[1], np.uint64(p)
-    rows, outputs = np.arange(B), np.arange(C)
+    rows, outputs = counted(B), counted(C)
     one, keep = a.dtype.type(1), a.dtype.type(by[0])
     d, turned = np.empty((B, C), a.dtype), np.empty((C, B), a.dtype)
     for c in range(k):
         ac, wc, to = a[c].reshape(-1), weight[c].reshape(-1), out[c].reshape(-1)
         row_products(ac, wc, q, (B, C), d.reshape(-1), (0, C), a.dtype.type(0))
         for i in range(B):
-            if len(bias):
-                d[i] += bias[c, 0]
+            if len(bias):  # number by number: rows as wholes would take seconds to compile
+                for j in range(C):
+                    d[i, j] += bias[c, 0, j]
             here = scale[c, s + i, 0] > 0
             loss = gradient(d[i], y[c, s + i, 0], factor[c, s + i, 0])
             losses[c, s + i, 0] = loss if here else 0
-            if not here:  # whatever is there
-                d[i] = 0
-            turned[:, i] = d[i]
-        to[:] = 0
+            for j in range(C):
+                if not here:  # whatever is there
+                    d[i, j] = 0
+                turned[j, i] = d[i, j]
+        for j in range(len(to)):
+            to[j] = 0
         _combine(to, d, wc, outputs, (one, one), q)
         if by[1] == MASK:
             masked(to, ac)

@@ -181,15 +181,31 @@ def corrected(
     products(x, X, G, s, one)
     K, B, width = z.shape
     if s:
-        rows, before = np.arange(K * B).reshape(K, B), np.empty((K, s), np.int64)
-        before[:] = np.arange(s)
-        less(z, rows, G, rows % B + s, Y, before, np.full(K, s), 0, (keep, 1.0, 0), z)
+        # number by number: arrays as wholes would take seconds to compile
+        rows, local = counted(K * B).reshape(K, B), np.empty((K, B), np.int64)
+        before, many = np.empty((K, s), np.int64), np.empty(K, np.int64)
+        for c in range(K):
+            many[c] = s
+            for j in range(s):
+                before[c, j] = j
+            for i in range(B):
+                local[c, i] = s + i
+        less(z, rows, G, local, Y, before, many, 0, (keep, 1.0, 0), z)
     if end:
         for c in range(K):
             if end == RELU:
                 relu(z[c].reshape(-1))
             else:
                 masked(z[c].reshape(-1), Y[c].reshape(-1)[s * width : (s + B) * width])
+
+
+@machine_code
+def counted(n: int) -> Any:
+    """The numbers from 0 on."""
+    found = np.empty(n, np.int64)
+    for k in range(n):
+        found[k] = k
+    return found
 
 
 @machine_code
