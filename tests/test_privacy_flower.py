@@ -29,7 +29,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.config import flatten_dict
 from flwr.serverapp.strategy import FedAvg
 
-from fedtorch.privacy.flower import SILENT, budget_of, private_release
+from fedtorch.privacy.flower import SILENT, UNFIT, budget_of, private_release
 
 OPTIONS = {"epsilon": 8.0, "rounds": 3, "clip": 0.5}
 PLAN = LocalDP(**OPTIONS)
@@ -170,7 +170,7 @@ def test_it_is_on_disk_before_it_leaves(tmp_path, node, monkeypatch):
 def test_a_job_cannot_bring_the_budget(tmp_path, node):
     brought, node.config = node.config, {"partition-id": 0}
     out = node.answer(RecordDict({"a": record(SENT)}), run=brought)
-    assert "no privacy.site" in out.error.reason and not node.ran
+    assert out.error.reason == UNFIT and not node.ran
     assert not (tmp_path / "north").exists()
 
 
@@ -187,13 +187,22 @@ def test_a_job_cannot_bring_the_budget(tmp_path, node):
     ],
     ids=["site", "folder", "bool", "int", "unknown", "negative", "no rounds"],
 )
-def test_a_config_that_is_no_budget_is_refused_before_training(tmp_path, change, why):
+def test_a_config_that_is_no_budget_is_refused_before_training(tmp_path, caplog, change, why):
     node = Node(tmp_path)
     node.config |= {f"privacy.{k}": v for k, v in change.items()}
     out = node.answer(RecordDict({"a": record(SENT)}))
-    assert why in out.error.reason and not node.ran
+    assert out.error.reason == UNFIT and not node.ran and why in caplog.text
     with pytest.raises(ConfigError, match=why):
         budget_of(node.config)
+
+
+def test_where_a_ledger_is_that_was_edited_is_told_at_the_node_alone(tmp_path, node, caplog):
+    node.weights(SENT)
+    path = tmp_path / "north/ledger-client.jsonl"
+    path.write_bytes(path.read_bytes().splitlines(True)[0])
+    with caplog.at_level("ERROR", "flwr"):
+        out = node.answer(RecordDict({"a": record(SENT)}))
+    assert out.error.reason == UNFIT and str(tmp_path) in caplog.text
 
 
 def test_the_file_of_the_page_is_a_budget(tmp_path):

@@ -50,6 +50,8 @@ SILENT = (
     "nothing leaves this node: what its app answered cannot be released, the node's log says why"
 )
 
+UNFIT = "nothing leaves this node: its own config or ledger is no budget, the node's log says why"
+
 LOG = logging.getLogger("flwr")
 
 
@@ -74,6 +76,9 @@ def private_release(msg: Message, context: Context, call_next: Next) -> Message:
     """
     try:
         budget = budget_of(context.node_config)
+    except ConfigError as e:  # which may name the node's own folders
+        return _refused(msg, ErrorCode.MOD_FAILED_PRECONDITION, UNFIT, e)
+    try:
         name, sent = _asked(msg)
     except ConfigError as e:
         return _refused(msg, ErrorCode.MOD_FAILED_PRECONDITION, str(e), e)
