@@ -12,6 +12,7 @@ arrays, where the weights must also be those of an undisturbed run in one proces
 """
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ import numpy as np
 
 from benchmarks import hospitals_checks as checks
 from benchmarks.heart import HOSPITALS, hospitals
+from fedtorch.__main__ import main as command
 from fedtorch.data import Csv, Npz
 from fedtorch.engines import wire
 from fedtorch.run import checkpoint
@@ -84,16 +87,18 @@ class Trial:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
-        for name, ((x, y), (x_test, y_test)) in zip(self.names, hospitals(data)[0], strict=True):
+        for name, ((x, y), (x_test, y_test)) in zip(HOSPITALS, hospitals(data)[0], strict=True):
+            if name not in self.names:
+                continue
             (self.folder / name).mkdir()
             rows = {"x": x, "y": y, "x_test": x_test, "y_test": y_test}
             if self.scaled:
                 shutil.copy(data / f"processed.{name}.data", self.rows(name))
             else:
                 np.savez(self.rows(name), **{k: np.asarray(v) for k, v in rows.items()})
-        keys = ["keys", self.folder / "keys", "--server", "127.0.0.1", "--sites"]
-        words = [sys.executable, "-m", "fedtorch", *map(str, keys), ",".join(self.names)]
-        subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        keys = ["keys", str(self.folder / "keys"), "--server", "127.0.0.1", "--sites"]
+        with redirect_stdout(io.StringIO()):
+            assert command([*keys, ",".join(self.names)]) == 0
         (self.folder / "serve.toml").write_text(
             f'sites = {list(self.names)}\naddress = "127.0.0.1:{self.port}"\nminimum = {self.minimum}\n'
             f'credentials = "{self.folder}/keys/server"\nrun_dir = "{self.folder}/run"\n'
@@ -142,8 +147,8 @@ class Trial:
         (notes / "pid").unlink(missing_ok=True)
         tracer = [*STRACE, str(notes / f"strace-{time.time_ns()}.txt")] if self.strace else []
         log = (notes / "log.txt").open("ab")
-        command = [*tracer, sys.executable, "-m", "benchmarks.witness", str(notes), *words]
-        self.processes[who] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        watched = [*tracer, sys.executable, "-m", "benchmarks.witness", str(notes), *words]
+        self.processes[who] = subprocess.Popen(watched, cwd=ROOT, stdout=log, stderr=log)
         log.close()
 
     def pid(self, who: str) -> int:

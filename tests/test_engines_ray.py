@@ -82,7 +82,9 @@ def first(tmp_path_factory):
         for actor in server.session.actors:
             ray.kill(actor.handle)  # the cluster has two cores, which other tests need
         started = below(os.getpid()) - before
-        yield SimpleNamespace(server=server, weights=weights, memory=memory, error=error, started=started)
+        yield SimpleNamespace(
+            server=server, weights=weights, memory=memory, error=error, started=started
+        )
     finally:
         server.close()
         torch.set_num_threads(threads)
