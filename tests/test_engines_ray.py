@@ -1,4 +1,4 @@
-"""Ray actors on one cluster of this machine: a session of ours starts it on loopback, others join, it ends it."""
+"""Ray actors on one cluster of this machine, which a session of ours starts on loopback and ends."""
 
 import os
 import signal
