@@ -98,6 +98,24 @@ class Task:
         return replace(self, state={k: self.state.get(k, v) for k, v in own.items()})
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """What the clients of one call were sent: each has one of these."""
+
+    each: tuple[Task, ...]
+    factors: tuple[float, ...]
+    """What changes count by, of each."""
+
+    @property
+    def round(self) -> int:
+        """Of the latest."""
+        return max(task.round for task in self.each)
+
+    def filled(self, own: Params) -> "Tasks":
+        """As of a task."""
+        return replace(self, each=tuple(task.filled(own) for task in self.each))
+
+
 class Data(Protocol):
     """What a strategy may ask of each client's data beside the local steps; nothing noises the answers."""
 

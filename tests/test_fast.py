@@ -423,7 +423,7 @@ def test_the_bound_on_a_norm_holds_where_everything_cancels():
     x = torch.cat([torch.randn(20, 300) * 100] * 2)
     D = torch.randn(1, 40, 20)
     D[:, 20:] = -D[:, :20]  # each row comes back with the other sign: the change is zero
-    own = chunk_data.Rows(x, torch.zeros(40), (40,))
+    own = chunk_data.Rows([x], torch.zeros(40), (40,))
     taken = (torch.arange(40)[None],) * 2
     grams = chunk_data.Kept().gram(TensorDataset(x, own.y), False, x.device)[None]
     first = dual.First(
@@ -518,7 +518,7 @@ def test_a_sum_that_privacy_noises_is_float32_in_every_layer():
     shape, rule, weight = (200, 300), layers.Rule(0.1), torch.ones(2)
     named, w0 = reader.Linear("w", None, shape), torch.zeros(shape)
     x, D = torch.randn(160, 300), torch.randn(2, 80, 200)  # enough for bfloat16 to be worth it
-    own = chunk_data.Rows(x, torch.zeros(160), (80, 80))
+    own = chunk_data.Rows([x], torch.zeros(160), (80, 80))
     places = torch.arange(160).view(2, 80), torch.arange(80).expand(2, 80)
     first = dual.First(named, w0, None, rule, own, (torch.zeros(2, 80, 80), places), True)
     hidden = dual.Hidden(named, w0, None, rule, (2, 80), True, own.ops)

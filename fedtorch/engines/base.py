@@ -11,7 +11,11 @@ from fedtorch.types import Failure, Params, Released, Task
 
 
 class Session(Protocol):
-    """Clients and a model, ready to train."""
+    """Clients and a model, ready to train.
+
+    One that can train clients of several models in one call says ``joins``, and has ``join(who, tasks)``
+    beside ``submit``: see ``LocalSession``.
+    """
 
     notes: tuple[str, ...]
     """Choices the engine made, one plain sentence each."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,7 +21,12 @@ from fedtorch.training import local_steps
 from fedtorch.training.local_update import local_update
 from fedtorch.training.outline import copied, untouched
 from fedtorch.training.personal import given
-from fedtorch.types import ConfigError, Failure, Params, Released, Task
+from fedtorch.training.together import Joins, local_updates
+from fedtorch.types import ConfigError, Failure, Params, Released, Task, Tasks
+
+Asked = TypeVar("Asked")
+Visit = tuple[Client, int]
+"""A client, and the place of what it was sent among ``Tasks``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +94,30 @@ class LocalSession:
     choice: Choice
     notes: tuple[str, ...] = ()
     _asked: list[tuple[list[Client], Task]] = field(default_factory=list)
+    _joined: list[tuple[list[Visit], Tasks]] = field(default_factory=list)
 
     def submit(self, ids: Sequence[str], task: Task) -> None:
         """Cut the cohort into chunks; what an interrupt left of an earlier one is let go."""
         task = task.filled(self.given)
-        self._asked = [(chunk, task) for chunk in self.cut(ids)]
+        self._asked, self._joined = [(chunk, task) for chunk in self.cut(ids)], []
+
+    @property
+    def joins(self) -> bool:
+        """Whether clients that were sent different models may train in one call."""
+        can = getattr(self.choice.solver, "joins", None)
+        return bool(can and can(self.recipe))
+
+    def join(self, who: Sequence[tuple[str, int]], sent: Tasks) -> None:
+        """As ``submit``, of clients with the place of what each was sent; only where it ``joins``."""
+        sent = sent.filled(self.given)
+        self._asked, self._joined = [], [(chunk, sent) for chunk in self.cut_joined(who)]
+
+    def cut_joined(
+        self, who: Sequence[tuple[str, int]], most: int | None = None
+    ) -> list[list[Visit]]:
+        """As ``cut``."""
+        pairs = [(self.clients[i], n) for i, n in who]
+        return self.shared_out(sorted(pairs, key=lambda pair: -len(pair[0])), most)
 
     @cached_property
     def given(self) -> Params:
@@ -102,30 +127,40 @@ class LocalSession:
     def cut(self, ids: Sequence[str], most: int | None = None) -> list[list[Client]]:
         """Chunks of clients of like size, of at most ``most`` clients, the largest clients first."""
         cohort = sorted((self.clients[i] for i in ids), key=len, reverse=True)
-        chunks: list[list[Client]] = []
+        if not self.choice.strict:
+            return self.shared_out(cohort, most)
+        chunks, limit = list[list[Client]](), self.limit(len(cohort), most)
+        while cohort:
+            # who has equally many examples has equally large batches, step by step
+            size = sum(len(c) == len(cohort[0]) for c in cohort[:limit])
+            chunks.append(cohort[:size])
+            cohort = cohort[size:]
+        return chunks
+
+    def shared_out(self, cohort: list[Asked], most: int | None = None) -> list[list[Asked]]:
+        """Chunks of a cohort in this order."""
+        size = self.limit(len(cohort), most)
+        return [cohort[k : k + size] for k in range(0, len(cohort), size)]
+
+    def limit(self, clients: int, most: int | None = None) -> int:
+        """Clients in a chunk, of so many."""
         limit = self.choice.chunk
         # one after another: smaller shares keep all workers busy to the end
         if self.choice.group > 1:
             limit, most = self.choice.group, most and max(1, most // 4)
         limit = min(limit, most or limit)
-        if cohort:  # equal shares: a small rest would cost as many calls as a whole chunk
-            limit = -(-len(cohort) // -(-len(cohort) // limit))
-        while cohort:
-            size = limit
-            if self.choice.strict:
-                # who has equally many examples has equally large batches, step by step
-                size = sum(len(c) == len(cohort[0]) for c in cohort[:size])
-            chunks.append(cohort[:size])
-            cohort = cohort[size:]
-        return chunks
+        # equal shares: a small rest would cost as many calls as a whole chunk
+        return -(-clients // -(-clients // limit)) if clients else limit
 
     def collect(self) -> Iterator[Released | Failure]:
         """Train chunk by chunk."""
-        while self._asked:
-            clients, task = self._asked.pop(0)
-            update, failures = local_update(
-                clients, task, self.recipe, self.model, self.choice.solver
-            )
+        recipe, model, solve = self.recipe, self.model, self.choice.solver
+        while self._asked or self._joined:
+            if self._asked:
+                update, failures = local_update(*self._asked.pop(0), recipe, model, solve)
+            else:
+                visits, tasks = self._joined.pop(0)
+                update, failures = local_updates(visits, tasks, recipe, model, cast(Joins, solve))
             if update.ids:
                 yield update
             yield from failures

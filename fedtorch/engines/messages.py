@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedtorch.engines.wire import Message, MessageError, short
 from fedtorch.tree import to_float64
-from fedtorch.types import Failure, Params, Released, Stack, Task
+from fedtorch.types import Failure, Params, Released, Stack, Task, Tasks
 
 Memory = dict[str, dict[str, Params]]
 """Client memory: id -> group -> name -> tensor."""
@@ -60,6 +60,26 @@ def read_task(message: Message) -> Task:
         privacy={k: _finite(v, "a number of the privacy plan") for k, v in privacy.items()},
         visit=_whole_fact(message, "again", 0, 1 << 31) if "again" in message.facts else 0,
     )
+
+
+def asking(tasks: Task | Tasks) -> Message:
+    """A task, or several for clients that train in one call, to a worker of this machine or cluster."""
+    if isinstance(tasks, Task):
+        return task_message(tasks)
+    each = [task_message(task) for task in tasks.each]
+    groups = {f"{n}/{g}": tree for n, m in enumerate(each) for g, tree in m.groups.items()}
+    return Message("tasks", {"each": [m.facts for m in each], "factors": [*tasks.factors]}, groups)
+
+
+def asked(message: Message) -> Task | Tasks:
+    """The other way round: it comes from the process that started this one."""
+    if message.kind != "tasks":
+        return read_task(message)
+    each = [
+        read_task(Message("task", facts, _under(message, f"{n}/")))
+        for n, facts in enumerate(message.facts["each"])
+    ]
+    return Tasks(tuple(each), tuple(message.facts["factors"]))
 
 
 def outcome_message(

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 from fedtorch.fast.ops import Lean, Matrix, Ops
 from fedtorch.fast.tuning import AGAIN, CHUNKS_KEPT, LEFT_OUT, SPARSE_RATE
 from fedtorch.training.module import channels_last
-from fedtorch.tree import exact_sq_norms
+from fedtorch.tree import exact_sq_norms, nbytes
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,32 @@ class Beside:
 class Rows:
     """The examples of a chunk of clients, one below the other."""
 
-    x: Tensor
-    """[N, ...]: all examples."""
+    tables: Sequence[Tensor]
+    """Each client's, [n, ...], wherever they are."""
     y: Tensor
+    """All labels."""
     sizes: tuple[int, ...]
     """Examples of each client."""
     ops: Ops = field(default_factory=Ops)
     parts: tuple[Part, ...] = ()
-    """Each client's by themselves: a chunk that comes once is not worth a look at all of it."""
+    """Each client's by themselves."""
+    often: bool = False
+    """Whether they come together often: a chunk that comes once is not worth a look at all of it."""
+
+    @cached_property
+    def x(self) -> Tensor:
+        """[N, ...]: all examples, written out where something asks for them as one."""
+        return torch.cat([*self.tables]).to(self.y.device)
 
     @cached_property
     def flat(self) -> Tensor:
         """[N, in]."""
         return self.x.flatten(1)
+
+    @property
+    def width(self) -> int:
+        """Inputs of an example."""
+        return self.tables[0][0].numel()
 
     @cached_property
     def classes(self) -> bool:
@@ -110,7 +123,7 @@ class Rows:
             used = torch.stack([p.used for p in self.parts]).any(0).nonzero()[:, 0]
         else:
             used = self.flat.abs().amax(0).nonzero()[:, 0]
-        return used if len(used) <= self.flat.shape[1] * (1 - LEFT_OUT) else None
+        return used if len(used) <= self.width * (1 - LEFT_OUT) else None
 
     @cached_property
     def slim(self) -> Tensor:
@@ -128,9 +141,9 @@ class Rows:
 
         Only of finite examples: what is not finite must not meet rows that stay out, even as zeros.
         """
-        columns = self.flat.shape[1] if self.used is None else len(self.used)
-        most = len(self.flat) * columns / SPARSE_RATE
-        if self.parts and self.finite:
+        columns = self.width if self.used is None else len(self.used)
+        most = len(self.y) * columns / SPARSE_RATE
+        if self.parts and self.finite and not self.often:
             few = sum(p.filled for p in self.parts) < most
             pairs = [p.pair for p in self.parts if few and p.pair]
             if len(pairs) < len(self.parts):
@@ -184,7 +197,7 @@ class Rows:
         if len(set(self.sizes)) == 1:
             return None
         at = torch.cat([k * self.most + torch.arange(n) for k, n in enumerate(self.sizes)])
-        return at.to(self.x.device)
+        return at.to(self.y.device)
 
     def spread(self, flat: Tensor) -> Tensor:
         """[N, ...] -> [K, most, ...], zero where a client has no example."""
@@ -220,6 +233,9 @@ class Kept:
     parts: dict[int, tuple[Tensor, int, Part]] = field(default_factory=dict)
     """By the id of a client's examples, with those and their version."""
 
+    turned: list[tuple[Tensor, int, Tensor]] = field(default_factory=list)
+    """Weights of the last call with several models, with their versions, and transposed."""
+
     def __getstate__(self) -> dict[str, object]:
         """A worker is sent none of it: data stays where it is."""
         return Kept().__dict__
@@ -236,15 +252,16 @@ class Kept:
         times = self.times[hash(key)]
         if found and found[1] == versions:
             if times == AGAIN and found[2].parts:  # one matrix from now on, with the same bits
-                self.chunks[key] = parts, versions, replace(found[2], parts=())
+                self.chunks[key] = parts, versions, replace(found[2], often=True)
             return self.chunks[key][2]
-        x, y = (torch.cat([t[i] for t in tables]).to(device) for i in (0, 1))
+        x, y = (tuple(t[i] for t in tables) for i in (0, 1))
         # how it is computed with must not depend on what came before: a resumed run begins with nothing
         whole = ops or Ops()
         each = tuple(self._part(t[0], device, whole) for t in tables) if len(tables) > 1 else ()
-        rows = Rows(x, y, tuple(len(t[0]) for t in tables), whole, each)
+        sizes = tuple(len(t) for t in x)
+        rows = Rows(x, torch.cat(y).to(device), sizes, whole, each)
         # who takes part by chance comes together once
-        if found or (times > 1 and self._room(3 * x.numel() * x.element_size())):
+        if found or (times > 1 and self._room(3 * nbytes(x))):
             self.chunks[key] = parts, versions, rows
         return rows
 
@@ -256,6 +273,19 @@ class Kept:
         if found or self._room(x.numel() * x.element_size()):
             self.parts[id(x)] = x, version(x), part
         return part
+
+    def transposed(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Weights written out by columns; of models that are under way most come again."""
+        before, self.turned = self.turned, []
+        for w in weights:
+            known = (t for v, at, t in before if v is w and at == version(w))
+            found = next(known, None)
+            made = w.T.contiguous() if found is None else found
+            self.turned.append((w, version(w), made))
+        made_all = [t for _, _, t in self.turned]
+        if nbytes(made_all) > CHUNKS_KEPT:
+            self.turned = []
+        return made_all
 
     def gram(self, dataset: Dataset, bias: bool, device: torch.device) -> Tensor:
         """Products of a client's examples with each other, [n, n]; the bias is a column of ones."""

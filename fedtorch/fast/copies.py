@@ -67,7 +67,7 @@ class Own:
         plain = plain and all(
             leaf is None or leaf.shift is None for leaf in (self.weight, self.bias)
         )
-        return plain and self.rows is None and self.weight.start.numel() <= CLOSING
+        return plain and self.rows is None and self.weight.value[0].numel() <= CLOSING
 
     def stack(self) -> Stack:
         """The copies."""

@@ -22,6 +22,8 @@ from fedtorch.fast.chunk_data import Rows, taken
 from fedtorch.fast.layers import Rule, squares
 from fedtorch.fast.ops import Ops, Shared, large, masked
 from fedtorch.fast.reader import Linear
+from fedtorch.fast.several import Each
+from fedtorch.fast.several import Weights as Several
 from fedtorch.fast.tuning import RATE_ALL, RATE_COPIES, RATE_MET, RATE_WRITTEN
 from fedtorch.types import Params, Stack
 
@@ -152,15 +154,16 @@ class First(Dual):
         rows: Rows,
         known: tuple[Tensor, tuple[Tensor, Tensor]],
         half: bool,
-        own: Apart | None = None,
+        each: Apart | Several | None = None,
     ) -> None:
         """``known``: Gram matrices [K, n, n], and the examples of each step, [K, T], as rows of x and as
         rows of the client's.
         """
         grams, places = known
+        own, several = parted(each)
         super().__init__(spec, weight, bias, rule, len(grams), half, own)
         self.rows, self.grams = rows, grams
-        self.outputs = self.known(rows)
+        self.outputs = several.known(rows) if several else self.known(rows)
         self.seen = rows.ops.coefficients(self.outputs, grams, places)
         self.D = self.seen.rows
         if own:  # each example meets it once, however many steps follow
@@ -235,15 +238,17 @@ class Hidden(Dual):
         size: tuple[int, int],
         half: bool,
         ops: Ops,
-        own: Apart | None = None,
+        each: Apart | Several | None = None,
     ) -> None:
         """``size``: clients and rows they take."""
+        own, several = parted(each)
         super().__init__(spec, weight, bias, rule, size[0], half, own)
         self.A = weight.new_zeros(*size, weight.shape[1])
         self.D = weight.new_zeros(*size, weight.shape[0])
         self.grams, self.products = (weight.new_zeros(*size, size[1]) for _ in range(2))
         self.one, self.B = float(bias is not None), size[1]
-        self.up, self.down = Shared(weight, bias, half), Shared(weight.T, None, half)
+        self.up: Shared | Each = several.up() if several else Shared(weight, bias, half)
+        self.down: Shared | Each = several.down() if several else Shared(weight.T, None, half)
         self.ops = ops
 
     def forward(self, a: Tensor) -> Tensor:
@@ -316,6 +321,13 @@ class Hidden(Dual):
         half = self.coarse(len(D), exact)
         total = (D.bfloat16().T @ A.bfloat16()).float() if half else D.T @ A
         return self.released(total, bias, weight)
+
+
+def parted(each: Apart | Several | None) -> tuple[Apart | None, Several | None]:
+    """What each client has beside the shared weights, or weights that several of them share."""
+    if isinstance(each, Several):
+        return None, each
+    return each, None
 
 
 def weighed(D: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

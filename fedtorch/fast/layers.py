@@ -161,7 +161,7 @@ class Leaf:
     def weighted_sum(self, weight: Tensor) -> Tensor:
         """Of the changes; who has weight 0 may hold NaN, which times 0 is NaN again."""
         on, change = weight != 0, self.change()
-        return (weight[on] @ (change if on.all() else change[on])).view(self.start.shape)
+        return (weight[on] @ (change if on.all() else change[on])).view(self.value.shape[1:])
 
 
 class Leaves:

@@ -32,8 +32,13 @@ class Steps(NamedTuple):
         """Whether that is more than one matrix, and changes from step to step."""
         return bool(self.rule.momentum or (self.shift and self.start))
 
-    def leaf(self, name: str, weight: Tensor, clients: int) -> Leaf:
-        """Copies of a parameter, or of a bias with an axis of rows before it."""
+    def leaf(self, name: str, weight: Tensor, clients: int, each: Stack | None = None) -> Leaf:
+        """Copies of a parameter, or of a bias with an axis of rows before it.
+
+        ``each``: the shared one that each client began with, [K, ...], where they are not the same.
+        """
+        if each and name in each:
+            return Leaf(each[name], clients, self.rule, None, each[name].clone())
         start = self.start.get(name)
         if start is not None:
             start = start.reshape(clients, *weight.shape)

@@ -1,6 +1,6 @@
 """The clients' batches side by side, so that all take their t-th step together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -26,6 +26,11 @@ class LockstepOrder:
     batch: int
     counts: np.ndarray
     """Examples in each step of each client, [T / batch, K]."""
+
+    def each(self) -> Iterator[tuple[slice, int]]:
+        """Step by step: which of the T rows are in it, and how many clients are still training."""
+        for t, k in enumerate(self.live):
+            yield slice(t * self.batch, (t + 1) * self.batch), k
 
     @property
     def usual(self) -> float:

@@ -18,7 +18,7 @@ from fedtorch.fast.dual import First, Hidden, pays
 from fedtorch.fast.example_gradients import Examples
 from fedtorch.fast.layer_table import Activation
 from fedtorch.fast.layers import Act, Given, Layer, Rule, Weights, passed_down
-from fedtorch.fast.linear import Steps, linear, strategy
+from fedtorch.fast.linear import Steps, linear, plain, strategy
 from fedtorch.fast.loss import AnyLoss, CrossEntropy, closed, squeezed
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.ops import ops_for
@@ -26,6 +26,7 @@ from fedtorch.fast.private import Flat, noised
 from fedtorch.fast.projected import Known, Projected
 from fedtorch.fast.reader import Chain, Linear
 from fedtorch.fast.schedule import LockstepOrder, schedule
+from fedtorch.fast.several import Models
 from fedtorch.fast.tuning import CHUNK_BYTES, MOST_CLIENTS
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.recipe import Recipe
@@ -79,17 +80,71 @@ class Fast:
             head = CrossEntropy(y, *weights) if known else AnyLoss(y, *weights, loss)
             # local steps
             small = known and private is None and not self.half
+            held: list[Weights]
             if small and whole.pays(self.chain, steps, rows, order):
                 own = whole.Whole(self.chain, task.state, steps.rule, self.memory, len(datasets))
                 own.visit(rows, order, cast(CrossEntropy, head), ctx.steps)
-                held: list[Weights] = [own]
+                held = [own]
+            elif private is not None:
+                held = self._private(model, chunk, task, recipe, rows, order, steps, head)
             else:
-                held = self._lockstep(model, chunk, task, recipe, rows, order, steps, head)
+                coins = Coins(chunk.seeds, order)
+                layers = self._front(model, rows, coins, task.state, steps)
+                layers += joined(self._dense(datasets, rows, coins, task.state, steps))
+                held = lockstep(layers, rows, order, head)
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
         mean, exact = head.total().cpu() / ctx.steps, recipe.privacy.claims
         return Visit(held, mean, exact, first[:0], task.state)
 
-    def _lockstep(
+    def joins(self, recipe: Recipe) -> bool:
+        """Whether it trains clients that were sent different models ``together``, by such a recipe.
+
+        Their steps are plain, and nothing of the model comes before its dense part or draws.
+        """
+        sums = recipe.strategy.plain and not (recipe.needs_rows or recipe.hides)
+        bare = not (recipe.privacy.claims or recipe.channel)
+        return sums and bare and plain(recipe) and not self.draws(recipe)
+
+    def together(
+        self,
+        datasets: Sequence[Dataset],
+        plans: Sequence[Tensor],
+        given: tuple[Sequence[Params], Sequence[int]],
+        rates: Tensor,
+        recipe: Recipe,
+    ) -> "Visit":
+        """Train K clients by plain steps of their ``rates`` [K]; ``plans``: as in a chunk.
+
+        ``given``: models, and places of those that clients start from. Only sums, norms and losses are to
+        be asked of what is left.
+        """
+        with torch.no_grad():
+            models, state = Models(*given, self.kept), given[0][0]
+            first = next(iter(state.values()))
+            rows = self.kept.rows(datasets, first.device, ops_for(first))
+            order = schedule(plans, rows.sizes, first)
+            # a rate is in the gradients' factor, and nowhere else
+            steps = Steps(Rule(0.0), {}, {})
+            y, factor = taken(rows.y, order.index), order.scale * rates.to(first)[:, None, None]
+            head: CrossEntropy | AnyLoss
+            if rows.classes and not self.chain.squeezed:
+                head = CrossEntropy(y, order.scale, factor)
+            else:
+                loss = squeezed(recipe.loss) if self.chain.squeezed else recipe.loss
+                head = AnyLoss(y, order.scale, factor, loss)
+            taken_steps, held = torch.tensor([len(p) for p in plans]), list[Weights]()
+            small = isinstance(head, CrossEntropy) and not self.half
+            if small and whole.pays(self.chain, steps, rows, order):
+                wholes = whole.Wholes(self.chain, models, self.memory)
+                wholes.visit(rows, order, cast(CrossEntropy, head), taken_steps)
+                held = [wholes]
+            else:
+                coins = Coins((), order)
+                layers = joined(self._dense(datasets, rows, coins, state, steps, models))
+                held = lockstep(layers, rows, order, head)
+        return Visit(held, head.total().cpu() / taken_steps, False, first[:0], state)
+
+    def _private(
         self,
         model: nn.Module,
         chunk: Chunk,
@@ -100,34 +155,18 @@ class Fast:
         steps: Steps,
         head: CrossEntropy | AnyLoss,
     ) -> list[Weights]:
-        """All clients' local steps side by side, layer by layer, and what is left of the layers."""
-        datasets, private, plan = chunk.datasets, chunk.private, recipe.privacy.per_example
-        coins = Coins(chunk.seeds, order)
-        # layers that know their inputs
-        if private is not None:
-            projected = bool(plan and plan.projected) and rows.finite
-            flat, layers = self._noised(
-                model, datasets, rows, coins, task.state, steps, private, projected
-            )
-        else:
-            layers = self._front(model, rows, coins, task.state, steps)
-            layers += joined(self._dense(datasets, rows, coins, task.state, steps))
-        walked, last = (layers, head) if private else closed(layers, head, rows.ops)
-        # local steps: forward, backward, step
-        for t, k in enumerate(order.live):
-            step = slice(t * order.batch, (t + 1) * order.batch)
+        """The same of steps that are noised, each client's of all its parameters."""
+        plan, private = recipe.privacy.per_example, cast(PrivateSteps, chunk.private)
+        coins, projected = Coins(chunk.seeds, order), bool(plan and plan.projected) and rows.finite
+        flat, layers = self._noised(
+            model, chunk.datasets, rows, coins, task.state, steps, private, projected
+        )
+        for step, k in order.each():
             a = order.index[:k, step]
-            for layer in walked:
+            for layer in layers:
                 a = layer.forward(a)
-            d = last(a, k, step)
-            if private is not None:
-                noised(flat, layers, d, private)
-            else:
-                grads = passed_down(walked, d)
-                for layer, g in zip(walked, grads, strict=True):
-                    layer.step(g)
-        others = [m for m in layers if not isinstance(m, (Act, Drop, Given))]
-        return cast(list[Weights], others) if private is None else flat.held(others)
+            noised(flat, layers, head(a, k, step), private)
+        return flat.held([m for m in layers if not isinstance(m, (Act, Drop, Given))])
 
     def takes(self, recipe: Recipe) -> bool:
         """Whether it can take another pass of a visit, by such a recipe, from any weights at all."""
@@ -189,7 +228,7 @@ class Fast:
         private: PrivateSteps,
     ) -> Projected:
         spec = cast(Linear, self.chain.layers[0])
-        asked = spec.bias is not None, rows.x.device
+        asked = spec.bias is not None, rows.y.device
         bases = [self.kept.basis(d, *asked) for d in datasets]
         known = Known(
             self.kept.stacked([self.kept.gram(d, *asked) for d in datasets], rows),
@@ -229,7 +268,9 @@ class Fast:
         coins: Coins,
         state: Params,
         steps: Steps,
+        models: Models | None = None,
     ) -> list[Layer]:
+        """``models``: which clients start from, where not all start from ``state``."""
         order = coins.order
         K, T = order.index.shape
         given = self.chain.front is None and not isinstance(self.chain.layers[0], Linear)
@@ -241,19 +282,42 @@ class Fast:
             first = not layers and self.chain.front is None
             w, b = state[spec.weight], None if spec.bias is None else state[spec.bias]
             apart = Apart(spec, steps, K) if steps.own and not steps.full else None
+            several = models.layer(spec, self.half) if models else None
             if steps.full or not pays(T, spec.shape, rows.most if first else None):
-                own_bias = None if b is None else steps.leaf(spec.bias or "", b[None], K)
-                weight = steps.leaf(spec.weight, w, K)
+                each = (
+                    models.rows([spec.weight, *([spec.bias] if spec.bias else [])])
+                    if models
+                    else {}
+                )
+                if spec.bias and each:
+                    each[spec.bias] = each[spec.bias][:, None]
+                own_bias = None if b is None else steps.leaf(spec.bias or "", b[None], K, each)
+                weight = steps.leaf(spec.weight, w, K, each)
                 layers.append(Own(spec, weight, own_bias, order, rows if first else None))
             elif first:
-                asked = b is not None, rows.x.device
+                asked = b is not None, rows.y.device
                 grams = self.kept.stacked([self.kept.gram(d, *asked) for d in datasets], rows)
                 met = grams, (order.index, order.local)
-                layers.append(First(spec, w, b, steps.rule, rows, met, self.half, apart))
+                layers.append(First(spec, w, b, steps.rule, rows, met, self.half, apart or several))
             else:
-                size, by = (K, T), (self.half, rows.ops, apart)
+                size, by = (K, T), (self.half, rows.ops, apart or several)
                 layers.append(Hidden(spec, w, b, steps.rule, size, *by))
         return layers
+
+
+def lockstep(
+    layers: list[Layer], rows: Rows, order: LockstepOrder, head: CrossEntropy | AnyLoss
+) -> list[Weights]:
+    """All clients' local steps side by side, layer by layer, and what is left of the layers."""
+    walked, last = closed(layers, head, rows.ops)
+    for step, k in order.each():  # forward, backward, step
+        a = order.index[:k, step]
+        for layer in walked:
+            a = layer.forward(a)
+        grads = passed_down(walked, last(a, k, step))
+        for layer, g in zip(walked, grads, strict=True):
+            layer.step(g)
+    return cast(list[Weights], [m for m in layers if not isinstance(m, (Act, Drop, Given))])
 
 
 def joined(layers: list[Layer]) -> list[Layer]:

@@ -19,6 +19,7 @@ from fedtorch.fast.loss import CrossEntropy
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.reader import Chain, Linear
 from fedtorch.fast.schedule import LockstepOrder
+from fedtorch.fast.several import Models
 from fedtorch.fast.tuning import CALLS, RATE_WHOLE, SPARSE_RATE, STACKED_BYTES
 from fedtorch.tree import split
 from fedtorch.types import Params, Stack
@@ -41,12 +42,19 @@ class Whole:
         places = [(*s.shape, begin[s.weight], begin[s.bias] if s.bias else -1) for s in specs]
         self.layers = np.array(places, np.int64)
 
-    def visit(self, rows: Rows, order: LockstepOrder, head: CrossEntropy, steps: Tensor) -> None:
-        """All local steps; ``steps`` [K]: of each client."""
+    def visit(
+        self,
+        rows: Rows,
+        order: LockstepOrder,
+        head: CrossEntropy,
+        steps: Tensor,
+        who: slice = slice(None),
+    ) -> None:
+        """All local steps; ``steps`` [K]: of each client; ``who``: whose of the chunk these are."""
         head.check(int(self.layers[-1, 0]))
-        own, inputs = (self.room, self.start, self.keep), (rows.flat, order.index)
-        given = head.y, head.scale, head.factor, head.losses
-        self.squares = rows.ops.visits(own, self.layers, inputs, given, (steps, order.batch))
+        own, inputs = (self.room, self.start, self.keep), (rows.flat, order.index[who])
+        given = head.y[who], head.scale[who], head.factor[who], head.losses[who]
+        self.squares = rows.ops.visits(own, self.layers, inputs, given, (steps[who], order.batch))
 
     def stack(self) -> Stack:
         """The clients' parameters."""
@@ -65,6 +73,36 @@ class Whole:
         return split(total, self.shapes)
 
 
+class Wholes:
+    """The same of clients that start from several models: runs of clients with the same one."""
+
+    def __init__(self, chain: Chain, models: Models, memory: Memory) -> None:
+        """As above; their steps are plain."""
+        self.runs = models.runs()
+        made = [Whole(chain, models.states[n], Rule(0.0), memory, j - i) for i, j, n in self.runs]
+        self.each = made
+
+    def visit(self, rows: Rows, order: LockstepOrder, head: CrossEntropy, steps: Tensor) -> None:
+        """As above."""
+        for own, (i, j, _) in zip(self.each, self.runs, strict=True):
+            own.visit(rows, order, head, steps, slice(i, j))
+
+    def stack(self) -> Stack:
+        """The clients' parameters."""
+        stacks = [own.stack() for own in self.each]
+        return {n: torch.cat([s[n] for s in stacks]) for n in stacks[0]}
+
+    def sq_norms(self, upper: bool = False) -> Tensor:
+        """One run's after the other's."""
+        return torch.cat([own.sq_norms(upper) for own in self.each])
+
+    def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
+        """Over all of them."""
+        parts = zip(self.each, self.runs, strict=True)
+        sums = [own.weighted_sum(weight[i:j], exact) for own, (i, j, _) in parts]
+        return {n: torch.stack([s[n] for s in sums]).sum(0) for n in sums[0]}
+
+
 def pays(chain: Chain, steps: Steps, rows: Rows, order: LockstepOrder) -> bool:
     """Whether whole visits are known and the faster way.
 
@@ -77,10 +115,10 @@ def pays(chain: Chain, steps: Steps, rows: Rows, order: LockstepOrder) -> bool:
     known = known and len(inner) == len(specs) - 1 == len(chain.layers) // 2
     if not (known and rows.ops.whole_visits and set(inner) <= {"ReLU"}):
         return False
-    if rows.x.dtype != torch.float32 or steps.own or steps.rule.momentum or steps.rule.pull:
+    if rows.tables[0].dtype != torch.float32 or steps.own or steps.rule.momentum or steps.rule.pull:
         return False
     numbers = sum(out * into for out, into in (s.shape for s in specs))
-    if numbers * rows.x.element_size() > STACKED_BYTES:
+    if numbers * rows.tables[0].element_size() > STACKED_BYTES:
         return False
     (first, *behind), taken = specs, order.index.shape[1]
     cost = (6 * numbers - 2 * first.shape[0] * first.shape[1]) * taken / RATE_WHOLE

@@ -39,10 +39,15 @@ class Clock:
 
     def seconds(self, client: int, visit: int, examples: int, bytes: int, seed: int) -> float:
         """How long the visit of this number takes."""
-        line = math.exp(self.line_spread * _normal(seed, "line", client)) if self.line_spread else 1
+        line = math.exp(self.line_spread * _of(seed, "line", client)) if self.line_spread else 1
         plain = self.start + examples * self.example + bytes / 1e6 * self.megabyte * line
-        own = math.exp(self.spread * _normal(seed, "speed", client))
-        return plain * own * (1 + abs(self.jitter * _normal(seed, "seconds", visit)))
+        own = math.exp(self.spread * _of(seed, "speed", client)) if self.spread else 1
+        return plain * own * self._late(visit, seed)
+
+    def _late(self, visit: int, seed: int) -> float:
+        if not self.jitter:  # without a draw, which takes longer than all else
+            return 1
+        return 1 + abs(self.jitter * _normal(seed, "seconds", visit))
 
 
 class Device(NamedTuple):
@@ -78,7 +83,7 @@ class Trace(Clock):
         device = self._device(client)
         line = self.megabyte if device.megabyte is None else device.megabyte
         plain = self.start + examples * self.example + bytes / 1e6 * line
-        return plain * device.speed * (1 + abs(self.jitter * _normal(seed, "seconds", visit)))
+        return plain * device.speed * self._late(visit, seed)
 
     def begins(self, client: int, now: float) -> float:
         """When it can be asked, now or later."""
@@ -171,6 +176,12 @@ def shares(counts: Sequence[int]) -> dict[str, float]:
         "visits_median": (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2,
         "visits_max": float(ordered[-1]),
     }
+
+
+@lru_cache(1 << 14)
+def _of(seed: int, purpose: str, client: int) -> float:
+    """What stays a client's for the run, drawn once."""
+    return _normal(seed, purpose, client)
 
 
 def _normal(seed: int, *purpose: str | int) -> float:

@@ -13,8 +13,8 @@ from fedtorch.channel import base as channel
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics, Reports
 from fedtorch.rounds.observers import Observer, looks
-from fedtorch.rounds.synchronous import Asked, Draw, Rounds, ServerStep
-from fedtorch.types import Failure, Params, Released, Task
+from fedtorch.rounds.synchronous import Asked, Draw, Due, Rounds, ServerStep
+from fedtorch.types import Failure, Params, Released, Task, Tasks
 
 
 class Arrival(NamedTuple):
@@ -61,13 +61,26 @@ class UnderWay:
         """
         for i, why in step.lost.items():
             yield Arrival(Failure(ids[i], *why), task, 1.0)
+        if (
+            len(step.due) > 1
+            and getattr(session, "joins", False)
+            and not any(due.mixes for due in step.due)
+        ):
+            who = [(ids[i], n) for n, due in enumerate(step.due) for i in due.who]
+            each = ((self._sent(due), due.factor) for due in step.due)
+            session.join(who, Tasks(*zip(*each, strict=True)))
+            yield from (Arrival(outcome, task, 1.0) for outcome in session.collect())
+            return
         for due in step.due:
-            sent = self.tasks[due.version]
-            sent = replace(sent, visit=due.visit) if due.visit else sent
-            today = now() if due.mixes else None
+            sent, today = self._sent(due), now() if due.mixes else None
             session.submit([ids[i] for i in due.who], sent)
             for outcome in session.collect():
                 yield Arrival(outcome, sent, due.factor, today)
+
+    def _sent(self, due: Due) -> Task:
+        """What these clients were sent."""
+        sent = self.tasks[due.version]
+        return replace(sent, visit=due.visit) if due.visit else sent
 
     def land(self, step: ServerStep) -> None:
         """The round is over: who is still under way keeps what it was sent."""

@@ -62,9 +62,15 @@ class Sky:
         away = {flight[2] for flight in self.under_way}
         free = [i for i in range(len(self.asked.sizes)) if i not in away]
         there = [begins(self.clock, i, self.now) for i in free]
-        free = [i for i, at in zip(free, there, strict=True) if at == min(there)]
+        first = min(there)
+        free = [i for i, at in zip(free, there, strict=True) if at == first]
+        self.send(free[self._drawn(len(free), seed)], round, seed)
+
+    def _drawn(self, many: int, seed: int) -> int:
+        if many == 1:  # nothing to draw
+            return 0
         g = seeds.generator(seed, "next", self.sent)
-        self.send(free[int(torch.randint(len(free), (1,), generator=g))], round, seed)
+        return int(torch.randint(many, (1,), generator=g))
 
     def land(self) -> Flight:
         """The next to arrive; the clock is then."""

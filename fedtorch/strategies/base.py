@@ -14,6 +14,12 @@ from fedtorch.training.step import Step
 from fedtorch.tree import per_client, tmap
 from fedtorch.types import Context, Params, Stack
 
+OF_CLIENTS = (
+    "init", "remember", "rests", "train", "correction", "correct", "objective", "upload", "following",
+    "scale", "numbers", "confirm", "arrived",
+)  # fmt: skip
+"""Methods that decide what a client does, beside the run's own steps."""
+
 Following = dict[str, tuple[Tensor, Stack]]
 """Groups that follow from the change: how many times it they are, [K], and what is added, [1, ...]."""
 
@@ -95,6 +101,13 @@ class Strategy:
         own = type(self).upload, type(self).arrived
         sums = own == (Strategy.upload, Strategy.arrived) and not self.personal
         return sums and (not self.trains or (self.apart and not self.confirms))
+
+    @property
+    def plain(self) -> bool:
+        """Whether clients do nothing but the run's own steps, and send what these have changed alone."""
+        kind = type(self)
+        own = (getattr(kind, n) is not getattr(Strategy, n) for n in OF_CLIENTS)
+        return not any(own) and not self.personal and not self.steps_itself
 
     @property
     def contrasts(self) -> bool:

@@ -60,7 +60,7 @@ def _visits(
 ) -> tuple[Released, list[Failure]]:
     privacy, ids = recipe.privacy, [c.id for c in clients]
     # which examples each client sees in which step, and what it starts from
-    order = _order(clients, recipe, task)
+    order = drawn(clients, recipe, task)
     ctx = context(clients, order, task, recipe, model)
     audited = [c for c in clients if AUDIT in c.memory]
     data = Asked(
@@ -123,7 +123,7 @@ def _watches(clients: Sequence[Client], task: Task, recipe: Recipe) -> dict[str,
     return dict(zip(ids, found, strict=True))
 
 
-def _order(clients: Sequence[Client], recipe: Recipe, task: Task) -> list[Tensor]:
+def drawn(clients: Sequence[Client], recipe: Recipe, task: Task) -> list[Tensor]:
     """Which examples each client takes in which step, [steps, batch]; a sampler of its own says."""
     order = recipe.privacy.batches([len(c) for c in clients], recipe, task, [c.id for c in clients])
     for k, client in enumerate(clients):
@@ -149,7 +149,7 @@ def _trained(
         suits = plain or takes is None or (whole and takes(asked))
         return _solved(replace(data, order=order, recipe=asked), ctx, solve if suits else None)
 
-    again = partial(_order, data.clients, task=task)
+    again = partial(drawn, data.clients, task=task)
     passes = Passes(task, recipe, data.model, ctx, data.order, again, run)
     # what stays with the client may look at its data
     found, kept = recipe.strategy.train(passes, replace(ctx, data=data))
@@ -211,14 +211,8 @@ def raw_of(
     data: Asked, ctx: Context, trained: Results, kept: Mapping[str, Stack] = {}
 ) -> tuple[Raw, dict[str, Stack] | None]:
     """What visits left, with each client's own upload where that is needed, and the new memory."""
-    clients, order, recipe = data.clients, data.order, data.recipe
-    examples = torch.tensor([float(len(c)) for c in clients])
-    figures = {
-        "train_loss": trained.loss,
-        "examples": examples,
-        "visited": visited(order),
-        "steps": torch.tensor([float(len(p)) for p in order], dtype=torch.float64),
-    }
+    clients, recipe = data.clients, data.recipe
+    examples, figures = figures_of(clients, data.order, trained)
     if recipe.local is not None and bool(trained.loss.isnan().any()):
         del figures["train_loss"]  # a local update of one's own tells it or not
     groups: dict[str, Stack] | None = None
@@ -246,6 +240,19 @@ def raw_of(
     return Raw(
         ids, examples, weight, figures, trained, groups, fine, own, beside, following
     ), memory
+
+
+def figures_of(
+    clients: Sequence[Client], order: Sequence[Tensor], trained: Results
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Examples of each client, [K], and figures about the visits, [K] each."""
+    examples = torch.tensor([float(len(c)) for c in clients])
+    return examples, {
+        "train_loss": trained.loss,
+        "examples": examples,
+        "visited": visited(order),
+        "steps": torch.tensor([float(len(p)) for p in order], dtype=torch.float64),
+    }
 
 
 def measured(strategy: Strategy, ctx: Context, norms: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

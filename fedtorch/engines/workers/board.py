@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fedtorch.client import Client
+from fedtorch.engines.local import Visit
 from fedtorch.engines.messages import Memory, Outcome
-from fedtorch.types import ClientError, Failure, Released, Task
+from fedtorch.types import ClientError, Failure, Released, Task, Tasks
 
 DEATHS = 3
 """Workers a chunk may lose before it is held to be the cause."""
@@ -24,7 +25,9 @@ class Job:
 
     number: int
     clients: list[Client]
-    task: Task
+    task: Task | Tasks
+    of: list[int] = field(default_factory=list)
+    """Of several tasks, the place of each client's."""
     deaths: int = 0
 
     @property
@@ -53,6 +56,13 @@ class Board:
         """Put up chunks, the dearest first."""
         for chunk in chunks:
             self.waiting.append(Job(self.made, chunk, task))
+            self.made += 1
+
+    def add_joined(self, chunks: Sequence[list[Visit]], tasks: Tasks) -> None:
+        """The same of clients that were sent different models."""
+        for chunk in chunks:
+            who, of = [c for c, _ in chunk], [n for _, n in chunk]
+            self.waiting.append(Job(self.made, who, tasks, of))
             self.made += 1
 
     def take(self) -> Job | None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ from fedtorch.recipe import Recipe
 from fedtorch.training.local_update import local_update
 from fedtorch.training.personal import given
 from fedtorch.training.stacked import Solver, snapshot
-from fedtorch.types import ConfigError, Params, Task
+from fedtorch.training.together import Joins, local_updates
+from fedtorch.types import ConfigError, Params, Task, Tasks
 
 
 @dataclass
@@ -39,13 +41,22 @@ class Kit:
         """Keep what does not travel."""
         self.given = given(self.model, self.recipe.strategy.personal)
 
-    def run(self, task: Task, ids: Sequence[str], memory: Memory) -> Outcome:
-        """Train one chunk; memory comes with it and goes back, so that any worker can do it."""
+    def run(
+        self, task: Task | Tasks, ids: Sequence[str], memory: Memory, of: Sequence[int] = ()
+    ) -> Outcome:
+        """Train one chunk; memory comes with it and goes back, so that any worker can do it.
+
+        ``of``: where there are several tasks, the place of each client's.
+        """
         clients = [self.clients[i] for i in ids]
         for client in clients:
             client.memory = memory.get(client.id, {})
-        task = task.filled(self.given)
-        update, failures = local_update(clients, task, self.recipe, self.model, self.solver)
+        task, recipe = task.filled(self.given), self.recipe
+        if isinstance(task, Tasks):
+            visits, solver = [*zip(clients, of, strict=True)], cast(Joins, self.solver)
+            update, failures = local_updates(visits, task, recipe, self.model, solver)
+        else:
+            update, failures = local_update(clients, task, recipe, self.model, self.solver)
         kept = {c.id: c.memory for c in clients if c.id in update.ids and c.memory}
         for client in clients:
             client.memory = {}

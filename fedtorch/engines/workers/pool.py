@@ -11,7 +11,7 @@ from fedtorch.engines.local import Local, LocalSession
 from fedtorch.engines.workers import kit
 from fedtorch.engines.workers.board import Board
 from fedtorch.recipe import Recipe
-from fedtorch.types import Params, Task
+from fedtorch.types import Params, Task, Tasks
 
 
 def options(chunk: int | None, device: str, solver: str, dtype: str) -> Local:
@@ -41,15 +41,28 @@ class PoolSession:
         self.local, self.spread = local, spread
         self.notes = local.notes
         self.board = Board(workers)
-        self.task: Task | None = None
+        self.task: Task | Tasks | None = None
         """The task whose weights the workers can reach now."""
 
     def submit(self, ids: Sequence[str], task: Task) -> None:
         """Cut the cohort into chunks, the largest clients first; what an interrupt left is called off."""
         if self.board.open:
             self.board.clear()
-        most = math.ceil(len(ids) / self.board.workers) if self.spread else None
-        self.board.add(self.local.cut(ids, most), task)
+        self.board.add(self.local.cut(ids, self._most(len(ids))), task)
+
+    @property
+    def joins(self) -> bool:
+        """As workers do: the weights are those of one process, whoever trains."""
+        return self.local.joins
+
+    def join(self, who: Sequence[tuple[str, int]], sent: Tasks) -> None:
+        """As ``submit``, of clients that were sent different models."""
+        if self.board.open:
+            self.board.clear()
+        self.board.add_joined(self.local.cut_joined(who, self._most(len(who))), sent)
+
+    def _most(self, clients: int) -> int | None:
+        return math.ceil(clients / self.board.workers) if self.spread else None
 
     def memory(self) -> dict[str, dict[str, Params]]:
         """Memory of the clients that have any."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedtorch.client import Client
 from fedtorch.engines import wire
 from fedtorch.engines.local import LocalSession, usable
-from fedtorch.engines.messages import read_outcome, task_message
+from fedtorch.engines.messages import asking, read_outcome
 from fedtorch.engines.workers import kit, pool
 from fedtorch.engines.workers.board import DEATHS, Job
 from fedtorch.engines.workers.forks import Forks
@@ -26,7 +26,7 @@ from fedtorch.engines.workers.worker import work
 from fedtorch.engines.workers.worth import Worth
 from fedtorch.options import COUNT, brief, check
 from fedtorch.recipe import Recipe
-from fedtorch.types import ClientError, ConfigError, Failure, Released, Task
+from fedtorch.types import ClientError, ConfigError, Failure, Released, Task, Tasks
 
 START_SECONDS = 120.0
 """Most a worker may take to import torch and say that it is ready."""
@@ -116,6 +116,15 @@ class ProcessesSession(pool.PoolSession):
         else:
             super().submit(ids, task)
 
+    def join(self, who: Sequence[tuple[str, int]], sent: Tasks) -> None:
+        """As above."""
+        asked = [self.local.clients[i] for i, _ in who]
+        self.here = self.worth is not None and not self.worth.pays(asked)
+        if self.here:
+            self.local.join(who, sent)
+        else:
+            super().join(who, sent)
+
     def collect(self) -> Iterator[Released | Failure]:
         """Hand chunks to free workers and their outcomes on, in the order of the chunks."""
         if self.here:
@@ -145,7 +154,7 @@ class ProcessesSession(pool.PoolSession):
         if job is None:
             return
         if job.task is not self.task:
-            packed = wire.pack(task_message(job.task))
+            packed = wire.pack(asking(job.task))
             if packed.size > len(self.inbox):
                 self.inbox = shared(packed.size)
             packed.write(self.inbox)
@@ -246,7 +255,7 @@ class Worker:
             self.pipe.send(("box", self.box))
         memory.write(self.box)
         self.job = job
-        self.pipe.send(("work", job.ids, task_size, memory.size))
+        self.pipe.send(("work", job.ids, task_size, memory.size, job.of))
 
     def grow(self, size: int) -> None:
         """A larger block for this worker."""

@@ -18,7 +18,7 @@ from torch import nn
 from fedtorch.client import Client
 from fedtorch.engines import wire
 from fedtorch.engines.local import LocalSession
-from fedtorch.engines.messages import read_outcome, task_message
+from fedtorch.engines.messages import asking, read_outcome
 from fedtorch.engines.workers import kit, pool
 from fedtorch.engines.workers.board import Job
 from fedtorch.engines.workers.processes import cores
@@ -149,10 +149,10 @@ class RaySession(pool.PoolSession):
         if job is None:
             return
         if job.task is not self.task:
-            weights = wire.pack(task_message(job.task)).block()
+            weights = wire.pack(asking(job.task)).block()
             self.task, self.weights = job.task, ray.put(weights.numpy())
         memory = wire.encode(kit.memory_message(job.memory, job.ids))
-        actor.job, actor.word = job, actor.handle.run.remote(self.weights, job.ids, memory)
+        actor.job, actor.word = job, actor.handle.run.remote(self.weights, job.ids, memory, job.of)
 
     def _hear(self, actor: "Actor", word: Any) -> None:
         import ray

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedtorch.engines import pages, wire
-from fedtorch.engines.messages import outcome_message, read_task
+from fedtorch.engines.messages import asked, outcome_message
 from fedtorch.engines.workers import kit
 from fedtorch.types import ClientError
 
@@ -38,15 +38,21 @@ def work(pipe: Connection, body: bytes, block: Tensor, device: str) -> None:
             elif word[0] == "box":
                 box = word[1]
             else:
-                box = _work(pipe, tools, word[1], inbox[: word[2]], box, word[3])
+                box = _work(pipe, tools, word[1], inbox[: word[2]], box, word[3], word[4])
 
 
 def _work(
-    pipe: Connection, tools: kit.Kit, ids: list[str], task: Tensor, box: Tensor, size: int
+    pipe: Connection,
+    tools: kit.Kit,
+    ids: list[str],
+    task: Tensor,
+    box: Tensor,
+    size: int,
+    of: list[int],
 ) -> Tensor:
     try:
         memory = kit.read_memory(wire.decode(box[:size]), ids)
-        outcome = tools.run(read_task(wire.decode(task)), ids, memory)
+        outcome = tools.run(asked(wire.decode(task)), ids, memory, of)
     except ClientError as e:
         pipe.send(("error", str(e)))
         return box
@@ -83,11 +89,13 @@ class Worker:
         """Answer, once the kit is there."""
         return True
 
-    def run(self, task: np.ndarray, ids: list[str], memory: bytes) -> np.ndarray | str:
+    def run(
+        self, task: np.ndarray, ids: list[str], memory: bytes, of: list[int]
+    ) -> np.ndarray | str:
         """Train a chunk; the outcome as a message, or what went wrong as text."""
         try:
             kept = kit.read_memory(wire.decode(memory), ids)
-            outcome = self.kit.run(read_task(wire.decode(_readable(task))), ids, kept)
+            outcome = self.kit.run(asked(wire.decode(_readable(task))), ids, kept, of)
         except ClientError as e:
             return str(e)
         return wire.pack(outcome_message(outcome, ids)).block().numpy()
