@@ -65,7 +65,7 @@ def test_norms_of_example_gradients_are_those_of_outer_products(first, biased, d
     rule, w, b = Rule(0.1), drawn(10, 31, dtype=dtype), drawn(1, 10, dtype=dtype)
     bias = Leaf(b, 2, rule, None) if biased else None
     spec = Linear("w", "b" if biased else None, (10, 31))
-    rows = Rows(x, torch.zeros(9), (5, 4)) if first else None
+    rows = Rows([x], torch.zeros(9), (5, 4)) if first else None
     made = copies.Own(spec, Leaf(w, 2, rule, None), bias, order(np.array([4, 4])), rows)
     made.forward(index if first else x[index])
     norms, a = made.example_sq_norms(d), x[index].double()
