@@ -66,26 +66,29 @@ def meets(
         given = filled(output, [scale * t if t.is_floating_point() else t for t in noise])
         limits = (LARGEST_BATCH, CLASSES) if scale == 1 else (LARGE, 2)
         with tolerant(0.0):
-            for batch in _batches(output, y, min(many, limits[0]), limits[1]):
-                if _differs(loss, given, size(y), batch, near):
+            for few in _batches(output, y, min(many, limits[0]), limits[1]):
+                if _differs(loss, given, size(y), few, near):
                     return True
     return False
 
 
-def _batches(output: Any, y: Any, many: int, most: int) -> Iterator[Batch]:
-    """As labels are, few and many; each of at most ``most`` classes by itself; all classes by turns."""
+def _batches(output: Any, y: Any, many: int, most: int) -> Iterator[list[Batch]]:
+    """As labels are, few and many; each of at most ``most`` classes by itself; all classes by turns.
+
+    Batches that come together begin with the same examples, the last with all that are watched.
+    """
     n, room = size(y), MOST_OUTPUTS // max(1, sum(t[:1].numel() for t in leaves(output) if t.dim()))
-    for places in (torch.arange(n), _tiled(n, min(many, room))):
-        yield Batch(places, rows(y, places), WATCHED)
+    both = torch.arange(n), _tiled(n, min(many, room))
+    yield [Batch(places, rows(y, places), WATCHED) for places in both]
     each = _each_class(output, y, most)
-    for places in (torch.arange(-(-n // 2)), _tiled(n, min(many, room // len(each)))):
-        for label in each:
-            yield Batch(places, rows(label, torch.zeros_like(places)), 2)
+    both = torch.arange(-(-n // 2)), _tiled(n, min(many, room // len(each)))
+    for label in each:
+        yield [Batch(places, rows(label, torch.zeros_like(places)), 2) for places in both]
     if classes := _classes(output, y, most):
         places = _tiled(n, max(min(many, room), 2 * len(classes)))
         turns = torch.tensor(classes)[torch.arange(len(places)) % len(classes)].to(y)
         turns = turns.view(-1, *[1] * (y.dim() - 1)).expand(-1, *y.shape[1:])
-        yield Batch(places, turns, len(classes))
+        yield [Batch(places, turns, len(classes))]
 
 
 def _tiled(n: int, many: int) -> Tensor:
@@ -110,18 +113,23 @@ def _classes(output: Any, y: Any, most: int) -> list[int]:
     return sorted({*torch.linspace(0, count - 1, min(count, most)).long().tolist()})
 
 
-def _differs(loss: Loss, given: Any, n: int, batch: Batch, near: Near) -> bool:
+def _differs(loss: Loss, given: Any, n: int, batches: list[Batch], near: Near) -> bool:
     """Whether a watched example's loss, or the gradient by its outputs, is another in company."""
-    watched = range(min(batch.watched, len(batch.places)))
-    one = [torch.tensor([k]) for k in watched]
-    alone = [_slope(loss, given, n, batch.places[k], rows(batch.labels, k)) for k in one]
-    values, slopes = _slope(loss, given, n, batch.places, batch.labels)
-    if len(values.shape) != 1 or len(values) != len(batch.places):
-        return any(a.dim() for a, _ in alone)  # alone it had a number of its own
-    return any(
-        far(value.flatten()[:1], values[k], near) or far(slope, slopes[k], near)
-        for k, (value, slope) in zip(one, alone, strict=True)
-    )
+    last = batches[-1]
+    one = [torch.tensor([k]) for k in range(min(last.watched, len(last.places)))]
+    alone = [_slope(loss, given, n, last.places[k], rows(last.labels, k)) for k in one]
+    for batch in batches:
+        values, slopes = _slope(loss, given, n, batch.places, batch.labels)
+        if len(values.shape) != 1 or len(values) != len(batch.places):
+            if any(a.dim() for a, _ in alone):
+                return True  # alone it had a number of its own
+            continue
+        watched = min(batch.watched, len(values))
+        own = torch.stack([value.flatten()[:1] for value, _ in alone[:watched]])
+        own_slopes = torch.cat([slope for _, slope in alone[:watched]])
+        if far(own, values[:watched, None], near) or far(own_slopes, slopes[:watched], near):
+            return True
+    return False
 
 
 def _slope(loss: Loss, output: Any, n: int, index: Tensor, y: Any) -> tuple[Tensor, Tensor]:
@@ -146,10 +154,10 @@ def _slope(loss: Loss, output: Any, n: int, index: Tensor, y: Any) -> tuple[Tens
 
 
 def far(one: Tensor, other: Tensor, near: Near) -> bool:
-    """Whether numbers are apart, by their length; what is not finite is held to nothing."""
-    own = float(one.double().norm())
-    apart = float((other.double() - one.double()).norm())
-    return own < float("inf") and not apart <= near.rtol * own + near.atol
+    """Whether rows of numbers are apart, by their length; what is not finite is held to nothing."""
+    one, other = one.double(), other.double()
+    own, apart = one.norm(dim=1), (other - one).norm(dim=1)
+    return bool(((own < float("inf")) & ~(apart <= near.rtol * own + near.atol)).any())
 
 
 @contextmanager

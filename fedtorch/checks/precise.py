@@ -13,7 +13,7 @@ from fedtorch import seeds
 from fedtorch.checks.company import Near
 from fedtorch.checks.held import RowDraws
 from fedtorch.recipe import Recipe
-from fedtorch.training.module import forward, training, undropped
+from fedtorch.training.module import forward, resting_dropout, training, undropped
 from fedtorch.training.outline import copied, untouched
 from fedtorch.tree import leaves, mapped, rows, size
 
@@ -50,7 +50,7 @@ def precise(model: nn.Module, batch: Any, recipe: Recipe) -> Iterator[tuple[Trie
     own = Tried(model, recipe, batch, Near(1e-3, 1e-5), RowDraws(0, size(batch)))
     with seeds.seeded(0), untouched(model), undropped(model):
         fine = _in_float64(own)
-        with untouched(fine.model), undropped(fine.model):
+        with untouched(fine.model), resting_dropout(fine.model):
             yield own, fine
 
 

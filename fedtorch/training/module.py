@@ -177,14 +177,20 @@ def _without_rate(kwargs: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def undropped(model: nn.Module) -> Iterator[None]:
     """The model in training mode, but for what it drops at random: that differs from call to call."""
+    with resting_dropout(model), _Undropped():
+        yield
+
+
+@contextmanager
+def resting_dropout(model: nn.Module) -> Iterator[None]:
+    """The same but for functions that it calls: for another model, inside of ``undropped`` of a first."""
     modes = [(m, m.training) for m in training(model).modules()]
     for m in model.modules():
         # those that have dropout inside of a single call are told by their type
         if "Dropout" in m._get_name() or isinstance(m, (nn.RNNBase, nn.MultiheadAttention)):
             m.eval()
     try:
-        with _Undropped():
-            yield
+        yield
     finally:
         for m, was in modes:
             m.training = was
