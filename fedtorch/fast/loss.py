@@ -1,6 +1,7 @@
 """The losses at the end of the dense part: gradient of each example's loss, and the losses added up."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,8 +21,7 @@ class CrossEntropy:
         ``factor`` [K, T, 1] is what gradients are multiplied by, 0 there too.
         """
         self.y, self.scale, self.factor = y[..., None], scale, factor
-        self.minus, self.losses = -torch.ones_like(scale), torch.zeros_like(scale)
-        self.checked = False
+        self.losses, self.checked = torch.zeros_like(scale), False
 
     def __call__(self, z: Tensor, k: int, rows: slice) -> Tensor:
         """Logits [k, B, C] of the rows of a step -> gradient times factor."""
@@ -30,6 +30,11 @@ class CrossEntropy:
         y, logs = self.y[:k, rows], z.log_softmax(-1)
         self.losses[:k, rows] = logs.gather(2, y)
         return logs.exp_().scatter_add_(2, y, self.minus[:k, rows]).mul_(self.factor[:k, rows])
+
+    @cached_property
+    def minus(self) -> Tensor:
+        """-1 for each example: whole visits have no use for it."""
+        return -torch.ones_like(self.scale)
 
     def total(self) -> Tensor:
         """Sum over steps of the mean loss of each batch, [K]."""

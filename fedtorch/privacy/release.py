@@ -53,20 +53,17 @@ def let_go(plan: Guard, raw: Raw, task: Task) -> tuple[Released, Tensor]:
     found = _mean(plan, raw, task) if raw.groups is None else _each(plan, raw, task)
     sent, buffers, norms, good = found
     keep = _reporting(plan, good)
-    # a slice is a view, a mask would copy everything
-    kept = slice(None) if keep.all() else keep
+    ids, weight = raw.ids, raw.weight
     figures = plan.disclosed(raw.figures | {"update_norm": norms})
+    if not keep.all():  # a mask copies everything
+        ids = tuple(i for i, k in zip(ids, keep.tolist(), strict=True) if k)
+        weight, figures = weight[keep], {name: v[keep] for name, v in figures.items()}
+        if raw.groups is not None:
+            sent = {g: {n: v[keep] for n, v in s.items()} for g, s in sent.items()}
+            buffers = {n: v[keep] for n, v in buffers.items()}
     if raw.groups is not None:
-        sent = {g: {n: v[kept] for n, v in s.items()} for g, s in sent.items()}
-        buffers = moving({n: v[kept] for n, v in buffers.items()}, task.state)
-    released = Released.received(
-        tuple(i for i, k in zip(raw.ids, keep.tolist(), strict=True) if k),
-        sent,
-        buffers,
-        raw.weight[kept],
-        {name: v[kept] for name, v in figures.items()},
-        summed=raw.groups is None,
-    )
+        buffers = moving(buffers, task.state)
+    released = Released.received(ids, sent, buffers, weight, figures, raw.groups is None)
     return released, good if raw.settled is None else good & raw.settled
 
 
@@ -106,8 +103,11 @@ def _mean(plan: Guard, raw: Raw, task: Task) -> ToSend:
         return {"delta": {}}, {}, norms, good
     share = torch.where(counted, raw.weight.double(), 0)
     share = share / share.sum()
-    scale, numbers = raw.measured(norms) if raw.measured else (torch.ones_like(norms), {})
-    sent = {"delta": expand(raw.results.weighted_sum(share * part * scale))}
+    scaled, numbers = share * part, dict[str, Tensor]()
+    if raw.measured:
+        scale, numbers = raw.measured(norms)
+        scaled = scaled * scale
+    sent = {"delta": expand(raw.results.weighted_sum(scaled))}
     for group, (times, alike) in raw.following.items():
         found = raw.results.weighted_sum(share * part * times)
         sent[group] = {n: v[None] + alike[n].to(v) for n, v in found.items()}

@@ -120,7 +120,8 @@ def spread(name: str, values: Tensor) -> dict[str, float]:
 def norm(params: Params) -> float:
     """L2 norm of all tensors together."""
     flat = [_precise(v).flatten() for v in params.values()]
-    total = sum(float(p.dot(p)) for v in flat for p in v.split(PART))
+    parts = [p for v in flat for p in (v.split(PART) if v.numel() > PART else (v,))]
+    total = sum(float(p.dot(p)) for p in parts)
     if not 1e-30 < total < math.inf:  # so small or large that squares lose their digits in float32
         total = sum(float(v.double().square().sum()) for v in flat)
     return math.sqrt(total)

@@ -154,8 +154,9 @@ def gather(
         if isinstance(outcome, Failure):
             failed.append(outcome)
             continue
-        size += channel.size(outcome, recipe.channel, coded)
-        outcome = channel.decode(recipe.channel, outcome, coded, channel.Turn.of(task))
+        if recipe.channel:
+            size += channel.size(outcome, recipe.channel, coded)
+            outcome = channel.decode(recipe.channel, outcome, coded, channel.Turn.of(task))
         outcome = recipe.privacy.taken(outcome, coded, task)
         if not recipe.strategy.only_delta:
             outcome = outcome.beside(recipe.strategy.arrived(outcome.sent))

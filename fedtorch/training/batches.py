@@ -57,7 +57,6 @@ def batch_order(n: int, order: TrainingOptions, seed: int) -> Tensor:
 
     That is a batch, or as many batches as are accumulated.
     """
-    generator = torch.Generator().manual_seed(seed)
     size = min(order.batch_size or n, n)
     used = n // size * size if order.drop_last else n
     taken = min(size * order.accumulate, used)
@@ -65,13 +64,16 @@ def batch_order(n: int, order: TrainingOptions, seed: int) -> Tensor:
     steps = steps_of(n, order)
     if size == n:  # every step sees everything: shuffling would only reorder the sum
         return torch.arange(n).expand(steps, n)
-    passes = []
+    generator, passes = torch.Generator().manual_seed(seed), []
     for _ in range(-(-steps // per_epoch)):
-        perm = torch.randperm(n, generator=generator)[:used]
+        perm = torch.randperm(n, generator=generator)
+        if used < n:
+            perm = perm[:used]
         if short := per_epoch * taken - used:
             perm = F.pad(perm, (0, short), value=-1)
         passes.append(perm.view(-1, taken))
-    return (torch.cat(passes) if len(passes) > 1 else passes[0])[:steps]
+    found = torch.cat(passes) if len(passes) > 1 else passes[0]
+    return found[:steps] if len(passes) * per_epoch > steps else found
 
 
 def steps_of(n: int, order: TrainingOptions) -> int:

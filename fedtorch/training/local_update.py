@@ -29,7 +29,7 @@ from fedtorch.training.personal import GROUP, personal, shared
 from fedtorch.training.results import Results, exact_weights
 from fedtorch.training.sequential import naming_client, train_sequentially
 from fedtorch.tree import expand, finite_per_client, near, row, settled, stack, tmap, to_float64
-from fedtorch.types import AUDIT, Context, Failure, Raw, Released, Stack, Task
+from fedtorch.types import AUDIT, Context, Failure, Raw, Released, Stack, Task, altered
 
 
 def local_update(
@@ -67,7 +67,7 @@ def _visits(
         clients, order, task, recipe, model, ctx.own, watches=_watches(audited, task, recipe)
     )
     if not privacy.per_example:
-        ctx = replace(ctx, data=data)
+        ctx = altered(ctx, data=data)
     told = _told(clients, task, recipe, model)
     # local steps, clipped and noised where the plan says so
     trained, kept = _trained(data, ctx, solve)
@@ -75,7 +75,7 @@ def _visits(
     still = untouched(kept, ctx)
     kept = {g: s for g, s in kept.items() if g not in still}
     # what the strategy makes of them, and what of that may leave the clients
-    ctx = replace(ctx, memory={**ctx.memory, **kept})
+    ctx = altered(ctx, memory={**ctx.memory, **kept})
     precise = exact(task, ctx) if recipe.needs_rows else ctx
     raw, memory = raw_of(data, precise, trained, kept)
     raw = replace(raw, told=told) if told else raw
@@ -188,7 +188,8 @@ def context(
     kept = [{g: m for g, m in without_unsent(c.memory).items() if g != GROUP} for c in clients]
     floats = {k: task.state[k] for k in buffers(model)} if recipe.strategy.floats else {}
     floats = {k: v for k, v in floats.items() if v.is_floating_point()}
-    memory = [m or recipe.strategy.remember(anchor | floats) for m in kept]
+    seen = anchor | floats
+    memory = [m or recipe.strategy.remember(seen) for m in kept]
     # who is here for the first time starts from the model's
     kept_names = personal(model, patterns)
     start = {k: v for k, v in task.state.items() if k in kept_names}
