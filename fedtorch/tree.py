@@ -200,15 +200,15 @@ def _long_sq_norms(parts: Sequence[Tensor]) -> Tensor:
     return found
 
 
-def scaled_rows(v: Tensor, factors: Tensor) -> Tensor:
+def scaled_rows(v: Tensor, factors: Tensor, clean: bool = False) -> Tensor:
     """Rows of [..., q] times their factors [...]; whatever a row of factor 0 holds, it becomes 0.
 
     So does what comes out so small that it has lost digits: rounded up, and multiplied by a large number
-    later, it would be longer than the factor allows.
+    later, it would be longer than the factor allows. ``clean``: no factor is 0, as is known already.
     """
-    used = factors > 0
-    rows = v if bool(used.all()) else torch.where(used[..., None], v, 0)
-    return F.hardshrink(rows * factors[..., None], torch.finfo(v.dtype).tiny)
+    if not clean and not bool((used := factors > 0).all()):
+        v = torch.where(used[..., None], v, 0)
+    return F.hardshrink(v * factors[..., None], torch.finfo(v.dtype).tiny)
 
 
 def _rows(v: Tensor) -> Tensor:

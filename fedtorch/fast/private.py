@@ -49,6 +49,8 @@ class Flat:
         moved = torch.cat([shift[n].flatten(1) for n in self.shapes], 1) if shift else None
         self.leaf = Leaf(start, 0, rule, moved, memory[0].rows(start, memory[1]))
         self.gradient = torch.empty_like(start)
+        self.into = split(self.gradient, self.shapes)
+        """The same by name."""
 
     def held(self, layers: Sequence[Layer]) -> list[Weights]:
         """What is left of a visit through these layers: most of their parameters are here."""
@@ -108,11 +110,10 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
     if isinstance(first, Examples):
         written = [first.gradients(j, g) for j, g in enumerate(grads[0])]
     factors = scales(known, written, private)
-    clean = bool(factors.all())
-    into = split(flat.gradient, flat.shapes)
+    clean, into = bool(factors.all()), flat.into
     dense: list[Callable[[int], None]] = []
     for m, g in known:
-        scaled = scaled_rows(g, factors)
+        scaled = scaled_rows(g, factors, clean)
         if isinstance(m, Own):
             a = m.a if clean else torch.where(factors[..., None] > 0, m.a, 0)
             bias = into[m.spec.bias] if m.spec.bias else None

@@ -84,6 +84,7 @@ class PrivateRun:
         """Noise multiplier of figures inside the budget; None where there are none."""
         self.size = sum(v.numel() for p in groups.values() for v in p.values())
         self.state = plan.start(groups)
+        self._found: tuple[Any, tuple[Event, ...], float] | None = None
         self.keep(Ledger(unit=plan.unit))
 
     def keep(self, ledger: Ledger) -> None:
@@ -218,11 +219,18 @@ class PrivateRun:
 
     def _planned(self) -> float:
         """Epsilon of all rounds of the plan."""
-        return self.plan.planned(self.noise, self.rounds, self.metrics_noise)
+        return self._all()[1]
 
     def _whole(self) -> tuple[Event, ...]:
         """All that one unit is charged for in them."""
-        return self.plan.whole(self.noise, self.rounds, self.metrics_noise)
+        return self._all()[0]
+
+    def _all(self) -> tuple[tuple[Event, ...], float]:
+        """Both, found once: every round asks for them some three times."""
+        known = self.noise, self.rounds, self.metrics_noise
+        if self._found is None or self._found[0] != known:
+            self._found = known, self.plan.whole(*known), self.plan.planned(*known)
+        return self._found[1:]
 
     @property
     def delta(self) -> float:
