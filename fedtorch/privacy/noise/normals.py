@@ -97,11 +97,11 @@ def add(words: np.ndarray, row: np.ndarray, std: float, onto: Onto | None = None
     loop(words, row, std, magic, to, factor)
     if len(row) % 2:  # nobody takes the last sine
         m = len(words) // 2
-        pair, into = (None if x is None else np.repeat(x[m - 1], 2) for x in (row, to))
-        loop(words[[m - 1, -1]], pair, std, magic, into, factor)
-        for whole, one in ((row, pair), (to, into)):
-            if whole is not None and one is not None:
-                whole[m - 1] = one[0]
+        pair, into = row[m - 1 : m].repeat(2), None if to is None else to[m - 1 : m].repeat(2)
+        loop(words[m - 1 :: m].copy(), pair, std, magic, into, factor)
+        row[m - 1] = pair[0]
+        if to is not None and into is not None:
+            to[m - 1] = into[0]
 
 
 def way() -> str:
