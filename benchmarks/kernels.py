@@ -34,9 +34,9 @@ GROUPS = {
     "sparse": ("sparse",),
     "products": ("append", "coefficients"),
     "closing": ("closing",),
-    "visits": ("whole_visits",),
+    "visits": ("visits",),
     "noise": ("noise",),
-    "all off": ("sparse", "append", "coefficients", "closing", "whole_visits", "noise"),
+    "all off": ("sparse", "append", "coefficients", "closing", "visits", "noise"),
     "bare": (),
 }
 """Which operations torch does instead; the last is a bare PyTorch loop."""

@@ -19,10 +19,10 @@ def test_the_other_half_of_a_tile_is_the_whole_to_the_bit():
     z, Y = (DRAWN.standard_normal(n * 64).astype(np.float32) for n in (2, 5))
     g, h = DRAWN.standard_normal((2, 5)).astype(np.float32)
     whole, halves, none = np.zeros_like(z), np.zeros_like(z), np.uint64(0)
-    products.less_wide(z, (none, q), whole, (none, q), g, h, Y, none, q, some, by)
+    products.less_four(z, (none, q), whole, (none, q), g, h, Y, none, q, some, by)
     for t in (none, W2):
         places = t, q + t
-        products._less_two(z, places, halves, places, g, h, Y, t, q, some, by)
+        products.less_two(z, places, halves, places, g, h, Y, t, q, some, by)
     assert np.array_equal(whole, halves) and np.abs(whole).min() > 0
 
 

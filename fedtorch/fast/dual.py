@@ -19,12 +19,13 @@ from torch import Tensor
 
 from fedtorch.fast.apart import Apart, norms_of, sum_of
 from fedtorch.fast.chunk_data import Rows, taken
-from fedtorch.fast.layers import Rule, squares
+from fedtorch.fast.layers import Rule
 from fedtorch.fast.ops import Ops, Shared, large, masked
 from fedtorch.fast.reader import Linear
 from fedtorch.fast.several import Each
 from fedtorch.fast.several import Weights as Several
 from fedtorch.fast.tuning import RATE_ALL, RATE_COPIES, RATE_MET, RATE_WRITTEN
+from fedtorch.tree import exact_sq_norms
 from fedtorch.types import Params, Stack
 
 
@@ -84,10 +85,6 @@ class Dual:
             bias = bias if self.b0 is None else bias.add_(self.b0, alpha=lost)
         return self.spec.named(total, None if self.b0 is None else bias)
 
-    def pairs(self) -> tuple[Tensor, Sequence[Tensor]]:
-        """D [K, n, out], and each client's A."""
-        raise NotImplementedError
-
     def stepped(self, clients: int, rows: int) -> None:
         """So many clients have taken so many rows more."""
         self.share.step(clients)
@@ -95,15 +92,12 @@ class Dual:
             self.own.step(clients)
         self.s += rows
 
-    def written(self, less: float = 0.0) -> Stack:
-        """The copies after all, ``less`` times w0, where clients have something of their own beside it."""
-        own = cast(Apart, self.own)
-        return own.written(self.pairs(), (self.w0, self.b0, self.share.each - less))
+    def beside(self, own: Apart, pairs: tuple[Tensor, Sequence[Tensor]], less: float) -> Stack:
+        """The copies after all, less ``less`` times w0, where clients have something of their ``own``.
 
-    @cached_property
-    def changes(self) -> Stack:
-        """Of each client, written down: who has something of its own keeps what becomes of it."""
-        return self.written(1.0)
+        ``pairs``: D [K, n, out], and each client's A.
+        """
+        return own.written(pairs, (self.w0, self.b0, self.share.each - less))
 
     def copies(self, change: Tensor, D: Tensor) -> Stack:
         """D^T A for each client -> the copies after all, for a strategy that wants to see them."""
@@ -127,9 +121,7 @@ class Dual:
     def built_norms(self, copies: Stack) -> Tensor:
         """Squared norms of changes that had to be built: with decay no product of the visit bounds them."""
         start = self.spec.named(self.w0, self.b0)
-        return torch.stack(
-            [squares((v - start[n]).flatten(1), upper=True) for n, v in copies.items()]
-        ).sum(0)
+        return torch.stack([exact_sq_norms(v - start[n]) for n, v in copies.items()]).sum(0)
 
     def lost_norms(self, outputs: Tensor, D: Tensor) -> Tensor:
         """What weight decay adds to the squared norms: the change has a part (share - 1) w0 as well."""
@@ -167,7 +159,7 @@ class First(Dual):
         self.seen = rows.ops.coefficients(self.outputs, grams, places)
         self.D = self.seen.rows
         if own:  # each example meets it once, however many steps follow
-            self.met = torch.cat([own.met(x, k) for k, x in enumerate(self.pairs()[1])])
+            self.met = torch.cat([own.met(x, k) for k, x in enumerate(self.inputs)])
 
     def forward(self, a: Tensor) -> Tensor:
         """``a`` [k, B] are the rows of this step."""
@@ -186,9 +178,19 @@ class First(Dual):
         self.seen.add(self.s, d)
         self.stepped(k, B)
 
-    def pairs(self) -> tuple[Tensor, Sequence[Tensor]]:
+    def written(self, less: float = 0.0) -> Stack:
         """Rows belong to examples."""
-        return self.D, torch.split(self.rows.flat, [*self.rows.sizes])
+        return self.beside(cast(Apart, self.own), (self.D, self.inputs), less)
+
+    @property
+    def inputs(self) -> Sequence[Tensor]:
+        """Each client's examples."""
+        return torch.split(self.rows.flat, [*self.rows.sizes])
+
+    @cached_property
+    def changes(self) -> Stack:
+        """Of each client, written down: who has something of its own keeps what becomes of it."""
+        return self.written(1.0)
 
     def stack(self) -> Stack:
         """The copies."""
@@ -281,9 +283,14 @@ class Hidden(Dual):
             self.D[:k, : self.s].mul_(self.rule.keep)
         self.stepped(k, d.shape[1])
 
-    def pairs(self) -> tuple[Tensor, Sequence[Tensor]]:
-        """As they came."""
-        return self.D, self.A.unbind()
+    def written(self, less: float = 0.0) -> Stack:
+        """Rows as they came."""
+        return self.beside(cast(Apart, self.own), (self.D, self.A.unbind()), less)
+
+    @cached_property
+    def changes(self) -> Stack:
+        """Likewise."""
+        return self.written(1.0)
 
     def stack(self) -> Stack:
         """The copies."""

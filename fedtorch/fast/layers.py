@@ -19,11 +19,8 @@ from torch import Tensor
 
 from fedtorch.fast.chunk_data import taken
 from fedtorch.fast.layer_table import Activation
-from fedtorch.tree import dots
+from fedtorch.tree import dots, exact_sq_norms
 from fedtorch.types import Params, Stack
-
-BLOCK = 512
-"""Numbers of which a float32 sum of squares is close enough to bound what it rounds away."""
 
 
 @dataclass(frozen=True)
@@ -227,21 +224,9 @@ def passed_down(layers: Sequence[Layer], d: Tensor) -> list[Tensor]:
     return grads[::-1]
 
 
-def vanishing(rows: Tensor) -> float:
-    """What a sum of products of rows of small numbers may have lost, at most."""
-    return rows.shape[-1] * torch.finfo(rows.dtype).tiny
-
-
 def squares(rows: Tensor, upper: bool = False) -> Tensor:
-    """Squared norm of each row, float64; ``upper``: never less than it is.
+    """Squared norm of each row, float64, by sums in its own precision; ``upper``: never less than it is.
 
-    A float32 sum of millions of squares can come out a hundredth too small. Sums over blocks err by at
-    most the length of a block times 2^-24, and float64 adds them up.
+    A float32 sum of millions of squares can come out a hundredth too small.
     """
-    if not upper:
-        return dots(rows).double()
-    whole = rows.shape[1] // BLOCK * BLOCK
-    short, rest = rows[:, :whole].unflatten(1, (-1, BLOCK)), rows[:, whole:]
-    sums: Tensor = torch.linalg.vecdot(short, short).double().sum(1)
-    sums = sums + rest.double().square().sum(1)
-    return sums * (1 + BLOCK * 2.0**-24) + vanishing(rows)
+    return exact_sq_norms(rows) if upper else dots(rows).double()

@@ -59,6 +59,28 @@ class Coefficients:
         """Of the first k clients any row may be something else than 0 from now on."""
 
 
+class Visits(Protocol):
+    """Whole visits of clients, one after another."""
+
+    def __call__(
+        self,
+        own: tuple[Tensor, Tensor, float],
+        layers: np.ndarray,
+        inputs: tuple[Tensor, Tensor],
+        given: tuple[Tensor, Tensor, Tensor, Tensor],
+        steps: tuple[Tensor, int],
+    ) -> Tensor:
+        """All steps of each client's linear layers, ReLU between them, before cross entropy.
+
+        ``own``: room for the parameters of each client, [K, at least so many], without gaps, in whose place
+        their change comes, those it began with [numbers], and what a step keeps of them. Returns the
+        changes' squared norms, [K], float64.
+        ``layers`` [n, 4]: outputs, inputs, and where weights and biases begin (-1: there are none);
+        ``inputs``: examples [N, in] and those of each step, [K, T]; ``given`` as ``Ops.closing`` has it;
+        ``steps`` of each client, [K], and examples in each.
+        """
+
+
 class Ops:
     """What a visit may ask of loops, by torch."""
 
@@ -117,27 +139,8 @@ class Ops:
             bias[:k].mul_(keep).sub_(d.sum(1, keepdim=True))
         return masked(down, a) if end == "mask" else down
 
-    whole_visits: ClassVar[bool] = False
-    """Whether there is ``visits``: by torch it would be what the layers do, step by step."""
-
-    def visits(
-        self,
-        own: tuple[Tensor, Tensor, float],
-        layers: np.ndarray,
-        inputs: tuple[Tensor, Tensor],
-        given: tuple[Tensor, Tensor, Tensor, Tensor],
-        steps: tuple[Tensor, int],
-    ) -> Tensor:
-        """All steps of each client's linear layers, ReLU between them, before cross entropy.
-
-        ``own``: room for the parameters of each client, [K, at least so many], without gaps, in whose place
-        their change comes, those it began with [numbers], and what a step keeps of them. Returns the
-        changes' squared norms, [K], float64.
-        ``layers`` [n, 4]: outputs, inputs, and where weights and biases begin (-1: there are none);
-        ``inputs``: examples [N, in] and those of each step, [K, T]; ``given`` as above; ``steps`` of each
-        client, [K], and examples in each.
-        """
-        raise NotImplementedError
+    visits: ClassVar[Visits | None] = None
+    """Whole visits in one call; none: by torch that would be what the layers do, step by step."""
 
     def sparse(self, x: Tensor, most: float) -> Lean | None:
         """The matrix x [N, n] without its zeros; None: more than ``most`` are not 0, or nobody can."""

@@ -5,6 +5,7 @@ for so few numbers that a round waits for the calls.
 """
 
 from itertools import accumulate
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from fedtorch.fast.layers import Rule
 from fedtorch.fast.linear import Steps
 from fedtorch.fast.loss import CrossEntropy
 from fedtorch.fast.memory import Memory
+from fedtorch.fast.ops import Visits
 from fedtorch.fast.reader import Chain, Linear
 from fedtorch.fast.schedule import LockstepOrder
 from fedtorch.fast.several import Models
@@ -54,7 +56,8 @@ class Whole:
         head.check(int(self.layers[-1, 0]))
         own, inputs = (self.room, self.start, self.keep), (rows.flat, order.index[who])
         given = head.y[who], head.scale[who], head.factor[who], head.losses[who]
-        self.squares = rows.ops.visits(own, self.layers, inputs, given, (steps[who], order.batch))
+        visits = cast(Visits, rows.ops.visits)
+        self.squares = visits(own, self.layers, inputs, given, (steps[who], order.batch))
 
     def stack(self) -> Stack:
         """The clients' parameters."""
@@ -113,7 +116,7 @@ def pays(chain: Chain, steps: Steps, rows: Rows, order: LockstepOrder) -> bool:
     inner = [s.name for s in chain.layers[1::2] if isinstance(s, Activation)]
     known = chain.front is None and isinstance(chain.layers[0], Linear)
     known = known and len(inner) == len(specs) - 1 == len(chain.layers) // 2
-    if not (known and rows.ops.whole_visits and set(inner) <= {"ReLU"}):
+    if not (known and rows.ops.visits and set(inner) <= {"ReLU"}):
         return False
     if rows.tables[0].dtype != torch.float32 or steps.own or steps.rule.momentum or steps.rule.pull:
         return False

@@ -16,8 +16,8 @@ from fedtorch.kernels.products import (
     Place,
     W,
     counted,
-    less_short,
-    less_wide,
+    less_four,
+    less_one,
     masked,
     row_products,
 )
@@ -99,7 +99,7 @@ def _combine(to: Any, G: Any, Y: Any, some: Any, by: Any, q: Place) -> None:
             other = min(i + 1, R - 1)
             at = np.uint64(i) * q + t, np.uint64(other) * q + t
             if t + W4 <= q:
-                less_wide(to, at, to, at, G[i], G[other], Y, t, q, some, by)
+                less_four(to, at, to, at, G[i], G[other], Y, t, q, some, by)
             else:
-                less_short(to, at, to, at, G[i], G[other], Y, t, q, some, by, min(q - t, W))
+                less_one(to, at, to, at, G[i], G[other], Y, t, q, some, by, min(q - t, W))
         t += W4 if t + W4 <= q else W

@@ -1,7 +1,6 @@
 """What ``fedtorch.fast.ops`` does by torch, by compiled loops; imported where numba is installed alone."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -86,8 +85,6 @@ class Loops:
         by = keep, ENDS[end]
         step(a.contiguous().numpy(), own, (y, scale), factor, losses, s, by, out.numpy())
         return out
-
-    whole_visits: ClassVar[bool] = True
 
     def visits(
         self,

@@ -49,9 +49,9 @@ def less(
                 to = np.uint64(k - s) * q + t, np.uint64(m - s) * q + t
                 g, h = gc[local[c, k]], gc[local[c, m]]
                 if t + W4 <= q:
-                    less_wide(zf, given, oc, to, g, h, yc, t, q, some, factors)
+                    less_four(zf, given, oc, to, g, h, yc, t, q, some, factors)
                 else:
-                    less_short(zf, given, oc, to, g, h, yc, t, q, some, factors, min(q - t, W))
+                    less_one(zf, given, oc, to, g, h, yc, t, q, some, factors, min(q - t, W))
             t += W4 if t + W4 <= q else W
         if by[2] == RELU:
             relu(oc)
@@ -74,7 +74,7 @@ def masked(d: Any, a: Any) -> None:
 
 
 @machine_code
-def less_wide(
+def less_four(
     z: Any,
     given: Any,
     out: Any,
@@ -90,9 +90,9 @@ def less_wide(
     """Four registers each of two rows, ``given`` in z and written ``to`` out, whose factors are g and h."""
     (c, d), (keep, rate) = given, by
     if HALVES:
-        _less_two(z, (c, d), out, to, g, h, Y, t, q, some, by)
+        less_two(z, (c, d), out, to, g, h, Y, t, q, some, by)
         given, to = (c + W2, d + W2), (to[0] + W2, to[1] + W2)
-        _less_two(z, given, out, to, g, h, Y, t + W2, q, some, by)
+        less_two(z, given, out, to, g, h, Y, t + W2, q, some, by)
         return
     zero = none(z)
     a0, a1 = scaled(zero, keep, load(z, c)), scaled(zero, keep, load(z, c + W))
@@ -105,12 +105,12 @@ def less_wide(
         u, v = rate * g[j], rate * h[j]
         a0, a1, a2, a3 = scaled(a0, u, y0), scaled(a1, u, y1), scaled(a2, u, y2), scaled(a3, u, y3)
         b0, b1, b2, b3 = scaled(b0, v, y0), scaled(b1, v, y1), scaled(b2, v, y2), scaled(b3, v, y3)
-    _store_wide(out, to[0], a0, a1, a2, a3)
-    _store_wide(out, to[1], b0, b1, b2, b3)
+    _store_four(out, to[0], a0, a1, a2, a3)
+    _store_four(out, to[1], b0, b1, b2, b3)
 
 
 @machine_code
-def _less_two(
+def less_two(
     z: Any,
     given: Any,
     out: Any,
@@ -123,7 +123,7 @@ def _less_two(
     some: Any,
     by: Any,
 ) -> None:
-    """Half as many."""
+    """Two registers each of the same rows."""
     (c, d), (keep, rate) = given, by
     zero = none(z)
     a0, a1 = scaled(zero, keep, load(z, c)), scaled(zero, keep, load(z, c + W))
@@ -140,7 +140,7 @@ def _less_two(
 
 
 @machine_code
-def less_short(
+def less_one(
     z: Any,
     given: Any,
     out: Any,
@@ -166,7 +166,7 @@ def less_short(
 
 
 @machine_code
-def _store_wide(out: Any, at: Place, v0: Any, v1: Any, v2: Any, v3: Any) -> None:
+def _store_four(out: Any, at: Place, v0: Any, v1: Any, v2: Any, v3: Any) -> None:
     store(out, at, v0)
     store(out, at + W, v1)
     store(out, at + W2, v2)
