@@ -480,7 +480,8 @@ def test_buffers_of_many_kinds_cross_over_and_others_are_refused_by_name():
         Server(model, clients()[:2], engine=Processes(workers=1))
 
 
-def test_a_script_from_standard_input_may_use_workers():
+@pytest.mark.parametrize("begun", ["", OTHER], ids=["copied", "started anew"])
+def test_a_script_from_standard_input_may_use_workers(begun):
     script = """
         import torch
         from torch import nn
@@ -499,7 +500,7 @@ def test_a_script_from_standard_input_may_use_workers():
     """
     done = subprocess.run(
         [sys.executable, "-"],
-        input=OTHER + textwrap.dedent(script),
+        input=begun + textwrap.dedent(script),
         capture_output=True,
         text=True,
         check=True,

@@ -72,10 +72,15 @@ class Forks:
     @contextmanager
     def serving(self) -> Iterator[None]:
         """Processes that start in here come from this server, where there is one."""
-        if not self.pid:
-            with _nameless_main():
+        with _nameless_main():
+            if self.pid:
+                with self._in_place_of_the_usual():
+                    yield
+            else:
                 yield
-            return
+
+    @contextmanager
+    def _in_place_of_the_usual(self) -> Iterator[None]:
         usual: Any = forkserver._forkserver
         names = "_forkserver_pid", "_forkserver_address", "_forkserver_alive_fd"
         before = [getattr(usual, n) for n in names]
