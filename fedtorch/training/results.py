@@ -1,6 +1,6 @@
 """What the local steps of K clients leave: K models, or their sum and the norms of their changes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -20,6 +20,10 @@ from fedtorch.tree import (
     to_float64,
 )
 from fedtorch.types import Params, Stack, Task
+
+
+BLOCK = 1 << 16
+"""Numbers of a change that are looked at together: half of a megabyte."""
 
 
 class Results(Protocol):
@@ -107,47 +111,78 @@ class Stacked:
 
 
 class RunningSum:
-    """The weighted sum of changes of a model, and the latest change, all flat and in float64.
+    """The weighted sum of changes of a model, in float64, because there that of a float32 weight is exact.
 
-    Float64, because there the change of a float32 weight is exact. In place, because fresh memory costs
-    as much as the arithmetic.
+    A change is never written down: it is taken by blocks that stay in the processor's cache, for its norm
+    and again for the sum. The pages of tensors above 32 MB are the system's again after each round, and to
+    fault them in costs as much as the arithmetic.
     """
 
     def __init__(self, start: Params) -> None:
-        """``start``: the weights that changes are counted from."""
-        device = next(iter(start.values())).device
-        count = sum(v.numel() for v in start.values())
-        self._start = torch.empty(count, dtype=torch.float64, device=device)
-        self._change = torch.empty_like(self._start)
-        self._sum = torch.empty_like(self._start)
-        self._empty = True
-        self._shapes = {k: v.shape for k, v in start.items()}
-        self._pieces = [*split(self._change, self._shapes).values()]
-        torch._foreach_copy_([*split(self._start, self._shapes).values()], [*start.values()])
+        """``start``: the weights that changes are counted from, which nobody may change meanwhile."""
+        device, sizes = next(iter(start.values())).device, {k: v.numel() for k, v in start.items()}
+        self._start = self._weights = start
+        self._numbers, self._empty = sum(sizes.values()), True
+        self._sum = torch.empty(self._numbers, dtype=torch.float64, device=device)
+        runs = _together(sizes)
+        parts = self._sum.split([sum(sizes[k] for k in names) for names in runs])
+        self._blocks = [
+            (names, BLOCK * k, part)
+            for names, whole in zip(runs, parts, strict=True)
+            for k, part in enumerate(whole.split(BLOCK))
+        ]
+        """Names, where in a single one a block begins, and its part of the sum."""
+        most = max(len(part) for *_, part in self._blocks)
+        self._room = torch.empty(2, most, dtype=torch.float64, device=device)
 
     def see(self, weights: Params) -> float:
-        """Take the change of ``weights``, in the order of ``start``; its squared norm."""
-        torch._foreach_copy_(self._pieces, [*weights.values()])
-        self._change.sub_(self._start)
-        return float(self._change.dot(self._change))
+        """Take the change of ``weights``, which stay as they are until it is added; its squared norm."""
+        self._weights = weights
+        return float(torch.stack([change.dot(change) for change, _ in self._changes()]).sum())
 
     def add(self, weight: float) -> None:
         """Add ``weight`` times the latest change."""
-        if self._empty:
-            torch.mul(self._change, weight, out=self._sum)
-            self._empty = False
-        else:
-            self._sum.add_(self._change, alpha=weight)
+        for change, part in self._changes():
+            if self._empty:
+                torch.mul(change, weight, out=part)
+            else:
+                part.add_(change, alpha=weight)
+        self._empty = False
 
     def params(self, factor: float) -> Params:
         """``factor`` times the sum."""
         if self._empty:
             self._sum.zero_()
-        return split(self._sum if factor == 1 else self._sum * factor, self._shapes)
+        whole = self._sum if factor == 1 else self._sum * factor
+        return split(whole, {k: v.shape for k, v in self._start.items()})
 
     def bound(self, sq_norms: Tensor) -> Tensor:
         """No less than the exact squares."""
-        return rounded_up(sq_norms, len(self._sum))
+        return rounded_up(sq_norms, self._numbers)
+
+    def _changes(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each block of the latest change, until the next one is asked for, and its part of the sum."""
+        for names, first, part in self._blocks:
+            change, start = self._room[:, : len(part)]
+            for room, tree in ((change, self._weights), (start, self._start)):
+                if len(names) == 1:
+                    room.copy_(tree[names[0]].reshape(-1)[first : first + len(part)])
+                else:
+                    torch.cat([tree[k].reshape(-1) for k in names], out=room)
+            yield change.sub_(start), part
+
+
+def _together(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names in order, side by side while they fill no block: each would cost its calls."""
+    found: list[list[str]] = []
+    filled = BLOCK
+    for name, size in sizes.items():
+        filled += size
+        if filled > BLOCK:
+            found.append([])
+            filled = size
+        found[-1].append(name)
+    return found
 
 
 @dataclass(frozen=True)
