@@ -259,11 +259,11 @@ class Written:
     def __init__(self, grads: Grads) -> None:
         """By parameter."""
         self.numbers = sum(p.numel() for p in grads)
-        rows = [(p, g.reshape(len(g), p.numel())) for p, g in grads.items()]
-        self.runs = [([p], g) for p, g in rows if p.numel() >= SHORT]
+        rows = [side_by_side(p, g) for p, g in grads.items()]
+        self.runs = [([axes], g) for axes, g in rows if g.shape[1] >= SHORT]
         """Parameters and their gradients [n, numbers] side by side, as each would cost its calls."""
-        if small := [(p, g) for p, g in rows if p.numel() < SHORT]:
-            self.runs.append(([p for p, _ in small], torch.cat([g for _, g in small], 1)))
+        if small := [(axes, g) for axes, g in rows if g.shape[1] < SHORT]:
+            self.runs.append(([axes for axes, _ in small], torch.cat([g for _, g in small], 1)))
 
     def sq_norms(self) -> Tensor:
         """Of all of them together."""
@@ -274,9 +274,20 @@ class Written:
         used = None if bool(factors.all()) else factors > 0  # 0 x NaN is NaN
         for run, side in self.runs:
             found = factors @ side if used is None else factors[used] @ side[used]
-            for p, part in zip(run, found.split([p.numel() for p in run]), strict=True):
+            for (p, axes), part in zip(run, found.split([p.numel() for p, _ in run]), strict=True):
                 if (total := into(p)) is not None:
-                    total += part.view(p.shape)
+                    own = total.permute(axes)
+                    own += part.view(own.shape)
+
+
+def side_by_side(p: Tensor, g: Tensor) -> tuple[tuple[Tensor, list[int]], Tensor]:
+    """A parameter with its axes in the order in which its gradients [n, ...] lie, and those, [n, numbers].
+
+    In another order they would be copied.
+    """
+    steps = g.stride()[1:]
+    axes = sorted(range(p.dim()), key=lambda k: -steps[k])
+    return (p, axes), g.permute(0, *(k + 1 for k in axes)).reshape(len(g), p.numel())
 
 
 def apart(calls: Sequence[Call | Grads]) -> list[Seen]:
