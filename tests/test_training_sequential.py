@@ -23,9 +23,8 @@ from fedtorch.aggregation.mean import RunningMean
 from fedtorch.engines import solver_choice
 from fedtorch.fast import offer
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
-from fedtorch.training import stacked
+from fedtorch.training import results, stacked
 from fedtorch.training.module import snapshot
-from fedtorch.training.results import RunningSum
 from fedtorch.training.stacked import general
 from fedtorch.types import ClientError, Released, Task
 
@@ -220,15 +219,18 @@ def test_groups_train_the_same_model():
             assert torch.allclose(v.double(), other[k].double(), atol=1e-6), k
 
 
-def test_one_change_is_exact_and_its_bound_holds():
+@pytest.mark.parametrize("block", [8, 1 << 16])
+def test_one_change_is_exact_and_its_bound_holds(monkeypatch, block):
+    monkeypatch.setattr(results, "BLOCK", block)
     g = torch.Generator().manual_seed(0)
     start = {
-        "a": torch.randn(30, 7, generator=g),
+        "a": torch.randn(30, 7, generator=g).T,  # not side by side
         "b": torch.randn((), generator=g),
         "c": torch.randn(5, generator=g) * 1e-20,
+        "d": torch.randn(3, generator=g),
     }
     after = {k: v * 1.01 + 1e-4 for k, v in start.items()}
-    total = RunningSum(start)
+    total = results.RunningSum(start)
     square = torch.tensor([total.see(after)], dtype=torch.float64)
     total.add(1.0)
     moved = {k: (start[k].double() + v).float() for k, v in total.params(1.0).items()}
@@ -240,6 +242,14 @@ def test_one_change_is_exact_and_its_bound_holds():
     )
     bound = float(total.bound(square))
     assert exact * 2.0**-120 <= bound <= exact * 2.0**-120 * (1 + 1e-9)
+    # another is added to it, and one that is only seen is not
+    total.see({k: v + 1 for k, v in start.items()})
+    total.add(0.5)
+    total.see({k: v * math.nan for k, v in start.items()})
+    for k, v in total.params(2.0).items():
+        own = start[k].double()
+        both = after[k].double() - own + 0.5 * ((start[k] + 1).double() - own)
+        assert torch.equal(v, 2 * both), k
 
 
 class Constants(nn.Module):
