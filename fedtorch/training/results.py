@@ -21,7 +21,6 @@ from fedtorch.tree import (
 )
 from fedtorch.types import Params, Stack, Task
 
-
 BLOCK = 1 << 16
 """Numbers of a change that are looked at together: half of a megabyte."""
 
