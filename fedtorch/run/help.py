@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -179,5 +180,10 @@ def _width() -> int:
 
 
 def _docs(cls: type) -> dict[str, str]:
-    found = [p for base in cls.__mro__[-2::-1] for p in parse_from_object(base).params]
-    return {p.arg_name: _plain(p.description or "") for p in found}
+    return {name: text for base in cls.__mro__[-2::-1] for name, text in _own_docs(base)}
+
+
+@cache
+def _own_docs(cls: type) -> list[tuple[str, str]]:
+    """Name and text of what a class itself documents, which is read from its source."""
+    return [(p.arg_name, _plain(p.description or "")) for p in parse_from_object(cls).params]
