@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, forkserver, util
@@ -25,13 +26,24 @@ KNOWN = (3, 11) <= sys.version_info < (3, 14)
 """Python's server of forks is started here as those versions start it."""
 
 
+ENDING_SECONDS = 0.2
+"""How long a thread that was joined may still be seen by the system."""
+
+
 def safe() -> bool:
     """Whether a copy of this process can work: on Linux, without other threads, with no GPU in use."""
     if not (sys.platform == "linux" and KNOWN) or torch.cuda.is_initialized():
         return False
     _unwatched()
-    others = len(os.listdir("/proc/self/task")) - 1
-    return threading.active_count() == 1 and (not others or others == _of_openblas())
+    end = time.monotonic() + ENDING_SECONDS
+    while threading.active_count() == 1:
+        others = len(os.listdir("/proc/self/task")) - 1
+        if not others or others == _of_openblas():
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return False
 
 
 def _unwatched() -> None:
