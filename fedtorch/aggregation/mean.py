@@ -139,7 +139,11 @@ def added(state: Params, delta: Params, buffers: Params) -> Params | None:
 
     None when the result is not finite.
     """
-    new = {k: _plus(state[k], v) for k, v in delta.items()}
+    old = [state[k] for k in delta]
+    if old and all(v.dtype == w.dtype for v, w in zip(old, delta.values(), strict=True)):
+        new = dict(zip(delta, torch._foreach_add(old, [*delta.values()]), strict=True))
+    else:
+        new = {k: _plus(state[k], v) for k, v in delta.items()}
     if not all_finite(new):
         return None
     # float statistics are averaged; integer counters keep the server's value

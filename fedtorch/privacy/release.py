@@ -96,12 +96,12 @@ def _mean(plan: Guard, raw: Raw, task: Task) -> ToSend:
     norms = raw.results.sq_norms(upper=plan.always_reports).cpu().sqrt()
     if raw.settled is not None and not plan.claims:
         norms = torch.where(raw.settled, norms, torch.nan)
-    good = norms.isfinite()
-    part = torch.where(good, plan.scale(norms, raw.examples, task), 0.0)
-    norms = norms if bool(good.all()) else torch.where(good, norms, 0)
-    if not (counted := _reporting(plan, good)).any():
-        return {"delta": {}}, {}, norms, good
-    share = torch.where(counted, raw.weight.double(), 0)
+    good, part, share = norms.isfinite(), plan.scale(norms, raw.examples, task), raw.weight.double()
+    if not bool(good.all()):
+        norms, part = torch.where(good, norms, 0), torch.where(good, part, 0.0)
+        share = torch.where(counted := _reporting(plan, good), share, 0)
+        if not counted.any():
+            return {"delta": {}}, {}, norms, good
     share = share / share.sum()
     scaled, numbers = share * part, dict[str, Tensor]()
     if raw.measured:
