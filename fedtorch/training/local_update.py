@@ -193,7 +193,7 @@ def context(
     # who is here for the first time starts from the model's
     kept_names = personal(model, patterns)
     start = {k: v for k, v in task.state.items() if k in kept_names}
-    own = [start | to(c.memory.get(GROUP, {}), device) for c in clients]
+    own = [start | to(c.memory[GROUP], device) if GROUP in c.memory else start for c in clients]
     steps = torch.tensor([len(p) for p in order])
     return Context(
         anchor=expand(anchor),
