@@ -7,11 +7,13 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo  # here once, and in what workers are forked from: each would import it for a second
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -144,18 +146,17 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost():
     assert all(equal(kept[i]["c"], remembered[i]["c"]) for i in kept)
 
 
-class Slow(Dataset):
-    """Takes its time, so that a test can strike in the middle of a round."""
+class Rows(Dataset):
+    """Rows that are asked for one by one, so that a test can strike in the middle of a round."""
 
     def __len__(self):
         return 8
 
     def __getitem__(self, i):
-        time.sleep(0.01)
         return torch.full((6,), float(i)), torch.tensor(i % 4)
 
 
-class Struck(Slow):
+class Struck(Rows):
     """Kills its worker, once or always."""
 
     def __init__(self, flag: str):
@@ -169,7 +170,7 @@ class Struck(Slow):
         return super().__getitem__(i)
 
 
-class Broken(Slow):
+class Broken(Rows):
     def __getitem__(self, i):
         if i == 5 and in_worker():
             raise ValueError("row 5 is bad")
@@ -182,8 +183,8 @@ def in_worker() -> bool:
     return multiprocessing.parent_process() is not None
 
 
-def slow_clients(last: Dataset) -> list[Client]:
-    return [Client(f"s{k}", Slow()) for k in range(3)] + [Client("last", last)]
+def one_by_one(last: Dataset) -> list[Client]:
+    return [Client(f"s{k}", Rows()) for k in range(3)] + [Client("last", last)]
 
 
 class Stillborn:
@@ -240,21 +241,21 @@ def test_a_worker_that_dies_between_asking_for_room_and_hearing_is_replaced(monk
 
 
 def test_kill_9_in_the_middle_of_a_round_changes_nothing(tmp_path):
-    here, _ = trained(Local(chunk=1), Scaffold(), 2, slow_clients(Slow()))
-    struck = slow_clients(Struck(str(tmp_path / "struck")))
+    here, _ = trained(Local(chunk=1), Scaffold(), 2, one_by_one(Rows()))
+    struck = one_by_one(Struck(str(tmp_path / "struck")))
     there, _ = trained(Processes(workers=2, chunk=1), Scaffold(), 2, struck)
     assert (tmp_path / "struck").exists()
     assert equal(here, there)
 
 
 def test_a_client_that_keeps_killing_workers_is_named(tmp_path):
-    many = slow_clients(Struck(str(tmp_path / "always")))
+    many = one_by_one(Struck(str(tmp_path / "always")))
     with pytest.raises(ClientError, match=r"client last, round 0: 3 workers died .* code -9"):
         trained(Processes(workers=1, chunk=1), FedAvg(), 1, many)
 
 
 def test_an_error_in_a_worker_names_the_client_and_the_session_goes_on():
-    many = slow_clients(Broken())
+    many = one_by_one(Broken())
     server = Server(mlp(), many, recipe(FedAvg()), engine=Processes(workers=2, chunk=1))
     try:
         with pytest.raises(ClientError, match="client last, round 0: ValueError: row 5 is bad"):
@@ -302,42 +303,12 @@ def test_resume_is_bit_for_bit(tmp_path):
     assert equal(whole, state(server.model))
 
 
-ORPHANS = """
-    import sys, time
-    import torch
-    from fedtorch import Client, Server
-    from fedtorch.engines import Processes
-    if __name__ == "__main__":
-        data = torch.randn(8, 6), torch.arange(8) % 4
-        engine = Processes(workers=2, chunk=1)
-        server = Server(torch.nn.Linear(6, 4), [Client("a", data)], engine=engine)
-        print(*(w.process.pid for w in server.session.workers), flush=True)
-        time.sleep(60)
-"""
-
-
 def alive(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks processes up in /proc")
-def test_workers_end_when_their_parent_is_killed(tmp_path):
-    script = tmp_path / "orphans.py"
-    script.write_text(textwrap.dedent(ORPHANS))
-    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    pids = [int(p) for p in parent.stdout.readline().split()]
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    assert len(pids) == 2
-    end = time.monotonic() + 20
-    while any(alive(p) for p in pids) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not any(alive(p) for p in pids)
 
 
 COPIED = """
@@ -360,6 +331,18 @@ COPIED = """
         Client(str(k), (torch.randn(8 + k, 6, generator=g.manual_seed(k)), torch.arange(8 + k) % 4))
         for k in range(4)
     ]
+    # a process with workers, which is killed
+    reads, writes = os.pipe()
+    if (parent := os.fork()) == 0:
+        session = Server(Own(), many(), engine=Processes(workers=2, chunk=1)).session
+        pids = [session.forks.pid, *(w.process.pid for w in session.workers)]
+        os.write(writes, " ".join(map(str, pids)).encode())
+        time.sleep(60)
+    os.close(writes)
+    print(os.read(reads, 99).decode(), flush=True)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    # another, and what its workers do
     file = open(sys.argv[1], "w")
     fcntl.flock(file, fcntl.LOCK_EX)
     made = []
@@ -391,7 +374,7 @@ COPIED = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there a process is copied")
-def test_workers_copied_from_this_process_give_the_same_and_hold_nothing_of_it(tmp_path):
+def test_workers_copied_from_a_process_give_the_same_hold_nothing_of_it_and_end_with_it(tmp_path):
     script = tmp_path / "copied.py"
     script.write_text(textwrap.dedent(COPIED))  # without a main guard: it is not run again
     done = subprocess.run(
@@ -400,7 +383,14 @@ def test_workers_copied_from_this_process_give_the_same_and_hold_nothing_of_it(t
         text=True,
         timeout=200,
     )
-    assert (done.stdout, done.stderr) == ("done\n", "")
+    orphans, said = done.stdout.splitlines()
+    assert (said, done.stderr) == ("done", "")
+    pids = [int(p) for p in orphans.split()]
+    assert len(pids) == 3 and all(pids)
+    end = time.monotonic() + 20
+    while any(alive(p) for p in pids) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not any(alive(p) for p in pids)
 
 
 OTHER = (
@@ -409,16 +399,29 @@ OTHER = (
 """A thread, for which no process is copied."""
 
 
-def test_a_script_without_a_main_guard_is_told_what_to_do(tmp_path):
-    script = tmp_path / "unguarded.py"
-    body = textwrap.dedent(ORPHANS).replace('if __name__ == "__main__":', "if True:")
-    body = OTHER + body.replace("workers=2", "workers=1")
-    script.write_text(body)
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 1
-    assert "its work under `if __name__ == '__main__':`" in done.stderr
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A file that this process seems to have been started with, for a worker that is no copy of it."""
+    made = types.ModuleType("__main__")
+    made.__file__ = str(tmp_path / "script.py")
+    monkeypatch.setitem(sys.modules, "__main__", made)
+    monkeypatch.setattr("fedtorch.engines.workers.forks.safe", lambda: False)
+    return Path(made.__file__)
+
+
+def test_a_script_without_a_main_guard_is_told_what_to_do(script):
+    script.write_text(textwrap.dedent(UNGUARDED))
+    with pytest.raises(ConfigError, match="its work under `if __name__ == '__main__':`"):
+        exec(script.read_text(), sys.modules["__main__"].__dict__)
+
+
+UNGUARDED = """
+    import torch
+    from fedtorch import Client, Server
+    from fedtorch.engines import Processes
+    data = torch.randn(8, 6), torch.arange(8) % 4
+    Server(torch.nn.Linear(6, 4), [Client("a", data)], engine=Processes(workers=1))
+"""
 
 
 def faults(pid: int) -> int:

@@ -17,7 +17,7 @@ from fedtorch.engines import Ray
 from fedtorch.types import ClientError, ConfigError
 from test_engines_processes import (
     PRIVATE,
-    Slow,
+    Rows,
     alive,
     chain,
     clients,
@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 
-class Breaks(Slow):
+class Breaks(Rows):
     """Has a bad row for actors, from the moment that a file is there."""
 
     def __init__(self, flag: Path) -> None:
