@@ -29,6 +29,12 @@ def ask(visits, first=0, **plan):
     return server
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    """How long a site waits between calls is what test_sites_site looks at."""
+    monkeypatch.setattr("fedtorch.sites.site._pause", lambda times: None)
+
+
 def answers(server):
     """Of each report, whether it brought an update."""
     return [bool(r.facts["ids"]) for r in server.reports]
