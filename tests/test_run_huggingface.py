@@ -113,8 +113,7 @@ def test_models_as_they_come_train_on_dicts_under_every_plan(kind, plan):
     server.round()
     assert server.moved()
     if plan == "sample":
-        # GPT-2's layers are its own
-        assert server.session.recipe.privacy.mode == {"bert": "layers", "gpt": "hooks"}[kind]
+        assert server.session.recipe.privacy.mode == "layers"  # also where they are GPT-2's own
 
 
 def test_only_adapters_travel_and_are_in_checkpoints():

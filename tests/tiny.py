@@ -1,12 +1,15 @@
 """Models and tokenizers of Hugging Face as small as they come, made on the spot: nothing is downloaded."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 transformers = pytest.importorskip(
     "transformers", reason="needs the extra hf: transformers and peft"
 )
-pytest.importorskip("peft", reason="needs the extra hf: transformers and peft")
+if not find_spec("peft"):  # which takes seconds to import, in every process that collects tests
+    pytest.skip("needs the extra hf: transformers and peft", allow_module_level=True)
 
 WORDS = ["[PAD]", "[UNK]", "film", "is", "this", "the", "a", "very", "good", "great", "bad", "poor"]
 PLAY = "ROMEO:\nwherefore art thou, and what of the moon\n\nJULIET:\nit is the lark, and no nightingale\n\n"
