@@ -2,7 +2,7 @@
 
     python -m benchmarks.strategies personal [SEEDS]        # each client's own model on its own rows
     python -m benchmarks.strategies rounds [SEEDS] [PNG]    # one model for all, accuracy by round
-    python -m benchmarks.strategies speed [ROUNDS]          # rounds per second over FedAvg's, fast path
+    python -m benchmarks.strategies speed [ROUNDS [WORK [NAME ...]]]   # rounds per second over FedAvg's
 
 A network of one hidden layer (784-64-10), batches of 32, one local pass, rate 0.1, nothing tuned: every
 strategy has the options that it comes with, or those that the tables name.
@@ -168,8 +168,20 @@ def drawn(curves: dict[str, dict[str, list[list[float]]]], path: str) -> None:
     figure.savefig(path, dpi=110)
 
 
-def speed(many: int) -> None:
-    """Processor time of rounds that take turns, W1's and W2's models, all on the fast path."""
+W1, W2 = WORKLOADS["w1"], WORKLOADS["w2"]
+WORKS = {
+    "w1": W1,
+    "w1-32": replace(W1, hidden=32),
+    "w2": W2,
+    "w1-long": replace(W1, examples=300, epochs=2),
+    "w2-long": replace(W2, epochs=3),
+    "w7": WORKLOADS["w7"],
+}
+"""What rounds are timed of; the first three unless asked otherwise."""
+
+
+def speed(many: int, asked: str | None, names: list[str]) -> None:
+    """Processor time of rounds that take turns, all on the fast path; ``names``: some beside FedAvg."""
     kinds: dict[str, tuple[Strategy, dict[str, Any], dict[str, Any]]] = {
         "FedAvg": (FedAvg(), {}, {}),
         "FedNova": (FedNova(), {}, {}),
@@ -183,7 +195,10 @@ def speed(many: int) -> None:
         "buffered, 10 of 10": (FedAvg(), {}, {"pace": Buffered(size=10, clock=Clock(spread=0.5))}),
         "buffered, equally fast": (FedAvg(), {}, {"pace": Buffered(size=10)}),
     }
-    for work in (WORKLOADS["w1"], replace(WORKLOADS["w1"], hidden=32), WORKLOADS["w2"]):
+    kinds = {n: k for n, k in kinds.items() if not names or n in ("FedAvg", *names)}
+    for place, work in WORKS.items():
+        if place != asked if asked else place not in [*WORKS][:3]:
+            continue
         servers = {}
         for name, (strategy, options, more) in kinds.items():
             given = problem(replace(work, clients=100) if "participation" in more else work)
@@ -193,18 +208,15 @@ def speed(many: int) -> None:
             servers[name] = Server(given.model(), clients, recipe, engine=engine, **more)
             servers[name].round()
         taken: dict[str, list[float]] = {name: [] for name in kinds}
-        for _ in range(many if work.model == "mlp" else max(2, many // 8)):
-            for name, server in servers.items():
+        for turn in range(many if work.model == "mlp" else max(2, many // 8)):
+            for name, server in [*servers.items()][:: -1 if turn % 2 else 1]:
                 start = time.process_time()
                 server.round()
                 taken[name].append(time.process_time() - start)
         for name, own in taken.items():
             ratio = statistics.median(a / b for a, b in zip(taken["FedAvg"], own, strict=True))
-            where = f"{work.name}{f', {work.hidden} hidden' if work.hidden else ''}"
-            print(
-                f"| {where} | {name} | {1e3 * statistics.median(own):.1f} ms | {ratio:.2f} |",
-                flush=True,
-            )
+            took = f"{1e3 * statistics.median(own):.1f} ms"
+            print(f"| {place} | {name} | {took} | {ratio:.2f} |", flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +243,7 @@ def main(words: list[str]) -> None:
     elif words[:1] == ["rounds"]:
         rounds(number or 5, words[2] if len(words) > 2 else None)
     elif words[:1] == ["speed"]:
-        speed(number or 24)
+        speed(number or 24, words[2] if len(words) > 2 else None, words[3:])
     else:
         raise SystemExit(__doc__)
 

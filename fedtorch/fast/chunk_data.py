@@ -276,16 +276,12 @@ class Kept:
 
     def transposed(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Weights written out by columns; of models that are under way most come again."""
-        before, self.turned = self.turned, []
-        for w in weights:
-            known = (t for v, at, t in before if v is w and at == version(w))
-            found = next(known, None)
-            made = w.T.contiguous() if found is None else found
-            self.turned.append((w, version(w), made))
-        made_all = [t for _, _, t in self.turned]
-        if nbytes(made_all) > CHUNKS_KEPT:
-            self.turned = []
-        return made_all
+        before = {id(w): t for w, at, t in self.turned if at == version(w)}
+        found = [before[id(w)] if id(w) in before else w.T.contiguous() for w in weights]
+        few = nbytes(found) <= CHUNKS_KEPT
+        versions = [version(w) for w in weights]
+        self.turned = [*zip(weights, versions, found, strict=True)] if few else []
+        return found
 
     def gram(self, dataset: Dataset, bias: bool, device: torch.device) -> Tensor:
         """Products of a client's examples with each other, [n, n]; the bias is a column of ones."""

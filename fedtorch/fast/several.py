@@ -90,9 +90,9 @@ class Each:
         B, rows, first = a.shape[1], a.flatten(0, 1), self.runs[0][2]
         out = rows.new_empty(len(rows), len(first.weight))
         for i, j, shared in self.runs:
-            some, to, turned = rows[i * B : j * B], out[i * B : j * B], shared.weight.T
             if i >= k:
                 break
+            some, to, turned = rows[i * B : j * B], out[i * B : j * B], shared.weight.T
             if shared.bias is None:
                 torch.mm(some, turned, out=to)
             else:
