@@ -153,6 +153,25 @@ def test_products_of_fewer_digits_are_refused_in_a_visit_of_every_mode(short, mo
         visit(model(), who, step(mode), noise=0.0)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_around_a_visit_is_refused_in_every_mode(mode):
+    who = clients((11,))
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ConfigError, match=r"torch\.autocast around the training"),
+    ):
+        visit(model(), who, step(mode), noise=0.0)
+
+
+def test_autocast_around_a_run_is_refused_before_training():
+    recipe = Recipe(privacy=step("auto", epsilon=1.0))
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ConfigError, match=r"torch\.autocast around the training"),
+    ):
+        Server(model(), clients(), recipe)
+
+
 def test_a_backend_that_is_told_to_round_in_full_is_no_fault():
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
     try:

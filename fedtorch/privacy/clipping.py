@@ -9,6 +9,9 @@ from torch import Tensor
 from fedtorch.tree import finite_per_client, per_client, tmap
 from fedtorch.types import ConfigError, Stack
 
+AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+"""Devices of which torch.autocast may be on."""
+
 CLIPS = (1e-6, 1e9)
 """Clipping norms there may be: beyond them noise, or what is clipped, meets the ends of float32."""
 
@@ -37,12 +40,17 @@ def rounds_short() -> bool:
 
 
 def check_products() -> None:
-    """Refuse clipped sums of gradients that are taken in such products."""
+    """Refuse clipped sums of gradients that are taken in such products, or in 16 bits."""
     if rounds_short():
         raise ConfigError(
             "sample-level privacy sums clipped gradients in float32, and torch was told to round its "
             "products to fewer digits, beyond what clipping bounds: call "
             'torch.set_float32_matmul_precision("highest")'
+        )
+    if any(torch.is_autocast_enabled(device) for device in AUTOCAST):
+        raise ConfigError(
+            "sample-level privacy sums clipped gradients in float32, and torch.autocast around the "
+            "training would round them to 16 bits, beyond what clipping bounds: train outside of it"
         )
 
 
