@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing import connection, forkserver, util
+from multiprocessing import connection, forkserver, resource_sharer, util
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def safe() -> bool:
     if not (sys.platform == "linux" and KNOWN) or torch.cuda.is_initialized():
         return False
     _unwatched()
+    _unshared()
     end = time.monotonic() + ENDING_SECONDS
     while threading.active_count() == 1:
         others = len(os.listdir("/proc/self/task")) - 1
@@ -52,6 +53,13 @@ def _unwatched() -> None:
     if getattr(bars, "monitor", None) is not None:
         bars.monitor.exit()
         bars.monitor = None
+
+
+def _unshared() -> None:
+    """End the thread that hands workers open files, once all are fetched; the next file starts it."""
+    own: Any = resource_sharer._resource_sharer  # type: ignore[attr-defined]
+    if own._thread is not None and not own._cache:
+        resource_sharer.stop()
 
 
 def _of_openblas() -> int:
