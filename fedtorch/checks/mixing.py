@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedtorch import seeds
 from fedtorch.checks.company import LARGEST_BATCH, SCALES, WATCHED, Near, meets, tolerant
 from fedtorch.checks.crowds import AFFORD, affordable, among, enlarged, most, places
+from fedtorch.checks.gates import opened
 from fedtorch.checks.held import RowDraws
 from fedtorch.checks.precise import Tried, another, precise, products
 from fedtorch.recipe import Recipe
@@ -48,6 +49,8 @@ def mixes(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
             work, before = products(model, batch, recipe), snapshot(fine.model)
             rough = own if work > HEAVY else fine
             why = _found(fine, rough, work)
+            with opened(fine.model) as hid:
+                why = why or (_behind(fine) if hid else None)
             # whether examples mix may hang on what is drawn
             many, drawn = size(batch), own.held.calls
             for seed in range(1, TIMES if drawn else 1):
@@ -107,6 +110,11 @@ def _found(fine: Tried, rough: Tried, work: int) -> str | None:
         or _gradients(fine, SCALES[:2], WATCHED)
         or _gradients(rough, (1.0,), most(recipe))
     )
+
+
+def _behind(t: Tried) -> str | None:
+    """The same with gates open, in short."""
+    return _neighbours(t, (1.0,), size(t.batch)) or _gradients(t, (1.0,), WATCHED)
 
 
 def _neighbours(t: Tried, scales: Sequence[float], most: int) -> str | None:

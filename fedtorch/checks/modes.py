@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
+from fedtorch.checks.gates import opened
 from fedtorch.checks.held import draws_numbers, same_draws
 from fedtorch.checks.stacking import uneven
 from fedtorch.checks.tried import SOME, inputs, largest, normal_inputs, two_examples
@@ -125,9 +126,11 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
         wrong = _misses(model, batch, recipe, mode)
         if mode == "alone" and draws:  # each example has numbers of its own
             return None
-        wrong = wrong or any(
-            _differs(model, b, recipe, mode) for b in (batch, _varied(model, clients, recipe))
-        )
+        tried = batch, _varied(model, clients, recipe)
+        wrong = wrong or any(_differs(model, b, recipe, mode) for b in tried)
+        if mode != "alone" and not wrong:
+            with opened(model) as hid:
+                wrong = hid and any(_differs(model, b, recipe, mode) for b in tried)
     except Exception as e:
         return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
     finally:
