@@ -205,6 +205,14 @@ def test_where_a_ledger_is_that_was_edited_is_told_at_the_node_alone(tmp_path, n
     assert out.error.reason == UNFIT and str(tmp_path) in caplog.text
 
 
+def test_where_a_ledger_is_that_cannot_be_read_is_told_at_the_node_alone(tmp_path, node, caplog):
+    path = tmp_path / "north/ledger-client.jsonl"
+    path.mkdir(parents=True)
+    with caplog.at_level("ERROR", "flwr"):
+        out = node.answer(RecordDict({"a": record(SENT)}))
+    assert out.error.reason == UNFIT and not node.ran and str(path) in caplog.text
+
+
 def test_the_file_of_the_page_is_a_budget(tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "inside-flower.md").read_text()
     told = tomllib.loads("[privacy]" + page.split("```ini\n[privacy]")[1].split("```")[0])

@@ -76,7 +76,7 @@ def private_release(msg: Message, context: Context, call_next: Next) -> Message:
     """
     try:
         budget = budget_of(context.node_config)
-    except ConfigError as e:  # which may name the node's own folders
+    except Exception as e:  # which may name the node's own folders, as the system's errors do
         return _refused(msg, ErrorCode.MOD_FAILED_PRECONDITION, UNFIT, e)
     try:
         name, sent = _asked(msg)
