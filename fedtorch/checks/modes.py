@@ -47,6 +47,9 @@ MISSED = 1e-4
 
 UNCLIPPED = 1e12
 
+BEHIND = 3
+"""Examples by which what weights that begin at zero hide is tried: each is one more for large models."""
+
 
 def with_mode(
     model: nn.Module,
@@ -130,7 +133,7 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
         wrong = wrong or any(_differs(model, b, recipe, mode) for b in tried)
         if mode != "alone" and not wrong:
             with opened(model) as hid:
-                wrong = hid and any(_differs(model, b, recipe, mode) for b in tried)
+                wrong = hid and _differs(model, rows(tried[1], slice(0, BEHIND)), recipe, mode)
     except Exception as e:
         return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
     finally:
