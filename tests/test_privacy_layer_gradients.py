@@ -425,6 +425,26 @@ class Asking(nn.Linear):
         return super().forward(x if x.sum() > 0 else -x)
 
 
+def patched():
+    """An LSTM whose forward was exchanged, as wrappers of models do."""
+    net = recurrent(nn.LSTM)
+    net.cell.forward = partial(doubled, net.cell)
+    return net
+
+
+def doubled(cell, x):
+    out, last = nn.LSTM.forward(cell, x)
+    return 2 * out, last
+
+
+def test_a_forward_that_was_put_in_a_layers_place_stays_there():
+    net, rows = patched(), torch.randn(5, 3, 5)
+    before = net(rows)
+    with pytest.raises(NotImplementedError, match=r"layer cell .LSTM. has a forward"):
+        summed(net, rows, Y, "layers", 1.0)
+    assert torch.equal(before, net(rows))
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [

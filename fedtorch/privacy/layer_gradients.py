@@ -325,6 +325,8 @@ def known(model: nn.Module) -> dict[nn.Module, str]:
         odd = OWN[type(m)][1] if type(m) in OWN else unlike
         if own and not closed(m) and (why := odd(m)):
             raise NotImplementedError(f"parameter {name}{'.' if name else ''}{own[0]}: {why}")
+        if own and type(m) in OWN and "forward" in vars(m):  # which that by hand would take off
+            raise NotImplementedError(f"layer {name} ({m._get_name()}) has a forward of its own")
         if own:
             found[m] = name or "model"
     return found
