@@ -366,6 +366,10 @@ COPIED = """
     for pid in pids:
         assert not os.path.exists(f"/proc/{pid}")
     # with another thread there is no copy: it could hold what nobody in the copy would let go
+    from fedtorch.engines.workers.forks import Forks
+    torch.set_num_threads(2)
+    torch.ones(1 << 20).sum()
+    assert not Forks().pid
     threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
     from fedtorch.engines.workers import forks
     assert not forks.safe()
@@ -490,6 +494,7 @@ def test_a_script_from_standard_input_may_use_workers(begun):
         from torch import nn
         from fedtorch import Client, Server
         from fedtorch.engines import Processes
+        torch.set_num_threads(1)  # threads of torch's would stand in the way of a copy
         x = torch.randn(8, 4)
         client = Client("a", (x, (x.sum(1) > 0).long()))
         server = Server(nn.Linear(4, 2), [client], engine=Processes(workers=1))

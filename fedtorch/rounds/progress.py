@@ -94,14 +94,18 @@ def _either(figures: Mapping[str, Any], name: str) -> Any:
     return figures.get(name, figures.get(f"nonprivate_{name}"))
 
 
+def _in_a_notebook() -> bool:
+    python: Any = sys.modules.get("IPython")
+    return python is not None and hasattr(python.get_ipython(), "kernel")
+
+
 class Bar:
     """One line that is written over and over, on a terminal and in a notebook; none elsewhere."""
 
     def __init__(self, rounds: int, shown: bool = True) -> None:
         """``rounds`` is the last one to come; ``shown``: whether anything is said at all."""
         self.rounds, self.shown = rounds, shown
-        notebook = "ipykernel" in sys.modules
-        self.live = notebook or (sys.stdout.isatty() and os.environ.get("TERM") != "dumb")
+        self.live = _in_a_notebook() or (sys.stdout.isatty() and os.environ.get("TERM") != "dumb")
         self.drawn = False
 
     def say(self, *lines: str) -> None:

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, forkserver, resource_sharer, util
@@ -36,15 +37,17 @@ def safe() -> bool:
         return False
     _unwatched()
     _unshared()
+    return threading.active_count() == 1 and _others_at_most(_of_openblas())
+
+
+def _others_at_most(most: int) -> bool:
+    """Whether there are no more other threads, but for some that are just ending."""
     end = time.monotonic() + ENDING_SECONDS
-    while threading.active_count() == 1:
-        others = len(os.listdir("/proc/self/task")) - 1
-        if not others or others == _of_openblas():
-            return True
+    while len(os.listdir("/proc/self/task")) - 1 > most:
         if time.monotonic() > end:
             return False
         time.sleep(0.001)
-    return False
+    return True
 
 
 def _unwatched() -> None:
@@ -63,7 +66,7 @@ def _unshared() -> None:
 
 
 def _of_openblas() -> int:
-    """Threads that NumPy's and SciPy's libraries have started."""
+    """Threads that NumPy's and SciPy's libraries have at most: they start them when they need them."""
     from threadpoolctl import threadpool_info
 
     known = [p["num_threads"] for p in threadpool_info() if p["internal_api"] == "openblas"]
@@ -115,11 +118,7 @@ class Forks:
     def close(self) -> None:
         """End the server, once all that it started have ended."""
         if self.pid:
-            os.close(self.alive)
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-            with suppress(ChildProcessError):
-                os.waitpid(self.pid, 0)
+            _end(self.pid, self.alive)
             self.pid = 0
 
 
@@ -135,11 +134,24 @@ def _copied() -> tuple[int, str, int]:
         for stream in (sys.stdout, sys.stderr):  # or both would write what is not written yet
             with suppress(Exception):
                 stream.flush()
-        pid = os.fork()
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            pid = os.fork()
         if pid == 0:
             _serve(listener.fileno(), reads)
         os.close(reads)
-    return pid, address, writes
+    if _others_at_most(0):
+        return pid, address, writes
+    # OpenBLAS has ended its threads: one that is left is another's, as of a loop by torch's OpenMP
+    _end(pid, writes)
+    return 0, "", -1
+
+
+def _end(pid: int, alive: int) -> None:
+    os.close(alive)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        os.waitpid(pid, 0)
 
 
 def _serve(listener: int, reads: int) -> None:
