@@ -7,10 +7,8 @@ import itertools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -106,14 +104,20 @@ raise ImportError("half read")
 """As the compiled part of NumPy does with an exception."""
 
 
+HEARD = """import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""What runs tests may ignore Ctrl-C; between fork and exec threads of gRPC may end a copy of this process."""
+
+
 @pytest.mark.parametrize("torch", [PRESSED, LOST])
 @pytest.mark.parametrize("how", [["-m", "fedtorch", "version"], [str(ROOT / "train.py")]])
 def test_ctrl_c_while_torch_is_read_is_one_line(how, torch, tmp_path):
     (tmp_path / "torch.py").write_text(torch)
     env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs tests may ignore it
     done = subprocess.run(
-        [sys.executable, *how], env=env, capture_output=True, text=True, preexec_fn=heard
+        [sys.executable, "-c", HEARD, *how], env=env, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (130, "fedtorch: stopped\n")
 
