@@ -68,18 +68,13 @@ class Fast:
             rows = self.kept.rows(datasets, first.device, ops_for(first))
             order = schedule(chunk.order, rows.sizes, first)
             steps = linear(recipe, ctx, task.state, task.lr)
-            # the loss, by its formula where it is known
-            y = taken(rows.y, order.index)
-            known = recipe.loss is cross_entropy and not self.chain.squeezed and rows.classes
-            loss = squeezed(recipe.loss) if self.chain.squeezed else recipe.loss
             if private is not None:
                 factor = (order.scale > 0).to(order.scale.dtype)
             else:
                 factor = order.scale if steps.rule.momentum else order.scale * steps.rule.lr
-            weights = order.scale, factor
-            head = CrossEntropy(y, *weights) if known else AnyLoss(y, *weights, loss)
+            head = self._head(rows, order, factor, recipe)
             # local steps
-            small = known and private is None and not self.half
+            small = isinstance(head, CrossEntropy) and private is None and not self.half
             held: list[Weights]
             if small and whole.pays(self.chain, steps, rows, order):
                 own = whole.Whole(self.chain, task.state, steps.rule, self.memory, len(datasets))
@@ -125,13 +120,8 @@ class Fast:
             order = schedule(plans, rows.sizes, first)
             # a rate is in the gradients' factor, and nowhere else
             steps = Steps(Rule(0.0), {}, {})
-            y, factor = taken(rows.y, order.index), order.scale * rates.to(first)[:, None, None]
-            head: CrossEntropy | AnyLoss
-            if rows.classes and not self.chain.squeezed:
-                head = CrossEntropy(y, order.scale, factor)
-            else:
-                loss = squeezed(recipe.loss) if self.chain.squeezed else recipe.loss
-                head = AnyLoss(y, order.scale, factor, loss)
+            factor = order.scale * rates.to(first)[:, None, None]
+            head = self._head(rows, order, factor, recipe)
             taken_steps, held = torch.tensor([len(p) for p in plans]), list[Weights]()
             small = isinstance(head, CrossEntropy) and not self.half
             if small and whole.pays(self.chain, steps, rows, order):
@@ -143,6 +133,16 @@ class Fast:
                 layers = joined(self._dense(datasets, rows, coins, state, steps, models))
                 held = lockstep(layers, rows, order, head)
         return Visit(held, head.total().cpu() / taken_steps, False, first[:0], state)
+
+    def _head(
+        self, rows: Rows, order: LockstepOrder, factor: Tensor, recipe: Recipe
+    ) -> CrossEntropy | AnyLoss:
+        """The loss of all steps, by its formula where it is known."""
+        y = taken(rows.y, order.index)
+        if recipe.loss is cross_entropy and rows.classes and not self.chain.squeezed:
+            return CrossEntropy(y, order.scale, factor)
+        loss = squeezed(recipe.loss) if self.chain.squeezed else recipe.loss
+        return AnyLoss(y, order.scale, factor, loss)
 
     def _private(
         self,

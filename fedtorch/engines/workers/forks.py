@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing import connection, forkserver, resource_sharer, util
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,8 @@ class Forks:
     @contextmanager
     def serving(self) -> Iterator[None]:
         """Processes that start in here come from this server, where there is one."""
-        with _nameless_main():
-            if self.pid:
-                with self._in_place_of_the_usual():
-                    yield
-            else:
-                yield
+        with _nameless_main(), self._in_place_of_the_usual() if self.pid else nullcontext():
+            yield
 
     @contextmanager
     def _in_place_of_the_usual(self) -> Iterator[None]:
