@@ -108,7 +108,7 @@ HEARD = """import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
-"""What runs tests may ignore Ctrl-C; between fork and exec threads of gRPC may end a copy of this process."""
+"""What runs tests may ignore Ctrl-C; a copy of it, before exec, may be ended by threads of gRPC."""
 
 
 @pytest.mark.parametrize("torch", [PRESSED, LOST])
