@@ -120,7 +120,7 @@ class Server:
         self.visits = Reports()
         """What each client of the last round reported."""
         self.last_step: Params = {}
-        """What the last round added to the trainable weights."""
+        """What the last round added to the trainable weights; nothing while one is under way."""
         self.nobody = False
         """Whether no client counted in the last round, and nothing was released."""
 
@@ -156,6 +156,7 @@ class Server:
         # they train, and are added up as they come
         asked, dtype = sum(map(len, step.asked)), self._weights.dtype
         total = start_sum(self.recipe, self.state.held, task, dtype, asked)
+        self.last_step = {}  # its memory may hold the sum of this round
         came = self._gathered(total, step, task)
         trained = time.perf_counter()
         # the model moves

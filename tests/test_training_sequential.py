@@ -25,7 +25,9 @@ from fedtorch.fast import offer
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.training import results, stacked
 from fedtorch.training.module import snapshot
+from fedtorch.training.reserve import Reserve
 from fedtorch.training.stacked import general
+from fedtorch.tree import to_float64
 from fedtorch.types import ClientError, Released, Task
 
 SIZES = [37, 5, 18, 64, 1]
@@ -230,7 +232,7 @@ def test_one_change_is_exact_and_its_bound_holds(monkeypatch, block):
         "d": torch.randn(3, generator=g),
     }
     after = {k: v * 1.01 + 1e-4 for k, v in start.items()}
-    total = results.RunningSum(start)
+    total = results.RunningSum(start, Reserve())
     square = torch.tensor([total.see(after)], dtype=torch.float64)
     total.add(1.0)
     moved = {k: (start[k].double() + v).float() for k, v in total.params(1.0).items()}
@@ -250,6 +252,13 @@ def test_one_change_is_exact_and_its_bound_holds(monkeypatch, block):
         own = start[k].double()
         both = after[k].double() - own + 0.5 * ((start[k] + 1).double() - own)
         assert torch.equal(v, 2 * both), k
+    # in one pass it is the same, where no square can overflow
+    once = results.RunningSum(start, Reserve())
+    assert results.bounded(after) and once.take(after, 1.0) == float(square)
+    once.take({k: v + 1 for k, v in start.items()}, 0.5)
+    assert all(torch.equal(v, total.params(1.0)[k]) for k, v in once.params(1.0).items())
+    assert not results.bounded(after | {"c": after["c"] / 0})
+    assert not results.bounded(to_float64(after))
 
 
 class Constants(nn.Module):

@@ -21,6 +21,7 @@ from fedtorch.training import local_steps
 from fedtorch.training.local_update import local_update
 from fedtorch.training.outline import copied, untouched
 from fedtorch.training.personal import given
+from fedtorch.training.reserve import Reserve
 from fedtorch.training.together import Joins, local_updates
 from fedtorch.types import ConfigError, Failure, Params, Released, Task, Tasks
 
@@ -93,6 +94,8 @@ class LocalSession:
     recipe: Recipe
     choice: Choice
     notes: tuple[str, ...] = ()
+    reserve: Reserve = field(default_factory=Reserve)
+    """Memory of the clients' sum, kept between rounds until the session is closed."""
     _asked: list[tuple[list[Client], Task]] = field(default_factory=list)
     _joined: list[tuple[list[Visit], Tasks]] = field(default_factory=list)
 
@@ -157,7 +160,9 @@ class LocalSession:
         recipe, model, solve = self.recipe, self.model, self.choice.solver
         while self._asked or self._joined:
             if self._asked:
-                update, failures = local_update(*self._asked.pop(0), recipe, model, solve)
+                update, failures = local_update(
+                    *self._asked.pop(0), recipe, model, solve, self.reserve
+                )
             else:
                 visits, tasks = self._joined.pop(0)
                 update, failures = local_updates(visits, tasks, recipe, model, cast(Joins, solve))
@@ -175,4 +180,5 @@ class LocalSession:
             client.memory = memory.get(i, {})
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """Let go of the memory that is kept."""
+        self.reserve.clear()

@@ -19,6 +19,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, in_order
 from fedtorch.training.module import to, training
 from fedtorch.training.outline import Outline
+from fedtorch.training.reserve import Reserve
 from fedtorch.training.sequential import naming_client
 from fedtorch.training.step import Stepping
 from fedtorch.tree import row
@@ -45,6 +46,8 @@ class Asked:
     """Losses at the weights that the visit starts from, by client."""
     watches: Mapping[str, Watch] = field(default_factory=dict)
     """Canaries of an audit among the clients' examples, by client."""
+    reserve: Reserve = field(default_factory=Reserve)
+    """Where sums of changes may lie."""
     turns: Iterator[int] = field(default_factory=count)
     """Numbers of the calls: no two drop alike."""
 

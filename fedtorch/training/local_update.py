@@ -26,6 +26,7 @@ from fedtorch.training.memory import alone, confirmed, remember, untouched
 from fedtorch.training.module import buffers, resting, to, to_device
 from fedtorch.training.passes import Passes
 from fedtorch.training.personal import GROUP, personal, shared
+from fedtorch.training.reserve import Reserve
 from fedtorch.training.results import Results, exact_weights
 from fedtorch.training.sequential import naming_client, train_sequentially
 from fedtorch.tree import expand, finite_per_client, near, row, settled, stack, tmap, to_float64
@@ -38,17 +39,19 @@ def local_update(
     recipe: Recipe,
     model: nn.Module,
     solve: stacked.Solver | None = None,
+    reserve: Reserve | None = None,
 ) -> tuple[Released, list[Failure]]:
     """Train ``clients`` from the global model and return what they send.
 
     ``model`` is a working copy that is overwritten. Without ``solve`` several clients run side by side
     (stacked) and one alone through the module itself. A client whose result is not finite is a
     Failure, keeps its memory as it was, and is left out of what is sent, which may then be empty.
+    ``reserve``: of whoever calls this again and again.
     """
     recipe.privacy.check_numbers(task.privacy)
     trained = (k for k, p in model.named_parameters() if p.requires_grad)
     with resting(model, recipe.strategy.rests(trained, task.extras)):
-        return _visits(clients, to_device(task, model), recipe, model, solve)
+        return _visits(clients, to_device(task, model), recipe, model, solve, reserve or Reserve())
 
 
 def _visits(
@@ -57,15 +60,14 @@ def _visits(
     recipe: Recipe,
     model: nn.Module,
     solve: stacked.Solver | None,
+    reserve: Reserve,
 ) -> tuple[Released, list[Failure]]:
     privacy, ids = recipe.privacy, [c.id for c in clients]
     # which examples each client sees in which step, and what it starts from
     order = drawn(clients, recipe, task)
     ctx = context(clients, order, task, recipe, model)
-    audited = [c for c in clients if AUDIT in c.memory]
-    data = Asked(
-        clients, order, task, recipe, model, ctx.own, watches=_watches(audited, task, recipe)
-    )
+    watches = _watches([c for c in clients if AUDIT in c.memory], task, recipe)
+    data = Asked(clients, order, task, recipe, model, ctx.own, watches=watches, reserve=reserve)
     if not privacy.per_example:
         ctx = altered(ctx, data=data)
     told = _told(clients, task, recipe, model)
@@ -169,7 +171,9 @@ def _solved(data: Asked, ctx: Context, solve: stacked.Solver | None) -> Results:
     if recipe.strategy.contrasts and len(clients) > 1 and solve is not stacked.general:
         raise ValueError("an objective of the strategy's own is one client's: train one at a time")
     if solve is stacked.general and len(clients) > 1:
-        return train_sequentially(clients, data.order, ctx, task, recipe, data.model, private)
+        return train_sequentially(
+            clients, data.order, ctx, task, recipe, data.model, private, data.reserve
+        )
     drawn = stacked.draws(solve, recipe)
     secret = tuple(recipe.privacy.draw_seed(task, i) for i in ids) if drawn else ()
     # putting generators back takes a tenth of a millisecond

@@ -8,9 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fedtorch.training.reserve import Reserve
 from fedtorch.tree import (
     add_weighted,
     expand,
+    finite_per_client,
     has_float64,
     moving,
     near,
@@ -112,27 +114,31 @@ class Stacked:
 class RunningSum:
     """The weighted sum of changes of a model, in float64, because there that of a float32 weight is exact.
 
-    A change is never written down: it is taken by blocks that stay in the processor's cache, for its norm
-    and again for the sum. The pages of tensors above 32 MB are the system's again after each round, and to
-    fault them in costs as much as the arithmetic.
+    A change is never written down: it is taken by blocks that stay in the processor's cache.
     """
 
-    def __init__(self, start: Params) -> None:
+    def __init__(self, start: Params, reserve: Reserve) -> None:
         """``start``: the weights that changes are counted from, which nobody may change meanwhile."""
         device, sizes = next(iter(start.values())).device, {k: v.numel() for k, v in start.items()}
         self._start = self._weights = start
         self._numbers, self._empty = sum(sizes.values()), True
-        self._sum = torch.empty(self._numbers, dtype=torch.float64, device=device)
+        if device.type == "cpu":
+            self._sum = reserve.lend(self._numbers)
+        else:
+            self._sum = torch.empty(self._numbers, dtype=torch.float64, device=device)
         runs = _together(sizes)
         parts = self._sum.split([sum(sizes[k] for k in names) for names in runs])
-        self._blocks = [
+        blocks = [
             (names, BLOCK * k, part)
             for names, whole in zip(runs, parts, strict=True)
             for k, part in enumerate(whole.split(BLOCK))
         ]
-        """Names, where in a single one a block begins, and its part of the sum."""
-        most = max(len(part) for *_, part in self._blocks)
-        self._room = torch.empty(2, most, dtype=torch.float64, device=device)
+        most = max(len(part) for *_, part in blocks)
+        room = torch.empty(2, most, dtype=torch.float64, device=device)
+        self._blocks = [
+            (*block, room[0, : len(block[2])], room[1, : len(block[2])]) for block in blocks
+        ]
+        """Names, where in a single one a block begins, its part of the sum, and room for two of it."""
 
     def see(self, weights: Params) -> float:
         """Take the change of ``weights``, which stay as they are until it is added; its squared norm."""
@@ -142,11 +148,23 @@ class RunningSum:
     def add(self, weight: float) -> None:
         """Add ``weight`` times the latest change."""
         for change, part in self._changes():
-            if self._empty:
-                torch.mul(change, weight, out=part)
-            else:
-                part.add_(change, alpha=weight)
+            self._add(change, weight, part)
         self._empty = False
+
+    def take(self, weights: Params, weight: float) -> float:
+        """``see`` and ``add`` in one pass, of weights that are ``bounded``."""
+        self._weights, squares = weights, []
+        for change, part in self._changes():
+            squares.append(change.dot(change))
+            self._add(change, weight, part)
+        self._empty = False
+        return float(torch.stack(squares).sum())
+
+    def _add(self, change: Tensor, weight: float, part: Tensor) -> None:
+        if self._empty:
+            torch.mul(change, weight, out=part)
+        else:
+            part.add_(change, alpha=weight)
 
     def params(self, factor: float) -> Params:
         """``factor`` times the sum."""
@@ -161,14 +179,19 @@ class RunningSum:
 
     def _changes(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Each block of the latest change, until the next one is asked for, and its part of the sum."""
-        for names, first, part in self._blocks:
-            change, start = self._room[:, : len(part)]
+        for names, first, part, change, start in self._blocks:
             for room, tree in ((change, self._weights), (start, self._start)):
                 if len(names) == 1:
                     room.copy_(tree[names[0]].reshape(-1)[first : first + len(part)])
                 else:
                     torch.cat([tree[k].reshape(-1) for k in names], out=room)
             yield change.sub_(start), part
+
+
+def bounded(weights: Params) -> bool:
+    """Whether no change of these weights has a square that float64 cannot hold."""
+    narrow = all(v.dtype != torch.float64 for v in weights.values())
+    return narrow and bool(finite_per_client(expand(weights)))
 
 
 def _together(sizes: Mapping[str, int]) -> list[list[str]]:

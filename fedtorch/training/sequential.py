@@ -15,7 +15,8 @@ from fedtorch import seeds
 from fedtorch.client import Client
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.recipe import Recipe
-from fedtorch.training.results import RunningSum, Summed
+from fedtorch.training.reserve import Reserve
+from fedtorch.training.results import RunningSum, Summed, bounded
 from fedtorch.training.trainee import Trainee
 from fedtorch.tree import add_weighted, expand, moving, near, settled
 from fedtorch.types import ClientError, Context, Params, Task
@@ -29,18 +30,19 @@ def train_sequentially(
     recipe: Recipe,
     model: nn.Module,
     private: PrivateSteps | None,
+    reserve: Reserve,
 ) -> Summed:
     """Train each client from the global weights as if it were alone, and sum what they learned.
 
-    Raises ValueError where ``recipe.needs_rows``, or clients remember their own change: a sum does not show
-    each client's.
+    ``reserve``: where the sum may lie. Raises ValueError where ``recipe.needs_rows``, or clients remember
+    their own change: a sum does not show each client's.
     """
     if recipe.needs_rows or recipe.strategy.confirms:
         raise ValueError("clients whose updates are needed one by one train one at a time")
     # one model for all, and an empty sum
     privacy, trainee = recipe.privacy, Trainee(model, task, recipe)
     start = {k: task.state[k] for k in trainee.params}
-    total, floats = RunningSum(near(start)), Params()
+    total, floats = RunningSum(near(start), reserve), Params()
     examples = torch.tensor([float(len(c)) for c in clients])
     weight = recipe.weights(examples)
     share = (weight.double() / weight.sum()).tolist()
@@ -55,9 +57,12 @@ def train_sequentially(
             with naming_client([client.id], task):
                 loss.append(trainee.visit(client.data, order[k], alone, noise))
             # what it changed, scaled by the plan, goes into the sum
-            squares.append(total.see(near(trainee.weights())))
+            weights = near(trainee.weights())
             buffers = expand(near(trainee.floats())) if privacy.statistics else {}
-            if buffers and not settled(buffers, task.state):
+            sound = not buffers or bool(settled(buffers, task.state))
+            at_once = sound and not measured and share[k] > 0 and bounded(weights)
+            squares.append(total.take(weights, share[k]) if at_once else total.see(weights))
+            if not sound:
                 squares[k] = math.nan
             fine, part, scale = math.isfinite(squares[k]), 1.0, 1.0
             if fine and measured:
@@ -65,7 +70,7 @@ def train_sequentially(
                 part, scale = _factors(recipe, alone, norm, examples[k : k + 1], task)
             counted.append(share[k] * part if fine else 0.0)
             used.append(counted[k] * scale)
-            if counted[k]:
+            if counted[k] and not at_once:
                 total.add(used[k])
             if counted[k] and buffers:
                 add_weighted(floats, buffers, _float64(counted[k:]))

@@ -23,6 +23,7 @@ from fedtorch.engines.messages import Memory, Outcome
 from fedtorch.recipe import Recipe
 from fedtorch.training.local_update import local_update
 from fedtorch.training.personal import given
+from fedtorch.training.reserve import Reserve
 from fedtorch.training.stacked import Solver, snapshot
 from fedtorch.training.together import Joins, local_updates
 from fedtorch.types import ConfigError, Params, Task, Tasks
@@ -39,6 +40,7 @@ class Kit:
 
     def __post_init__(self) -> None:
         """Keep what does not travel."""
+        self.reserve = Reserve()
         self.given = given(self.model, self.recipe.strategy.personal)
 
     def run(
@@ -56,7 +58,9 @@ class Kit:
             visits, solver = [*zip(clients, of, strict=True)], cast(Joins, self.solver)
             update, failures = local_updates(visits, task, recipe, self.model, solver)
         else:
-            update, failures = local_update(clients, task, recipe, self.model, self.solver)
+            update, failures = local_update(
+                clients, task, recipe, self.model, self.solver, self.reserve
+            )
         kept = {c.id: c.memory for c in clients if c.id in update.ids and c.memory}
         for client in clients:
             client.memory = {}
