@@ -357,7 +357,7 @@ def make_model(config: Config, data: Data | prepared.Prepared) -> nn.Module:
     # another loss, or a step, may take outputs of any shape
     built_in = config.loss in ("auto", "cross_entropy") and not config.step
     if isinstance(data, Data) and data.kind == "classification" and built_in:
-        classes_fit(model, data.train, data.labels, data.outputs)
+        classes_fit(model, data.train, data.labels, data.outputs, data.preparation.target)
     return model
 
 

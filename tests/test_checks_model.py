@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from conftest import make_clients, mlp
-from fedtorch import ConfigError, Recipe, Server
+from fedtorch import ConfigError, Local, Recipe, Server
 from fedtorch.training.losses import cross_entropy
 
 
@@ -73,3 +73,20 @@ def test_a_model_that_takes_gradients_as_it_runs_is_told_to_record_them():
     with pytest.raises(ConfigError, match=r"takes gradients as it runs.* torch\.enable_grad"):
         Server(Force(False), make_clients([5]), recipe)
     assert "train_loss" in Server(Force(True), make_clients([5]), recipe).round()
+
+
+def test_a_weight_whose_numbers_are_one_is_refused_by_name():
+    model = nn.Linear(6, 4)
+    model.weight = nn.Parameter(torch.ones(4, 1).expand(4, 6))
+    with pytest.raises(ConfigError, match=r"weight of model Linear is expanded, .*contiguous\(\)"):
+        Server(model, make_clients([5]))
+
+
+def test_a_weight_of_no_numbers_trains_along_also_one_client_after_another():
+    class Spare(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(*mlp())
+            self.aaa = nn.Parameter(torch.zeros(0, 3))
+
+    server = Server(Spare(), make_clients([8, 9]), engine=Local(solver="general"))
+    assert server.round()["train_loss"] > 0

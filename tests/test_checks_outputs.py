@@ -31,6 +31,12 @@ def test_labels_and_outputs_must_fit(outputs, labels, classes, message):
         classes_fit(mlp(classes=outputs), TensorDataset(x, y), y, classes)
 
 
+def test_a_target_of_one_class_is_told_with_its_column():
+    y = torch.zeros(4).long()
+    with pytest.raises(ConfigError, match="the target, column 'ward', is of one class"):
+        classes_fit(mlp(), TensorDataset(torch.randn(4, 6), y), y, 1, "ward")
+
+
 @pytest.mark.parametrize("classes", [3, 8, 12])
 def test_the_classes_of_a_segmentation_are_on_axis_1_not_in_its_width(classes):
     x, y = torch.randn(4, 1, 8, 8), torch.randint(0, classes, (4, 8, 8))

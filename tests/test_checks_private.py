@@ -85,3 +85,21 @@ def test_weights_of_two_types_have_private_gradients_and_keep_their_types():
     Server(model, [client], Recipe(lr=0.1, privacy=plan)).round()
     for k, p in model.named_parameters():
         assert p.dtype == wanted[k].dtype and (p - wanted[k]).abs().max() <= 1e-6, k
+
+
+def test_a_step_that_takes_gradients_of_a_batch_is_refused_for_mixing_it():
+    def adapted(model, batch):
+        x, y = batch
+        params = dict(model.named_parameters())
+        loss = nn.functional.cross_entropy(model(x), y)
+        grads = torch.autograd.grad(loss, [*params.values()], create_graph=True)
+        params = {k: p - g for (k, p), g in zip(params.items(), grads, strict=True)}
+        output = torch.func.functional_call(model, params, (x,))
+        return nn.functional.cross_entropy(output, y, reduction="none")
+
+    with pytest.raises(ConfigError, match="mixes the examples of a batch"):
+        Server(
+            nn.Linear(6, 4),
+            make_clients([8]),
+            Recipe(step=adapted, privacy=SampleLevel(rounds=1)),
+        )

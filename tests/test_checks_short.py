@@ -99,8 +99,9 @@ class Broken(Dataset):
 
 
 def test_an_example_that_cannot_be_taken_is_told_with_its_client():
-    with pytest.raises(ConfigError, match=r"client a: taking a batch of .* ZeroDivisionError"):
-        Server(nn.Linear(4, 2), [Client("a", Broken(13))], Recipe(batch_size=8))
+    for at in (13, 0):
+        with pytest.raises(ConfigError, match=r"client a: taking a batch of .* ZeroDivisionError"):
+            Server(nn.Linear(4, 2), [Client("a", Broken(at))], Recipe(batch_size=8))
     with pytest.raises(ConfigError, match="the labels are text: number the classes"):
         Server(nn.Linear(4, 2), [Client("a", Broken(-1))], Recipe(batch_size=8))
     with pytest.raises(ConfigError, match=r"client 'a': 'x\.csv' names data and is none"):

@@ -197,3 +197,24 @@ def test_labels_come_in_pairs_and_the_first_four_are_no_background():
         assert len(found) == standins.COUNT and set(found) <= set(range(classes))
         assert found[:4] == [1, classes - 1] * 2 and 0 in found
         assert len(set(found)) == min(classes, 8) and all(found.count(k) > 1 for k in found)
+
+
+def test_made_up_classes_fit_outputs_whose_classes_lie_on_another_axis():
+    """CTC of [B, time, classes]: torch reads past the memory of a class that there is not."""
+
+    class Times(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(1, 5)
+
+        def forward(self, x):
+            return self.inner(x[..., None])
+
+    def ctc(output, target):
+        assert int(target.max()) < 5
+        long, labels = (torch.full((len(target),), n) for n in (6, 2))
+        heard = output.log_softmax(2).transpose(0, 1)
+        return nn.functional.ctc_loss(heard, target, long, labels, reduction="none")
+
+    client = Client("a", (torch.randn(20, 6), torch.randint(1, 5, (20, 2))))
+    Server(Times(), [client], Recipe(loss=ctc, privacy=PLANS[0])).round()

@@ -79,7 +79,9 @@ def test_a_byte_order_mark_and_blank_lines_are_no_part_of_the_table(tmp_path):
         ("a\n1\n2\n", {}, "no feature columns beside 'a'"),
         ("a,a,b\n1,2,0\n1,2,1\n", {}, "names column 'a' twice"),
         ("a,b\n1,0\nnan,1\n1,0\n", {}, "line 3: column 'a' holds 'nan', not a number; a missing"),
-        ("a,b\n1,0\ninf,1\n1,0\n", {}, "NaN or infinite"),
+        ("a,b\n1,0\ninf,1\n1,0\n", {}, "line 3: column 'a' holds 'inf', and numbers are at most"),
+        ("a,b\n1,0\n-1e39,1\n1,0\n", {}, "line 3: column 'a' holds '-1e39', and numbers are at"),
+        ("Y,a,b\n1,2,0\n", {}, "is 'Y' to be predicted, or the last column, 'b'[?] Give --dataset"),
         ("a,b\n" + "1,0\n1,1\n" * 9, {"kind": "clas"}, r"dataset\.kind must be"),
         ("a,b\n1,0\n1,2\n1,0\n", {"kind": "binary"}, "must be 0 or 1"),
         ("a,b\n" + "1,0.5\n1,2\n1,0\n" * 9, {"kind": "classification"}, "labels must be 0, 1"),
@@ -258,3 +260,11 @@ def test_damaged_archives_are_refused_and_never_half_read(tmp_path):
     np.save(tmp_path / "one.npy", X)
     with pytest.raises(ConfigError, match="cannot be read as an NPZ"):
         Npz(str(tmp_path / "one.npy")).load(0)
+
+
+def test_a_target_by_its_name_is_taken_where_it_is_last_or_the_others_are_named(tmp_path):
+    rows = "\n".join(f"{i % 2},{i % 7 / 7},{i % 3 / 3}" for i in range(30))
+    for options in ({"target": "a"}, {"features": ["y"]}, {"drop": ["y"]}):
+        data = csv(tmp_path, f"y,a,b\n{rows}\n", **options).load(0)
+        assert data.preparation.target == options.get("target", "b")
+    assert csv(tmp_path, f"class,a,label\n{rows}\n").load(0).preparation.target == "label"

@@ -46,6 +46,9 @@ def test_flags_become_objects():
     assert (config.rounds, config.lr, config.drop_last) == (7, 0.01, True)
     assert config.model_args == {"hidden": 64}
     assert (config.optimizer, config.optimizer_args) == ("adam", {"betas": [0.9, 0.99]})
+    for betas in ("0.9,0.99", "(0.9, 0.99)", "9e-1 , .99"):
+        config = parse("--optimizer", "adam", "--optimizer.betas", betas)
+        assert config.optimizer_args == {"betas": [0.9, 0.99]}
 
 
 def test_options_may_come_before_the_choice_they_belong_to():
@@ -535,3 +538,9 @@ def test_a_config_nested_without_end_is_not_toml(tmp_path):
     (tmp_path / "c.toml").write_text("a = " + "[" * 100_000)
     with pytest.raises(ConfigError, match="is not TOML"):
         cli.read(tmp_path / "c.toml")
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("rounds = 5\n", encoding="utf-8-sig")
+    assert parse("--config", str(path)).rounds == 5

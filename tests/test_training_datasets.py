@@ -158,6 +158,11 @@ def refused() -> dict[str, tuple[object, str]]:
         "hf text": (text, r"remove_columns\('text'\)"),
         "hf parts": (parts, r"has parts \(train\): give one"),
         "numbers": (3, "data must be tensors|not map-style"),
+        "nested": (
+            (torch.nested.nested_tensor([*X], layout=torch.jagged), Y),
+            "are nested: give a list .* collate=",
+        ),
+        "sparse": ((X.to_sparse(), Y), "are sparse: give them dense"),
         "no rows": ((torch.tensor(1.0), torch.tensor(2)), "one row each"),
         "stream in a loader": (DataLoader(Stream(), 2), r"give list\(data\)"),
         "whole batches": (DataLoader(TensorDataset(X, Y), None), "single examples"),

@@ -424,3 +424,21 @@ def test_a_step_without_any_gradient_moves_nothing():
     p = torch.ones(2).requires_grad_()
     stepper(Recipe(), nn.Module(), {"p": p}, 0.1, 1)()
     assert p.tolist() == [1, 1]
+
+
+def test_a_scheduler_that_ends_before_a_visit_is_refused_before_training():
+    clients = make_clients([40, 20])
+
+    def short(optimizer, steps):
+        return lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=3)
+
+    with pytest.raises(ConfigError, match=r"fails after step 4 of a visit of 4 steps .*fn\(optim"):
+        Server(mlp(), clients, Recipe(scheduler=short, batch_size=10, epochs=1))
+    Server(mlp(), clients, Recipe(scheduler=short, batch_size=20, epochs=1)).round()
+
+
+def test_epochs_beside_steps_are_said_to_do_nothing():
+    notes = Server(mlp(), make_clients([9]), Recipe(epochs=7, steps=2)).notes
+    assert "steps 2 a visit: epochs 7 does not apply" in notes
+    notes = Server(mlp(), make_clients([9]), Recipe(steps=2)).notes
+    assert not any("does not apply" in n for n in notes)

@@ -1,7 +1,10 @@
 import copy
 import threading
 import warnings
+from collections import deque
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune as prune
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 
 from conftest import make_clients, mlp, weights
 from fedtorch import ConfigError, Local, Recipe, Server
+from fedtorch.privacy import SampleLevel
 from fedtorch.training.outline import Outline, copied, untouched
 
 
@@ -54,6 +58,62 @@ def test_all_that_a_forward_leaves_is_put_back_also_after_an_error():
     assert not model.training
     assert model.inner.weight.grad is None
     assert model.inner.weight.any()
+
+
+class Option:
+    """Of somebody's own."""
+
+    level = 0.0
+
+
+STORES = {
+    "deque": lambda: deque([0.0], maxlen=2),
+    "array": lambda: np.zeros(1),
+    "object": Option,
+    "table": lambda: {"a": {"b": [0.0]}},
+    "list": lambda: [[torch.zeros(())]],
+}
+
+
+class Shifts(nn.Module):
+    """Shifts its inputs by what the batch before has left."""
+
+    def __init__(self, store: Any) -> None:
+        super().__init__()
+        self.inner, self.store = nn.Linear(6, 4), store
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.store
+        if isinstance(kept, Option):
+            last, kept.level = kept.level, float(x.detach().sum())
+            return self.inner(x - last)
+        for key in {dict: ("a", "b"), list: (0,)}.get(type(kept), ()):
+            kept = kept[key]
+        last = float(kept[0])
+        if isinstance(kept[0], Tensor):
+            kept[0].copy_(x.detach().sum())
+        else:
+            kept[0] = float(x.detach().sum())
+        return self.inner(x - last)
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_what_lies_in_an_attribute_goes_from_no_client_to_the_next(kind):
+    torch.manual_seed(0)
+    model, clients = Shifts(STORES[kind]()), make_clients([8, 9])
+    alone = []
+    for client in clients:
+        one = Server(copy.deepcopy(model), [client], engine=Local(solver="general"))
+        one.round()
+        alone.append(weights(one.model))
+    server = Server(copy.deepcopy(model), clients)
+    assert any(n.startswith("attribute store of layer the model (Shifts)") for n in server.notes)
+    server.round()
+    for k, v in weights(server.model).items():
+        assert torch.allclose(v, (8 * alone[0][k] + 9 * alone[1][k]) / 17, atol=1e-6)
+    plan = SampleLevel(rounds=1, noise_multiplier=1.0)
+    with pytest.raises(ConfigError, match=r"attribute store .* past clipping and noise"):
+        Server(model, clients, Recipe(privacy=plan))
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,21 @@ def trainable(model: nn.Module) -> None:
             f"parameters {both[0]} and {both[1]} of model {name} lie in the same memory, and copies would "
             "part: make one parameter of it, and take views in forward"
         )
+    if expanded := [k for k, p in model.named_parameters() if _expanded(p)]:
+        raise ConfigError(
+            f"parameter {expanded[0]} of model {name} is expanded, several of its numbers are one, and no "
+            "step could move them apart: give it expand(...).contiguous(), or expand it in forward"
+        )
+    _plain_numbers(model)
+
+
+def _plain_numbers(model: nn.Module) -> None:
     for k, v in (*model.named_parameters(), *model.named_buffers()):
         if not _strided(v) or v.is_meta:
             kind = "quantized" if v.is_quantized else "on device meta" if v.is_meta else "sparse"
             raise ConfigError(
-                f"{k} of model {name} is {kind}, and weights and buffers must be plain numbers: make it "
-                "dense, or keep it as a plain attribute"
+                f"{k} of model {type(model).__name__} is {kind}, and weights and buffers must be plain "
+                "numbers: make it dense, or keep it as a plain attribute"
             )
 
 
@@ -66,6 +75,10 @@ def _overlapping(model: nn.Module) -> tuple[str, str] | None:
         if one[0] == other[0] and other[1] < one[2]:
             return one[3], other[3]
     return None
+
+
+def _expanded(p: Tensor) -> bool:
+    return _strided(p) and any(s == 0 < n - 1 for s, n in zip(p.stride(), p.shape, strict=True))
 
 
 def _strided(v: Tensor) -> bool:

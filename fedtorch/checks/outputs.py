@@ -23,10 +23,13 @@ CLASSES = nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss
 """Losses of torch whose targets are classes."""
 
 
-def classes_fit(model: nn.Module, train: Dataset, labels: Tensor | None, classes: int) -> None:
+def classes_fit(
+    model: nn.Module, train: Dataset, labels: Tensor | None, classes: int, column: str = ""
+) -> None:
     """A classifier needs an output for every label there is (a batch may miss the largest one)."""
     if classes < 2:
-        raise ConfigError("every target is of one class: there is nothing to learn")
+        what = f"the target, column {column!r}," if column else "every target"
+        raise ConfigError(f"{what} is of one class: there is nothing to learn")
     if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ConfigError(
             f"the data names {classes} classes, but its labels go from {int(labels.min())} to "

@@ -121,8 +121,8 @@ class _Kinds(TorchDispatchMode):
 
 def _narrow(model: nn.Module, batch: Any, recipe: Recipe) -> str:
     """The narrow type that something is computed in; nothing if there is none."""
-    with torch.no_grad(), untouched(model), seeds.seeded(0), _Kinds() as kinds:
-        recipe.losses(training(model), batch)
+    with untouched(model), seeds.seeded(0), _Kinds() as kinds:
+        recipe.tried(training(model), batch)
     return " and ".join(sorted(str(k).removeprefix("torch.") for k in kinds.found))
 
 

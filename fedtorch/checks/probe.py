@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from fedtorch import seeds
 from fedtorch.checks.model import trainable
 from fedtorch.checks.stacking import types_and_shapes
+from fedtorch.checks.stays import stays
 from fedtorch.checks.tried import first, shape
 from fedtorch.client import Client
 from fedtorch.options import typed
@@ -28,7 +29,7 @@ from fedtorch.training.own_update import VisitBatches, own_update
 from fedtorch.training.stacked import forward, snapshot, to
 from fedtorch.training.step import pair
 from fedtorch.tree import expand, leaves
-from fedtorch.types import ConfigError, Params
+from fedtorch.types import ConfigError
 
 
 class Found(NamedTuple):
@@ -61,7 +62,7 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Found:
             take is not None
         ):  # after all steps, between which it would hide what they leave each other
             _unrecorded(model, batch, recipe)
-        change, stay = outline.changed(), _not_averaged(model, before)
+        change, stay = outline.changed(), stays(model, before)
     if other := trained ^ {k for k, p in model.named_parameters() if p.requires_grad}:
         raise ConfigError(
             f"parameter {min(other)} of model {type(model).__name__} is frozen or unfrozen as the model "
@@ -74,24 +75,6 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Found:
             "persistent=False"
         )
     return Found(change and change.what, stay)
-
-
-def _not_averaged(model: nn.Module, before: Params) -> tuple[str, ...]:
-    """A sentence for buffers that changed, and of which there is no mean but of numbers with a point."""
-    found = [
-        k
-        for k, b in model.named_buffers()
-        if not b.is_floating_point() and k in before and not torch.equal(b, before[k])
-        if not k.endswith("num_batches_tracked")
-    ]
-    if not found:
-        return ()
-    kind = str(model.get_buffer(found[0]).dtype).removeprefix("torch.")
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    return (
-        f"buffer {found[0]} ({kind}){more} changes as clients train and is not averaged: each starts "
-        "from the server's, which stays as it is (a buffer of floats would be averaged)",
-    )
 
 
 def _full_and_short(clients: Sequence[Client], recipe: Recipe) -> Iterator[tuple[Client, Tensor]]:
@@ -139,7 +122,8 @@ def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -
         batch = to(fetch(client.data, index % len_of(client.data)), device)
     except Exception as e:
         raise ConfigError(
-            f"client {client.id}: taking a batch of its dataset failed: {first(e)}{uncollated(e)}"
+            f"client {client.id}: taking a batch of its dataset failed: {type(e).__name__}: {first(e)}"
+            f"{uncollated(e)}"
         ) from e
     if any(t.requires_grad for t in leaves(batch)):
         raise ConfigError(

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from fedtorch import seeds
+from fedtorch.checks.outputs import CLASSES
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import Collated, fetch, len_of, uncollated
+from fedtorch.training.losses import cross_entropy
 from fedtorch.training.module import forward, to, training
 from fedtorch.training.outline import untouched
 from fedtorch.training.own_update import VisitBatches, own_update
@@ -49,7 +51,7 @@ def shown(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Sequen
     if not recipe.privacy.claims:
         return clients
     standins = _all(clients, made)
-    classes = _class_count(model, standins[0])
+    classes = _class_count(model, standins[0], recipe)
     if classes > 2:  # a loss may look at some of them alone
         many = _all(clients, partial(made, classes=classes))
         if _takes_examples(model, many[0], recipe):
@@ -143,8 +145,11 @@ def _once(known: dict[object, Dataset], data: Dataset, make: Any) -> Dataset:
     return known[key]
 
 
-def _class_count(model: nn.Module, client: Client) -> int:
-    """As many classes as the model has outputs on axis 1 for targets that are whole numbers; else 0."""
+def _class_count(model: nn.Module, client: Client, recipe: Recipe) -> int:
+    """As many classes as the model has outputs on axis 1 for targets that are whole numbers; else 0.
+
+    A loss that is not torch's or ours may have them on another axis: then as many as fit on any.
+    """
     try:
         with untouched(model), torch.no_grad(), seeds.seeded(0):
             x, y = to(fetch(client.data, torch.arange(2)), next(model.parameters()).device)
@@ -152,7 +157,9 @@ def _class_count(model: nn.Module, client: Client) -> int:
             whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
             if not (whole and output.is_floating_point() and output.dim() == y.dim() + 1):
                 return 0
-            return int(min(output.shape[1], torch.iinfo(y.dtype).max))
+            known = recipe.loss is cross_entropy or isinstance(recipe.loss, CLASSES)
+            counts = output.shape[1:2] if known else output.shape[1:]
+            return int(min(*counts, torch.iinfo(y.dtype).max))
     except Exception:
         return 0
 

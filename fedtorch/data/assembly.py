@@ -87,7 +87,7 @@ class Loaded:
 def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) -> Data:
     """From text to data."""
     # which columns are what
-    target = given.target or table.header[-1]
+    target = roles.target(given, table)
     names, dropped, remarks = roles.features(given, table, target)
     keys, persons = roles.owners(given, table), roles.persons(given, table)
     used = [*names, target]
@@ -112,6 +112,7 @@ def assembled(given: TableOptions, table: Sheet, test: Sheet | None, seed: int) 
         if name in known:
             raise both.lacks(row, name)
         raise both.wrong(row, name, both.column(name)[row])
+    columns.fit(both, names, numbers)
     # targets, and which rows are held out
     y = understood(table.path, *roles.target_of(given, both, target))
     remarks += roles.unseen(given, both, target)

@@ -172,6 +172,16 @@ def codes(table: Sheet, names: Sequence[str], known: Categories) -> np.ndarray:
     return found
 
 
+def fit(table: Sheet, names: Sequence[str], numbers: np.ndarray) -> None:
+    """Raises ConfigError naming line and column of a number that is infinite, or would be as a float32."""
+    large = np.argwhere(np.abs(numbers) > np.finfo(np.float32).max)
+    for row, j in large.tolist()[:1]:
+        raise ConfigError(
+            f"{table.place(row)}: column {names[j]!r} holds {table.column(names[j])[row][:60]!r}, and "
+            "numbers are at most 3.4e38 here: correct it, or leave the row out"
+        )
+
+
 def _yes(table: Sheet, text: str, row: int, name: str) -> float:
     value = TRUTH.get(text.lower(), table.number(text))
     if value is None and not table.missing(text):

@@ -22,8 +22,26 @@ OWNERS = {
 }
 """Columns that are asked about: they name who holds a row, as their name or as ``..._id``."""
 
+TARGETS = {"y", "target", "label", "class", "outcome"}
+"""Columns that are asked about where the last, which is another, would be the target."""
+
 INDEX = "Unnamed: 0"
 """Pandas' name for an index without one."""
+
+
+def target(given: TableOptions, table: Sheet) -> str:
+    """The column that is named as such, else the last; raises ConfigError where either may be meant."""
+    last = table.header[-1]
+    if given.target or last.lower() in TARGETS:
+        return given.target or last
+    known = {*given.features, *given.drop, given.client, given.person}
+    for name in table.header[:-1]:
+        if name.lower() in TARGETS and name not in known:
+            raise ConfigError(
+                f"{table.path}: is {name!r} to be predicted, or the last column, {last!r}? Give "
+                f"--dataset.target {name} or --dataset.target {last}"
+            )
+    return last
 
 
 def features(

@@ -207,7 +207,7 @@ def put(table: Table, keys: list[str], value: Any) -> None:
 def read(path: str | Path) -> Table:
     """A TOML file as a table."""
     try:
-        return tomllib.loads(disk.regular(Path(path)).read_text(encoding="utf-8"))
+        return tomllib.loads(disk.regular(Path(path)).read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e:

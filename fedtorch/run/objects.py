@@ -69,7 +69,8 @@ def construct(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
             name, options = _named(value)
             if name is not None:
                 args[key] = str(name)
-            args[f"{key}_args"] = {k: _literal(home(v)) for k, v in options.items()}
+            asked = {k: _literal(home(v)) for k, v in options.items()}
+            args[f"{key}_args"] = _listed(asked) if key == "optimizer" else asked
         elif takes[key].annotation == dict[str, Any]:  # the parser would import a class named in it
             args[key] = _table(full, _literal(value))
         elif takes[key].annotation in LISTS and isinstance(value, str):
@@ -301,6 +302,17 @@ def _literal(text: Any) -> Any:
         with suppress(ValueError, RecursionError):
             return read_as()
     return float(text) if re.fullmatch(r"[+-]?(\d+\.|\.\d+)", text) else text
+
+
+def _listed(options: Table) -> Table:
+    """Numbers with commas between them, as betas, as a list."""
+    numbers = re.compile(r"[\[(]?\s*[-+.\de]+(\s*,\s*[-+.\de]+)+\s*[\])]?")
+    return {
+        k: [_literal(part.strip()) for part in v.strip("[]() ").split(",")]
+        if isinstance(v, str) and numbers.fullmatch(v)
+        else v
+        for k, v in options.items()
+    }
 
 
 def _table(name: str, value: Any) -> Table:

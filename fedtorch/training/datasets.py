@@ -164,6 +164,10 @@ def _of_rows(data: Any, owner: str) -> Any:
         else type(data).__name__
     )
     found = leaves(parts)
+    if any(t.is_nested for t in found):
+        raise ConfigError(
+            f"{owner}: its tensors are nested: give a list of examples, and collate=, which pads them"
+        )
     if any(t.layout is not torch.strided for t in found):
         raise ConfigError(f"{owner}: its tensors are sparse: give them dense, x.to_dense()")
     if not found or not all(t.dim() for t in found):

@@ -1,6 +1,7 @@
 """What moves a client's weights in a local step: its optimizer, and the learning rate within a visit."""
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -90,21 +91,53 @@ def notes(model: nn.Module, sizes: Sequence[int], recipe: Recipe) -> list[str]:
             f"lr_warmup {recipe.lr_warmup} is longer than any client's visit, so that no step would have "
             "the full learning rate: take fewer, or more epochs"
         )
+    if recipe.scheduler is not None:
+        least = plan.steps if plan else min(steps_of(n, recipe) for n in sizes)
+        for steps in {least: 0, most: 0}:
+            _to_its_end(recipe, model, steps)
+    beside = plan is None and recipe.steps is not None and recipe.epochs != TrainingOptions().epochs
+    said = (
+        [f"steps {recipe.steps} a visit: epochs {recipe.epochs} does not apply"] if beside else []
+    )
     if isinstance(client.maker(), type):
-        return []
+        return said
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
     found = []
     for lr in (recipe.learning_rate, recipe.learning_rate / 2):
         try:
             made = optimizers(client, model, params, lr)
         except Exception:  # the rate is none for it, so it looks at it
-            return []
+            return said
         found.append([g["lr"] for o in made for g in o.param_groups])
     if found[0] != found[1]:
-        return []
+        return said
     return [
-        f"client optimizer {client.words} has learning rates of its own: lr and schedule do not change them"
+        *said,
+        f"client optimizer {client.words} has learning rates of its own: lr and schedule do not change "
+        "them",
     ]
+
+
+def _to_its_end(recipe: Recipe, model: nn.Module, steps: int) -> None:
+    """Raises ConfigError where a scheduler fails within a visit of so many steps."""
+    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    taken = 0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the optimizers take no step here
+            made = optimizers(recipe.client_optimizer, model, params, recipe.learning_rate)
+            schedules = [schedule(recipe, o, steps) for o in made]
+            while taken < steps:
+                taken += 1
+                for s in schedules:
+                    s.step()
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(
+            f"scheduler fails after step {taken} of a visit of {steps} steps ({type(e).__name__}: {e}): it "
+            "is called as fn(optimizer, steps) with how many steps there are"
+        ) from e
 
 
 def varies(recipe: Recipe) -> bool:

@@ -1,7 +1,7 @@
 """A module apart from its weights: copies of it, and what a forward changes of it, put back.
 
 Layers of PyTorch keep nothing from call to call but in buffers. Others keep a hidden state, a cache or a
-counter as an attribute, or make buffers as they run.
+counter as an attribute, in a list or an object of such, or make buffers as they run.
 """
 
 import copy
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fedtorch.training.contents import DEEP, as_was, inside, refill, same
 from fedtorch.training.module import snapshot
 from fedtorch.types import ConfigError, Params
 
@@ -25,8 +26,10 @@ class Submodule(NamedTuple):
 
     name: str
     module: nn.Module
-    entries: dict[str, tuple[Any, Any]]
-    """Its attributes, and what was in those that hold something."""
+    entries: dict[str, Any]
+    """Its attributes."""
+    held: list[tuple[str, Any, Any]]
+    """By their names, what of them and of what lies in them could change, and what was in it."""
     shapes: dict[str, tuple[torch.Size, torch.dtype]]
     """Of its buffers."""
 
@@ -42,14 +45,14 @@ class Change(NamedTuple):
 class Outline:
     """Attributes, buffers and modes of a module and its submodules, to be compared and put back.
 
-    Of parameters and buffers only which tensors they are, not the numbers in them. Containers are looked
-    into one level deep.
+    Of parameters and buffers only which tensors they are, not the numbers in them.
     """
 
     def __init__(self, model: nn.Module, own: bool = False) -> None:
         """``own``: only of submodules whose code or hooks are not PyTorch's, as the others keep nothing."""
+        seen: set[int] = set()
         self._parts = [
-            Submodule(name, module, _entries(module), _shapes(module))
+            Submodule(name, module, {**vars(module)}, _held(module, seen), _shapes(module))
             for name, module in model.named_modules()
             if not (own and _is_torchs(module)) and not isinstance(module, torch.jit.ScriptModule)
         ]
@@ -57,14 +60,14 @@ class Outline:
 
     def restore(self) -> None:
         """Put everything back as it was."""
-        for _, module, entries, shapes in self._parts:
+        for _, module, entries, held, shapes in self._parts:
             table = vars(module)
             for key in table.keys() - entries.keys():
                 del table[key]
-            for key, (value, content) in entries.items():
-                table[key] = value
-                if not _as_was(value, content):
-                    _refill(value, content)
+            table.update(entries)
+            for _, value, before in held:
+                if not as_was(value, before):
+                    refill(value, before)
             for key, (shape, _) in shapes.items():
                 buffer = module.get_buffer(key)
                 if buffer.shape != shape:  # made larger in place
@@ -74,7 +77,7 @@ class Outline:
 
     def changed(self) -> Change | None:
         """The first thing that is not as it was, if there is one."""
-        for name, module, entries, shapes in self._parts:
+        for name, module, entries, held, shapes in self._parts:
             where = f"layer {name or 'the model'} ({type(module).__name__})"
             now = _shapes(module)
             for key in {**shapes, **now}:
@@ -84,8 +87,10 @@ class Outline:
                     )
             passed = TORCHS | _computed(module)
             for key, value in vars(module).items():
-                old, content = entries.get(key, (ABSENT, None))
-                if not (key in passed or (_same(old, value) and _as_was(old, content))):
+                if not (key in passed or same(entries.get(key, ABSENT), value)):
+                    return Change(f"attribute {key} of {where}", False)
+            for key, value, before in held:
+                if not (key in passed or as_was(value, before)):
                     return Change(f"attribute {key} of {where}", False)
         return None
 
@@ -162,9 +167,17 @@ def _is_torchs(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.modules.") and not hooks
 
 
-def _entries(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+def _held(module: nn.Module, seen: set[int]) -> list[tuple[str, Any, Any]]:
+    """What could change in its attributes; ``seen``: what others have too, as options that all share."""
     computed = _computed(module)
-    return {k: (v, None if k in computed else _content(v)) for k, v in vars(module).items()}
+    found = []
+    for key, attribute in vars(module).items():
+        deep = 1 if key in TORCHS else DEEP  # its weights and layers are looked at by themselves
+        for value, before in inside((attribute,), deep) if key not in computed else ():
+            if id(value) not in seen:
+                seen.add(id(value))
+                found.append((key, value, before))
+    return found
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -175,43 +188,3 @@ def _computed(module: nn.Module) -> set[str]:
     """Weights that old weight_norm, spectral_norm and pruning compute anew before every forward."""
     ends = ("_g", "_v", "_orig")
     return {k.removesuffix(end) for k in module._parameters for end in ends if k.endswith(end)}
-
-
-def _content(value: Any) -> Any:
-    if isinstance(value, (dict, list, set)):
-        return copy.copy(value)
-    if isinstance(value, Tensor) and not value.is_inference():
-        return value._version, value.detach().clone()
-    return None
-
-
-def _as_was(value: Any, content: Any) -> bool:
-    """Whether what is in ``value`` is what was found in it."""
-    if isinstance(value, dict):
-        return value.keys() == content.keys() and all(
-            _same(content[k], v) for k, v in value.items()
-        )
-    if isinstance(value, list):
-        return len(value) == len(content) and all(map(_same, content, value))
-    if isinstance(value, set):
-        return bool(value == content)
-    return content is None or value._version == content[0] or torch.equal(value, content[1])
-
-
-def _refill(value: Any, content: Any) -> None:
-    if isinstance(value, list):
-        value[:] = content
-    elif isinstance(value, (dict, set)):
-        value.clear()
-        value.update(content)
-    else:
-        with torch.no_grad():
-            value.copy_(content[1])
-
-
-def _same(old: Any, new: Any) -> bool:
-    if old is new:
-        return True
-    if isinstance(new, tuple):
-        return type(old) is type(new) and len(old) == len(new) and all(map(_same, old, new))
-    return isinstance(new, (bool, int, float, str)) and type(old) is type(new) and bool(old == new)

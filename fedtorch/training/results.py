@@ -200,7 +200,7 @@ def _together(sizes: Mapping[str, int]) -> list[list[str]]:
     filled = BLOCK
     for name, size in sizes.items():
         filled += size
-        if filled > BLOCK:
+        if filled > BLOCK or not found:  # a first one may be of no numbers
             found.append([])
             filled = size
         found[-1].append(name)
