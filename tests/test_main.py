@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from fedtorch.__main__ import COMMANDS, main, run
-from fedtorch.run.interrupts import Reading
 
 ROOT = Path(__file__).parents[1]
 
@@ -175,16 +174,3 @@ def test_modules_are_found_where_they_stood_before_there_were_rooms():
         ("optimizers", "ServerAdam"),
     ):
         assert hasattr(importlib.import_module(f"fedtorch.{name}"), attr)
-
-
-def test_nobody_looks_for_garbage_while_modules_are_read():
-    with pytest.raises(ValueError), Reading():
-        assert not gc.isenabled()
-        raise ValueError
-    assert gc.isenabled()
-    gc.disable()
-    with Reading():
-        pass
-    still = gc.isenabled()
-    gc.enable()
-    assert not still

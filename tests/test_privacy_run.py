@@ -354,18 +354,26 @@ def test_a_private_run_says_what_it_promises_and_what_it_spent(fedtorch):
     assert lines[1]["privacy_epsilon"] < lines[2]["privacy_epsilon"] <= 3
 
 
-def test_a_round_starts_without_a_compiler_or_opacus(tmp_path):
+def test_a_round_starts_without_a_compiler_or_opacus_or_a_search_of_all_memory(tmp_path):
     code = """
-import sys, train
+import gc, sys, traceback
+searched = []
+def told(phase, of):
+    if of["generation"] == 2:
+        searched.extend(f for f, _ in traceback.walk_stack(None) if "importlib" in f.f_code.co_filename)
+gc.callbacks.append(told)
+import train
 for plan in (["none"], ["sample"]):
     train.main(["--rounds", "1", "--run-dir", sys.argv[1] + plan[0], "--privacy", *plan])
     print([m for m in ("torch._dynamo", "opacus", "sympy", "scipy.stats") if m in sys.modules])
+print("searched whole while modules are read", searched)
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True,
         check=True, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
-    assert done.stdout.splitlines().count("[]") == 2
+    lines = done.stdout.splitlines()
+    assert lines.count("[]") == 2 and lines[-1].endswith("read []")
     assert done.stdout.count("prv accountant") == 1
 
 

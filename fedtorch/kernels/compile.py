@@ -8,6 +8,7 @@ NaN and infinity are what they were.
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
@@ -15,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeVar, cast
+
+from fedtorch.process import Unsearched
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
@@ -36,8 +39,15 @@ def available() -> bool:
     """
     if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return False
+    if "numba" in sys.modules:
+        return sys.modules["numba"] is not None
     try:
-        import numba  # noqa: F401
+        with Unsearched():
+            from numba.core.registry import cpu_target
+
+            # of its modules half are read only now, and else would be at the first call
+            cpu_target.typing_context.refresh()
+            cpu_target.target_context.refresh()
     except ImportError:
         return False
     return True

@@ -3,25 +3,17 @@
 What it imports is read before it can help: so it takes little.
 """
 
-import gc
 import os
 import signal
-import sys
+
+from fedtorch.process import Unsearched, command
 
 
-def command() -> bool:
-    """Whether this process is ``fedtorch``, ``python -m fedtorch`` or ``train.py``."""
-    if sys.argv[:1] == ["-m"]:  # so it stays until the module that was asked for is found
-        return "fedtorch" in sys.orig_argv
-    return os.path.basename(sys.argv[0]) in ("fedtorch", "train.py")
-
-
-class Reading:
+class Reading(Unsearched):
     """In here Ctrl-C ends a command at once: nothing is open yet, and no exception could be lost.
 
     Compiled code that imports NumPy drops an exception and fails later with one of its own. It stays so
-    until ``begun``, as more is read then. Nor is memory searched for garbage meanwhile, which modules make
-    none of: that takes a tenth of ``import fedtorch``.
+    until ``begun``, as more is read then.
     """
 
     def __enter__(self) -> None:
@@ -32,15 +24,11 @@ class Reading:
                 signal.signal(signal.SIGINT, _stop)
         except ValueError:  # a thread that is not the main one: Python lets nobody do so there
             self.ours = False
-        self.collects = gc.isenabled()
-        gc.disable()
+        super().__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """An interrupt that came as an exception ends it as well."""
-        if command():
-            gc.freeze()  # the command reads more modules: what is here by now is searched no more
-        if self.collects:
-            gc.enable()
+        super().__exit__(kind)
         if self.ours and kind is KeyboardInterrupt:
             _stop()
 
