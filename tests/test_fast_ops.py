@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -46,6 +47,43 @@ def test_append(by, B, s, end, dtype):
         for now, then in zip((X, G), before, strict=False):  # nothing else is touched
             now[:2, s:e, :e] = then[:2, s:e, :e] = 0
             assert torch.equal(now, then) if now is G else torch.equal(now[:, e:], then[:, e:])
+
+
+COUNTS = np.array([5, 0, 4, 1])
+SHAPES = (1, 7), (16, 33), (40, 64), (7, 81), (3, 200)
+"""Outputs and inputs of a layer."""
+
+
+@pytest.mark.parametrize("by", both())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_with_weights_of_ones_own(by, dtype):
+    for (q, p), biased in itertools.product(SHAPES, (True, False)):
+        a, d = drawn(4, 5, p, dtype=dtype), drawn(4, 5, q, dtype=dtype)
+        a[1], d[3, 1:] = torch.nan, torch.inf  # no examples
+        numbers = drawn(6, 2 * q * p + 3, dtype=dtype)  # others stand beside them in memory
+        weight, bias = numbers[:, 1 : 1 + q * p].view(6, q, p), drawn(6, 1, q, dtype=dtype)
+        z = by.outputs(a, weight, bias if biased else None, COUNTS)
+        down = by.inputs(d, weight, COUNTS)
+        assert z.shape == d.shape and down.shape == a.shape
+        for k, n in ((0, 5), (2, 4), (3, 1)):
+            close(z[k, :n], a[k, :n] @ weight[k].T + (bias[k] if biased else 0))
+            close(down[k, :n], d[k, :n] @ weight[k])
+
+
+@pytest.mark.parametrize("by", both())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_of_gradients_are_those_of_real_examples(by, dtype):
+    for (q, p), biased in itertools.product(SHAPES, (True, False)):
+        a, d = drawn(4, 5, p, dtype=dtype), drawn(4, 5, q, dtype=dtype)
+        a[2, 4:] = torch.nan  # no example
+        flat = torch.full((q * p + q + 2,), 7.0, dtype=dtype)
+        weight, bias = flat[1 : 1 + q * p].view(q, p), flat[1 + q * p : 1 + q * p + q]
+        write = by.sums(d, a, COUNTS, weight, bias if biased else None)
+        for k, n in enumerate(COUNTS):
+            write(k)
+            close(weight, d[k, :n].T @ a[k, :n])
+            close(bias, d[k, :n].sum(0) if biased else torch.full((q,), 7.0, dtype=dtype))
+            assert flat[0] == flat[-1] == 7
 
 
 @pytest.mark.parametrize("by", both())

@@ -1,14 +1,11 @@
 """Linear layers of which every client has its own copy, and products of its few rows with it."""
 
-from collections.abc import Callable
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedtorch.fast.chunk_data import Rows, taken
 from fedtorch.fast.layers import Leaf, squares
-from fedtorch.fast.ops import masked
+from fedtorch.fast.ops import Ops, masked
 from fedtorch.fast.reader import Linear
 from fedtorch.fast.schedule import LockstepOrder
 from fedtorch.fast.tuning import CLOSING
@@ -20,10 +17,17 @@ class Own:
     """A linear layer of which every client has its own copy."""
 
     def __init__(
-        self, spec: Linear, weight: Leaf, bias: Leaf | None, order: LockstepOrder, rows: Rows | None
+        self,
+        spec: Linear,
+        weight: Leaf,
+        bias: Leaf | None,
+        order: LockstepOrder,
+        rows: Rows | None,
+        ops: Ops | None = None,
     ) -> None:
-        """A first layer gets the examples that are its inputs."""
+        """A first layer gets the examples that are its inputs; without ``ops`` products are torch's."""
         self.spec, self.weight, self.bias, self.rows = spec, weight, bias, rows
+        self.ops = ops or Ops()
         self.order, self.t = order, 0
         self.end = self.mask = ""
         """As in ``dual``."""
@@ -33,13 +37,13 @@ class Own:
         self.counts, self.t = self.order.counts[self.t, : len(a)], self.t + 1
         self.given = a
         self.a = a = a if self.rows is None else taken(self.rows.flat, a)
-        weight = self.weight.value[: len(a)].mT
-        z = a.bmm(weight) if self.bias is None else self.bias.value[: len(a)].baddbmm(a, weight)
+        bias = None if self.bias is None else self.bias.value
+        z = self.ops.outputs(a, self.weight.value, bias, self.counts)
         return z.relu_() if self.end else z
 
     def backward(self, d: Tensor) -> Tensor:
         """[k, B, out] -> [k, B, in]; where a ReLU gave the inputs, the gradient of what that got."""
-        t = d.bmm(self.weight.value[: len(d)])
+        t = self.ops.inputs(d, self.weight.value, self.counts)
         return masked(t, self.a) if self.mask else t
 
     def step(self, d: Tensor) -> None:
@@ -83,24 +87,3 @@ class Own:
         """Of both."""
         bias = None if self.bias is None else self.bias.weighted_sum(weight)[0]
         return self.spec.named(self.weight.weighted_sum(weight), bias)
-
-
-def sums(
-    d: Tensor, a: Tensor, counts: np.ndarray, weight: Tensor, bias: Tensor | None
-) -> Callable[[int], None]:
-    """What writes a client's d^T a to ``weight`` [out, in], and the sum of its d to ``bias``, if any.
-
-    For gradients of the outputs d [k, B, out] and inputs a [k, B, in], of which the first ``counts`` are
-    examples.
-    """
-    # all clients' views by one call each: of the few rows of one a call costs as much as the product
-    sizes = [n for count in counts.tolist() for n in (count, d.shape[1] - count)]
-    columns = d.flatten(0, 1).T.split_with_sizes(sizes, 1)[::2]
-    rows = a.flatten(0, 1).split_with_sizes(sizes)[::2]
-
-    def write(k: int) -> None:
-        torch.mm(columns[k], rows[k], out=weight)
-        if bias is not None:
-            torch.sum(columns[k], 1, out=bias)
-
-    return write

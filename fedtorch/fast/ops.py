@@ -4,6 +4,7 @@
 ``ops_for``; nobody else knows that there are loops. Without numba and on accelerators it is torch.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
@@ -138,6 +139,34 @@ class Ops:
         if bias is not None:
             bias[:k].mul_(keep).sub_(d.sum(1, keepdim=True))
         return masked(down, a) if end == "mask" else down
+
+    def outputs(self, a: Tensor, weight: Tensor, bias: Tensor | None, counts: np.ndarray) -> Tensor:
+        """Rows a [k, B, p] by their clients' own weights [K, q, p], plus biases [K, 1, q]: [k, B, q].
+
+        Of a client the first ``counts`` rows are examples; what comes of the others nobody looks at.
+        """
+        w = weight[: len(a)].mT
+        return a.bmm(w) if bias is None else bias[: len(a)].baddbmm(a, w)
+
+    def inputs(self, d: Tensor, weight: Tensor, counts: np.ndarray) -> Tensor:
+        """Gradient [k, B, q] of those outputs -> that of the rows, [k, B, p]."""
+        return d.bmm(weight[: len(d)])
+
+    def sums(
+        self, d: Tensor, a: Tensor, counts: np.ndarray, weight: Tensor, bias: Tensor | None
+    ) -> Callable[[int], None]:
+        """What writes a client's d^T a to ``weight`` [q, p], and the sum of its d to ``bias``, if any."""
+        # all clients' views by one call each: of the few rows of one a call costs as much as the product
+        sizes = [n for count in counts.tolist() for n in (count, d.shape[1] - count)]
+        columns = d.flatten(0, 1).T.split_with_sizes(sizes, 1)[::2]
+        rows = a.flatten(0, 1).split_with_sizes(sizes)[::2]
+
+        def write(k: int) -> None:
+            torch.mm(columns[k], rows[k], out=weight)
+            if bias is not None:
+                torch.sum(columns[k], 1, out=bias)
+
+        return write
 
     visits: ClassVar[Visits | None] = None
     """Whole visits in one call; none: by torch that would be what the layers do, step by step."""

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from fedtorch.fast.chunk_data import Rows
-from fedtorch.fast.copies import Own, sums
+from fedtorch.fast.copies import Own
 from fedtorch.fast.dropout import Coins, Drop
 from fedtorch.fast.example_gradients import Examples
 from fedtorch.fast.layer_table import Activation
 from fedtorch.fast.layers import Act, Given, Layer, Leaf, Rule, Weights, passed_down, squares
 from fedtorch.fast.memory import Memory
+from fedtorch.fast.ops import Ops
 from fedtorch.fast.projected import Projected
 from fedtorch.fast.reader import DensePart, Linear
 from fedtorch.privacy.gradients import PrivateSteps, rounded
@@ -81,7 +82,7 @@ class Flat:
         own, start = (split(t, self.shapes) for t in (self.leaf.value, self.leaf.start))
         return {n: Leaf(start[n], 0, self.rule, None, own[n]) for n in names}
 
-    def layers(self, rows: Rows | None, coins: Coins) -> list[Layer]:
+    def layers(self, rows: Rows | None, coins: Coins, ops: Ops) -> list[Layer]:
         """The layers on these parameters; ``rows`` if the first of them is the model's first."""
         own, start = (split(t, self.shapes) for t in (self.leaf.value, self.leaf.start))
         given = rows and not isinstance(self.specs[0], Linear)
@@ -94,7 +95,8 @@ class Flat:
             bias = None
             if spec.bias:
                 bias = Leaf(start[spec.bias][None], 0, self.rule, None, own[spec.bias][:, None])
-            layers.append(Own(spec, weight, bias, coins.order, None if layers else rows))
+            inputs = None if layers else rows
+            layers.append(Own(spec, weight, bias, coins.order, inputs, ops))
         return layers
 
 
@@ -117,7 +119,7 @@ def noised(flat: Flat, layers: Sequence[Layer], d: Tensor, private: PrivateSteps
         if isinstance(m, Own):
             a = m.a if clean else torch.where(factors[..., None] > 0, m.a, 0)
             bias = into[m.spec.bias] if m.spec.bias else None
-            dense.append(sums(scaled, a, m.counts, into[m.spec.weight], bias))
+            dense.append(m.ops.sums(scaled, a, m.counts, into[m.spec.weight], bias))
         else:
             m.step(scaled)
     for k in range(len(d)):

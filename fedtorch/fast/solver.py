@@ -21,13 +21,13 @@ from fedtorch.fast.layers import Act, Given, Layer, Rule, Weights, passed_down
 from fedtorch.fast.linear import Steps, linear, plain, strategy
 from fedtorch.fast.loss import AnyLoss, CrossEntropy, closed, squeezed
 from fedtorch.fast.memory import Memory
-from fedtorch.fast.ops import ops_for
+from fedtorch.fast.ops import Ops, ops_for
 from fedtorch.fast.private import Flat, noised
 from fedtorch.fast.projected import Known, Projected
 from fedtorch.fast.reader import Chain, Linear
 from fedtorch.fast.schedule import LockstepOrder, schedule
 from fedtorch.fast.several import Models
-from fedtorch.fast.tuning import CHUNK_BYTES, MOST_CLIENTS
+from fedtorch.fast.tuning import CHUNK_BYTES, MOST_CLIENTS, OWN_PRODUCTS
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import batch_order
@@ -216,7 +216,8 @@ class Fast:
         if self.chain.front:
             module = self._built(model, apart=True)
             layers = [Examples(module, flat.leaves(names), rows.images, coins)]
-        return flat, [*layers, *flat.layers(None if layers else rows, coins)]
+        ops = rows.ops if len(flat.leaf.start) >= OWN_PRODUCTS else Ops()
+        return flat, [*layers, *flat.layers(None if layers else rows, coins, ops)]
 
     def _projected(
         self,

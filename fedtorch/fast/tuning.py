@@ -28,6 +28,9 @@ LARGE = 1 << 23
 CLOSING = 1 << 13
 """Weights of a last layer up to which one loop takes its whole step (``benchmarks.kernels``: W1, W4)."""
 
+OWN_PRODUCTS = 1 << 14
+"""Numbers of a private model whose products loops take (W3); smaller ones keep the bits they always had."""
+
 TALL = 600
 """Rows of a product at a time: with thousands at once the library is a sixth slower (W4)."""
 

@@ -1,11 +1,13 @@
 """What ``fedtorch.fast.ops`` does by torch, by compiled loops; imported where numba is installed alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch.kernels import copies
 from fedtorch.kernels.closing import step
 from fedtorch.kernels.products import ENDS, add_rows, corrected, less
 from fedtorch.kernels.sparse import compress, sparse_product
@@ -85,6 +87,31 @@ class Loops:
         by = keep, ENDS[end]
         step(a.contiguous().numpy(), own, (y, scale), factor, losses, s, by, out.numpy())
         return out
+
+    def outputs(self, a: Tensor, weight: Tensor, bias: Tensor | None, counts: np.ndarray) -> Tensor:
+        """As in ``ops``."""
+        out = a.new_zeros(*a.shape[:2], weight.shape[1])
+        own = (
+            weight.view(len(weight), -1).numpy(),
+            (weight[:0, :1] if bias is None else bias).numpy(),
+        )
+        copies.outputs(a.contiguous().numpy(), *own, counts, out.numpy())
+        return out
+
+    def inputs(self, d: Tensor, weight: Tensor, counts: np.ndarray) -> Tensor:
+        """As in ``ops``."""
+        out = d.new_zeros(*d.shape[:2], weight.shape[2])
+        own = weight.view(len(weight), -1).numpy()
+        copies.inputs(d.contiguous().numpy(), own, counts, out.numpy())
+        return out
+
+    def sums(
+        self, d: Tensor, a: Tensor, counts: np.ndarray, weight: Tensor, bias: Tensor | None
+    ) -> Callable[[int], None]:
+        """As in ``ops``."""
+        ds, inputs = d.contiguous().numpy(), a.contiguous().numpy()
+        into = weight.view(-1).numpy(), (weight.new_empty(0) if bias is None else bias).numpy()
+        return lambda k: copies.gradient(ds[k], inputs[k], counts[k], *into)
 
     def visits(
         self,

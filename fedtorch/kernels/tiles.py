@@ -111,6 +111,34 @@ def backward(rows: int, across: int) -> Any:
     return block
 
 
+def outer(rows: int, across: int) -> Any:
+    """A block of a gradient, so many rows and registers; of a row of one register some numbers will do."""
+
+    @operation(lambda g, d, a, B, out, q, o, t, m: types.void(g, d, a, *[types.uintp] * 6))
+    def block(
+        context: Any, b: Any, kind: Any,
+        g: Any, d: Any, a: Any, B: Any, out: Any, q: Any, o: Any, t: Any, m: Any,
+    ) -> None:  # fmt: skip
+        """Row o and column t on of d^T a [out, q], for d [B, out] and a [B, q]: written to g."""
+        code, some = Code(context, b, kind), m if across == 1 else None
+
+        def at(row: Any) -> list[Any]:
+            first = b.add(b.mul(row, q), t)
+            return [code.after(first, WIDTH * c) for c in range(across)]
+
+        zero = ir.Constant(ir.VectorType(context.get_value_type(kind.dtype), WIDTH), None)
+        slots = [[cgutils.alloca_once_value(b, zero) for _ in range(across)] for _ in range(rows)]
+        with cgutils.for_range(b, B, intp=q.type) as loop:
+            seen = code.row(a, at(loop.index), some)
+            each = code.factors(d, b.add(b.mul(loop.index, out), o), rows)
+            for u, row in zip(each, slots, strict=True):
+                code.add(row, u, seen)
+        for r, row in enumerate(slots):
+            code.put(g, at(code.after(o, r)), some, [b.load(slot) for slot in row])
+
+    return block
+
+
 def dots(rows: int) -> Any:
     """Products of so many rows of a matrix with ``SIDE`` of another."""
 
