@@ -2,18 +2,26 @@
 
 import math
 
+import mpmath
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from fedtorch.privacy.accounting.gaussian import (
+    above,
     gaussian_delta,
     gaussian_epsilon,
     gaussian_noise,
     laplace_epsilon,
+    quantile,
     sampled_delta,
+    scaled_tail,
+    tail,
 )
+
+DIGIT = 2.0**-52
 
 
 @pytest.mark.parametrize(
@@ -129,6 +137,32 @@ def test_noise_and_epsilon_are_inverses(epsilon: float, delta: float) -> None:
 @given(st.floats(1e-3, 1e6), st.floats(1e-12, 0.5), st.floats(1.001, 10))
 def test_more_noise_never_costs_more(noise: float, delta: float, factor: float) -> None:
     assert gaussian_epsilon(noise * factor, delta) <= gaussian_epsilon(noise, delta)
+
+
+@given(st.floats(0, 30) | st.floats(24.9, 25.1) | st.floats(1e-300, 1e8))
+@example(25.0)
+@example(math.nextafter(25, 26))
+def test_the_scaled_tail_is_right_to_two_units_of_the_last_digit(x: float) -> None:
+    with mpmath.workdps(40):
+        m = mpmath.mpf(x)
+        root = m * mpmath.sqrt(mpmath.pi)
+        truth = mpmath.exp(m * m) * mpmath.erfc(m) if x < 1e4 else (1 - 1 / (2 * m * m)) / root
+        assert abs(scaled_tail(x) / truth - 1) < 2 * DIGIT
+
+
+def test_tails_are_right_as_far_as_there_are_numbers() -> None:
+    at = np.concatenate([np.linspace(-38, 37, 301), [math.inf, -math.inf]])
+    found, one = above(at), [tail(x) for x in at]
+    with mpmath.workdps(40):
+        truth = np.array([float(mpmath.erfc(x / mpmath.sqrt(2)) / 2) for x in at])
+    # half a unit in what is squared becomes x^2 units of the result
+    allowed = DIGIT * (2 + at[:-2] ** 2) * truth[:-2]
+    assert (abs(found - truth)[:-2] <= allowed).all() and (abs(one - truth)[:-2] <= allowed).all()
+    assert [*found[-2:], *one[-2:]] == [0, 1, 0, 1]
+    assert above(at[5:0:-2]).tolist() == found[5:0:-2].tolist()
+    assert above(np.float64(1.0)) == pytest.approx(stats.norm.sf(1.0), rel=4 * DIGIT)
+    for p in (1e-300, 1e-10, 0.3, 0.5, 1 - 1e-5):
+        assert quantile(p) == pytest.approx(stats.norm.ppf(p), rel=8 * DIGIT)
 
 
 def test_edges() -> None:

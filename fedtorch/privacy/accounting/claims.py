@@ -13,7 +13,7 @@ import numpy as np
 
 from fedtorch.privacy.accounting import bounds
 from fedtorch.privacy.accounting.events import Event, Units, by_mechanism, epsilon, gaussian, merge
-from fedtorch.privacy.accounting.gaussian import above, laplace_epsilon, quantile
+from fedtorch.privacy.accounting.gaussian import laplace_epsilon, quantile, tail
 from fedtorch.privacy.accounting.mixed import REPLACED as REPLACED
 from fedtorch.privacy.accounting.mixed import both_ways, moved
 from fedtorch.privacy.accounting.search import Trials, search_epsilon
@@ -46,7 +46,7 @@ class Curve:
                 lines = np.maximum(1 - d - np.exp(e) * alarms, np.exp(-e) * (1 - d - alarms))
             found = max(found, float(lines.max()))
         if self.mu is not None and 0 < alarms < 1 and math.isfinite(self.mu):
-            found = max(found, float(above(self.mu - quantile(1 - alarms))))
+            found = max(found, tail(self.mu - quantile(1 - alarms)))
         return min(found, 1 - alarms)
 
     def found(self, alarms: float) -> float:
@@ -58,7 +58,7 @@ class Curve:
         """True over false positive rate of the best test, at most: (e^eps - 1 + 2 delta) / (e^eps + 1)."""
         most = [math.tanh(e / 2) + 2 * d / (1 + math.exp(min(e, 700.0))) for e, d in self.pairs]
         if self.mu is not None:
-            most.append(1 - 2 * float(above(self.mu / 2)))
+            most.append(1 - 2 * tail(self.mu / 2))
         return min(1.0, *most) if most else 1.0
 
     @property
