@@ -1,3 +1,6 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -48,3 +51,13 @@ def test_a_step_that_moves_frozen_weights_is_refused():
 
     with pytest.raises(ConfigError, match=r"parameter center\.weight .* takes no gradient"):
         Server(model, make_clients([8, 9]), Recipe(step=step))
+
+
+@pytest.mark.parametrize(
+    "made", [lambda: torch.Generator(), lambda: np.random.default_rng(0), lambda: random.Random(0)]
+)
+def test_a_generator_that_a_model_keeps_is_said(made):
+    model = mlp()
+    model[0].draws = made()
+    said = [n for n in Server(model, make_clients([8])).notes if "draws random numbers" in n]
+    assert [n.startswith("attribute draws of layer 0 (Linear)") for n in said] == [True]

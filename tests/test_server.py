@@ -410,3 +410,19 @@ def test_a_server_judges_its_model_on_data_of_any_kind() -> None:
         (x, y), step=lambda model, batch: {"size": model(batch[0]).abs().mean(1)}
     )
     assert figures["size"] > 0
+
+
+def test_a_fit_that_has_nothing_to_judge_by_is_refused_before_training():
+    server = Server(mlp(), make_clients([8, 9]))
+    x, y = torch.randn(7, 6), torch.arange(7) % 4
+    for test, message in (
+        (None, r"nothing to judge by metrics: give fit a test set"),
+        ((x[:0], y[:0]), "test has no examples"),
+        ((x[:, :5], y), "model Sequential fails on the data: .*shapes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            server.fit(2, test, ["accuracy"], progress=False)
+    assert server.round_number == 0
+    server.fit(1, (x, y), ["accuracy"], progress=False)
+    with torch.no_grad(), pytest.raises(ConfigError, match=r"torch\.no_grad\(\) is on"):
+        Server(mlp(), make_clients([8]))

@@ -274,3 +274,19 @@ def test_a_saved_buffer_that_a_forward_makes_is_refused_with_the_fix():
     model = Makes(6, 4)
     model(torch.randn(1, 6))
     assert Server(model, make_clients([5])).round()["clients"] == 1
+
+
+def test_weights_in_a_list_are_weights_as_an_lstm_keeps_them():
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.LSTM(6, 4, batch_first=True)
+            self.decayed = [p for p in self.inner.parameters() if p.ndim > 1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x[:, None])[0][:, -1]
+
+    plan = SampleLevel(rounds=1, noise_multiplier=1.0)
+    for recipe in (Recipe(), Recipe(privacy=plan)):
+        server = Server(Reads(), make_clients([8, 9]), recipe)
+        assert not any("changes while the model runs" in n for n in server.notes)

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from fedtorch import seeds
 from fedtorch.checks.model import trainable
 from fedtorch.checks.stacking import types_and_shapes
-from fedtorch.checks.stays import stays
+from fedtorch.checks.stays import generators, stays
 from fedtorch.checks.tried import first, shape
 from fedtorch.client import Client
 from fedtorch.options import typed
@@ -74,7 +74,7 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Found:
             "would not have it: run one batch through the model first, or register it with "
             "persistent=False"
         )
-    return Found(change and change.what, stay)
+    return Found(change and change.what, (*stay, *generators(model)))
 
 
 def _full_and_short(clients: Sequence[Client], recipe: Recipe) -> Iterator[tuple[Client, Tensor]]:
@@ -136,6 +136,10 @@ def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -
         raise ConfigError(
             f"the {what} must return a scalar or one number for each example, got "
             f"{shape(loss)} for {len(index)} examples"
+        )
+    if not torch.is_grad_enabled():
+        raise ConfigError(
+            "torch.no_grad() is on around the Server, and nothing could train: leave it"
         )
     if not loss.requires_grad:
         raise ConfigError(f"the loss does not depend on the parameters of model {name}")

@@ -1,4 +1,6 @@
-"""What training changes of a model and no client sends: buffers of whole numbers, and frozen weights."""
+"""What training changes of a model and no client sends: whole numbers, frozen weights, generators."""
+
+import random
 
 import torch
 from torch import nn
@@ -30,3 +32,19 @@ def stays(model: nn.Module, before: Params) -> tuple[str, ...]:
         f"buffer {found[0]} ({kind}){more} changes as clients train and is not averaged: each starts "
         "from the server's, which stays as it is (a buffer of floats would be averaged)",
     )
+
+
+def generators(model: nn.Module) -> tuple[str, ...]:
+    """A sentence for a generator of random numbers that the model keeps, which no seed begins anew."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            numpys = type(value).__module__.startswith(
+                "numpy.random"
+            )  # whose import is for some alone
+            if numpys or isinstance(value, (torch.Generator, random.Random)):
+                where = f"layer {name or 'the model'} ({type(module).__name__})"
+                return (
+                    f"attribute {key} of {where} draws random numbers from where the last client left it, "
+                    "and a resumed run begins it anew: torch.randn and its like are seeded for each visit",
+                )
+    return ()

@@ -48,6 +48,11 @@ class Judged(Observer):
         self.server, self.test = server, test
         self.metrics = by_name(judging(server.recipe, metrics, step, usual=True))
         self.step = step
+        if test is None and not any(getattr(c, "validation", None) for c in server.clients):
+            raise ConfigError(
+                "there is nothing to judge by metrics: give fit a test set, fit(rounds, test=(x, y)), or "
+                "clients validation data"
+            )
         self.every: int = fit("every", every, int)
         within("every", self.every, COUNT)
         self.clients: Sequence[Client] = () if server.recipe.hides else server.clients
@@ -62,6 +67,8 @@ class Judged(Observer):
         server, found = self.server, dict[str, float]()
         if self.test is not None:
             found = evaluate(server.model, self.test, self.metrics, step=self.step)
+            if not found:
+                raise ConfigError("test has no examples: leave it out, or give some")
             if server.threat and (rows := server.threat.triggered(self.test)) is not None:
                 found |= evaluate(server.model, rows, {"attack_success": accuracy})
         each = of_clients(server, self.clients, self.metrics, self.step)

@@ -73,7 +73,8 @@ def evaluate(
             try:
                 given = judged(to(batch, device))
             except RuntimeError as e:
-                if fix := other_types(model, batch):
+                fix = other_types(model, batch)
+                if fix or (int(index[0]) == 0 and not isinstance(e, torch.OutOfMemoryError)):
                     raise ConfigError(
                         f"model {type(model).__name__} fails on the data: {e}{fix}"
                     ) from e

@@ -50,7 +50,8 @@ class Outline:
 
     def __init__(self, model: nn.Module, own: bool = False) -> None:
         """``own``: only of submodules whose code or hooks are not PyTorch's, as the others keep nothing."""
-        seen: set[int] = set()
+        # which are looked at by themselves, also where a list of them is kept
+        seen = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._parts = [
             Submodule(name, module, {**vars(module)}, _held(module, seen), _shapes(module))
             for name, module in model.named_modules()
