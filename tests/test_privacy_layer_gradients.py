@@ -219,6 +219,119 @@ class Louder(nn.Embedding):
         return super().forward(x) * 3.0
 
 
+class Scaled(Turned):
+    """Also by numbers [1, ...], as positions are."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, inputs).view(1, 1, -1))
+
+    def forward(self, x):
+        return super().forward(x * self.scale)
+
+
+class Block(nn.Module):
+    """As ConvNeXt's: a scale of channels beside layers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale, self.gamma = (nn.Parameter(torch.rand(channels, *n)) for n in ((1, 1), ()))
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.inner = nn.Linear(channels, channels)
+
+    def forward(self, x):
+        x = x + self.scale * self.conv(x)
+        y = self.gamma * self.inner(x.permute(0, 2, 3, 1)).tanh()
+        return x + y.permute(0, 3, 1, 2) / F.softplus(self.scale)
+
+
+class LowRank(nn.Module):
+    """An adapter about a layer that is frozen."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.down, self.up = (
+            nn.Parameter(torch.randn(inputs, 2)),
+            nn.Parameter(torch.randn(outputs, 2)),
+        )
+
+    def forward(self, x):
+        return self.base(x) + F.linear(x @ self.down, self.up)
+
+
+class Biased(nn.Module):
+    """Rows of each example meet a table by places, as windows do in Swin; its masks are trained too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mask = nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.randn(2, 2))
+        self.register_buffer("places", torch.tensor([[1, 4], [4, 0]]))
+        self.register_buffer("shares", torch.tensor([0.5, 1.0, 2.0, 1.0, 0.0]))
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x):
+        parts = x[:, [0, 1, 1, 2]].reshape(-1, 2, 5)  # two rows of each example
+        bias = (self.table * self.shares)[self.places.view(-1)].view(2, 2, 5).sum(1)
+        seen = F.scaled_dot_product_attention(parts, parts + bias, parts, attn_mask=self.mask[None])
+        return self.head(seen).unflatten(0, (-1, 2)).sum((1, 2))
+
+
+class InPlace(nn.Module):
+    """What meets parameters is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, 5), nn.Linear(5, 4)
+        self.scale, self.shift = nn.Parameter(torch.rand(5)), nn.Parameter(torch.rand(3, 1))
+
+    def forward(self, x):
+        x = self.first(x)
+        x *= self.scale
+        x[:, 1:] += self.shift[1:]
+        x.add_(self.shift)
+        return self.head(x.tanh().mean(1))
+
+
+class Gated(nn.Linear):
+    """Takes and gives two things."""
+
+    def forward(self, x, gate):
+        return super().forward(x) * gate, gate + x[:, :1]
+
+
+class Noisy(nn.Linear):
+    """One that draws, the same for each of a batch."""
+
+    def forward(self, x):
+        return super().forward(x * torch.rand(6, generator=torch.Generator().manual_seed(1)).to(x))
+
+
+class Listed(nn.Module):
+    """Numbers in torch's list of parameters, of a sum with a single one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shares = nn.ParameterList([torch.ones(()), torch.rand(5)])
+        self.one, self.head = nn.Parameter(torch.rand(1)), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(sum(share * x for share in self.shares).mean(1) + self.one) * self.one
+
+
+def squared(m, x):
+    return m.a(x) * (1 + m.a.weight.square().mean())
+
+
+def own_tied() -> nn.Module:
+    def forward(m, x):
+        return m.turned(m.table(x).mean(1)[:, :1] * F.one_hot(x, 9).sum(1)) + m.table(x).sum(1)
+
+    net = Called(forward, table=nn.Embedding(9, 5), turned=Turned(9, 5))
+    net.turned.weight = net.table.weight
+    return net
+
+
 ROWS = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 PARTS = torch.randn(5, 3, 5, generator=torch.Generator().manual_seed(1))
 IMAGES = torch.randn(5, 2, 6, 8, generator=torch.Generator().manual_seed(2))
@@ -300,6 +413,7 @@ NETS = {
         PARTS,
     ),
     "tokens": (Tokens, PARTS),
+    "tokens in two ways": (Mixed, PARTS),
     "own scale": (
         lambda: nn.Sequential(
             nn.Linear(5, 6), Scale(6), nn.Flatten(0, 1), Scale(6), Doubled(6, 4), nn.Unflatten(0, (-1, 3)),
@@ -315,6 +429,17 @@ NETS = {
     ),
     "own words": (lambda: Called(lambda m, x: m.a(x).sum(1), a=Louder(9, 4)), WORDS),
     "own twice": (lambda: Called(lambda m, x: m.b(m.a(m.a(x))), a=Doubled(6, 6), b=nn.Linear(6, 4)), ROWS),
+    "padded words": (lambda: Called(lambda m, x: m.a(x).sum(1), a=Louder(9, 4, padding_idx=3)), WORDS),
+    "own and other": (lambda: nn.Sequential(Scaled(5, 4), nn.Flatten(), nn.Linear(12, 4)), PARTS),
+    "layer scale": (lambda: images(Block(2), Block(2)), IMAGES),
+    "low rank": (lambda: nn.Sequential(LowRank(5, 4), nn.Tanh(), nn.Flatten(), LowRank(12, 4)), PARTS),
+    "own bias": (Biased, PARTS),
+    "own in place": (InPlace, PARTS),
+    "own square": (lambda: Called(squared, a=Turned(6, 4)), ROWS),
+    "own pair": (lambda: Called(lambda m, x: m.a(*m.a(x, x[:, :1]))[0], a=Gated(6, 6)), ROWS),
+    "own noise": (lambda: nn.Sequential(Noisy(6, 4)), ROWS),
+    "own and tied": (own_tied, WORDS),
+    "own list": (Listed, PARTS),
     "blocks": (lambda: images(nn.Unflatten(1, (1, 2)), nn.Conv3d(1, 3, 2), nn.Tanh()), IMAGES),
 }  # fmt: skip
 Y = torch.arange(5) % 4
@@ -404,25 +529,24 @@ def packed(m, x):
     return m.cell(seq)[1][0][0]
 
 
-class Noisy(nn.Linear):
-    """One that draws."""
+class Owner(Called):
+    """A parameter beside a layer."""
 
-    def forward(self, x):
-        return super().forward(F.dropout(x))
-
-
-class Gated(nn.Linear):
-    """One that takes two things."""
-
-    def forward(self, x, gate):
-        return gate * super().forward(x)
+    def __init__(self, forward) -> None:
+        super().__init__(forward, a=nn.Linear(6, 4))
+        self.own = nn.Parameter(torch.rand(6))
 
 
-class Asking(nn.Linear):
-    """One that looks at values."""
+class Doubling(torch.autograd.Function):
+    """Of torch's calls none is told of it."""
 
-    def forward(self, x):
-        return super().forward(x if x.sum() > 0 else -x)
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x[:4]
+
+    @staticmethod
+    def backward(ctx, d):
+        return 2 * F.pad(d, (0, 2))
 
 
 def patched():
@@ -450,17 +574,20 @@ def test_a_forward_that_was_put_in_a_layers_place_stays_there():
     [
         (lambda: nn.Sequential(nn.Bilinear(6, 6, 4)), "parameter 0.weight: Bilinear has no formula"),
         (lambda: nn.Sequential(nn.BatchNorm1d(6)), "parameter 0.weight: BatchNorm1d has no formula"),
-        (lambda: Called(lambda m, x: m.a(x, x[:, :1]), a=Gated(6, 4)), "a takes more than one tensor"),
-        (lambda: nn.Sequential(Noisy(6, 4)), "layer 0 .Noisy. cannot be run for examples apart: vmap"),
-        (lambda: nn.Sequential(Asking(6, 4)), "layer 0 .Asking. cannot be run for examples apart: vmap"),
         (lambda: Called(packed, cell=nn.LSTM(1, 4)), "LSTM takes packed sequences"),
         (lambda: Called(turned, cell=nn.GRU(1, 4)), r"layer cell sees \[6\] of 5 examples"),
         (lambda: nn.Sequential(nn.LSTM(6, 4, proj_size=2)), "parameter 0.weight_ih_l0: LSTM with"),
         (lambda: nn.Sequential(nn.MultiheadAttention(4, 2, add_bias_kv=True)), "add_bias_kv"),
         (lambda: Called(some, a=nn.Linear(6, 4)), r"layer a sees \[1, 6\] of 2 examples"),
         (lambda: Called(changed, first=nn.Linear(6, 6), a=nn.Linear(6, 4)), "what layer a took is changed"),
+        (lambda: Owner(lambda m, x: m.a(m.own)[0] + x[:, :4]), "own is .* of another"),
+        (lambda: Owner(lambda m, x: x[:, :4] + Doubling.apply(m.own)), "own is .* tells nobody"),
+        (lambda: Owner(lambda m, x: x[:, :4] + m.own[torch.arange(3)].sum()), r"getitem.* \[3\] of 2"),
+        (lambda: Owner(lambda m, x: x[:, :4] + m.own.expand(3, 6)[:1, :4]), r"expand.* \[3, 6\] of 2"),
+        (lambda: Owner(lambda m, x: x[:, :4] + torch.dist(x, m.own)), "used in dist.*: Dimension"),
     ],
-    ids=["kind", "mixes", "gated", "draws", "asks", "packed", "turned", "proj", "kv", "axes", "changed"],
+    ids=["kind", "mixes", "packed", "turned", "proj", "kv", "axes", "changed", "alone", "function",
+         "places", "rows", "one"],
 )  # fmt: skip
 def test_what_it_cannot_see_is_named(make, why):
     net = make()
@@ -480,14 +607,6 @@ def test_a_weight_used_outside_its_layer_is_found_before_training():
     recipe = Recipe(privacy=SampleLevel(rounds=1, batch_size=2, mode="layers"))
     with pytest.raises(ConfigError, match=r"privacy.mode layers cannot train .* differ from those"):
         Server(net, who, recipe)
-
-
-def test_a_parameter_that_is_not_one_for_each_example_is_found_before_training():
-    recipe = Recipe(privacy=SampleLevel(rounds=1, batch_size=2, mode="layers"))
-    with pytest.raises(ConfigError, match=r"privacy.mode layers cannot train model Mixed"):
-        net = Mixed()
-        net.unused.requires_grad_(False)
-        Server(net, [Client("c", (PARTS, Y))], recipe)
 
 
 def test_the_way_that_is_taken_is_said():

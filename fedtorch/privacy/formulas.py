@@ -6,7 +6,6 @@ gives all the examples' gradients: no more arithmetic than the gradient of the w
 
 import math
 from collections.abc import Callable, Container
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,6 +18,9 @@ from fedtorch.types import Params
 
 Gradient = Callable[..., Params]
 """Layer, inputs [n, ...], gradients of outputs [n, ...], names or None for all -> by name, [n, ...]."""
+
+Grads = dict[Tensor, Tensor]
+"""By parameter: its gradient of each example, [n, ...]."""
 
 Names = Container[str] | None
 
@@ -47,44 +49,6 @@ def unlike(layer: nn.Module) -> str | None:
         if getattr(layer, option, None):
             return f"{layer._get_name()} with {option} has no formula"
     return None
-
-
-def closed(layer: nn.Module) -> bool:
-    """Whether it is none of torch's, and a forward and parameters of its own are all that it has."""
-    hooks = (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())
-    parts = (p for m in layer.children() for p in m.parameters())
-    return not (type(layer).__module__.startswith("torch.nn.") or hooks or any(True for _ in parts))
-
-
-def gradient_of(layer: nn.Module) -> Gradient:
-    """The formula of its kind, or ``by_itself``."""
-    return GRADIENTS.get(type(layer), by_itself)
-
-
-def by_itself(m: nn.Module, x: Tensor, d: Tensor, names: Names = None) -> Params:
-    """Of a layer that is not known: it is run once more, for each example alone, all of them at once.
-
-    Raises RuntimeError where it can't be, as where it draws numbers or asks for values.
-    """
-    own = {k: p.detach() for k, p in m.named_parameters() if names is None or k in names}
-
-    def again(params: Params, one: Tensor) -> Tensor:
-        vars(m).update(params)  # before what the module keeps under those names
-        try:
-            return cast(Tensor, m.forward(one[None]))
-        finally:
-            for k in params:
-                del vars(m)[k]
-
-    def of_one(one: Tensor, back: Tensor) -> Params:
-        pulled = torch.func.vjp(partial(again, one=one), own)[1]
-        found: Params = pulled(back[None])[0]
-        return found
-
-    if not len(x):
-        return {k: p.new_zeros(0, *p.shape) for k, p in own.items()}
-    found: Params = torch.vmap(of_one)(x, d)
-    return found
 
 
 CONVOLUTIONS = {1: grad.conv1d_weight, 2: grad.conv2d_weight, 3: grad.conv3d_weight}

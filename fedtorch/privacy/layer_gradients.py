@@ -18,19 +18,16 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fedtorch import seeds
 from fedtorch.privacy import attention, recurrent
-from fedtorch.privacy.formulas import CONVOLUTIONAL, GRADIENTS, closed, gradient_of, unlike, windows
+from fedtorch.privacy.formulas import CONVOLUTIONAL, GRADIENTS, Grads, unlike, windows
 from fedtorch.privacy.ghost import Into, Looked, Product, Seen, pays
 from fedtorch.privacy.gradients import PrivateSteps, in_parts, rounded
-from fedtorch.privacy.own_parameters import each_its_own, own_parameters
+from fedtorch.privacy.own_parameters import Meetings, own_parameters, uneven
 from fedtorch.training.step import Step
 from fedtorch.tree import SHORT, exact_sq_norms, rows, size
 from fedtorch.types import Params
 
 FLATTENED = (nn.Linear, NonDynamicallyQuantizableLinear, nn.Embedding)
 """Layers of which rows of one example may be taken together again."""
-
-Grads = dict[Tensor, Tensor]
-"""By parameter: its gradient of each example, [n, ...]."""
 
 
 class LayerGradients:
@@ -80,12 +77,12 @@ class LayerGradients:
         if self.shared is None:
             one, two = (self._lengths(batch, n) for n in (1, 2))
             self.shared = {m for m, n in one.items() if n == two.get(m)}
-        with hidden(self.params), each_its_own(self.own, self.many) as leaves:
+        meetings = Meetings(self.model, self.own, self.params, self.many)
+        with hidden(self.params), meetings.listening():
             values = self.losses(self.model, batch)
             if values.requires_grad:  # it may have asked no layer
                 values.sum().backward()
-        found = [(p, leaf.grad) for p, leaf in leaves]
-        self.calls += [{p: g.view(self.many, *p.shape)} for p, g in found if g is not None]
+        self.calls += meetings.gradients()
         seen, values = apart(self.calls), values.detach()
         self.numbers = sum(s.numbers for s in seen if isinstance(s, Written))
         if seen:
@@ -101,11 +98,9 @@ class LayerGradients:
     ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
-        if type(layer) not in GRADIENTS and (len(args) != 1 or kwargs):
-            raise NotImplementedError(f"layer {self.layers[layer]} takes more than one tensor")
         x = taken(args, kwargs).detach()
         if not x.dim() or len(x) % self.many:
-            raise NotImplementedError(uneven(self.layers[layer], x.shape, self.many))
+            raise NotImplementedError(f"layer {self.layers[layer]} {uneven(x.shape, self.many)}")
         # of a view that is changed in place no hook would be told, but what it is a view of is
         made = out if out._base is None else out._base
         if not out.requires_grad:
@@ -122,15 +117,7 @@ class LayerGradients:
         if x._version != version:
             raise NotImplementedError(f"what layer {self.layers[layer]} took is changed in place")
         call = Call(layer, x, found[0].detach().reshape(shape), self.many, self.trained[layer])
-        try:
-            self.calls.append(call if call.form else call.written())
-        except RuntimeError as e:
-            if type(layer) in GRADIENTS:
-                raise
-            kind, why = layer._get_name(), str(e).strip().splitlines()[0]
-            raise NotImplementedError(
-                f"layer {self.layers[layer]} ({kind}) cannot be run for examples apart: {why}"
-            ) from e
+        self.calls.append(call if call.form else call.written())
 
     def _heard(self, layer: nn.Module, made: dict[str, Callable[[], Tensor]]) -> None:
         """What a layer that is run by hand tells of the gradients of a call."""
@@ -138,7 +125,8 @@ class LayerGradients:
         found = {p: made[k]() for k, p in own.items() if k in made}
         for p, g in found.items():
             if len(g) % self.many:
-                raise NotImplementedError(uneven(self.layers[layer], g.shape[:1], self.many))
+                name, sees = self.layers[layer], uneven(g.shape[:1], self.many)
+                raise NotImplementedError(f"layer {name} {sees}")
             found[p] = g.unflatten(0, (self.many, -1)).sum(1) if len(g) != self.many else g
         self.calls.append(found)
 
@@ -178,11 +166,6 @@ class LayerGradients:
         return found
 
 
-def uneven(name: str, shape: Sequence[int], many: int) -> str:
-    """What is said where the first axis is none of examples."""
-    return f"layer {name} sees {list(shape)} of {many} examples, not as many rows of each"
-
-
 class Enough(Exception):
     """All that was to be looked at was seen."""
 
@@ -218,8 +201,6 @@ class Call:
     def form(self) -> "type[Product] | type[Looked] | None":
         """By which the gradients need not be written out, if there is one that is less work."""
         m: Any = self.layer
-        if type(m) not in GRADIENTS:
-            return None
         if isinstance(m, nn.Embedding):
             return Looked
         wide = isinstance(m, nn.Linear) or (type(m) in CONVOLUTIONAL and m.groups == 1)
@@ -247,7 +228,7 @@ class Call:
         x, d = self.x, self.d
         if len(x) != self.many and type(self.layer) in FLATTENED:
             x, d = (t.unflatten(0, (self.many, -1)) for t in (x, d))
-        found = gradient_of(self.layer)(self.layer, x, d, self.trained)
+        found = GRADIENTS[type(self.layer)](self.layer, x, d, self.trained)
         if len(x) != self.many:
             found = {k: g.unflatten(0, (self.many, -1)).sum(1) for k, g in found.items()}
         return {self.trained[k]: g for k, g in found.items()}
@@ -317,18 +298,17 @@ OWN: dict[type[nn.Module], tuple[Callable[..., Any], Callable[[nn.Module], str |
 def known(model: nn.Module) -> dict[nn.Module, str]:
     """Layers with parameters to train, and their names; raises NotImplementedError for one not known."""
     found: dict[nn.Module, str] = {}
-    mine = {id(p) for _, _, p in own_parameters(model)}
+    by_themselves = own_parameters(model)
     for name, m in model.named_modules():
-        own = [
-            k for k, p in m.named_parameters(recurse=False) if p.requires_grad and id(p) not in mine
-        ]
+        own = [k for k, p in m.named_parameters(recurse=False) if p.requires_grad]
+        if not own or m in by_themselves:
+            continue
         odd = OWN[type(m)][1] if type(m) in OWN else unlike
-        if own and not closed(m) and (why := odd(m)):
+        if why := odd(m):
             raise NotImplementedError(f"parameter {name}{'.' if name else ''}{own[0]}: {why}")
-        if own and type(m) in OWN and "forward" in vars(m):  # which that by hand would take off
+        if type(m) in OWN and "forward" in vars(m):  # which that by hand would take off
             raise NotImplementedError(f"layer {name} ({m._get_name()}) has a forward of its own")
-        if own:
-            found[m] = name or "model"
+        found[m] = name or "model"
     return found
 
 
