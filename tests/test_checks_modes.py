@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.data import StackDataset
 from conftest import make_clients, mlp
 from fedtorch import Client, Recipe, Server
 from fedtorch.privacy import SampleLevel
+from fedtorch.types import ConfigError
 
 
 class Experts(nn.Module):
@@ -65,3 +67,46 @@ def test_labels_of_several_parts_train_privately(kind):
 
     server = Server(mlp(), [Client("a", StackDataset(x, y))], Recipe(loss=loss, privacy=sample()))
     assert len(server.round()["cohort"]) == 1
+
+
+class Pair(nn.Linear):
+    """Gives two things."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class First(nn.Module):
+    """Takes the first of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Pair(6, 4)
+
+    def forward(self, x):
+        return self.inner(x)[0]
+
+
+def trained(model: nn.Module, mode: str) -> Server:
+    plan = replace(sample(), mode=mode)
+    return Server(model, make_clients([8]), Recipe(privacy=plan, lr=1.0))
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_a_layer_that_gives_two_things_is_named_where_opacus_cannot_take_it(mode):
+    with pytest.raises(ConfigError, match=r"layer inner \(Pair\) gives a tuple, .* another mode$"):
+        trained(First(), mode)
+
+
+@pytest.mark.parametrize("mode", ["layers", "stacked", "alone"])
+def test_it_trains_in_the_other_modes(mode):
+    assert len(trained(First(), mode).round()["cohort"]) == 1
+
+
+def test_a_compiled_model_trains_by_layers_and_is_named_to_be_so_where_opacus_hears_nothing():
+    model = torch.compile(nn.Sequential(nn.Linear(6, 4)), backend="eager")
+    with pytest.raises(
+        ConfigError, match=r"it is compiled, .* before torch.compile; try another mode$"
+    ):
+        trained(model, "hooks")
+    assert len(trained(model, "layers").round()["cohort"]) == 1

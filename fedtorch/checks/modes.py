@@ -12,7 +12,7 @@ from fedtorch import seeds
 from fedtorch.checks.gates import opened
 from fedtorch.checks.held import draws_numbers, same_draws
 from fedtorch.checks.stacking import uneven
-from fedtorch.checks.tried import SOME, inputs, largest, normal_inputs, two_examples
+from fedtorch.checks.tried import SOME, first, inputs, largest, normal_inputs, two_examples
 from fedtorch.client import Client
 from fedtorch.privacy import models
 from fedtorch.privacy.gradients import PrivateSteps, stacked_gradients
@@ -76,7 +76,7 @@ def with_mode(
     elif why := _works(model, clients, recipe, mode):
         raise ConfigError(
             f"privacy.mode {mode} cannot train model {type(model).__name__}: {why}; try another mode"
-            f"{models.FIX}"
+            f"{models.fix_for(model)}"
         )
     chunk = chunk if mode == "stacked" else 1
     note = f"private gradients are taken {WORDS[mode]}" + (f" ({why})" if why else "")
@@ -100,7 +100,8 @@ def _first_that_works(
             return mode, whys[0] if whys else None
         whys.append(f"{mode}: {why}")
     raise ConfigError(
-        f"model {type(model).__name__} gives no per-example gradients ({'; '.join(whys)}){models.FIX}"
+        f"model {type(model).__name__} gives no per-example gradients ({'; '.join(whys)})"
+        f"{models.fix_for(model)}"
     )
 
 
@@ -135,17 +136,29 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
             with opened(model) as hid:
                 wrong = hid and _differs(model, rows(tried[1], slice(0, BEHIND)), recipe, mode)
     except Exception as e:
-        return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        return _compiled(model, mode) or first(e)
     finally:
         training(model)
         model.zero_grad()
         put_back(model, before)
     if wrong:
-        return (
+        return _compiled(model, mode) or (
             "its clipped gradients differ from those of the examples one by one (a weight used outside "
             "its layer, as by a penalty, or an option of a layer that is not known there)"
         )
     return None
+
+
+def _compiled(model: nn.Module, mode: str) -> str | None:
+    """What of it is compiled, if anything is, where a mode listens to layers by hooks of Opacus."""
+    compiled = [n for n, m in model.named_modules() if hasattr(m, "_orig_mod")]
+    if not compiled or mode not in ("hooks", "ghost"):
+        return None
+    what = f"layer {compiled[0]}" if compiled[0] else "it"
+    return (
+        f"{what} is compiled, and Opacus hears nothing of what is inside: hand it over as it was before "
+        "torch.compile"
+    )
 
 
 def _differs(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> bool:

@@ -47,6 +47,12 @@ def resting(model: nn.Module) -> set[nn.Module]:
     return {m for m in still if m.running_mean is not None}
 
 
+def fix_for(model: nn.Module) -> str:
+    """The fix in words, where it has a layer that the fix would put another in the place of."""
+    fixable = (isinstance(m, RECURRENT) or getattr(m, "inplace", False) for m in model.modules())
+    return FIX if any(fixable) else ""
+
+
 def renorming(model: nn.Module) -> None:
     """Embeddings that scale the rows they look up, in forward and so past clipping and noise."""
     for name, module in model.named_modules():

@@ -160,12 +160,12 @@ def _listen(model: nn.Module, opacus: Any, others: Sequence[nn.Module]) -> list[
     threads of the process at once, and sites in threads undid each other's silence.
     """
     handles = []
-    for module in model.modules():
+    for name, module in model.named_modules():
         for key, hook in [*module._backward_hooks.items()]:
             if getattr(getattr(hook, "func", None), "__self__", None) is opacus:
                 del module._backward_hooks[key]
                 if module not in others:
-                    handles.append(module.register_forward_hook(_on_output(hook)))
+                    handles.append(module.register_forward_hook(_on_output(hook, name)))
         for key, hook in [*module._forward_hooks.items()]:
             if module in others and getattr(hook, "__self__", None) is opacus:
                 del module._forward_hooks[key]
@@ -180,16 +180,20 @@ def _counted(layer: Any, inputs: Any) -> Tensor | None:
     return kept[..., None]
 
 
-def _on_output(hook: Callable[..., Any]) -> Callable[[nn.Module, Any, Any], None]:
+def _on_output(hook: Callable[..., Any], name: str) -> Callable[[nn.Module, Any, Any], None]:
     def listen(module: Any, args: Any, output: Any) -> None:
-        first: Tensor = output if isinstance(output, Tensor) else output[0]
+        if not isinstance(output, Tensor):
+            raise NotImplementedError(
+                f"layer {name or 'model'} ({type(module).__name__}) gives a {type(output).__name__}, and "
+                "Opacus takes layers that give one tensor"
+            )
         # Opacus unfolds the inputs of convolutions as if they lay channels first whatever their strides
         # say: of images channels last it takes other pixels, and clips by the norm of another gradient
         if seen := getattr(module, "activations", None):
             module.activations = [[a.contiguous() for a in inputs] for inputs in seen]
-        if first.requires_grad:
+        if output.requires_grad:
             kept = _counted(module, args)
-            first.register_hook(
+            output.register_hook(
                 lambda grad: hook(module, None, (grad if kept is None else grad * kept,))
             )
 
