@@ -268,3 +268,17 @@ def test_a_target_by_its_name_is_taken_where_it_is_last_or_the_others_are_named(
         data = csv(tmp_path, f"y,a,b\n{rows}\n", **options).load(0)
         assert data.preparation.target == options.get("target", "b")
     assert csv(tmp_path, f"class,a,label\n{rows}\n").load(0).preparation.target == "label"
+
+
+def test_arrays_that_are_not_read_are_said_and_may_hold_anything(tmp_path):
+    path, x, y = tmp_path / "t.npz", np.ones((9, 2), "f4"), np.arange(9) % 2
+    np.savez(path, x=x, y=y, about=np.array([{"made": "today"}], object), weight=x[:, 0])
+    assert "arrays left out: about, weight" in said(Npz(str(path)).load(0))
+    np.savez(path, x=x, y=np.array([[1], [1, 2]] * 4 + [[1]], object))
+    with pytest.raises(ConfigError, match="holds Python objects"):
+        Npz(str(path)).load(0)
+    with pytest.raises(ConfigError, match=r"dataset\.path must be an NPZ file"):
+        Npz().load(0)
+    np.savez(path, x=x, y=np.stack([y, y, y], 1))
+    with pytest.raises(ConfigError, match=r"the targets \[N, 3\] are whole numbers"):
+        Npz(str(path)).load(0)

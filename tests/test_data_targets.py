@@ -98,7 +98,7 @@ def test_many_targets_to_an_example():
     assert (marks.kind, marks.outputs, marks.y.shape) == ("binary", 4, (9, 4))
     assert understood("t", maps, "regression").outputs == 16
     with pytest.raises(
-        ConfigError, match=r"targets \['N', 4, 4\] are whole numbers: give --dataset.kind"
+        ConfigError, match=r"targets \[N, 4, 4\] are whole numbers: give --dataset.kind"
     ):
         understood("t", maps, "auto")
     with pytest.raises(ConfigError, match="class labels must be 0, 1"):

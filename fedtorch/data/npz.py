@@ -14,6 +14,9 @@ from fedtorch.data.targets import from_targets, understood
 from fedtorch.options import POSITIVE, SHARE, check
 from fedtorch.types import ConfigError
 
+ARRAYS = ("x", "y", "client", "x_test", "y_test")
+"""What is read of an archive."""
+
 
 @dataclass(frozen=True)
 class Npz:
@@ -63,11 +66,15 @@ class Npz:
             parts = torch.arange(n), torch.arange(n, len(x))
         else:
             parts = split([given, found.y, *([keys] if keys else [])], self.test_fraction, seed)
-        done = replace(done, classes=found.classes, notes=(*done.notes, *found.notes))
+        left = ", ".join(k for k in arrays if k not in ARRAYS)
+        said = (f"arrays left out: {left}",) if left else ()
+        done = replace(done, classes=found.classes, notes=(*done.notes, *found.notes, *said))
         return from_targets(Path(self.path).stem, given, found, keys, parts, done)
 
 
 def _arrays(path: str) -> dict[str, np.ndarray]:
+    if not path:
+        raise ConfigError("dataset.path must be an NPZ file, as np.savez(path, x=x, y=y) writes it")
     try:
         # allow_pickle=False: a foreign file must not run code here
         with disk.regular(Path(path)).open("rb") as file:
@@ -77,7 +84,7 @@ def _arrays(path: str) -> dict[str, np.ndarray]:
                     "it holds one array without a name; write np.savez(path, x=x, y=y)"
                 )
             with archive:
-                return {k: archive[k] for k in archive.files}
+                return {k: archive[k] if k in ARRAYS else np.empty(0) for k in archive.files}
     except Exception as e:  # zip, zlib and NumPy each have errors of their own for damaged files
         if "Object arrays" in str(e):  # which may run code
             raise ConfigError(

@@ -165,8 +165,9 @@ def _many(where: str, values: np.ndarray, kind: str) -> Targets:
     whole = bool((values == np.round(values)).all())
     outputs = values[0].size
     if kind == "auto" and whole:
+        sizes = ", ".join(map(str, values.shape[1:]))
         raise ConfigError(
-            f"{where}: the targets {['N', *values.shape[1:]]} are whole numbers: give --dataset.kind "
+            f"{where}: the targets [N, {sizes}] are whole numbers: give --dataset.kind "
             "classification (a class for each position), binary (yes or no for each) or regression"
         )
     if kind == "binary" and not set(np.unique(values).tolist()) <= {0, 1}:
