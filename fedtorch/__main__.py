@@ -86,7 +86,10 @@ TAKES: dict[str, tuple[str, dict[str, str]]] = {
             "--against RUN": "a second run: what differs in options, results and clients",
         },
     ),
-    "eval": ("RUN", {**JSON, **TRUST_HELP}),
+    "eval": (
+        "RUN",
+        {"--dataset.path PATH": "where the data lie, if they have moved", **JSON, **TRUST_HELP},
+    ),
     "audit": (
         "RUN",
         {

@@ -101,7 +101,7 @@ def save(path: str | Path, model: nn.Module, data: Data | None = None) -> None:
     savable(model)
     told = {}
     if data is not None:
-        known = replace(Prepared.of(data), train="", test="", sizes=(0, 0))
+        known = replace(Prepared.of(data), train="", test="", sizes=(0, 0), owners="")
         bare = replace(known, preparation=replace(known.preparation, remarks=()))
         told = {PREPARED: json.dumps(asdict(bare))}
     try:

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import StackDataset
 
 from conftest import make_clients, mlp, weights
 from fedtorch import Client, ClientOptimizer, ConfigError, Local, Recipe, Server
@@ -210,3 +211,14 @@ def test_a_later_client_of_other_types_or_shapes_is_named_before_training(other,
 def test_rows_that_are_tried_are_spread_from_the_first_to_the_last():
     assert evenly(9, 4).tolist() == [0, 2, 5, 8]
     assert evenly(3, 9).tolist() == [0, 1, 2]
+
+
+def test_parts_of_an_input_that_a_forward_takes_otherwise_are_told_how_they_go_in():
+    class Whole(nn.Linear):
+        def forward(self, batch):
+            return super().forward(batch["x"] * batch["seen"])
+
+    x = torch.ones(5, 6)
+    data = StackDataset(StackDataset(x=x, seen=x > 0), torch.arange(5) % 4)
+    with pytest.raises(ConfigError, match=r"a dict goes into forward by its names, .*step=fn\)$"):
+        fits(Whole(6, 4), [Client("c", data)], Recipe())

@@ -410,3 +410,52 @@ class Payload:
 
     def __reduce__(self):
         return (Path("ran").write_text, ("code ran",))
+
+
+OWNED = (
+    "train", "--dataset", "csv", "--dataset.path", "t.csv", "--dataset.client", "who",
+    "--dataset.test-fraction", "0", "--dataset.classes", "0,1", "--model", "logistic",
+    "--tracking", "none", "--rounds", "1", "--run-dir", "run", "--privacy.rounds", "3",
+    "--privacy.delta", "1e-3",
+)  # fmt: skip
+
+
+def owned(names: str) -> str:
+    rows = (f"{names[k % 3]},{k * 7 % 11 / 11},{k * 5 % 13 / 13},{k % 2}" for k in range(60))
+    return "\n".join(["who,a,b,y", *rows])
+
+
+def test_a_budget_is_not_spent_again_under_other_names(fedtorch):
+    table = Path("t.csv")
+    table.write_text(owned("ABC"))
+    code, _, err = fedtorch(*OWNED)
+    assert code == 0, err
+    spent = Path("run/ledger.jsonl").read_text()
+    # renamed, and the same names with one another's rows
+    for names, data in (("XYZ", True), ("XYZ", False), ("BAC", True)):
+        table.write_text(owned(names))
+        kept = Path("run/data.json").read_bytes()
+        if not data:
+            Path("run/data.json").unlink()
+        code, _, err = fedtorch("train", "--run-dir", "run", "--resume", "--rounds", 3)
+        assert code == 2
+        assert ("trained on other data" if data else "is of other clients than these 3") in err
+        assert Path("run/ledger.jsonl").read_text() == spent
+        Path("run/data.json").write_bytes(kept)
+
+
+def test_the_same_data_may_lie_elsewhere_by_now(fedtorch):
+    Path("t.csv").write_text(owned("ABC"))
+    words = [w if w != "0" else "0.3" for w in OWNED]
+    words = [*words[: words.index("--privacy.rounds")], "--privacy", "none"]
+    assert fedtorch(*words)[0] == 0
+    before = fedtorch("eval", "run")[1]
+    Path("far").mkdir()
+    Path("t.csv").rename("far/u.csv")
+    assert fedtorch("eval", "run")[0] == 2
+    assert fedtorch("eval", "run", "--dataset.path", "far/u.csv")[1] == before
+    again = "train", "--run-dir", "run", "--resume", "--rounds", 2, "--dataset.path"
+    assert fedtorch(*again, "far/u.csv")[0] == 0
+    Path("far/u.csv").write_text(owned("ABC").replace("A,0.0", "A,0.5"))
+    code, _, err = fedtorch(*again[:-1], "--dataset.path", "far/u.csv")
+    assert code == 2 and "trained on other data" in err

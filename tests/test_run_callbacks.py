@@ -346,7 +346,7 @@ def test_a_run_of_another_seed_or_of_other_clients_is_not_gone_on_with(tmp_path)
     served(seed=3).fit(1, callbacks=[Checkpoint(tmp_path)], progress=False)
     for other, why in (
         (served(seed=4), "has seed 3, not 4"),
-        (served(sizes=(12, 20, 9), seed=3), r"of other clients than this Server's 3 \(2\)"),
+        (served(sizes=(12, 20, 9), seed=3), r"of other clients than these 3 \(2\)"),
         (Server(mlp(), make_clients((12, 20))[::-1], served().recipe, seed=3), r"2 \(others\)"),
     ):
         with pytest.raises(ConfigError, match=why):

@@ -74,7 +74,9 @@ def test_preparation_and_names_of_classes_are_kept_and_nothing_of_the_rows(tmp_p
     with pytest.raises(ConfigError, match="has no column 'dose', which the model was trained on"):
         trained.predict(rows.drop(columns="dose"))
     told = read(tmp_path / "m.safetensors", trained.model)["prepared"]
-    assert '"train": ""' in told and '"test": ""' in told and '"sizes": [0, 0]' in told
+    assert (
+        '"train": ""' in told and '"test": ""' in told and '"sizes": [0, 0], "owners": ""' in told
+    )
 
 
 def _as(data, age, dose):

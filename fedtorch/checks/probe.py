@@ -151,6 +151,16 @@ def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -
     return batch
 
 
+def _spread(e: Exception, x: Any) -> str:
+    """The fix where a forward does not take the parts of an input as they are handed to it."""
+    if not isinstance(e, TypeError) or isinstance(x, Tensor):
+        return ""
+    return (
+        "; a dict goes into forward by its names, a tuple one by one: take them so, or call the model in a "
+        "step, Recipe(step=fn)"
+    )
+
+
 def _flat(model: nn.Module, x: Any) -> str:
     """The fix where a model takes rows and is given pictures."""
     if not isinstance(x, Tensor) or x.dim() < 3:
@@ -184,7 +194,7 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
     except Exception as e:
         whole = isinstance(x, Tensor) and x.dtype == torch.int64
         fix = "; x is int64, as of a vocabulary: amounts must be float32" if whole else ""
-        fix = fix or other_types(model, x) or _flat(model, x)
+        fix = fix or _spread(e, x) or other_types(model, x) or _flat(model, x)
         raise ConfigError(
             f"model {name} cannot take a batch {shape(x)} of client {who}: {first(e)}{fix}"
         ) from e

@@ -38,26 +38,29 @@ from fedtorch.types import ConfigError
 
 Figures = dict[str, Any]
 
+PATH = "dataset.path"
+
 MATRIX_CLASSES = 20
 """Classes up to which the matrix is a table on a screen."""
 
 
 def evaluate_run(argv: Sequence[str]) -> int:
     """Loss and metrics on the test set, and on the clients' validation data where there is some."""
-    words, given = words_and_options(argv, "eval", {"json": False, TRUST: False})
+    takes = {"json": False, PATH: True, TRUST: False}
+    words, given = words_and_options(argv, "eval", takes)
     if len(words) != 1:
         raise ConfigError(f"fedtorch eval takes one run folder, but got {len(words)}")
     run, as_json = results.load(words[0]), "json" in given
     if MADE_BY in run.options:
         return recorded(run, as_json, "the run was made in Python, where its model and data are")
     if isinstance(run.options.get("sites"), list):
-        return federation(run, as_json, TRUST in given)
-    return simulated(words[0], as_json, TRUST in given)
+        return federation(run, as_json, TRUST in given, given.get(PATH, ""))
+    return simulated(words[0], as_json, TRUST in given, given.get(PATH, ""))
 
 
-def simulated(folder: str, as_json: bool, trusted: bool) -> int:
-    """A run of ``fedtorch train``, whose data and model are here."""
-    run = trained(folder, trusted, judged=True)
+def simulated(folder: str, as_json: bool, trusted: bool, place: str = "") -> int:
+    """A run of ``fedtorch train``, whose data and model are here; the data in ``place``, if they moved."""
+    run = trained(folder, trusted, judged=True, path=place)
     config, data = run.config, run.data
     loss, _ = setup.loss_and_metrics(data.kind, config.loss, config.metrics)
     step = steps.function_named("step", config.step) if config.step else None
@@ -96,7 +99,7 @@ def judged(
     return {f"test_{k}": v for k, v in evaluate(model, test, metrics, step=judge).items()}
 
 
-def federation(run: results.Saved, as_json: bool, trusted: bool) -> int:
+def federation(run: results.Saved, as_json: bool, trusted: bool, place: str = "") -> int:
     """A run of ``fedtorch serve``: judged on the server's own test data; without such as written down."""
     from fedtorch.sites import serve  # gRPC and certificates come with it
     from fedtorch.sites.options import ServeConfig
@@ -106,6 +109,7 @@ def federation(run: results.Saved, as_json: bool, trusted: bool) -> int:
     print_damaged([run])
     path = run.folder / "config.toml"
     table = cli.read(path)
+    table = cli.merge(table, {"dataset": {"path": place}}) if place else table
     known = trusted or trust.remembered(path)
     trust.check({"model": ServeConfig.model} | table, {}, f"the run in {run.folder}", known)
     config = objects.construct(ServeConfig, table)

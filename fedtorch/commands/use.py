@@ -57,11 +57,13 @@ def trained(
     load: bool = True,
     judged: bool = False,
     again: bool = False,
+    path: str = "",
 ) -> Trained:
     """Raises ConfigError when the folder holds no run, one that has not come to its end, or code of others.
 
     ``trusted``: import what its config names. ``load``: the data too, which may have gone. ``judged``: its
-    loss and metrics will be imported as well; ``again``: all that training imports.
+    loss and metrics will be imported as well; ``again``: all that training imports. ``path``: where the
+    data lie by now.
     """
     train = train_module()
     print_damaged([run := results.load(folder)])
@@ -70,6 +72,7 @@ def trained(
             f"the run in {folder} was made in Python, where its model is: fedtorch.load({folder!r}, model)"
         )
     table = cli.read(run.folder / "config.toml")
+    table = cli.merge(table, {"dataset": {"path": path}}) if path else table
     if not trusted:
         own = trust.remembered(run.folder / "config.toml")
         later = {"optimizer"} if judged else {"optimizer", "loss", "metrics", "step", "eval_step"}

@@ -40,6 +40,8 @@ class Prepared:
     """Fingerprint of the central test."""
     sizes: tuple[int, ...] = field(default=(0, 0))
     """Training and test examples."""
+    owners: str = ""
+    """Fingerprint of who holds which training example; of older runs, and where nobody is named, none."""
 
     @classmethod
     def of(cls, data: Data) -> "Prepared":
@@ -55,10 +57,13 @@ class Prepared:
             fingerprint(data.train),
             fingerprint(data.test),
             (len(data.train), len(data.test)),  # type: ignore[arg-type]
+            _digest(data.keys) if data.keys is not None else "",
         )
 
     def same(self, other: "Prepared") -> bool:
-        """Whether the data are the same, example by example, and prepared alike."""
+        """Whether the data are the same, example by example, of the same owners and prepared alike."""
+        if self.owners and other.owners and self.owners != other.owners:
+            return False
         return (self.train, self.test, self.preparation) == (
             other.train,
             other.test,
@@ -73,6 +78,15 @@ class Prepared:
                 file.write(json.dumps(table | {"sha256": _sum(table)}, indent=2).encode())
         except OSError as e:
             raise ConfigError(f"{folder / FILE} cannot be written: {e.strerror}") from e
+
+
+def _digest(names: Sequence[str]) -> str:
+    """Of names in this order; a length before each, as a name may hold anything."""
+    found = hashlib.blake2b(digest_size=16)
+    for name in names:
+        encoded = str(name).encode(errors="surrogatepass")
+        found.update(len(encoded).to_bytes(8) + encoded)
+    return found.hexdigest()
 
 
 def load(folder: Path) -> Prepared | None:

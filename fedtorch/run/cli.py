@@ -21,6 +21,9 @@ from fedtorch.run.names import ALIASES, CHOICES, flag, ours
 from fedtorch.run.objects import Table, construct, describe
 from fedtorch.types import ConfigError
 
+PLACES = ("path", "test")
+"""Options of a dataset that say where its files lie."""
+
 
 def parse(cls: type, argv: Sequence[str], base: Table | None = None, own: bool = False) -> Any:
     """An instance of the config dataclass ``cls``; raises ConfigError naming what is wrong.
@@ -52,7 +55,10 @@ def trusts(flags: Table) -> bool:
 
 
 def resumed_config(cls: type, argv: Sequence[str], config: Path, free: set[str]) -> Any:
-    """Flags over a run's saved config, of which they may change the options in ``free`` alone."""
+    """Flags over a run's saved config, of which they may change the options in ``free`` alone.
+
+    And where the data lie: that they are the same is known by their contents.
+    """
     if not config.is_file():
         raise ConfigError(f"nothing to resume: {config.parent} holds no run; leave out --resume")
     saved = read(config)
@@ -61,7 +67,10 @@ def resumed_config(cls: type, argv: Sequence[str], config: Path, free: set[str])
     new = parse(cls, argv, base=saved, own=own)
     old = construct(cls, saved)
     for f in dataclasses.fields(cls):
-        if f.name not in free and getattr(old, f.name) != getattr(new, f.name):
+        was, now = getattr(old, f.name), getattr(new, f.name)
+        if f.name == "dataset":
+            now = _where(was, now)
+        if f.name not in free and was != now:
             before, after = (flat({f.name: describe(c).get(f.name, "none")}) for c in (old, new))
             name = next(k for k in before | after if before.get(k) != after.get(k))
             raise ConfigError(
@@ -69,6 +78,14 @@ def resumed_config(cls: type, argv: Sequence[str], config: Path, free: set[str])
                 "resumed run keeps it (start a new run to change it)"
             )
     return new
+
+
+def _where(was: Any, now: Any) -> Any:
+    """The dataset ``now``, lying where it ``was``."""
+    if type(was) is not type(now) or not dataclasses.is_dataclass(was):
+        return now
+    places = {n: getattr(was, n) for n in PLACES if hasattr(was, n)}
+    return dataclasses.replace(now, **places)
 
 
 def renamed(argv: Sequence[str], cls: type) -> list[str]:

@@ -23,6 +23,7 @@ from fedtorch.run.finetune import finetuned
 from fedtorch.run.folder import Folder
 from fedtorch.run.messages import record_privacy, strict
 from fedtorch.run.options import RunOptions
+from fedtorch.run.resume import of_clients, same_clients, state
 from fedtorch.run.saving import SECONDS, Every, Saver
 from fedtorch.server import Server
 from fedtorch.tracking import Record, Tracking
@@ -299,7 +300,7 @@ class Checkpoints(Observer):
         loop = self.loop
         folder, charged = loop.kept.path / "checkpoints", loop.server.private is not None
         self.saver = loop.saver = Saver(folder, self.every, charged)
-        self.spared = False
+        self.spared, self.clients = False, of_clients(loop.server)
 
     def round(self, figures: Metrics) -> None:
         """One that cannot be written is said, and the run goes on."""
@@ -321,7 +322,7 @@ class Checkpoints(Observer):
             record.sync()
             return kept.save(state, seal)
 
-        self.saver.save(self.loop.server.state_dict(), write, self.loop.last)
+        self.saver.save(self.loop.server.state_dict() | self.clients, write, self.loop.last)
 
 
 def open_folder(
@@ -340,6 +341,7 @@ def open_folder(
         kept, saved = folders.resume(folder, held)
         check(folder)
         with folders.reading(folder):
+            same_clients(server, saved, folder)
             private = saved.get("privacy")
             ledger = Ledger.resume(folder / files.LEDGER, private["ledger"]) if private else None
             server.load_state_dict(saved, ledger)
@@ -349,5 +351,5 @@ def open_folder(
     if server.private:  # what keep() writes may be a release of its own
         server.private.keep(Ledger(folder / files.LEDGER, server.private.plan.unit))
     keep(folder)
-    kept.begin(server.state_dict())
+    kept.begin(state(server))
     return kept

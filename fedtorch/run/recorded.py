@@ -17,7 +17,7 @@ from fedtorch.run import checkpoint, files
 from fedtorch.run import folder as folders
 from fedtorch.run.callbacks import BestModel
 from fedtorch.run.folder import MADE_BY, Folder
-from fedtorch.run.resume import goes_on, keep_ledger
+from fedtorch.run.resume import goes_on, keep_ledger, of_clients
 from fedtorch.run.shown import Shown
 from fedtorch.types import ConfigError
 
@@ -82,6 +82,7 @@ class Record(Observer):
         from fedtorch.tracking import Tracking
 
         self.server, self.ended, self.last = server, False, dict(figures)
+        self.clients = of_clients(server)
         self.began = time.perf_counter()
         tracking = self.tracking
         if isinstance(tracking, str):
@@ -119,7 +120,7 @@ class Record(Observer):
         kept = folders.start(self.path, table, self.held)
         if self.data is not None:
             prepared.Prepared.of(self.data).save(self.path)
-        kept.begin(self.server.state_dict())
+        kept.begin(self.server.state_dict() | self.clients)
         self.saved = self.server.round_number
         return kept
 
@@ -189,7 +190,7 @@ class Record(Observer):
 
     def _save(self) -> None:
         def write() -> None:
-            self.kept.save(self.server.state_dict(), self.writer.seal())
+            self.kept.save(self.server.state_dict() | self.clients, self.writer.seal())
 
         def tell(why: str) -> None:
             print(f"warning: checkpoint not written ({why}); the run goes on without it")

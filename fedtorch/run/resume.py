@@ -28,7 +28,11 @@ def resume(server: Server, folder: str | Path) -> bool:
     saved, damaged = checkpoint.newest(path / "checkpoints")
     for _, why in damaged:
         print(f"warning: {why}; going on from the one before, round {saved['round']}")
-    _same(server, saved, path)
+    if saved["seed"] != server.seed:
+        raise ConfigError(
+            f"the run in {path} has seed {saved['seed']}, not {server.seed}: make the Server as it was"
+        )
+    same_clients(server, saved, path)
     private = saved.get("privacy")
     ledger = Ledger.resume(path / files.LEDGER, private["ledger"]) if private else None
     server.load_state_dict(saved, ledger)
@@ -37,26 +41,24 @@ def resume(server: Server, folder: str | Path) -> bool:
 
 def state(server: Server) -> dict[str, Any]:
     """What a checkpoint holds: the server's state, and whose work it is."""
-    return {**server.state_dict(), "clients": _clients(server)}
+    return {**server.state_dict(), **of_clients(server)}
 
 
-def _clients(server: Server) -> dict[str, Any]:
+def of_clients(server: Server) -> dict[str, Any]:
+    """How many clients a run has, and a digest of their names, which do not change."""
     names = "\n".join(map(str, server.ids)).encode()
-    return {"count": len(server.ids), "sha256": hashlib.sha256(names).hexdigest()}
+    digest = hashlib.sha256(names).hexdigest()
+    return {"clients": {"count": len(server.ids), "sha256": digest}}
 
 
-def _same(server: Server, saved: Mapping[str, Any], path: Path) -> None:
-    """Raises ConfigError where the run has another seed or other clients than the server."""
-    if saved["seed"] != server.seed:
-        raise ConfigError(
-            f"the run in {path} has seed {saved['seed']}, not {server.seed}: make the Server as it was"
-        )
-    known, now = saved.get("clients"), _clients(server)
+def same_clients(server: Server, saved: Mapping[str, Any], path: Path) -> None:
+    """Raises ConfigError where the run is of other clients: what they remember and spent goes by names."""
+    known, now = saved.get("clients"), of_clients(server)["clients"]
     if known is not None and known != now:
         count = f"{known['count']:,}" if known["count"] != now["count"] else "others"
         raise ConfigError(
-            f"the run in {path} is of other clients than this Server's {now['count']:,} ({count}): make "
-            "it with the same, by the same names and in the same order"
+            f"the run in {path} is of other clients than these {now['count']:,} ({count}): go on with the "
+            "same, by the same names and in the same order"
         )
 
 
