@@ -207,8 +207,12 @@ def _channels(m: nn.Module, normal: Callable[[], Tensor], d: Tensor, names: Name
 
 def _asked(m: nn.Module, names: Names, **made: Callable[[], Tensor]) -> Params:
     """Those that the layer has and that are asked for."""
-    has = {k for k, _ in m.named_parameters(recurse=False)}
-    return {k: make() for k, make in made.items() if k in has and (names is None or k in names)}
+    has = m._parameters
+    return {
+        k: make()
+        for k, make in made.items()
+        if has.get(k) is not None and (names is None or k in names)
+    }
 
 
 CONVOLUTIONAL = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

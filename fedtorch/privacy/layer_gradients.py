@@ -37,21 +37,22 @@ class LayerGradients:
     its layer, is left out: whoever takes it holds it to the gradients of examples one by one.
     """
 
-    def __init__(self, model: nn.Module, losses: Step, steps: PrivateSteps) -> None:
-        self.model, self.losses, self.steps = model, losses, steps
+    def __init__(self, model: nn.Module, losses: Step) -> None:
+        self.model, self.losses = model, losses
         self.params: Params = {k: p for k, p in model.named_parameters() if p.requires_grad}
         self.layers, self.own = known(model), own_parameters(model)
         self.trained = {m: trained(m, self.params) for m in self.layers}
         self.tables = {m for m in self.layers if isinstance(m, nn.Embedding)}
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    @contextmanager
+    def listening(self, steps: PrivateSteps) -> Iterator["LayerGradients"]:
+        """To the model's layers, in the ``steps`` of one visit; afterwards the model is as it was."""
+        self.steps = steps
         self.shared: set[nn.Module] | None = None
         """Tables in which one row of places is looked up for all examples."""
         self.numbers = sum(p.numel() for p in self.params.values())
         """Written out for each example: all there are at first, and then as many as last time."""
-        self.anchor = torch.zeros((), requires_grad=True)
-
-    @contextmanager
-    def listening(self) -> Iterator["LayerGradients"]:
-        """To the model's layers; afterwards it is as it was."""
         handles: list[Any] = [
             m.register_forward_pre_hook(self._each, with_kwargs=True) for m in self.tables
         ]

@@ -37,7 +37,7 @@ def private_gradients(model: nn.Module, losses: Step, steps: PrivateSteps) -> It
         yield Alone(model, losses, steps)
         return
     if steps.mode == "layers":
-        with LayerGradients(model, losses, steps).listening() as known:
+        with LayerGradients(model, losses).listening(steps) as known:
             yield known
         return
     from opacus.grad_sample import GradSampleHooks

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,7 @@ from fedtorch.tree import expand
 from fedtorch.types import Context, Params, Task
 
 if TYPE_CHECKING:
+    from fedtorch.privacy.layer_gradients import LayerGradients
     from fedtorch.privacy.one_client import Gradients
 
 
@@ -87,9 +88,17 @@ class Trainee:
         """What clips and noises the gradients of a private visit."""
         if private is None:
             return nullcontext()
+        if private.mode == "layers":
+            return self._layers.listening(private)
         from fedtorch.privacy.one_client import private_gradients  # few visits are private
 
         return private_gradients(self.model, self.recipe.losses, private)
+
+    @cached_property
+    def _layers(self) -> "LayerGradients":
+        from fedtorch.privacy.layer_gradients import LayerGradients
+
+        return LayerGradients(self.model, self.recipe.losses)
 
     def _learn(self, batch: Any, share: float = 1.0) -> Tensor:
         """Add the gradient of a batch that is a ``share`` of a step's; returns that of its loss."""
