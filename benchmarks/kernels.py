@@ -32,14 +32,13 @@ from fedtorch.privacy.noise import normals
 GROUPS = {
     "all on": (),
     "sparse": ("sparse",),
-    "products": ("append", "coefficients"),
+    "products": ("append", "coefficients", "outputs", "inputs", "sums"),
     "closing": ("closing",),
-    "visits": ("visits",),
+    "visits": ("visits", "clips"),
     "noise": ("noise",),
-    "all off": ("sparse", "append", "coefficients", "closing", "visits", "noise"),
-    "bare": (),
 }
-"""Which operations torch does instead; the last is a bare PyTorch loop."""
+"""Which operations torch does instead."""
+GROUPS |= {"all off": tuple(op for group in GROUPS.values() for op in group), "bare": ()}
 CASES = (("w1", False), ("w4", False), ("w3", False), ("w3", True))
 
 

@@ -82,6 +82,42 @@ class Visits(Protocol):
         """
 
 
+class Clips(Protocol):
+    """Steps of DP-SGD of one client after another but for the noise: linear layers, ReLU between them."""
+
+    def norms(self, own: Tensor, k: int, s: int, n: int) -> Tensor:
+        """Forward and backward of client k's n examples from s on, by its ``own`` parameters [numbers].
+
+        Returns the squared norm of each one's gradient, [n], float64, to be used before the next call.
+        """
+
+    def sums(self, factors: Tensor, into: Tensor) -> None:
+        """Write the sum of those gradients times factors [n] to ``into`` [numbers].
+
+        An example of factor 0 may hold anything; what comes out so small that it loses digits is 0.
+        """
+
+    def moved(self, own: Tensor, start: Tensor) -> float:
+        """Take ``start`` from parameters; returns the squared norm of what is left."""
+
+
+class MakesClips(Protocol):
+    """What makes them."""
+
+    def __call__(
+        self,
+        layers: np.ndarray,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        given: tuple[Tensor, Tensor],
+        most: int,
+    ) -> Clips:
+        """For steps of at most so many examples; ``layers`` as in ``Visits``.
+
+        ``inputs``: examples [N, in], those of each step, [K, T], and squared lengths [N], float64;
+        ``given``, each [K, T, 1]: labels, and where the log of the label's share is written.
+        """
+
+
 class Ops:
     """What a visit may ask of loops, by torch."""
 
@@ -170,6 +206,9 @@ class Ops:
 
     visits: ClassVar[Visits | None] = None
     """Whole visits in one call; none: by torch that would be what the layers do, step by step."""
+
+    clips: ClassVar[MakesClips | None] = None
+    """Steps of one client after another; none: by torch a client's few rows are too many calls."""
 
     def sparse(self, x: Tensor, most: float) -> Lean | None:
         """The matrix x [N, n] without its zeros; None: more than ``most`` are not 0, or nobody can."""

@@ -157,7 +157,15 @@ class Fast:
     ) -> list[Weights]:
         """The same of steps that are noised, each client's of all its parameters."""
         plan, private = recipe.privacy.per_example, cast(PrivateSteps, chunk.private)
-        coins, projected = Coins(chunk.seeds, order), bool(plan and plan.projected) and rows.finite
+        projected = bool(plan and plan.projected) and rows.finite
+        dense = isinstance(head, CrossEntropy) and not projected
+        if dense and whole.pays_privately(self.chain, steps, rows):
+            K, (rule, *_) = len(chunk.datasets), steps
+            own = whole.Whole(self.chain, task.state, rule, self.memory, K)
+            taken_steps, by = chunk.context.steps, (rule.lr, private)
+            own.visit_privately(rows, order, cast(CrossEntropy, head), taken_steps, *by)
+            return [own]
+        coins = Coins(chunk.seeds, order)
         flat, layers = self._noised(
             model, chunk.datasets, rows, coins, task.state, steps, private, projected
         )

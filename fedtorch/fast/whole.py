@@ -4,6 +4,7 @@ Each client has a copy of all parameters, in one row of memory. In lock-step the
 for so few numbers that a round waits for the calls.
 """
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import cast
 
@@ -18,11 +19,12 @@ from fedtorch.fast.layers import Rule
 from fedtorch.fast.linear import Steps
 from fedtorch.fast.loss import CrossEntropy
 from fedtorch.fast.memory import Memory
-from fedtorch.fast.ops import Visits
+from fedtorch.fast.ops import MakesClips, Visits
 from fedtorch.fast.reader import Chain, Linear
 from fedtorch.fast.schedule import LockstepOrder
 from fedtorch.fast.several import Models
-from fedtorch.fast.tuning import CALLS, RATE_WHOLE, SPARSE_RATE, STACKED_BYTES
+from fedtorch.fast.tuning import CALLS, OWN_PRODUCTS, RATE_WHOLE, SPARSE_RATE, STACKED_BYTES
+from fedtorch.privacy.gradients import PrivateSteps, rounded
 from fedtorch.tree import split
 from fedtorch.types import Params, Stack
 
@@ -35,7 +37,8 @@ class Whole:
     ) -> None:
         """They start from the shared ones in ``state``."""
         specs = linear(chain)
-        self.shapes = {n: state[n].shape for s in specs for n in (s.weight, s.bias) if n}
+        names = {n for s in specs for n in (s.weight, s.bias)}
+        self.shapes = {n: v.shape for n, v in state.items() if n in names}
         self.start = torch.cat([state[n].flatten() for n in self.shapes])
         self.room, self.keep = memory.room(self.start, clients), rule.keep
         self.change = self.room[:, : len(self.start)]
@@ -58,6 +61,38 @@ class Whole:
         given = head.y[who], head.scale[who], head.factor[who], head.losses[who]
         visits = cast(Visits, rows.ops.visits)
         self.squares = visits(own, self.layers, inputs, given, (steps[who], order.batch))
+
+    def visit_privately(
+        self,
+        rows: Rows,
+        order: LockstepOrder,
+        head: CrossEntropy,
+        steps: Tensor,
+        rate: float,
+        private: PrivateSteps,
+    ) -> None:
+        """The same of DP-SGD: a client's weights, its gradient and its noise stay in a core's cache.
+
+        Each example is clipped by its norm over all layers; their sum, with noise on it, over the public
+        batch size is the gradient. One that is not finite counts as nothing.
+        """
+        head.check(int(self.layers[-1, 0]))
+        inputs = rows.flat, order.index, rows.sq_lengths
+        make, given = cast(MakesClips, rows.ops.clips), (head.y, head.losses)
+        clips, gradient = (
+            make(self.layers, inputs, given, order.batch),
+            torch.empty_like(self.start),
+        )
+        factor, found = -rate / private.divisor, []
+        for k, own in enumerate(self.change):
+            own.copy_(self.start)
+            for t, n in enumerate(order.counts[: int(steps[k]), k].tolist()):
+                squares = clips.norms(own, k, t * order.batch, n)
+                clips.sums(rounded(private.factors(squares), gradient), gradient)
+                if not private.noisy(gradient, k, onto=(own, factor)):
+                    own.add_(gradient, alpha=factor)
+            found.append(clips.moved(own, self.start))
+        self.squares = torch.tensor(found, dtype=torch.float64)
 
     def stack(self) -> Stack:
         """The clients' parameters."""
@@ -113,14 +148,9 @@ def pays(chain: Chain, steps: Steps, rows: Rows, order: LockstepOrder) -> bool:
     without weight decay.
     """
     specs = linear(chain)
-    inner = [s.name for s in chain.layers[1::2] if isinstance(s, Activation)]
-    known = chain.front is None and isinstance(chain.layers[0], Linear)
-    known = known and len(inner) == len(specs) - 1 == len(chain.layers) // 2
-    if not (known and rows.ops.visits and set(inner) <= {"ReLU"}):
+    if not (rows.ops.visits and known(chain, steps, rows)):
         return False
-    if rows.tables[0].dtype != torch.float32 or steps.own or steps.rule.momentum or steps.rule.pull:
-        return False
-    numbers = sum(out * into for out, into in (s.shape for s in specs))
+    numbers = weights(specs)
     if numbers * rows.tables[0].element_size() > STACKED_BYTES:
         return False
     (first, *behind), taken = specs, order.index.shape[1]
@@ -130,6 +160,26 @@ def pays(chain: Chain, steps: Steps, rows: Rows, order: LockstepOrder) -> bool:
     seen = min(costs(taken, first.shape, rows.most))
     # zeros are looked for where it matters alone
     return cost < others + seen / SPARSE_RATE or (cost < others + seen and rows.sparse is None)
+
+
+def pays_privately(chain: Chain, steps: Steps, rows: Rows) -> bool:
+    """The same of steps that are noised, each by all of its parameters: no decay, and not too few."""
+    many = weights(linear(chain)) >= OWN_PRODUCTS
+    return bool(many and rows.ops.clips and known(chain, steps, rows) and steps.rule.keep == 1.0)
+
+
+def known(chain: Chain, steps: Steps, rows: Rows) -> bool:
+    """Whether loops know such layers and steps."""
+    inner = [s.name for s in chain.layers[1::2] if isinstance(s, Activation)]
+    plain = chain.front is None and isinstance(chain.layers[0], Linear) and set(inner) <= {"ReLU"}
+    plain = plain and len(inner) == len(linear(chain)) - 1 == len(chain.layers) // 2
+    simple = not (steps.own or steps.rule.momentum or steps.rule.pull)
+    return plain and simple and rows.tables[0].dtype == torch.float32
+
+
+def weights(specs: Sequence[Linear]) -> int:
+    """All of them, without biases."""
+    return sum(out * into for out, into in (s.shape for s in specs))
 
 
 def linear(chain: Chain) -> list[Linear]:

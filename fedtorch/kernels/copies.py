@@ -37,39 +37,45 @@ def outputs(a: Any, w: Any, bias: Any, counts: Any, out: Any) -> None:
 @machine_code
 def inputs(d: Any, w: Any, counts: Any, out: Any) -> None:
     """What ``ops.inputs`` does; ``w`` [K, numbers]; ``out`` begins as zeros."""
-    q, some, one = np.uint64(out.shape[2]), counted(d.shape[2]), d.dtype.type(1)
     for c in range(len(d)):
-        to, t, by = out[c].reshape(-1), np.uint64(0), (one, one)
-        while t < q:  # a few columns of the weights for all rows: they stay in the first cache
-            for i in range(0, counts[c], 2):
-                other = min(i + 1, counts[c] - 1)
-                at = np.uint64(i) * q + t, np.uint64(other) * q + t
-                g, h = d[c, i], d[c, other]
-                if t + W4 <= q:
-                    less_four(to, at, to, at, g, h, w[c], t, q, some, by)
-                else:
-                    less_one(to, at, to, at, g, h, w[c], t, q, some, by, min(q - t, W))
-            t += W4 if t + W4 <= q else W
+        shape = counts[c], d.shape[2], out.shape[2]
+        down(d[c].reshape(-1), w[c], shape, out[c].reshape(-1))
 
 
 @machine_code
-def gradient(d: Any, a: Any, n: int, weight: Any, bias: Any) -> None:
-    """Write d^T a of the first n rows to ``weight``, flat, and the sum of d to ``bias``, if it has any."""
-    size, into = d.shape[1], a.shape[1]
+def down(d: Any, w: Any, shape: Any, out: Any) -> None:
+    """Add d w to ``out``, for the first n rows of d [B, size] and w [size, into]; ``shape``: the three."""
+    (n, size, into), one = shape, d.dtype.type(1)
+    q, some, t = np.uint64(into), counted(size), np.uint64(0)
+    while t < q:  # a few columns of the weights for all rows: they stay in the first cache
+        for i in range(0, n, 2):
+            other = min(i + 1, n - 1)
+            at = np.uint64(i) * q + t, np.uint64(other) * q + t
+            g, h = d[i * size : (i + 1) * size], d[other * size : (other + 1) * size]
+            if t + W4 <= q:
+                less_four(out, at, out, at, g, h, w, t, q, some, (one, one))
+            else:
+                less_one(out, at, out, at, g, h, w, t, q, some, (one, one), min(q - t, W))
+        t += W4 if t + W4 <= q else W
+
+
+@machine_code
+def gradient(d: Any, a: Any, shape: Any, weight: Any, bias: Any) -> None:
+    """Write d^T a to ``weight``, and the sum of d to ``bias``, if it has any; ``shape`` as above."""
+    n, size, into = shape
     B, end, q, o = np.uint64(n), np.uint64(size), np.uint64(into), np.uint64(0)
-    df, af = d.reshape(-1), a.reshape(-1)
     while o < end:
         whole, t = o + HIGH <= end, np.uint64(0)
         while t < q:
             m = W if t + WIDE <= q else min(q - t, W)
             if t + WIDE <= q and whole:
-                block(weight, df, af, B, end, q, o, t, m)
+                block(weight, d, a, B, end, q, o, t, m)
             elif t + WIDE <= q:
-                row(weight, df, af, B, end, q, o, t, m)
+                row(weight, d, a, B, end, q, o, t, m)
             elif whole:
-                column(weight, df, af, B, end, q, o, t, m)
+                column(weight, d, a, B, end, q, o, t, m)
             else:
-                rest(weight, df, af, B, end, q, o, t, m)
+                rest(weight, d, a, B, end, q, o, t, m)
             t += WIDE if t + WIDE <= q else W
         o += HIGH if whole else np.uint64(1)
     if len(bias):
@@ -77,4 +83,4 @@ def gradient(d: Any, a: Any, n: int, weight: Any, bias: Any) -> None:
             bias[j] = 0
         for i in range(n):
             for j in range(size):
-                bias[j] += d[i, j]
+                bias[j] += d[i * size + j]

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtorch.kernels import copies
+from fedtorch.kernels import clips, copies
 from fedtorch.kernels.closing import step
 from fedtorch.kernels.products import ENDS, add_rows, corrected, less
 from fedtorch.kernels.sparse import compress, sparse_product
-from fedtorch.kernels.visits import visits
+from fedtorch.kernels.visits import moved, visits
 
 BLOCK = 128
 """Columns whose rows of the other matrix stay in a core's first cache."""
@@ -47,6 +47,38 @@ class Coefficients:
         """As in ``ops``."""
         m = self.seen.shape[1]
         self.seen[:k], self.many[:k], self.marks[:k] = np.arange(m), m, True
+
+
+class Clips:
+    """As in ``ops``."""
+
+    def __init__(
+        self,
+        layers: np.ndarray,
+        inputs: tuple[Tensor, ...],
+        given: tuple[Tensor, Tensor],
+        most: int,
+    ) -> None:
+        """As ``ops.Ops.clips`` has it."""
+        self.layers, self.inputs = layers, tuple(t.numpy() for t in inputs)
+        self.y, self.losses = (t.numpy() for t in given)
+        like = given[1]
+        self.room = tuple(like.new_empty(most * int(layers[:, n].sum())).numpy() for n in (1, 0))
+        self.squares = np.empty(most)
+
+    def norms(self, own: Tensor, k: int, s: int, n: int) -> Tensor:
+        """As in ``ops``."""
+        given = self.layers, self.inputs, self.y, self.losses
+        clips.norms(own.numpy(), *given, (k, s, n), self.room, self.squares)
+        return torch.from_numpy(self.squares[:n])
+
+    def sums(self, factors: Tensor, into: Tensor) -> None:
+        """As in ``ops``."""
+        clips.summed(self.layers, factors.numpy(), self.room, into.numpy())
+
+    def moved(self, own: Tensor, start: Tensor) -> float:
+        """As in ``ops``."""
+        return float(moved(own.numpy(), start.numpy()))
 
 
 class Loops:
@@ -111,7 +143,12 @@ class Loops:
         """As in ``ops``."""
         ds, inputs = d.contiguous().numpy(), a.contiguous().numpy()
         into = weight.view(-1).numpy(), (weight.new_empty(0) if bias is None else bias).numpy()
-        return lambda k: copies.gradient(ds[k], inputs[k], counts[k], *into)
+        shapes = [(n, d.shape[2], a.shape[2]) for n in counts.tolist()]
+
+        def write(k: int) -> None:
+            copies.gradient(ds[k].reshape(-1), inputs[k].reshape(-1), shapes[k], *into)
+
+        return write
 
     def visits(
         self,
@@ -132,6 +169,8 @@ class Loops:
         by, sums = (steps[0].numpy(), many, keep, start.numpy()), np.empty(len(values))
         visits(values.numpy(), layers, (x, index), (y, scale), factor, losses, by, room, sums)
         return torch.from_numpy(sums)
+
+    clips = Clips
 
     def sparse(self, x: Tensor, most: float) -> "Sparse | None":
         """As in ``ops``."""
