@@ -365,7 +365,7 @@ gc.callbacks.append(told)
 import train
 for plan in (["none"], ["sample"]):
     train.main(["--rounds", "1", "--run-dir", sys.argv[1] + plan[0], "--privacy", *plan])
-    slow = "torch._dynamo", "opacus", "sympy", "scipy.stats", "scipy.special"
+    slow = "torch._dynamo", "opacus", "sympy", "scipy.stats", "scipy.special", "absl"
     print([m for m in slow if m in sys.modules])
 print("searched whole while modules are read", searched)
 """

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub import pywrap_tensorflow
 from tensorboard.plugins.hparams import metadata
 
 from fedtorch import disk
@@ -429,6 +430,19 @@ def test_lines_read_back(tmp_path):
     again = Lines(tmp_path, start=1)
     assert again.before == [{"round": 1, "loss": 0.5}]
     again.close()
+
+
+@pytest.mark.parametrize("data", [b"", b"123456789", bytes(range(256)) * 5])
+def test_checksums_and_names_are_tensorboards(data):
+    assert protos.masked_crc32c(data) == pywrap_tensorflow.masked_crc32c(data)
+    made = protos.experiment({}, []), protos.session({}), protos.session_end(0.0)
+    tags = metadata.EXPERIMENT_TAG, metadata.SESSION_START_INFO_TAG, metadata.SESSION_END_INFO_TAG
+    for one, tag in zip(made, tags, strict=True):
+        (value,) = one.value
+        assert (value.tag, value.metadata.plugin_data.plugin_name) == (tag, metadata.PLUGIN_NAME)
+        content = value.metadata.plugin_data.content
+        found = protos.plugin_data_pb2.HParamsPluginData.FromString(content)
+        assert found.version == metadata.PLUGIN_DATA_VERSION
 
 
 def test_event_file_is_cut_after_a_half_record(tmp_path):

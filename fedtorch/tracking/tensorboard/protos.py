@@ -20,9 +20,8 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.compat.proto.versions_pb2 import VersionDef
-from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from torch import Tensor
 
 from fedtorch import disk
@@ -30,6 +29,16 @@ from fedtorch.tracking.tags import Chart
 
 BINS = 30
 """Bars of a histogram."""
+
+
+def _entry(byte: int) -> int:
+    for _ in range(8):
+        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
+    return byte
+
+
+TABLE = tuple(map(_entry, range(256)))
+"""What a byte does to CRC-32C (Castagnoli's polynomial, lowest bit first)."""
 
 
 def scalars(values: Mapping[str, float], purposes: Mapping[str, str]) -> Any:
@@ -113,7 +122,7 @@ def experiment(columns: Mapping[str, float | str], metrics: Sequence[str]) -> An
         made.hparam_infos.add(name=name, type=getattr(api_pb2, f"DATA_TYPE_{kind}"))
     for tag in metrics:
         made.metric_infos.add(name=api_pb2.MetricName(tag=tag))
-    return _hparams(metadata.EXPERIMENT_TAG, experiment=made)
+    return _hparams("experiment", experiment=made)
 
 
 def session(values: Mapping[str, float | str]) -> Any:
@@ -124,20 +133,19 @@ def session(values: Mapping[str, float | str]) -> Any:
             made.hparams[name].string_value = value
         else:
             made.hparams[name].number_value = value
-    return _hparams(metadata.SESSION_START_INFO_TAG, session_start_info=made)
+    return _hparams("session_start_info", session_start_info=made)
 
 
 def session_end(at: float) -> Any:
     """The run came to its end, at this time."""
     made = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=at)
-    return _hparams(metadata.SESSION_END_INFO_TAG, session_end_info=made)
+    return _hparams("session_end_info", session_end_info=made)
 
 
-def _hparams(tag: str, **content: Any) -> Any:
-    data = plugin_data_pb2.HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
-    about = SummaryMetadata.PluginData(
-        plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString()
-    )
+def _hparams(name: str, **content: Any) -> Any:
+    data = plugin_data_pb2.HParamsPluginData(version=0, **content)
+    about = SummaryMetadata.PluginData(plugin_name="hparams", content=data.SerializeToString())
+    tag = f"_hparams_/{name}"
     return Summary(value=[Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=about))])
 
 
@@ -171,6 +179,18 @@ def framed(data: bytes) -> bytes:
     head = struct.pack("<Q", len(data))
     sums = [struct.pack("<I", masked_crc32c(part)) for part in (head, data)]
     return head + sums[0] + data + sums[1]
+
+
+def masked_crc32c(data: bytes) -> int:
+    """CRC-32C, turned and moved as TFRecord files want it.
+
+    TensorBoard has the same, behind modules that take twice as long to read as all its messages.
+    """
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def events(path: Path) -> Iterator[tuple[bytes, Any]]:
