@@ -222,3 +222,17 @@ def test_parts_of_an_input_that_a_forward_takes_otherwise_are_told_how_they_go_i
     data = StackDataset(StackDataset(x=x, seen=x > 0), torch.arange(5) % 4)
     with pytest.raises(ConfigError, match=r"a dict goes into forward by its names, .*step=fn\)$"):
         fits(Whole(6, 4), [Client("c", data)], Recipe())
+
+
+def test_a_loss_or_step_that_is_called_otherwise_is_told_how():
+    def swapped(target, output):
+        return F.cross_entropy(output, target, reduction="none")
+
+    def three(output, target, weight):
+        return output
+
+    for loss in (swapped, three):
+        with pytest.raises(ConfigError, match=r"it is called as loss\(output, target\)$"):
+            fits(nn.Linear(6, 4), make_clients([5]), Recipe(loss=loss))
+    with pytest.raises(ConfigError, match=r"it is called as fn\(model, batch\)"):
+        fits(nn.Linear(6, 4), make_clients([5]), Recipe(step=three))

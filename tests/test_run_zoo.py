@@ -66,8 +66,8 @@ def test_paths_and_modules(tmp_path):
     path = tmp_path / "net.py"
     path.write_text(
         "from torch import nn\n"
-        "class Part(nn.Module): pass\n"
-        "class Net(nn.Linear):\n"
+        "class Part(nn.Linear): pass\n"
+        "class Net(Part):\n"
         "    def __init__(self, in_features, out=4): super().__init__(in_features, out)\n"
     )
     assert zoo.build(str(path), IMAGES, {}).weight.shape == (4, 784)
@@ -108,3 +108,21 @@ def test_the_zoo_is_plain_pytorch():
     for path in Path(zoo.PACKAGE.parent / "models").glob("*.py"):
         assert "import fedtorch" not in path.read_text()
         assert "from fedtorch" not in path.read_text()
+
+
+def test_a_file_of_several_models_is_asked_about_and_parts_of_one_are_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    head = "import torch.nn as nn\n\n"
+    one = "class One(nn.Linear):\n    def __init__(self): super().__init__(6, 4)\n"
+    loss = "class Loss(nn.Module):\n    pass\n"
+    part = "class Net(nn.Sequential):\n    def __init__(self): super().__init__(One())\n"
+    path = tmp_path / "own.py"
+    path.write_text(head + one + loss)
+    with pytest.raises(
+        ConfigError, match=r"has several models, One, Loss: name one, --model .*own"
+    ):
+        zoo.build(str(path), {}, {})
+    assert type(zoo.build(f"{path}:One", {}, {})).__name__ == "One"
+    for text in (one + part, part + one):
+        path.write_text(head + text)
+        assert type(zoo.build(str(path), {}, {})).__name__ == "Net"

@@ -183,7 +183,7 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
         except Exception as e:
             raise ConfigError(
                 f"the step fails for model {name} and a batch {shape(batch)} of client {who}: "
-                f"{type(e).__name__}: {first(e)}{other_types(model, batch)}"
+                f"{type(e).__name__}: {first(e)}{_called(e, 'fn(model, batch)')}{other_types(model, batch)}"
             ) from e
     try:
         x, y = pair(batch)
@@ -203,7 +203,10 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
     except ConfigError:
         raise
     except Exception as e:
-        fix = _no_classes(output, y) or _whole_labels(output, y) or other_types(model, y)
+        swapped = _called(
+            TypeError() if _takes(recipe.loss, y, output) else e, "loss(output, target)"
+        )
+        fix = swapped or _no_classes(output, y) or _whole_labels(output, y) or other_types(model, y)
         raise ConfigError(
             f"the loss does not fit model {name} (output {shape(output)}) and the labels "
             f"{shape(y)}: {first(e)}{fix}"
@@ -214,6 +217,19 @@ def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
             f"as shapes that differ are broadcast{ONE_AXIS}"
         )
     return found
+
+
+def _called(e: Exception, how: str) -> str:
+    """The fix where a function does not take what it is given."""
+    return f"; it is called as {how}" if isinstance(e, TypeError) else ""
+
+
+def _takes(loss: Any, output: Any, target: Any) -> bool:
+    try:
+        loss(output, target)
+    except Exception:
+        return False
+    return True
 
 
 def _whole_labels(output: Any, target: Any) -> str:

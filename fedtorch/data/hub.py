@@ -175,6 +175,7 @@ class Custom:
                 raise ConfigError(f"{self.path} failed: {type(e).__name__}: {e}") from e
         if not isinstance(data, Data):
             raise ConfigError(
-                f"{self.path} must return fedtorch.data.Data, not {type(data).__name__}"
+                f"{self.path} must return fedtorch.data.Data, not {type(data).__name__}: "
+                "fedtorch.data.base.from_tensors(name, (x, y), (x_test, y_test), kind, outputs) makes it"
             )
         return data

@@ -1,11 +1,12 @@
 """Find and build a model: the file name is the registry.
 
 ``mlp`` is ``models/mlp.py`` (of the working folder first, then of fedtorch); ``path/file.py:Name`` and
-``package.module:Name`` name anything else. A file offers ``build(...)`` or an ``nn.Module`` class. Of the
-data's facts (input_shape, in_features, in_channels, num_classes, vocab_size, ...) a model is given those
+``package.module:Name`` name anything else. A file offers ``build(...)`` or an ``nn.Module`` class, of
+several the one that is no part of another. Of the data's facts (input_shape, in_features, in_channels, num_classes, vocab_size, ...) a model is given those
 its signature asks for by name; the user's own arguments come on top.
 """
 
+import ast
 import importlib.util
 import inspect
 import sys
@@ -138,7 +139,28 @@ def _maker(module: ModuleType, where: str) -> Callable[..., Any]:
     ]
     if not own:
         raise ConfigError(f"{where} has neither build() nor an nn.Module class")
-    return own[-1]  # a file that builds up to its model ends with it
+    parts = _parts(module)
+    whole = [c for c in own if c.__name__ not in parts] or own[-1:]
+    if len(whole) > 1:
+        names = ", ".join(c.__name__ for c in whole)
+        example = f"{module.__file__ or where}:{whole[-1].__name__}"
+        raise ConfigError(f"{where} has several models, {names}: name one, --model {example}")
+    return whole[0]
+
+
+def _parts(module: ModuleType) -> set[str]:
+    """Names of classes that others of the same file are made of."""
+    try:
+        tree = ast.parse(inspect.getsource(module))
+    except (OSError, TypeError):  # there is no source
+        return set()
+    made = [n for n in tree.body if isinstance(n, ast.ClassDef)]
+    return {
+        name.id
+        for one in made
+        for name in ast.walk(one)
+        if isinstance(name, ast.Name) and name.id != one.name
+    }
 
 
 def _from_file(path: Path) -> ModuleType:
