@@ -2,8 +2,9 @@
 
 ``mlp`` is ``models/mlp.py`` (of the working folder first, then of fedtorch); ``path/file.py:Name`` and
 ``package.module:Name`` name anything else. A file offers ``build(...)`` or an ``nn.Module`` class, of
-several the one that is no part of another. Of the data's facts (input_shape, in_features, in_channels, num_classes, vocab_size, ...) a model is given those
-its signature asks for by name; the user's own arguments come on top.
+several the one that is no part of another. Of the data's facts (input_shape, in_features, in_channels,
+num_classes, vocab_size, ...) a model is given those its signature asks for by name; the user's own
+arguments come on top.
 """
 
 import ast
