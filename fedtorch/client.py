@@ -1,7 +1,7 @@
 """Clients: data that stays with its owner. ``training/local_update.py`` is what they do with it."""
 
-from collections.abc import Iterable, Sequence, Sized
-from typing import Any, cast
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
 
@@ -80,7 +80,7 @@ class Client:
 
     def __len__(self) -> int:
         """Number of training examples."""
-        return len(cast(Sized, self.data))
+        return len(self.data)  # type: ignore[arg-type]
 
     def taken(self) -> int:
         """Number of examples that the first pass takes: all, but for a sampler's."""

@@ -50,22 +50,23 @@ def test_each_step_is_one_of_autograd(B, biased, keep):
         x, T, steps = drawn(9, widths[0]), 3 * B, torch.tensor([3, 1, 0])
         draw = torch.Generator().manual_seed(B)
         index = torch.randint(9, (3, T), generator=draw)
-        y = torch.randint(widths[-1], (3, T, 1), generator=draw)
-        scale, losses = torch.full((3, T, 1), 1 / B), torch.ones(3, T, 1)
+        y = torch.randint(widths[-1], (9,), generator=draw)
+        scale = torch.full((3, T, 1), 1 / B)
         scale[0, B - 1] = 0  # there is no example
         factor, values = scale * 0.3, torch.empty(3, len(start) + 5)
-        given = (values, start, keep), torch.tensor(table).numpy(), (x, index)
-        losing = y, scale, factor, losses
-        squares = loops("fedtorch.kernels.loops").Loops().visits(*given, losing, (steps, B))
+        places = torch.tensor(table).numpy(), sum(widths[:-1]), max(widths)
+        given = (values, start, keep), places, (x, index), (y, scale, factor), (steps, B)
+        squares, losses = loops("fedtorch.kernels.loops").Loops().visits(*given)
         values = values[:, : len(start)]
         for c, n in enumerate(steps.tolist()):
-            row = start
+            row, total = start, 0.0
             for t in range(n):
                 at = slice(t * B, (t + 1) * B)
-                given = x[index[c, at]], y[c, at, 0], factor[c, at, 0]
+                given = x[index[c, at]], y[index[c, at]], factor[c, at, 0]
                 row, each = by_autograd(row, table, *given, keep)
-                close(losses[c, at, 0], torch.where(given[2] > 0, -each, 0))
+                total += float((each * scale[c, at, 0]).sum())
             close(values[c] + start, row)
+            assert not n or float(losses[c]) == pytest.approx(total / n, rel=1e-5)
             assert float(squares[c]) == pytest.approx(float(values[c].double().square().sum()))
 
 
@@ -137,11 +138,13 @@ def test_a_client_that_diverges_fails_alone(taken):
 @needs_loops
 def test_a_norm_is_never_less_than_it_is():
     start, table = own([30, 40, 3], True)
-    chain = whole.Chain((whole.Linear("w", "b", (40, 30)), whole.Linear("v", "u", (3, 40))))
+    relu = whole.Activation("ReLU")
+    chain = whole.Chain((whole.Linear("w", "b", (40, 30)), relu, whole.Linear("v", "u", (3, 40))))
     state = {"w": start[:1200].view(40, 30), "b": start[1200:1240]}
     state |= {"v": start[1240:1360].view(3, 40), "u": start[1360:]}
-    made = whole.Whole(chain, state, whole.Rule(0.1), whole.Memory(), 2)
-    assert [tuple(row) for row in made.layers.tolist()] == table
+    form = whole.Form.of(chain, "wbvu")
+    made = whole.Whole(form, state, whole.Rule(0.1), whole.Memory(), 2)
+    assert [tuple(row) for row in form.places[0].tolist()] == table
     made.change.copy_(drawn(2, len(start)) * torch.tensor([[1e-42], [1e3]]))
     made.squares = made.change.double().square().sum(1)
     exact = [sum(Fraction(v) ** 2 for v in row.tolist()) for row in made.change]

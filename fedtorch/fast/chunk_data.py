@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -106,10 +107,18 @@ class Rows:
         return self.tables[0][0].numel()
 
     @cached_property
-    def classes(self) -> bool:
-        """Whether labels are one class each, and none of them -100, which cross entropy leaves out."""
+    def starts(self) -> Tensor:
+        """Each client's first row, [K, 1], on the CPU."""
+        return torch.tensor([0, *accumulate(self.sizes[:-1])])[:, None]
+
+    @cached_property
+    def classes(self) -> int:
+        """How many classes there are at least, of which each label is one; 0: labels are something else.
+
+        One of -100 is none, as cross entropy leaves it out.
+        """
         plain = self.y.dtype == torch.int64 and self.y.dim() == 1
-        return plain and bool((self.y >= 0).all())
+        return int(self.y.max()) + 1 if plain and bool((self.y >= 0).all()) else 0
 
     @cached_property
     def images(self) -> Tensor:
@@ -244,12 +253,11 @@ class Kept:
         self, datasets: Sequence[Dataset], device: torch.device, ops: Ops | None = None
     ) -> Rows:
         """The examples of these clients; by torch where no ``ops`` are given."""
-        tables = [cast(TensorDataset, d).tensors for d in datasets]
+        tables = [d.tensors for d in cast(Sequence[TensorDataset], datasets)]
         parts = [t for table in tables for t in table]
-        key, versions = tuple(id(t) for t in parts), [version(t) for t in parts]
-        found = self.chunks.get(key)
-        self.times[hash(key)] += 1
-        times = self.times[hash(key)]
+        key, versions = tuple(map(id, parts)), [*map(version, parts)]
+        found, at = self.chunks.get(key), hash(key)
+        times = self.times[at] = self.times[at] + 1
         if found and found[1] == versions:
             if times == AGAIN and found[2].parts:  # one matrix from now on, with the same bits
                 self.chunks[key] = parts, versions, replace(found[2], often=True)

@@ -18,6 +18,7 @@ class Memory:
     def __init__(self) -> None:
         """None yet."""
         self.held = np.empty(0, np.uint8)
+        """Beginning on a cache line."""
         self.lent: weakref.ref[np.ndarray] | None = None
 
     def __reduce__(self) -> tuple[type["Memory"], tuple[()]]:
@@ -33,12 +34,13 @@ class Memory:
         width = len(start) + -len(start) % (LINE // start.element_size())
         size = count * width * start.element_size()
         if start.device.type == "cpu" and size <= MEMORY_KEPT and not self.busy():
-            if len(self.held) < size + LINE:
-                self.held = np.empty(size + LINE, np.uint8)
-            begin = -self.held.ctypes.data % LINE
-            lent = self.held[begin : begin + size]  # torch keeps this view alive, and it the memory
+            if len(self.held) < size:
+                whole = np.empty(size + LINE, np.uint8)
+                self.held = whole[-whole.ctypes.data % LINE :][:size]
+            # torch keeps this view alive, and it the memory
+            lent = self.held[:size].reshape(count, size // count)
             self.lent = weakref.ref(lent)
-            return torch.from_numpy(lent).view(start.dtype).view(count, width)
+            return torch.from_numpy(lent).view(start.dtype)
         return start.new_empty(count, width)
 
     def busy(self) -> bool:

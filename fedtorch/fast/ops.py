@@ -66,19 +66,20 @@ class Visits(Protocol):
     def __call__(
         self,
         own: tuple[Tensor, Tensor, float],
-        layers: np.ndarray,
+        places: tuple[np.ndarray, int, int],
         inputs: tuple[Tensor, Tensor],
-        given: tuple[Tensor, Tensor, Tensor, Tensor],
+        given: tuple[Tensor, Tensor, Tensor],
         steps: tuple[Tensor, int],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """All steps of each client's linear layers, ReLU between them, before cross entropy.
 
-        ``own``: room for the parameters of each client, [K, at least so many], without gaps, in whose place
-        their change comes, those it began with [numbers], and what a step keeps of them. Returns the
-        changes' squared norms, [K], float64.
-        ``layers`` [n, 4]: outputs, inputs, and where weights and biases begin (-1: there are none);
-        ``inputs``: examples [N, in] and those of each step, [K, T]; ``given`` as ``Ops.closing`` has it;
-        ``steps`` of each client, [K], and examples in each.
+        ``own``: room for the change of each client's parameters, [K, at least so many], those it began with
+        [numbers], and what a step keeps of them. Returns the changes' squared norms, and the mean over
+        steps of the mean losses of their examples, [K] each, float64.
+        ``places``: layers [n, 4], which are outputs, inputs, and where weights and biases begin (-1: there
+        are none), all their inputs, and the most in- or outputs of one; ``inputs``: examples [N, in] and
+        those of each step, [K, T]; ``given``: their classes [N], and scale and factor of each step as
+        ``loss.CrossEntropy`` has them; ``steps`` of each client, [K], and examples in each.
         """
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -38,10 +37,10 @@ class LockstepOrder:
         return float(self.counts.sum()) / sum(self.live)
 
 
-def schedule(plans: Sequence[Tensor], sizes: Sequence[int], weight: Tensor) -> LockstepOrder:
+def schedule(plans: Sequence[Tensor], starts: Tensor, weight: Tensor) -> LockstepOrder:
     """Put the clients' plans side by side, for weights of ``weight``'s type, and on its device.
 
-    The plans must come in order of falling length.
+    The plans must come in order of falling length; ``starts`` [K, 1]: each client's first row.
     """
     steps = [p.shape[0] for p in plans]
     if steps != sorted(steps, reverse=True):
@@ -52,18 +51,18 @@ def schedule(plans: Sequence[Tensor], sizes: Sequence[int], weight: Tensor) -> L
         for p in plans
     ]
     index = torch.stack(plans)
-    real = index >= 0
-    if bool(real.all()):
-        local, counts = index.flatten(1), np.full((S, len(plans)), B)
+    if int(index.min()) >= 0:
+        local, counts = index.flatten(1), np.empty((S, len(plans)), np.int64)
+        counts.fill(B)
         scale = torch.full((len(plans), S * B, 1), 1 / B, dtype=weight.dtype)
     else:
+        real = index >= 0
         local, some = index.clamp(min=0).flatten(1), real.sum(2, keepdim=True)
         scale = (real.to(weight.dtype) / some.clamp(min=1)).flatten(1)[..., None]
         counts = some[..., 0].T.contiguous().numpy()
-    first = torch.tensor([0, *accumulate(sizes[:-1])])
     alike = steps[-1] == S
     live = [len(plans)] * S if alike else [sum(t < s for s in steps) for t in range(S)]
-    index = local + first[:, None]
+    index = local + starts
     if weight.device.type != "cpu":
         index, local, scale = (t.to(weight.device) for t in (index, local, scale))
     return LockstepOrder(index, local, scale, live, B, counts)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import Dataset
@@ -34,6 +35,7 @@ from fedtorch.training.batches import batch_order
 from fedtorch.training.dropout import Dropout
 from fedtorch.training.losses import cross_entropy
 from fedtorch.training.stacked import Chunk
+from fedtorch.tree import vector
 from fedtorch.types import Params, Stack, Task
 
 
@@ -48,6 +50,8 @@ class Fast:
     memory: Memory = field(default_factory=Memory)
     module: fx.GraphModule | None = None
     """The front; built from the working model on first use."""
+    forms: dict[tuple[str, ...], whole.Form | None] = field(default_factory=dict)
+    """Of models with parameters of these names."""
 
     def __getstate__(self) -> dict[str, object]:
         """A worker builds the front from its own model."""
@@ -66,30 +70,29 @@ class Fast:
             # the data side by side, and who is in which step
             first = next(iter(task.state.values()))
             rows = self.kept.rows(datasets, first.device, ops_for(first))
-            order = schedule(chunk.order, rows.sizes, first)
+            order = schedule(chunk.order, rows.starts, first)
             steps = linear(recipe, ctx, task.state, task.lr)
             if private is not None:
                 factor = (order.scale > 0).to(order.scale.dtype)
             else:
                 factor = order.scale if steps.rule.momentum else order.scale * steps.rule.lr
-            head = self._head(rows, order, factor, recipe)
             # local steps
-            small = isinstance(head, CrossEntropy) and private is None and not self.half
             held: list[Weights]
-            if small and whole.pays(self.chain, steps, rows, order):
-                own = whole.Whole(self.chain, task.state, steps.rule, self.memory, len(datasets))
-                own.visit(rows, order, cast(CrossEntropy, head), ctx.steps)
-                held = [own]
+            if private is None and (form := self._whole(task.state, recipe, steps, rows, order)):
+                own = whole.Whole(form, task.state, steps.rule, self.memory, len(datasets))
+                own.visit(rows, order, factor, ctx.steps)
+                held, loss = [own], own.loss
             elif private is not None:
+                head = self._head(rows, order, factor, recipe)
                 held = self._private(model, chunk, task, recipe, rows, order, steps, head)
+                loss = head.total().cpu() / ctx.steps
             else:
-                coins = Coins(chunk.seeds, order)
+                head, coins = self._head(rows, order, factor, recipe), Coins(chunk.seeds, order)
                 layers = self._front(model, rows, coins, task.state, steps)
                 layers += joined(self._dense(datasets, rows, coins, task.state, steps))
-                held = lockstep(layers, rows, order, head)
+                held, loss = lockstep(layers, rows, order, head), head.total().cpu() / ctx.steps
         # bfloat16 would round the sum that privacy noises; float32 bounds that far tighter
-        mean, exact = head.total().cpu() / ctx.steps, recipe.privacy.claims
-        return Visit(held, mean, exact, first[:0], task.state)
+        return Visit(held, loss, recipe.privacy.claims, first[:0], task.state)
 
     def joins(self, recipe: Recipe) -> bool:
         """Whether it trains clients that were sent different models ``together``, by such a recipe.
@@ -117,22 +120,37 @@ class Fast:
             models, state = Models(*given, self.kept), given[0][0]
             first = next(iter(state.values()))
             rows = self.kept.rows(datasets, first.device, ops_for(first))
-            order = schedule(plans, rows.sizes, first)
+            order = schedule(plans, rows.starts, first)
             # a rate is in the gradients' factor, and nowhere else
             steps = Steps(Rule(0.0), {}, {})
             factor = order.scale * rates.to(first)[:, None, None]
-            head = self._head(rows, order, factor, recipe)
-            taken_steps, held = torch.tensor([len(p) for p in plans]), list[Weights]()
-            small = isinstance(head, CrossEntropy) and not self.half
-            if small and whole.pays(self.chain, steps, rows, order):
-                wholes = whole.Wholes(self.chain, models, self.memory)
-                wholes.visit(rows, order, cast(CrossEntropy, head), taken_steps)
-                held = [wholes]
+            taken_steps, held = vector([len(p) for p in plans], np.int64), list[Weights]()
+            if form := self._whole(state, recipe, steps, rows, order):
+                wholes = whole.Wholes(form, models, self.memory)
+                wholes.visit(rows, order, factor, taken_steps)
+                held, loss = [wholes], wholes.loss
             else:
-                coins = Coins((), order)
+                head, coins = self._head(rows, order, factor, recipe), Coins((), order)
                 layers = joined(self._dense(datasets, rows, coins, state, steps, models))
                 held = lockstep(layers, rows, order, head)
-        return Visit(held, head.total().cpu() / taken_steps, False, first[:0], state)
+                loss = head.total().cpu() / taken_steps
+        return Visit(held, loss, False, first[:0], state)
+
+    def form(self, state: Params) -> whole.Form | None:
+        """The model as ``whole`` knows it, read once; none: it does not."""
+        names = tuple(state)
+        if names not in self.forms:
+            self.forms[names] = whole.Form.of(self.chain, names)
+        return self.forms[names]
+
+    def _whole(
+        self, state: Params, recipe: Recipe, steps: Steps, rows: Rows, order: LockstepOrder
+    ) -> whole.Form | None:
+        """The form of a model whose visits one loop takes, where that is known and the faster way."""
+        form = self.form(state)
+        if form is None or self.half or recipe.loss is not cross_entropy:
+            return None
+        return form if whole.pays(form, steps, rows, order) else None
 
     def _head(
         self, rows: Rows, order: LockstepOrder, factor: Tensor, recipe: Recipe
@@ -158,10 +176,10 @@ class Fast:
         """The same of steps that are noised, each client's of all its parameters."""
         plan, private = recipe.privacy.per_example, cast(PrivateSteps, chunk.private)
         projected = bool(plan and plan.projected) and rows.finite
-        dense = isinstance(head, CrossEntropy) and not projected
-        if dense and whole.pays_privately(self.chain, steps, rows):
+        dense, form = isinstance(head, CrossEntropy) and not projected, self.form(task.state)
+        if dense and form and whole.pays_privately(form, steps, rows):
             K, (rule, *_) = len(chunk.datasets), steps
-            own = whole.Whole(self.chain, task.state, rule, self.memory, K)
+            own = whole.Whole(form, task.state, rule, self.memory, K)
             taken_steps, by = chunk.context.steps, (rule.lr, private)
             own.visit_privately(rows, order, cast(CrossEntropy, head), taken_steps, *by)
             return [own]
@@ -381,6 +399,8 @@ class Visit:
 
     def sq_norms(self, upper: bool = False) -> Tensor:
         """Squared norm of each client's change, [K], float64; not finite where the change is not."""
+        if len(self.layers) == 1:
+            return self.layers[0].sq_norms(upper).double()
         return torch.stack([layer.sq_norms(upper).double() for layer in self.layers]).sum(0)
 
     def weighted_sum(self, weight: Tensor) -> Params:

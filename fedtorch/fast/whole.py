@@ -4,7 +4,8 @@ Each client has a copy of all parameters, in one row of memory. In lock-step the
 for so few numbers that a round waits for the calls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import cast
 
@@ -29,38 +30,53 @@ from fedtorch.tree import split
 from fedtorch.types import Params, Stack
 
 
+@dataclass(frozen=True)
+class Form:
+    """Linear layers with nothing but ReLU between them, whose parameters stand in one row."""
+
+    specs: tuple[Linear, ...]
+    shapes: dict[str, torch.Size]
+    """Of the parameters, in the model's order: noise is drawn for them as they stand."""
+    places: tuple[np.ndarray, int, int]
+    """As ``ops.Visits`` has them."""
+    weights: int
+    """How many there are, without biases."""
+
+    @classmethod
+    def of(cls, chain: Chain, names: Iterable[str]) -> "Form | None":
+        """For a model with parameters of these names; None where a chain is more than that."""
+        specs = tuple(s for s in chain.layers if isinstance(s, Linear))
+        inner = [s.name for s in chain.layers[1::2] if isinstance(s, Activation)]
+        known = chain.front is None and isinstance(chain.layers[0], Linear)
+        known = known and len(inner) == len(specs) - 1 == len(chain.layers) // 2
+        if not known or not set(inner) <= {"ReLU"} or chain.squeezed:
+            return None
+        own = {n: s.shape[:d] for s in specs for n, d in ((s.weight, 2), (s.bias, 1)) if n}
+        shapes = {n: torch.Size(own[n]) for n in names if n in own}
+        ends = accumulate((s.numel() for s in shapes.values()), initial=0)
+        begin = dict(zip(shapes, ends, strict=False))
+        layers = [(*s.shape, begin[s.weight], begin[s.bias] if s.bias else -1) for s in specs]
+        taken, widest = sum(s.shape[1] for s in specs), max(max(s.shape) for s in specs)
+        weights = sum(out * into for out, into in (s.shape for s in specs))
+        return cls(specs, shapes, (np.array(layers, np.int64), taken, widest), weights)
+
+
 class Whole:
     """How far the parameters of K clients have moved, [K, numbers], once they have been visited."""
 
-    def __init__(
-        self, chain: Chain, state: Params, rule: Rule, memory: Memory, clients: int
-    ) -> None:
+    def __init__(self, form: Form, state: Params, rule: Rule, memory: Memory, clients: int) -> None:
         """They start from the shared ones in ``state``."""
-        specs = linear(chain)
-        names = {n for s in specs for n in (s.weight, s.bias)}
-        self.shapes = {n: v.shape for n, v in state.items() if n in names}
-        self.start = torch.cat([state[n].flatten() for n in self.shapes])
-        self.room, self.keep = memory.room(self.start, clients), rule.keep
+        self.form, self.keep = form, rule.keep
+        self.start = torch.cat([state[n].flatten() for n in form.shapes])
+        self.room = memory.room(self.start, clients)
         self.change = self.room[:, : len(self.start)]
-        ends = accumulate((s.numel() for s in self.shapes.values()), initial=0)
-        begin = dict(zip(self.shapes, ends, strict=False))
-        places = [(*s.shape, begin[s.weight], begin[s.bias] if s.bias else -1) for s in specs]
-        self.layers = np.array(places, np.int64)
 
-    def visit(
-        self,
-        rows: Rows,
-        order: LockstepOrder,
-        head: CrossEntropy,
-        steps: Tensor,
-        who: slice = slice(None),
-    ) -> None:
-        """All local steps; ``steps`` [K]: of each client; ``who``: whose of the chunk these are."""
-        head.check(int(self.layers[-1, 0]))
-        own, inputs = (self.room, self.start, self.keep), (rows.flat, order.index[who])
-        given = head.y[who], head.scale[who], head.factor[who], head.losses[who]
-        visits = cast(Visits, rows.ops.visits)
-        self.squares = visits(own, self.layers, inputs, given, (steps[who], order.batch))
+    def visit(self, rows: Rows, order: LockstepOrder, factor: Tensor, steps: Tensor) -> None:
+        """All local steps; ``steps`` [K]: of each client."""
+        own, inputs = (self.room, self.start, self.keep), (rows.flat, order.index)
+        given, visits = (rows.y, order.scale, factor), cast(Visits, rows.ops.visits)
+        told = visits(own, self.form.places, inputs, given, (steps, order.batch))
+        self.squares, self.loss = told
 
     def visit_privately(
         self,
@@ -76,11 +92,12 @@ class Whole:
         Each example is clipped by its norm over all layers; their sum, with noise on it, over the public
         batch size is the gradient. One that is not finite counts as nothing.
         """
-        head.check(int(self.layers[-1, 0]))
+        layers, *_ = self.form.places
+        head.check(int(layers[-1, 0]))
         inputs = rows.flat, order.index, rows.sq_lengths
         make, given = cast(MakesClips, rows.ops.clips), (head.y, head.losses)
         clips, gradient = (
-            make(self.layers, inputs, given, order.batch),
+            make(layers, inputs, given, order.batch),
             torch.empty_like(self.start),
         )
         factor, found = -rate / private.divisor, []
@@ -96,7 +113,7 @@ class Whole:
 
     def stack(self) -> Stack:
         """The clients' parameters."""
-        return split(self.change + self.start, self.shapes)
+        return split(self.change + self.start, self.form.shapes)
 
     def sq_norms(self, upper: bool = False) -> Tensor:
         """Of all parameters together; added up in float64, where no square vanishes."""
@@ -106,24 +123,29 @@ class Whole:
 
     def weighted_sum(self, weight: Tensor, exact: bool) -> Params:
         """Likewise; who has weight 0 may hold NaN, which times 0 is NaN again."""
-        on = weight != 0
-        total = weight @ self.change if bool(on.all()) else weight[on] @ self.change[on]
-        return split(total, self.shapes)
+        change = self.change
+        if not bool(weight.all()):
+            on = weight != 0
+            weight, change = weight[on], change[on]
+        total = weight @ change
+        return split(total, self.form.shapes)
 
 
 class Wholes:
     """The same of clients that start from several models: runs of clients with the same one."""
 
-    def __init__(self, chain: Chain, models: Models, memory: Memory) -> None:
+    def __init__(self, form: Form, models: Models, memory: Memory) -> None:
         """As above; their steps are plain."""
         self.runs = models.runs()
-        made = [Whole(chain, models.states[n], Rule(0.0), memory, j - i) for i, j, n in self.runs]
+        made = [Whole(form, models.states[n], Rule(0.0), memory, j - i) for i, j, n in self.runs]
         self.each = made
 
-    def visit(self, rows: Rows, order: LockstepOrder, head: CrossEntropy, steps: Tensor) -> None:
+    def visit(self, rows: Rows, order: LockstepOrder, factor: Tensor, steps: Tensor) -> None:
         """As above."""
         for own, (i, j, _) in zip(self.each, self.runs, strict=True):
-            own.visit(rows, order, head, steps, slice(i, j))
+            some = replace(order, index=order.index[i:j], scale=order.scale[i:j])
+            own.visit(rows, some, factor[i:j], steps[i:j])
+        self.loss = torch.cat([own.loss for own in self.each])
 
     def stack(self) -> Stack:
         """The clients' parameters."""
@@ -141,47 +163,34 @@ class Wholes:
         return {n: torch.stack([s[n] for s in sums]).sum(0) for n in sums[0]}
 
 
-def pays(chain: Chain, steps: Steps, rows: Rows, order: LockstepOrder) -> bool:
-    """Whether whole visits are known and the faster way.
+def pays(form: Form, steps: Steps, rows: Rows, order: LockstepOrder) -> bool:
+    """Whether whole visits are the faster way.
 
-    They are of linear layers in float32 with ReLU between them, and of steps along the gradient, with or
+    They are of float32 numbers before cross entropy of classes, and of steps along the gradient, with or
     without weight decay.
     """
-    specs = linear(chain)
-    if not (rows.ops.visits and known(chain, steps, rows)):
+    if not (rows.ops.visits and known(steps, rows)):
         return False
-    numbers = weights(specs)
-    if numbers * rows.tables[0].element_size() > STACKED_BYTES:
+    if not 0 < rows.classes <= form.specs[-1].shape[0]:  # a loop would read whatever is there
         return False
-    (first, *behind), taken = specs, order.index.shape[1]
-    cost = (6 * numbers - 2 * first.shape[0] * first.shape[1]) * taken / RATE_WHOLE
+    if form.weights * rows.tables[0].element_size() > STACKED_BYTES:
+        return False
+    (first, *behind), taken = form.specs, order.index.shape[1]
+    cost = (6 * form.weights - 2 * first.shape[0] * first.shape[1]) * taken / RATE_WHOLE
     others = taken * sum(min(costs(taken, s.shape)) for s in behind)
-    others += CALLS * len(specs) * len(order.live)
+    others += CALLS * len(form.specs) * len(order.live)
     seen = min(costs(taken, first.shape, rows.most))
     # zeros are looked for where it matters alone
     return cost < others + seen / SPARSE_RATE or (cost < others + seen and rows.sparse is None)
 
 
-def pays_privately(chain: Chain, steps: Steps, rows: Rows) -> bool:
+def pays_privately(form: Form, steps: Steps, rows: Rows) -> bool:
     """The same of steps that are noised, each by all of its parameters: no decay, and not too few."""
-    many = weights(linear(chain)) >= OWN_PRODUCTS
-    return bool(many and rows.ops.clips and known(chain, steps, rows) and steps.rule.keep == 1.0)
+    many = form.weights >= OWN_PRODUCTS
+    return bool(many and rows.ops.clips and known(steps, rows) and steps.rule.keep == 1.0)
 
 
-def known(chain: Chain, steps: Steps, rows: Rows) -> bool:
-    """Whether loops know such layers and steps."""
-    inner = [s.name for s in chain.layers[1::2] if isinstance(s, Activation)]
-    plain = chain.front is None and isinstance(chain.layers[0], Linear) and set(inner) <= {"ReLU"}
-    plain = plain and len(inner) == len(linear(chain)) - 1 == len(chain.layers) // 2
+def known(steps: Steps, rows: Rows) -> bool:
+    """Whether loops know such steps."""
     simple = not (steps.own or steps.rule.momentum or steps.rule.pull)
-    return plain and simple and rows.tables[0].dtype == torch.float32
-
-
-def weights(specs: Sequence[Linear]) -> int:
-    """All of them, without biases."""
-    return sum(out * into for out, into in (s.shape for s in specs))
-
-
-def linear(chain: Chain) -> list[Linear]:
-    """The linear layers."""
-    return [s for s in chain.layers if isinstance(s, Linear)]
+    return simple and rows.tables[0].dtype == torch.float32

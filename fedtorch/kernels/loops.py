@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from fedtorch.kernels.products import ENDS, add_rows, corrected, less
 from fedtorch.kernels.sparse import compress, sparse_product
 from fedtorch.kernels.visits import moved, visits
 
+LINE = 16
+"""Numbers of float32 on a cache line."""
 BLOCK = 128
 """Columns whose rows of the other matrix stay in a core's first cache."""
 
@@ -78,7 +81,8 @@ class Clips:
 
     def moved(self, own: Tensor, start: Tensor) -> float:
         """As in ``ops``."""
-        return float(moved(own.numpy(), start.numpy()))
+        values = own.numpy()
+        return float(moved(values, start.numpy(), values))
 
 
 class Loops:
@@ -153,22 +157,19 @@ class Loops:
     def visits(
         self,
         own: tuple[Tensor, Tensor, float],
-        layers: np.ndarray,
+        places: tuple[np.ndarray, int, int],
         inputs: tuple[Tensor, Tensor],
-        given: tuple[Tensor, Tensor, Tensor, Tensor],
+        given: tuple[Tensor, Tensor, Tensor],
         steps: tuple[Tensor, int],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """As in ``ops``."""
-        (values, start, keep), many = own, steps[1]
-        (x, index), (y, scale, factor, losses) = (
-            (t.numpy() for t in inputs),
-            (t.numpy() for t in given),
-        )
-        sizes = int(layers[:, 1].sum()), *[int(layers[:, :2].max())] * 2
-        room = tuple(start.new_empty(many * n).numpy() for n in sizes)
-        by, sums = (steps[0].numpy(), many, keep, start.numpy()), np.empty(len(values))
-        visits(values.numpy(), layers, (x, index), (y, scale), factor, losses, by, room, sums)
-        return torch.from_numpy(sums)
+        (values, first, keep), (x, index), (y, scale, factor), (many, B) = own, inputs, given, steps
+        (layers, taken, widest), start = places, first.numpy()
+        room = parts(first, [len(start), B * taken, B * widest, B * widest])
+        losing, by = (y.numpy(), scale.numpy(), factor.numpy()), (B, keep, start)
+        rows, sums = (x.numpy(), index.numpy()), (np.empty(len(values)), np.empty(len(values)))
+        visits(values.numpy(), layers, rows, losing, many.numpy(), by, room, sums)
+        return torch.from_numpy(sums[0]), torch.from_numpy(sums[1])
 
     clips = Clips
 
@@ -218,6 +219,13 @@ def compressed(x: Tensor) -> Sparse:
     values = x.new_empty(numbers + 1).numpy()
     runs = compress(x.contiguous().numpy(), BLOCK, begin, rows, starts, columns, values)
     return Sparse(N, begin, rows[:runs], starts[: runs + 1], columns[:numbers], values[:numbers])
+
+
+def parts(like: Tensor, sizes: list[int]) -> tuple[np.ndarray, ...]:
+    """Room for so many numbers each, on cache lines of their own."""
+    ends = [0, *accumulate(n + -n % LINE for n in sizes)]
+    whole = like.new_empty(ends[-1]).numpy()
+    return tuple(whole[i : i + n] for i, n in zip(ends, sizes, strict=False))
 
 
 def filled(x: Tensor) -> int:

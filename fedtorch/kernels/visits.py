@@ -20,38 +20,31 @@ row, rest = backward(1, ACROSS), backward(1, 1)
 
 @machine_code
 def visits(
-    own: Any,
-    layers: Any,
-    inputs: Any,
-    given: Any,
-    factor: Any,
-    losses: Any,
-    by: Any,
-    room: Any,
-    sums: Any,
+    own: Any, layers: Any, inputs: Any, given: Any, steps: Any, by: Any, room: Any, sums: Any
 ) -> None:
-    """What ``ops.visits`` does; ``by``: steps, examples in each, what one keeps of the weights, the start.
+    """What ``ops.visits`` does; ``by``: examples in a step, what one keeps of the weights, the start.
 
-    ``room``: for what all layers take, for the gradient of what one puts out, and for the next one's. The
-    changes' squared norms are written to ``sums``.
+    ``room``: for a client's parameters, for what all layers take, for the gradient of what one puts out,
+    and for the next one's. The changes' squared norms and the mean losses are written to ``sums``.
     """
-    (x, index), (y, scale), (steps, B, keep, start), (a, d, down) = inputs, given, by, room
+    (x, index), (y, scale, factor), (B, keep, start), (w, a, d, down) = inputs, given, by, room
     C = layers[len(layers) - 1, 0]
     for c in range(len(own)):
-        w = own[c]
         for k in range(len(start)):
             w[k] = start[k]
+        total = 0.0
         for t in range(steps[c]):
             s = t * B
             forward(w, layers, x, index[c, s : s + B], a, d)
             for i in range(B):
-                z, here = d[i * C : (i + 1) * C], scale[c, s + i, 0] > 0
-                loss = gradient(z, y[c, s + i, 0], factor[c, s + i, 0])
-                losses[c, s + i, 0] = loss if here else 0
-                if not here:  # whatever is there
+                z, share = d[i * C : (i + 1) * C], scale[c, s + i, 0]
+                if share > 0:
+                    loss = gradient(z, y[index[c, s + i]], factor[c, s + i, 0])
+                    total -= float(loss) * float(share)
+                else:  # whatever is there
                     z[:] = 0
             back(w, layers, a, d, down, B, x.dtype.type(keep))
-        sums[c] = moved(w, start)
+        sums[0][c], sums[1][c] = moved(w, start, own[c]), total / steps[c]
 
 
 @machine_code
@@ -123,10 +116,11 @@ def layer(w: Any, d: Any, a: Any, down: Any, shape: Any, keep: Any, passes: bool
 
 
 @machine_code
-def moved(w: Any, start: Any) -> float:
-    """Take ``start`` from w, and sum up the squares of what is left."""
+def moved(w: Any, start: Any, change: Any) -> float:
+    """Write what w is more than ``start`` to ``change``, and sum up its squares."""
     total = 0.0
     for k in range(len(start)):
-        w[k] -= start[k]
-        total += float(w[k]) * float(w[k])
+        far = w[k] - start[k]
+        change[k] = far
+        total += float(far) * float(far)
     return total

@@ -350,8 +350,9 @@ class Privacy(ABC):
         self, sizes: Sequence[int], options: TrainingOptions, task: Task, ids: Sequence[str]
     ) -> list[Tensor]:
         """Which examples each client takes in which step: [steps, batch] of places, short ones with -1."""
-        seed = [seeds.derive(task.seed, "order", *task.draw, i) for i in ids]
-        return [batch_order(n, options, s) for n, s in zip(sizes, seed, strict=True)]
+        turn, draw = task.draw, torch.Generator()
+        seed = [seeds.derive(task.seed, "order", *turn, i) for i in ids]
+        return [batch_order(n, options, s, draw) for n, s in zip(sizes, seed, strict=True)]
 
     def steps_of(self, task: Task, ids: Sequence[str]) -> PrivateSteps | None:
         """What clips and noises the local steps of these clients; None: nothing does."""

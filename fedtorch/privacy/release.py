@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, from_numpy
 
 from fedtorch.tree import expand, moving, per_client, sq_norms, tmap
 from fedtorch.types import NUMBERS, Params, Raw, Released, Stack, Task
@@ -96,8 +97,9 @@ def _mean(plan: Guard, raw: Raw, task: Task) -> ToSend:
     norms = raw.results.sq_norms(upper=plan.always_reports).cpu().sqrt()
     if raw.settled is not None and not plan.claims:
         norms = torch.where(raw.settled, norms, torch.nan)
-    good, part, share = norms.isfinite(), plan.scale(norms, raw.examples, task), raw.weight.double()
-    if not bool(good.all()):
+    fine = np.isfinite(norms.numpy())  # by torch four calls of a microsecond or more
+    good, part, share = from_numpy(fine), plan.scale(norms, raw.examples, task), raw.weight.double()
+    if not fine.all():
         norms, part = torch.where(good, norms, 0), torch.where(good, part, 0.0)
         share = torch.where(counted := _reporting(plan, good), share, 0)
         if not counted.any():

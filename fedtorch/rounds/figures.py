@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class Reports:
         """The chunks of a round as one, with the figures that all of them tell."""
         if not parts:
             return cls()
+        if len(parts) == 1:
+            return replace(parts[0], weight=parts[0].weight.double())
         names = [k for k in parts[0].values if all(k in p.values for p in parts)]
         return cls(
             tuple(i for p in parts for i in p.ids),
@@ -59,7 +61,8 @@ class Reports:
 
     def mean(self, name: str) -> float:
         """Mean of a figure over clients, weighted as their weights are."""
-        return float((self.values[name].double() * self.weight).sum() / self.weight.sum())
+        values, weight = self.values[name].numpy(), self.weight.numpy()
+        return float((values * weight).sum() / weight.sum())
 
     def figures(self, mean_norm: float | None) -> Metrics:
         """The round's figures; ``mean_norm``: length of the weighted mean delta, if it is known."""

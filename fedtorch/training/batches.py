@@ -52,10 +52,12 @@ def len_of(data: Dataset) -> int:
     return len(cast(Any, data))
 
 
-def batch_order(n: int, order: TrainingOptions, seed: int) -> Tensor:
+def batch_order(
+    n: int, order: TrainingOptions, seed: int, draw: torch.Generator | None = None
+) -> Tensor:
     """What local steps take of ``n`` examples, shuffled, [steps, examples], padded with -1 at the end.
 
-    That is a batch, or as many batches as are accumulated.
+    That is a batch, or as many batches as are accumulated. ``draw``: one to be seeded, if there is one.
     """
     size = min(order.batch_size or n, n)
     used = n // size * size if order.drop_last else n
@@ -64,7 +66,7 @@ def batch_order(n: int, order: TrainingOptions, seed: int) -> Tensor:
     steps = steps_of(n, order)
     if size == n:  # every step sees everything: shuffling would only reorder the sum
         return torch.arange(n).expand(steps, n)
-    generator, passes = torch.Generator().manual_seed(seed), []
+    generator, passes = (draw or torch.Generator()).manual_seed(seed), []
     for _ in range(-(-steps // per_epoch)):
         perm = torch.randperm(n, generator=generator)
         if used < n:

@@ -196,7 +196,7 @@ def rates(recipe: Recipe, lr: float, steps: Tensor) -> Tensor:
     NaN under a scheduler of the user's own, which nobody else can foretell.
     """
     if not varies(recipe) or recipe.scheduler:
-        return steps.double() * (math.nan if recipe.scheduler else lr)
+        return torch.from_numpy(steps.numpy() * (math.nan if recipe.scheduler else float(lr)))
     sums = {n: lr * sum(factor(recipe, t, n) for t in range(n)) for n in {*steps.tolist()}}
     return torch.tensor([sums[n] for n in steps.tolist()], dtype=torch.float64)
 

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +30,17 @@ from fedtorch.training.personal import GROUP, personal, shared
 from fedtorch.training.reserve import Reserve
 from fedtorch.training.results import Results, exact_weights
 from fedtorch.training.sequential import naming_client, train_sequentially
-from fedtorch.tree import expand, finite_per_client, near, row, settled, stack, tmap, to_float64
+from fedtorch.tree import (
+    expand,
+    finite_per_client,
+    near,
+    row,
+    settled,
+    stack,
+    tmap,
+    to_float64,
+    vector,
+)
 from fedtorch.types import AUDIT, Context, Failure, Raw, Released, Stack, Task, altered
 
 
@@ -50,7 +61,8 @@ def local_update(
     """
     recipe.privacy.check_numbers(task.privacy)
     trained = (k for k, p in model.named_parameters() if p.requires_grad)
-    with resting(model, recipe.strategy.rests(trained, task.extras)):
+    still = recipe.strategy.rests(trained, task.extras)
+    with resting(model, still) if still else nullcontext():
         return _visits(clients, to_device(task, model), recipe, model, solve, reserve or Reserve())
 
 
@@ -189,7 +201,8 @@ def context(
     patterns = recipe.strategy.personal
     anchor = {k: task.state[k] for k in shared(model, patterns)}
     device = next(iter(anchor.values())).device
-    kept = [{g: m for g, m in without_unsent(c.memory).items() if g != GROUP} for c in clients]
+    known = (without_unsent(c.memory) if c.memory else {} for c in clients)
+    kept = [{g: m for g, m in memory.items() if g != GROUP} for memory in known]
     floats = {k: task.state[k] for k in buffers(model)} if recipe.strategy.floats else {}
     floats = {k: v for k, v in floats.items() if v.is_floating_point()}
     seen = anchor | floats
@@ -198,7 +211,7 @@ def context(
     kept_names = personal(model, patterns)
     start = {k: v for k, v in task.state.items() if k in kept_names}
     own = [start | to(c.memory[GROUP], device) if GROUP in c.memory else start for c in clients]
-    steps = torch.tensor([len(p) for p in order])
+    steps = vector([len(p) for p in order], np.int64)
     return Context(
         anchor=expand(anchor),
         extras={g: expand(e) for g, e in task.extras.items()},
@@ -251,12 +264,12 @@ def figures_of(
     clients: Sequence[Client], order: Sequence[Tensor], trained: Results
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Examples of each client, [K], and figures about the visits, [K] each."""
-    examples = torch.tensor([float(len(c)) for c in clients])
+    examples = vector([len(c) for c in clients], np.float32)
     return examples, {
         "train_loss": trained.loss,
         "examples": examples,
         "visited": visited(order),
-        "steps": torch.tensor([float(len(p)) for p in order], dtype=torch.float64),
+        "steps": vector([len(p) for p in order]),
     }
 
 
@@ -280,5 +293,8 @@ def exact(task: Task, ctx: Context) -> Context:
 def visited(order: Sequence[Tensor]) -> Tensor:
     """Examples each client takes, every pass counted, [K]."""
     if all(p.shape == order[0].shape for p in order):  # one call for all of them
-        return (torch.stack(list(order)) >= 0).sum((1, 2)).float()
-    return torch.tensor([float((p >= 0).sum()) for p in order])
+        found = torch.stack(list(order))
+        if int(found.min()) >= 0:
+            return vector([p.numel() for p in order], np.float32)
+        return (found >= 0).sum((1, 2)).float()
+    return vector([float((p >= 0).sum()) for p in order], np.float32)
