@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedtorch import Client, Recipe, Server
-from fedtorch.checks.gates import opened
+from fedtorch.checks.gates import behind
 from fedtorch.privacy import SampleLevel
 from fedtorch.types import ConfigError
 
@@ -13,22 +13,64 @@ from fedtorch.types import ConfigError
 class Gate(nn.Module):
     """What it is given, times numbers that begin at zero."""
 
-    def __init__(self) -> None:
+    def __init__(self, begin: float = 0.0, trained: bool = True) -> None:
         super().__init__()
-        self.share = nn.Parameter(torch.zeros(6))
+        self.share = nn.Parameter(torch.full((6,), begin), requires_grad=trained)
 
     def forward(self, x):
         return self.share * x
 
 
+class Sigmoid(Gate):
+    def forward(self, x):
+        return self.share.sigmoid() * x
+
+
+class Relu(Gate):
+    def forward(self, x):
+        return self.share.relu() * x
+
+
+class Less(Gate):
+    def forward(self, x):
+        return (-self.share).relu() * x
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("share", torch.zeros(()))
+
+    def forward(self, x):
+        return self.share * x
+
+
+class Late(nn.Module):
+    """Opens after steps that something else counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.tensor(3))
+
+    def forward(self, x):
+        return torch.where(self.steps < 100, 0, x)
+
+
+GATES = {
+    "zero": Gate, "far below": lambda: Sigmoid(-1e9), "below": lambda: Sigmoid(-25.0),
+    "faint": lambda: Sigmoid(-8.0), "negative": lambda: Relu(-1.0), "less": lambda: Less(1.0),
+    "frozen": lambda: Gate(trained=False), "scale": Scale, "late": Late,
+}  # fmt: skip
+
+
 class Gated(nn.Module):
     """A branch behind a gate, and a last layer, which begin at zero as in a diffusion transformer."""
 
-    def __init__(self, branch, head: float = 0.0) -> None:
+    def __init__(self, branch, head: float = 0.0, gate=Gate) -> None:
         super().__init__()
         self.branch = branch
         self.first, self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
-        self.gate = Gate()
+        self.gate = gate()
         with torch.no_grad():
             self.head.weight.mul_(head)
             self.head.bias.zero_()
@@ -56,9 +98,10 @@ def server(model, mode):
     return Server(model, who, Recipe(privacy=SampleLevel(rounds=1, batch_size=8, mode=mode)))
 
 
-def test_examples_that_mix_behind_two_shut_gates_are_refused():
+@pytest.mark.parametrize("gate", GATES)
+def test_examples_that_mix_behind_two_shut_gates_are_refused(gate):
     with pytest.raises(ConfigError, match="mixes the examples of a batch"):
-        server(Gated(mixing), "auto")
+        server(Gated(mixing, gate=GATES[gate]), "auto")
 
 
 @pytest.mark.parametrize("mode", ["layers", "hooks"])
@@ -70,17 +113,38 @@ def test_a_way_to_gradients_that_is_wrong_behind_a_shut_gate_is_refused(mode, br
         server(Gated(branch, head), mode)
 
 
-def test_a_right_way_trains_such_a_model():
-    notes = server(Gated(turned), "auto").notes
+@pytest.mark.parametrize("gate", GATES)
+def test_a_way_that_is_wrong_behind_any_gate_is_refused(gate):
+    with pytest.raises(ConfigError, match=r"privacy.mode layers cannot train .* differ from those"):
+        server(Gated(reused, 1.0, GATES[gate]), "layers")
+
+
+@pytest.mark.parametrize("gate", ["zero", "negative", "late"])
+def test_a_right_way_trains_such_a_model(gate):
+    notes = server(Gated(turned, gate=GATES[gate]), "auto").notes
     assert any("private gradients are taken by torch.func" in str(note) for note in notes)
 
 
 def test_gates_are_shut_again_and_biases_of_known_layers_stay():
-    model = Gated(mixing)
+    model = Gated(mixing, gate=lambda: nn.Sequential(Gate(), Scale(), Late()))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with opened(model) as hid:
-        assert hid and bool((model.gate.share > 0).all()) and bool(model.head.weight.all())
+    gate, scale, late = model.gate
+    met = []
+
+    def look():
+        met.append((bool((gate.share > 0).all()), bool((gate.share < 0).all())))
+        assert bool(scale.share) and late.steps > 100 and bool(model.head.weight.all())
         assert not bool(model.head.bias.any())
+
+    sizes = [p.numel() for p in model.parameters()]
+    assert behind(model, torch.ones(sum(sizes)), 1e-3, look) is None
+    assert met == [(True, False), (False, True)]
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    with opened(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))) as hid:
-        assert not hid
+
+
+def test_where_nothing_is_shut_nothing_is_opened():
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+    gradient = torch.ones(sum(p.numel() for p in model.parameters()))
+    assert behind(model, gradient, 1e-3, lambda: "found") is None
+    gradient[:36] = 1e-6
+    assert behind(model, gradient, 1e-3, lambda: "found") == "found"

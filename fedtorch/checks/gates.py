@@ -1,46 +1,98 @@
-"""Weights that begin at zero, as gates and last layers do: until they open, no trial sees behind them.
+"""What weights and buffers shut out, as gates at first do: until they open, no trial sees behind them.
 
-Two of them one after another hide even that examples mix: at first no gradient has anything of it.
+Two of them one after another hide even that examples mix: at first no gradient has anything of it. Noise
+and decay open a gate too that itself has no gradient, as one below zero in a ReLU.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
 
+Found = TypeVar("Found")
+
+LATE = 1_000_000
+"""A count of steps that is past all beginnings."""
+
+
+def behind(
+    model: nn.Module, gradient: Tensor, least: float, look: Callable[[], Found | None]
+) -> Found | None:
+    """What ``look`` finds with gates open, to numbers above zero and then below; None where nothing.
+
+    ``gradient``: of all trained weights, flat. One of which it has a share below ``least`` may be a gate,
+    or stand behind one. Afterwards the model is as it was.
+    """
+    shut = [*_idle(model, gradient, least), *_off(model)]
+    # a matrix has numbers of both signs at once
+    signs = (1.0, -1.0) if any(t.dim() < 2 for t in shut) else (1.0,)
+    for sign in signs if shut else ():
+        with _opened(shut, sign):
+            try:
+                found = look()
+            except Exception:  # numbers that mean nothing to the model
+                continue
+        if found:
+            return found
+    return None
+
 
 @contextmanager
-def opened(model: nn.Module) -> Iterator[bool]:
-    """The model with such weights moved off zero, and whether it has any; afterwards it is as it was."""
-    shut, draw = _shut(model), seeds.generator(0, "gates")
+def _opened(shut: Sequence[Tensor], sign: float) -> Iterator[None]:
+    before, draw = [t.detach().clone() for t in shut], seeds.generator(0, "gates")
     try:
         with torch.no_grad():
-            for p in shut:
-                p.copy_(_numbers(p.shape, draw))
-        yield bool(shut)
+            for t in shut:
+                t.copy_(
+                    sign * _numbers(t.shape, draw) if t.is_floating_point() else torch.tensor(LATE)
+                )
+        yield
     finally:
         with torch.no_grad():
-            for p in shut:
-                p.zero_()
+            for t, was in zip(shut, before, strict=True):
+                t.copy_(was)
 
 
 def _numbers(shape: torch.Size, draw: torch.Generator) -> Tensor:
-    """As a layer's weights are at first; of one axis above zero, as what is rooted or divided by is."""
+    """As a layer's weights are at first; of one axis of one sign, as what is rooted or divided by is."""
     if len(shape) < 2:
         return 0.25 + torch.rand(shape, generator=draw)
     return torch.randn(shape, generator=draw) / math.sqrt(shape[1:].numel())
 
 
-def _shut(model: nn.Module) -> list[Tensor]:
-    """Trained weights that are all zero; biases of torch's layers are added, and hide nothing."""
+def _idle(model: nn.Module, gradient: Tensor, least: float) -> list[Tensor]:
+    """Trained weights with next to no gradient, and zeros, which shut out what has none."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    parts, whole, biases = (
+        gradient.split([p.numel() for p in params]),
+        gradient.norm(),
+        _biases(model),
+    )
     return [
         p
-        for m in model.modules()
-        for k, p in m.named_parameters(recurse=False)
-        if p.requires_grad and not bool(p.detach().any())
-        if not ("bias" in k and type(m).__module__.startswith("torch.nn."))
+        for p, part in zip(params, parts, strict=True)
+        if not bool(part.norm() > least * whole) or (p not in biases and not bool(p.detach().any()))
     ]
+
+
+def _off(model: nn.Module) -> list[Tensor]:
+    """What is not trained and zero, and counts."""
+    fixed = [*model.buffers(), *(p for p in model.parameters() if not p.requires_grad)]
+    biases = _biases(model)
+    return [
+        t
+        for t in fixed
+        if t not in biases
+        and (not bool(t.any()) if t.is_floating_point() else t.numel() == 1 and not t.is_complex())
+    ]
+
+
+def _biases(model: nn.Module) -> set[Tensor]:
+    """Those of torch's layers: they are added, and shut nothing out."""
+    own = [m for m in model.modules() if type(m).__module__.startswith("torch.nn.")]
+    return {p for m in own for k, p in m.named_parameters(recurse=False) if "bias" in k}

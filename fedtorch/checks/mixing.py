@@ -7,6 +7,7 @@ many kinds, in float64 where they can be, and each example's numbers are held to
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fedtorch import seeds
 from fedtorch.checks.company import LARGEST_BATCH, SCALES, WATCHED, Near, meets, tolerant
 from fedtorch.checks.crowds import AFFORD, affordable, among, enlarged, most, places
-from fedtorch.checks.gates import opened
+from fedtorch.checks.gates import behind
 from fedtorch.checks.held import RowDraws
 from fedtorch.checks.precise import Tried, another, precise, products
 from fedtorch.recipe import Recipe
@@ -33,6 +34,9 @@ TIMES = 4
 RARE = 28
 """Times that its few examples are tried: what it does with a small chance may be what mixes them."""
 
+HIDDEN = 10
+"""Share of the gradient, in units of what is seen of it, below which a weight's may be shut out."""
+
 STATEFUL = 4
 """Batches after which a loss must not remember what they were."""
 
@@ -49,8 +53,9 @@ def mixes(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
             work, before = products(model, batch, recipe), snapshot(fine.model)
             rough = own if work > HEAVY else fine
             why = _found(fine, rough, work)
-            with opened(fine.model) as hid:
-                why = why or (_behind(fine) if hid else None)
+            if not why:
+                gradient = fine.gradient(torch.arange(size(batch)))
+                why = behind(fine.model, gradient, HIDDEN * fine.near.rtol, partial(_behind, fine))
             # whether examples mix may hang on what is drawn
             many, drawn = size(batch), own.held.calls
             for seed in range(1, TIMES if drawn else 1):

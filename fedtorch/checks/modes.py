@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.checks.gates import opened
+from fedtorch.checks.gates import behind
 from fedtorch.checks.held import draws_numbers, same_draws
 from fedtorch.checks.stacking import uneven
 from fedtorch.checks.tried import SOME, first, inputs, largest, normal_inputs, two_examples
@@ -45,6 +45,12 @@ TOLERANCE = 5e-3
 
 MISSED = 1e-4
 """Share of the gradients of examples that a mode may leave out of their sum."""
+
+HIDDEN = 1e-3
+"""Share of the gradient below which a weight's may be shut out by a gate."""
+
+FAINT = 1e-4
+"""What a weight's part may be off in any case, in clipping norms: float32 rounds it to no less."""
 
 UNCLIPPED = 1e12
 
@@ -134,8 +140,9 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
         tried = batch, _varied(model, clients, recipe)
         wrong = wrong or any(_differs(model, b, recipe, mode) for b in tried)
         if mode != "alone" and not wrong:
-            with opened(model) as hid:
-                wrong = hid and _differs(model, rows(tried[1], slice(0, BEHIND)), recipe, mode)
+            few = rows(tried[1], slice(0, BEHIND))
+            look = partial(_differs, model, few, recipe, mode)
+            wrong = bool(behind(model, _whole(model, few, recipe), HIDDEN, look))
     except Exception as e:
         return _compiled(model, mode) or first(e)
     finally:
@@ -170,10 +177,15 @@ def _differs(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> bool:
         clip = min((n for n in norms if 0 < n < math.inf), default=2.0) / 2
         with same_draws(size(batch)):
             apart = _one_step(model, batch, recipe, mode, clip)
+        parts = apart.split([p.numel() for p in model.parameters() if p.requires_grad])
+        found = [float(p.norm()) for p in parts]
         for a, norm in zip(alone, norms, strict=True):
             if math.isfinite(norm):  # in place: a large model's gradients are long
                 apart.sub_(a, alpha=clip / max(norm, clip))
-        return not apart.norm() <= TOLERANCE * clip
+        # also of a weight that has little of the gradient
+        most = [TOLERANCE * norm + FAINT * clip for norm in found]
+        held = all(float(p.norm()) <= m for p, m in zip(parts, most, strict=True))
+        return not (held and apart.norm() <= TOLERANCE * clip)
 
 
 def _misses(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> bool:
@@ -184,13 +196,18 @@ def _misses(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> bool:
     found = _one_step(model, batch, recipe, mode, UNCLIPPED)
     if mode not in ("layers", "hooks", "ghost"):
         return False
-    model.zero_grad()
-    with seeds.seeded(0):
-        recipe.losses(model, batch).sum().backward()
-    whole = _gradients(model)
+    whole = _whole(model, batch, recipe)
     alone = [_alone(model, batch, k, recipe).norm() for k in range(size(batch))]
     most = MISSED if whole.device.type == "cpu" else TOLERANCE
     return bool(whole.isfinite().all()) and not (found - whole).norm() <= most * sum(alone)
+
+
+def _whole(model: nn.Module, batch: Any, recipe: Recipe) -> Tensor:
+    """The gradient of a batch, flat."""
+    model.zero_grad()
+    with seeds.seeded(0):
+        recipe.losses(model, batch).sum().backward()
+    return _gradients(model)
 
 
 def _varied(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Any:
