@@ -544,3 +544,9 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("rounds = 5\n", encoding="utf-8-sig")
     assert parse("--config", str(path)).rounds == 5
+
+
+@pytest.mark.parametrize("given", ["8", "0.5", "yes"])
+def test_a_part_that_is_on_or_off_is_told_where_its_numbers_go(given):
+    with pytest.raises(ConfigError, match=r"--lora is on or none, and .* such as --lora\.rank$"):
+        parse("--lora", given)

@@ -27,6 +27,7 @@ from fedtorch.run.names import (
     OFF,
     SEVERAL,
     WANTED,
+    flag,
     grouped,
     ours,
     written,
@@ -215,6 +216,10 @@ def _class(choice: str, name: str) -> Callable[..., Any]:
             f"dataset {name!r} is where data lie, and no kind of data: --dataset {_kind(name)} "
             f"--dataset.path {name}"
         )
+    if [*names] == ["on"] and not re.fullmatch(r"[^\W\d]\w*([.:]\w+)+", name):
+        option = next(iter(inspect.signature(find(names["on"])).parameters))
+        words = f"{flag(choice)} is on or none, and {name!r} neither"
+        raise ConfigError(f"{words}: what it takes are options such as {flag(choice)}.{option}")
     if "." not in name and ":" not in name:
         raise ConfigError(
             f"unknown {choice} {name!r}; there are {', '.join(names)}, or give the dotted path of a class "
