@@ -8,6 +8,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from fedtorch.training.batches import (
     alike,
     batch_order,
+    batch_orders,
     batches,
     fetch,
     in_parts,
@@ -68,6 +69,14 @@ def test_order_follows_the_seed():
     a, b, c = (batch_order(30, Order(), s) for s in (1, 1, 2))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+def test_several_clients_draw_what_each_draws_alone():
+    order, sizes, seeds = Order(epochs=2, batch_size=4), [9, 3, 9], [5, 6, 7]
+    found = batch_orders(sizes, order, seeds)
+    alone = [batch_order(n, order, s) for n, s in zip(sizes, seeds, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    assert not torch.equal(found[0], found[2])
 
 
 def test_full_batch_is_every_example_in_order():

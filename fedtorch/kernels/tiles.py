@@ -71,18 +71,18 @@ def backward(rows: int, across: int) -> Any:
     """A block of weights, so many rows and registers; of a row of one register some numbers will do."""
 
     @operation(
-        lambda w, d, a, down, B, out, q, o, t, m, keep, passes: types.void(
-            w, d, a, down, *[types.uintp] * 6, w.dtype, types.boolean
+        lambda w, v, d, a, down, B, out, q, o, t, m, keep, passes: types.void(
+            w, v, d, a, down, *[types.uintp] * 6, w.dtype, types.boolean
         )
     )
     def block(
         context: Any, b: Any, kind: Any,
-        w: Any, d: Any, a: Any, down: Any, B: Any, out: Any, q: Any, o: Any, t: Any, m: Any,
+        w: Any, v: Any, d: Any, a: Any, down: Any, B: Any, out: Any, q: Any, o: Any, t: Any, m: Any,
         keep: Any, passes: Any,
     ) -> None:  # fmt: skip
-        """Row o and column t on of w [out, q], for d [B, out] and a [B, q]: down [B, q] += d w, if wanted.
+        """Row o and column t on of v [out, q], for d [B, out] and a [B, q]: down [B, q] += d v, if wanted.
 
-        And then w <- keep w - d^T a.
+        And then w <- keep v - d^T a; w may be v.
         """
         code, some = Code(context, b, kind), m if across == 1 else None
 
@@ -91,7 +91,7 @@ def backward(rows: int, across: int) -> Any:
             return [code.after(first, WIDTH * c) for c in range(across)]
 
         places = [at(code.after(o, r)) for r in range(rows)]
-        weights = [code.row(w, place, some) for place in places]
+        weights = [code.row(v, place, some) for place in places]
         with b.if_then(passes), cgutils.for_range(b, B, intp=q.type) as loop:
             sums = code.row(down, at(loop.index), some)
             each = code.factors(d, b.add(b.mul(loop.index, out), o), rows)

@@ -30,12 +30,10 @@ def visits(
     (x, index), (y, scale, factor), (B, keep, start), (w, a, d, down) = inputs, given, by, room
     C = layers[len(layers) - 1, 0]
     for c in range(len(own)):
-        for k in range(len(start)):
-            w[k] = start[k]
-        total = 0.0
+        total, before = 0.0, start
         for t in range(steps[c]):
             s = t * B
-            forward(w, layers, x, index[c, s : s + B], a, d)
+            forward(before, layers, x, index[c, s : s + B], a, d)
             for i in range(B):
                 z, share = d[i * C : (i + 1) * C], scale[c, s + i, 0]
                 if share > 0:
@@ -43,8 +41,9 @@ def visits(
                     total -= float(loss) * float(share)
                 else:  # whatever is there
                     z[:] = 0
-            back(w, layers, a, d, down, B, x.dtype.type(keep))
-        sums[0][c], sums[1][c] = moved(w, start, own[c]), total / steps[c]
+            back(w, before, layers, a, d, down, B, x.dtype.type(keep))
+            before = w
+        sums[0][c], sums[1][c] = moved(before, start, own[c]), total / steps[c]
 
 
 @machine_code
@@ -72,19 +71,22 @@ def forward(w: Any, layers: Any, x: Any, index: Any, a: Any, out: Any) -> None:
 
 
 @machine_code
-def back(w: Any, layers: Any, a: Any, d: Any, down: Any, B: int, keep: Any) -> None:
-    """Pass ``d``, the gradient of what the last layer puts out, down through all of them, and step."""
+def back(w: Any, v: Any, layers: Any, a: Any, d: Any, down: Any, B: int, keep: Any) -> None:
+    """Pass ``d``, the gradient of what the last layer puts out, down through all of them, and step.
+
+    Parameters are read from v and written to w, which may be the same.
+    """
     at = len(a)
     for n in range(len(layers) - 1, -1, -1):
         size, into, weight, bias = layers[n]
         at -= B * into
         taken = a[at : at + B * into]
         down[: B * into] = 0
-        layer(w[weight:], d, taken, down, (B, size, into), keep, n > 0)
+        layer(w[weight:], v[weight:], d, taken, down, (B, size, into), keep, n > 0)
         if bias >= 0:
-            b = w[bias : bias + size]
+            b, old = w[bias : bias + size], v[bias : bias + size]
             for k in range(size):
-                b[k] *= keep
+                b[k] = old[k] * keep
             for i in range(B):
                 one = d[i * size : (i + 1) * size]
                 for k in range(size):
@@ -95,7 +97,7 @@ def back(w: Any, layers: Any, a: Any, d: Any, down: Any, B: int, keep: Any) -> N
 
 
 @machine_code
-def layer(w: Any, d: Any, a: Any, down: Any, shape: Any, keep: Any, passes: bool) -> None:
+def layer(w: Any, v: Any, d: Any, a: Any, down: Any, shape: Any, keep: Any, passes: bool) -> None:
     """Of one layer with weights [size, in], block after block: what ``tiles.backward`` does."""
     B, n, q = np.uint64(shape[0]), np.uint64(shape[1]), np.uint64(shape[2])
     o = np.uint64(0)
@@ -104,13 +106,13 @@ def layer(w: Any, d: Any, a: Any, down: Any, shape: Any, keep: Any, passes: bool
         while t < q:
             m = W if t + WIDE <= q else min(q - t, W)
             if t + WIDE <= q and whole:
-                block(w, d, a, down, B, n, q, o, t, m, keep, passes)
+                block(w, v, d, a, down, B, n, q, o, t, m, keep, passes)
             elif t + WIDE <= q:
-                row(w, d, a, down, B, n, q, o, t, m, keep, passes)
+                row(w, v, d, a, down, B, n, q, o, t, m, keep, passes)
             elif whole:
-                column(w, d, a, down, B, n, q, o, t, m, keep, passes)
+                column(w, v, d, a, down, B, n, q, o, t, m, keep, passes)
             else:
-                rest(w, d, a, down, B, n, q, o, t, m, keep, passes)
+                rest(w, v, d, a, down, B, n, q, o, t, m, keep, passes)
             t += WIDE if t + WIDE <= q else W
         o += HIGH if whole else np.uint64(1)
 

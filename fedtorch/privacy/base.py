@@ -29,7 +29,7 @@ from fedtorch.privacy.clipping import check_clip
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.privacy.noise.streams import Stream, stream
 from fedtorch.privacy.release import FIGURES, finite_loss, let_go
-from fedtorch.training.batches import batch_order
+from fedtorch.training.batches import batch_orders
 from fedtorch.types import TOLD, ConfigError, Params, Raw, Released, Stack, Task
 
 if TYPE_CHECKING:
@@ -350,9 +350,10 @@ class Privacy(ABC):
         self, sizes: Sequence[int], options: TrainingOptions, task: Task, ids: Sequence[str]
     ) -> list[Tensor]:
         """Which examples each client takes in which step: [steps, batch] of places, short ones with -1."""
-        turn, draw = task.draw, torch.Generator()
-        seed = [seeds.derive(task.seed, "order", *turn, i) for i in ids]
-        return [batch_order(n, options, s, draw) for n, s in zip(sizes, seed, strict=True)]
+        turn = task.draw
+        return batch_orders(
+            sizes, options, [seeds.derive(task.seed, "order", *turn, i) for i in ids]
+        )
 
     def steps_of(self, task: Task, ids: Sequence[str]) -> PrivateSteps | None:
         """What clips and noises the local steps of these clients; None: nothing does."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from multiprocessing import current_process
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -52,30 +52,56 @@ def len_of(data: Dataset) -> int:
     return len(cast(Any, data))
 
 
-def batch_order(
-    n: int, order: TrainingOptions, seed: int, draw: torch.Generator | None = None
-) -> Tensor:
+class Cut(NamedTuple):
+    """How passes over some examples become local steps."""
+
+    whole: bool
+    """Every step takes all of them."""
+    used: int
+    """Of a pass; the others are left out."""
+    taken: int
+    """Of a step: a batch, or as many batches as are accumulated."""
+    passes: int
+    steps: int
+
+    @classmethod
+    def of(cls, n: int, order: TrainingOptions) -> "Cut":
+        """Of ``n`` examples."""
+        size = min(order.batch_size or n, n)
+        used, steps = n // size * size if order.drop_last else n, steps_of(n, order)
+        taken = min(size * order.accumulate, used)
+        return cls(size == n, used, taken, -(-steps // -(-used // taken)), steps)
+
+
+def batch_order(n: int, order: TrainingOptions, seed: int) -> Tensor:
     """What local steps take of ``n`` examples, shuffled, [steps, examples], padded with -1 at the end.
 
-    That is a batch, or as many batches as are accumulated. ``draw``: one to be seeded, if there is one.
+    That is a batch, or as many batches as are accumulated.
     """
-    size = min(order.batch_size or n, n)
-    used = n // size * size if order.drop_last else n
-    taken = min(size * order.accumulate, used)
-    per_epoch = -(-used // taken)
-    steps = steps_of(n, order)
-    if size == n:  # every step sees everything: shuffling would only reorder the sum
+    return batch_orders([n], order, [seed])[0]
+
+
+def batch_orders(sizes: Sequence[int], order: TrainingOptions, seed: Sequence[int]) -> list[Tensor]:
+    """The same of some clients, each with so many examples and a seed of its own."""
+    cuts, draw = {n: Cut.of(n, order) for n in {*sizes}}, torch.Generator()
+    return [shuffled(n, cuts[n], draw.manual_seed(s)) for n, s in zip(sizes, seed, strict=True)]
+
+
+def shuffled(n: int, cut: Cut, draw: torch.Generator) -> Tensor:
+    """The same of one client."""
+    whole, used, taken, passes, steps = cut
+    if whole:  # every step sees everything: shuffling would only reorder the sum
         return torch.arange(n).expand(steps, n)
-    generator, passes = (draw or torch.Generator()).manual_seed(seed), []
-    for _ in range(-(-steps // per_epoch)):
-        perm = torch.randperm(n, generator=generator)
+    found = []
+    for _ in range(passes):
+        perm = torch.randperm(n, generator=draw)
         if used < n:
             perm = perm[:used]
-        if short := per_epoch * taken - used:
+        if short := -used % taken:
             perm = F.pad(perm, (0, short), value=-1)
-        passes.append(perm.view(-1, taken))
-    found = torch.cat(passes) if len(passes) > 1 else passes[0]
-    return found[:steps] if len(passes) * per_epoch > steps else found
+        found.append(perm.view(-1, taken))
+    rows = torch.cat(found) if passes > 1 else found[0]
+    return rows[:steps] if len(rows) > steps else rows
 
 
 def steps_of(n: int, order: TrainingOptions) -> int:
