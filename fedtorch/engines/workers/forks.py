@@ -7,7 +7,9 @@ so there is none, or none but OpenBLAS's, which it ends before a fork and starts
 """
 
 import gc
+import inspect
 import os
+import platform
 import signal
 import socket
 import sys
@@ -23,9 +25,22 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
-KNOWN = (3, 11) <= sys.version_info < (3, 14)
-"""Python's server of forks is started here as those versions start it."""
+VERSIONS = ((3, 11), (3, 14))
+"""Python's server of forks is started here as those from the first to before the last start it."""
 
+SERVER = ("pid", "address", "alive_fd")
+"""What their server is known by, each a name of its own that is set here."""
+
+MAIN = ["listener_fd", "alive_r", "preload", "main_path", "sys_path"]
+"""What their server takes."""
+
+OTHERS: list[tuple[Any, str]] = [
+    (connection, "arbitrary_address"),
+    (util, "is_abstract_socket_namespace"),
+    (resource_sharer._resource_sharer, "_thread"),  # type: ignore[attr-defined]
+    (resource_sharer._resource_sharer, "_cache"),  # type: ignore[attr-defined]
+]
+"""What else of theirs has no public name."""
 
 ENDING_SECONDS = 0.2
 """How long a thread that was joined may still be seen by the system."""
@@ -33,11 +48,28 @@ ENDING_SECONDS = 0.2
 
 def safe() -> bool:
     """Whether a copy of this process can work: on Linux, without other threads, with no GPU in use."""
-    if not (sys.platform == "linux" and KNOWN) or torch.cuda.is_initialized():
+    if sys.platform != "linux" or strange() or torch.cuda.is_initialized():
         return False
     _unwatched()
     _unshared()
     return threading.active_count() == 1 and _others_at_most(_of_openblas())
+
+
+def strange() -> str | None:
+    """Why Python's own server of forks is none that is known here; None where it is.
+
+    A later one has a key besides, without which it lets nobody in: a release may bring that to an old one.
+    """
+    own = {n for n in vars(forkserver._forkserver) if n.startswith("_forkserver_")}
+    alike = own == {f"_forkserver_{n}" for n in SERVER}
+    alike &= [*inspect.signature(forkserver.main).parameters] == MAIN
+    alike &= all(hasattr(m, n) for m, n in OTHERS)
+    if alike and VERSIONS[0] <= sys.version_info < VERSIONS[1]:
+        return None
+    return (
+        "each worker starts an interpreter of its own, for two seconds and more, where it could be a copy "
+        f"of this process: how Python {platform.python_version()} copies is not known (3.11 to 3.13 are)"
+    )
 
 
 def _others_at_most(most: int) -> bool:
@@ -79,6 +111,8 @@ class Forks:
     def __init__(self) -> None:
         """Begin a server of forks where that is safe; ``close`` ends it."""
         self.pid, self.address, self.alive = _copied() if safe() else (0, "", -1)
+        why = strange() if sys.platform == "linux" else None
+        self.notes = (why,) if why else ()
 
     @property
     def context(self) -> Any:
@@ -101,15 +135,15 @@ class Forks:
     @contextmanager
     def _in_place_of_the_usual(self) -> Iterator[None]:
         usual: Any = forkserver._forkserver
-        names = "_forkserver_pid", "_forkserver_address", "_forkserver_alive_fd"
-        before = [getattr(usual, n) for n in names]
+        ours = dict(zip(SERVER, (self.pid, self.address, self.alive), strict=True))
+        before = {n: getattr(usual, f"_forkserver_{n}") for n in SERVER}
         try:
-            for name, value in zip(names, (self.pid, self.address, self.alive), strict=True):
-                setattr(usual, name, value)
+            for name in SERVER:
+                setattr(usual, f"_forkserver_{name}", ours[name])
             yield
         finally:
-            for name, value in zip(names, before, strict=True):
-                setattr(usual, name, value)
+            for name in SERVER:
+                setattr(usual, f"_forkserver_{name}", before[name])
 
     def close(self) -> None:
         """End the server, once all that it started have ended."""

@@ -99,6 +99,7 @@ class ProcessesSession(pool.PoolSession):
         self.inbox = shared(0)
         self.workers: list[Worker] = []
         self.forks = Forks()
+        self.notes += self.forks.notes if devices else ()
         try:
             self.workers = [Worker(self.forks, d, *self.kit) for d in devices]
             for worker in self.workers:
