@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from benchmarks.rounds import ONE_THREAD
+from benchmarks.side import ONE_THREAD
 from fedtorch.data import Dirichlet, Iid, Natural, QuantitySkew, Shards, from_tensors, partition
 from fedtorch.privacy.accounting.events import Event
 from fedtorch.privacy.accounting.ledger import Ledger

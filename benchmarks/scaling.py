@@ -14,12 +14,12 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.contestants import missing
-from benchmarks.rounds import ONE_THREAD, measured
+from benchmarks.rounds import begun
+from benchmarks.side import ONE_THREAD
 from benchmarks.workloads import Workload
 
 COHORTS = {10: 100, 100: 20, 1_000: 4, 10_000: 1}
@@ -27,6 +27,9 @@ COHORTS = {10: 100, 100: 20, 1_000: 4, 10_000: 1}
 WIDTHS = {50: 200, 100: 100, 200: 50, 500: 20, 1_000: 8}
 """Width of the hidden layers -> rounds that are timed, ten clients each."""
 NAMES = {"bare": "bare PyTorch loop", "fedtorch": "fedtorch", "bf16": "fedtorch, bf16"}
+
+PLAIN = argparse.Namespace(mnist="digits", seeds=None, noise=0.0, turns=None)
+"""What ``benchmarks.rounds`` is told beside."""
 
 BOUND = 1_024
 """MiB that 10,000 clients may take in all: 147 their examples, 220 torch and Python."""
@@ -45,8 +48,9 @@ def points(reps: int, small: bool) -> list[dict[str, Any]]:
         runs: dict[str, list[dict[str, Any]]] = {n: [] for n in names}
         for rep in range(reps):
             for name in names:
-                order = {"name": name, "work": asdict(work), "mnist": "digits", "seed": 0}
-                runs[name].append(measured(order | {"noise": 0.0, "draw": rep}))
+                side = begun(name, work, PLAIN, rep)
+                side.end()
+                runs[name].append(json.loads(side.first))
         for name, own in runs.items():
             middle = {
                 k: statistics.median(r[k] for r in own)

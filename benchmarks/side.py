@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
 ANSWER = "answer "
 """What a line that is meant for us begins with: others may talk too."""
 
@@ -14,7 +16,7 @@ class Side:
 
     def __init__(self, folder: Path, *command: str) -> None:
         """``command``: Python's arguments."""
-        given = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+        given = ONE_THREAD | {"PYTHONPATH": str(folder)}
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", *command],
             cwd=folder, env=os.environ | given, text=True,

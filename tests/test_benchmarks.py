@@ -1,4 +1,6 @@
+import ast
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,24 @@ from benchmarks.rounds import summary
 from benchmarks.workloads import WORKLOADS, problem
 
 W1, W3, W4 = (WORKLOADS[w] for w in ("w1", "w3", "w4"))
+
+
+def test_benchmarks_import_from_each_other_what_there_is():
+    files = (Path(__file__).parent.parent / "benchmarks").glob("*.py")
+    trees = {f"benchmarks.{file.stem}": ast.parse(file.read_text()) for file in files}
+
+    def named(node: ast.stmt) -> set[str]:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            return {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            return {a.asname or a.name for a in node.names}
+        return {getattr(node, "name", "")}
+
+    there = {m: {n for node in tree.body for n in named(node)} for m, tree in trees.items()}
+    asked = [n for t in trees.values() for n in ast.walk(t) if isinstance(n, ast.ImportFrom)]
+    wrong = [(n.module, a.name) for n in asked if n.module in there for a in n.names]
+    assert [w for w in wrong if w[1] not in there[w[0]]] == []
 
 
 def test_a_row_of_what_masks_cost():
