@@ -31,23 +31,26 @@ def content(value: Any) -> Any:
     return dict(vars(value)) if _is_object(value) else None
 
 
-def inside(value: Any, deep: int = DEEP) -> Iterator[tuple[Any, Any]]:
-    """What in ``value``, and in that, could change, each with its content."""
+def inside(value: Any, seen: set[int], deep: int = DEEP) -> Iterator[tuple[Any, Any]]:
+    """What in ``value``, and in that, could change, each with its content, but what was ``seen`` (ids)."""
     if deep == 0 or isinstance(value, (Tensor, np.ndarray)):
         return
     parts: Collection[Any] = value if isinstance(value, (list, tuple, deque)) else ()
     parts = value.values() if isinstance(value, dict) else parts
     parts = vars(value).values() if _is_object(value) else parts
     for part in parts if len(parts) <= MANY else ():
+        if id(part) in seen:
+            continue
         if (found := content(part)) is not None:
+            seen.add(id(part))
             yield part, found
-        yield from inside(part, deep - 1)
+        yield from inside(part, seen, deep - 1)
 
 
 def as_was(value: Any, before: Any) -> bool:
     """Whether what is in ``value`` is what was found in it."""
-    if before is None:
-        return True
+    if isinstance(value, dict):  # first: a module has a dozen, most of them empty, for every visit
+        return _as_were(value, before) if value or before else True
     if isinstance(value, set):
         return bool(value == before)
     if isinstance(value, np.ndarray):
@@ -56,7 +59,10 @@ def as_was(value: Any, before: Any) -> bool:
         return value._version == before[0] or torch.equal(value, before[1])
     if isinstance(value, (list, deque)):
         return len(value) == len(before) and all(map(same, before, value))
-    table = value if isinstance(value, dict) else vars(value)
+    return _as_were(vars(value), before)
+
+
+def _as_were(table: dict[Any, Any], before: dict[Any, Any]) -> bool:
     return table.keys() == before.keys() and all(same(before[k], v) for k, v in table.items())
 
 

@@ -171,14 +171,13 @@ def _is_torchs(module: nn.Module) -> bool:
 def _held(module: nn.Module, seen: set[int]) -> list[tuple[str, Any, Any]]:
     """What could change in its attributes; ``seen``: what others have too, as options that all share."""
     computed = _computed(module)
-    found = []
-    for key, attribute in vars(module).items():
-        deep = 1 if key in TORCHS else DEEP  # its weights and layers are looked at by themselves
-        for value, before in inside((attribute,), deep) if key not in computed else ():
-            if id(value) not in seen:
-                seen.add(id(value))
-                found.append((key, value, before))
-    return found
+    return [
+        (key, value, before)
+        for key, attribute in vars(module).items()
+        if key not in computed
+        # its weights and layers are looked at by themselves
+        for value, before in inside((attribute,), seen, 1 if key in TORCHS else DEEP)
+    ]
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
