@@ -147,10 +147,11 @@ def test_ctrl_c_while_a_program_imports_fedtorch_is_its_own(tmp_path):
         (KeyboardInterrupt(), 130, "fedtorch: stopped"),
     ],
 )
-def test_what_the_machine_refuses_is_one_sentence(error, code, said, monkeypatch, capsys):
+def test_what_the_machine_refuses_is_one_sentence(error, code, said, monkeypatch, capsys, tmp_path):
     def fail(*_: object) -> None:
         raise error
 
+    monkeypatch.chdir(tmp_path)  # where the run's folder is made before it fails
     monkeypatch.setattr("fedtorch.commands.listing.version", fail)
     assert main(["version"]) == code
     monkeypatch.setattr("fedtorch.run.folder.start", fail)
