@@ -49,3 +49,8 @@ def test_a_worker_has_its_own():
     rows = kept.rows(START, 3)
     assert not pickle.loads(pickle.dumps(kept)).busy() and kept.busy()
     assert rows.shape == (3, 5)
+
+
+def test_rows_of_no_numbers_and_no_rows_are_lent():
+    assert Memory().rows(START[:0], 4).shape == (4, 0)
+    assert Memory().rows(START, 0).shape == (0, 5)

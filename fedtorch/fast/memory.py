@@ -33,7 +33,7 @@ class Memory:
         """The same with whatever is there, [count, width]: up to the next row's cache line."""
         width = len(start) + -len(start) % (LINE // start.element_size())
         size = count * width * start.element_size()
-        if start.device.type == "cpu" and size <= MEMORY_KEPT and not self.busy():
+        if start.device.type == "cpu" and 0 < size <= MEMORY_KEPT and not self.busy():
             if len(self.held) < size:
                 whole = np.empty(size + LINE, np.uint8)
                 self.held = whole[-whole.ctypes.data % LINE :][:size]
