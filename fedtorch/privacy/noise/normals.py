@@ -93,15 +93,7 @@ def add(words: np.ndarray, row: np.ndarray, std: float, onto: Onto | None = None
             torch.from_numpy(onto[0]).add_(torch.from_numpy(row), alpha=onto[1])
         return
     to, factor = onto or (None, None)
-    magic = None if converts() else MAGIC
-    loop(words, row, std, magic, to, factor)
-    if len(row) % 2:  # nobody takes the last sine
-        m = len(words) // 2
-        pair, into = row[m - 1 : m].repeat(2), None if to is None else to[m - 1 : m].repeat(2)
-        loop(words[m - 1 :: m].copy(), pair, std, magic, into, factor)
-        row[m - 1] = pair[0]
-        if to is not None and into is not None:
-            to[m - 1] = into[0]
+    loop(words, row, std, None if converts() else MAGIC, to, factor)
 
 
 def way() -> str:
@@ -117,53 +109,58 @@ def fused(
     to: np.ndarray | None,
     factor: float | None,
 ) -> None:
-    """``add`` pair by pair, but for what has no pair: to be compiled, where four or more go side by side.
+    """``add`` pair by pair: to be compiled, where four or more go side by side.
 
     ``magic``: MAGIC where a processor has no instruction that converts several whole numbers of 64 bits.
     Their halves are then put into numbers of floating point, which are exact, as is all but the last sum:
     it rounds as the instruction does.
     """
     m = len(words) // 2
-    pairs = len(row) - m
+    pairs, spare = len(row) - m, np.empty(1, row.dtype)
     # each with an index from 0: otherwise the compiler finds no vectors
     left, right, angles, lengths = row[:pairs], row[m:], words[:pairs], words[m : m + pairs]
     if to is not None:
         left_to, right_to = to[:pairs], to[m:]
-    for i in range(len(left)):
-        # half a turn is exact in integers: the top bit and the next say if both coordinates change sign
-        a = np.int64(angles[i])
-        v, w = a << 1, np.int64(lengths[i] >> np.uint64(1))
-        if magic is None:
-            y, u = np.float64(v), np.float64(w)
-        else:
-            above = np.int64(np.int64(np.uint64(v) >> np.uint64(32)) ^ HIGH).view(np.float64)
-            y = above - magic + np.int64((v & 0xFFFFFFFF) | LOW).view(np.float64)
-            above = np.int64(np.int64(np.uint64(w) >> np.uint64(32)) ^ HIGH).view(np.float64)
-            u = above - magic + np.int64((w & 0xFFFFFFFF) | LOW).view(np.float64)
-        y, u = y * 2.0**-63, u * 2.0**-63 + 2.0**-64
-        z = y * y
-        c = COS[5] + z * (COS[6] + z * (COS[7] + z * COS[8]))
-        c = COS[0] + z * (COS[1] + z * (COS[2] + z * (COS[3] + z * (COS[4] + z * c))))
-        s = SIN[5] + z * (SIN[6] + z * (SIN[7] + z * SIN[8]))
-        s = y * (SIN[0] + z * (SIN[1] + z * (SIN[2] + z * (SIN[3] + z * (SIN[4] + z * s)))))
-        # u = 2^e m with m around 1; x = m - 1 is exact, and 2 f = x - f x keeps digits near u = 1
-        bits = np.float64(u).view(np.int64)
-        beyond = bits - ROOT
-        x = np.int64(bits - (beyond & EXPONENT)).view(np.float64) - 1.0
-        f = x / (2.0 + x)
-        t = f * f
-        g = LOG[3] + t * (LOG[4] + t * (LOG[5] + t * LOG[6]))
-        g = t * (LOG[0] + t * (LOG[1] + t * (LOG[2] + t * g)))
-        ln = np.float64(beyond >> 52) * LN2 + (x - f * (x - g))
-        r = np.float64(math.sqrt(-2.0 * std * std * ln)).view(np.int64)
-        r = np.int64(r ^ ((a ^ (a << 1)) & SIGN)).view(np.float64)
-        if to is None:
-            left[i] = left[i] + r * c
-            right[i] = right[i] + r * s
-        else:
-            number = left.dtype.type
-            left_to[i] = left_to[i] + number(factor) * number(left[i] + r * c)
-            right_to[i] = right_to[i] + number(factor) * number(right[i] + r * s)
+    for lone in range(1 + m - pairs):
+        if lone:  # nobody takes the last sine
+            left, right, angles, lengths = row[pairs:m], spare, words[pairs:m], words[m + pairs :]
+            if to is not None:
+                left_to, right_to = to[pairs:m], spare
+        for i in range(len(left)):
+            # half a turn is exact in integers: the top bit and the next say if both coordinates change sign
+            a = np.int64(angles[i])
+            v, w = a << 1, np.int64(lengths[i] >> np.uint64(1))
+            if magic is None:
+                y, u = np.float64(v), np.float64(w)
+            else:
+                above = np.int64(np.int64(np.uint64(v) >> np.uint64(32)) ^ HIGH).view(np.float64)
+                y = above - magic + np.int64((v & 0xFFFFFFFF) | LOW).view(np.float64)
+                above = np.int64(np.int64(np.uint64(w) >> np.uint64(32)) ^ HIGH).view(np.float64)
+                u = above - magic + np.int64((w & 0xFFFFFFFF) | LOW).view(np.float64)
+            y, u = y * 2.0**-63, u * 2.0**-63 + 2.0**-64
+            z = y * y
+            c = COS[5] + z * (COS[6] + z * (COS[7] + z * COS[8]))
+            c = COS[0] + z * (COS[1] + z * (COS[2] + z * (COS[3] + z * (COS[4] + z * c))))
+            s = SIN[5] + z * (SIN[6] + z * (SIN[7] + z * SIN[8]))
+            s = y * (SIN[0] + z * (SIN[1] + z * (SIN[2] + z * (SIN[3] + z * (SIN[4] + z * s)))))
+            # u = 2^e m with m around 1; x = m - 1 is exact, and 2 f = x - f x keeps digits near u = 1
+            bits = np.float64(u).view(np.int64)
+            beyond = bits - ROOT
+            x = np.int64(bits - (beyond & EXPONENT)).view(np.float64) - 1.0
+            f = x / (2.0 + x)
+            t = f * f
+            g = LOG[3] + t * (LOG[4] + t * (LOG[5] + t * LOG[6]))
+            g = t * (LOG[0] + t * (LOG[1] + t * (LOG[2] + t * g)))
+            ln = np.float64(beyond >> 52) * LN2 + (x - f * (x - g))
+            r = np.float64(math.sqrt(-2.0 * std * std * ln)).view(np.int64)
+            r = np.int64(r ^ ((a ^ (a << 1)) & SIGN)).view(np.float64)
+            if to is None:
+                left[i] = left[i] + r * c
+                right[i] = right[i] + r * s
+            else:
+                number = left.dtype.type
+                left_to[i] = left_to[i] + number(factor) * number(left[i] + r * c)
+                right_to[i] = right_to[i] + number(factor) * number(right[i] + r * s)
 
 
 def passes(words: np.ndarray, row: np.ndarray, std: float) -> None:
