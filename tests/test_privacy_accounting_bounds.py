@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -68,6 +69,18 @@ def test_small_epsilons_carry_a_twentieth_and_not_a_hundredth(
     with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):  # advice on orders
         fine = theirs.get_epsilon(delta, eps_error=2e-4)
     assert -4e-4 <= prv(run, delta) - fine <= 0.05 * fine
+
+
+@pytest.mark.parametrize("noise", [0.6, 1.0, 30.0, 1e5])
+def test_the_closed_form_is_not_computed_where_it_is_the_larger_one(noise: float) -> None:
+    run = ((noise, 0.3, 7),)
+    for delta in (1e-3, 1e-9):
+        exact = unsampled(run, delta)
+        for bound in (0.0, 0.9 * exact, exact, 1.1 * exact, 1e3, math.inf):
+            assert bounds.capped(run, delta, bound) == min(exact, bound)
+    with patch.object(bounds, "unsampled") as called:
+        assert bounds.capped(((1.0, 0.3, 7),), 1e-5, 2.0) == 2.0
+    assert not called.called
 
 
 def test_epsilon_does_not_fall_where_a_finer_grid_begins() -> None:

@@ -36,6 +36,9 @@ FAR = 1e-8
 LEAST = 0.01
 """Sampled runs are not priced below this; only the closed form without sampling is."""
 
+CLEARLY = 1 + 1e-9
+"""Times as much is more whatever rounding does."""
+
 LEAST_STEPS = 64
 """Runs of fewer steps are priced on the grid of this many."""
 
@@ -47,6 +50,15 @@ def unsampled(run: Run, delta: float) -> float:
     An upper bound with sampling too: leaving units out at random never adds to what a release tells.
     """
     return gaussian_epsilon(1 / shift(run), delta)
+
+
+def capped(run: Run, delta: float, bound: float) -> float:
+    """The smaller of ``unsampled`` and another bound: seldom the first, which then is not computed."""
+    noise = 1 / shift(run)
+    # beyond all rounding its delta is too large there: so is its epsilon
+    if gaussian_delta(noise, bound * CLEARLY) > delta * CLEARLY:
+        return bound
+    return min(unsampled(run, delta), bound)
 
 
 def shift(run: Run) -> float:
@@ -188,7 +200,7 @@ def _release(
 
 
 def _quick(run: Run, delta: float) -> float:
-    return min(unsampled(run, delta), rdp(run, delta))
+    return capped(run, delta, rdp(run, delta))
 
 
 @lru_cache(maxsize=4096)

@@ -270,17 +270,14 @@ def gaussian(run: "Run", delta: float, accountant: str) -> float:
 
     if any(noise == 0 for noise, *_ in run):
         return math.inf
-    closed = bounds.unsampled(run, delta)
     if all(rate == 1 for _, rate, *_ in run):
-        return closed
+        return bounds.unsampled(run, delta)
     if accountant == "rdp":
         return bounds.rdp(run, delta)
     # three rising bounds cut off at the same height: their smallest rises with every step too, but for what
     # grids differ in and where PRV has no answer for some number of steps and one for more
-    if closed <= bounds.LEAST:
-        return closed
     sampled = min(bounds.rdp(run, delta), bounds.prv(run, delta))
-    return min(closed, max(sampled, bounds.LEAST))
+    return bounds.capped(run, delta, max(sampled, bounds.LEAST))
 
 
 def _smallest(cost: Callable[[float], float], target: float, start: float) -> float:
