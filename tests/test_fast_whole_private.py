@@ -123,7 +123,7 @@ class Backwards(nn.Module):
 
 @pytest.fixture
 def taken(monkeypatch) -> list[int]:
-    """The clients of each chunk that is visited so, however small the model."""
+    """The clients of each chunk that is visited so."""
     found: list[int] = []
     before = whole.Whole.visit_privately
 
@@ -132,7 +132,6 @@ def taken(monkeypatch) -> list[int]:
         before(self, *given)
 
     monkeypatch.setattr(whole.Whole, "visit_privately", visit)
-    monkeypatch.setattr(whole, "OWN_PRODUCTS", 0)
     return found
 
 
@@ -147,7 +146,7 @@ def ends(model: nn.Module, options: dict, solver: str, **plan):
 def test_the_same_weights_as_every_other_way(taken, monkeypatch, build):
     found, figures = ends(build(), {}, "fast")
     assert 2 in taken
-    monkeypatch.setattr(whole, "OWN_PRODUCTS", 1 << 30)
+    monkeypatch.setattr(whole, "pays_privately", lambda *given: False)
     taken.clear()
     wanted, said = ends(build(), {}, "fast")
     general, _ = ends(build(), {}, "general", mode="stacked")
@@ -252,9 +251,28 @@ def test_what_it_does_not_know_goes_side_by_side(taken, options, model):
     assert not taken
 
 
-def test_small_models_keep_their_bits_and_projected_noise_its_own_way(taken, monkeypatch):
+def test_projected_noise_goes_its_own_way(taken):
     ends(mlp(), {}, "fast", projected=True)
-    monkeypatch.undo()
-    with patch.object(whole.Whole, "visit_privately") as visit:
-        ends(mlp(), {}, "fast")
-    assert not taken and not visit.called
+    assert not taken
+
+
+def test_what_a_client_sends_hangs_on_nobody_beside_it(taken):
+    found = []
+    for chunk in (1, 4):
+        recipe = Recipe(lr=0.2, privacy=SampleLevel(**PLAN))
+        engine = Local(solver="fast", chunk=chunk)
+        server = Server(mlp(), clients(), recipe, engine=engine, seed=3)
+        server.round()
+        found.append(server.visits.values)
+    assert {1, 4} <= {*taken}
+    for name in ("train_loss", "update_norm"):
+        assert torch.equal(found[0][name], found[1][name])
+
+
+def test_a_label_that_is_none_is_refused_before_a_loop_reads_it(taken):
+    who = clients()[:1]
+    server = Server(mlp(), who, Recipe(privacy=SampleLevel(**PLAN)), engine=Local(solver="fast"))
+    who[0].data.tensors[1][:] = 3
+    with pytest.raises(RuntimeError, match="label 3 is out of bounds for 3 outputs"):
+        server.round()
+    assert taken

@@ -29,7 +29,7 @@ CLOSING = 1 << 13
 """Weights of a last layer up to which one loop takes its whole step (``benchmarks.kernels``: W1, W4)."""
 
 OWN_PRODUCTS = 1 << 14
-"""Numbers of a private model whose products loops take (W3); smaller ones keep the bits they always had."""
+"""Numbers of a model from which on loops take a private lock-step's products (W3)."""
 
 TALL = 600
 """Rows of a product at a time: with thousands at once the library is a sixth slower (W4)."""

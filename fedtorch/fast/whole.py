@@ -24,7 +24,7 @@ from fedtorch.fast.ops import MakesClips, Visits
 from fedtorch.fast.reader import Chain, Linear
 from fedtorch.fast.schedule import LockstepOrder
 from fedtorch.fast.several import Models
-from fedtorch.fast.tuning import CALLS, OWN_PRODUCTS, RATE_WHOLE, SPARSE_RATE, STACKED_BYTES
+from fedtorch.fast.tuning import CALLS, RATE_WHOLE, SPARSE_RATE, STACKED_BYTES
 from fedtorch.privacy.gradients import PrivateSteps, rounded
 from fedtorch.tree import split
 from fedtorch.types import Params, Stack
@@ -185,9 +185,8 @@ def pays(form: Form, steps: Steps, rows: Rows, order: LockstepOrder) -> bool:
 
 
 def pays_privately(form: Form, steps: Steps, rows: Rows) -> bool:
-    """The same of steps that are noised, each by all of its parameters: no decay, and not too few."""
-    many = form.weights >= OWN_PRODUCTS
-    return bool(many and rows.ops.clips and known(steps, rows) and steps.rule.keep == 1.0)
+    """The same of steps that are noised, each by all of its parameters: those without decay."""
+    return bool(rows.ops.clips and known(steps, rows) and steps.rule.keep == 1.0)
 
 
 def known(steps: Steps, rows: Rows) -> bool:
