@@ -36,6 +36,16 @@ def test_rounds_that_are_too_small_for_workers_are_those_of_one_process(monkeypa
     assert [n for n in server.session.notes if n != note] == [*local.session.notes]
 
 
+def test_memory_of_rounds_in_one_process_is_let_go_of_with_the_workers(monkeypatch):
+    monkeypatch.setattr("fedtorch.engines.workers.worth.SHARED", 1e6)
+    server = Server(mlp(), make_clients([12, 5]), engine=Processes(workers=2, solver="general"))
+    server.round()
+    kept = server.session.local.reserve
+    assert server.session.here and kept._kept
+    server.close()
+    assert not kept._kept
+
+
 def test_each_round_is_judged_by_who_takes_part(monkeypatch):
     asked = []
     monkeypatch.setattr("fedtorch.engines.workers.worth.SHARED", 3.0)

@@ -141,7 +141,8 @@ class ProcessesSession(pool.PoolSession):
             yield from self.board.ready()
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, and let go of what rounds in this process keep."""
+        self.local.close()
         for worker in self.workers:
             worker.end()
         self.workers = []
