@@ -12,7 +12,7 @@ from fedtorch import Client, ClientOptimizer, FedAvg, FedProx, Local, Recipe, Se
 from fedtorch.fast import offer, whole
 from fedtorch.kernels.compile import available, loops
 from fedtorch.privacy import SampleLevel, conformance
-from fedtorch.privacy.gradients import PrivateSteps
+from fedtorch.privacy.gradients import PrivateSteps, rounded
 from fedtorch.privacy.noise.streams import Stream
 from loop_case import close, drawn
 from private_case import _one, flat
@@ -23,6 +23,27 @@ pytestmark = pytest.mark.skipif(not available(), reason="without numba there are
 
 WIDTHS = [3, 2], [17, 5], [16, 33, 4], [5, 1, 2], [81, 70, 64, 7], [200, 90, 10]
 MOST = 7
+
+
+class Parts:
+    """What ``Clips.sums`` does, in two parts."""
+
+    def __init__(self, clips) -> None:
+        self.clips, self.inputs = clips, clips.inputs
+
+    def norms(self, row: Tensor, k: int, s: int, n: int) -> Tensor:
+        known, (a, d, squares, _) = self.clips, self.clips.room
+        given = known.layers, known.inputs, known.y, known.losses, (k, s, n), (a, d), squares
+        kernels().norms(row.numpy(), *given)
+        return torch.from_numpy(squares[:n])
+
+    def sums(self, factors: Tensor, into: Tensor) -> None:
+        known = self.clips
+        kernels().summed(known.layers, factors.numpy(), known.room[:2], into.numpy())
+
+
+def kernels():
+    return loops("fedtorch.kernels.clips")
 
 
 def made(widths: list[int], biased: bool = True):
@@ -36,7 +57,7 @@ def made(widths: list[int], biased: bool = True):
     clips = loops("fedtorch.kernels.loops").Loops.clips(
         layers, (x, index, lengths), (y, losses), MOST
     )
-    return row, table, (x, index), y, losses, clips
+    return row, table, (x, index), y, losses, Parts(clips)
 
 
 def each(row: Tensor, table: list, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +113,37 @@ def test_what_loses_its_digits_is_left_out():
     total = torch.empty_like(row)
     clips.sums(torch.tensor([1.2e-38, 1.2e-38]), total)
     assert not total.any()
+
+
+def test_one_call_is_both_parts_with_the_factors_of_every_other_way():
+    row, _, (x, index), _, _, parts = made([16, 33, 4])
+    x[index[1, 2]], parts.inputs[2][index[1, 2]] = torch.nan, torch.nan
+    total, wanted, private = (*torch.empty(2, len(row)), PrivateSteps(0.3, 1.0, 1.0, ()))
+    parts.clips.sums(row, 1, 0, 5, 0.3, total)
+    parts.sums(rounded(private.factors(parts.norms(row, 1, 0, 5)), row), wanted)
+    assert torch.equal(total, wanted) and total.isfinite().all() and total.any()
+
+
+def test_factors_are_those_of_every_other_way():
+    squares = [
+        0.0,
+        5e-324,
+        1e-90,
+        0.2,
+        0.25,
+        0.26,
+        3.0,
+        1e20,
+        1e70,
+        1e78,
+        1e160,
+        torch.inf,
+        torch.nan,
+    ]
+    for clip in (1e-6, 0.5, 1e9):
+        given, found = torch.tensor(squares, dtype=torch.float64), torch.empty(len(squares))
+        kernels().scales(given.numpy(), clip, found.numpy())
+        assert torch.equal(found, rounded(PrivateSteps(clip, 1.0, 1.0, ()).factors(given), found))
 
 
 PLAN = dict(

@@ -86,16 +86,11 @@ class Visits(Protocol):
 class Clips(Protocol):
     """Steps of DP-SGD of one client after another but for the noise: linear layers, ReLU between them."""
 
-    def norms(self, own: Tensor, k: int, s: int, n: int) -> Tensor:
-        """Forward and backward of client k's n examples from s on, by its ``own`` parameters [numbers].
+    def sums(self, own: Tensor, k: int, s: int, n: int, clip: float, into: Tensor) -> None:
+        """Write the sum of the clipped gradients of client k's n examples from s on to ``into`` [numbers].
 
-        Returns the squared norm of each one's gradient, [n], float64, to be used before the next call.
-        """
-
-    def sums(self, factors: Tensor, into: Tensor) -> None:
-        """Write the sum of those gradients times factors [n] to ``into`` [numbers].
-
-        An example of factor 0 may hold anything; what comes out so small that it loses digits is 0.
+        ``own``: its parameters [numbers]. Each example is scaled as ``PrivateSteps.factors`` says; one that
+        is not finite may hold anything, and what comes out so small that it loses digits is 0.
         """
 
     def moved(self, own: Tensor, start: Tensor) -> float:

@@ -25,7 +25,7 @@ from fedtorch.fast.reader import Chain, Linear
 from fedtorch.fast.schedule import LockstepOrder
 from fedtorch.fast.several import Models
 from fedtorch.fast.tuning import CALLS, RATE_WHOLE, SPARSE_RATE, STACKED_BYTES
-from fedtorch.privacy.gradients import PrivateSteps, rounded
+from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.tree import split
 from fedtorch.types import Params, Stack
 
@@ -104,8 +104,7 @@ class Whole:
         for k, own in enumerate(self.change):
             own.copy_(self.start)
             for t, n in enumerate(order.counts[: int(steps[k]), k].tolist()):
-                squares = clips.norms(own, k, t * order.batch, n)
-                clips.sums(rounded(private.factors(squares), gradient), gradient)
+                clips.sums(own, k, t * order.batch, n, private.clip, gradient)
                 if not private.noisy(gradient, k, onto=(own, factor)):
                     own.add_(gradient, alpha=factor)
             found.append(clips.moved(own, self.start))

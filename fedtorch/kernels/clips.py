@@ -3,6 +3,7 @@
 Only to be imported where numba is installed.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,42 @@ from fedtorch.kernels.visits import forward
 
 
 @machine_code
+def clipped(
+    w: Any,
+    layers: Any,
+    inputs: Any,
+    y: Any,
+    losses: Any,
+    at: Any,
+    room: Any,
+    clip: float,
+    into: Any,
+) -> None:
+    """What ``ops.Clips.sums`` does; ``room``: as below, and for squared norms and factors."""
+    (a, d, squares, factors), n = room, at[2]
+    norms(w, layers, inputs, y, losses, at, (a, d), squares)
+    scales(squares[:n], clip, factors)
+    summed(layers, factors[:n], (a, d), into)
+
+
+@machine_code
+def scales(squares: Any, clip: float, factors: Any) -> None:
+    """``PrivateSteps.factors`` of squared norms, ``rounded`` to the type of ``factors``."""
+    least = np.finfo(factors.dtype).tiny
+    for i in range(len(squares)):
+        found = 0.0
+        if math.isfinite(squares[i]):
+            found = min(clip * (1.0 / math.sqrt(squares[i])), 1.0) if squares[i] > 0 else 1.0
+        factors[i] = found
+        if factors[i] < least:
+            factors[i] = 0
+
+
+@machine_code
 def norms(
     w: Any, layers: Any, inputs: Any, y: Any, losses: Any, at: Any, room: Any, squares: Any
 ) -> None:
-    """What ``ops.Clips.norms`` does; ``inputs``: the examples, those of each step, and their lengths.
+    """Forward, backward and squared norms; ``inputs``: the examples, those of each step, and their lengths.
 
     ``room``: for what each layer takes, one behind the other, and for the gradient of what it puts out.
     """
@@ -61,7 +94,7 @@ def squared(row: Any) -> float:
 
 @machine_code
 def summed(layers: Any, factors: Any, room: Any, into: Any) -> None:
-    """What ``ops.Clips.sums`` does: ``tree.scaled_rows`` first, and nothing is left of who has factor 0."""
+    """The sum of gradients times factors: ``tree.scaled_rows`` first; of factor 0 nothing is left."""
     (a, d), n = room, len(factors)
     least, taken, behind = np.finfo(d.dtype).tiny, 0, 0
     for m in range(len(layers)):

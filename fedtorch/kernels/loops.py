@@ -66,18 +66,13 @@ class Clips:
         self.layers, self.inputs = layers, tuple(t.numpy() for t in inputs)
         self.y, self.losses = (t.numpy() for t in given)
         like = given[1]
-        self.room = tuple(like.new_empty(most * int(layers[:, n].sum())).numpy() for n in (1, 0))
-        self.squares = np.empty(most)
+        own = (like.new_empty(most * int(layers[:, n].sum())).numpy() for n in (1, 0))
+        self.room = *own, np.empty(most), like.new_empty(most).numpy()
 
-    def norms(self, own: Tensor, k: int, s: int, n: int) -> Tensor:
+    def sums(self, own: Tensor, k: int, s: int, n: int, clip: float, into: Tensor) -> None:
         """As in ``ops``."""
         given = self.layers, self.inputs, self.y, self.losses
-        clips.norms(own.numpy(), *given, (k, s, n), self.room, self.squares)
-        return torch.from_numpy(self.squares[:n])
-
-    def sums(self, factors: Tensor, into: Tensor) -> None:
-        """As in ``ops``."""
-        clips.summed(self.layers, factors.numpy(), self.room, into.numpy())
+        clips.clipped(own.numpy(), *given, (k, s, n), self.room, clip, into.numpy())
 
     def moved(self, own: Tensor, start: Tensor) -> float:
         """As in ``ops``."""
