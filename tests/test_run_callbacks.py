@@ -3,7 +3,9 @@
 import asyncio
 import math
 import signal
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +27,9 @@ from fedtorch import (
 )
 from fedtorch.engines import Processes
 from fedtorch.privacy import SampleLevel
+from fedtorch.rounds.schedules import Schedule
 from fedtorch.run import callbacks as made
+from fedtorch.run import checkpoint
 
 TEST = make_clients([40])[0].data.tensors
 PLAN = SampleLevel(
@@ -37,6 +41,11 @@ def served(recipe=None, sizes=(12, 20), **options):
     recipe = recipe or Recipe(Scaffold(server=ServerAdam(lr=0.3)), lr=1.5, batch_size=8)
     clients = [Client(c.id, c.data, c.data) for c in make_clients(sizes)]
     return Server(mlp(), clients, recipe, **options)
+
+
+class Falling(Schedule):
+    def __call__(self, round):
+        return 1 / (1 + round)
 
 
 def both():
@@ -353,3 +362,35 @@ def test_a_run_of_another_seed_or_of_other_clients_is_not_gone_on_with(tmp_path)
             resume(other, tmp_path)
         assert other.round_number == 0
     assert resume(served(seed=3), tmp_path)
+
+
+def test_a_run_of_another_recipe_or_plan_is_not_gone_on_with(tmp_path, capsys):
+    def own(optimizer, steps):
+        return torch.optim.lr_scheduler.ConstantLR(optimizer)
+
+    first = Recipe(lr=np.float64(0.5))
+    served(first, schedule=Falling()).fit(1, callbacks=[Checkpoint(tmp_path / "a")], progress=False)
+    served(Recipe(privacy=PLAN)).fit(1, callbacks=[Checkpoint(tmp_path / "p")], progress=False)
+    for kept, recipe, why in (
+        ("a", replace(first, lr=0.1), r"a has lr = 0\.5, not 0\.1: make the Server as it was"),
+        ("a", replace(first, optimizer="adam"), "optimizer = 'SGD', not 'adam'"),
+        ("a", replace(first, scheduler=own), "scheduler = None, not 'own'"),
+        ("p", Recipe(privacy=replace(PLAN, clip=7.0)), r"privacy\.clip = 1\.0, not 7\.0"),
+    ):
+        other = served(recipe, **({} if kept == "p" else {"schedule": Falling()}))
+        with pytest.raises(ConfigError, match=why):
+            resume(other, tmp_path / kept)
+        assert other.round_number == 0
+    with pytest.raises(ConfigError, match="lr = 0"):  # brought there by hand
+        other = served(replace(first, lr=0.1), schedule=Falling())
+        other.load_state_dict(checkpoint.load(tmp_path / "a/checkpoints") | {"observers": {}})
+        other.fit(1, callbacks=[Checkpoint(tmp_path / "a")])
+    # what lies elsewhere in memory is the same; an older checkpoint does not tell, which is said
+    capsys.readouterr()
+    assert resume(served(first, schedule=Falling()), tmp_path / "a")
+    assert not capsys.readouterr().out
+    old = checkpoint.load(tmp_path / "a/checkpoints")
+    del old["recipe"]
+    checkpoint.save(tmp_path / "a/checkpoints", old)
+    assert resume(served(first, schedule=Falling()), tmp_path / "a")
+    assert "does not say by what recipe it was made" in capsys.readouterr().out

@@ -21,32 +21,6 @@ from fedtorch.run.resume import goes_on, keep_ledger, of_clients
 from fedtorch.run.shown import Shown
 from fedtorch.types import ConfigError
 
-PYTHON = "python"
-"""Who made the run, in its config."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a run's config says that was made in Python."""
-
-    made_by: str = PYTHON
-    dataset: str
-    clients: int
-    model: str
-    model_args: dict[str, Any] = field(default_factory=dict)
-    loss: str
-    strategy: Any
-    aggregator: Any
-    channel: Any
-    participation: Any
-    pace: Any
-    privacy: Any
-    optimizer: str
-    optimizer_args: dict[str, Any]
-    schedule: Any
-    rounds: int
-    seed: int
-
 
 @dataclass(eq=False)
 class Record(Observer):
@@ -77,6 +51,7 @@ class Record(Observer):
     def begin(self, server: Any, rounds: int, figures: Metrics) -> str | None:
         """Make the folder, or go on in it; raises ConfigError where it is another run's."""
         from fedtorch.run import cli, objects  # the reader of options comes with them
+        from fedtorch.run.described import described
         from fedtorch.run.messages import strict
         from fedtorch.tracking import Record as Writer
         from fedtorch.tracking import Tracking
@@ -88,7 +63,7 @@ class Record(Observer):
         if isinstance(tracking, str):
             tracking = objects.choose("tracking", tracking)
         fit("tracking of Record", tracking, Tracking | None)
-        table = _plain(objects.describe(options(server, rounds, self.data)) | _training(server))
+        table = described(server, rounds, self.data)
         goes = bool(checkpoint.everything(self.path / "checkpoints"))
         self.kept = self._resumed(table) if goes else self._new(table)
         start = server.round_number
@@ -125,22 +100,16 @@ class Record(Observer):
         return kept
 
     def _resumed(self, table: dict[str, Any]) -> Folder:
-        from fedtorch.run import cli
+        from fedtorch.run.described import PYTHON, same_run
 
         goes_on(self.server, self.path)
         kept, _ = folders.resume(self.path, self.held)
-        before = cli.flat(tomllib.loads(kept.config))
+        before = tomllib.loads(kept.config)
         if before.get(MADE_BY) != PYTHON:
             raise ConfigError(
                 f"the run in {self.path} is one of the command: fedtorch train --resume goes on with it"
             )
-        now = cli.flat(table)
-        for name in {**before, **now}:
-            if name != "rounds" and before.get(name) != now.get(name):
-                raise ConfigError(
-                    f"the run in {self.path} has {name} = {before.get(name)!r}, not {now.get(name)!r}: "
-                    "make the Server as it was, or choose another folder"
-                )
+        same_run(before, table, self.path)
         self.saved = self.server.round_number
         return kept
 
@@ -201,43 +170,3 @@ class Record(Observer):
         """Where, and how far it is."""
         so_far = "" if self.saved is None else f": round {self.saved}"
         return f"Record({str(self.path)!r}{so_far})"
-
-
-def options(server: Any, rounds: int, data: Data | None) -> Options:
-    """The run as a config names it: what was made in Python by the names of its classes."""
-    recipe, plan = server.recipe, server.recipe.privacy
-    loss = recipe.step or recipe.local or recipe.loss
-    optimizer = recipe.client_optimizer
-    return Options(
-        dataset="in memory" if data is None else data.name,
-        clients=len(server.ids),
-        model=type(server.model).__name__,
-        loss=_called(loss),
-        strategy=recipe.strategy,
-        aggregator=recipe.aggregator,
-        channel=recipe.channel,
-        participation=server.participation,
-        pace=server.pace,
-        privacy=plan if plan.claims else None,
-        optimizer=_called(optimizer.name),
-        optimizer_args=_plain(dict(optimizer.args)),
-        schedule=server.schedule,
-        rounds=rounds,
-        seed=server.seed,
-    )
-
-
-def _training(server: Any) -> dict[str, Any]:
-    return {k: v for k, v in server.recipe.training().items() if v is not None}
-
-
-def _called(part: Any) -> str:
-    return part if isinstance(part, str) else getattr(part, "__name__", type(part).__name__)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if v is not None}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value if v is not None]
-    return value if isinstance(value, (str, bool, int, float)) else str(value)[:80]

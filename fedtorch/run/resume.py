@@ -1,6 +1,7 @@
 """Going on from a folder of ``Checkpoint`` or ``Record``."""
 
 import hashlib
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from fedtorch.options import fit
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.run import checkpoint, files
+from fedtorch.run.folder import MADE_BY
 from fedtorch.server import Server
 from fedtorch.types import ConfigError
 
@@ -19,7 +21,7 @@ def resume(server: Server, folder: str | Path) -> bool:
 
     The server must be made as that of the run was. What callbacks remember goes to those of the next
     ``fit``: n rounds, a break and m more end as n + m. Raises ConfigError where the folder's run is
-    another's, or a privacy ledger is missing.
+    another's or went by another recipe or plan, or a privacy ledger is missing.
     """
     fit("server", server, Server)
     path = Path(fit("folder", folder, str | Path)).expanduser()
@@ -33,6 +35,7 @@ def resume(server: Server, folder: str | Path) -> bool:
             f"the run in {path} has seed {saved['seed']}, not {server.seed}: make the Server as it was"
         )
     same_clients(server, saved, path)
+    same_recipe(server, saved, path)
     private = saved.get("privacy")
     ledger = Ledger.resume(path / files.LEDGER, private["ledger"]) if private else None
     server.load_state_dict(saved, ledger)
@@ -40,8 +43,8 @@ def resume(server: Server, folder: str | Path) -> bool:
 
 
 def state(server: Server) -> dict[str, Any]:
-    """What a checkpoint holds: the server's state, and whose work it is."""
-    return {**server.state_dict(), **of_clients(server)}
+    """What a checkpoint holds: the server's state, whose work it is, and by what recipe."""
+    return {**server.state_dict(), **of_clients(server), "recipe": of_recipe(server)}
 
 
 def of_clients(server: Server) -> dict[str, Any]:
@@ -49,6 +52,26 @@ def of_clients(server: Server) -> dict[str, Any]:
     names = "\n".join(map(str, server.ids)).encode()
     digest = hashlib.sha256(names).hexdigest()
     return {"clients": {"count": len(server.ids), "sha256": digest}}
+
+
+def of_recipe(server: Server) -> dict[str, Any]:
+    """What decides a run beside its data, by name, in plain values."""
+    from fedtorch.run.described import described  # the reader of options comes with it
+
+    return described(server, 0)
+
+
+def same_recipe(server: Server, saved: Mapping[str, Any], path: Path) -> None:
+    """Raises ConfigError where the run went by another recipe or plan; says it where that is not known."""
+    from fedtorch.run.described import PYTHON, same_run
+
+    known = saved.get("recipe") or tomllib.loads(str(saved.get("config", "")))
+    if known.get(MADE_BY) == PYTHON:
+        same_run(known, of_recipe(server), path, ("dataset",))
+    else:
+        print(
+            f"note: the run in {path} does not say by what recipe it was made: that must be as it was"
+        )
 
 
 def same_clients(server: Server, saved: Mapping[str, Any], path: Path) -> None:
@@ -77,6 +100,8 @@ def goes_on(server: Server, path: Path) -> None:
             f"{path} already holds a run, which has come to round {saved['round']}: go on with it by "
             f"fedtorch.resume(server, {str(path)!r}) before fit, or choose another folder"
         )
+    if "recipe" in saved:
+        same_recipe(server, saved, path)
 
 
 def keep_ledger(server: Server, path: Path) -> None:
