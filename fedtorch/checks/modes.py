@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedtorch import seeds
 from fedtorch.checks.gates import behind
 from fedtorch.checks.held import draws_numbers, same_draws
+from fedtorch.checks.picks import picks
 from fedtorch.checks.stacking import uneven
 from fedtorch.checks.tried import SOME, first, inputs, largest, normal_inputs, two_examples
 from fedtorch.client import Client
@@ -39,6 +40,9 @@ WORDS = {
     "alone": "example after example, which is slow but suits any model",
 }
 """Ways to the gradients of examples, the fastest first."""
+
+LISTENING = ("layers", "hooks", "ghost")
+"""Those that hear what layers take, and know by its place whose it is."""
 
 TOLERANCE = 5e-3
 """How far a mode may be from the truth, in clipping norms; a wrong one is far beyond."""
@@ -114,10 +118,8 @@ def _first_that_works(
 
 def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: str) -> str | None:
     """Why one step in this mode fails, or None."""
-    if mode == "stacked" and (why := one_by_one(recipe)):
+    if why := _unfit(model, recipe, mode):
         return why
-    if mode == "ghost" and (name := models.tied(model)):
-        return f"parameter {name} is shared by two layers, which ghost clipping cannot see"
     batch = to(two_examples(largest(clients)), next(model.parameters()).device)
     if mode == "stacked" and (why := uneven(batch)):
         return why
@@ -134,10 +136,12 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
             "norm: that is mode hooks"
         )
     try:
+        tried = batch, _varied(model, clients, recipe)
+        if why := _moved(model, tried[1], recipe, mode):
+            return why
         wrong = _misses(model, batch, recipe, mode)
         if mode == "alone" and draws:  # each example has numbers of its own
             return None
-        tried = batch, _varied(model, clients, recipe)
         wrong = wrong or any(_differs(model, b, recipe, mode) for b in tried)
         if mode != "alone" and not wrong:
             few = rows(tried[1], slice(0, BEHIND))
@@ -155,6 +159,19 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
             "its layer, as by a penalty, or an option of a layer that is not known there)"
         )
     return None
+
+
+def _unfit(model: nn.Module, recipe: Recipe, mode: str) -> str | None:
+    """What speaks against it before anything is tried."""
+    if mode == "ghost" and (name := models.tied(model)):
+        return f"parameter {name} is shared by two layers, which ghost clipping cannot see"
+    return one_by_one(recipe) if mode == "stacked" else None
+
+
+def _moved(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> str | None:
+    call = picks(model, batch, recipe) if mode in LISTENING else None
+    why = f"rows are picked by what is in them ({call}), and it tells examples by their places"
+    return why if call else None
 
 
 def _compiled(model: nn.Module, mode: str) -> str | None:
@@ -194,7 +211,7 @@ def _misses(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> bool:
     Of a compiled model they may see nothing, and of a penalty on weights never anything.
     """
     found = _one_step(model, batch, recipe, mode, UNCLIPPED)
-    if mode not in ("layers", "hooks", "ghost"):
+    if mode not in LISTENING:
         return False
     whole = _whole(model, batch, recipe)
     alone = [_alone(model, batch, k, recipe).norm() for k in range(size(batch))]

@@ -1,0 +1,112 @@
+"""Whether a model picks rows by what is in them: their places then say nothing of whose they are.
+
+Without padding, sorted by length or sent to an expert, as many rows as ever may belong to others. Made-up
+examples have no padding, so that trials would find each row where it should be.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fedtorch import seeds
+from fedtorch.recipe import Recipe
+from fedtorch.tree import leaves, rows
+
+PICKS = ("index_select", "take", "masked_select", "embedding")
+"""Calls that take rows of their first argument, at places that another one says."""
+
+PUTS = ("index_copy", "index_add", "index_reduce", "masked_scatter")
+"""Calls that put rows of one argument into places that another one says."""
+
+ALONG = ("scatter", "scatter_add", "scatter_reduce")
+"""Calls that put numbers along an axis: rows stay where that is not the first."""
+
+OUT = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
+"""Calls that give numbers to Python of which the dispatcher hears nothing."""
+
+
+def picks(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
+    """The call by which rows are picked, or None; ``batch`` is of some, of which two are tried too.
+
+    Nothing is asked of what a branch hides that no trial takes.
+    """
+    few, many = (_watched(model, some, recipe) for some in (rows(batch, slice(0, 2)), batch))
+    if many.picked or few.picked:
+        return many.picked or few.picked
+    return "numbers taken to Python for each" if many.read > few.read else None
+
+
+def _watched(model: nn.Module, batch: Any, recipe: Recipe) -> "_Watch":
+    watch = _Watch(batch)
+    with torch.no_grad(), seeds.seeded(0), watch, _Read(watch):
+        recipe.tried(model, batch)
+    return watch
+
+
+class _Watch(TorchDispatchMode):
+    """Follows what is made of examples, by the memory where it lies."""
+
+    def __init__(self, batch: Any) -> None:
+        super().__init__()
+        self.picked: str | None = None
+        self.read = 0
+        self.held: list[Tensor] = []
+        """All that was made of examples: memory that is let go would be another's."""
+        self.places: set[int] = set()
+        self._mark(leaves(batch))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Any call; of those that pick or put it is asked what they go by."""
+        given = leaves((args, kwargs or {}))
+        name = func._schema.name.rpartition("::")[2].rstrip("_")
+        if self._picks(name, args):
+            self.picked = self.picked or name
+        if name == "_local_scalar_dense" and self.made(args[0]):
+            self.read += 1
+        found = func(*args, **(kwargs or {}))
+        if any(map(self.made, given)):
+            self._mark(leaves(found))
+        return found
+
+    def made(self, t: Any) -> bool:
+        """Whether it was made of examples."""
+        if not isinstance(t, Tensor):
+            return False
+        return t.layout != torch.strided or t.untyped_storage().data_ptr() in self.places
+
+    def _mark(self, tensors: Sequence[Tensor]) -> None:
+        some = [t for t in tensors if t.numel() and t.layout == torch.strided]
+        self.held += some
+        self.places |= {t.untyped_storage().data_ptr() for t in some}
+
+    def _picks(self, name: str, args: Sequence[Any]) -> bool:
+        if name in ("index", "index_put"):
+            moved, at = args[0 if name == "index" else 2], args[1]
+            # places in a row that comes by its own number are that row's alone
+            own = isinstance(at[0], Tensor) and not self.made(at[0])
+            return self.made(moved) and not own and any(map(self.made, at))
+        if name in ("gather", *ALONG) and args[1] % max(args[0].dim(), 1):
+            return False
+        if name in (*PUTS, *ALONG):
+            return sum(map(self.made, leaves(args[1:]))) > 1
+        return name in (*PICKS, "gather") and all(map(self.made, leaves(args)))
+
+
+class _Read(TorchFunctionMode):
+    """Counts numbers that go to Python past the dispatcher."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Any call of torch's."""
+        if func in OUT and self.watch.made(args[0]):
+            self.watch.read += args[0].numel()
+        return func(*args, **(kwargs or {}))
