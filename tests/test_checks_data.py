@@ -12,13 +12,14 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     RandomSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
     default_collate,
 )
 
-from conftest import weights
+from conftest import mlp, weights
 from fedtorch import Client, ConfigError, Local, Recipe, Server, evaluate
 from fedtorch.checks.data import check
 from fedtorch.engines import Processes
@@ -473,3 +474,37 @@ def test_examples_that_a_dataset_prepares_by_one_another_are_no_private_ones(mix
         return
     with pytest.raises(ConfigError, match="__getitems__ gives other examples in company"):
         check(clients, recipe)
+
+
+LOOSE = np.random.default_rng(0)
+
+
+class Jittered(Dataset):
+    def __init__(self, draw):
+        self.transform = draw
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, k):
+        return torch.ones(6) + self.transform(k), k % 4
+
+
+class Loose(Jittered):
+    def __getitem__(self, k):
+        return torch.ones(6) + float(LOOSE.normal()), k % 4
+
+
+def test_a_generator_that_a_dataset_keeps_is_said():
+    rng, steady = np.random.default_rng(0), torch.Generator()
+
+    def said(data):
+        clients = [Client(f"c{k}", Subset(data, range(4 * k, 4 * k + 4))) for k in range(2)]
+        notes = Server(mlp(), clients, Recipe(batch_size=4)).notes
+        return [n.split(", ")[1] for n in notes if "generator of its own" in n]
+
+    assert said(Jittered(lambda k: float(rng.normal()))) == ["dataset.transform.rng"]
+    assert said(Loose(None)) == ["dataset.__getitem__.LOOSE"]
+    # one that begins anew at each example, and torch's own, repeat
+    assert said(Jittered(lambda k: torch.randn(6, generator=steady.manual_seed(k)))) == []
+    assert said(Jittered(lambda k: torch.randn(6) + np.random.normal())) == []

@@ -61,3 +61,17 @@ def test_a_generator_that_a_model_keeps_is_said(made):
     model[0].draws = made()
     said = [n for n in Server(model, make_clients([8])).notes if "draws random numbers" in n]
     assert [n.startswith("attribute draws of layer 0 (Linear)") for n in said] == [True]
+
+
+def test_statistics_that_are_a_mean_over_all_batches_say_that_no_visit_goes_on_with_the_count():
+    def said(momentum, training=True):
+        model = nn.Sequential(
+            nn.Linear(6, 5), nn.BatchNorm1d(5, momentum=momentum), nn.Linear(5, 4)
+        )
+        if not training:
+            model[1].train = lambda mode=True: nn.Module.train(model[1], False)
+        return [n for n in Server(model.train(), make_clients([8, 9])).notes if "momentum" in n]
+
+    (note,) = said(None)
+    assert note.startswith("layer 1 (BatchNorm1d) has momentum=None") and "last round alone" in note
+    assert said(0.1) == said(None, training=False) == []

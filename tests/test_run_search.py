@@ -130,7 +130,15 @@ def test_a_sweep_goes_on_after_a_claim_is_refuted_and_fails_in_the_end(
             lambda config: None,
             train,
         )
-    assert len(trained) == 2 and "noise 0.5" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert len(trained) == 2 and "noise 0.5" in out
+    assert "tensorboard" not in out  # where there is nothing to look at
+
+
+def test_a_sweep_does_not_begin_in_the_folder_of_a_run(tmp_path):
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(ConfigError, match="holds a run, and a sweep makes a folder of runs"):
+        sweep.run_sweep(["--run-dir", str(tmp_path)], [], *[None] * 3)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 from torch.utils.data import StackDataset, TensorDataset
 
-from fedtorch import Client, ConfigError, evaluate
+from fedtorch import Client, ConfigError, Recipe, Server, evaluate
 from fedtorch.training.evaluate import convolves, evaluate_clients
 from fedtorch.training.losses import accuracy, cross_entropy
 
@@ -258,3 +258,23 @@ def test_a_step_judges_batches_of_any_kind():
     }.items():
         with pytest.raises(ConfigError, match=why):
             evaluate(model, held, asked if step is figures else (), step=step)
+
+
+def test_a_loss_of_what_a_model_gives_in_training_alone_is_told_what_it_gives_when_evaluated():
+    class Aided(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return (y, y) if self.training else y
+
+    def loss(output, y):
+        output, aid = output
+        return nn.functional.cross_entropy(output, y) + nn.functional.cross_entropy(aid, y)
+
+    x, y = torch.randn(9, 6), torch.arange(9) % 4
+    server = Server(Aided(6, 4), [Client("a", (x, y))], Recipe(loss=loss))
+    fix = r"evaluated, the model gives \[9, 4\]: .* metrics=\{'loss': fn\}"
+    with pytest.raises(ConfigError, match=fix):
+        server.fit(1, (x, y), progress=False)
+    assert server.round_number == 0
+    judge = {"loss": nn.functional.cross_entropy}
+    assert server.fit(1, (x, y), judge, progress=False)[-1]["test_loss"] > 0

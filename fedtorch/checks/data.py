@@ -1,13 +1,17 @@
 """Samplers and DataLoaders that clients came with, held to the recipe before training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtorch import seeds
+from fedtorch.checks.keeps import held_by
+from fedtorch.checks.stays import is_generator
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import Collated, Drawn, drawn
@@ -17,6 +21,9 @@ from fedtorch.types import ConfigError
 LOOKED_AT = 8
 """Examples that a dataset is asked for alone and together."""
 
+MOST_PARTS = 20
+"""Parts of a list that are looked into."""
+
 
 def check(clients: Sequence[Client], recipe: Recipe) -> list[str]:
     """What is to be said of samplers and loaders; raises ConfigError naming a client and the fix."""
@@ -25,19 +32,74 @@ def check(clients: Sequence[Client], recipe: Recipe) -> list[str]:
             _draws(client, client.sampler, recipe)
         if recipe.privacy.per_example:
             _far_apart(client)
+    said = generators(clients)
     if recipe.privacy.per_example:  # the plan draws the batches, and says so
-        return []
+        return said
     for client in clients:
         if client.loader is not None:
             _agrees(client, recipe)
     kept = [c.id for c in clients if c.loader and not (c.loader.shuffled or c.sampler)]
     if not kept:
-        return []
+        return said
     more = f", as of {len(kept) - 1} more," if len(kept) > 1 else ""
     return [
+        *said,
         f"the DataLoader of client {kept[0]}{more} does not shuffle, but here each pass does (to keep "
-        "the order: sampler=lambda seed, round: range(n))"
+        "the order: sampler=lambda seed, round: range(n))",
     ]
+
+
+def generators(clients: Sequence[Client]) -> list[str]:
+    """A sentence for a dataset that draws by a generator of its own, which no seed begins anew."""
+    seen: set[int] = {id(torch.default_generator)}
+    for client in clients:
+        name = _generator(client.data, seen)
+        if name and not _repeats(client):
+            return [
+                f"the dataset of client {client.id} draws by a generator of its own, {name}, from where "
+                "whoever took the last example left it, and a resumed run begins it anew: torch.randn, "
+                "np.random and random are seeded for each visit"
+            ]
+    return []
+
+
+def _generator(data: Any, seen: set[int]) -> str:
+    """The name of a generator that a dataset, its dataset or a transform of theirs holds; empty: none."""
+    todo = [("", data)]
+    for where, value in todo:  # which grows
+        if is_generator(value) and id(value) not in seen:
+            return where
+        if id(value) in seen or isinstance(
+            value, (type, ModuleType, Tensor, np.ndarray, nn.Module)
+        ):
+            continue
+        seen.add(id(value))
+        todo += [(f"{where}.{k}".lstrip("."), v) for k, v in _held(value)]
+    return ""
+
+
+def _held(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, (list, tuple)):  # as transforms in a row
+        return enumerate(value[:MOST_PARTS])
+    if isinstance(value, (FunctionType, MethodType, partial)):
+        return held_by(value)
+    home = str(type(value).__module__).partition(".")[0]
+    takes = getattr(type(value), "__getitem__", None)
+    beside = [("__getitem__", takes)] if home != "torch" and isinstance(takes, FunctionType) else []
+    return [*getattr(value, "__dict__", {}).items(), *beside]
+
+
+def _repeats(client: Client) -> bool:
+    """Whether examples are the same when taken again by the same seed."""
+    data: Any = client.data.data if isinstance(client.data, Collated) else client.data
+    taken: list[list[Any]] = []
+    try:
+        for _ in range(2):
+            with seeds.seeded(0):
+                taken.append([data[k] for k in range(min(len(client), LOOKED_AT))])
+    except Exception:  # whoever trains on them says it better
+        return True
+    return _same(*taken)
 
 
 def _draws(client: Client, sampler: Drawn, recipe: Recipe) -> None:

@@ -129,7 +129,7 @@ def _inside(loss: Any) -> Iterator[tuple[str, Any]]:
         if id(value) in seen or isinstance(value, type) or _foreign(value):
             continue
         seen.add(id(value))
-        todo += [(f"{where}.{k}" if where else k, v) for k, v in _own(value)]
+        todo += [(f"{where}.{k}" if where else k, v) for k, v in held_by(value)]
 
 
 def _foreign(value: Any) -> bool:
@@ -139,7 +139,8 @@ def _foreign(value: Any) -> bool:
     return not callable(value) or (not ours and home in ("torch", "fedtorch", "builtins", "numpy"))
 
 
-def _own(value: Any) -> Iterator[tuple[str, Any]]:
+def held_by(value: Any) -> Iterator[tuple[str, Any]]:
+    """What a function, a method, a partial or an object that is called holds, by name."""
     if isinstance(value, functools.partial):
         yield "partial", value.func
         yield from ((f"argument {k}", v) for k, v in enumerate(value.args))

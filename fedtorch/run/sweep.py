@@ -10,6 +10,7 @@ from typing import Any
 
 from fedtorch.run import folder as folders
 from fedtorch.run import prices, results
+from fedtorch.run.checkpoint import everything
 from fedtorch.run.console import show_line, show_table
 from fedtorch.types import ClaimRefuted, ConfigError
 
@@ -101,6 +102,24 @@ def named_folder(rest: Sequence[str]) -> tuple[list[str], Path | None]:
     return words, None
 
 
+def _not_of_a_run(folder: Path | None) -> None:
+    if folder is not None and (
+        (folder / folders.CONFIG).exists() or everything(folder / "checkpoints")
+    ):
+        raise ConfigError(
+            f"{folder} holds a run, and a sweep makes a folder of runs: choose another --run-dir"
+        )
+
+
+def _told(runs: Sequence[results.Saved], folder: Path) -> None:
+    """What all runs came to, their price together, and where they are compared."""
+    show_table(results.summary_rows(runs))
+    for line in prices.spent(runs):
+        show_line(line)
+    if any(folder.glob("*/events.out.tfevents.*")):
+        print(f"compare: tensorboard --logdir {folder}   (HParams)")
+
+
 def _trained(config: Any, train: Callable[[Any], Any]) -> list[str]:
     """Train one run; its name, where an audit refutes its claim: the others are still worth knowing."""
     try:
@@ -123,6 +142,7 @@ def run_sweep(
     Raises ClaimRefuted in the end where an audit has refuted the claim of any.
     """
     rest, given = named_folder(rest)
+    _not_of_a_run(given)
     folder = given or folders.fresh("sweep")
     try:
         configs = [compared(read_config(arguments(rest, point, folder)), point) for point in points]
@@ -146,10 +166,7 @@ def run_sweep(
             show_line(line)
         raise
     runs = [results.load(c.run_dir) for c in configs]
-    show_table(results.summary_rows(runs))
-    for line in prices.spent(runs):
-        show_line(line)
-    print(f"compare: tensorboard --logdir {folder}   (HParams)")
+    _told(runs, folder)
     if refuted:
         raise ClaimRefuted(
             f"the privacy claim is refuted in {len(refuted)} of {len(runs)} runs: {'; '.join(refuted)}"

@@ -106,6 +106,12 @@ NO_METRICS = (
 )
 
 
+LOSS_HERE = (
+    "; evaluated, the model gives {}: where that is not what it gives in training, let the loss take both, "
+    "or judge by another, metrics={{'loss': fn}}"
+)
+
+
 class MetricFailed(ConfigError):
     """A metric cannot take a whole set."""
 
@@ -218,10 +224,16 @@ def _of_all(
     parts = kept[0] if len(kept) == 1 else [joined(p) for p in zip(*kept, strict=True)]
     output, target = to(tuple(parts), device)  # where a metric's own tensors are
     n = size(target)
-    return {
-        k: float(_try(k, n, lambda m=m: reduce(m(output, target)).cpu().double().mean()))
-        for k, m in metrics.items()
-    }
+    try:
+        return {
+            k: float(_try(k, n, lambda m=m: reduce(m(output, target)).cpu().double().mean()))
+            for k, m in metrics.items()
+        }
+    except MetricFailed as e:
+        if e.name == "loss":
+            given = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            e.args = (f"{e}{LOSS_HERE.format(given)}",)
+        raise
 
 
 def _try(name: str, n: int, act: Callable[..., Any], *args: Any) -> Any:
