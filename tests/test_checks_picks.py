@@ -62,6 +62,11 @@ def one_by_one(mid, x, real):
     return pad_sequence(rows.split(many), batch_first=True).sum(1)
 
 
+def dropped(mid, x, real):
+    kept = torch.rand(real.shape) > 1e-4
+    return x.new_zeros(*x.shape[:2], 6).masked_scatter(kept[..., None], mid(x[kept])).sum(1)
+
+
 def last(mid, x, real):
     return mid(x)[torch.arange(len(x)), real.sum(1) - 1]
 
@@ -76,7 +81,9 @@ def filled(mid, x, real):
     return mid(x).masked_fill(~real[..., None], 0).sum(1)
 
 
-@pytest.mark.parametrize("moved", [masked, put, places, by_length, by_puts, lists, one_by_one])
+@pytest.mark.parametrize(
+    "moved", [masked, put, places, by_length, by_puts, lists, one_by_one, dropped]
+)
 def test_rows_that_are_moved_by_what_is_in_them_are_found(moved):
     assert picks(Rows(moved), (X, Y), Recipe())
 

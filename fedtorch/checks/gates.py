@@ -32,14 +32,30 @@ def behind(
     # a matrix has numbers of both signs at once
     signs = (1.0, -1.0) if any(t.dim() < 2 for t in shut) else (1.0,)
     for sign in signs if shut else ():
-        with _opened(shut, sign):
-            try:
-                found = look()
-            except Exception:  # numbers that mean nothing to the model
-                continue
-        if found:
-            return found
+        for some in _fewer(shut):
+            with _opened(some, sign):
+                try:
+                    found = look()
+                except (
+                    Exception
+                ):  # numbers that mean nothing to the model, as a count that is a place
+                    continue
+            if found:
+                return found
+            break
     return None
+
+
+def _fewer(shut: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """All, and what is left where that fails: without counts, and of those the trained alone."""
+    sets = [
+        [*shut],
+        [t for t in shut if t.is_floating_point()],
+        [t for t in shut if t.requires_grad],
+    ]
+    for k, some in enumerate(sets):
+        if some and len(some) not in map(len, sets[:k]):
+            yield some
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def _watched(model: nn.Module, batch: Any, recipe: Recipe) -> "_Watch":
 
 
 class _Watch(TorchDispatchMode):
-    """Follows what is made of examples, by the memory where it lies."""
+    """Follows what is made of examples, or drawn, by the memory where it lies."""
 
     def __init__(self, batch: Any) -> None:
         super().__init__()
@@ -70,12 +70,13 @@ class _Watch(TorchDispatchMode):
         if name == "_local_scalar_dense" and self.made(args[0]):
             self.read += 1
         found = func(*args, **(kwargs or {}))
-        if any(map(self.made, given)):
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        if drawn or any(map(self.made, given)):
             self._mark(leaves(found))
         return found
 
     def made(self, t: Any) -> bool:
-        """Whether it was made of examples."""
+        """Whether it was made of them."""
         if not isinstance(t, Tensor):
             return False
         return t.layout != torch.strided or t.untyped_storage().data_ptr() in self.places
