@@ -67,6 +67,15 @@ def dropped(mid, x, real):
     return x.new_zeros(*x.shape[:2], 6).masked_scatter(kept[..., None], mid(x[kept])).sum(1)
 
 
+def if_any(mid, x, real):
+    assert bool(x.isfinite().all())
+    return mid(x).sum(1) if real.all() else masked(mid, x, real)
+
+
+def if_short(mid, x, real):
+    return by_length(mid, x, real) if bool((real.sum(1) < 4).any()) else mid(x).sum(1)
+
+
 def last(mid, x, real):
     return mid(x)[torch.arange(len(x)), real.sum(1) - 1]
 
@@ -82,7 +91,8 @@ def filled(mid, x, real):
 
 
 @pytest.mark.parametrize(
-    "moved", [masked, put, places, by_length, by_puts, lists, one_by_one, dropped]
+    "moved",
+    [masked, put, places, by_length, by_puts, lists, one_by_one, dropped, if_any, if_short],
 )
 def test_rows_that_are_moved_by_what_is_in_them_are_found(moved):
     assert picks(Rows(moved), (X, Y), Recipe())

@@ -5,6 +5,7 @@ examples have no padding, so that trials would find each row where it should be.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -29,20 +30,33 @@ OUT = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 """Calls that give numbers to Python of which the dispatcher hears nothing."""
 
 
+BRANCHES = 8
+"""Questions about examples of which the other answer is tried, each by itself."""
+
+
 def picks(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
     """The call by which rows are picked, or None; ``batch`` is of some, of which two are tried too.
 
-    Nothing is asked of what a branch hides that no trial takes.
+    Where the model asks if something is true of examples, what it does if it were not is tried as well.
     """
-    few, many = (_watched(model, some, recipe) for some in (rows(batch, slice(0, 2)), batch))
-    if many.picked or few.picked:
-        return many.picked or few.picked
-    return "numbers taken to Python for each" if many.read > few.read else None
+    both = rows(batch, slice(0, 2)), batch
+    seen = [_watched(model, some, recipe) for some in both]
+    why = _found(*seen)
+    for k in range(min(seen[1].asked, BRANCHES)):
+        why = why or _found(*(_watched(model, some, recipe, k) for some in both))
+    return why
 
 
-def _watched(model: nn.Module, batch: Any, recipe: Recipe) -> "_Watch":
-    watch = _Watch(batch)
-    with torch.no_grad(), seeds.seeded(0), watch, _Read(watch):
+def _found(few: "_Watch", many: "_Watch") -> str | None:
+    each = "numbers taken to Python for each" if many.read > few.read else None
+    return many.picked or few.picked or each
+
+
+def _watched(model: nn.Module, batch: Any, recipe: Recipe, other: int | None = None) -> "_Watch":
+    watch = _Watch(batch, other)
+    # it may have asked if they are what they have to be, and ends there
+    failing = () if other is None else (Exception,)
+    with suppress(*failing), torch.no_grad(), seeds.seeded(0), watch, _Read(watch):
         recipe.tried(model, batch)
     return watch
 
@@ -50,10 +64,11 @@ def _watched(model: nn.Module, batch: Any, recipe: Recipe) -> "_Watch":
 class _Watch(TorchDispatchMode):
     """Follows what is made of examples, or drawn, by the memory where it lies."""
 
-    def __init__(self, batch: Any) -> None:
+    def __init__(self, batch: Any, other: int | None = None) -> None:
+        """``other``: which question gets the other answer."""
         super().__init__()
         self.picked: str | None = None
-        self.read = 0
+        self.read, self.asked, self.other = 0, 0, other
         self.held: list[Tensor] = []
         """All that was made of examples: memory that is let go would be another's."""
         self.places: set[int] = set()
@@ -67,9 +82,12 @@ class _Watch(TorchDispatchMode):
         name = func._schema.name.rpartition("::")[2].rstrip("_")
         if self._picks(name, args):
             self.picked = self.picked or name
+        found = func(*args, **(kwargs or {}))
         if name == "_local_scalar_dense" and self.made(args[0]):
             self.read += 1
-        found = func(*args, **(kwargs or {}))
+            if isinstance(found, bool):
+                self.asked += 1
+                return found != (self.asked - 1 == self.other)
         drawn = torch.Tag.nondeterministic_seeded in func.tags
         if drawn or any(map(self.made, given)):
             self._mark(leaves(found))
