@@ -31,7 +31,7 @@ def blocks(rows: int, across: int):
     dots, backward, full = tiles.dots(rows), tiles.backward(rows, across), across * tiles.WIDTH
 
     @numba.njit
-    def run(x, w, z, d, a, down):
+    def run(x, w, v, z, d, a, down):
         q, width, zero, four = (
             np.uint64(z.size // 6),
             np.uint64(w.size // 6),
@@ -39,13 +39,14 @@ def blocks(rows: int, across: int):
             np.uint64(4),
         )
         for i in range(0, 6, rows):
-            dots(x, w, z, zero, four, width, np.uint64(i), zero, four, q, z.dtype.type(1))
+            dots(x, v, z, zero, four, width, np.uint64(i), zero, four, q, z.dtype.type(1))
         for t in range(0, width, full):
             for i in range(0, 6, rows):
                 m = np.uint64(min(full, width - t))
                 keep = w.dtype.type(0.9)
                 backward(
                     w,
+                    v,
                     d,
                     a,
                     down,
@@ -69,8 +70,8 @@ def test_blocks_of_any_size_sum_in_the_same_order():
         DRAWN.standard_normal(n).astype(np.float32) for n in (6 * width, 6 * width, 24, 4 * width)
     )
     for rows, across in ((1, 1), (2, 2), (3, 4)):
-        to, z, down = w.copy(), np.zeros(24, np.float32), np.zeros_like(a)
-        blocks(rows, across)(x, to, z, d, a, down)
+        to, z, down = np.empty_like(w), np.zeros(24, np.float32), np.zeros_like(a)
+        blocks(rows, across)(x, to, w, z, d, a, down)
         found.append(np.concatenate([to, z, down]))
     assert all(np.array_equal(found[0], f) for f in found)
     X, W, D, A = (v.reshape(-1, n) for v, n in ((x, width), (w, width), (d, 6), (a, width)))
