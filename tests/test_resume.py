@@ -1,5 +1,6 @@
 """Stopped and continued is the same run: bit for bit, whatever stopped it."""
 
+import hashlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from fedtorch import ConfigError, Server, disk
 from fedtorch.__main__ import main
 from fedtorch.run import checkpoint
+from fedtorch.run.resume import of_clients
 
 # client memory, server optimizer, dropped clients, a schedule and dropout: all there is to lose
 RUN = [
@@ -459,3 +462,11 @@ def test_the_same_data_may_lie_elsewhere_by_now(fedtorch):
     Path("far/u.csv").write_text(owned("ABC").replace("A,0.0", "A,0.5"))
     code, _, err = fedtorch(*again[:-1], "--dataset.path", "far/u.csv")
     assert code == 2 and "trained on other data" in err
+
+
+def test_no_two_lists_of_names_are_taken_for_one():
+    lists = ["a", "b", "c"], ["a\nb", "c"], ["a", "b\nc"], ["a\\nb", "c"], ["a\\", "nb\\", "c"]
+    found = [of_clients(SimpleNamespace(ids=names))["clients"]["sha256"] for names in lists]
+    assert len({*found}) == len(lists)
+    assert found[0] == hashlib.sha256(b"a\nb\nc").hexdigest()  # as before
+    of_clients(SimpleNamespace(ids=["caf\udce9"]))  # a folder's name that is no text

@@ -49,8 +49,9 @@ def state(server: Server) -> dict[str, Any]:
 
 def of_clients(server: Server) -> dict[str, Any]:
     """How many clients a run has, and a digest of their names, which do not change."""
-    names = "\n".join(map(str, server.ids)).encode()
-    digest = hashlib.sha256(names).hexdigest()
+    # a name may have a line's end in it, and bytes that are no text
+    lines = (str(i).replace("\\", r"\\").replace("\n", r"\n") for i in server.ids)
+    digest = hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()
     return {"clients": {"count": len(server.ids), "sha256": digest}}
 
 
