@@ -32,6 +32,16 @@ def test_keys_are_private_and_sites_can_be_added(tmp_path):
         ServerLine("localhost:1", tmp_path / "none", "a", 1)
 
 
+def test_a_pair_that_no_line_would_take_is_refused_before_the_first_call(tmp_path):
+    keys.make(tmp_path, ["localhost"], ["a", "b"], 2)
+    keys.make(tmp_path / "old", ["localhost"], ["a"], 0)
+    with pytest.raises(ConfigError, match=r"cert\.pem is valid from .* this machine's clock"):
+        ServerLine("localhost:1", tmp_path / "old/a", "a", 1)
+    (tmp_path / "a/key.pem").write_bytes((tmp_path / "b/key.pem").read_bytes())
+    with pytest.raises(ConfigError, match=r"a: key\.pem is not the key of cert\.pem"):
+        ServerLine("localhost:1", tmp_path / "a", "a", 1)
+
+
 def test_a_certificate_is_good_for_one_thing_only(tmp_path):
     keys.make(tmp_path, ["fed.example", "10.0.0.7"], ["north"], 30)
     found = {

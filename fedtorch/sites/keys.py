@@ -147,6 +147,29 @@ def read(pem: bytes) -> x509.Certificate:
         raise ConfigError("this is no certificate (PEM)") from e
 
 
+def check_pair(folder: Path, key: bytes, own: bytes) -> None:
+    """Raises ConfigError where no line would open: another certificate's key, or one out of date."""
+    try:
+        certificate = x509.load_pem_x509_certificate(own)
+        secret = serialization.load_pem_private_key(key, None)
+    except (ValueError, TypeError):  # of kinds that a line may take all the same
+        return
+    if secret.public_key() != certificate.public_key():
+        raise ConfigError(
+            f"{folder}: key.pem is not the key of cert.pem: copy both from one folder"
+        )
+    begins, ends, now = (
+        certificate.not_valid_before_utc,
+        certificate.not_valid_after_utc,
+        datetime.now(UTC),
+    )
+    if not begins <= now <= ends:
+        raise ConfigError(
+            f"{folder / 'cert.pem'} is valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}, and this machine's "
+            f"clock says {now:%Y-%m-%d}: have another one made (fedtorch keys), or set the clock"
+        )
+
+
 def _authority(folder: Path, days: int) -> tuple[Key, x509.Certificate]:
     if folder.exists():
         try:

@@ -18,7 +18,7 @@ import grpc
 from fedtorch import disk
 from fedtorch.engines import wire
 from fedtorch.engines.wire import MessageError
-from fedtorch.sites.keys import common_name
+from fedtorch.sites.keys import check_pair, common_name
 from fedtorch.types import ConfigError
 
 SERVICE = "fedtorch.Sites"
@@ -253,6 +253,7 @@ def read_keys(folder: Path) -> tuple[bytes, bytes, bytes]:
         ) from e
     if (folder / "key.pem").stat().st_mode & 0o077:
         raise ConfigError(f"{folder / 'key.pem'} can be read by others: chmod 600 it")
+    check_pair(folder, key, own)
     return key, own, authority
 
 
