@@ -505,3 +505,11 @@ def test_long_swept_names_still_are_folders_of_their_own():
     (one,), (two,) = (settings(["--sweep", f"dataset.path={'d' * 300}{k}"])[1] for k in (1, 2))
     names = [Path(arguments([], setting, Path("x"))[-1]).name for setting in (one, two)]
     assert names[0] != names[1] and all(len(n) < 256 for n in names)
+
+
+@pytest.mark.parametrize("command", [("predict", "run", "x.npz"), ("audit", "run")])
+def test_a_federations_run_is_not_taken_for_one_of_train(fedtorch, tmp_path, command):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml").write_text('sites = ["a", "b"]\nmodel = "mlp"\nrounds = 2\n')
+    code, _, said = fedtorch(*command)
+    assert code == 2 and "is a federation's" in said and "no option" not in said

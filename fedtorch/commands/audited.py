@@ -57,6 +57,11 @@ def _twin(run: results.Saved, options: dict[str, str], trusted: bool, aside: boo
             f"the run in {run.folder} was made in Python, where its model is: put fedtorch.Audit() among "
             "the observers of its Server"
         )
+    if isinstance(run.options.get("sites"), list):
+        raise ConfigError(
+            f"the run in {run.folder} is a federation's, whose sites alone have its data: audit a "
+            "simulation of it, fedtorch train --audit"
+        )
     train, file = train_module(), run.folder / "config.toml"
     table: dict[str, Any] = cli.read(file) | {"audit": {"name": "on", **options}}
     known = trusted or trust.remembered(file)

@@ -71,6 +71,11 @@ def trained(
         raise ConfigError(
             f"the run in {folder} was made in Python, where its model is: fedtorch.load({folder!r}, model)"
         )
+    if isinstance(run.options.get("sites"), list):
+        raise ConfigError(
+            f"the run in {folder} is a federation's, and how examples are prepared is known at its sites "
+            f"alone: fedtorch.load({folder!r}, model) gives the model, for examples prepared as theirs"
+        )
     table = cli.read(run.folder / "config.toml")
     table = cli.merge(table, {"dataset": {"path": path}}) if path else table
     if not trusted:
