@@ -45,6 +45,11 @@ def vector(values: Sequence[float] | np.ndarray, dtype: type = np.float64) -> Te
     return torch.from_numpy(np.array(values, dtype))
 
 
+def place(t: Tensor) -> int:
+    """Where the memory begins that it is a part of."""
+    return t.untyped_storage().data_ptr()
+
+
 def split(flat: Tensor, shapes: Mapping[str, torch.Size]) -> Params:
     """[..., numbers] -> tensors by name, [..., shape], that share its memory."""
     parts, lead = flat.split([s.numel() for s in shapes.values()], -1), flat.shape[:-1]

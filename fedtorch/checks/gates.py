@@ -36,9 +36,7 @@ def behind(
             with _opened(some, sign):
                 try:
                     found = look()
-                except (
-                    Exception
-                ):  # numbers that mean nothing to the model, as a count that is a place
+                except Exception:  # what means nothing to the model, as a count that is a place
                     continue
             if found:
                 return found

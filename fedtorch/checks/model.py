@@ -10,6 +10,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fedtorch.training.outline import put_back
 from fedtorch.training.stacked import snapshot
+from fedtorch.tree import place
 from fedtorch.types import ConfigError
 
 
@@ -68,8 +69,7 @@ def _overlapping(model: nn.Module) -> tuple[str, str] | None:
         if p.device.type in ("cpu", "cuda") and _strided(p) and p.numel():
             room = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
             start = int(p.storage_offset()) * p.element_size()
-            place = p.untyped_storage().data_ptr()
-            lies.append((place, start, start + int(room) * p.element_size(), k))
+            lies.append((place(p), start, start + int(room) * p.element_size(), k))
     lies.sort()
     for one, other in itertools.pairwise(lies):
         if one[0] == other[0] and other[1] < one[2]:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedtorch import seeds
 from fedtorch.recipe import Recipe
-from fedtorch.tree import leaves, rows
+from fedtorch.tree import leaves, place, rows
 
 PICKS = ("index_select", "take", "masked_select", "embedding")
 """Calls that take rows of their first argument, at places that another one says."""
@@ -97,12 +97,12 @@ class _Watch(TorchDispatchMode):
         """Whether it was made of them."""
         if not isinstance(t, Tensor):
             return False
-        return t.layout != torch.strided or t.untyped_storage().data_ptr() in self.places
+        return t.layout != torch.strided or place(t) in self.places
 
     def _mark(self, tensors: Sequence[Tensor]) -> None:
         some = [t for t in tensors if t.numel() and t.layout == torch.strided]
         self.held += some
-        self.places |= {t.untyped_storage().data_ptr() for t in some}
+        self.places |= set(map(place, some))
 
     def _picks(self, name: str, args: Sequence[Any]) -> bool:
         if name in ("index", "index_put"):

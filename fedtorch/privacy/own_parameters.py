@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedtorch.privacy.formulas import GRADIENTS, Grads
-from fedtorch.tree import leaves, mapped
+from fedtorch.tree import leaves, mapped, place
 from fedtorch.types import Params
 
 SPREADING = ("expand", "expand_as", "broadcast_to", "repeat", "tile")
@@ -241,11 +241,6 @@ FOR_ONE = {F.embedding: looked_up, F.scaled_dot_product_attention: attended}
 
 def _made(t: Tensor) -> Tensor:
     return t.made if isinstance(t, Used) else t
-
-
-def place(t: Tensor) -> int:
-    """Where the memory begins that it is a part of."""
-    return t.untyped_storage().data_ptr()
 
 
 def uneven(shape: Sequence[int], many: int) -> str:
