@@ -5,6 +5,7 @@ size hangs on how many registers a processor has, and decides nothing but speed.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -44,6 +45,11 @@ class Code(NamedTuple):
     def after(self, place: Any, n: int) -> Any:
         """The place so much further on."""
         return self.b.add(place, self.number(n))
+
+    def registers(self, row: Any, q: Any, t: Any, across: int) -> list[Any]:
+        """Places of so many registers, of a row of q numbers and from column t on."""
+        first = self.b.add(self.b.mul(row, q), t)
+        return [self.after(first, WIDTH * c) for c in range(across)]
 
     def row(self, array: Any, at: Sequence[Any], m: Any) -> list[Any]:
         """The registers of a row; ``m``: numbers in it, if it is one of fewer than all."""
@@ -85,11 +91,7 @@ def backward(rows: int, across: int) -> Any:
         And then w <- keep v - d^T a; w may be v.
         """
         code, some = Code(context, b, kind), m if across == 1 else None
-
-        def at(row: Any) -> list[Any]:
-            first = b.add(b.mul(row, q), t)
-            return [code.after(first, WIDTH * c) for c in range(across)]
-
+        at = partial(code.registers, q=q, t=t, across=across)
         places = [at(code.after(o, r)) for r in range(rows)]
         weights = [code.row(v, place, some) for place in places]
         with b.if_then(passes), cgutils.for_range(b, B, intp=q.type) as loop:
@@ -121,11 +123,7 @@ def outer(rows: int, across: int) -> Any:
     ) -> None:  # fmt: skip
         """Row o and column t on of d^T a [out, q], for d [B, out] and a [B, q]: written to g."""
         code, some = Code(context, b, kind), m if across == 1 else None
-
-        def at(row: Any) -> list[Any]:
-            first = b.add(b.mul(row, q), t)
-            return [code.after(first, WIDTH * c) for c in range(across)]
-
+        at = partial(code.registers, q=q, t=t, across=across)
         zero = ir.Constant(ir.VectorType(context.get_value_type(kind.dtype), WIDTH), None)
         slots = [[cgutils.alloca_once_value(b, zero) for _ in range(across)] for _ in range(rows)]
         with cgutils.for_range(b, B, intp=q.type) as loop:
