@@ -38,7 +38,7 @@ from fedtorch.privacy import ClientLevel, DistributedDP, Privacy, SampleLevel
 from fedtorch.privacy.accounting.events import Event, epsilon
 from fedtorch.run.zoo import build
 from fedtorch.training.losses import accuracy
-from fedtorch.training.stacked import snapshot
+from fedtorch.training.module import snapshot
 from fedtorch.types import Task
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"

@@ -10,7 +10,7 @@ from fedtorch import Client, FedAvg, Local, Recipe, Server
 from fedtorch.fast import offer
 from fedtorch.privacy import Privacy
 from fedtorch.training.local_update import local_update
-from fedtorch.training.stacked import snapshot
+from fedtorch.training.module import snapshot
 from fedtorch.types import Task
 
 

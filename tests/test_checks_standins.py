@@ -15,7 +15,7 @@ from fedtorch.checks import standins
 from fedtorch.checks.standins import BOUND, limited, made, shown
 from fedtorch.privacy import ClientLevel, LocalDP, SampleLevel
 from fedtorch.training.batches import fetch, len_of
-from fedtorch.training.stacked import snapshot
+from fedtorch.training.module import snapshot
 from fedtorch.types import ConfigError, Task
 
 PLANS = [

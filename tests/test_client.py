@@ -6,7 +6,7 @@ from torch.utils.data import Dataset, IterableDataset
 from conftest import make_clients, mlp
 from fedtorch import Client, ClientOptimizer, ConfigError, Recipe, Server, local_update
 from fedtorch.client import as_dataset
-from fedtorch.training.stacked import snapshot
+from fedtorch.training.module import snapshot
 from fedtorch.types import ClientError, Task
 from private_case import Rows
 

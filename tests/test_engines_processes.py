@@ -267,7 +267,7 @@ def test_an_error_in_a_worker_names_the_client_and_the_session_goes_on():
 
 
 def task(server):
-    from fedtorch.training.stacked import snapshot
+    from fedtorch.training.module import snapshot
     from fedtorch.types import Task
 
     return Task(snapshot(server.model), server.extras, 1, 0, 0.1)

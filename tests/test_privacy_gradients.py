@@ -17,7 +17,7 @@ from fedtorch.privacy.gradients import PrivateSteps, stacked_gradients
 from fedtorch.privacy.noise.streams import stream
 from fedtorch.privacy.one_client import private_gradients
 from fedtorch.training.losses import cross_entropy
-from fedtorch.training.stacked import snapshot
+from fedtorch.training.module import snapshot
 from fedtorch.training.step import Stepping, Supervised
 from fedtorch.tree import exact_sq_norms
 from fedtorch.types import ConfigError, Task

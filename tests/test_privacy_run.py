@@ -23,7 +23,7 @@ from fedtorch.privacy.accounting.events import Event, epsilon
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import BudgetSpent
 from fedtorch.run.report import statement
-from fedtorch.training.stacked import snapshot
+from fedtorch.training.module import snapshot
 from fedtorch.types import ConfigError, Task
 from private_case import clients, model, server
 

@@ -303,7 +303,7 @@ def test_without_figures_nothing_is_sent_or_kept_for_them(none):
 def test_nothing_but_noised_sums_leaves_a_client():
     """A raw figure that somebody smuggles into a message has no place in it."""
     from fedtorch.training.local_update import local_update
-    from fedtorch.training.stacked import snapshot
+    from fedtorch.training.module import snapshot
 
     run = run_of("sample", plan={"strict": True, "insecure_seed": 2})
     numbers = run.private.numbers(1)

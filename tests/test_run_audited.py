@@ -34,7 +34,8 @@ from fedtorch.engines.workers import kit
 from fedtorch.fast import offer
 from fedtorch.privacy import AdaptiveClip, Bands, ClientLevel, LocalDP, SampleLevel
 from fedtorch.privacy.canaries import placed
-from fedtorch.training.stacked import general, snapshot, stacked
+from fedtorch.training.module import snapshot
+from fedtorch.training.stacked import general, stacked
 from fedtorch.types import AUDIT, ConfigError, Task
 from private_case import clients, model, silent
 

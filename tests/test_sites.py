@@ -43,7 +43,7 @@ from fedtorch.sites.rpc import Refused, ServerLine, Unreachable
 from fedtorch.sites.serve import calibrated
 from fedtorch.sites.site import Site
 from fedtorch.strategies import FedBABU, FedNova
-from fedtorch.training.stacked import snapshot
+from fedtorch.training.module import snapshot
 from fedtorch.types import ConfigError, OverBudget, Task
 
 pytestmark = pytest.mark.timeout(300)

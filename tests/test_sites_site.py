@@ -23,7 +23,7 @@ from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.rpc import Unreachable
 from fedtorch.sites.site import Site
 from fedtorch.sites.state import KEPT, VisitMemory
-from fedtorch.training.stacked import snapshot
+from fedtorch.training.module import snapshot
 from fedtorch.types import ClientError, ConfigError, Task
 
 PRIVATE = SampleLevel(noise_multiplier=9.0, rounds=20, steps=2, batch_size=8.0)

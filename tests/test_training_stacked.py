@@ -10,7 +10,8 @@ from fedtorch import Client, ClientOptimizer, FedProx, Local, Recipe, Server
 from fedtorch.engines import Processes
 from fedtorch.training.evaluate import evaluate
 from fedtorch.training.losses import cross_entropy
-from fedtorch.training.stacked import forward, load, snapshot, stacked, to
+from fedtorch.training.module import forward, load, snapshot, to
+from fedtorch.training.stacked import stacked
 
 
 def test_load_and_snapshot_are_inverse_and_independent():

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from fedtorch.training.module import snapshot
 from fedtorch.training.outline import put_back
-from fedtorch.training.stacked import snapshot
 from fedtorch.tree import place
 from fedtorch.types import ConfigError
 

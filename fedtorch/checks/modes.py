@@ -22,9 +22,8 @@ from fedtorch.privacy.noise.streams import stream
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.local_steps import one_by_one
-from fedtorch.training.module import training, undropped
+from fedtorch.training.module import snapshot, to, training, undropped
 from fedtorch.training.outline import put_back
-from fedtorch.training.stacked import snapshot, to
 from fedtorch.training.step import Stepping
 from fedtorch.tree import expand, leaves, mapped, rows, size
 from fedtorch.types import ConfigError

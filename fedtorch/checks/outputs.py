@@ -15,8 +15,8 @@ from fedtorch.client import Client
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.losses import IGNORED, Loss, cross_entropy, gathers, reduce
+from fedtorch.training.module import forward, to
 from fedtorch.training.outline import untouched
-from fedtorch.training.stacked import forward, to
 from fedtorch.types import ConfigError
 
 CLASSES = nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss

@@ -18,9 +18,8 @@ from fedtorch.client import Client
 from fedtorch.privacy import Privacy, models
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, len_of
-from fedtorch.training.module import training
+from fedtorch.training.module import snapshot, to, training
 from fedtorch.training.outline import put_back, untouched
-from fedtorch.training.stacked import snapshot, to
 from fedtorch.tree import same
 from fedtorch.types import ConfigError
 

@@ -23,10 +23,9 @@ from fedtorch.training.batches import fetch, least, len_of, uncollated
 from fedtorch.training.correction import Corrector
 from fedtorch.training.local_steps import stepper
 from fedtorch.training.losses import reduce
-from fedtorch.training.module import other_types, training
+from fedtorch.training.module import forward, other_types, snapshot, to, training
 from fedtorch.training.outline import untouched
 from fedtorch.training.own_update import VisitBatches, own_update
-from fedtorch.training.stacked import forward, snapshot, to
 from fedtorch.training.step import pair
 from fedtorch.tree import expand, leaves
 from fedtorch.types import ConfigError

@@ -15,9 +15,9 @@ from fedtorch.training.batches import Collated, len_of
 from fedtorch.training.dropout import Drawing
 from fedtorch.training.local_steps import one_by_one
 from fedtorch.training.losses import reduce
-from fedtorch.training.module import training, undropped
+from fedtorch.training.module import forward, snapshot, to, training, undropped
 from fedtorch.training.outline import untouched
-from fedtorch.training.stacked import forward, snapshot, to, vmapped_losses
+from fedtorch.training.stacked import vmapped_losses
 from fedtorch.training.step import Stepping, pair
 from fedtorch.tree import leaves, mapped, parts, rows, size
 

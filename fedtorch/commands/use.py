@@ -21,7 +21,7 @@ from fedtorch.data.prepared import Prepared
 from fedtorch.data.text import BYTES, as_bytes
 from fedtorch.run import cli, files, objects, results, trust
 from fedtorch.run.folder import MADE_BY
-from fedtorch.training.stacked import forward
+from fedtorch.training.module import forward
 from fedtorch.tree import joined, leaves, parts
 from fedtorch.types import ConfigError
 

@@ -291,7 +291,8 @@ def longest(server: Any, most: int = 8) -> float:
     from fedtorch import seeds
     from fedtorch.privacy.canaries import Gauge
     from fedtorch.training.local_update import context
-    from fedtorch.training.stacked import Chunk, general, snapshot
+    from fedtorch.training.module import snapshot
+    from fedtorch.training.stacked import Chunk, general
     from fedtorch.types import Task
 
     session = _local(server)

@@ -16,8 +16,7 @@ from fedtorch.run.setup import loss_and_metrics
 from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.evaluate import Judge
 from fedtorch.training.losses import Loss
-from fedtorch.training.module import evaluating
-from fedtorch.training.stacked import to
+from fedtorch.training.module import evaluating, to
 from fedtorch.types import ConfigError
 
 FUNCTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,199}:[A-Za-z_][A-Za-z0-9_]{0,99}")

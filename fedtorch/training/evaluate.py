@@ -20,12 +20,13 @@ from fedtorch.training.module import (
     CPU,
     channels_last,
     evaluating,
+    forward,
     groups,
     load,
     other_types,
     snapshot,
+    to,
 )
-from fedtorch.training.stacked import forward, to
 from fedtorch.training.step import pair
 from fedtorch.tree import joined, size
 from fedtorch.types import ConfigError, Params

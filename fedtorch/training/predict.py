@@ -10,8 +10,7 @@ from fedtorch import seeds
 from fedtorch.options import COUNT, fit, within
 from fedtorch.training.batches import fetch, in_order, len_of
 from fedtorch.training.datasets import as_dataset
-from fedtorch.training.module import CPU, evaluating, other_types
-from fedtorch.training.stacked import forward, to
+from fedtorch.training.module import CPU, evaluating, forward, other_types, to
 from fedtorch.training.step import pair
 from fedtorch.tree import joined
 from fedtorch.types import ConfigError

@@ -21,11 +21,7 @@ from fedtorch.training.batches import alike, side_by_side
 from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
 from fedtorch.training.local_steps import clip
-from fedtorch.training.module import buffers, training
-from fedtorch.training.module import forward as forward
-from fedtorch.training.module import load as load
-from fedtorch.training.module import snapshot as snapshot
-from fedtorch.training.module import to as to
+from fedtorch.training.module import buffers, to, training
 from fedtorch.training.results import Results, Stacked
 from fedtorch.training.step import Stepping
 from fedtorch.training.trainee import Trainee
@@ -34,7 +30,7 @@ from fedtorch.types import Context, Params, Stack, Task
 
 UNEVEN = (
     "model or loss looks at the whole batch, and these clients' batches are not equally large: train "
-    "them one after another (solvers.general)"
+    "them one after another (engine.solver general)"
 )
 
 

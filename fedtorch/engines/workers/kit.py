@@ -22,9 +22,10 @@ from fedtorch.engines import wire
 from fedtorch.engines.messages import Memory, Outcome
 from fedtorch.recipe import Recipe
 from fedtorch.training.local_update import local_update
+from fedtorch.training.module import snapshot
 from fedtorch.training.personal import given
 from fedtorch.training.reserve import Reserve
-from fedtorch.training.stacked import Solver, snapshot
+from fedtorch.training.stacked import Solver
 from fedtorch.training.together import Joins, local_updates
 from fedtorch.types import ConfigError, Params, Task, Tasks
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
-from fedtorch.training.module import evaluating
-from fedtorch.training.stacked import forward
+from fedtorch.training.module import evaluating, forward
 
 Node = tuple[str, str, list[str], str]
 

@@ -19,9 +19,9 @@ from fedtorch.tracking.tensorboard.graph import modules
 from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.losses import Loss
 from fedtorch.training.metrics import worse
+from fedtorch.training.module import to
 from fedtorch.training.outline import copied
 from fedtorch.training.predict import guesses
-from fedtorch.training.stacked import to
 from fedtorch.types import Released
 
 SETS = 4
