@@ -4,6 +4,7 @@ import asyncio
 import math
 import signal
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -368,6 +369,9 @@ def test_a_run_of_another_recipe_or_plan_is_not_gone_on_with(tmp_path, capsys):
     def own(optimizer, steps):
         return torch.optim.lr_scheduler.ConstantLR(optimizer)
 
+    def made(model, lr, decay):
+        return torch.optim.SGD(model.parameters(), lr, weight_decay=decay)
+
     first = Recipe(lr=np.float64(0.5))
     served(first, schedule=Falling()).fit(1, callbacks=[Checkpoint(tmp_path / "a")], progress=False)
     served(Recipe(privacy=PLAN)).fit(1, callbacks=[Checkpoint(tmp_path / "p")], progress=False)
@@ -375,6 +379,7 @@ def test_a_run_of_another_recipe_or_plan_is_not_gone_on_with(tmp_path, capsys):
         ("a", replace(first, lr=0.1), r"a has lr = 0\.5, not 0\.1: make the Server as it was"),
         ("a", replace(first, optimizer="adam"), "optimizer = 'SGD', not 'adam'"),
         ("a", replace(first, scheduler=own), "scheduler = None, not 'own'"),
+        ("a", replace(first, optimizer=partial(made, decay=0.1)), r"not 'made\(decay=0\.1\)'"),
         ("p", Recipe(privacy=replace(PLAN, clip=7.0)), r"privacy\.clip = 1\.0, not 7\.0"),
     ):
         other = served(recipe, **({} if kept == "p" else {"schedule": Falling()}))
@@ -394,3 +399,14 @@ def test_a_run_of_another_recipe_or_plan_is_not_gone_on_with(tmp_path, capsys):
     checkpoint.save(tmp_path / "a/checkpoints", old)
     assert resume(served(first, schedule=Falling()), tmp_path / "a")
     assert "does not say by what recipe it was made" in capsys.readouterr().out
+
+
+def test_a_run_of_the_command_is_gone_on_with_by_the_command(tmp_path):
+    folder = tmp_path / "a run"
+    checkpoint.save(folder / "checkpoints", served().state_dict() | {"config": 'dataset = "x"'})
+    for go_on in (
+        lambda: resume(served(), folder),
+        lambda: served().fit(1, callbacks=[Checkpoint(folder)], progress=False),
+    ):
+        with pytest.raises(ConfigError, match=f"fedtorch train --run-dir '{folder}' --resume"):
+            go_on()

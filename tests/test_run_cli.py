@@ -534,6 +534,21 @@ def test_whole_numbers_are_listed_with_or_without_brackets(shape):
         cli.parse(ServeConfig, [*given[:-1], "6,b"])
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "logistic,mlp",
+        "logistic, mlp",
+        '["logistic", "mlp"]',
+        "['logistic','mlp']",
+        "[logistic, mlp]",
+    ],
+)
+def test_names_are_listed_with_or_without_quotes(given):
+    asked = ["--name", "a", "--insecure", "--dataset.path", "a.csv", "--models", given]
+    assert cli.parse(SiteConfig, asked).models == ["logistic", "mlp"]
+
+
 def test_a_config_nested_without_end_is_not_toml(tmp_path):
     (tmp_path / "c.toml").write_text("a = " + "[" * 100_000)
     with pytest.raises(ConfigError, match="is not TOML"):

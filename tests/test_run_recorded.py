@@ -115,6 +115,6 @@ def test_a_record_that_cannot_be_is_refused_before_training(options, why, tmp_pa
 def test_a_run_of_the_command_is_not_gone_on_with_here(fedtorch, tmp_path):
     small = ("--clients", "2", "--rounds", "1", "--privacy", "none", "--model", "logistic")
     assert fedtorch("train", *small, "--run-dir", "run", "--tracking", "none")[0] == 0
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match="fedtorch train --run-dir run --resume"):
         served().fit(1, callbacks=[Record("run")])
     assert tomllib.loads((tmp_path / "run/config.toml").read_text())["rounds"] == 1

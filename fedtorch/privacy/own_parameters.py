@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedtorch.privacy.formulas import GRADIENTS, Grads
 from fedtorch.tree import leaves, mapped, place
@@ -229,10 +228,22 @@ def looked_up(
     return torch.where((index == padding_idx % len(weight))[..., None], out.detach(), out)
 
 
-def attended(*given: Any, **named: Any) -> Tensor:
-    """Attention of one example, whose mask may be trained: below vmap torch finds no gradient of it."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return F.scaled_dot_product_attention(*given, **named)
+def attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **named: Any,
+) -> Tensor:
+    """Attention of one example, whose mask may be trained: below vmap torch finds no gradient of it.
+
+    But by its plain formula, which is called by its name: to choose among ways is a switch of the process.
+    """
+    formula = torch.ops.aten._scaled_dot_product_attention_math
+    seen: Tensor = formula(query, key, value, attn_mask, dropout_p, is_causal, **named)[0]
+    return seen
 
 
 FOR_ONE = {F.embedding: looked_up, F.scaled_dot_product_attention: attended}

@@ -1,13 +1,17 @@
 """A run made in Python as a config names it, so that what goes on can be held to what began."""
 
-import re
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from fedtorch.data.base import Data
 from fedtorch.run import cli, objects
+from fedtorch.run.called import called, contents, lax, nowhere, short
 from fedtorch.types import ConfigError
 
 PYTHON = "python"
@@ -19,6 +23,8 @@ class Options:
     """What a run's config says that was made in Python."""
 
     made_by: str = PYTHON
+    python: str
+    """Its release, whose code a lambda's digest is of."""
     dataset: str
     clients: int
     model: str
@@ -52,6 +58,8 @@ def same_run(
 ) -> None:
     """Raises ConfigError that names the first option in which two runs differ; rounds may, and ``free``."""
     was, here = cli.flat(dict(before)), cli.flat(dict(now))
+    if was.pop("python", None) != here.pop("python", None):
+        was, here = ({k: lax(v) for k, v in table.items()} for table in (was, here))
     for name in {**was, **here}:
         if name not in ("rounds", *free) and was.get(name) != here.get(name):
             raise ConfigError(
@@ -66,18 +74,19 @@ def _options(server: Any, rounds: int, data: Data | None) -> Options:
     loss = recipe.step or recipe.local or recipe.loss
     optimizer = recipe.client_optimizer
     return Options(
+        python=".".join(platform.python_version_tuple()[:2]),
         dataset="in memory" if data is None else data.name,
         clients=len(server.ids),
         model=type(server.model).__name__,
-        loss=_called(loss),
-        scheduler=None if recipe.scheduler is None else _called(recipe.scheduler),
+        loss=called(loss),
+        scheduler=None if recipe.scheduler is None else called(recipe.scheduler),
         strategy=recipe.strategy,
         aggregator=recipe.aggregator,
         channel=recipe.channel,
         participation=server.participation,
         pace=server.pace,
         privacy=plan if plan.claims else None,
-        optimizer=_called(optimizer.name),
+        optimizer=called(optimizer.name),
         optimizer_args=_plain(dict(optimizer.args)),
         schedule=server.schedule,
         threat=server.threat,
@@ -90,10 +99,6 @@ def _training(server: Any) -> dict[str, Any]:
     return {k: v for k, v in server.recipe.training().items() if v is not None}
 
 
-def _called(part: Any) -> str:
-    return part if isinstance(part, str) else getattr(part, "__name__", type(part).__name__)
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items() if v is not None}
@@ -102,5 +107,8 @@ def _plain(value: Any) -> Any:
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)  # of NumPy's a checkpoint would not come back
-    # where an object lies in memory is no part of what it is
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))[:80]
+    if isinstance(value, (np.ndarray, Tensor)):
+        return contents(value)
+    if callable(value) or type(value).__repr__ is object.__repr__:
+        return called(value)
+    return short(nowhere(str(value)))

@@ -1,5 +1,6 @@
 """A run folder: held by one process, bound to its config, resumed from what is whole in it."""
 
+import shlex
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -131,12 +132,21 @@ def config(folder: Path) -> Path:
 
 def began_by(command: str, config: Path) -> None:
     """Raises ConfigError unless it was ``train``, or ``serve``, that began the run with this config."""
-    made = "serve" if "sites" in tomllib.loads(config.read_text(encoding="utf-8")) else "train"
-    if made != command:
-        folder = config.parent
-        raise ConfigError(
-            f"the run in {folder} is one of fedtorch {made}: fedtorch {made} --run-dir {folder} --resume"
-        )
+    table = tomllib.loads(config.read_text(encoding="utf-8"))
+    if _began(table) != command:
+        raise of_command(config.parent, table)
+
+
+def of_command(folder: Path, config: Mapping[str, Any]) -> ConfigError:
+    """What is said where a run goes on by the command that began it, and by nothing else."""
+    made, where = _began(config), shlex.quote(str(folder))
+    return ConfigError(
+        f"the run in {folder} is one of fedtorch {made}: fedtorch {made} --run-dir {where} --resume"
+    )
+
+
+def _began(config: Mapping[str, Any]) -> str:
+    return "serve" if "sites" in config else "train"
 
 
 def same_config(folder: Path, saved: Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ def construct(cls: Callable[..., Any], table: Table, where: str = "") -> Any:
         elif takes[key].annotation == dict[str, Any]:  # the parser would import a class named in it
             args[key] = _table(full, _literal(value))
         elif takes[key].annotation in LISTS and isinstance(value, str):
-            plain[key] = value.strip("[] ").split(",")
+            plain[key] = _parts(value)
         else:
             plain[key] = value
     skip = {k for k in takes if (f"{where}.{k}" if where else k) in CHOICES or k in FREE} | {*args}
@@ -318,6 +318,14 @@ def _listed(options: Table) -> Table:
         else v
         for k, v in options.items()
     }
+
+
+def _parts(text: str) -> list[Any]:
+    """A list as TOML or JSON writes it, or what stands between commas."""
+    found = _literal(text.strip())
+    if isinstance(found, list):
+        return found
+    return [part.strip(" '\"") for part in text.strip("[] ").split(",")]
 
 
 def _table(name: str, value: Any) -> Table:

@@ -16,10 +16,9 @@ from fedtorch.rounds.observers import Observer
 from fedtorch.run import checkpoint, files
 from fedtorch.run import folder as folders
 from fedtorch.run.callbacks import BestModel
-from fedtorch.run.folder import MADE_BY, Folder
+from fedtorch.run.folder import Folder
 from fedtorch.run.resume import goes_on, keep_ledger, of_clients
 from fedtorch.run.shown import Shown
-from fedtorch.types import ConfigError
 
 
 @dataclass(eq=False)
@@ -100,16 +99,11 @@ class Record(Observer):
         return kept
 
     def _resumed(self, table: dict[str, Any]) -> Folder:
-        from fedtorch.run.described import PYTHON, same_run
+        from fedtorch.run.described import same_run
 
         goes_on(self.server, self.path)
         kept, _ = folders.resume(self.path, self.held)
-        before = tomllib.loads(kept.config)
-        if before.get(MADE_BY) != PYTHON:
-            raise ConfigError(
-                f"the run in {self.path} is one of the command: fedtorch train --resume goes on with it"
-            )
-        same_run(before, table, self.path)
+        same_run(tomllib.loads(kept.config), table, self.path)
         self.saved = self.server.round_number
         return kept
 

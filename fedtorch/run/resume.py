@@ -11,7 +11,7 @@ import torch
 from fedtorch.options import fit
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.run import checkpoint, files
-from fedtorch.run.folder import MADE_BY
+from fedtorch.run.folder import MADE_BY, of_command
 from fedtorch.server import Server
 from fedtorch.types import ConfigError
 
@@ -30,6 +30,7 @@ def resume(server: Server, folder: str | Path) -> bool:
     saved, damaged = checkpoint.newest(path / "checkpoints")
     for _, why in damaged:
         print(f"warning: {why}; going on from the one before, round {saved['round']}")
+    by_command(saved, path)
     if saved["seed"] != server.seed:
         raise ConfigError(
             f"the run in {path} has seed {saved['seed']}, not {server.seed}: make the Server as it was"
@@ -62,12 +63,19 @@ def of_recipe(server: Server) -> dict[str, Any]:
     return described(server, 0)
 
 
+def by_command(saved: Mapping[str, Any], path: Path) -> None:
+    """Raises ConfigError where the run is one of the command, which has its model, data and recipe."""
+    config = tomllib.loads(str(saved.get("config", "")))
+    if config and MADE_BY not in config:
+        raise of_command(path, config)
+
+
 def same_recipe(server: Server, saved: Mapping[str, Any], path: Path) -> None:
     """Raises ConfigError where the run went by another recipe or plan; says it where that is not known."""
-    from fedtorch.run.described import PYTHON, same_run
+    from fedtorch.run.described import same_run
 
     known = saved.get("recipe") or tomllib.loads(str(saved.get("config", "")))
-    if known.get(MADE_BY) == PYTHON:
+    if known:
         same_run(known, of_recipe(server), path, ("dataset",))
     else:
         print(
@@ -95,6 +103,7 @@ def goes_on(server: Server, path: Path) -> None:
     if not checkpoint.everything(path / "checkpoints"):
         return
     saved, now = checkpoint.load(path / "checkpoints"), server.state_dict()
+    by_command(saved, path)
     same = saved["round"] == now["round"] and saved["model"].keys() == now["model"].keys()
     if not (same and all(torch.equal(v, now["model"][k]) for k, v in saved["model"].items())):
         raise ConfigError(

@@ -187,7 +187,8 @@ class ClientOptimizer:
         """What it is called in messages."""
         if isinstance(self.name, str):
             return self.name
-        return getattr(self.name, "__name__", type(self.name).__name__)
+        made = getattr(self.name, "func", self.name)  # of a functools.partial
+        return getattr(made, "__name__", type(made).__name__)
 
     def maker(self) -> Maker:
         """The class or function; raises ConfigError for what cannot step by a gradient alone."""
