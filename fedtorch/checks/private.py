@@ -159,7 +159,7 @@ def _frozen_buffers(model: nn.Module, clients: Sequence[Client], recipe: Recipe)
         if not bool(same(before[k], after[k]).all()):
             raise ConfigError(
                 f"buffer {k} changes while training and nobody noises it: use a layer without "
-                "statistics of the data"
+                "statistics of the data or steps of its own (weight_norm in place of spectral_norm)"
             )
     if not recipe.privacy.per_example:
         return

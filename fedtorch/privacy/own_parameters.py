@@ -246,7 +246,10 @@ def attended(
     return seen
 
 
-FOR_ONE = {F.embedding: looked_up, F.scaled_dot_product_attention: attended}
+FOR_ONE: dict[Any, Callable[..., Any]] = {
+    F.embedding: looked_up,
+    F.scaled_dot_product_attention: attended,
+}
 """Functions that are others where an example has parameters of its own."""
 
 

@@ -34,6 +34,11 @@ def called(part: Any) -> str:
     return short(part if isinstance(part, str) else _called(part, ()))
 
 
+def worded(value: Any) -> str:
+    """A value in an option, in words that differ from another's."""
+    return short(_value(value, ()))
+
+
 def lax(name: Any) -> Any:
     """The same where digests of code tell nothing, as in another release of Python."""
     return re.sub(rf"{LAMBDA} [0-9a-f]+", LAMBDA, name) if isinstance(name, str) else name
@@ -73,25 +78,21 @@ def _with(
 def _value(value: Any, around: tuple[int, ...]) -> str:
     again = partial(_value, around=around)
     if isinstance(value, (np.ndarray, Tensor)):
-        return contents(value)
+        return _contents(value)
     if isinstance(value, np.generic):
         return repr(value.item())
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{again(k)}: {again(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(again, value)) + "]"
-    own = type(value).__repr__ is object.__repr__
-    if callable(value) or own:
+    words = repr(value)
+    # where it lies in memory is no part of what it is
+    if callable(value) or " at 0x" in words:
         return _called(value, around)
-    return short(nowhere(str(value) if isinstance(value, type) else repr(value)))
+    return short(words)
 
 
-def nowhere(text: str) -> str:
-    """Text without places in memory, which are no part of what a thing is."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
-
-
-def contents(array: Any) -> str:
+def _contents(array: Any) -> str:
     """Shape and digest of the numbers of a tensor or array."""
     words = f"{type(array).__name__}{[*array.shape]}"
     moves = isinstance(array, nn.Parameter)  # it is trained, and another in each round

@@ -6,12 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
-
 from fedtorch.data.base import Data
 from fedtorch.run import cli, objects
-from fedtorch.run.called import called, contents, lax, nowhere, short
+from fedtorch.run.called import called, lax, worded
 from fedtorch.types import ConfigError
 
 PYTHON = "python"
@@ -107,8 +104,4 @@ def _plain(value: Any) -> Any:
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)  # of NumPy's a checkpoint would not come back
-    if isinstance(value, (np.ndarray, Tensor)):
-        return contents(value)
-    if callable(value) or type(value).__repr__ is object.__repr__:
-        return called(value)
-    return short(nowhere(str(value)))
+    return worded(value)
