@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import verification
@@ -147,16 +147,25 @@ def read(pem: bytes) -> x509.Certificate:
         raise ConfigError("this is no certificate (PEM)") from e
 
 
-def check_pair(folder: Path, key: bytes, own: bytes) -> None:
-    """Raises ConfigError where no line would open: another certificate's key, or one out of date."""
+def check_pair(folder: Path, key: bytes, own: bytes, serves: bool) -> None:
+    """Raises ConfigError where no line would open: another certificate's key, or one out of date.
+
+    And one of the other side: ``serves`` says whether this is the server.
+    """
     try:
         certificate = x509.load_pem_x509_certificate(own)
         secret = serialization.load_pem_private_key(key, None)
-    except (ValueError, TypeError):  # of kinds that a line may take all the same
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # TLS may take it all the same, and says
         return
     if secret.public_key() != certificate.public_key():
         raise ConfigError(
             f"{folder}: key.pem is not the key of cert.pem: copy both from one folder"
+        )
+    if not _may(certificate, serves):
+        whose, this = ("a site's", "the server") if serves else ("a server's", "a site")
+        raise ConfigError(
+            f"{folder / 'cert.pem'} is {whose} certificate, and this is {this}: take the folder that "
+            f"fedtorch keys made for {this}"
         )
     begins, ends, now = (
         certificate.not_valid_before_utc,
@@ -167,6 +176,27 @@ def check_pair(folder: Path, key: bytes, own: bytes) -> None:
         raise ConfigError(
             f"{folder / 'cert.pem'} is valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}, and this machine's "
             f"clock says {now:%Y-%m-%d}: have another one made (fedtorch keys), or set the clock"
+        )
+
+
+def _may(certificate: x509.Certificate, serve: bool) -> bool:
+    """Whether it is for a server, or else for a site; one that names no uses is for any."""
+    purpose = ExtendedKeyUsageOID.SERVER_AUTH if serve else ExtendedKeyUsageOID.CLIENT_AUTH
+    try:
+        uses = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except (x509.ExtensionNotFound, ValueError):
+        return True
+    return purpose in uses or ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in uses
+
+
+def check_named(folder: Path, name: str) -> None:
+    """Raises ConfigError where the certificate in ``folder``, which decides, is of another than ``name``."""
+    path = folder / "cert.pem"
+    shown = common_name(disk.regular(path).read_bytes())
+    if shown != name:
+        raise ConfigError(
+            f"{path} is the certificate of {shown or 'nobody who could be a site'}, and the server would "
+            f"take this site for that one, not for {name}: give --name or --credentials that go together"
         )
 
 

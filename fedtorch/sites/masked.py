@@ -90,7 +90,7 @@ class MaskedSession(SitesSession):
             )
         self.secure = recipe.aggregator
         check_apart(options.plan)
-        _, _, self.authority = read_keys(options.keys)
+        _, _, self.authority = read_keys(options.keys, serves=True)
         self.attempt: Attempt | None = None
         self.asked: tuple[list[str], Task] | None = None
         super().__init__(options, model, names, recipe)

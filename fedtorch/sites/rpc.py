@@ -18,6 +18,7 @@ import grpc
 from fedtorch import disk
 from fedtorch.engines import wire
 from fedtorch.engines.wire import MessageError
+from fedtorch.sites.handshakes import check_usable, why_closed
 from fedtorch.sites.keys import check_pair, common_name
 from fedtorch.types import ConfigError
 
@@ -99,7 +100,7 @@ class Listener:
             if keys is None:
                 self.port = self.server.add_insecure_port(loopback(address))
             else:
-                key, own, authority = read_keys(keys)
+                key, own, authority = read_keys(keys, serves=True)
                 credentials = grpc.ssl_server_credentials([(key, own)], authority, True)
                 self.port = self.server.add_secure_port(address, credentials)
         except RuntimeError as e:
@@ -124,6 +125,9 @@ class ServerLine:
             ("grpc.max_reconnect_backoff_ms", 5_000),
         ]
         self.metadata = [(SITE_HEADER, site)]
+        self.address, self.keys = address, keys
+        self.answered = False
+        """Whether the other side has ever said anything."""
         if keys is None:
             self.channel = grpc.insecure_channel(loopback(address), options=options)
         else:
@@ -132,15 +136,21 @@ class ServerLine:
             self.channel = grpc.secure_channel(address, credentials, options=options)
 
     def call(self, method: str, data: bytes, seconds: float) -> bytes:
-        """One call; raises Unreachable or Refused."""
+        """One call; raises Unreachable or Refused, and ConfigError for a line that will never open."""
         ask = self.channel.unary_unary(f"/{SERVICE}/{method}")
         try:
-            return bytes(ask(data, timeout=seconds, metadata=self.metadata))
+            answer = bytes(ask(data, timeout=seconds, metadata=self.metadata))
         except grpc.RpcError as e:
             said = wire.printable(f"{e.code().name}: {e.details()}")
             if e.code() in FINAL:
                 raise Refused(said.partition(": ")[2] or said) from e
-            raise Unreachable(said) from e
+            why = why_closed(self.address, self.keys, str(e.details()))
+            if why and not self.answered:
+                raise ConfigError(why) from e
+            # a line that was open once is tried again: it is who came between that does not fit
+            raise Unreachable(why or said) from e
+        self.answered = True
+        return answer
 
     def close(self) -> None:
         """Hang up."""
@@ -240,8 +250,11 @@ def identity(context: grpc.ServicerContext, secure: bool) -> tuple[str, bytes]:
     return str(dict(context.invocation_metadata()).get(SITE_HEADER, "")), b""
 
 
-def read_keys(folder: Path) -> tuple[bytes, bytes, bytes]:
-    """Own key, own certificate, and the authority that the other side must be signed by."""
+def read_keys(folder: Path, serves: bool = False) -> tuple[bytes, bytes, bytes]:
+    """Own key, own certificate, and the authority that the other side must be signed by.
+
+    ``serves``: as a server's; else as a site's.
+    """
     try:
         key, own, authority = (
             disk.regular(folder / n).read_bytes() for n in ("key.pem", "cert.pem", "ca.pem")
@@ -253,7 +266,8 @@ def read_keys(folder: Path) -> tuple[bytes, bytes, bytes]:
         ) from e
     if (folder / "key.pem").stat().st_mode & 0o077:
         raise ConfigError(f"{folder / 'key.pem'} can be read by others: chmod 600 it")
-    check_pair(folder, key, own)
+    check_pair(folder, key, own, serves)
+    check_usable(folder)
     return key, own, authority
 
 

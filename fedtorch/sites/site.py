@@ -25,6 +25,7 @@ from fedtorch.sites import offer as plans
 from fedtorch.sites.curves import Curves
 from fedtorch.sites.ends import ENDS
 from fedtorch.sites.joined import Joined
+from fedtorch.sites.keys import check_named
 from fedtorch.sites.ledgers import SiteLedgers
 from fedtorch.sites.limits import accept
 from fedtorch.sites.masks import HARMLESS, Party
@@ -118,6 +119,8 @@ class Site:
         if charges and not self.answered.path.exists():
             log.warning("%s is not there: visits are counted anew", self.answered.path)
         keys = Path(config.credentials) if config.credentials else None
+        if keys:
+            check_named(keys, config.name)
         self.limit = config.max_megabytes << 20
         self.line: ServerLine | NodeLine
         if config.engine:
