@@ -21,6 +21,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.secure.aggregator import Secure
 from fedtorch.secure.he import HE
 from fedtorch.sites import offer as plans
+from fedtorch.sites.callers import Callers
 from fedtorch.sites.flower import Flower
 from fedtorch.sites.reports import Assignment, Reader, check_enough, judge
 from fedtorch.sites.rpc import Listener, log
@@ -135,6 +136,8 @@ class SitesSession:
         self.needed = options.minimum
         """Sites that must be there for a round to start."""
         self.seen: dict[str, float] = {}
+        silent = options.deadline + ALIVE_SECONDS
+        self.callers = {n: Callers(silent) for n in names}
         self.newest: dict[str, Message] = {}
         """The last call for work of each site."""
         self.counted: dict[str, str] = {}
@@ -284,6 +287,11 @@ class SitesSession:
         if message.kind != method:
             raise MessageError(f"a message of kind {wire.short(message.kind)} cannot {method}")
         with self.change:
+            if method != "report" and self.callers[site].turned_away(message.facts.get("process")):
+                raise MessageError(
+                    f"a second process calls as {site}, which is at work already: give each site a name of "
+                    "its own (--name), or end one of the two"
+                )
             if site not in self._here():
                 log.info("%s is here", site)
             self.seen[site] = time.monotonic()

@@ -22,6 +22,7 @@ from fedtorch.run import huggingface
 from fedtorch.secure.refused import Refused as NotSecure
 from fedtorch.sites import letters, visits
 from fedtorch.sites import offer as plans
+from fedtorch.sites.callers import new_process
 from fedtorch.sites.curves import Curves
 from fedtorch.sites.ends import ENDS
 from fedtorch.sites.joined import Joined
@@ -69,6 +70,7 @@ class Site:
                 "give every site the same dataset.bounds, or dataset.standardize private"
             )
         self.client = Client(config.name, self.data.train)
+        self.process = new_process()
         self.folder = Path(config.state)
         with ExitStack() as held:
             self._open(held)
@@ -167,7 +169,7 @@ class Site:
         self.held.close()
 
     def _join(self) -> Joined:
-        answer = self._ask("join", Message("join"), 30)
+        answer = self._ask("join", Message("join", {"process": self.process}), 30)
         table = answer.facts.get("plan")
         if answer.kind != "plan" or not isinstance(table, dict):
             raise ConfigError("the server's answer is no plan")
@@ -229,6 +231,7 @@ class Site:
     def _work(self, joined: Joined) -> Message:
         """One call for work, and the work; the server's answer."""
         facts = joined.call() | ({"visit": self.party.visit} if self.party else {})
+        facts |= {"process": self.process}
         answer = self._ask("fetch", Message("fetch", facts), 60)
         if answer.kind == "rejoin":
             self.joined = None
