@@ -1,14 +1,15 @@
 """A line that will never open ends with the cause and the file, at once; one that was open goes on trying."""
 
 import shutil
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
+import numpy as np
 import pytest
 
 from fedtorch.data import Npz
 from fedtorch.sites import keys
 from fedtorch.sites.options import SiteConfig
-from fedtorch.sites.rpc import Listener, ServerLine, Unreachable, read_keys
+from fedtorch.sites.rpc import Listener, NeverOpens, ServerLine, Unreachable, read_keys
 from fedtorch.sites.site import Site
 from fedtorch.types import ConfigError
 
@@ -51,7 +52,7 @@ def called(server, site, address="127.0.0.1:0"):
 def test_keys_that_do_not_fit_end_the_first_call_by_a_sentence(folder, server, site, why):
     with (
         called(server and folder / server, site and folder / site) as line,
-        pytest.raises(ConfigError, match=why),
+        pytest.raises(NeverOpens, match=why),
     ):
         line.call("join", b"x", 20)
 
@@ -64,8 +65,9 @@ def test_a_line_that_was_open_is_tried_again_whoever_answers_there_now(folder):
     again = ServerLine(address, folder / "ours/north", "north", 1 << 20)
     again.answered = True
     other = Listener(address, folder / "others/server", 2, 1 << 20, lambda *call: b"lie", ["north"])
-    with pytest.raises(Unreachable, match=r"ours/north/ca.pem has not signed"):
+    with pytest.raises(Unreachable, match=r"ours/north/ca.pem has not signed") as e:
         again.call("join", b"x", 20)
+    assert not isinstance(e.value, NeverOpens)
     again.close()
     other.server.stop(0).wait()
 
@@ -103,22 +105,34 @@ def test_a_key_under_a_password_is_refused_and_not_asked_for(folder, tmp_path):
         read_keys(own)
 
 
-def test_each_side_is_refused_the_others_certificate(folder):
-    with pytest.raises(ConfigError, match=r"cert.pem is a site's certificate, and this is the server"):
+def test_a_server_is_refused_a_sites_certificate(folder):
+    with pytest.raises(
+        ConfigError, match=r"cert.pem is a site's certificate, and this is the server"
+    ):
         read_keys(folder / "ours/north", serves=True)
-    with pytest.raises(ConfigError, match="a server's certificate, and this is a site"):
-        read_keys(folder / "ours/server")
 
 
-def test_a_site_by_another_name_than_its_certificates_is_refused(folder, tmp_path):
-    import numpy as np
-
+def site(folder, tmp_path, credentials, port=1):
     np.savez(tmp_path / "d.npz", x=np.ones((6, 2), np.float32), y=np.arange(6) % 2)
-    config = SiteConfig(
+    return SiteConfig(
         name="north",
-        credentials=str(folder / "ours/south"),
+        server=f"127.0.0.1:{port}",
+        credentials=str(folder / credentials),
         dataset=Npz(str(tmp_path / "d.npz")),
         state=str(tmp_path / "state"),
     )
-    with pytest.raises(ConfigError, match="certificate of south, .* not for north"):
-        Site(config)
+
+
+def test_a_site_by_another_name_than_its_certificates_is_refused(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"certificate of south, .* not for north"):
+        Site(site(folder, tmp_path, "ours/south"))
+
+
+def test_a_site_with_keys_of_another_authority_ends_at_once(folder, tmp_path):
+    with called(folder / "ours/server", folder / "ours/north") as line:
+        port = int(line.address.rpartition(":")[2])
+        with (
+            closing(Site(site(folder, tmp_path, "others/north", port))) as here,
+            pytest.raises(ConfigError, match=r"others/north/ca.pem has not signed"),
+        ):
+            here.run()

@@ -23,6 +23,7 @@ from fedtorch.sites.offer import Plan
 from fedtorch.sites.options import ServeConfig
 from fedtorch.sites.rpc import Listener
 from fedtorch.sites.serve import make_plan
+from fedtorch.types import ConfigError
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -304,3 +305,23 @@ def test_eval_and_report_of_a_federation_judge_the_servers_own_rows(serve, tmp_p
         told = capsys.readouterr().err.strip().splitlines()[-1]
         assert said in told, told
         (tmp_path / "gone").rename(tmp_path / name)
+
+
+def test_sites_wait_for_a_server_that_could_not_begin(serve, monkeypatch):
+    from fedtorch.run import loop
+
+    def refuse(*given, **more):
+        raise ConfigError("the folder is another's")
+
+    said = []
+    real = SitesSession.close
+
+    def close(self):
+        self.closing = True
+        said.append(wire.decode(self._fetch("north", Message("fetch"))))
+        real(self)
+
+    monkeypatch.setattr(loop, "open_folder", refuse)
+    monkeypatch.setattr(SitesSession, "close", close)
+    assert serve() == (2, "fedtorch: the folder is another's")
+    assert [m.kind for m in said] == ["wait"]

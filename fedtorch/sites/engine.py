@@ -149,6 +149,8 @@ class SitesSession:
         self.closing = False
         self.ended = ""
         """Why the run is over, one of ``ends.ENDS``, for the sites; nothing: it is done."""
+        self.began = True
+        """Whether the run has begun, or goes on; of one that never did, sites are not told that it is over."""
         self.change = threading.Condition()
         # float64, every group of the strategy, and room for the header
         groups = max(len(self.reader.expected.sent), 1)
@@ -261,7 +263,7 @@ class SitesSession:
         self.saved = {**self.counted}
 
     def close(self) -> None:
-        """Tell sites that call that the run is over, and stop listening."""
+        """Tell sites that call that the run is over, and stop listening; they wait for one that never began."""
         if self.asking and not self.asking.over:
             self.asking.close(settled=False)
         with self.change:
@@ -269,7 +271,7 @@ class SitesSession:
             waiting = {*self._here()}
             self.change.notify_all()
         end = time.monotonic() + 3
-        while waiting & {*self._here()} and time.monotonic() < end:
+        while self.began and waiting & {*self._here()} and time.monotonic() < end:
             time.sleep(0.05)  # each is taken off the list when it has heard
         self.listener.close()
 
@@ -329,7 +331,7 @@ class SitesSession:
             if self.newest[site] is not asked:
                 return wire.encode(Message("wait"))
             self.seen[site] = time.monotonic()
-            if self.closing:
+            if self.closing and self.began:
                 self.seen.pop(site, None)
                 return wire.encode(Message("end", {"why": self.ended} if self.ended else {}))
             visit = self._open(site)

@@ -42,7 +42,9 @@ def why_closed(address: str, keys: Path | None, said: str) -> str:
             "address that it was made for, or have one made for this (fedtorch keys --server)"
         )
     if "WRONG_VERSION_NUMBER" in said:
-        return f"the server at {address} speaks no TLS: it was started with --insecure, or is another"
+        return (
+            f"the server at {address} speaks no TLS: it was started with --insecure, or is another"
+        )
     if "CERTIFICATE_VERIFY_FAILED" in said:
         return _unverified(address, keys, said.rpartition("CERTIFICATE_VERIFY_FAILED: ")[2])
     if "Socket closed" in said and _hangs_up(address, keys):
@@ -57,7 +59,9 @@ def why_closed(address: str, keys: Path | None, said: str) -> str:
 def _unverified(address: str, keys: Path, why: str) -> str:
     shown = f"the server at {address} shows a certificate that"
     if "expired" in why or "not yet valid" in why:
-        return f"{shown} is not valid by this machine's clock: have another one made, or set the clock"
+        return (
+            f"{shown} is not valid by this machine's clock: have another one made, or set the clock"
+        )
     if "purpose" in why:
         return f"{shown} is a site's: give the server the folder that fedtorch keys made for it"
     return (

@@ -150,7 +150,7 @@ def read(pem: bytes) -> x509.Certificate:
 def check_pair(folder: Path, key: bytes, own: bytes, serves: bool) -> None:
     """Raises ConfigError where no line would open: another certificate's key, or one out of date.
 
-    And one of the other side: ``serves`` says whether this is the server.
+    ``serves``: this is the server, whose certificate must not be a site's.
     """
     try:
         certificate = x509.load_pem_x509_certificate(own)
@@ -161,11 +161,10 @@ def check_pair(folder: Path, key: bytes, own: bytes, serves: bool) -> None:
         raise ConfigError(
             f"{folder}: key.pem is not the key of cert.pem: copy both from one folder"
         )
-    if not _may(certificate, serves):
-        whose, this = ("a site's", "the server") if serves else ("a server's", "a site")
+    if serves and not _may_serve(certificate):
         raise ConfigError(
-            f"{folder / 'cert.pem'} is {whose} certificate, and this is {this}: take the folder that "
-            f"fedtorch keys made for {this}"
+            f"{folder / 'cert.pem'} is a site's certificate, and this is the server: take the folder server "
+            "of those that fedtorch keys made"
         )
     begins, ends, now = (
         certificate.not_valid_before_utc,
@@ -179,14 +178,14 @@ def check_pair(folder: Path, key: bytes, own: bytes, serves: bool) -> None:
         )
 
 
-def _may(certificate: x509.Certificate, serve: bool) -> bool:
-    """Whether it is for a server, or else for a site; one that names no uses is for any."""
-    purpose = ExtendedKeyUsageOID.SERVER_AUTH if serve else ExtendedKeyUsageOID.CLIENT_AUTH
+def _may_serve(certificate: x509.Certificate) -> bool:
+    """Whether it is for a server; one that names no uses is for any."""
     try:
         uses = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     except (x509.ExtensionNotFound, ValueError):
         return True
-    return purpose in uses or ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE in uses
+    known = ExtendedKeyUsageOID
+    return known.SERVER_AUTH in uses or known.ANY_EXTENDED_KEY_USAGE in uses
 
 
 def check_named(folder: Path, name: str) -> None:

@@ -51,6 +51,10 @@ class Unreachable(Exception):
     """The other side is not there, or the line broke; trying again may help."""
 
 
+class NeverOpens(Unreachable):
+    """The two sides' keys do not fit: trying again will not help, and the sentence says why."""
+
+
 class Refused(Exception):
     """The other side said no, and why."""
 
@@ -136,7 +140,7 @@ class ServerLine:
             self.channel = grpc.secure_channel(address, credentials, options=options)
 
     def call(self, method: str, data: bytes, seconds: float) -> bytes:
-        """One call; raises Unreachable or Refused, and ConfigError for a line that will never open."""
+        """One call; raises Unreachable (NeverOpens, where it will stay so) or Refused."""
         ask = self.channel.unary_unary(f"/{SERVICE}/{method}")
         try:
             answer = bytes(ask(data, timeout=seconds, metadata=self.metadata))
@@ -146,7 +150,7 @@ class ServerLine:
                 raise Refused(said.partition(": ")[2] or said) from e
             why = why_closed(self.address, self.keys, str(e.details()))
             if why and not self.answered:
-                raise ConfigError(why) from e
+                raise NeverOpens(why) from e
             # a line that was open once is tried again: it is who came between that does not fit
             raise Unreachable(why or said) from e
         self.answered = True

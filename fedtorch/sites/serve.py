@@ -94,7 +94,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         notes = loop.begin(callbacks, server, config.rounds, [f"test_{name}" for name in names])
         session = server.session
         assert isinstance(session, SitesSession)
-        session.ended = "error"  # unless it turns out otherwise
+        session.ended, session.began = "error", False  # unless it turns out otherwise
         kept = loop.open_folder(
             config,
             folder,
@@ -102,6 +102,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
             held,
             keep=lambda path: keep(path, plan),
         )
+        session.began = True
         with loop.around(config, server, kept, TensorBoard(), began) as here:
             # before the first round: what is promised, and how good the model is untrained
             at = (

@@ -32,7 +32,7 @@ from fedtorch.sites.limits import accept
 from fedtorch.sites.masks import HARMLESS, Party
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.parties import Parties
-from fedtorch.sites.rpc import Refused, ServerLine, Unreachable
+from fedtorch.sites.rpc import NeverOpens, Refused, ServerLine, Unreachable
 from fedtorch.sites.sealed import Sealing
 from fedtorch.sites.state import Answered, Base, VisitMemory
 from fedtorch.sites.statistics import Told, portion, told, words
@@ -148,6 +148,8 @@ class Site:
                 away_since = None
                 if idle:
                     _pause(idle)
+            except NeverOpens as e:
+                raise ConfigError(str(e)) from e
             except Unreachable as e:
                 away_since, idle = away_since or time.monotonic(), idle + 1
                 if time.monotonic() - away_since > self.config.patience:
