@@ -64,4 +64,4 @@ clean:  ## remove the environment and what was built
 	rm -rf $(VENV) dist build
 
 demo-sites: $(VENV)/.dev  ## two sites and a server on this machine, over TLS
-	$(PY) examples/two_sites.py
+	$(PY) examples/two_sites.py $(ARGS)

@@ -2,18 +2,24 @@
 
 Four things happen that also happen between real organisations: keys are made, each site gets a folder with
 its own rows and nobody else's, a server without any data starts, and each site joins it over TLS.
+
+``python examples/two_sites.py --keep FOLDER`` keeps all of it to look at; else nothing is left.
 """
 
+import argparse
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 from sklearn.datasets import load_breast_cancer
 
 SITES = ["north", "south"]
-ADDRESS = "127.0.0.1:18443"
+PROGRAM = [sys.executable, "-m", "fedtorch"]
 
 
 def write_rows(path: Path, x: np.ndarray, y: np.ndarray) -> None:
@@ -25,27 +31,30 @@ def write_rows(path: Path, x: np.ndarray, y: np.ndarray) -> None:
     )
 
 
-def main() -> int:
-    """Set up, start three processes, wait for the run to end."""
-    folder = Path(tempfile.mkdtemp(prefix="fedtorch-sites-"))
-    print(f"everything is in {folder}")
+def free_port() -> int:
+    """One that nobody uses."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def set_up(folder: Path, address: str) -> list[list[str]]:
+    """Make rows, keys and the server's configuration; the commands to start, the server's first."""
     x, y = load_breast_cancer(return_X_y=True)
     for k, name in enumerate(SITES):
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
         write_rows(folder / name / "rows.csv", x[k::2], y[k::2])
-
-    fedtorch = [sys.executable, "-m", "fedtorch"]
-    make_keys = [*fedtorch, "keys", str(folder / "keys"), "--server", "127.0.0.1", "--sites"]
+    make_keys = [*PROGRAM, "keys", str(folder / "keys"), "--server", "127.0.0.1", "--sites"]
     subprocess.run([*make_keys, ",".join(SITES)], check=True)
     (folder / "serve.toml").write_text(
-        f'sites = {SITES}\naddress = "{ADDRESS}"\ncredentials = "{folder}/keys/server"\n'
+        f'sites = {SITES}\naddress = "{address}"\ncredentials = "{folder}/keys/server"\n'
         f'run_dir = "{folder}/run"\ninput_shape = [30]\nkind = "binary"\noutputs = 1\n'
         'model = "logistic"\nrounds = 10\nminimum = 2\n'
     )
-    started = [subprocess.Popen([*fedtorch, "serve", str(folder / "serve.toml")])]
+    commands = [[*PROGRAM, "serve", str(folder / "serve.toml")]]
     for name in SITES:
         options = {
-            "server": ADDRESS,
+            "server": address,
             "name": name,
             "credentials": str(folder / "keys" / name),
             "state": str(folder / name / "state"),
@@ -54,13 +63,41 @@ def main() -> int:
             "dataset.kind": "binary",
             "max-epsilon": "8",
         }
-        flags = [word for k, v in options.items() for word in (f"--{k}", v)]
-        started.append(subprocess.Popen([*fedtorch, "site", *flags]))
+        commands.append([*PROGRAM, "site", *[w for k, v in options.items() for w in (f"--{k}", v)]])
+    return commands
+
+
+def run(commands: list[list[str]]) -> int:
+    """Start all, and wait for all to end, or for one to fail: the others would wait for it for an hour."""
+    started = []
+    # where a supervisor ends this, what was started here ends with it
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        return max(p.wait() for p in started)
+        for command in commands:
+            started.append(subprocess.Popen(command))
+        while None in (codes := [p.poll() for p in started]) and not any(codes):
+            time.sleep(0.1)
+        return max(abs(code or 0) for code in codes)
     finally:
-        for p in started:
-            p.kill()
+        for process in started:
+            process.kill()
+            process.wait()  # they write in the folder as long as they are there
+        signal.signal(signal.SIGTERM, before)
+
+
+def main() -> int:
+    """Set up in a folder of one's own or a passing one, and run."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--keep", type=Path, metavar="FOLDER")
+    keep = parser.parse_known_args()[0].keep
+    address = f"127.0.0.1:{free_port()}"
+    if keep is not None:
+        folder = keep.resolve()
+        print(f"everything is in {folder}")
+        return run(set_up(folder, address))
+    with tempfile.TemporaryDirectory(prefix="fedtorch-sites-") as name:
+        print(f"everything is in {name} until the end; --keep FOLDER keeps it")
+        return run(set_up(Path(name), address))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A line that will never open ends with the cause and the file, at once; one that was open goes on trying."""
+"""A line that will never open ends at once, with cause and file; one that was open goes on trying."""
 
 import shutil
 from contextlib import closing, contextmanager

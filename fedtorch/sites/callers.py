@@ -1,4 +1,4 @@
-"""Which process speaks for a site: two that have one name would do its visits in turn, each by its own data.
+"""Which process speaks for a site: two of one name would do its visits in turn, each by its own data.
 
 A process names itself by a number of its own, a new one each time it is started. One that was killed never
 calls again. So when an earlier one calls after a later one has, both are alive, and the later one is turned

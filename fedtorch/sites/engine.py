@@ -150,7 +150,7 @@ class SitesSession:
         self.ended = ""
         """Why the run is over, one of ``ends.ENDS``, for the sites; nothing: it is done."""
         self.began = True
-        """Whether the run has begun, or goes on; of one that never did, sites are not told that it is over."""
+        """Whether the run has begun, or goes on: sites are told of the end of such a one alone."""
         self.change = threading.Condition()
         # float64, every group of the strategy, and room for the header
         groups = max(len(self.reader.expected.sent), 1)
@@ -263,7 +263,7 @@ class SitesSession:
         self.saved = {**self.counted}
 
     def close(self) -> None:
-        """Tell sites that call that the run is over, and stop listening; they wait for one that never began."""
+        """Tell sites that call that the run is over, unless it never began, and stop listening."""
         if self.asking and not self.asking.over:
             self.asking.close(settled=False)
         with self.change:

@@ -15,7 +15,7 @@ SECONDS = 5.0
 
 
 def check_usable(folder: Path) -> None:
-    """Raises ConfigError where TLS cannot use the three files: gRPC ends the process over a key that is none."""
+    """Raises ConfigError where TLS cannot use the three files: gRPC ends the process over some."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     names = "key.pem and cert.pem"
     try:
@@ -65,8 +65,8 @@ def _unverified(address: str, keys: Path, why: str) -> str:
     if "purpose" in why:
         return f"{shown} is a site's: give the server the folder that fedtorch keys made for it"
     return (
-        f"{shown} {keys / 'ca.pem'} has not signed: its keys are of another authority, or it is another "
-        "server; take the three files of this site from the folder that fedtorch keys made with the server's"
+        f"{shown} {keys / 'ca.pem'} has not signed: its keys are of another authority, or it is "
+        "another server; take this site's three files from where fedtorch keys made the server's"
     )
 
 

@@ -163,8 +163,8 @@ def check_pair(folder: Path, key: bytes, own: bytes, serves: bool) -> None:
         )
     if serves and not _may_serve(certificate):
         raise ConfigError(
-            f"{folder / 'cert.pem'} is a site's certificate, and this is the server: take the folder server "
-            "of those that fedtorch keys made"
+            f"{folder / 'cert.pem'} is a site's certificate, and this is the server: take the folder "
+            "server of those that fedtorch keys made"
         )
     begins, ends, now = (
         certificate.not_valid_before_utc,
@@ -189,7 +189,7 @@ def _may_serve(certificate: x509.Certificate) -> bool:
 
 
 def check_named(folder: Path, name: str) -> None:
-    """Raises ConfigError where the certificate in ``folder``, which decides, is of another than ``name``."""
+    """Raises ConfigError where the certificate in ``folder``, which decides, is not of ``name``."""
     path = folder / "cert.pem"
     shown = common_name(disk.regular(path).read_bytes())
     if shown != name:
