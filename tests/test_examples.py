@@ -2,6 +2,7 @@
 
 import importlib.util
 import runpy
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -34,6 +35,13 @@ def test_every_example_runs(path, tmp_path, monkeypatch, capsys):
         except SystemExit as e:
             assert not e.code
     assert capsys.readouterr().out.strip()
+
+
+def test_where_one_of_the_demos_processes_fails_the_others_end_with_it():
+    started = [
+        [sys.executable, "-c", f"import time; {what}"] for what in ("exit(3)", "time.sleep(60)")
+    ]
+    assert load("two_sites").run(started) == 3
 
 
 def test_the_article_is_five_clients_of_100_rows_and_10_columns_over_ten_rounds(capsys):
