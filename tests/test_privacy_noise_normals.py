@@ -193,16 +193,19 @@ def test_the_loop_is_compiled_and_takes_pairs_side_by_side():
     from numba import njit
 
     normals.add(words(4), np.zeros(4, np.float32), 1.0)
-    assert compiled(normals.fused, exact=True).signatures and normals.way() == "a compiled loop"
-    fresh = njit(normals.fused, error_model="numpy")  # of one that was kept there is no listing
+    assert compiled(normals.turned, exact=True).signatures and normals.way() == "a compiled loop"
+    # of those that were kept there is no listing
+    logs, turns = (njit(f, error_model="numpy") for f in (normals.logarithms, normals.turned))
     row, given = np.zeros(4, np.float32), words(4)
-    magic = None if converts() else normals.MAGIC
-    fresh(given, row, 1.0, magic, None, None)
-    fresh(given, row, 1.0, magic, np.zeros(4, np.float32), 0.1)
-    listings = fresh.inspect_asm().values()
-    assert len(listings) == 2
-    for listing in listings:
-        assert re.search("sqrtpd", listing) or not get_host_cpu_features().get("avx2")
+    magic, powers = None if converts() else normals.MAGIC, (normals.COS, normals.SIN)
+    logs(given, magic, normals.LOG)
+    turns(given, row, 1.0, magic, None, None, *powers)
+    turns(given, row, 1.0, magic, np.zeros(4, np.float32), 0.1, *powers)
+    found = [("divpd", logs.inspect_asm()), ("sqrtpd", turns.inspect_asm())]
+    assert [len(listings) for _, listings in found] == [1, 2]
+    for operation, listings in found:
+        for listing in listings.values():
+            assert re.search(operation, listing) or not get_host_cpu_features().get("avx2")
 
 
 @pytest.mark.skipif(not available(), reason="without numba there is no loop")

@@ -86,72 +86,90 @@ def add(words: np.ndarray, row: np.ndarray, std: float, onto: Onto | None = None
         raise ValueError(f"{len(row)} normals cannot be made of {len(words)} words")
     if onto is not None and len(onto[0]) != len(row):
         raise ValueError(f"{len(row)} numbers cannot be added to {len(onto[0])}")
-    loop = compiled(fused, exact=True)
-    if loop is None:
+    loops = compiled(logarithms, exact=True), compiled(turned, exact=True)
+    if not (loops[0] and loops[1]):
         passes(words, row, std)
         if onto is not None:
             torch.from_numpy(onto[0]).add_(torch.from_numpy(row), alpha=onto[1])
         return
-    to, factor = onto or (None, None)
-    loop(words, row, std, None if converts() else MAGIC, to, factor)
+    magic, (to, factor) = None if converts() else MAGIC, onto or (None, None)
+    loops[0](words[len(words) // 2 :], magic, LOG)
+    loops[1](words, row, std, magic, to, factor, COS, SIN)
 
 
 def way() -> str:
     """How ``add`` does it here."""
-    return "a compiled loop" if compiled(fused, exact=True) else "NumPy"
+    return "a compiled loop" if compiled(turned, exact=True) else "NumPy"
 
 
-def fused(
+def logarithms(words: np.ndarray, magic: float | None, log: tuple[float, ...]) -> None:
+    """Write ln u in place of each word, float64: to be compiled, where four or more go side by side.
+
+    A loop of its own, because a processor looks ahead over so many operations alone, and of one that did
+    all it would have too few under way that do not wait for each other.
+
+    ``magic``: MAGIC where a processor has no instruction that converts several whole numbers of 64 bits.
+    Their halves are then put into numbers of floating point, which are exact, as is all but the last sum:
+    it rounds as the instruction does. ``log``: LOG, which as an argument stays in registers.
+    """
+    for i in range(len(words)):
+        w = np.int64(words[i] >> np.uint64(1))
+        if magic is None:
+            u = np.float64(w)
+        else:
+            above = np.int64(np.int64(np.uint64(w) >> np.uint64(32)) ^ HIGH).view(np.float64)
+            u = above - magic + np.int64((w & 0xFFFFFFFF) | LOW).view(np.float64)
+        u = u * 2.0**-63 + 2.0**-64
+        # u = 2^e m with m around 1; x = m - 1 is exact, and 2 f = x - f x keeps digits near u = 1
+        bits = np.float64(u).view(np.int64)
+        beyond = bits - ROOT
+        x = np.int64(bits - (beyond & EXPONENT)).view(np.float64) - 1.0
+        f = x / (2.0 + x)
+        t = f * f
+        g = log[3] + t * (log[4] + t * (log[5] + t * log[6]))
+        g = t * (log[0] + t * (log[1] + t * (log[2] + t * g)))
+        ln = np.float64(beyond >> 52) * LN2 + (x - f * (x - g))
+        words[i] = np.uint64(np.float64(ln).view(np.int64))
+
+
+def turned(
     words: np.ndarray,
     row: np.ndarray,
     std: float,
     magic: float | None,
     to: np.ndarray | None,
     factor: float | None,
+    cos: tuple[float, ...],
+    sin: tuple[float, ...],
 ) -> None:
-    """``add`` pair by pair: to be compiled, where four or more go side by side.
-
-    ``magic``: MAGIC where a processor has no instruction that converts several whole numbers of 64 bits.
-    Their halves are then put into numbers of floating point, which are exact, as is all but the last sum:
-    it rounds as the instruction does.
-    """
+    """The rest of ``add``, likewise, for angles and logarithms; ``cos`` and ``sin``: COS and SIN."""
     m = len(words) // 2
     pairs, spare = len(row) - m, np.empty(1, row.dtype)
     # each with an index from 0: otherwise the compiler finds no vectors
-    left, right, angles, lengths = row[:pairs], row[m:], words[:pairs], words[m : m + pairs]
+    left, right, angles, logs = row[:pairs], row[m:], words[:pairs], words[m : m + pairs]
     if to is not None:
         left_to, right_to = to[:pairs], to[m:]
     for lone in range(1 + m - pairs):
         if lone:  # nobody takes the last sine
-            left, right, angles, lengths = row[pairs:m], spare, words[pairs:m], words[m + pairs :]
+            left, right, angles, logs = row[pairs:m], spare, words[pairs:m], words[m + pairs :]
             if to is not None:
                 left_to, right_to = to[pairs:m], spare
         for i in range(len(left)):
             # half a turn is exact in integers: the top bit and the next say if both coordinates change sign
             a = np.int64(angles[i])
-            v, w = a << 1, np.int64(lengths[i] >> np.uint64(1))
+            v = a << 1
             if magic is None:
-                y, u = np.float64(v), np.float64(w)
+                y = np.float64(v)
             else:
                 above = np.int64(np.int64(np.uint64(v) >> np.uint64(32)) ^ HIGH).view(np.float64)
                 y = above - magic + np.int64((v & 0xFFFFFFFF) | LOW).view(np.float64)
-                above = np.int64(np.int64(np.uint64(w) >> np.uint64(32)) ^ HIGH).view(np.float64)
-                u = above - magic + np.int64((w & 0xFFFFFFFF) | LOW).view(np.float64)
-            y, u = y * 2.0**-63, u * 2.0**-63 + 2.0**-64
+            y = y * 2.0**-63
             z = y * y
-            c = COS[5] + z * (COS[6] + z * (COS[7] + z * COS[8]))
-            c = COS[0] + z * (COS[1] + z * (COS[2] + z * (COS[3] + z * (COS[4] + z * c))))
-            s = SIN[5] + z * (SIN[6] + z * (SIN[7] + z * SIN[8]))
-            s = y * (SIN[0] + z * (SIN[1] + z * (SIN[2] + z * (SIN[3] + z * (SIN[4] + z * s)))))
-            # u = 2^e m with m around 1; x = m - 1 is exact, and 2 f = x - f x keeps digits near u = 1
-            bits = np.float64(u).view(np.int64)
-            beyond = bits - ROOT
-            x = np.int64(bits - (beyond & EXPONENT)).view(np.float64) - 1.0
-            f = x / (2.0 + x)
-            t = f * f
-            g = LOG[3] + t * (LOG[4] + t * (LOG[5] + t * LOG[6]))
-            g = t * (LOG[0] + t * (LOG[1] + t * (LOG[2] + t * g)))
-            ln = np.float64(beyond >> 52) * LN2 + (x - f * (x - g))
+            c = cos[5] + z * (cos[6] + z * (cos[7] + z * cos[8]))
+            c = cos[0] + z * (cos[1] + z * (cos[2] + z * (cos[3] + z * (cos[4] + z * c))))
+            s = sin[5] + z * (sin[6] + z * (sin[7] + z * sin[8]))
+            s = y * (sin[0] + z * (sin[1] + z * (sin[2] + z * (sin[3] + z * (sin[4] + z * s)))))
+            ln = np.int64(logs[i]).view(np.float64)
             r = np.float64(math.sqrt(-2.0 * std * std * ln)).view(np.int64)
             r = np.int64(r ^ ((a ^ (a << 1)) & SIGN)).view(np.float64)
             if to is None:
