@@ -76,6 +76,16 @@ def if_short(mid, x, real):
     return by_length(mid, x, real) if bool((real.sum(1) < 4).any()) else mid(x).sum(1)
 
 
+def product(mid, x, real):
+    order = real.sum(1).argsort(descending=True, stable=True)
+    moved = nn.functional.one_hot(order, len(x)) * 1.0
+    return moved.T @ mid((moved @ x.flatten(1)).view(x.shape)).sum(1)
+
+
+def attended(mid, x, real):
+    return mid((x @ x.mT).softmax(-1) @ x).sum(1)
+
+
 def last(mid, x, real):
     return mid(x)[torch.arange(len(x)), real.sum(1) - 1]
 
@@ -92,13 +102,25 @@ def filled(mid, x, real):
 
 @pytest.mark.parametrize(
     "moved",
-    [masked, put, places, by_length, by_puts, lists, one_by_one, dropped, if_any, if_short],
+    [
+        masked,
+        put,
+        places,
+        by_length,
+        by_puts,
+        lists,
+        one_by_one,
+        dropped,
+        if_any,
+        if_short,
+        product,
+    ],
 )
 def test_rows_that_are_moved_by_what_is_in_them_are_found(moved):
     assert picks(Rows(moved), (X, Y), Recipe())
 
 
-@pytest.mark.parametrize("moved", [last, along, filled])
+@pytest.mark.parametrize("moved", [last, along, filled, attended])
 def test_what_stays_in_its_row_is_left_alone(moved):
     assert picks(Rows(moved), (X, Y), Recipe()) is None
 

@@ -60,11 +60,11 @@ def enlarged(batch: Any, scale: float) -> Any:
 
 
 def among(batch: Any, n: int, factor: float) -> Any:
-    """The examples behind the watched ones so many times as large."""
+    """The examples behind the watched ones so many times as large; with 0 whole numbers are zeros too."""
     scale = torch.where(torch.arange(n) < WATCHED, 1.0, factor)
 
     def larger(t: Tensor) -> Tensor:
-        own = t.is_floating_point() and t.dim() and len(t) == n
+        own = (t.is_floating_point() or not factor) and t.dim() and len(t) == n
         return t * scale.to(t).view(-1, *[1] * (t.dim() - 1)) if own else t
 
     return inputs(larger, batch)

@@ -135,13 +135,13 @@ def _neighbours(t: Tried, scales: Sequence[float], most: int) -> str | None:
 
 
 def _unlike(t: Tried) -> str | None:
-    """Losses of examples as they are among others of another size or sign, as one extreme row is."""
+    """Losses of examples among others of another size or sign, or of zeros, as what fills up is."""
     n = size(t.batch)
     index = torch.arange(n)
     with torch.no_grad():
         alone = _alone(t)
         for scale in (10.0, *SCALES[1:]):
-            for factor in (scale, -scale):
+            for factor in (scale, -scale) if scale > 10 else (0.0, scale, -scale):
                 with tolerant(scale):
                     found = t._replace(batch=among(t.batch, n, factor)).losses(index)
                     if _differ(alone, found, index[: len(alone)], t.near):

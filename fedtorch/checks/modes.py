@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtorch import seeds
+from fedtorch.checks.crossing import crosses
 from fedtorch.checks.gates import behind
 from fedtorch.checks.held import draws_numbers, same_draws
 from fedtorch.checks.picks import picks
@@ -168,9 +169,13 @@ def _unfit(model: nn.Module, recipe: Recipe, mode: str) -> str | None:
 
 
 def _moved(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> str | None:
-    call = picks(model, batch, recipe) if mode in LISTENING else None
-    why = f"rows are picked by what is in them ({call}), and it tells examples by their places"
-    return why if call else None
+    if mode not in LISTENING:
+        return None
+    if call := picks(model, batch, recipe):
+        return f"rows are picked by what is in them ({call}), and it tells examples by their places"
+    if where := crosses(model, batch, recipe, mode):
+        return f"a row of {where} hangs on other examples, and it tells examples by their places"
+    return None
 
 
 def _compiled(model: nn.Module, mode: str) -> str | None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedtorch import seeds
 from fedtorch.recipe import Recipe
-from fedtorch.tree import leaves, place, rows
+from fedtorch.tree import leaves, place, rows, size
 
 PICKS = ("index_select", "take", "masked_select", "embedding")
 """Calls that take rows of their first argument, at places that another one says."""
@@ -25,6 +25,9 @@ PUTS = ("index_copy", "index_add", "index_reduce", "masked_scatter")
 
 ALONG = ("scatter", "scatter_add", "scatter_reduce")
 """Calls that put numbers along an axis: rows stay where that is not the first."""
+
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "dot")
+"""Calls that add up along an axis; where that is the examples', one that is made of them may move rows."""
 
 OUT = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
 """Calls that give numbers to Python of which the dispatcher hears nothing."""
@@ -49,7 +52,9 @@ def picks(model: nn.Module, batch: Any, recipe: Recipe) -> str | None:
 
 def _found(few: "_Watch", many: "_Watch") -> str | None:
     each = "numbers taken to Python for each" if many.read > few.read else None
-    return many.picked or few.picked or each
+    met = zip(few.added, many.added, strict=False)
+    product = "product" if any(a * many.many == b * few.many and a != b for a, b in met) else None
+    return many.picked or few.picked or each or product
 
 
 def _watched(model: nn.Module, batch: Any, recipe: Recipe, other: int | None = None) -> "_Watch":
@@ -69,6 +74,8 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.picked: str | None = None
         self.read, self.asked, self.other = 0, 0, other
+        self.many, self.added = size(batch), list[int]()
+        """How many examples, and how many numbers each product of what was made of them adds up."""
         self.held: list[Tensor] = []
         """All that was made of examples: memory that is let go would be another's."""
         self.places: set[int] = set()
@@ -82,6 +89,8 @@ class _Watch(TorchDispatchMode):
         name = func._schema.name.rpartition("::")[2].rstrip("_")
         if self._picks(name, args):
             self.picked = self.picked or name
+        if name in PRODUCTS and all(map(self.made, args[-2:])):
+            self.added.append(args[-2].shape[-1])
         found = func(*args, **(kwargs or {}))
         if name == "_local_scalar_dense" and self.made(args[0]):
             self.read += 1

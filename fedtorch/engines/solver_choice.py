@@ -14,6 +14,7 @@ from fedtorch import fast, seeds
 from fedtorch.checks import apart, modes, stacking
 from fedtorch.checks import private as private_step
 from fedtorch.checks.company import LARGEST_BATCH, Near, meets
+from fedtorch.checks.crossing import loss_crosses
 from fedtorch.checks.standins import shown
 from fedtorch.checks.trial import fills_up, pooled, stacks
 from fedtorch.client import Client
@@ -121,9 +122,7 @@ def offered(
         return "clients have a sampler"
     with untouched(model):  # to read a model is to run it with something other than tensors
         found = fast.offer(model, [c.data for c in clients], recipe, recipe.privacy, half)
-    # the loss is given the examples of all clients of a chunk at once
-    private = recipe.privacy.per_example  # which refuses what mixes
-    if isinstance(found, str) or private or not crowds(model, clients, recipe, LARGEST_BATCH):
+    if isinstance(found, str) or not crowds(model, clients, recipe, LARGEST_BATCH):
         return found
     return "the loss looks at the whole batch, not at each example alone"
 
@@ -222,11 +221,18 @@ def mixes(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> bool:
 
 
 def crowds(model: nn.Module, clients: Sequence[Client], recipe: Recipe, many: int) -> bool:
-    """Whether a loss of the user's own lets examples meet in a batch of up to ``many``, of any classes."""
+    """Whether a loss of the user's own lets examples meet in a batch of up to ``many``, of any classes.
+
+    It is given the examples of all clients of a chunk at once.
+    """
     if recipe.step is not None or recipe.loss in LOSSES.values():
         return False
     data = pooled([c.data for c in clients])
     x, y = to(fetch(data, torch.arange(len_of(data))), next(model.parameters()).device)
+    if (
+        recipe.privacy.per_example
+    ):  # what shows that it mixes is refused; here it must not be able to
+        return loss_crosses(model, (x, y), recipe)
     with untouched(model), undropped(model), torch.no_grad(), seeds.seeded(0):
         output = forward(model, x)
         return meets(recipe.loss, output, y, Near(1e-3, 1e-5), many, (1.0,))
