@@ -4,7 +4,7 @@ True is no number, text is no number, and NaN is in no range. NumPy's numbers be
 """
 
 import difflib
-import importlib
+import importlib.util
 import math
 import re
 import sys
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from numbers import Integral, Real
+from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -267,6 +268,17 @@ def imported(name: str, path: str = "") -> ModuleType:
         return importlib.import_module(name)
     except (Exception, SystemExit) as e:  # a user's module can fail in any way while it is imported
         raise ConfigError(f"cannot import {path or name!r}: {type(e).__name__}: {e}") from e
+
+
+def run_file(name: str, path: Path) -> ModuleType:
+    """A file of Python as the module ``name``; raises whatever it raises, and ImportError for another."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no file of Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look modules up by name
+    spec.loader.exec_module(module)
+    return module
 
 
 def from_here() -> None:

@@ -14,7 +14,6 @@ Params = dict[str, Tensor]
 Stack = dict[str, Tensor]
 """K models: name -> [K, ...]. The leading axis is the client, always, even when K = 1."""
 
-
 Frozen = TypeVar("Frozen")
 
 NUMBERS = "numbers"

@@ -48,36 +48,12 @@ def fits(
 def _per_example(
     model: nn.Module, clients: Sequence[Client], recipe: Recipe, alone: str | None
 ) -> None:
-    """Each example must have a loss of its own, and each parameter a gradient."""
+    """Each example must have a loss of its own, and what it adds must not hang on others."""
     data, name = largest(clients), type(model).__name__
     some = torch.arange(min(len_of(data), SOME)) if len_of(data) > 1 else torch.tensor([0, 0])
     batch = to(fetch(data, some), next(model.parameters()).device)
-    # each example has a loss
-    with untouched(model), seeds.seeded(0):
-        loss = recipe.losses(training(model), batch)
-        if loss.dim() == 0:
-            raise ConfigError(
-                "sample-level privacy needs a loss with one number for each example, and this "
-                f"{'loss' if recipe.step is None else 'step'} gives one for the whole batch: return "
-                "one loss for each example (reduction='none')"
-            )
-        loss.sum().backward()
-        grads = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
-    # each parameter has a gradient that noise can fall on
-    sparse = [k for k, g in grads.items() if g is not None and g.is_sparse]
-    if sparse:
-        raise ConfigError(
-            f"the gradient of parameter {sparse[0]} is sparse, and noise falls on every number: leave out "
-            "sparse=True"
-        )
-    unused = [k for k, g in grads.items() if g is None]
-    if unused and (unused := [k for k in unused if k not in _reached(model, batch, recipe)]):
-        raise ConfigError(
-            f"parameter {unused[0]} has no part in the loss of any example tried: call "
-            "requires_grad_(False) on it, or it would be trained on noise alone (a part that is used by "
-            "chance, as a layer skipped at random, needs privacy client)"
-        )
-    # and no example is in another's
+    _can_be_noised(model, batch, recipe)
+    # no example is in another's
     if draws_numbers(model, batch, recipe, held=True):
         raise ConfigError(
             f"model {name} or its loss draws random numbers that no trial can hold still (torch.randperm, "
@@ -98,6 +74,33 @@ def _per_example(
         raise ConfigError(
             f"model {name} or its loss mixes the examples of a batch ({why}), so that "
             "clipping by example protects nobody"
+        )
+
+
+def _can_be_noised(model: nn.Module, batch: Any, recipe: Recipe) -> None:
+    """Each example has a loss, and each parameter a gradient that noise can fall on."""
+    with untouched(model), seeds.seeded(0):
+        loss = recipe.losses(training(model), batch)
+        if loss.dim() == 0:
+            raise ConfigError(
+                "sample-level privacy needs a loss with one number for each example, and this "
+                f"{'loss' if recipe.step is None else 'step'} gives one for the whole batch: return "
+                "one loss for each example (reduction='none')"
+            )
+        loss.sum().backward()
+        grads = {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
+    sparse = [k for k, g in grads.items() if g is not None and g.is_sparse]
+    if sparse:
+        raise ConfigError(
+            f"the gradient of parameter {sparse[0]} is sparse, and noise falls on every number: leave out "
+            "sparse=True"
+        )
+    unused = [k for k, g in grads.items() if g is None]
+    if unused and (unused := [k for k in unused if k not in _reached(model, batch, recipe)]):
+        raise ConfigError(
+            f"parameter {unused[0]} has no part in the loss of any example tried: call "
+            "requires_grad_(False) on it, or it would be trained on noise alone (a part that is used by "
+            "chance, as a layer skipped at random, needs privacy client)"
         )
 
 

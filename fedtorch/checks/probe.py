@@ -57,9 +57,8 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Found:
             batch = _backward(model, client, index, recipe)
             take()
             _objective(model, batch, recipe)
-        if (
-            take is not None
-        ):  # after all steps, between which it would hide what they leave each other
+        # after all steps, between which it would hide what they leave each other
+        if take is not None:
             _unrecorded(model, batch, recipe)
         change, stay = outline.changed(), stays(model, before)
     if other := trained ^ {k for k, p in model.named_parameters() if p.requires_grad}:
@@ -173,17 +172,21 @@ def _flat(model: nn.Module, x: Any) -> str:
 
 def _asked(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
     """Losses of a batch, or what part of them does not fit."""
+    if recipe.step is None:
+        return _by_loss(model, batch, recipe, who)
+    try:
+        return recipe.losses(model, batch)
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(
+            f"the step fails for model {type(model).__name__} and a batch {shape(batch)} of client {who}: "
+            f"{type(e).__name__}: {first(e)}{_called(e, 'fn(model, batch)')}{other_types(model, batch)}"
+        ) from e
+
+
+def _by_loss(model: nn.Module, batch: Any, recipe: Recipe, who: str) -> Tensor:
     name = type(model).__name__
-    if recipe.step is not None:
-        try:
-            return recipe.losses(model, batch)
-        except ConfigError:
-            raise
-        except Exception as e:
-            raise ConfigError(
-                f"the step fails for model {name} and a batch {shape(batch)} of client {who}: "
-                f"{type(e).__name__}: {first(e)}{_called(e, 'fn(model, batch)')}{other_types(model, batch)}"
-            ) from e
     try:
         x, y = pair(batch)
     except ConfigError as e:

@@ -31,7 +31,6 @@ FEW = 9
 LOOKED_AT = 36
 """Examples among which they are chosen."""
 
-
 STEPS = TrainingOptions(steps=2, batch_size=5)
 """Two steps, of unequal size."""
 

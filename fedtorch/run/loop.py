@@ -23,7 +23,7 @@ from fedtorch.run.finetune import finetuned
 from fedtorch.run.folder import Folder
 from fedtorch.run.messages import record_privacy, strict
 from fedtorch.run.options import RunOptions
-from fedtorch.run.resume import of_clients, same_clients, state
+from fedtorch.run.resume import go_on, of_clients, same_clients, state
 from fedtorch.run.saving import SECONDS, Every, Saver
 from fedtorch.server import Server
 from fedtorch.tracking import Record, Tracking
@@ -342,9 +342,7 @@ def open_folder(
         check(folder)
         with folders.reading(folder):
             same_clients(server, saved, folder)
-            private = saved.get("privacy")
-            ledger = Ledger.resume(folder / files.LEDGER, private["ledger"]) if private else None
-            server.load_state_dict(saved, ledger)
+            go_on(server, saved, folder)
         return kept
     table = {k: v for k, v in objects.describe(options).items() if k not in ("resume", "run_dir")}
     kept = folders.start(folder, table, held)

@@ -37,10 +37,15 @@ def resume(server: Server, folder: str | Path) -> bool:
         )
     same_clients(server, saved, path)
     same_recipe(server, saved, path)
-    private = saved.get("privacy")
-    ledger = Ledger.resume(path / files.LEDGER, private["ledger"]) if private else None
-    server.load_state_dict(saved, ledger)
+    go_on(server, saved, path)
     return True
+
+
+def go_on(server: Server, saved: dict[str, Any], folder: Path) -> None:
+    """Bring ``server`` to a checkpoint; raises ConfigError where the folder has no whole ledger of it."""
+    private = saved.get("privacy")
+    ledger = Ledger.resume(folder / files.LEDGER, private["ledger"]) if private else None
+    server.load_state_dict(saved, ledger)
 
 
 def state(server: Server) -> dict[str, Any]:

@@ -8,9 +8,7 @@ arguments come on top.
 """
 
 import ast
-import importlib.util
 import inspect
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fedtorch.options import from_here, imported, near
+from fedtorch.options import from_here, imported, near, run_file
 from fedtorch.types import ConfigError
 
 PACKAGE = Path(__file__).parents[1]
@@ -169,14 +167,7 @@ def _from_file(path: Path) -> ModuleType:
         raise ConfigError(f"there is no model file {str(path)!r}")
     if not _ours(path):
         from_here()
-    name = f"fedtorch_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} cannot be imported as Python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickling look modules up by name
     try:
-        spec.loader.exec_module(module)
+        return run_file(f"fedtorch_model_{path.stem}", path)
     except (Exception, SystemExit) as e:
         raise ConfigError(f"model file {path} fails to import: {type(e).__name__}: {e}") from e
-    return module

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from fedtorch.secure.encode import RIDERS, Coding, Figures, Layout, riders, shortened, unseal
-from fedtorch.types import CLIP_BIT, Params, Released, Stack
+from fedtorch.tree import row
+from fedtorch.types import CLIP_BIT, Params, Released
 
 
 class WholeSum:
@@ -30,7 +31,7 @@ class WholeSum:
             self._total = np.zeros(self._layout.values, np.int64)
         self.came += len(update.ids)
         for k in range(len(update.ids)):
-            sent = {g: _numbers(s, k) for g, s in update.sent.items()}
+            sent = {g: row(s, k) for g, s in update.sent.items()}
             share = float(update.weight[k]) / (self._cap or 1)
             flat = self._layout.flat(sent, {})
             if self._norm is not None:
@@ -70,7 +71,3 @@ class WholeSum:
         sent, _ = self._layout.unflat(mean[: len(self._total)])
         _, moved = beside.unflat(mean[len(self._total) :])
         return sent, {n: at[n] + v for n, v in moved.items()}, figures.clamped
-
-
-def _numbers(stack: Stack, k: int) -> Params:
-    return {n: v[k] for n, v in stack.items()}

@@ -99,6 +99,7 @@ def _visits(
     groups = [*(raw.groups or ["delta"])] if members else []
     turn = Turn.of(task, released.ids) if recipe.channel else Turn()
     released, unsent = encode(recipe.channel, released, groups, [c.memory for c in members], turn)
+    # what each client keeps: by the strategy, after what was really sent, for an audit and the channel
     again = privacy.claims or recipe.channel or recipe.strategy.only_delta
     if recipe.strategy.confirms and memory is not None and members and again:
         like = {g: row(s, 0) for g, s in (raw.groups or {}).items()} if recipe.channel else {}

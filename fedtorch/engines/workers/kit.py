@@ -5,7 +5,6 @@ anywhere else never are. Data held as tensors travels in one flat block that all
 """
 
 import copy
-import importlib.util
 import pickle
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from torch.utils.data import TensorDataset
 from fedtorch.client import Client
 from fedtorch.engines import wire
 from fedtorch.engines.messages import Memory, Outcome
+from fedtorch.options import run_file
 from fedtorch.recipe import Recipe
 from fedtorch.training.local_update import local_update
 from fedtorch.training.module import snapshot
@@ -119,7 +119,7 @@ def unpack(body: bytes, block: Tensor, device: str) -> Kit:
     modules, inner = pickle.loads(body)
     for name, path in modules:
         if Path(path).is_file():
-            _load_module(name, path)
+            run_file(name, Path(path))
     model, recipe, clients, solver = pickle.loads(inner)
     for k, table in wire.decode(block).groups.items():
         clients[int(k)].data = TensorDataset(*(table[str(i)] for i in range(len(table))))
@@ -167,11 +167,3 @@ def _loose_modules(model: nn.Module, recipe: Recipe) -> list[tuple[str, str]]:
 def loose(name: str) -> bool:
     """Whether a module was read from a model file, and so cannot be imported by name."""
     return name.startswith("fedtorch_model_")
-
-
-def _load_module(name: str, path: str) -> None:
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} cannot be imported as Python")
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
