@@ -236,3 +236,32 @@ def test_a_loss_or_step_that_is_called_otherwise_is_told_how():
             fits(nn.Linear(6, 4), make_clients([5]), Recipe(loss=loss))
     with pytest.raises(ConfigError, match=r"it is called as fn\(model, batch\)"):
         fits(nn.Linear(6, 4), make_clients([5]), Recipe(step=three))
+
+
+class MadeLate(nn.Module):
+    """A head that is made for the first batch, or weights that every batch makes anew."""
+
+    def __init__(self, anew):
+        super().__init__()
+        self.first, self.head, self.anew = nn.Linear(6, 4), None, anew
+
+    def forward(self, x):
+        if self.anew:
+            self.first.weight = nn.Parameter(self.first.weight.detach().clone())
+            return self.first(x)
+        h = self.first(x)
+        if self.head is None:
+            self.head = nn.Linear(h.shape[1], 2)
+        return self.head(h)
+
+
+@pytest.mark.parametrize(("anew", "name"), [(False, "head.weight"), (True, "first.weight")])
+def test_parameters_that_a_forward_makes_are_refused(anew, name):
+    model = MadeLate(anew)
+    was = dict(model.named_parameters())
+    with pytest.raises(ConfigError, match=f"parameter {name} of model MadeLate is made, or goes"):
+        Server(model, [Client("a", (torch.randn(8, 6), torch.arange(8) % 2))])
+    assert {k: id(p) for k, p in model.named_parameters()} == {k: id(p) for k, p in was.items()}
+    if not anew:
+        model(torch.randn(2, 6))  # as the sentence says
+        Server(model, [Client("a", (torch.randn(8, 6), torch.arange(8) % 2))]).round()

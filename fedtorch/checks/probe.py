@@ -28,7 +28,7 @@ from fedtorch.training.outline import untouched
 from fedtorch.training.own_update import VisitBatches, own_update
 from fedtorch.training.step import pair
 from fedtorch.tree import expand, leaves
-from fedtorch.types import ConfigError
+from fedtorch.types import ConfigError, Params
 
 
 class Found(NamedTuple):
@@ -47,7 +47,7 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Found:
     """
     trainable(model)
     trained = {k for k, p in model.named_parameters() if p.requires_grad}
-    before = snapshot(model)
+    before, params = snapshot(model), dict(model.named_parameters())
     with untouched(model) as outline, seeds.seeded(0):
         take = _stepper(training(model), recipe) if recipe.local is None else None
         for client, index in _full_and_short(clients, recipe):
@@ -60,6 +60,7 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Found:
         # after all steps, between which it would hide what they leave each other
         if take is not None:
             _unrecorded(model, batch, recipe)
+        _made_anew(model, params)
         change, stay = outline.changed(), stays(model, before)
     if other := trained ^ {k for k, p in model.named_parameters() if p.requires_grad}:
         raise ConfigError(
@@ -73,6 +74,16 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Found:
             "persistent=False"
         )
     return Found(change and change.what, (*stay, *generators(model)))
+
+
+def _made_anew(model: nn.Module, params: Params) -> None:
+    """Raises ConfigError where running the model has made a parameter, exchanged one, or taken one away."""
+    now = dict(model.named_parameters())
+    if other := [k for k in params | now if params.get(k) is not now.get(k)]:
+        raise ConfigError(
+            f"parameter {other[0]} of model {type(model).__name__} is made, or goes, as the model runs, and "
+            "what is made there nobody trains: make it in __init__, or run one batch through the model first"
+        )
 
 
 def _full_and_short(clients: Sequence[Client], recipe: Recipe) -> Iterator[tuple[Client, Tensor]]:
