@@ -81,8 +81,8 @@ def _made_anew(model: nn.Module, params: Params) -> None:
     now = dict(model.named_parameters())
     if other := [k for k in params | now if params.get(k) is not now.get(k)]:
         raise ConfigError(
-            f"parameter {other[0]} of model {type(model).__name__} is made, or goes, as the model runs, and "
-            "what is made there nobody trains: make it in __init__, or run one batch through the model first"
+            f"parameter {other[0]} of model {type(model).__name__} is made, or goes, as the model runs, "
+            "where nobody trains it: make it in __init__, or run one batch through the model first"
         )
 
 
