@@ -21,7 +21,16 @@ from fedtorch import (
 )
 from fedtorch.engines import Processes
 from fedtorch.privacy import ClientLevel, SampleLevel
-from fedtorch.strategies import MOON, ClientMomentum, FedDyn, FedExP, FedNova, QFedAvg
+from fedtorch.strategies import (
+    MOON,
+    ClientMomentum,
+    FedBABU,
+    FedDyn,
+    FedExP,
+    FedNova,
+    FedPer,
+    QFedAvg,
+)
 from fedtorch.strategies.moon import contrast
 from fedtorch.training.local_steps import reach, stepper
 from fedtorch.training.optimizer import ClientOptimizer, ServerLAMB, ServerSGD
@@ -280,6 +289,19 @@ def test_clients_remember_what_was_really_sent(strategy, group):
 def test_what_does_not_go_together_is_refused_by_name(make, why):
     with pytest.raises(ConfigError, match=why):
         Server(mlp(), make_clients([9, 7]), make())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "why"),
+    [
+        (MOON(tap="head"), "model Linear has no layer before another: use strategy fedavg"),
+        (FedBABU(), r"has weight, bias; a model of one layer has no body: use fedavg"),
+        (FedPer(), r"it has weight, bias; name in strategy\.personal .* 'weight'"),
+    ],
+)
+def test_a_model_of_one_layer_is_told_what_it_has_not(strategy, why):
+    with pytest.raises(ConfigError, match=why):
+        Server(torch.nn.Linear(6, 3), make_clients([9, 7]), Recipe(strategy))
 
 
 @pytest.mark.parametrize(

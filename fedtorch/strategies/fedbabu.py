@@ -25,10 +25,12 @@ class FedBABU(Strategy):
         found = self._found(names)
         if not found or len(found) == len(names):
             which = "every weight" if found else "no weight"
+            layers = {k.rpartition(".")[0] for k in names}
+            fix = f"name the last layer's, such as {names[-1].rpartition('.')[0]}.*"
+            fix = fix if len(layers) > 1 else "a model of one layer has no body: use fedavg"
             raise ConfigError(
                 f"strategy.head {', '.join(self.head)} fits {which} that model {type(model).__name__} "
-                f"trains: it has {', '.join(names[:6])}{', ...' if names[6:] else ''}; name the last "
-                f"layer's, such as {names[-1].rpartition('.')[0]}.*"
+                f"trains: it has {', '.join(names[:6])}{', ...' if names[6:] else ''}; {fix}"
             )
         for name in found:
             model.get_parameter(name).requires_grad_(False)

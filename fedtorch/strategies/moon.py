@@ -43,6 +43,11 @@ class MOON(Strategy):
         """Raises ConfigError where there is no such layer, or more than weights."""
         whole_models(self, model)
         names = [k for k, _ in model.named_modules() if k]
+        if not names[1:]:
+            raise ConfigError(
+                f"strategy moon compares the outputs of a layer before the last, and model "
+                f"{type(model).__name__} has no layer before another: use strategy fedavg"
+            )
         if self.tap not in names:
             raise ConfigError(
                 f"strategy.tap {self.tap!r} is no layer of model {type(model).__name__}: it has "

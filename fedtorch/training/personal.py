@@ -60,10 +60,15 @@ def _unfitting(model: nn.Module, pattern: str) -> str:
     if pattern.startswith("@"):
         kinds = dict.fromkeys(type(m).__name__ for m in model.modules() if not [*m.children()])
         what = f"its layers are {', '.join(kinds)}"
+    fix = "use strategy fedavg"
+    if len(layers) > 1:
+        fix = (
+            f"name in strategy.personal what stays with its client, such as {layers[0]!r} (first layer) "
+            f"or {layers[-1]!r} (last), or {fix}"
+        )
     return (
         f"strategy.personal {pattern!r} fits nothing that model {type(model).__name__} trains: {what}; "
-        f"name in strategy.personal what stays with its client, such as {layers[0]!r} (first layer) or "
-        f"{layers[-1]!r} (last), or use strategy fedavg"
+        f"{fix}"
     )
 
 
