@@ -1,7 +1,7 @@
 """Try a real step on one batch before training, so that what does not fit is said in one sentence."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from fedtorch.training.outline import untouched
 from fedtorch.training.own_update import VisitBatches, own_update
 from fedtorch.training.step import pair
 from fedtorch.tree import expand, leaves
-from fedtorch.types import ConfigError, Params
+from fedtorch.types import ConfigError
 
 
 class Found(NamedTuple):
@@ -76,10 +76,10 @@ def fits(model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> Found:
     return Found(change and change.what, (*stay, *generators(model)))
 
 
-def _made_anew(model: nn.Module, params: Params) -> None:
+def _made_anew(model: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
     """Raises ConfigError where running the model has made a parameter, exchanged one, or taken one away."""
     now = dict(model.named_parameters())
-    if other := [k for k in params | now if params.get(k) is not now.get(k)]:
+    if other := [k for k in {**params, **now} if params.get(k) is not now.get(k)]:
         raise ConfigError(
             f"parameter {other[0]} of model {type(model).__name__} is made, or goes, as the model runs, "
             "where nobody trains it: make it in __init__, or run one batch through the model first"
