@@ -508,3 +508,29 @@ def test_a_generator_that_a_dataset_keeps_is_said():
     # one that begins anew at each example, and torch's own, repeat
     assert said(Jittered(lambda k: torch.randn(6, generator=steady.manual_seed(k)))) == []
     assert said(Jittered(lambda k: torch.randn(6) + np.random.normal())) == []
+
+
+class Torn(torch.utils.data.Dataset):
+    """A dataset of which examples far from both ends cannot be read."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, i):
+        if 8 < i < 38:
+            raise OSError("a picture is truncated")
+        return torch.full((6,), float(i)), i % 3
+
+
+def test_an_example_that_cannot_be_read_is_said_before_training():
+    with pytest.raises(ConfigError, match=r"of its dataset failed: OSError: a picture is"):
+        Server(mlp(), [Client(str(k), Torn()) for k in range(3)], Recipe(batch_size=4))
+
+
+def test_numbers_that_torch_can_hardly_hold_and_sparse_tables_are_told_what_to_be():
+    x, y = torch.randn(12, 6), np.arange(12, dtype="uint16") % 3
+    with pytest.raises(ConfigError, match="labels are uint16, and classes must be int64"):
+        Server(mlp(), [Client("a", (x, y))])
+    sparse = type("csr_matrix", (), {"toarray": None})()
+    with pytest.raises(ConfigError, match=r"data is sparse \(csr_matrix\): give it dense"):
+        Client("a", (sparse, y))

@@ -216,3 +216,35 @@ def test_statistics_of_the_data_are_refused_under_a_plan_for_clients():
     Server(model, make_clients(SIZES), Recipe(local=counted, **ORDER)).round()
     with pytest.raises(ConfigError, match="buffer seen changes while training and nobody noises"):
         Server(model, make_clients(SIZES), Recipe(local=counted, **ORDER, privacy=plan))
+
+
+class OwnsOptimizer(nn.Module):
+    """A model that keeps its optimizer, as trainers of one's own do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 10)
+        self.optimizer = torch.optim.Adam(self.parameters(), 0.1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def by_its_own(model, batches, lr):
+    for x, y in batches:
+        model.optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        model.optimizer.step()
+
+
+def test_what_a_models_own_optimizer_remembers_goes_to_no_other_client():
+    clients, found = make_clients([9, 7, 8]), []
+    for order in (clients, clients[::-1]):
+        torch.manual_seed(0)
+        model = OwnsOptimizer()
+        server = Server(model, order, Recipe(local=by_its_own, batch_size=None))
+        server.round()
+        assert not model.optimizer.state  # clients train copies, and their trials leave nothing
+        assert any("attribute optimizer of layer the model" in n for n in server.notes)
+        found.append(model.layer.weight.detach().clone())
+    assert torch.allclose(*found, rtol=0, atol=1e-6)

@@ -1,6 +1,8 @@
 """Samplers and DataLoaders that clients came with, held to the recipe before training."""
 
-from collections.abc import Iterable, Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 from fedtorch import seeds
 from fedtorch.checks.keeps import held_by
 from fedtorch.checks.stays import is_generator
+from fedtorch.checks.tried import first
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
-from fedtorch.training.batches import Collated, Drawn, drawn
+from fedtorch.training.batches import Collated, Drawn, drawn, fetch, uncollated
 from fedtorch.tree import parts
 from fedtorch.types import ConfigError
 
@@ -47,6 +50,22 @@ def check(clients: Sequence[Client], recipe: Recipe) -> list[str]:
         f"the DataLoader of client {kept[0]}{more} does not shuffle, but here each pass does (to keep "
         "the order: sampler=lambda seed, round: range(n))",
     ]
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """Raises ConfigError where an example that is tried cannot be read, or put together with others."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as e:
+        frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
+        if not any(frame.f_code is fetch.__code__ for frame in frames):
+            raise
+        raise ConfigError(
+            f"taking examples of a client's dataset failed: {type(e).__name__}: {first(e)}{uncollated(e)}"
+        ) from e
 
 
 def generators(clients: Sequence[Client]) -> list[str]:

@@ -52,7 +52,7 @@ class Local:
     def open(self, model: nn.Module, clients: Sequence[Client], recipe: Recipe) -> "LocalSession":
         """Try one batch and choose how to train."""
         usable(self.device)
-        with keeps.from_no_batch(recipe):
+        with keeps.from_no_batch(recipe), data.readable():
             said = data.check(clients, recipe)
             worker = copied(model).to(self.device)
             tried = shown(worker, clients, recipe)

@@ -1,6 +1,7 @@
 """Which examples a client sees, in which order: the only place data order is decided."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import count, islice
 from multiprocessing import current_process
 from typing import Any, NamedTuple, cast
@@ -205,7 +206,8 @@ def _items(data: Any, index: Tensor) -> list[Any]:
 def _pick(table: Tensor, index: Tensor) -> Tensor:
     # the same rows in a third of the time; indexing also crosses devices and keeps a memory format
     if table.is_contiguous() and table.device == index.device:
-        return table.index_select(0, index)
+        with suppress(NotImplementedError):  # of uint16
+            return table.index_select(0, index)
     return table[index]
 
 

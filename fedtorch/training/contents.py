@@ -19,6 +19,9 @@ MANY = 256
 LIBRARIES = {"torch", "numpy", "fedtorch", *sys.stdlib_module_names}
 """Objects of these keep what they keep to themselves."""
 
+STEPPING = "torch.optim."
+"""But for optimizers and schedulers, which remember earlier gradients, and so whose they were."""
+
 
 def content(value: Any) -> Any:
     """A copy of what is in ``value``, one level deep; None where nothing in it could change."""
@@ -97,4 +100,5 @@ def _is_object(value: Any) -> bool:
     """Of a class of somebody's own, and neither a layer nor a function."""
     if isinstance(value, (type, nn.Module, Tensor)) or not hasattr(value, "__dict__"):
         return False
-    return type(value).__module__.partition(".")[0] not in LIBRARIES
+    kind = type(value).__module__
+    return kind.startswith(STEPPING) or kind.partition(".")[0] not in LIBRARIES

@@ -203,6 +203,10 @@ def _tensors(data: Any, owner: str, name: str = "data") -> Any:
         return torch.from_numpy(np.column_stack([_column(data[c], owner, c) for c in columns]))
     if isinstance(data, np.ndarray):
         return _tensor(data, owner, name)
+    if hasattr(data, "toarray"):
+        raise ConfigError(
+            f"{owner}: {name} is sparse ({type(data).__name__}): give it dense, toarray(), as float32"
+        )
     raise ConfigError(
         f"{owner}: data must be tensors (x, y) with one row each, or arrays, DataFrames and Series, got "
         f"{type(data).__name__}; a dataset of examples needs __len__ and __getitem__"
