@@ -60,10 +60,12 @@ def make(name: str, problem: Any, mnist: Path) -> Any:
     match name:
         case "fedtorch" | "general" | "bf16" | "projected":
             from benchmarks.ours import Ours
+            from fedtorch import Local
 
             solver = "general" if name == "general" else "auto"
             dtype = "bf16" if name == "bf16" else "float32"
-            return Ours(problem, projected=name == "projected", solver=solver, dtype=dtype)
+            made = Local(solver=solver, dtype=dtype)
+            return Ours(problem, projected=name == "projected", engine=made)
         case "pfl":
             from benchmarks.peer_pfl import Pfl
 

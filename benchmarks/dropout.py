@@ -21,7 +21,7 @@ from benchmarks.bare import Bare
 from benchmarks.general import seconds
 from benchmarks.ours import Ours
 from benchmarks.workloads import MNIST, WORKLOADS, Problem, problem
-from fedtorch import seeds
+from fedtorch import Local, seeds
 
 KINDS = {"mlp": "w1", "cnn": "w2", "private": "w3", "private-cnn": "w2"}
 """Models, and the workloads they take the place of."""
@@ -67,9 +67,9 @@ def compare(kind: str, rounds: int, mnist: Path) -> str:
     with_, without = (Dropping(**same, kind=kind, rate=rate) for rate in (1.0, 0.0))
     all_ = [
         Bare(with_),
-        Ours(with_, solver="general"),
-        Ours(with_, solver="fast"),
-        Ours(without, solver="fast"),
+        Ours(with_, engine=Local(solver="general")),
+        Ours(with_, engine=Local(solver="fast")),
+        Ours(without, engine=Local(solver="fast")),
     ]
     for one in all_:
         one.round()

@@ -19,6 +19,7 @@ import torch
 from benchmarks.bare import Bare
 from benchmarks.ours import Ours
 from benchmarks.workloads import WORKLOADS, problem
+from fedtorch import Local
 
 
 def seconds(round: Callable[[], None]) -> float:
@@ -31,7 +32,7 @@ def seconds(round: Callable[[], None]) -> float:
 def compare(workload: str, rounds: int, mnist: Path) -> str:
     """A line of the table: medians, the median and quartiles of the ratios, and both at their fastest."""
     both = problem(replace(WORKLOADS[workload], rounds=rounds), mnist)
-    bare, general = Bare(both), Ours(both, solver="general")
+    bare, general = Bare(both), Ours(both, engine=Local(solver="general"))
     bare.round(), general.round()
     pairs = [(seconds(bare.round), seconds(general.round)) for _ in range(rounds)]
     theirs, ours = (sorted(column) for column in zip(*pairs, strict=True))

@@ -5,18 +5,20 @@ from dataclasses import replace
 from torch.utils.data import TensorDataset
 
 from benchmarks.workloads import Problem
-from fedtorch import Client, Local, Server, evaluate
+from fedtorch import Client, Server, evaluate
+from fedtorch.engines import Engine
 from fedtorch.privacy import ClientLevel, Privacy, SampleLevel
 from fedtorch.training.losses import accuracy, cross_entropy
 
 
 class Ours:
-    """A Server with the local engine; ``options`` are the engine's (solver, dtype, ...)."""
+    """A Server as it is, but for the workload and perhaps the engine."""
 
-    def __init__(self, problem: Problem, projected: bool = False, **options: str) -> None:
+    def __init__(
+        self, problem: Problem, projected: bool = False, engine: Engine | None = None
+    ) -> None:
         clients = [Client(str(k), shard) for k, shard in enumerate(problem.shards)]
         recipe = replace(problem.recipe(), privacy=plan(problem, projected))
-        engine = Local(**options)  # type: ignore[arg-type]
         self.server = Server(problem.model(), clients, recipe, engine=engine, seed=problem.seed)
         self.test = TensorDataset(*problem.test)
 

@@ -33,8 +33,12 @@ class Side:
 
     def ask(self, what: object) -> str:
         """Its answer to this."""
-        print(what, file=self.process.stdin, flush=True)
+        self.tell(what)
         return self.answer()
+
+    def tell(self, what: object) -> None:
+        """Ask, and hear the answer later."""
+        print(what, file=self.process.stdin, flush=True)
 
     def end(self) -> None:
         """Nothing is asked any more."""
