@@ -334,12 +334,16 @@ COPIED = """
     # a process with workers, which is killed
     reads, writes = os.pipe()
     if (parent := os.fork()) == 0:
-        session = Server(Own(), many(), engine=Processes(workers=2, chunk=1)).session
+        server = Server(Own(), many(), engine=Processes(workers=2, chunk=1))
+        server.round()  # what is handed over later has a socket of its own
+        session = server.session
         pids = [session.forks.pid, *(w.process.pid for w in session.workers)]
         os.write(writes, " ".join(map(str, pids)).encode())
         time.sleep(60)
     os.close(writes)
-    print(os.read(reads, 99).decode(), flush=True)
+    told = os.read(reads, 99).decode()
+    print(told, flush=True)
+    os.kill(int(told.split()[0]), signal.SIGTERM)  # as to all of a group: it waits for the others
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
     # another, and what its workers do
@@ -381,8 +385,10 @@ COPIED = """
 def test_workers_copied_from_a_process_give_the_same_hold_nothing_of_it_and_end_with_it(tmp_path):
     script = tmp_path / "copied.py"
     script.write_text(textwrap.dedent(COPIED))  # without a main guard: it is not run again
+    (temporary := tmp_path / "temporary").mkdir()
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "held")],
+        env=os.environ | {"TMPDIR": str(temporary)},
         capture_output=True,
         text=True,
         timeout=200,
@@ -395,6 +401,7 @@ def test_workers_copied_from_a_process_give_the_same_hold_nothing_of_it_and_end_
     while any(alive(p) for p in pids) and time.monotonic() < end:
         time.sleep(0.01)
     assert not any(alive(p) for p in pids)
+    assert [*temporary.iterdir()] == []
 
 
 OTHER = (

@@ -1,14 +1,16 @@
 """A Python whose server of forks is another one gets workers that are no copies, and is told so."""
 
 import multiprocessing.forkserver as server
+import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import make_clients, mlp
 from fedtorch import Recipe, Server
 from fedtorch.engines import Processes
-from fedtorch.engines.workers import forks
+from fedtorch.engines.workers import forks, worker
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only there a process is copied")
 
@@ -54,3 +56,21 @@ def test_a_session_with_workers_says_it(monkeypatch):
     CHANGES["attribute"](monkeypatch)
     server = Server(mlp(), make_clients([4, 4]), Recipe(), engine=Processes(workers=1, chunk=1))
     assert [n for n in server.notes if "an interpreter of its own" in n]
+
+
+def test_a_folder_of_sockets_is_taken_away_by_whoever_made_it(monkeypatch):
+    assert os.path.isdir(folder := forks.own_folder())
+    # a copy by os.fork knows the folder too
+    monkeypatch.setattr(os, "getpid", lambda pid=os.getpid(): pid + 1)
+    assert forks.own_folder() == "" != folder
+
+
+def test_a_worker_takes_away_what_its_killed_parent_left(monkeypatch, tmp_path):
+    (left := tmp_path / "left").mkdir()
+    reads, writes = os.pipe()
+    os.close(writes)
+    monkeypatch.setattr(worker, "parent_process", lambda: SimpleNamespace(sentinel=reads))
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    worker._end_with_parent(str(left))
+    os.close(reads)
+    assert not left.exists()

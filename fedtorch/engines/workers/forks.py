@@ -10,6 +10,7 @@ import gc
 import inspect
 import os
 import platform
+import shutil
 import signal
 import socket
 import sys
@@ -37,10 +38,14 @@ MAIN = ["listener_fd", "alive_r", "preload", "main_path", "sys_path"]
 OTHERS: list[tuple[Any, str]] = [
     (connection, "arbitrary_address"),
     (util, "is_abstract_socket_namespace"),
+    (util, "_finalizer_registry"),
     (resource_sharer._resource_sharer, "_thread"),  # type: ignore[attr-defined]
     (resource_sharer._resource_sharer, "_cache"),  # type: ignore[attr-defined]
 ]
 """What else of theirs has no public name."""
+
+SWEEPING_SECONDS = 5.0
+"""How long the last to end may wait for the process that it was a copy of."""
 
 ENDING_SECONDS = 0.2
 """How long a thread that was joined may still be seen by the system."""
@@ -110,7 +115,8 @@ class Forks:
 
     def __init__(self) -> None:
         """Begin a server of forks where that is safe; ``close`` ends it."""
-        self.pid, self.address, self.alive = _copied() if safe() else (0, "", -1)
+        self.folder = own_folder()
+        self.pid, self.address, self.alive = _copied(self.folder) if safe() else (0, "", -1)
         why = strange() if sys.platform == "linux" else None
         self.notes = (why,) if why else ()
 
@@ -152,7 +158,23 @@ class Forks:
             self.pid = 0
 
 
-def _copied() -> tuple[int, str, int]:
+def own_folder() -> str:
+    """Where this process's sockets are, which it takes away as it ends; empty where another would."""
+    if os.name != "posix":
+        return ""
+    folder = util.get_temp_dir()
+    known: Any = util._finalizer_registry  # type: ignore[attr-defined]
+    own = [f for f in known.values() if getattr(f, "_pid", None) == os.getpid()]
+    return folder if any(folder in getattr(f, "_args", ()) for f in own) else ""
+
+
+def sweep(folder: str) -> None:
+    """Take away what a process that was killed could not."""
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copied(folder: str) -> tuple[int, str, int]:
     """A copy of this process that does nothing but fork when asked: its number, address, and life line."""
     with socket.socket(socket.AF_UNIX) as listener:
         address = connection.arbitrary_address("AF_UNIX")  # type: ignore[attr-defined]
@@ -165,9 +187,9 @@ def _copied() -> tuple[int, str, int]:
             with suppress(Exception):
                 stream.flush()
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-            pid = os.fork()
+            first, pid = os.getpid(), os.fork()
         if pid == 0:
-            _serve(listener.fileno(), reads)
+            _serve(listener.fileno(), reads, first, folder)
         os.close(reads)
     if _others_at_most(0):
         return pid, address, writes
@@ -184,12 +206,16 @@ def _end(pid: int, alive: int) -> None:
         os.waitpid(pid, 0)
 
 
-def _serve(listener: int, reads: int) -> None:
-    """What the copy does, for ever: it holds no file of the process that it was, and collects nothing."""
+def _serve(listener: int, reads: int, first: int, folder: str) -> None:
+    """What the copy does until the first process ends: it holds no file of that, and collects nothing.
+
+    A signal to all of them ends it last, and it takes away what the first would have.
+    """
     code = 1
     try:
         gc.freeze()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.register_at_fork(after_in_child=_mortal)
         nothing = os.open(os.devnull, os.O_RDWR)
         for number in map(int, os.listdir("/proc/self/fd")):
             if number > 2 and number not in (listener, reads, nothing):
@@ -199,8 +225,17 @@ def _serve(listener: int, reads: int) -> None:
         forkserver.main(listener, reads, [])
     except SystemExit:
         code = 0
+        end = time.monotonic() + SWEEPING_SECONDS
+        while os.getppid() == first and time.monotonic() < end:
+            time.sleep(0.01)  # or a session was closed: then this process is about to be killed
+        if os.getppid() != first:
+            sweep(folder)
     finally:
         os._exit(code)
+
+
+def _mortal() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

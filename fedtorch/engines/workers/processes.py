@@ -223,9 +223,8 @@ class Worker:
         self.box = torch.empty(0, dtype=torch.uint8)
         self.inbox: Tensor | None = None
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=work, args=(theirs, body, block, device), daemon=True, name="fedtorch worker"
-        )
+        given = theirs, body, block, device, forks.folder
+        self.process = context.Process(target=work, args=given, daemon=True, name="fedtorch worker")
         with forks.serving():
             self.process.start()
         theirs.close()  # so that the pipe ends when the worker does

@@ -15,13 +15,14 @@ from torch import Tensor
 from fedtorch.engines import pages, wire
 from fedtorch.engines.messages import asked, outcome_message
 from fedtorch.engines.workers import kit
+from fedtorch.engines.workers.forks import sweep
 from fedtorch.types import ClientError
 
 
-def work(pipe: Connection, body: bytes, block: Tensor, device: str) -> None:
-    """Work until told to end, or until the parent is gone."""
+def work(pipe: Connection, body: bytes, block: Tensor, device: str, folder: str) -> None:
+    """Work until told to end, or until the parent is gone; ``folder``: what goes with that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     torch.set_num_threads(1)
     pages.keep()
     try:
@@ -68,11 +69,12 @@ def _work(
     return box
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: str) -> None:
     # a parent that was killed closes its end of this sentinel; without it workers would live on
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
+        sweep(folder)
         os._exit(1)
 
 
