@@ -121,6 +121,13 @@ def test_a_spent_budget_is_exit_3_and_says_how_to_go_on(serve, tmp_path, told):
     assert told == ["budget"]
 
 
+def test_a_cohort_in_which_no_round_could_count_is_refused(serve):
+    few = ["--participation", "uniform", "--participation.cohort-size", "1", "--privacy", "none"]
+    code, said = serve(*few, "--minimum", "2")
+    assert code == 2 and "participation asks 1 of the 2 sites at most, and 2 must report" in said
+    assert serve(*few)[0] == 1  # nobody came, which is another thing
+
+
 def test_a_model_that_never_moved_is_exit_1(serve, told):
     code, said = serve("--privacy", "none")
     assert code == 1 and "the model never moved" in said

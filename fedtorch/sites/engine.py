@@ -173,6 +173,10 @@ class SitesSession:
         """Bytes of the tensors of the largest message: a model of so many numbers, and groups of them."""
         return numbers * 8 * (groups + 1)
 
+    def least_of(self, asked: int) -> int:
+        """Sites that must report for a round to count that asks so many."""
+        return self.least
+
     # the server's thread
 
     def submit(self, ids: Sequence[str], task: Task) -> None:

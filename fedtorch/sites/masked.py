@@ -97,6 +97,10 @@ class MaskedSession(SitesSession):
         self.sums = Sums(self.reader, recipe.aggregator)
         self.needed = max(options.minimum, self.secure.needed(len(names)), LEAST)
 
+    def least_of(self, asked: int) -> int:
+        """Nothing is opened of fewer than the threshold."""
+        return max(self.least, self.secure.needed(asked), LEAST)
+
     # the server's thread
 
     def submit(self, ids: Sequence[str], task: Task) -> None:

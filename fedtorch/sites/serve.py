@@ -95,6 +95,7 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         session = server.session
         assert isinstance(session, SitesSession)
         session.ended, session.began = "error", False  # unless it turns out otherwise
+        check_cohort(config, session)
         kept = loop.open_folder(
             config,
             folder,
@@ -142,7 +143,9 @@ def run(config: ServeConfig, held: ExitStack) -> dict[str, Any]:
         number, rounds = server.round_number, config.rounds
         saved = here.chosen() or "; the model so far is saved"
         text = f"ended after {number} of {rounds} rounds: {why}{saved}"
-        text += f" (go on: fedtorch serve --run-dir {folder} --resume)"
+        spent = why.reason == "budget" and config.plan.target is not None
+        if number < rounds and not spent:  # else a run that goes on ends at once
+            text += f" (go on: fedtorch serve --run-dir {folder} --resume)"
         raise EndedEarly(why.code, text, why.reason)
     here.report.attempt("the report", conclude, here.report, folder, summary, server, here.why())
     return summary
@@ -170,6 +173,17 @@ class Traffic(Observer):
     def round(self, figures: Metrics) -> Metrics:
         """Those of the round that is over."""
         return self.server.mark(self.session.figures())
+
+
+def check_cohort(config: ServeConfig, session: SitesSession) -> None:
+    """Raises ConfigError where no round could ever count: it would cost budgets, and move nothing."""
+    most = config.participation.most(len(config.sites))
+    if (least := session.least_of(most)) > most:
+        raise ConfigError(
+            f"no round would count: participation asks {most} of the {len(config.sites)} sites at most, "
+            f"and {least} must report (--minimum, and three or the threshold in a secure sum): ask more, or "
+            "lower it"
+        )
 
 
 def public_key(config: ServeConfig) -> Path | None:
