@@ -181,8 +181,8 @@ def check_cohort(config: ServeConfig, session: SitesSession) -> None:
     if (least := session.least_of(most)) > most:
         raise ConfigError(
             f"no round would count: participation asks {most} of the {len(config.sites)} sites at most, "
-            f"and {least} must report (--minimum, and three or the threshold in a secure sum): ask more, or "
-            "lower it"
+            f"and {least} must report (--minimum, and three or the threshold in a secure sum): ask more, "
+            "or lower it"
         )
 
 
