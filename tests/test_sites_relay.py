@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedtorch.engines.wire import MessageError
-from fedtorch.sites.rpc import Refused, Unreachable
+from fedtorch.sites.rpc import Refused, TooLarge, Unreachable
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Flower imports warns of itself
@@ -185,6 +185,17 @@ def test_refusals_arrive_by_their_words_and_are_final(link, tmp_path, caplog):
         assert north.call("fetch", b"ab", 5) == b"ba"
         with pytest.raises(Refused, match="of 2,000 bytes"):
             north.call("join", b"x" * 2000, 5)
+
+
+def test_an_answer_beyond_the_sites_own_limit_says_so_once(link, tmp_path):
+    with (
+        listening(link, lambda method, site, data: bytes(20_000)),
+        line(tmp_path / "n", 1, "north", link) as north,
+        pytest.raises(
+            TooLarge, match=r"20,000 bytes, and this site takes 10,000 .*--max-megabytes"
+        ),
+    ):
+        north.call("join", b"a", 5)
 
 
 def test_what_a_server_missed_is_said_again_to_the_next(link, tmp_path):

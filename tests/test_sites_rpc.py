@@ -23,6 +23,7 @@ from fedtorch.sites.rpc import (
     Quiet,
     Refused,
     ServerLine,
+    TooLarge,
     Unreachable,
 )
 
@@ -89,6 +90,13 @@ def silent(line, many, halt, seconds=60.0):
 
     ask = line.channel.stream_unary("/fedtorch.Sites/join")
     return [ask.future(nothing(), timeout=seconds) for _ in range(many)]
+
+
+def test_an_answer_beyond_the_sites_own_limit_is_no_refusal_of_the_servers(folder, listener):
+    line = ServerLine(f"127.0.0.1:{listener.port}", folder / "north", "north", 1000)
+    with pytest.raises(TooLarge, match=r"1,506 bytes, and this site takes 1,000 .*--max-megabytes"):
+        line.call("join", bytes(1500), 10)
+    line.close()
 
 
 def test_a_stranger_is_turned_away_before_anything_of_its_call_is_read(listener, line):

@@ -23,7 +23,7 @@ from typing import Any
 from fedtorch import disk
 from fedtorch.engines import wire
 from fedtorch.engines.wire import Message, MessageError
-from fedtorch.sites.rpc import OPEN_CALLS, Handler, Quiet, Refused, Unreachable, log
+from fedtorch.sites.rpc import OPEN_CALLS, Handler, Quiet, Refused, TooLarge, Unreachable, log
 from fedtorch.sites.superlink import Behind, Door, Grid, Parcel
 
 HOLD = 20.0
@@ -137,8 +137,14 @@ class NodeLine:
 
     def _hear(self, parcel: Parcel) -> None:
         told = parcel.header
-        if parcel.error or len(parcel.body) > self.limit:
-            log.warning("a message that cannot be used: %s", parcel.error or "it is too large")
+        if parcel.error:
+            log.warning("a message that cannot be used: %s", parcel.error)
+            return
+        if len(parcel.body) > self.limit:  # it would come again and again
+            whose = [n for n, (method, _) in self.due.items() if method != "report"]
+            self.answers |= dict.fromkeys(whose, TooLarge(len(parcel.body), self.limit))
+            self.due = {n: c for n, c in self.due.items() if n not in whose}
+            self.change.notify_all()
             return
         if told.get("session") != self.session or told.get("again"):
             self.session, self.sent = str(told.get("session")), 0

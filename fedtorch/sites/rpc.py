@@ -5,6 +5,7 @@ of ``fedtorch.engines.wire``: gRPC's own way of packing objects is not used. The
 """
 
 import logging
+import re
 import threading
 import time
 from collections import Counter
@@ -44,6 +45,9 @@ FINAL = {
 }
 """Answers that trying again will not change; a server that is stopping says other things."""
 
+TOO_LARGE = re.compile(r"CLIENT: Received message larger than max \((\d+) vs")
+"""What gRPC says of a message that this side will not take; the server has not refused anything."""
+
 log = logging.getLogger("fedtorch.sites")
 
 
@@ -57,6 +61,17 @@ class NeverOpens(Unreachable):
 
 class Refused(Exception):
     """The other side said no, and why."""
+
+
+class TooLarge(Refused):
+    """What the other side has to say is more than this side takes."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        """Bytes that it has, and that are taken."""
+        super().__init__(
+            f"its message has {size:,} bytes, and this site takes {limit:,} at most: raise --max-megabytes, "
+            "or take no part"
+        )
 
 
 class Listener:
@@ -129,7 +144,7 @@ class ServerLine:
             ("grpc.max_reconnect_backoff_ms", 5_000),
         ]
         self.metadata = [(SITE_HEADER, site)]
-        self.address, self.keys = address, keys
+        self.address, self.keys, self.limit = address, keys, limit
         self.answered = False
         """Whether the other side has ever said anything."""
         if keys is None:
@@ -146,6 +161,8 @@ class ServerLine:
             answer = bytes(ask(data, timeout=seconds, metadata=self.metadata))
         except grpc.RpcError as e:
             said = wire.printable(f"{e.code().name}: {e.details()}")
+            if found := TOO_LARGE.search(str(e.details())):
+                raise TooLarge(int(found[1]), self.limit) from e
             if e.code() in FINAL:
                 raise Refused(said.partition(": ")[2] or said) from e
             why = why_closed(self.address, self.keys, str(e.details()))

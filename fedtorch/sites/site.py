@@ -32,7 +32,7 @@ from fedtorch.sites.limits import accept
 from fedtorch.sites.masks import HARMLESS, Party
 from fedtorch.sites.options import SiteConfig
 from fedtorch.sites.parties import Parties
-from fedtorch.sites.rpc import NeverOpens, Refused, ServerLine, Unreachable
+from fedtorch.sites.rpc import NeverOpens, Refused, ServerLine, TooLarge, Unreachable
 from fedtorch.sites.sealed import Sealing
 from fedtorch.sites.state import Answered, Base, VisitMemory
 from fedtorch.sites.statistics import Told, portion, told, words
@@ -160,6 +160,8 @@ class Site:
             except MessageError as e:
                 log.error("what the server sent is not to be trusted: %s", e)
                 return 1
+            except TooLarge as e:
+                raise ConfigError(f"the server cannot be heard: {e}") from e
             except Refused as e:
                 log.error("the server refused: %s", e)
                 return 1
