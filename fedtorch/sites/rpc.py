@@ -69,8 +69,8 @@ class TooLarge(Refused):
     def __init__(self, size: int, limit: int) -> None:
         """Bytes that it has, and that are taken."""
         super().__init__(
-            f"its message has {size:,} bytes, and this site takes {limit:,} at most: raise --max-megabytes, "
-            "or take no part"
+            f"its message has {size:,} bytes, and this site takes {limit:,} at most: raise "
+            "--max-megabytes, or take no part"
         )
 
 
