@@ -18,8 +18,10 @@ from fedtorch.client import Client
 from fedtorch.engines import messages, wire
 from fedtorch.engines.wire import Message, MessageError
 from fedtorch.recipe import Recipe
+from fedtorch.run.versions import installed
 from fedtorch.secure.aggregator import Secure
 from fedtorch.secure.he import HE
+from fedtorch.sites import alike
 from fedtorch.sites import offer as plans
 from fedtorch.sites.callers import Callers
 from fedtorch.sites.flower import Flower
@@ -130,6 +132,8 @@ class SitesSession:
         self.digest, self.parts = messages.digest(self.rest), messages.short_digests(self.rest)
         self.options, self.names = options, names
         self.recipe = recipe
+        self.shown = alike.shown(model, options.plan.shape)
+        """What a site's model is compared with, as it joins."""
         self.reader = Reader.of(recipe, model, options.most_examples)
         # whether a round counts must not depend on one client where that is what is hidden
         self.least = 0 if recipe.privacy.central else options.minimum
@@ -303,7 +307,8 @@ class SitesSession:
             self.seen[site] = time.monotonic()
             self.change.notify_all()
         if method == "join":
-            told = {"plan": plans.describe(self.options.plan), "base": self.digest}
+            told: dict[str, Any] = {"plan": plans.describe(self.options.plan), "base": self.digest}
+            told |= {"model": self.shown, "version": installed("fedtorch")}
             return wire.encode(Message("plan", told))
         if message.facts.get("run") != self.options.plan.run:
             return wire.encode(Message("rejoin"))

@@ -112,6 +112,12 @@ class Plan(TrainingOptions):
         else:
             self.build()
 
+    @property
+    def shape(self) -> list[int] | None:
+        """Of one example of numbers; None where it is of tokens, or not said."""
+        shape = None if self.place else self.facts.get("input_shape")
+        return None if shape is None else list(shape)
+
     def _model(self) -> nn.Module:
         if not self.place:
             return zoo.build(self.model, self.facts, self.model_args)

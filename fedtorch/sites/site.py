@@ -20,7 +20,7 @@ from fedtorch.engines.wire import Message, MessageError
 from fedtorch.privacy.run import BEFORE
 from fedtorch.run import huggingface
 from fedtorch.secure.refused import Refused as NotSecure
-from fedtorch.sites import letters, visits
+from fedtorch.sites import alike, letters, visits
 from fedtorch.sites import offer as plans
 from fedtorch.sites.callers import new_process
 from fedtorch.sites.curves import Curves
@@ -178,9 +178,16 @@ class Site:
         if answer.kind != "plan" or not isinstance(table, dict):
             raise ConfigError("the server's answer is no plan")
         # what it is, and whether this site takes part in such a run
-        plan = accept(table, self.config)
+        other = visits.other_version(answer.facts.get("version"))
+        try:
+            plan = accept(table, self.config)
+        except ConfigError as e:
+            raise ConfigError(f"{e}{other and f' ({other})'}") from e
+        if other:
+            log.warning("%s: the same version everywhere is what is tested", other)
         self._fit(plan)
         model, recipe = plan.build()
+        alike.check(model, plan.model, plan.shape, answer.facts.get("model"))
         huggingface.same_weights(model, plan.weights, plan.place)
         recipe = replace(recipe, strategy=recipe.strategy.prepare(model))
         if plan.kind == "classification" and self.data.outputs > 1 and not plan.step:

@@ -4,7 +4,8 @@ import re
 from typing import NamedTuple
 
 from fedtorch.engines.messages import Outcome
-from fedtorch.engines.wire import Message, MessageError
+from fedtorch.engines.wire import Message, MessageError, short
+from fedtorch.run.versions import installed
 from fedtorch.sites.joined import NOBODY
 from fedtorch.sites.offer import Plan
 from fedtorch.types import Failure
@@ -57,6 +58,14 @@ def kept_as(plan: Plan, visit: str) -> str:
 def not_done(site: str, kind: str = "budget", why: str = "its privacy budget is spent") -> Outcome:
     """What a site sends in place of a visit."""
     return Outcome(NOBODY, [Failure(site, kind, why)], {})
+
+
+def other_version(theirs: object) -> str:
+    """That the server runs another version of fedtorch, in words; nothing where it does not say so."""
+    ours = installed("fedtorch")
+    if not isinstance(theirs, str) or theirs == ours:
+        return ""
+    return f"the server runs fedtorch {short(theirs)}, and this site {ours}"
 
 
 def promise(plan: Plan) -> str:
