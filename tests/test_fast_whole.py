@@ -70,6 +70,50 @@ def test_each_step_is_one_of_autograd(B, biased, keep):
             assert float(squares[c]) == pytest.approx(float(values[c].double().square().sum()))
 
 
+@needs_loops
+@pytest.mark.parametrize("B", [1, 2, 5, 7])
+def test_each_step_behind_a_first_layer_is_one_of_autograd(B):
+    for widths in ([17, 5, 3], [64, 10, 33, 4], [5, 1, 2], [20, 81, 64, 7]):
+        start, table = own(widths, True)
+        n, m = widths[:2]
+        w, b, ahead = start[: m * n].view(m, n), start[m * n : m * (n + 1)], m * (n + 1)
+        each, T, steps = 9, 3 * B, torch.tensor([3, 1, 0])
+        x, draw = drawn(3, each, n) / 2, torch.Generator().manual_seed(B)
+        local = torch.randint(each, (3, T), generator=draw)
+        index, flat = local + each * torch.arange(3)[:, None], x.flatten(0, 1)
+        y = torch.randint(widths[-1], (3 * each,), generator=draw)
+        scale = torch.full((3, T, 1), 1 / B)
+        scale[0, B - 1] = 0  # there is no example
+        factor, values = scale * 0.3, torch.empty(3, len(start) - ahead + 5)
+        rest = [
+            (size, into, v - ahead, u - ahead)
+            for size, into, v, u in torch.tensor(table[1:]).tolist()
+        ]
+        places = torch.tensor(rest).numpy(), sum(widths[1:-1]), max(widths[1:])
+        ops = loops("fedtorch.kernels.loops").Loops()
+        first = ops.coefficients(linear(flat, w, b), x @ x.mT + 1, (index, local))
+        of = values, start[ahead:].clone()
+        squares, losses = ops.behind(of, places, first, (y, scale, factor), (steps, B))
+        values = values[:, : len(start) - ahead]
+        for c, many in enumerate(steps.tolist()):
+            row, total = start, 0.0
+            for t in range(many):
+                at = slice(t * B, (t + 1) * B)
+                given = flat[index[c, at]], y[index[c, at]], factor[c, at, 0]
+                row, each_loss = by_autograd(row, table, *given, 1.0)
+                total += float((each_loss * scale[c, at, 0]).sum())
+            moved = first.rows[c].T @ x[c], first.rows[c].sum(0)
+            close(torch.cat([w - moved[0], (b - moved[1])[:, None]], 1), whole_row(row, m, n))
+            close(values[c] + start[ahead:], row[ahead:])
+            assert not many or float(losses[c]) == pytest.approx(total / many, rel=1e-5)
+            assert float(squares[c]) == pytest.approx(float(values[c].double().square().sum()))
+
+
+def whole_row(row: Tensor, m: int, n: int) -> Tensor:
+    """A first layer's weights and biases, [m, n + 1]."""
+    return torch.cat([row[: m * n].view(m, n), row[m * n : m * (n + 1)][:, None]], 1)
+
+
 def clients(inputs: int = 20, classes: int = 3) -> list[Client]:
     g = torch.Generator().manual_seed(0)
     tables = [
@@ -92,18 +136,26 @@ def ends(recipe: Recipe, solver: str, who: list[Client] | None = None) -> dict[s
     return model.state_dict()
 
 
+@pytest.fixture(params=["visit", "visit_behind"])
+def way(request) -> str:
+    return request.param
+
+
 @pytest.fixture
-def taken(monkeypatch) -> list[int]:
+def taken(monkeypatch, way) -> list[int]:
     """The clients of each chunk that is visited so; the rule always says that it pays."""
     found: list[int] = []
-    before = whole.Whole.visit
+    before = getattr(whole.Whole, way)
 
     def visit(self, *given) -> None:
         found.append(len(self.change))
         before(self, *given)
 
-    monkeypatch.setattr(whole.Whole, "visit", visit)
+    monkeypatch.setattr(whole.Whole, way, visit)
     monkeypatch.setattr(whole, "CALLS", 1e9)
+    if way == "visit_behind":
+        monkeypatch.setattr(whole, "pays", lambda *given: False)
+        monkeypatch.setattr(whole.dual, "pays", lambda *given: True)
     return found
 
 
@@ -117,10 +169,12 @@ DECAY = ClientOptimizer("SGD", {"weight_decay": 0.1})
     [{}, {"optimizer": DECAY}, {"epochs": 2, "drop_last": True}, {"privacy": PLAN}],
     ids=["plain", "decay", "epochs", "client-level"],
 )
-def test_the_same_weights_as_the_general_path(taken, options):
+def test_the_same_weights_as_the_general_path(taken, way, options):
     recipe = Recipe(**{"lr": 0.1, "epochs": 3, "batch_size": 8} | options)
     found, wanted = (ends(recipe, solver) for solver in ("fast", "general"))
-    assert taken and all(torch.allclose(found[k], wanted[k], atol=2e-6) for k in wanted)
+    # weight decay takes from a first layer's shared weights too: that goes side by side
+    assert bool(taken) == (way == "visit" or "optimizer" not in options)
+    assert all(torch.allclose(found[k], wanted[k], atol=2e-6) for k in wanted)
 
 
 @needs_loops
@@ -175,6 +229,7 @@ def test_what_it_does_not_know_goes_side_by_side(taken, options, model):
 
 
 @needs_loops
+@pytest.mark.parametrize("way", ["visit"], indirect=True)
 def test_what_a_client_learns_hangs_on_nobody_beside_it(taken):
     found, sizes = [], []
     for chunk in (1, 6):

@@ -83,6 +83,23 @@ class Visits(Protocol):
         """
 
 
+class Behind(Protocol):
+    """The same behind a first layer of which nobody has a copy, with a ReLU after it."""
+
+    def __call__(
+        self,
+        own: tuple[Tensor, Tensor],
+        places: tuple[np.ndarray, int, int],
+        first: Any,
+        given: tuple[Tensor, Tensor, Tensor],
+        steps: tuple[Tensor, int],
+    ) -> tuple[Tensor, Tensor]:
+        """As above, of the layers behind; steps keep all of the weights.
+
+        ``first``: ``Coefficients`` of the same maker, to whose rows gradients are added.
+        """
+
+
 class Clips(Protocol):
     """Steps of DP-SGD of one client after another but for the noise: linear layers, ReLU between them."""
 
@@ -202,6 +219,9 @@ class Ops:
 
     visits: ClassVar[Visits | None] = None
     """Whole visits in one call; none: by torch that would be what the layers do, step by step."""
+
+    behind: ClassVar[Behind | None] = None
+    """Likewise."""
 
     clips: ClassVar[MakesClips | None] = None
     """Steps of one client after another; none: by torch a client's few rows are too many calls."""

@@ -28,6 +28,7 @@ from fedtorch.fast.projected import Known, Projected
 from fedtorch.fast.reader import Chain, Linear
 from fedtorch.fast.schedule import LockstepOrder, schedule
 from fedtorch.fast.several import Models
+from fedtorch.fast.several import Weights as Several
 from fedtorch.fast.tuning import CHUNK_BYTES, MOST_CLIENTS, OWN_PRODUCTS
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.recipe import Recipe
@@ -82,6 +83,11 @@ class Fast:
                 own = whole.Whole(form, task.state, steps.rule, self.memory, len(datasets))
                 own.visit(rows, order, factor, ctx.steps)
                 held, loss = [own], own.loss
+            elif private is None and (form := self._behind(task.state, recipe, steps, rows, order)):
+                layer = self._first(datasets, rows, order, task.state, steps)
+                own = whole.Whole(form, task.state, steps.rule, self.memory, len(datasets))
+                own.visit_behind(layer, rows, order, factor, ctx.steps)
+                held, loss = [layer, own], own.loss
             elif private is not None:
                 head = self._head(rows, order, factor, recipe)
                 held = self._private(model, chunk, task, recipe, rows, order, steps, head)
@@ -151,6 +157,32 @@ class Fast:
         if form is None or self.half or recipe.loss is not cross_entropy:
             return None
         return form if whole.pays(form, steps, rows, order) else None
+
+    def _behind(
+        self, state: Params, recipe: Recipe, steps: Steps, rows: Rows, order: LockstepOrder
+    ) -> whole.Form | None:
+        """The same of what comes behind a first layer of which nobody has a copy."""
+        form = self.form(state)
+        if form is None or self.half or recipe.loss is not cross_entropy:
+            return None
+        return whole.pays_behind(form, steps, rows, order)
+
+    def _first(
+        self,
+        datasets: Sequence[Dataset],
+        rows: Rows,
+        order: LockstepOrder,
+        state: Params,
+        steps: Steps,
+        each: Apart | Several | None = None,
+    ) -> First:
+        """The first layer, without copies."""
+        spec = cast(Linear, self.chain.layers[0])
+        w, b = state[spec.weight], None if spec.bias is None else state[spec.bias]
+        asked = b is not None, rows.y.device
+        grams = self.kept.stacked([self.kept.gram(d, *asked) for d in datasets], rows)
+        met = grams, (order.index, order.local)
+        return First(spec, w, b, steps.rule, rows, met, self.half, each)
 
     def _head(
         self, rows: Rows, order: LockstepOrder, factor: Tensor, recipe: Recipe
@@ -322,10 +354,7 @@ class Fast:
                 weight = steps.leaf(spec.weight, w, K, each)
                 layers.append(Own(spec, weight, own_bias, order, rows if first else None))
             elif first:
-                asked = b is not None, rows.y.device
-                grams = self.kept.stacked([self.kept.gram(d, *asked) for d in datasets], rows)
-                met = grams, (order.index, order.local)
-                layers.append(First(spec, w, b, steps.rule, rows, met, self.half, apart or several))
+                layers.append(self._first(datasets, rows, order, state, steps, apart or several))
             else:
                 size, by = (K, T), (self.half, rows.ops, apart or several)
                 layers.append(Hidden(spec, w, b, steps.rule, size, *by))

@@ -6,6 +6,7 @@ for so few numbers that a round waits for the calls.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import cast
 
@@ -13,18 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtorch.fast import dual
 from fedtorch.fast.chunk_data import Rows
-from fedtorch.fast.dual import costs
+from fedtorch.fast.dual import First, costs
 from fedtorch.fast.layer_table import Activation
 from fedtorch.fast.layers import Rule
 from fedtorch.fast.linear import Steps
 from fedtorch.fast.loss import CrossEntropy
 from fedtorch.fast.memory import Memory
-from fedtorch.fast.ops import MakesClips, Visits
+from fedtorch.fast.ops import Behind, MakesClips, Visits
 from fedtorch.fast.reader import Chain, Linear
 from fedtorch.fast.schedule import LockstepOrder
 from fedtorch.fast.several import Models
-from fedtorch.fast.tuning import CALLS, RATE_WHOLE, SPARSE_RATE, STACKED_BYTES
+from fedtorch.fast.tuning import CALLS, CLOSING, RATE_WHOLE, SPARSE_RATE, STACKED_BYTES
 from fedtorch.privacy.gradients import PrivateSteps
 from fedtorch.tree import split
 from fedtorch.types import Params, Stack
@@ -51,6 +53,11 @@ class Form:
         known = known and len(inner) == len(specs) - 1 == len(chain.layers) // 2
         if not known or not set(inner) <= {"ReLU"} or chain.squeezed:
             return None
+        return cls.laid(specs, names)
+
+    @classmethod
+    def laid(cls, specs: tuple[Linear, ...], names: Iterable[str]) -> "Form":
+        """Of these layers, whose parameters stand in the order of ``names``."""
         own = {n: s.shape[:d] for s in specs for n, d in ((s.weight, 2), (s.bias, 1)) if n}
         shapes = {n: torch.Size(own[n]) for n in names if n in own}
         ends = accumulate((s.numel() for s in shapes.values()), initial=0)
@@ -59,6 +66,12 @@ class Form:
         taken, widest = sum(s.shape[1] for s in specs), max(max(s.shape) for s in specs)
         weights = sum(out * into for out, into in (s.shape for s in specs))
         return cls(specs, shapes, (np.array(layers, np.int64), taken, widest), weights)
+
+    @cached_property
+    def behind(self) -> "Form | None":
+        """The same without the first layer; none: there is no other."""
+        specs = self.specs[1:]
+        return Form.laid(specs, self.shapes) if specs else None
 
 
 class Whole:
@@ -76,6 +89,15 @@ class Whole:
         own, inputs = (self.room, self.start, self.keep), (rows.flat, order.index)
         given, visits = (rows.y, order.scale, factor), cast(Visits, rows.ops.visits)
         told = visits(own, self.form.places, inputs, given, (steps, order.batch))
+        self.squares, self.loss = told
+
+    def visit_behind(
+        self, first: First, rows: Rows, order: LockstepOrder, factor: Tensor, steps: Tensor
+    ) -> None:
+        """The same behind a ``first`` layer, which takes its steps meanwhile."""
+        given, behind = (rows.y, order.scale, factor), cast(Behind, rows.ops.behind)
+        own = self.room, self.start
+        told = behind(own, self.form.places, first.seen, given, (steps, order.batch))
         self.squares, self.loss = told
 
     def visit_privately(
@@ -181,6 +203,25 @@ def pays(form: Form, steps: Steps, rows: Rows, order: LockstepOrder) -> bool:
     seen = min(costs(taken, first.shape, rows.most))
     # zeros are looked for where it matters alone
     return cost < others + seen / SPARSE_RATE or (cost < others + seen and rows.sparse is None)
+
+
+def pays_behind(form: Form, steps: Steps, rows: Rows, order: LockstepOrder) -> Form | None:
+    """What of it pays behind a first layer without copies, whose examples are known before; None: nothing.
+
+    As above, of steps that keep all of the weights.
+    """
+    (first, *behind), rest, taken = form.specs, form.behind, order.index.shape[1]
+    if not (rest and rows.ops.behind and known(steps, rows) and steps.rule.keep == 1.0):
+        return None
+    if not 0 < rows.classes <= behind[-1].shape[0] or not dual.pays(taken, first.shape, rows.most):
+        return None
+    if rest.weights * rows.tables[0].element_size() > STACKED_BYTES:
+        return None
+    if len(behind) == 1 and rest.weights <= CLOSING:  # whose steps one call takes side by side
+        return None
+    others = taken * sum(min(costs(taken, s.shape)) for s in behind)
+    others += CALLS * len(behind) * len(order.live)
+    return rest if 6 * rest.weights * taken / RATE_WHOLE < others else None
 
 
 def pays_privately(form: Form, steps: Steps, rows: Rows) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from fedtorch.kernels import clips, copies
 from fedtorch.kernels.closing import step
 from fedtorch.kernels.products import ENDS, add_rows, corrected, less
 from fedtorch.kernels.sparse import compress, sparse_product
-from fedtorch.kernels.visits import moved, visits
+from fedtorch.kernels.visits import behind, moved, visits
 
 LINE = 16
 """Numbers of float32 on a cache line."""
@@ -158,12 +159,25 @@ class Loops:
         steps: tuple[Tensor, int],
     ) -> tuple[Tensor, Tensor]:
         """As in ``ops``."""
-        (values, first, keep), (x, index), (y, scale, factor), (many, B) = own, inputs, given, steps
-        (layers, taken, widest), start = places, first.numpy()
-        room = parts(first, [len(start), B * taken, B * widest, B * widest])
-        losing, by = (y.numpy(), scale.numpy(), factor.numpy()), (B, keep, start)
-        rows, sums = (x.numpy(), index.numpy()), (np.empty(len(values)), np.empty(len(values)))
-        visits(values.numpy(), layers, rows, losing, many.numpy(), by, room, sums)
+        (values, start, keep), (x, index), (layers, _, _) = own, inputs, places
+        room, losing, (many, B), sums = prepared(values, start, places, given, steps)
+        rows, by = (x.numpy(), index.numpy()), (B, keep, start.numpy())
+        visits(values.numpy(), layers, rows, losing, many, by, room, sums)
+        return torch.from_numpy(sums[0]), torch.from_numpy(sums[1])
+
+    def behind(
+        self,
+        own: tuple[Tensor, Tensor],
+        places: tuple[np.ndarray, int, int],
+        first: Coefficients,
+        given: tuple[Tensor, Tensor, Tensor],
+        steps: tuple[Tensor, int],
+    ) -> tuple[Tensor, Tensor]:
+        """As in ``ops``."""
+        (values, start), (layers, _, _) = own, places
+        room, losing, (many, B), sums = prepared(values, start, places, given, steps)
+        known, by = (*first.given, first.seen, first.many, first.marks), (B, start.numpy())
+        behind(values.numpy(), layers, known, losing, many, by, room, sums)
         return torch.from_numpy(sums[0]), torch.from_numpy(sums[1])
 
     clips = Clips
@@ -214,6 +228,19 @@ def compressed(x: Tensor) -> Sparse:
     values = x.new_empty(numbers + 1).numpy()
     runs = compress(x.contiguous().numpy(), BLOCK, begin, rows, starts, columns, values)
     return Sparse(N, begin, rows[:runs], starts[: runs + 1], columns[:numbers], values[:numbers])
+
+
+def prepared(
+    values: Tensor,
+    start: Tensor,
+    places: tuple[np.ndarray, int, int],
+    given: tuple[Tensor, Tensor, Tensor],
+    steps: tuple[Tensor, int],
+) -> tuple[Any, Any, tuple[np.ndarray, int], tuple[np.ndarray, np.ndarray]]:
+    """Room for a client's visit, arrays of ``given`` and ``steps``, and where sums are written."""
+    (_, taken, widest), (many, B), K = places, steps, len(values)
+    room = parts(start, [len(start), B * taken, B * widest, B * widest])
+    return room, tuple(t.numpy() for t in given), (many.numpy(), B), (np.empty(K), np.empty(K))
 
 
 def parts(like: Tensor, sizes: list[int]) -> tuple[np.ndarray, ...]:

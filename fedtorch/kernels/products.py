@@ -37,24 +37,36 @@ def less(
 ) -> None:
     """Write keep z - rate G Y to out, as ``ops.Coefficients`` has it; ``by``: keep, rate, relu."""
     K, B, width = out.shape
-    q, zf, factors = np.uint64(width), z.reshape(-1), (z.dtype.type(by[0]), z.dtype.type(-by[1]))
+    factors = z.dtype.type(by[0]), z.dtype.type(-by[1])
     for c in range(K):
-        gc, yc, oc = G[c], Y[c].reshape(-1), out[c].reshape(-1)
-        some = seen[c, : many[c]]
-        t = np.uint64(0)
-        while t < q:  # a few columns of Y for all rows: they stay in the first cache
-            for i in range(0, B, 2):
-                k, m = s + i, s + min(i + 1, B - 1)
-                given = np.uint64(index[c, k]) * q + t, np.uint64(index[c, m]) * q + t
-                to = np.uint64(k - s) * q + t, np.uint64(m - s) * q + t
-                g, h = gc[local[c, k]], gc[local[c, m]]
-                if t + W4 <= q:
-                    less_four(zf, given, oc, to, g, h, yc, t, q, some, factors)
-                else:
-                    less_one(zf, given, oc, to, g, h, yc, t, q, some, factors, min(q - t, W))
-            t += W4 if t + W4 <= q else W
+        places, oc = (index[c, s : s + B], local[c, s : s + B]), out[c].reshape(-1)
+        some, q = seen[c, : many[c]], np.uint64(width)
+        less_rows(z.reshape(-1), G[c], Y[c].reshape(-1), places, some, factors, q, oc)
         if by[2] == RELU:
             relu(oc)
+
+
+@machine_code
+def less_rows(
+    z: Any, G: Any, Y: Any, places: Any, some: Any, factors: Any, q: Place, out: Any
+) -> None:
+    """The same of one client's rows of q numbers, z, Y and ``out`` being flat; ``factors``: keep, -rate.
+
+    ``places``: the examples as rows of z and of G; ``some``: the rows of Y that are not all 0.
+    """
+    index, local = places
+    B, t = len(index), np.uint64(0)
+    while t < q:  # a few columns of Y for all rows: they stay in the first cache
+        for i in range(0, B, 2):
+            k = min(i + 1, B - 1)
+            given = np.uint64(index[i]) * q + t, np.uint64(index[k]) * q + t
+            to = np.uint64(i) * q + t, np.uint64(k) * q + t
+            g, h = G[local[i]], G[local[k]]
+            if t + W4 <= q:
+                less_four(z, given, out, to, g, h, Y, t, q, some, factors)
+            else:
+                less_one(z, given, out, to, g, h, Y, t, q, some, factors, min(q - t, W))
+        t += W4 if t + W4 <= q else W
 
 
 @machine_code
@@ -242,12 +254,22 @@ def row_products(x: Any, X: Any, q: Place, size: Any, out: Any, at: Any, extra: 
 @machine_code
 def add_rows(Y: Any, local: Any, s: int, d: Any, seen: Any, many: Any, marks: Any) -> None:
     """Add d[c, i] to Y[c, local[c, s + i]], and write down which rows are not all 0 any more."""
+    B = d.shape[1]
     for c in range(len(d)):
-        for i in range(d.shape[1]):
-            j = local[c, s + i]
-            to, row = Y[c, j], d[c, i]
-            for k in range(len(row)):
-                to[k] += row[k]
-            if not marks[c, j]:
-                marks[c, j], seen[c, many[c]] = True, j
-                many[c] += 1
+        at = local[c, s : s + B]
+        many[c] = add_to(Y[c], at, d[c].reshape(-1), seen[c], many[c], marks[c])
+
+
+@machine_code
+def add_to(Y: Any, local: Any, d: Any, seen: Any, many: int, marks: Any) -> int:
+    """The same of one client's rows, d being flat; returns how many are not all 0 any more."""
+    q = Y.shape[1]
+    for i in range(len(local)):
+        j = local[i]
+        to, row = Y[j], d[i * q : (i + 1) * q]
+        for k in range(q):
+            to[k] += row[k]
+        if not marks[j]:
+            marks[j], seen[many] = True, j
+            many += 1
+    return many

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedtorch.kernels.closing import gradient
 from fedtorch.kernels.compile import machine_code
-from fedtorch.kernels.products import masked, relu, row_products
+from fedtorch.kernels.products import add_to, less_rows, masked, relu, row_products
 from fedtorch.kernels.tiles import ACROSS, ROWS, backward
 from fedtorch.kernels.vector import WIDTH
 
@@ -27,34 +27,74 @@ def visits(
     ``room``: for a client's parameters, for what all layers take, for the gradient of what one puts out,
     and for the next one's. The changes' squared norms and the mean losses are written to ``sums``.
     """
-    (x, index), (y, scale, factor), (B, keep, start), (w, a, d, down) = inputs, given, by, room
-    C = layers[len(layers) - 1, 0]
+    (x, index), (B, keep, start), (w, a, d, down) = inputs, by, room
     for c in range(len(own)):
         total, before = 0.0, start
         for t in range(steps[c]):
-            s = t * B
-            forward(before, layers, x, index[c, s : s + B], a, d)
-            for i in range(B):
-                z, share = d[i * C : (i + 1) * C], scale[c, s + i, 0]
-                if share > 0:
-                    loss = gradient(z, y[index[c, s + i]], factor[c, s + i, 0])
-                    total -= float(loss) * float(share)
-                else:  # whatever is there
-                    z[:] = 0
-            back(w, before, layers, a, d, down, B, x.dtype.type(keep))
+            forward(before, layers, x, index[c, t * B : (t + 1) * B], a, d)
+            total = lost(total, layers[len(layers) - 1, 0], given, index[c], (c, t * B, B), d)
+            back(w, before, layers, a, d, down, B, x.dtype.type(keep), False)
             before = w
         sums[0][c], sums[1][c] = moved(before, start, own[c]), total / steps[c]
 
 
 @machine_code
+def behind(
+    own: Any, layers: Any, first: Any, given: Any, steps: Any, by: Any, room: Any, sums: Any
+) -> None:
+    """What ``ops.behind`` does; ``first``: what ``loops.Coefficients`` knows, in this order."""
+    (z, index, G, local, rows, seen, many, marks), (B, start), (w, a, d, down) = first, by, room
+    into, one = layers[0, 1], z.dtype.type(1)
+    for c in range(len(own)):
+        total, before, met, D, n = 0.0, start, a[: B * into], rows[c].reshape(-1), many[c]
+        for t in range(steps[c]):
+            s = t * B
+            places = index[c, s : s + B], local[c, s : s + B]
+            less_rows(
+                z.reshape(-1), G[c], D, places, seen[c, :n], (one, -one), np.uint64(into), met
+            )
+            relu(met)
+            through(before, layers, a, B, d)
+            total = lost(total, layers[len(layers) - 1, 0], given, index[c], (c, s, B), d)
+            g = back(w, before, layers, a, d, down, B, one, True)
+            n = add_to(rows[c], places[1], g, seen[c], n, marks[c])
+            before = w
+        many[c] = n
+        sums[0][c], sums[1][c] = moved(before, start, own[c]), total / steps[c]
+
+
+@machine_code
+def lost(total: float, C: int, given: Any, index: Any, at: Any, d: Any) -> float:
+    """Put the gradient in the place of logits d [B, C], and take the losses' shares from ``total``.
+
+    ``given``: as ``ops.visits`` has it; ``index``: the client's examples; ``at``: client, row and rows.
+    """
+    (y, scale, factor), (c, s, B) = given, at
+    for i in range(B):
+        z, share = d[i * C : (i + 1) * C], scale[c, s + i, 0]
+        if share > 0:
+            loss = gradient(z, y[index[s + i]], factor[c, s + i, 0])
+            total -= float(loss) * float(share)
+        else:  # whatever is there
+            z[:] = 0
+    return total
+
+
+@machine_code
 def forward(w: Any, layers: Any, x: Any, index: Any, a: Any, out: Any) -> None:
     """Write what each layer takes to ``a``, one behind the other, and what the last puts out to ``out``."""
-    B, last = len(index), len(layers) - 1
+    B = len(index)
     for i in range(B):
         given, to = x[index[i]], a[i * x.shape[1] :]
         for k in range(x.shape[1]):
             to[k] = given[k]
-    at = 0
+    through(w, layers, a, B, out)
+
+
+@machine_code
+def through(w: Any, layers: Any, a: Any, B: int, out: Any) -> None:
+    """The same where ``a`` begins with what the first layer takes."""
+    last, at = len(layers) - 1, 0
     for n in range(last + 1):
         size, into, weight, bias = layers[n]
         taken = a[at : at + B * into]
@@ -71,10 +111,13 @@ def forward(w: Any, layers: Any, x: Any, index: Any, a: Any, out: Any) -> None:
 
 
 @machine_code
-def back(w: Any, v: Any, layers: Any, a: Any, d: Any, down: Any, B: int, keep: Any) -> None:
+def back(
+    w: Any, v: Any, layers: Any, a: Any, d: Any, down: Any, B: int, keep: Any, passes: bool
+) -> Any:
     """Pass ``d``, the gradient of what the last layer puts out, down through all of them, and step.
 
-    Parameters are read from v and written to w, which may be the same.
+    Parameters are read from v and written to w, which may be the same. ``passes``: out of the first as
+    well, where a ReLU has put out what that takes; returned is what was passed down last.
     """
     at = len(a)
     for n in range(len(layers) - 1, -1, -1):
@@ -82,7 +125,8 @@ def back(w: Any, v: Any, layers: Any, a: Any, d: Any, down: Any, B: int, keep: A
         at -= B * into
         taken = a[at : at + B * into]
         down[: B * into] = 0
-        layer(w[weight:], v[weight:], d, taken, down, (B, size, into), keep, n > 0)
+        on = passes or n > 0
+        layer(w[weight:], v[weight:], d, taken, down, (B, size, into), keep, on)
         if bias >= 0:
             b, old = w[bias : bias + size], v[bias : bias + size]
             for k in range(size):
@@ -91,9 +135,10 @@ def back(w: Any, v: Any, layers: Any, a: Any, d: Any, down: Any, B: int, keep: A
                 one = d[i * size : (i + 1) * size]
                 for k in range(size):
                     b[k] -= one[k]
-        if n > 0:
+        if on:
             masked(down[: B * into], taken)
             d, down = down, d
+    return d
 
 
 @machine_code
