@@ -122,8 +122,8 @@ def test_a_run_there_is_a_run_here(case, solver):
         there = Server(other, clients(), recipe, engine=engine, seed=3)
         if solver == "auto":
             assert any(note.startswith("fast path") for note in there.notes)
-        for _ in range(2):
-            here.round(), there.round()
+        [*there.rounds(2)]
+    [*here.rounds(2)]
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert b.device.type == "cpu"  # the server's own model stays where it was
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
