@@ -31,7 +31,7 @@ from fedtorch.rounds.observers import Observer, Remembered, asks_to_stop, attend
 from fedtorch.rounds.participation import Everyone, Participation
 from fedtorch.rounds.schedules import Constant, Schedule
 from fedtorch.rounds.state import ServerState
-from fedtorch.rounds.synchronous import Asked, Rounds, ServerStep, Synchronous
+from fedtorch.rounds.synchronous import Demands, Rounds, ServerStep, Synchronous
 from fedtorch.rounds.threat import Threat
 from fedtorch.strategies.still import sends, uploads
 from fedtorch.training.evaluate import Judge, evaluate
@@ -104,7 +104,7 @@ class Server:
         self._coded = uploads(strategy, params, self.extras) if self.recipe.channel else {}
         groups = {*like, *self.extras, *strategy.remember(params)} - {"delta", TOLD}
         combination.check(self.recipe, participation, pace, groups)
-        asked = Asked.of(self.recipe, participation, handed.sizes(clients), params, self._coded)
+        asked = Demands.of(self.recipe, participation, handed.sizes(clients), params, self._coded)
         self.under_way = UnderWay(pace, asked)
         persons.check(self.recipe.privacy, clients)
         self.books = opened(self.recipe.privacy, self.ids, like)

@@ -66,6 +66,10 @@ def test_a_walk_counts_files_and_changes(tmp_path):
     assert moves == 1  # one calls two, again and again
 
 
+def test_no_rooms_import_each_other():
+    assert shape.cycles(shape.rooms(TEXTS)) == []
+
+
 DEFAULTS = {  # where what is left out has to be called something
     "Privacy": set(),
     "Strategy": {"recipe", "run/options", "sites/offer"},

@@ -9,7 +9,7 @@ from torch import nn
 from conftest import make_clients, mlp, weights
 from fedtorch import ConfigError, FedAvg, Local, Recipe, Server, Strategy
 from fedtorch.privacy import Nothing, SampleLevel
-from fedtorch.training.asked import Asked
+from fedtorch.training.asked import ClientsData
 from fedtorch.training.module import snapshot
 from fedtorch.types import Task
 
@@ -21,11 +21,11 @@ def normed() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
 
 
-def asked(model: nn.Module, **options: object) -> Asked:
+def asked(model: nn.Module, **options: object) -> ClientsData:
     recipe, clients = Recipe(FedAvg(), epochs=2, batch_size=5, **options), make_clients(SIZES)
     task = Task(snapshot(model), {}, 0, 0, 0.1)
     order = Nothing().batches(SIZES, recipe, task, [c.id for c in clients])
-    return Asked(clients, order, task, recipe, model, {})
+    return ClientsData(clients, order, task, recipe, model, {})
 
 
 def by_hand(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from conftest import make_clients, mlp
 from fedtorch import FedAvg, Local, Observer, Recipe, Server
 from fedtorch.privacy import ClientLevel, LocalDP, Nothing, SampleLevel
 from fedtorch.privacy.base import Privacy
-from fedtorch.training.asked import Asked
+from fedtorch.training.asked import ClientsData
 from fedtorch.training.local_update import context, raw_of
 from fedtorch.training.module import snapshot
 from fedtorch.training.stacked import Chunk, stacked
@@ -27,7 +27,7 @@ def raw(plan: Privacy, **more: torch.Tensor) -> tuple[Raw, Task]:
     order = Nothing().batches([5, 7], recipe, task, ["c0", "c1"])
     ctx = context(who, order, task, recipe, model)
     trained = stacked(model, Chunk([c.data for c in who], order, ctx), task, recipe)
-    found, _ = raw_of(Asked(who, order, task, recipe, model, {}), ctx, trained)
+    found, _ = raw_of(ClientsData(who, order, task, recipe, model, {}), ctx, trained)
     found.figures.update(more)
     return found, task
 

@@ -25,7 +25,7 @@ PLANS = ("adaptive", "bands", "base", "client", "clipping", "distributed", "grad
 PLANS += ("nothing", "one_client", "release", "run", "sample")
 CORE += tuple(f"privacy/{name}" for name in PLANS)
 VISIT = ("asked", "correction", "evaluate", "local_steps", "local_update", "memory", "passes")
-VISIT += ("predict", "results", "sequential", "stacked", "told", "trainee")
+VISIT += ("predict", "results", "sequential", "stacked", "together", "told", "trainee")
 VISIT = tuple(f"training/{name}" for name in VISIT)
 PROSE = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "benchmarks/RESULTS.md")
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from fedtorch.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, check, typed
 from fedtorch.rounds.clock import Clock
 from fedtorch.rounds.sky import Flight, Sky, check_sizes
-from fedtorch.rounds.synchronous import Asked, Draw, Due, ServerStep
+from fedtorch.rounds.synchronous import Demands, Draw, Due, ServerStep
 from fedtorch.types import ConfigError
 
 
@@ -40,13 +40,13 @@ class Buffered:
         """Refuse what is no number of clients."""
         check(self, "pace", size=COUNT, concurrency=COUNT, staleness=NOT_NEGATIVE)
 
-    def check(self, asked: Asked) -> list[str]:
+    def check(self, asked: Demands) -> list[str]:
         """Raises ConfigError where there are too few clients; notes on weights and privacy."""
         alike = "alike, as in FedBuff (or --strategy.weighting examples)"
         sized = asked.recipe.weighting == "examples"
         return overlapping(self, asked, f"count {'by their examples' if sized else alike}")
 
-    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> ServerStep:
+    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Demands) -> ServerStep:
         """Let the clock run until the buffer is full."""
         sky = Sky(self.clock, asked, **(flights or {}))
         arrived = []
@@ -94,11 +94,11 @@ class Asynchronous:
             self, "pace", mixing=RATE, power=POSITIVE, grace=NOT_NEGATIVE, concurrency=COUNT
         )  # fmt: skip
 
-    def check(self, asked: Asked) -> list[str]:
+    def check(self, asked: Demands) -> list[str]:
         """Raises ConfigError where there are too few clients; notes on weights and privacy."""
         return overlapping(self, asked, "each makes a step of its own")
 
-    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> ServerStep:
+    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Demands) -> ServerStep:
         """Let the clock run until somebody arrives."""
         sky = Sky(self.clock, asked, **(flights or {}))
         fill(sky, self.concurrency, round, seed)
@@ -134,7 +134,7 @@ def taken(sky: Sky, arrived: list[Flight], due: list[Due], round: int) -> Server
     return ServerStep([*sky.fresh.values()], due, {}, sky.kept(), versions, sky.figures() | old)
 
 
-def overlapping(pace: Buffered | Asynchronous, asked: Asked, counts: str) -> list[str]:
+def overlapping(pace: Buffered | Asynchronous, asked: Demands, counts: str) -> list[str]:
     """Notes on how clients count and what privacy costs; raises ConfigError where there are too few."""
     name = typed(pace)
     clients = check_sizes(name, asked)

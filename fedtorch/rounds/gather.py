@@ -13,7 +13,7 @@ from fedtorch.channel import base as channel
 from fedtorch.recipe import Recipe
 from fedtorch.rounds.figures import Metrics, Reports
 from fedtorch.rounds.observers import Observer, looks
-from fedtorch.rounds.synchronous import Asked, Draw, Due, Rounds, ServerStep
+from fedtorch.rounds.synchronous import Demands, Draw, Due, Rounds, ServerStep
 from fedtorch.types import Failure, Params, Released, Task, Tasks
 
 
@@ -34,7 +34,7 @@ class UnderWay:
     """A pace at work: the step that it has found, who is under way, and what those were sent."""
 
     pace: Rounds
-    asked: Asked
+    asked: Demands
     flights: Any = None
     """As the pace left them, plain values."""
     tasks: dict[int, Task] = field(default_factory=dict)

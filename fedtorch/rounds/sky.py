@@ -21,7 +21,7 @@ class Sky:
 
     clock: Any
     asked: Any
-    """``rounds.synchronous.Asked``."""
+    """``rounds.synchronous.Demands``."""
     now: float = 0.0
     sent: int = 0
     """Visits begun so far: each has a number of its own."""

@@ -50,7 +50,7 @@ class ServerStep:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-class Asked(NamedTuple):
+class Demands(NamedTuple):
     """What a pace looks at to refuse what it cannot keep."""
 
     recipe: Any
@@ -68,7 +68,7 @@ class Asked(NamedTuple):
         sizes: Sequence[int] | None,
         weights: Params,
         coded: Mapping[str, Params],
-    ) -> "Asked":
+    ) -> "Demands":
         """``coded``: names and shapes of what a channel encodes, by group."""
         down = nbytes(weights.values())
         up = channel.bytes_of(recipe.channel, coded) if coded else down
@@ -86,10 +86,10 @@ class Rounds(Protocol):
     overlaps: ClassVar[bool]
     """Whoever is free is asked, and visits to several models are under way together."""
 
-    def check(self, asked: Asked) -> list[str]:
+    def check(self, asked: Demands) -> list[str]:
         """Raises ConfigError where it cannot be kept; notes for whoever starts the run."""
 
-    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> ServerStep:
+    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Demands) -> ServerStep:
         """The next step, from who is under way (None: nobody); it draws from the seed alone."""
 
 
@@ -103,13 +103,13 @@ class Synchronous:
     clock: Clock | None = None
     """How long visits would take, on the same time axis as other paces; none: no time is simulated."""
 
-    def check(self, asked: Asked) -> list[str]:
+    def check(self, asked: Demands) -> list[str]:
         """It always can; only a clock has to know the clients."""
         if self.clock is not None:
             check_sizes("synchronous with a clock", asked)
         return []
 
-    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> ServerStep:
+    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Demands) -> ServerStep:
         """All that were asked and do not drop out."""
         if self.clock is None:
             if flights is not None:
@@ -143,7 +143,7 @@ class OverSelected:
         """Refuse to ask fewer."""
         check(self, "pace", over=Range("a number >= 1", 1, math.inf, "high"))
 
-    def check(self, asked: Asked) -> list[str]:
+    def check(self, asked: Demands) -> list[str]:
         """Raises ConfigError where clients are elsewhere, or nobody would be left out; a note on costs."""
         check_sizes("over-selected", asked)
         most = asked.participation.most(len(asked.sizes or ()))
@@ -157,7 +157,7 @@ class OverSelected:
             notes += ["pace over-selected: who is asked is charged, whether it counts or not"]
         return notes
 
-    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Asked) -> ServerStep:
+    def step(self, flights: Any, round: int, seed: int, draw: Draw, asked: Demands) -> ServerStep:
         """The first to arrive of those that were asked and do not drop out."""
         return waited(self, self.clock, flights, round, seed, draw, asked)
 
@@ -172,7 +172,7 @@ def counted(pace: Rounds, asked: int) -> int:
 
 
 def waited(
-    pace: Rounds, clock: Clock, flights: Any, round: int, seed: int, draw: Draw, asked: Asked
+    pace: Rounds, clock: Clock, flights: Any, round: int, seed: int, draw: Draw, asked: Demands
 ) -> ServerStep:
     """The step of the first of a cohort to arrive; the clock is at the last of them then."""
     if flights is None and round > 0:

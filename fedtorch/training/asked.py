@@ -30,7 +30,7 @@ MOST = 512
 
 
 @dataclass(frozen=True)
-class Asked:
+class ClientsData:
     """``Data`` of K clients in one visit."""
 
     clients: Sequence[Client]
@@ -85,7 +85,7 @@ class Asked:
                 grads.append({n: zero(p) if p.grad is None else p.grad for n, p in params.items()})
         return {n: torch.stack([g[n] for g in grads]) for n in grads[0]}, torch.stack(losses)
 
-    def among(self, places: Sequence[int]) -> "Asked":
+    def among(self, places: Sequence[int]) -> "ClientsData":
         """What is known of them stays known."""
         clients, order = [self.clients[k] for k in places], [self.order[k] for k in places]
         own = {n: v[[*places]] for n, v in self.own.items()}

@@ -20,10 +20,10 @@ from fedtorch.privacy import canaries
 from fedtorch.recipe import Recipe
 from fedtorch.strategies.base import Strategy
 from fedtorch.training import stacked
-from fedtorch.training.asked import Asked
+from fedtorch.training.asked import ClientsData
 from fedtorch.training.batches import sampled_order
 from fedtorch.training.local_steps import rates, reach
-from fedtorch.training.memory import alone, confirmed, remember, untouched
+from fedtorch.training.memory import alone, confirmed, remember, unchanged
 from fedtorch.training.module import buffers, resting, to, to_device
 from fedtorch.training.passes import Passes
 from fedtorch.training.personal import GROUP, personal, shared
@@ -76,17 +76,19 @@ def _visits(
 ) -> tuple[Released, list[Failure]]:
     privacy, ids = recipe.privacy, [c.id for c in clients]
     # which examples each client sees in which step, and what it starts from
-    order = drawn(clients, recipe, task)
+    order = orders(clients, recipe, task)
     ctx = context(clients, order, task, recipe, model)
     watches = _watches([c for c in clients if AUDIT in c.memory], task, recipe)
-    data = Asked(clients, order, task, recipe, model, ctx.own, watches=watches, reserve=reserve)
+    data = ClientsData(
+        clients, order, task, recipe, model, ctx.own, watches=watches, reserve=reserve
+    )
     if not privacy.per_example:
         ctx = altered(ctx, data=data)
     told = _told(clients, task, recipe, model)
     # local steps, clipped and noised where the plan says so
     trained, kept = _trained(data, ctx, solve)
     # what it hands back as it was is neither looked at nor written again
-    still = untouched(kept, ctx)
+    still = unchanged(kept, ctx)
     kept = {g: s for g, s in kept.items() if g not in still}
     # what the strategy makes of them, and what of that may leave the clients
     ctx = altered(ctx, memory={**ctx.memory, **kept})
@@ -138,7 +140,7 @@ def _watches(clients: Sequence[Client], task: Task, recipe: Recipe) -> dict[str,
     return dict(zip(ids, found, strict=True))
 
 
-def drawn(clients: Sequence[Client], recipe: Recipe, task: Task) -> list[Tensor]:
+def orders(clients: Sequence[Client], recipe: Recipe, task: Task) -> list[Tensor]:
     """Which examples each client takes in which step, [steps, batch]; a sampler of its own says."""
     order = recipe.privacy.batches([len(c) for c in clients], recipe, task, [c.id for c in clients])
     for k, client in enumerate(clients):
@@ -150,7 +152,7 @@ def drawn(clients: Sequence[Client], recipe: Recipe, task: Task) -> list[Tensor]
 
 
 def _trained(
-    data: Asked, ctx: Context, solve: stacked.Solver | None
+    data: ClientsData, ctx: Context, solve: stacked.Solver | None
 ) -> tuple[Results, dict[str, Stack]]:
     """What local steps leave, and what a strategy of several passes remembers of them."""
     task, recipe = data.task, data.recipe
@@ -164,7 +166,7 @@ def _trained(
         suits = plain or takes is None or (whole and takes(asked))
         return _solved(replace(data, order=order, recipe=asked), ctx, solve if suits else None)
 
-    again = partial(drawn, data.clients, task=task)
+    again = partial(orders, data.clients, task=task)
     passes = Passes(task, recipe, data.model, ctx, data.order, again, run)
     # what stays with the client may look at its data
     found, kept = recipe.strategy.train(passes, replace(ctx, data=data))
@@ -172,7 +174,7 @@ def _trained(
     return found, kept
 
 
-def _solved(data: Asked, ctx: Context, solve: stacked.Solver | None) -> Results:
+def _solved(data: ClientsData, ctx: Context, solve: stacked.Solver | None) -> Results:
     clients, task, recipe = data.clients, data.task, data.recipe
     ids = [c.id for c in clients]
     private = recipe.privacy.steps_of(task, ids)
@@ -187,10 +189,10 @@ def _solved(data: Asked, ctx: Context, solve: stacked.Solver | None) -> Results:
         return train_sequentially(
             clients, data.order, ctx, task, recipe, data.model, private, data.reserve
         )
-    drawn = stacked.draws(solve, recipe)
-    secret = tuple(recipe.privacy.draw_seed(task, i) for i in ids) if drawn else ()
+    draws = stacked.draws(solve, recipe)
+    secret = tuple(recipe.privacy.draw_seed(task, i) for i in ids) if draws else ()
     # putting generators back takes a tenth of a millisecond
-    with seeds.seeded(secret[0]) if drawn else nullcontext(), naming_client(ids, task):
+    with seeds.seeded(secret[0]) if draws else nullcontext(), naming_client(ids, task):
         chunk = stacked.Chunk([c.data for c in clients], data.order, ctx, private, secret)
         return solve(data.model, chunk, task, recipe)
 
@@ -227,7 +229,7 @@ def context(
 
 
 def raw_of(
-    data: Asked, ctx: Context, trained: Results, kept: Mapping[str, Stack] = {}
+    data: ClientsData, ctx: Context, trained: Results, kept: Mapping[str, Stack] = {}
 ) -> tuple[Raw, dict[str, Stack] | None]:
     """What visits left, with each client's own upload where that is needed, and the new memory."""
     clients, recipe = data.clients, data.recipe

@@ -36,7 +36,7 @@ def confirmed(
     return memory | whole
 
 
-def untouched(kept: dict[str, Stack], ctx: Context) -> set[str]:
+def unchanged(kept: dict[str, Stack], ctx: Context) -> set[str]:
     """Groups that are what the visit began with, and have not been written to since."""
     same = {g for g, s in kept.items() if s is ctx.memory.get(g)}
     return {g for g in same if not any(v._version for v in kept[g].values())}

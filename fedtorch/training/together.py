@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from fedtorch.client import Client
 from fedtorch.recipe import Recipe
-from fedtorch.training.local_update import drawn, figures_of
+from fedtorch.training.local_update import figures_of, orders
 from fedtorch.training.module import to_device
 from fedtorch.training.results import Results
 from fedtorch.training.sequential import naming_client
@@ -55,7 +55,7 @@ def local_updates(
     plans: list[Tensor] = [torch.empty(0)] * len(visits)
     for n, task in tasks.items():
         places = [k for k, m in enumerate(of) if m == n]
-        found = drawn([visits[k][0] for k in places], recipe, task)
+        found = orders([visits[k][0] for k in places], recipe, task)
         for k, plan in zip(places, found, strict=True):
             plans[k] = plan
     # local steps
