@@ -110,3 +110,17 @@ def test_a_compiled_model_trains_by_layers_and_is_named_to_be_so_where_opacus_he
     ):
         trained(model, "hooks")
     assert len(trained(model, "layers").round()["cohort"]) == 1
+
+
+@pytest.mark.parametrize("mode", ["layers", "hooks", "ghost"])
+def test_a_hook_of_ones_own_may_change_what_a_layer_gives(mode):
+    torch.manual_seed(0)
+    model, (client,) = mlp(), make_clients([8])
+    first = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    first.register_forward_hook(lambda m, args, out: 3 * out.sin())
+    ends = []
+    for way in (mode, "alone"):
+        net = copy.deepcopy(model)
+        Server(net, [client], Recipe(privacy=replace(sample(), mode=way), lr=1.0)).round()
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)

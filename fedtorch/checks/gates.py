@@ -7,6 +7,7 @@ and decay open a gate too that itself has no gradient, as one below zero in a Re
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,9 @@ from fedtorch import seeds
 
 Found = TypeVar("Found")
 
+Negative = Callable[[int, torch.Size], Tensor]
+"""Place of a gate and its shape -> which of its numbers are below zero."""
+
 LATE = 1_000_000
 """A count of steps that is past all beginnings."""
 
@@ -23,17 +27,15 @@ LATE = 1_000_000
 def behind(
     model: nn.Module, gradient: Tensor, least: float, look: Callable[[], Found | None]
 ) -> Found | None:
-    """What ``look`` finds with gates open, to numbers above zero and then below; None where nothing.
+    """What ``look`` finds with gates open, all to one sign and any two to unlike ones; None where nothing.
 
     ``gradient``: of all trained weights, flat. One of which it has a share below ``least`` may be a gate,
     or stand behind one. Afterwards the model is as it was.
     """
     shut = [*_idle(model, gradient, least), *_off(model)]
-    # a matrix has numbers of both signs at once
-    signs = (1.0, -1.0) if any(t.dim() < 2 for t in shut) else (1.0,)
-    for sign in signs if shut else ():
+    for negative in _negative([t.shape for t in shut]) if shut else ():
         for some in _fewer(shut):
-            with _opened(some, sign):
+            with _opened(some, negative):
                 try:
                     found = look()
                 except Exception:  # what means nothing to the model, as a count that is a place
@@ -56,15 +58,44 @@ def _fewer(shut: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             yield some
 
 
+def _negative(shapes: Sequence[torch.Size]) -> Iterator[Negative]:
+    """Ways to open gates: none below zero, all, and of any two one alone, by binary digits of its place.
+
+    Within a gate it is by turns. A matrix has numbers of both signs at once.
+    """
+    vectors = [s.numel() for s in shapes if len(s) < 2]
+    digits = (len(shapes) - 1).bit_length() if len(vectors) > 1 else 0
+    for other in (False, True) if vectors else (False,):
+        yield partial(_alike, other)
+        for digit in range(digits):
+            yield partial(_by_digit, digit, other)
+        if max(vectors, default=0) > 1:
+            yield partial(_by_turns, other)
+
+
+def _alike(other: bool, place: int, shape: torch.Size) -> Tensor:
+    return torch.full(shape, other)
+
+
+def _by_digit(digit: int, other: bool, place: int, shape: torch.Size) -> Tensor:
+    return torch.full(shape, bool(place >> digit & 1) != other)
+
+
+def _by_turns(other: bool, place: int, shape: torch.Size) -> Tensor:
+    return (torch.arange(shape.numel()) % 2 == other).view(shape)
+
+
 @contextmanager
-def _opened(shut: Sequence[Tensor], sign: float) -> Iterator[None]:
+def _opened(shut: Sequence[Tensor], negative: Negative) -> Iterator[None]:
     before, draw = [t.detach().clone() for t in shut], seeds.generator(0, "gates")
     try:
         with torch.no_grad():
-            for t in shut:
-                t.copy_(
-                    sign * _numbers(t.shape, draw) if t.is_floating_point() else torch.tensor(LATE)
-                )
+            for k, t in enumerate(shut):
+                if not t.is_floating_point():
+                    t.fill_(LATE)
+                    continue
+                own = _numbers(t.shape, draw)
+                t.copy_(torch.where(negative(k, t.shape), -own, own))
         yield
     finally:
         with torch.no_grad():

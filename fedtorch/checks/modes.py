@@ -14,12 +14,15 @@ from fedtorch.checks.crossing import crosses
 from fedtorch.checks.gates import behind
 from fedtorch.checks.held import draws_numbers, same_draws
 from fedtorch.checks.picks import picks
+from fedtorch.checks.reached import leaves as graph_leaves
 from fedtorch.checks.stacking import uneven
 from fedtorch.checks.tried import SOME, first, inputs, largest, normal_inputs, two_examples
 from fedtorch.client import Client
 from fedtorch.privacy import models
 from fedtorch.privacy.gradients import PrivateSteps, stacked_gradients
+from fedtorch.privacy.layer_gradients import OWN
 from fedtorch.privacy.noise.streams import stream
+from fedtorch.privacy.own_parameters import own_parameters
 from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.local_steps import one_by_one
@@ -137,7 +140,7 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
         )
     try:
         tried = batch, _varied(model, clients, recipe)
-        if why := _moved(model, tried[1], recipe, mode):
+        if mode in LISTENING and (why := _unheard(model, tried, recipe, mode)):
             return why
         wrong = _misses(model, batch, recipe, mode)
         if mode == "alone" and draws:  # each example has numbers of its own
@@ -168,14 +171,46 @@ def _unfit(model: nn.Module, recipe: Recipe, mode: str) -> str | None:
     return one_by_one(recipe) if mode == "stacked" else None
 
 
-def _moved(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> str | None:
-    if mode not in LISTENING:
-        return None
-    if call := picks(model, batch, recipe):
-        return f"rows are picked by what is in them ({call}), and it tells examples by their places"
-    if where := crosses(model, batch, recipe, mode):
-        return f"a row of {where} hangs on other examples, and it tells examples by their places"
-    return None
+def _unheard(model: nn.Module, tried: tuple[Any, Any], recipe: Recipe, mode: str) -> str | None:
+    """What a way that listens to layers would not notice."""
+    batch, varied = tried
+    by_place = "and it tells examples by their places"
+    if call := picks(model, varied, recipe):
+        return f"rows are picked by what is in them ({call}), {by_place}"
+    if where := crosses(model, varied, recipe, mode):
+        return f"a row of {where} hangs on other examples, {by_place}"
+    name = _outside(model, batch, recipe, mode)
+    return f"parameter {name} is used outside its layer" if name else None
+
+
+def _outside(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> str | None:
+    """Name of a weight on which the loss hangs past what its layer gives, whatever gates are shut."""
+    apart = own_parameters(model) if mode == "layers" else {}  # heard wherever they are used
+    everywhere = {p for some in apart.values() for p in some.values()}
+    heard = {
+        # one that is run by hand uses those of its last layer itself
+        m: [p for p in m.parameters(recurse=type(m) in OWN) if p.requires_grad]
+        for m in model.modules()
+        if m not in apart
+    }
+    names, hooks = {id(p): k for k, p in model.named_parameters()}, []
+    for m, own in heard.items():
+
+        def seen(*_: Any, own: Sequence[Tensor] = own, outside: bool) -> None:
+            for p in own:
+                p.requires_grad_(outside)
+
+        hooks.append(m.register_forward_pre_hook(partial(seen, outside=False)))
+        hooks.append(m.register_forward_hook(partial(seen, outside=True), always_call=True))
+    try:
+        with seeds.seeded(0), undropped(model):
+            values = recipe.losses(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    held = {id(p) for own in heard.values() for p in own if p not in everywhere}
+    used = [id(t) for t in graph_leaves(values.sum()) if id(t) in held]
+    return names[used[0]] if used else None
 
 
 def _compiled(model: nn.Module, mode: str) -> str | None:

@@ -53,7 +53,9 @@ class Ghosts:
         self.layers = [m for m in model.modules() if apart(m)]
         self.seen: list[Seen] = []
         self._met: set[nn.Module] = set()
-        self._handles = [m.register_forward_hook(self._on_forward) for m in self.layers]
+        self._handles = [
+            m.register_forward_hook(self._on_forward, prepend=True) for m in self.layers
+        ]
 
     def sq_norms(self) -> list[Tensor]:
         """Squared norms of each layer's gradients, [n], float64."""

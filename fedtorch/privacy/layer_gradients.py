@@ -58,7 +58,8 @@ class LayerGradients:
         ]
         by_hand = {m: OWN[type(m)][0] for m in self.layers if type(m) in OWN}
         for m in self.layers.keys() - by_hand.keys():
-            handles.append(m.register_forward_hook(self._forward, with_kwargs=True))
+            # before those of others, which may change what comes of it
+            handles.append(m.register_forward_hook(self._forward, with_kwargs=True, prepend=True))
         try:
             for m, make in by_hand.items():
                 m.forward = make(m, self.anchor, partial(self._heard, m))

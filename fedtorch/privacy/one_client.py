@@ -165,7 +165,9 @@ def _listen(model: nn.Module, opacus: Any, others: Sequence[nn.Module]) -> list[
             if getattr(getattr(hook, "func", None), "__self__", None) is opacus:
                 del module._backward_hooks[key]
                 if module not in others:
-                    handles.append(module.register_forward_hook(_on_output(hook, name)))
+                    # before those of others, which may change what comes of it
+                    own = module.register_forward_hook(_on_output(hook, name), prepend=True)
+                    handles.append(own)
         for key, hook in [*module._forward_hooks.items()]:
             if module in others and getattr(hook, "__self__", None) is opacus:
                 del module._forward_hooks[key]
@@ -187,14 +189,16 @@ def _on_output(hook: Callable[..., Any], name: str) -> Callable[[nn.Module, Any,
                 f"layer {name or 'model'} ({type(module).__name__}) gives a {type(output).__name__}, and "
                 "Opacus takes layers that give one tensor"
             )
-        # Opacus unfolds the inputs of convolutions as if they lay channels first whatever their strides
-        # say: of images channels last it takes other pixels, and clips by the norm of another gradient
-        if seen := getattr(module, "activations", None):
-            module.activations = [[a.contiguous() for a in inputs] for inputs in seen]
+        kept = _counted(module, args)
+
+        def back(grad: Tensor) -> None:
+            # Opacus unfolds the inputs of convolutions as if they lay channels first whatever their strides
+            # say: of images channels last it takes other pixels, and clips by another gradient's norm
+            if seen := getattr(module, "activations", None):
+                module.activations = [[a.contiguous() for a in inputs] for inputs in seen]
+            hook(module, None, (grad if kept is None else grad * kept,))
+
         if output.requires_grad:
-            kept = _counted(module, args)
-            output.register_hook(
-                lambda grad: hook(module, None, (grad if kept is None else grad * kept,))
-            )
+            output.register_hook(back)
 
     return listen
