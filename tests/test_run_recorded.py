@@ -118,3 +118,12 @@ def test_a_run_of_the_command_is_not_gone_on_with_here(fedtorch, tmp_path):
     with pytest.raises(ConfigError, match="fedtorch train --run-dir run --resume"):
         served().fit(1, callbacks=[Record("run")])
     assert tomllib.loads((tmp_path / "run/config.toml").read_text())["rounds"] == 1
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_one_folder_is_kept_by_one_callback(tmp_path, first):
+    both = [Record(tmp_path / "run"), Checkpoint(tmp_path / "run")]
+    with pytest.raises(
+        ConfigError, match=r"folder of \w+ and of \w+: leave one out \(Record saves"
+    ):
+        served().fit(1, callbacks=[both[first], both[1 - first]], progress=False)

@@ -13,7 +13,7 @@ from fedtorch.options import COUNT, NOT_NEGATIVE, check, fit
 from fedtorch.rounds.figures import Metrics
 from fedtorch.rounds.observers import Observer, State
 from fedtorch.run import checkpoint, files
-from fedtorch.run.resume import goes_on, state
+from fedtorch.run.resume import alone, goes_on, state
 from fedtorch.training.metrics import known, worse
 from fedtorch.training.module import snapshot
 from fedtorch.types import ConfigError, Params
@@ -254,6 +254,7 @@ class Checkpoint(Observer):
 
     def begin(self, server: Any, rounds: int, figures: Metrics) -> str | None:
         """Hold the folder and save what there is; raises ConfigError where it is another run's."""
+        alone(server, self, self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             note = self.held.enter_context(disk.locked(self.path, "folder for Checkpoint"))

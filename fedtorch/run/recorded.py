@@ -17,7 +17,7 @@ from fedtorch.run import checkpoint, files
 from fedtorch.run import folder as folders
 from fedtorch.run.callbacks import BestModel
 from fedtorch.run.folder import Folder
-from fedtorch.run.resume import goes_on, keep_ledger, of_clients
+from fedtorch.run.resume import alone, goes_on, keep_ledger, of_clients
 from fedtorch.run.shown import Shown
 
 
@@ -55,6 +55,7 @@ class Record(Observer):
         from fedtorch.tracking import Record as Writer
         from fedtorch.tracking import Tracking
 
+        alone(server, self, self.path)
         self.server, self.ended, self.last = server, False, dict(figures)
         self.clients = of_clients(server)
         self.began = time.perf_counter()

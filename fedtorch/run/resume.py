@@ -119,6 +119,19 @@ def goes_on(server: Server, path: Path) -> None:
         same_recipe(server, saved, path)
 
 
+def alone(server: Server, keeper: Any, path: Path) -> None:
+    """Raises ConfigError where another callback of the same fit keeps its own in this folder."""
+    own = type(keeper).__name__
+    for other in server.observers:
+        kept = getattr(other, "path", None)
+        if other is not keeper and isinstance(kept, Path) and kept.resolve() == path.resolve():
+            saves = " (Record saves checkpoints too)" if type(other).__name__ != own else ""
+            raise ConfigError(
+                f"{path} is the folder of {type(other).__name__} and of {own}: leave one out{saves}, or "
+                "give each a folder"
+            )
+
+
 def keep_ledger(server: Server, path: Path) -> None:
     """Charge to a journal in the folder, which gets what is charged already."""
     if server.private is None:
