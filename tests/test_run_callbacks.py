@@ -151,7 +151,7 @@ def test_a_checkpoint_is_of_the_last_round_although_the_best_is_shown(tmp_path):
         served().fit(1, callbacks=[Checkpoint(tmp_path)])
     again.fit(1, callbacks=[Checkpoint(tmp_path)], progress=False)  # which goes on with it
     server = served()
-    with pytest.raises(ConfigError, match="is in use by another process"):
+    with pytest.raises(ConfigError, match="x is the folder of Checkpoint and of Checkpoint: leave"):
         server.fit(1, callbacks=[Checkpoint(tmp_path / "x"), Checkpoint(tmp_path / "x")])
     assert server.round_number == 0 and not server.observers
     server.fit(1, callbacks=[Checkpoint(tmp_path / "x")], progress=False)  # which was let go

@@ -126,3 +126,19 @@ def test_a_file_of_several_models_is_asked_about_and_parts_of_one_are_not(tmp_pa
     for text in (one + part, part + one):
         path.write_text(head + text)
         assert type(zoo.build(str(path), {}, {})).__name__ == "Net"
+
+
+@pytest.mark.parametrize(
+    "line", ["import beside", "from .beside import x", "from beside.deep import x"]
+)
+def test_a_file_that_imports_its_neighbour_is_told_how(tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets/beside.py").write_text("x = 1\n")
+    (tmp_path / "nets/mine.py").write_text(line + "\n")
+    with pytest.raises(ConfigError, match="you start in: write from nets import "):
+        zoo.build("nets/mine.py", {}, {})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="set PYTHONPATH to its folder"):
+        zoo.build("../nets/mine.py", {}, {})

@@ -56,9 +56,12 @@ def _plain_numbers(model: nn.Module) -> None:
     for k, v in (*model.named_parameters(), *model.named_buffers()):
         if not _strided(v) or v.is_meta:
             kind = "quantized" if v.is_quantized else "on device meta" if v.is_meta else "sparse"
+            fix = "make it dense, or keep it as a plain attribute"
+            if v.is_meta:
+                fix = "make the model on a real device, or give it numbers (to_empty, then its weights)"
             raise ConfigError(
                 f"{k} of model {type(model).__name__} is {kind}, and weights and buffers must be plain "
-                "numbers: make it dense, or keep it as a plain attribute"
+                f"numbers: {fix}"
             )
 
 

@@ -170,4 +170,27 @@ def _from_file(path: Path) -> ModuleType:
     try:
         return run_file(f"fedtorch_model_{path.stem}", path)
     except (Exception, SystemExit) as e:
-        raise ConfigError(f"model file {path} fails to import: {type(e).__name__}: {e}") from e
+        raise ConfigError(
+            f"model file {path} fails to import: {type(e).__name__}: {e}{_beside(path, e)}"
+        ) from e
+
+
+def _beside(path: Path, error: BaseException) -> str:
+    """The fix where a file imports one that lies beside it; names are looked up from where one starts."""
+    if not isinstance(error, ImportError):
+        return ""
+    name = (error.name or "").partition(".")[0]
+    near = [p for p in (path.parent / f"{name}.py", path.parent / name) if name and p.exists()]
+    if not near and "relative import" not in str(error):
+        return ""
+    try:
+        folders = path.parent.resolve().relative_to(Path.cwd().resolve()).parts
+    except ValueError:  # it lies elsewhere
+        folders = ()
+    package = ".".join(folders)
+    fix = (
+        f"write from {package} import {name or '...'}"
+        if package
+        else "set PYTHONPATH to its folder"
+    )
+    return f"; what lies beside it is found from the folder you start in: {fix}"

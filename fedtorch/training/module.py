@@ -78,7 +78,8 @@ def other_types(model: nn.Module, batch: Any) -> str:
         kind = str(odd[0]).removeprefix("torch.")
         return (
             f"; a batch holds {kind} and the weights are {name}: give the data as {name}, by "
-            f"astype('{name}') of arrays and DataFrames, by to(torch.{name}) of tensors"
+            f"astype('{name}') of arrays and DataFrames, by to(torch.{name}) of tensors, or the model as "
+            f"{kind}, by model.to(torch.{kind})"
         )
     if odd := [d for d in found if not d.is_floating_point and d != torch.int64]:
         kind = str(odd[0]).removeprefix("torch.")
