@@ -100,9 +100,11 @@ def test_one_row_changes_no_choice_and_leaves_nobody_out(make, plan):
             nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)
         ),
     }[make]()  # fmt: skip
-    if make == "conv" and getattr(plan, "projected", False):
-        return
     x, y = torch.rand(20, 6), torch.arange(20) % 3
+    if make == "conv" and getattr(plan, "projected", False):
+        with pytest.raises(ConfigError, match="projected noise needs a linear layer"):
+            Local().open(net, [Client("c", (x, y))], Recipe(privacy=plan))
+        return
     seen = set()
     for value in (0.5, 0.0, 3e38, -3e38, 1e-42, math.nan, math.inf):
         rows = x.clone()

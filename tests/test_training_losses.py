@@ -39,9 +39,10 @@ def test_classes_are_on_axis_1_where_any_axis_fits(shape):
 )
 @pytest.mark.parametrize("judge", [losses.cross_entropy, losses.accuracy])
 def test_classes_elsewhere_than_on_axis_1_are_refused(judge, output, target):
-    # a row of numbers is no probabilities of one example
     if judge is losses.accuracy and output == target:  # one logit each, of yes or no
+        assert judge(torch.randn(output), torch.zeros(target)).shape == target
         return
+    # a row of numbers is no probabilities of one example
     for dtype in (torch.int64, torch.float32):
         with pytest.raises(ConfigError, match="classes lie on axis 1"):
             judge(torch.randn(output), torch.zeros(target, dtype=dtype))

@@ -119,7 +119,7 @@ def conclude(
     ``go_on``: the run was stopped, and can be continued.
     """
     state = "stopped, saved" if go_on else "done" if server.moved() else "nothing learned"
-    scores = {k: v for k, v in summary.items() if k.startswith("test_") and v}
+    scores = {k: v for k, v in summary.items() if k.startswith("test_") and v is not None}
     figures = [f"{k.replace('_', ' ')} {word(v)}" for k, v in scores.items() if k != "test_loss"]
     figures += [f"test loss {word(v)}" for k, v in scores.items() if k == "test_loss"]
     took = f" in {summary['seconds']:.1f} s" if "seconds" in summary else ""
