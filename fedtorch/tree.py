@@ -16,6 +16,9 @@ from fedtorch.types import Params, Stack
 SHORT = 1 << 14
 """Numbers a row up to which all rows go in one call."""
 
+IN_CACHE = 1 << 16
+"""Numbers at a time that pass through memory once."""
+
 SQUARES = 128
 """Numbers of a row whose squares float32 adds up, so that the sum errs by a few millionths at most."""
 
@@ -145,12 +148,23 @@ def add_weighted(total: Params, tree: Stack, weight: Tensor) -> None:
     """Add ``weight[k] * tree[k]`` for every client k to ``total``, in place and in float64."""
     for name, v in tree.items():
         if len(v) == 1:  # without a matrix product, and without zeros to begin with
-            part = v[0].to(torch.float64, copy=True).mul_(float(weight))
-            total[name] = total[name].add_(part) if name in total else part
+            _add_row(total, name, v[0], float(weight))
             continue
         if name not in total:
             total[name] = torch.zeros(v.shape[1:], dtype=torch.float64, device=v.device)
         total[name].view(-1).addmv_(_rows(v.double()).T, weight.double().to(v.device))
+
+
+def _add_row(total: Params, name: str, v: Tensor, weight: float) -> None:
+    if name not in total:
+        total[name] = v.to(torch.float64, copy=True).mul_(weight)
+        return
+    into, new = [total[name]], [v]
+    plain = v.is_contiguous() and into[0].is_contiguous()
+    if plain and v.numel() > IN_CACHE:  # by parts that stay in cache
+        into, new = [[*t.view(-1).split(IN_CACHE)] for t in (into[0], v)]
+    for a, b in zip(into, new, strict=True):
+        a.add_(b.to(torch.float64, copy=True).mul_(weight))
 
 
 def dots(v: Tensor) -> Tensor:

@@ -170,6 +170,13 @@ def outcome(**changes) -> messages.Outcome:
     )
 
 
+@pytest.mark.parametrize("own_types", [False, True])
+def test_a_sum_travels_in_float64_or_in_the_type_that_it_was_taken_in(own_types):
+    made = outcome(sent={"delta": {"w": torch.ones(1, 2, 3)}}, summed=True)
+    sent = messages.outcome_message(made, ASKED, own_types=own_types).groups["sent/delta"]["w"]
+    assert sent.dtype == (torch.float32 if own_types else torch.float64)
+
+
 EXPECTED = messages.Expected({"delta": {"w": (torch.Size((2, 3)), torch.float64)}}, {})
 
 

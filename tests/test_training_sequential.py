@@ -21,6 +21,7 @@ from fedtorch import (
 )
 from fedtorch.aggregation.mean import RunningMean
 from fedtorch.engines import solver_choice
+from fedtorch.engines.local import falling
 from fedtorch.fast import offer
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.training import results, stacked
@@ -199,7 +200,19 @@ def test_an_engine_groups_clients_where_it_may(recipe, chunk, group):
     ids = [f"c{k}" for k in range(len(SIZES))]
     assert [len(c) for c in session.cut(ids)] == [len(c) for c in in_groups(ids, group)]
     # shared out among two workers, none waits long for the other
-    assert all(len(c) == 1 for c in session.cut(ids, most=3))
+    assert [len(c) for c in session.cut(ids, workers=2)][-2:] == [1, 1]
+
+
+def test_shares_fall_so_that_workers_end_together():
+    def sizes(examples: list[int], workers: int = 2, most: int = 64) -> list[list[int]]:
+        made = [Client(str(k), torch.zeros(n, 1)) for k, n in enumerate(examples)]
+        return [[*map(len, share)] for share in falling(made, workers, most)]
+
+    assert [*map(len, sizes([60] * 10))] == [3, 2, 2, 1, 1, 1]
+    assert [*map(len, sizes([60] * 10, most=2))] == [2, 2, 2, 1, 1, 1, 1]
+    # by examples: who has many goes alone
+    assert sizes([100, 90, 80, 10, 10, 10, 10]) == [[100], [90], [80], [10], [10], [10], [10]]
+    assert sizes([7] * 3, workers=8) == [[7]] * 3 and sizes([]) == []
 
 
 def in_groups(ids: list[str], size: int) -> list[list[str]]:

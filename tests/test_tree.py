@@ -63,6 +63,17 @@ def test_weighted_sum_is_the_sum(weight):
     assert got["w"].dtype == torch.float64
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_long_row_is_added_by_parts_with_the_same_bits(monkeypatch, layout):
+    monkeypatch.setattr(tree, "IN_CACHE", 7)
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, 5, 2, 2, generator=g).to(memory_format=layout) for _ in range(2))
+    total: dict[str, torch.Tensor] = {}
+    for v, weight in ((a, 0.3), (b, 7.0)):
+        tree.add_weighted(total, {"w": v[None]}, torch.tensor([weight], dtype=torch.float64))
+    assert torch.equal(total["w"], a.double() * 0.3 + b.double() * 7.0)
+
+
 def test_finite_holds_where_a_float32_square_does_not():
     assert tree.finite_per_client({"a": torch.tensor([[3e38], [float("inf")]])}).tolist() == [
         True,

@@ -74,6 +74,25 @@ class Local:
         return session
 
 
+def falling(cohort: list[Client], workers: int, most: int) -> list[list[Client]]:
+    """Shares of clients that train one after another, the largest clients first, of at most so many.
+
+    Each is half of an even part of the examples that are left, so that few are handed over and all workers
+    end at about the same time, whoever is the faster.
+    """
+    sizes = [*map(len, cohort)]
+    shares, first, left = list[list[Client]](), 0, sum(sizes)
+    while first < len(cohort):
+        end = first + 1
+        taken = sizes[first]
+        while 2 * workers * taken < left and end < min(len(cohort), first + most):
+            taken += sizes[end]
+            end += 1
+        shares.append(cohort[first:end])
+        first, left = end, left - taken
+    return shares
+
+
 def usable(device: str, option: str = "engine.device") -> None:
     """Raises ConfigError where there is no such device; a run's options can be read all the same."""
     try:
@@ -115,24 +134,24 @@ class LocalSession:
         sent = sent.filled(self.given)
         self._asked, self._joined = [], [(chunk, sent) for chunk in self.cut_joined(who)]
 
-    def cut_joined(
-        self, who: Sequence[tuple[str, int]], most: int | None = None
-    ) -> list[list[Visit]]:
+    def cut_joined(self, who: Sequence[tuple[str, int]], workers: int = 1) -> list[list[Visit]]:
         """As ``cut``."""
         pairs = [(self.clients[i], n) for i, n in who]
-        return self.shared_out(sorted(pairs, key=lambda pair: -len(pair[0])), most)
+        return self.shared_out(sorted(pairs, key=lambda pair: -len(pair[0])), workers)
 
     @cached_property
     def given(self) -> Params:
         """The model before any visit."""
         return given(self.model, self.recipe.strategy.personal)
 
-    def cut(self, ids: Sequence[str], most: int | None = None) -> list[list[Client]]:
-        """Chunks of clients of like size, of at most ``most`` clients, the largest clients first."""
+    def cut(self, ids: Sequence[str], workers: int = 1) -> list[list[Client]]:
+        """Chunks of clients of like size, for so many workers, the largest clients first."""
         cohort = sorted((self.clients[i] for i in ids), key=len, reverse=True)
+        if self.choice.group > 1 and workers > 1:
+            return falling(cohort, workers, self.choice.group)
         if not self.choice.strict:
-            return self.shared_out(cohort, most)
-        chunks, limit = list[list[Client]](), self.limit(len(cohort), most)
+            return self.shared_out(cohort, workers)
+        chunks, limit = list[list[Client]](), self.limit(len(cohort), workers)
         while cohort:
             # who has equally many examples has equally large batches, step by step
             size = sum(len(c) == len(cohort[0]) for c in cohort[:limit])
@@ -140,18 +159,15 @@ class LocalSession:
             cohort = cohort[size:]
         return chunks
 
-    def shared_out(self, cohort: list[Asked], most: int | None = None) -> list[list[Asked]]:
+    def shared_out(self, cohort: list[Asked], workers: int = 1) -> list[list[Asked]]:
         """Chunks of a cohort in this order."""
-        size = self.limit(len(cohort), most)
+        size = self.limit(len(cohort), workers)
         return [cohort[k : k + size] for k in range(0, len(cohort), size)]
 
-    def limit(self, clients: int, most: int | None = None) -> int:
+    def limit(self, clients: int, workers: int = 1) -> int:
         """Clients in a chunk, of so many."""
-        limit = self.choice.chunk
-        # one after another: smaller shares keep all workers busy to the end
-        if self.choice.group > 1:
-            limit, most = self.choice.group, most and max(1, most // 4)
-        limit = min(limit, most or limit)
+        limit = self.choice.group if self.choice.group > 1 else self.choice.chunk
+        limit = min(limit, -(-clients // workers) or 1)
         # equal shares: a small rest would cost as many calls as a whole chunk
         return -(-clients // -(-clients // limit)) if clients else limit
 

@@ -83,11 +83,12 @@ def asked(message: Message) -> Task | Tasks:
 
 
 def outcome_message(
-    outcome: Outcome, asked: Sequence[str], coded: bool = False, **facts: Any
+    outcome: Outcome, asked: Sequence[str], own_types: bool = False, **facts: Any
 ) -> Message:
     """An outcome; clients go by their place in ``asked``.
 
-    ``coded``: what is sent went through a channel, and has the types of its code.
+    ``own_types``: what is sent stays in them, as what went through a channel must, and needs no room as
+    float64.
     """
     update, failures, memory = outcome
     if not isinstance(update, Released):
@@ -96,8 +97,8 @@ def outcome_message(
         )
     place = {id: k for k, id in enumerate(asked)}
     # in float64, as everybody's: in what type a solver adds up is no other's business
-    plain = update.summed and not coded
-    sent = {g: to_float64(s) if plain else s for g, s in update.sent.items()}
+    widened = update.summed and not own_types
+    sent = {g: to_float64(s) if widened else s for g, s in update.sent.items()}
     groups = {f"sent/{g}": s for g, s in sent.items()}
     groups |= {"buffers": update.buffers, "metrics": update.metrics, "": {"weight": update.weight}}
     for id, kept in memory.items():

@@ -122,19 +122,20 @@ def decode(
     at = START + _head_length(data, limit, header_limit)
     kind, facts, schema = _header(data[START:at].numpy().tobytes())
     groups: dict[str, Params] = {}
+    end = len(data)
     for row in schema:
         group, name, dtype, shape = _row(row)
         at += -at % 8
         size = dtype.itemsize * math.prod(shape)
-        if size > len(data) - at:
+        if size > end - at:
             raise MessageError(f"cut short: {short(name)} does not fit")
         tree = groups.setdefault(group, {})
         if name in tree:
             raise MessageError(f"{short(name)} is there twice")
         tree[name] = _tensor(data[at : at + size], dtype, shape)
         at += size
-    if at != len(data):
-        raise MessageError(f"{len(data) - at} bytes too many")
+    if at != end:
+        raise MessageError(f"{end - at} bytes too many")
     return Message(kind, facts, groups)
 
 
@@ -209,7 +210,7 @@ def _row(row: Any) -> tuple[str, str, torch.dtype, list[int]]:
 
 
 def _tensor(raw: Tensor, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    if not len(raw):
+    if not raw.numel():
         return torch.empty(shape, dtype=dtype)
     if dtype is torch.bool and int(raw.max()) > 1:
         raise MessageError("a truth value is neither 0 nor 1")

@@ -1,6 +1,5 @@
 """What engines with workers have in common; they differ in how they reach a worker."""
 
-import math
 import pickle
 from collections.abc import Callable, Sequence
 
@@ -48,7 +47,7 @@ class PoolSession:
         """Cut the cohort into chunks, the largest clients first; what an interrupt left is called off."""
         if self.board.open:
             self.board.clear()
-        self.board.add(self.local.cut(ids, self._most(len(ids))), task)
+        self.board.add(self.local.cut(ids, self._shares), task)
 
     @property
     def joins(self) -> bool:
@@ -59,10 +58,11 @@ class PoolSession:
         """As ``submit``, of clients that were sent different models."""
         if self.board.open:
             self.board.clear()
-        self.board.add_joined(self.local.cut_joined(who, self._most(len(who))), sent)
+        self.board.add_joined(self.local.cut_joined(who, self._shares), sent)
 
-    def _most(self, clients: int) -> int | None:
-        return math.ceil(clients / self.board.workers) if self.spread else None
+    @property
+    def _shares(self) -> int:
+        return self.board.workers if self.spread else 1
 
     def memory(self) -> dict[str, dict[str, Params]]:
         """Memory of the clients that have any."""

@@ -186,9 +186,10 @@ class ProcessesSession(pool.PoolSession):
                 self.board.clear()
                 raise ClientError(rest[0])
             return None
-        # a copy: the worker's block is its own again with the next job
-        message = wire.decode(worker.box[: rest[0]].clone())
-        self.board.done(job.number, read_outcome(message, job.ids))
+        # a copy: the worker's block is its own again with the next job, which it gets before this is read
+        found = worker.box[: rest[0]].clone()
+        self._assign(worker)
+        self.board.done(job.number, read_outcome(wire.decode(found), job.ids))
         return None
 
     def _replace(self, worker: "Worker") -> None:

@@ -60,7 +60,7 @@ def _work(
     except Exception as e:
         pipe.send(("error", f"client {ids[0]}: {type(e).__name__}: {e}"))
         return box
-    packed = wire.pack(outcome_message(outcome, ids))
+    packed = wire.pack(outcome_message(outcome, ids, own_types=True))  # as in one process
     if packed.size > len(box):
         pipe.send(("need", packed.size))
         _, box = pipe.recv()
