@@ -240,6 +240,7 @@ def prepared(
     """Room for a client's visit, arrays of ``given`` and ``steps``, and where sums are written."""
     (_, taken, widest), (many, B), K = places, steps, len(values)
     room = parts(start, [len(start), B * taken, B * widest, B * widest])
+    room += (np.empty(widest, np.uint64),)
     return room, tuple(t.numpy() for t in given), (many.numpy(), B), (np.empty(K), np.empty(K))
 
 

@@ -6,6 +6,7 @@ size hangs on how many registers a processor has, and decides nothing but speed.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -27,8 +28,27 @@ from fedtorch.kernels.vector import (
 ROWS, ACROSS = (2, 2) if HALVES else (5, 4)
 """Rows of a block and registers of each: with what they meet they fill AVX-512's 32, or AVX2's 16."""
 
+HALF = WIDTH // 2
+
+listing = types.Array(types.uintp, 1, "C")
+
 SIDE = 4
 """Rows of the other matrix that rows are multiplied with at once."""
+
+
+class Span(NamedTuple):
+    """A register of a row."""
+
+    column: int
+    lanes: int = WIDTH
+    some: bool = False
+    """Whether only the first numbers of it are there."""
+
+
+def spans(across: int, more: bool = False) -> list[Span]:
+    """So many registers, of a single one some numbers; ``more``: some of half a register behind them."""
+    whole = [Span(WIDTH * c, WIDTH, across == 1) for c in range(across)]
+    return whole + ([Span(WIDTH * across, HALF, True)] if more else [])
 
 
 class Code(NamedTuple):
@@ -46,75 +66,94 @@ class Code(NamedTuple):
         """The place so much further on."""
         return self.b.add(place, self.number(n))
 
-    def registers(self, row: Any, q: Any, t: Any, across: int) -> list[Any]:
-        """Places of so many registers, of a row of q numbers and from column t on."""
+    def registers(self, row: Any, q: Any, t: Any, spans: Sequence[Span]) -> list[Any]:
+        """Places of the registers of a row of q numbers and from column t on."""
         first = self.b.add(self.b.mul(row, q), t)
-        return [self.after(first, WIDTH * c) for c in range(across)]
+        return [self.after(first, span.column) for span in spans]
 
-    def row(self, array: Any, at: Sequence[Any], m: Any) -> list[Any]:
-        """The registers of a row; ``m``: numbers in it, if it is one of fewer than all."""
-        return [read(self.context, self.b, self.kind, array, place, m) for place in at]
+    def row(self, array: Any, at: Sequence[Any], m: Any, spans: Sequence[Span]) -> list[Any]:
+        """The registers of a row; ``m``: numbers in one of which only some are there."""
+        every = zip(at, spans, strict=True)
+        given = self.context, self.b, self.kind, array
+        return [read(*given, place, m if s.some else None, s.lanes) for place, s in every]
 
-    def put(self, array: Any, at: Sequence[Any], m: Any, values: Sequence[Any]) -> None:
+    def put(
+        self, array: Any, at: Sequence[Any], m: Any, values: Sequence[Any], spans: Sequence[Span]
+    ) -> None:
         """Write them."""
-        for place, value in zip(at, values, strict=True):
-            write(self.context, self.b, self.kind, array, place, value, m)
+        for place, value, span in zip(at, values, spans, strict=True):
+            some = m if span.some else None
+            write(self.context, self.b, self.kind, array, place, value, some)
 
-    def factors(self, array: Any, at: Any, many: int) -> list[Any]:
-        """So many single numbers, each in all lanes."""
+    def factors(self, array: Any, at: Sequence[Any]) -> list[Any]:
+        """Single numbers, each in all lanes."""
         first = make_array(self.kind)(self.context, self.b, array).data
         vector = ir.VectorType(self.context.get_value_type(self.kind.dtype), WIDTH)
-        places = [self.b.gep(first, [self.after(at, n)]) for n in range(many)]
+        places = [self.b.gep(first, [place]) for place in at]
         return [repeated(self.b, self.b.load(place), vector) for place in places]
 
     def add(self, slots: Sequence[Any], factors: Any, values: Sequence[Any]) -> None:
         """To each slot its value times the factor, or its own factor."""
         for slot, value in zip(slots, values, strict=True):
-            self.b.store(plus_product(self.b, self.b.load(slot), factors, value), slot)
+            total = self.b.load(slot)
+            self.b.store(plus_product(self.b, total, self.narrow(factors, value), value), slot)
+
+    def narrow(self, v: Any, like: Any) -> Any:
+        """As many lanes of v as there are in another register."""
+        many = like.type.count
+        return v if many == WIDTH else shuffled(self.b, v, v, [*range(many)])
 
 
-def backward(rows: int, across: int) -> Any:
-    """A block of weights, so many rows and registers; of a row of one register some numbers will do."""
+def backward(rows: int, across: int, more: bool = False) -> Any:
+    """A block of weights, so many rows and registers, as ``spans`` has them."""
+    wide = spans(across, more)
 
     @operation(
-        lambda w, v, d, a, down, B, out, q, o, t, m, keep, passes: types.void(
-            w, v, d, a, down, *[types.uintp] * 6, w.dtype, types.boolean
+        lambda w, v, d, a, down, of, B, out, q, o, t, m, keep, passes: types.void(
+            w, v, d, a, down, of, *[types.uintp] * 6, w.dtype, types.boolean
         )
     )
     def block(
         context: Any, b: Any, kind: Any,
-        w: Any, v: Any, d: Any, a: Any, down: Any, B: Any, out: Any, q: Any, o: Any, t: Any, m: Any,
-        keep: Any, passes: Any,
+        w: Any, v: Any, d: Any, a: Any, down: Any, of: Any, B: Any, out: Any, q: Any, o: Any, t: Any,
+        m: Any, keep: Any, passes: Any,
     ) -> None:  # fmt: skip
-        """Row o and column t on of v [out, q], for d [B, out] and a [B, q]: down [B, q] += d v, if wanted.
+        """Rows from column t on of v [out, q], for d [B, out] and a [B, q]: down [B, q] += d v, if wanted.
 
-        And then w <- keep v - d^T a; w may be v.
+        And then w <- keep v - d^T a; w may be v. The rows are those that ``of`` names from its o-th on.
         """
-        code, some = Code(context, b, kind), m if across == 1 else None
-        at = partial(code.registers, q=q, t=t, across=across)
-        places = [at(code.after(o, r)) for r in range(rows)]
-        weights = [code.row(v, place, some) for place in places]
+        code = Code(context, b, kind)
+        at = partial(code.registers, q=q, t=t, spans=wide)
+        listed = make_array(listing)(context, b, of).data
+        own = [b.load(b.gep(listed, [code.after(o, r)])) for r in range(rows)]
+        places = [at(row) for row in own]
+        weights = [code.row(v, place, m, wide) for place in places]
         with b.if_then(passes), cgutils.for_range(b, B, intp=q.type) as loop:
-            sums = code.row(down, at(loop.index), some)
-            each = code.factors(d, b.add(b.mul(loop.index, out), o), rows)
+            sums = code.row(down, at(loop.index), m, wide)
+            each = code.factors(d, [b.add(b.mul(loop.index, out), row) for row in own])
             for u, row in zip(each, weights, strict=True):
-                sums = [plus_product(b, s, u, v) for s, v in zip(sums, row, strict=True)]
-            code.put(down, at(loop.index), some, sums)
-        times = repeated(b, keep, weights[0][0].type)
-        slots = [[cgutils.alloca_once_value(b, b.fmul(times, v)) for v in row] for row in weights]
+                both = zip(sums, row, strict=True)
+                sums = [plus_product(b, s, code.narrow(u, v), v) for s, v in both]
+            code.put(down, at(loop.index), m, sums, wide)
+        slots = [[cgutils.alloca_once_value(b, v) for v in row] for row in weights]
+        with b.if_then(b.fcmp_unordered("!=", keep, ir.Constant(keep.type, 1.0))):
+            times = repeated(b, keep, weights[0][0].type)
+            for slot, v in zip(chain(*slots), chain(*weights), strict=True):
+                b.store(b.fmul(code.narrow(times, v), v), slot)
         with cgutils.for_range(b, B, intp=q.type) as loop:
-            seen = code.row(a, at(loop.index), some)
-            each = code.factors(d, b.add(b.mul(loop.index, out), o), rows)
+            seen = code.row(a, at(loop.index), m, wide)
+            each = code.factors(d, [b.add(b.mul(loop.index, out), row) for row in own])
             for u, row in zip(each, slots, strict=True):
                 code.add(row, b.fneg(u), seen)
         for place, row in zip(places, slots, strict=True):
-            code.put(w, place, some, [b.load(slot) for slot in row])
+            code.put(w, place, m, [b.load(slot) for slot in row], wide)
 
     return block
 
 
 def outer(rows: int, across: int) -> Any:
-    """A block of a gradient, so many rows and registers; of a row of one register some numbers will do."""
+    """A block of a gradient, so many rows and registers, as ``spans`` has them."""
+    wide = spans(across)
 
     @operation(lambda g, d, a, B, out, q, o, t, m: types.void(g, d, a, *[types.uintp] * 6))
     def block(
@@ -122,17 +161,18 @@ def outer(rows: int, across: int) -> Any:
         g: Any, d: Any, a: Any, B: Any, out: Any, q: Any, o: Any, t: Any, m: Any,
     ) -> None:  # fmt: skip
         """Row o and column t on of d^T a [out, q], for d [B, out] and a [B, q]: written to g."""
-        code, some = Code(context, b, kind), m if across == 1 else None
-        at = partial(code.registers, q=q, t=t, across=across)
+        code = Code(context, b, kind)
+        at = partial(code.registers, q=q, t=t, spans=wide)
         zero = ir.Constant(ir.VectorType(context.get_value_type(kind.dtype), WIDTH), None)
         slots = [[cgutils.alloca_once_value(b, zero) for _ in range(across)] for _ in range(rows)]
         with cgutils.for_range(b, B, intp=q.type) as loop:
-            seen = code.row(a, at(loop.index), some)
-            each = code.factors(d, b.add(b.mul(loop.index, out), o), rows)
+            seen = code.row(a, at(loop.index), m, wide)
+            first = b.add(b.mul(loop.index, out), o)
+            each = code.factors(d, [code.after(first, r) for r in range(rows)])
             for u, row in zip(each, slots, strict=True):
                 code.add(row, u, seen)
         for r, row in enumerate(slots):
-            code.put(g, at(code.after(o, r)), some, [b.load(slot) for slot in row])
+            code.put(g, at(code.after(o, r)), m, [b.load(slot) for slot in row], wide)
 
     return block
 
@@ -163,23 +203,32 @@ def dots(rows: int) -> Any:
         zero = ir.Constant(vector, None)
         slots = [[cgutils.alloca_once_value(b, zero) for _ in met] for _ in given]
 
-        def add(t: Any, some: Any) -> None:
-            seen = code.row(w, [b.add(n, t) for n in met], some)
-            for u, row in zip(code.row(x, [b.add(n, t) for n in given], some), slots, strict=True):
+        def add(t: Any, left: Any = None) -> None:
+            some = Span(0, WIDTH, left is not None)
+            seen, own = (
+                code.row(of, [b.add(n, t) for n in at], left, [some] * len(at))
+                for of, at in ((w, met), (x, given))
+            )
+            for u, row in zip(own, slots, strict=True):
                 code.add(row, u, seen)
 
         whole, left = (f(q, code.number(WIDTH)) for f in (b.udiv, b.urem))
         with cgutils.for_range(b, whole, intp=q.type) as loop:
-            add(b.mul(loop.index, code.number(WIDTH)), None)
+            add(b.mul(loop.index, code.number(WIDTH)))
         with b.if_then(b.icmp_unsigned(">", left, code.number(0))):
             add(b.sub(q, left), left)
+        whole = b.icmp_unsigned("==", m, code.number(SIDE))
         for k in range(0, rows, 2):
-            two = slots[k], slots[min(k + 1, rows - 1)]
-            sums = together(b, [b.load(slot) for row in two for slot in row])
-            sums = b.fadd(sums, repeated(b, extra, vector))
+            both = [[b.load(slot) for slot in slots[min(k + n, rows - 1)]] for n in (0, 1)]
+            sums = together(b, both)
+            sums = b.fadd(sums, repeated(b, extra, sums.type))
             for n in range(min(2, rows - k)):
-                turned = [(SIDE * n + lane) % WIDTH for lane in range(WIDTH)]
+                own = shuffled(b, sums, sums, [SIDE * n + lane for lane in range(SIDE)])
                 to = b.add(b.add(begin, b.mul(code.after(i, k + n), apart)), j)
-                code.put(z, [to], m, [shuffled(b, sums, sums, turned)])
+                with b.if_else(whole) as (every, fewer):
+                    with every:
+                        code.put(z, [to], m, [own], [Span(0, SIDE)])
+                    with fewer:
+                        code.put(z, [to], m, [own], [Span(0, SIDE, True)])
 
     return block

@@ -103,25 +103,31 @@ def scaled(context: Any, b: Any, kind: Any, total: Any, factor: Any, v: Any) -> 
     return plus_product(b, total, repeated(b, factor, v.type), v)
 
 
-def together(b: Any, parts: list[Any]) -> Any:
-    """The sums of eight registers, twice over: each by halves, all together in a quarter of the steps."""
-    block = WIDTH
-    while block > 2:  # halves of each on top of each other, two of them in one register
-        block //= 2
-        starts = range(0, 2 * WIDTH, 2 * block)
-        low = [k + lane for k in starts for lane in range(block)]
-        pairs = zip(parts[::2], parts[1::2], strict=True)
-        parts = [_folded(b, u, v, low, block) for u, v in pairs]
-    (last,) = parts
-    return _folded(b, last, last, [k % WIDTH for k in range(0, 2 * WIDTH, 2)], 1)
+def together(b: Any, rows: Any) -> Any:
+    """The sums of four registers of a row, and of four of another one: eight numbers, row by row.
+
+    Each is taken by halves. Only what lies in one half of a register, or in a quarter, is moved at a time,
+    which processors do fastest.
+    """
+    low, high = [*range(8)], [*range(8, WIDTH)]
+    halves = [[_plus(b, v, v, low, high) for v in row] for row in rows]
+    # quarters of both rows side by side, and then of a row's four
+    low, high = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+    quarters = [_plus(b, u, v, low, high) for u, v in zip(*halves, strict=True)]
+    low, high = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
+    two = zip(quarters[::2], quarters[1::2], strict=True)
+    first, second = (_plus(b, u, v, low, high) for u, v in two)
+    return _plus(b, first, second, [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15])
 
 
-def read(context: Any, b: Any, kind: Any, array: Any, at: Any, n: Any = None) -> Any:
-    """Those of an array of this kind from ``at`` on, or the first n of them and zeros."""
-    where, align, vector = _pointer(context, b, kind, array, at)
+def read(
+    context: Any, b: Any, kind: Any, array: Any, at: Any, n: Any = None, many: int = WIDTH
+) -> Any:
+    """So many of an array of this kind from ``at`` on, or the first n of them and zeros."""
+    where, align, vector = _pointer(context, b, kind, array, at, many)
     if n is None:
         return b.load(where, align=align)
-    mask = _first(b, n)
+    mask = _first(b, n, many)
     form = ir.FunctionType(vector, [where.type, ir.IntType(32), mask.type, vector])
     masked = _declared(b, form, f"llvm.masked.load.{_name(vector)}.p0")
     return b.call(masked, [where, ir.IntType(32)(align), mask, ir.Constant(vector, None)])
@@ -129,19 +135,21 @@ def read(context: Any, b: Any, kind: Any, array: Any, at: Any, n: Any = None) ->
 
 def write(context: Any, b: Any, kind: Any, array: Any, at: Any, value: Any, n: Any = None) -> None:
     """Write them there, or the first n of them."""
-    where, align, vector = _pointer(context, b, kind, array, at)
+    where, align, vector = _pointer(context, b, kind, array, at, value.type.count)
     if n is None:
         b.store(value, where, align=align)
         return
-    mask = _first(b, n)
+    mask = _first(b, n, vector.count)
     form = ir.FunctionType(ir.VoidType(), [vector, where.type, ir.IntType(32), mask.type])
     masked = _declared(b, form, f"llvm.masked.store.{_name(vector)}.p0")
     b.call(masked, [value, where, ir.IntType(32)(align), mask])
 
 
-def _pointer(context: Any, b: Any, kind: Any, array: Any, at: Any) -> tuple[Any, int, Any]:
+def _pointer(
+    context: Any, b: Any, kind: Any, array: Any, at: Any, many: int = WIDTH
+) -> tuple[Any, int, Any]:
     """Where an array's numbers from ``at`` on are, how far that is aligned, and what is there."""
-    vector = ir.VectorType(context.get_value_type(kind.dtype), WIDTH)
+    vector = ir.VectorType(context.get_value_type(kind.dtype), many)
     start = make_array(kind)(context, b, array).data
     return b.bitcast(b.gep(start, [at]), vector.as_pointer()), kind.dtype.bitwidth // 8, vector
 
@@ -152,31 +160,31 @@ def plus_product(b: Any, total: Any, u: Any, v: Any) -> Any:
 
 
 def repeated(b: Any, number: Any, vector: Any) -> Any:
-    """One number, sixteen times."""
+    """One number in all lanes."""
     nothing, first = ir.Constant(vector, ir.Undefined), ir.Constant(ir.IntType(32), 0)
-    lanes = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), None)
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None)
     return b.shuffle_vector(b.insert_element(nothing, number, first), nothing, lanes)
 
 
-def _folded(b: Any, u: Any, v: Any, low: list[int], block: int) -> Any:
-    """Lanes ``low`` of two registers, each plus the one ``block`` further on."""
-    return b.fadd(shuffled(b, u, v, low), shuffled(b, u, v, [k + block for k in low]))
+def _plus(b: Any, u: Any, v: Any, low: list[int], high: list[int]) -> Any:
+    """Lanes ``low`` of two registers, each plus one of ``high``."""
+    return b.fadd(shuffled(b, u, v, low), shuffled(b, u, v, high))
 
 
 def shuffled(b: Any, u: Any, v: Any, lanes: list[int]) -> Any:
     """These lanes of two registers, counted through both."""
-    mask = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), lanes)
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
     return b.shuffle_vector(u, v, mask)
 
 
-def _first(b: Any, n: Any) -> Any:
-    """Yes for the first n lanes."""
-    vector = ir.VectorType(n.type, WIDTH)
-    return b.icmp_unsigned("<", ir.Constant(vector, list(range(WIDTH))), repeated(b, n, vector))
+def _first(b: Any, n: Any, many: int) -> Any:
+    """Yes for the first n of so many lanes."""
+    vector = ir.VectorType(n.type, many)
+    return b.icmp_unsigned("<", ir.Constant(vector, list(range(many))), repeated(b, n, vector))
 
 
 def _name(vector: Any) -> str:
-    return f"v{WIDTH}{'f32' if isinstance(vector.element, ir.FloatType) else 'f64'}"
+    return f"v{vector.count}{'f32' if isinstance(vector.element, ir.FloatType) else 'f64'}"
 
 
 def _declared(b: Any, kind: Any, name: str) -> Any:

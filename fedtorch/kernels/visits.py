@@ -10,10 +10,11 @@ import numpy as np
 from fedtorch.kernels.closing import gradient
 from fedtorch.kernels.compile import machine_code
 from fedtorch.kernels.products import add_to, less_rows, masked, relu, row_products
-from fedtorch.kernels.tiles import ACROSS, ROWS, backward
+from fedtorch.kernels.tiles import ACROSS, HALF, ROWS, backward
 from fedtorch.kernels.vector import WIDTH
 
 W, WIDE, HIGH = np.uint64(WIDTH), np.uint64(ACROSS * WIDTH), np.uint64(ROWS)
+wider, H = backward(ROWS, ACROSS, True), np.uint64(HALF)
 block, column = backward(ROWS, ACROSS), backward(ROWS, 1)
 row, rest = backward(1, ACROSS), backward(1, 1)
 
@@ -25,15 +26,16 @@ def visits(
     """What ``ops.visits`` does; ``by``: examples in a step, what one keeps of the weights, the start.
 
     ``room``: for a client's parameters, for what all layers take, for the gradient of what one puts out,
-    and for the next one's. The changes' squared norms and the mean losses are written to ``sums``.
+    for the next one's, and for places of outputs. The changes' squared norms and the mean losses are
+    written to ``sums``.
     """
-    (x, index), (B, keep, start), (w, a, d, down) = inputs, by, room
+    (x, index), (B, keep, start), (w, a, d, _, _) = inputs, by, room
     for c in range(len(own)):
         total, before = 0.0, start
         for t in range(steps[c]):
             forward(before, layers, x, index[c, t * B : (t + 1) * B], a, d)
             total = lost(total, layers[len(layers) - 1, 0], given, index[c], (c, t * B, B), d)
-            back(w, before, layers, a, d, down, B, x.dtype.type(keep), False)
+            back(before, layers, room, B, x.dtype.type(keep), (t == 0, False))
             before = w
         sums[0][c], sums[1][c] = moved(before, start, own[c]), total / steps[c]
 
@@ -43,7 +45,7 @@ def behind(
     own: Any, layers: Any, first: Any, given: Any, steps: Any, by: Any, room: Any, sums: Any
 ) -> None:
     """What ``ops.behind`` does; ``first``: what ``loops.Coefficients`` knows, in this order."""
-    (z, index, G, local, rows, seen, many, marks), (B, start), (w, a, d, down) = first, by, room
+    (z, index, G, local, rows, seen, many, marks), (B, start), (w, a, d, _, _) = first, by, room
     into, one = layers[0, 1], z.dtype.type(1)
     for c in range(len(own)):
         total, before, met, D, n = 0.0, start, a[: B * into], rows[c].reshape(-1), many[c]
@@ -56,7 +58,7 @@ def behind(
             relu(met)
             through(before, layers, a, B, d)
             total = lost(total, layers[len(layers) - 1, 0], given, index[c], (c, s, B), d)
-            g = back(w, before, layers, a, d, down, B, one, True)
+            g = back(before, layers, room, B, one, (t == 0, True))
             n = add_to(rows[c], places[1], g, seen[c], n, marks[c])
             before = w
         many[c] = n
@@ -111,22 +113,28 @@ def through(w: Any, layers: Any, a: Any, B: int, out: Any) -> None:
 
 
 @machine_code
-def back(
-    w: Any, v: Any, layers: Any, a: Any, d: Any, down: Any, B: int, keep: Any, passes: bool
-) -> Any:
-    """Pass ``d``, the gradient of what the last layer puts out, down through all of them, and step.
+def back(v: Any, layers: Any, room: Any, B: int, keep: Any, ways: Any) -> Any:
+    """Pass the gradient of what the last layer puts out down through all of them, and step from v.
 
-    Parameters are read from v and written to w, which may be the same. ``passes``: out of the first as
-    well, where a ReLU has put out what that takes; returned is what was passed down last.
+    ``ways``: whether these are the parameters of a client that has none of its own yet, and whether the
+    gradient is passed out of the first layer too, which takes what a ReLU has put out. Returned is what was
+    passed down last.
     """
-    at = len(a)
+    (w, a, d, down, of), (begins, passes), at = room, ways, len(room[1])
     for n in range(len(layers) - 1, -1, -1):
         size, into, weight, bias = layers[n]
         at -= B * into
         taken = a[at : at + B * into]
-        down[: B * into] = 0
         on = passes or n > 0
-        layer(w[weight:], v[weight:], d, taken, down, (B, size, into), keep, on)
+        some = listed(d, (B, size), down, of)
+        down[: B * into] = 0
+        if begins or keep != 1:
+            for k in range(some, size):
+                i = weight + np.int64(of[k]) * into
+                to, left = w[i : i + into], v[i : i + into]
+                for j in range(into):
+                    to[j] = left[j] * keep
+        layer(w[weight:], v[weight:], d, taken, down, (B, size, into), keep, on, of[:some])
         if bias >= 0:
             b, old = w[bias : bias + size], v[bias : bias + size]
             for k in range(size):
@@ -142,24 +150,53 @@ def back(
 
 
 @machine_code
-def layer(w: Any, v: Any, d: Any, a: Any, down: Any, shape: Any, keep: Any, passes: bool) -> None:
-    """Of one layer with weights [size, in], block after block: what ``tiles.backward`` does."""
+def layer(
+    w: Any, v: Any, d: Any, a: Any, down: Any, shape: Any, keep: Any, passes: bool, of: Any
+) -> None:
+    """Rows ``of`` one layer with weights [size, in], block after block: what ``tiles.backward`` does."""
     B, n, q = np.uint64(shape[0]), np.uint64(shape[1]), np.uint64(shape[2])
-    o = np.uint64(0)
-    while o < n:
-        whole, t = o + HIGH <= n, np.uint64(0)
+    some, o = np.uint64(len(of)), np.uint64(0)
+    while o < some:
+        whole, t = o + HIGH <= some, np.uint64(0)
         while t < q:
-            m = W if t + WIDE <= q else min(q - t, W)
-            if t + WIDE <= q and whole:
-                block(w, v, d, a, down, B, n, q, o, t, m, keep, passes)
-            elif t + WIDE <= q:
-                row(w, v, d, a, down, B, n, q, o, t, m, keep, passes)
+            wide, left = t + WIDE <= q, q - t
+            more = whole and left > WIDE and left - WIDE <= H
+            m = left - WIDE if more else W if wide else min(left, W)
+            if more:  # a few columns have no loop of their own, which would wait for its sums
+                wider(w, v, d, a, down, of, B, n, q, o, t, m, keep, passes)
+            elif wide and whole:
+                block(w, v, d, a, down, of, B, n, q, o, t, m, keep, passes)
+            elif wide:
+                row(w, v, d, a, down, of, B, n, q, o, t, m, keep, passes)
             elif whole:
-                column(w, v, d, a, down, B, n, q, o, t, m, keep, passes)
+                column(w, v, d, a, down, of, B, n, q, o, t, m, keep, passes)
             else:
-                rest(w, v, d, a, down, B, n, q, o, t, m, keep, passes)
-            t += WIDE if t + WIDE <= q else W
+                rest(w, v, d, a, down, of, B, n, q, o, t, m, keep, passes)
+            t += left if more else WIDE if wide else W
         o += HIGH if whole else np.uint64(1)
+
+
+@machine_code
+def listed(d: Any, shape: Any, room: Any, of: Any) -> int:
+    """Write the columns of d [B, size] that are not all 0 to ``of``, then the others; returns how many.
+
+    What a ReLU has shut for all examples passes nothing down and does not step. Some such are counted among
+    those that do, where a block has room for more. ``room``: for a number of each.
+    """
+    (B, n), some, last = shape, 0, shape[1] - 1
+    room[:n] = 0
+    for i in range(B):
+        one = d[i * n : (i + 1) * n]
+        for o in range(n):
+            room[o] += abs(one[o])
+    for o in range(
+        n
+    ):  # in both places, of which one is written over: a processor cannot guess which
+        of[some] = of[last] = o
+        on = room[o] != 0
+        some += on
+        last -= not on
+    return int(min(n, some + -some % ROWS))
 
 
 @machine_code
