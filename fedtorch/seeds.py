@@ -8,13 +8,21 @@ Noise and everything else that must stay secret never does: see ``fedtorch.priva
 """
 
 import hashlib
+import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+
+ONE = threading.RLock()
+"""Held by the thread that draws from the global generators."""
+
+if hasattr(os, "register_at_fork"):  # a copy of the process has no thread that would let it go
+    os.register_at_fork(after_in_child=ONE._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def derive(seed: int, *purpose: str | int) -> int:
@@ -71,14 +79,18 @@ def _generators() -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Put the global generators of torch, NumPy and Python back afterwards."""
-    state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(None if torch.cuda.is_initialized() else []):
-        try:
-            yield
-        finally:
-            random.setstate(state[0])
-            np.random.set_state(state[1])
+    """Put the global generators of torch, NumPy and Python back afterwards.
+
+    One thread at a time is in here: two runs in two threads would draw each other's numbers.
+    """
+    with ONE:
+        state = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(None if torch.cuda.is_initialized() else []):
+            try:
+                yield
+            finally:
+                random.setstate(state[0])
+                np.random.set_state(state[1])
 
 
 def set_global(seed: int) -> None:

@@ -1,9 +1,13 @@
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-from fedtorch import seeds
+from conftest import make_clients
+from fedtorch import Local, Recipe, Server, seeds
+
+ONE_BY_ONE = Local(solver="general")
 
 
 def test_derived_seeds_are_stable_across_versions_and_processes():
@@ -52,3 +56,23 @@ def test_kept_spans_many_seeds():
         seeds.set_global(1)
         assert torch.equal(torch.rand(3), first)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_runs_in_two_threads_draw_what_each_draws_alone():
+    def run(seed):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(6, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 10)
+        )
+        return Server(model, make_clients([9, 7]), Recipe(epochs=30), seed=seed, engine=ONE_BY_ONE)
+
+    def train(server):
+        for _ in range(2):
+            server.round()
+        return server.model[0].weight.detach().clone()
+
+    alone = [train(run(seed)) for seed in range(2)]
+    servers = [run(seed) for seed in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(train, servers))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
