@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedtorch import Client, ClientOptimizer, FedProx, Local, Recipe, Server
+from fedtorch.fast import whole
 from fedtorch.fast.chunk_data import Kept
 from fedtorch.fast.layers import Rule
 from fedtorch.fast.ops import ops_for
@@ -122,9 +123,12 @@ def trained(who: list[Client], projected: bool, noise: float, bias: bool = True)
     return {k: v - start[k] for k, v in model.state_dict().items()}, figures
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("twice", [False, True])
-def test_without_noise_it_is_the_dense_form(twice, bias):
+def test_without_noise_it_is_the_dense_form(twice, bias, at_once, monkeypatch):
+    if not at_once:  # side by side
+        monkeypatch.setattr(whole, "pays_privately", lambda *given: False)
     who = clients(twice)
     dense, before = trained(who, False, 1e-7, bias)
     projected, after = trained(who, True, 1e-7, bias)

@@ -57,7 +57,7 @@ class Coefficients:
         self.rows[: len(d)].scatter_add_(1, at, d)
 
     def count_all(self, k: int) -> None:
-        """Of the first k clients any row may be something else than 0 from now on."""
+        """Of client k any row may be something else than 0 from now on."""
 
 
 class Visits(Protocol):
@@ -123,11 +123,14 @@ class MakesClips(Protocol):
         inputs: tuple[Tensor, Tensor, Tensor],
         given: tuple[Tensor, Tensor],
         most: int,
+        first: tuple[Any, float] | None = None,
     ) -> Clips:
         """For steps of at most so many examples; ``layers`` as in ``Visits``.
 
-        ``inputs``: examples [N, in], those of each step, [K, T], and squared lengths [N], float64;
-        ``given``, each [K, T, 1]: labels, and where the log of the label's share is written.
+        ``inputs``: examples [N, in], those of each step, [K, T], and of these the squared lengths, float64,
+        and one more if the first layer has a bias; ``given``, each [K, T, 1]: labels, and where the log of
+        the label's share is written. ``first``: ``Coefficients`` of the same maker and their rate, of a
+        layer before ``layers`` with a ReLU after it: they take the clipped rows of its gradient.
         """
 
 

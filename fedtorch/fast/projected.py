@@ -73,12 +73,16 @@ class Projected(Dual):
         """Clipped rows [k, B, out] are added to those of their examples, and noise to the others."""
         k, B = d.shape[:2]
         self.seen.add(self.s, d)
-        if not self.s:  # what noise there is counts in all steps to come
-            self.seen.count_all(k)
         for j in range(k):
-            self.private.noisy(self.sums[j].view(-1), j, part=True)
-            self.steps[j] += 1
+            self.noise(j)
         self.s += B
+
+    def noise(self, j: int) -> None:
+        """A step's noise of client j."""
+        if not self.steps[j]:  # it counts in all steps to come
+            self.seen.count_all(j)
+        self.private.noisy(self.sums[j].view(-1), j, part=True)
+        self.steps[j] += 1
 
     def done(self) -> "Moved":
         """The changes of the copies after all, with the noise that no example saw.

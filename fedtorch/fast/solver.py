@@ -208,13 +208,16 @@ class Fast:
         """The same of steps that are noised, each client's of all its parameters."""
         plan, private = recipe.privacy.per_example, cast(PrivateSteps, chunk.private)
         projected = bool(plan and plan.projected) and rows.finite
-        dense, form = isinstance(head, CrossEntropy) and not projected, self.form(task.state)
-        if dense and form and whole.pays_privately(form, steps, rows):
-            K, (rule, *_) = len(chunk.datasets), steps
-            own = whole.Whole(form, task.state, rule, self.memory, K)
-            taken_steps, by = chunk.context.steps, (rule.lr, private)
-            own.visit_privately(rows, order, cast(CrossEntropy, head), taken_steps, *by)
-            return [own]
+        form, first = self.form(task.state), None
+        if form and projected:
+            form = form.behind
+        if form and isinstance(head, CrossEntropy) and whole.pays_privately(form, steps, rows):
+            (rule, *_), datasets = steps, chunk.datasets
+            if projected:
+                first = self._projected(datasets, rows, order, task.state, rule, private)
+            own = whole.Whole(form, task.state, rule, self.memory, len(datasets))
+            own.visit_privately(rows, order, head, chunk.context.steps, (rule.lr, private), first)
+            return [own, first.done()] if first else [own]
         coins = Coins(chunk.seeds, order)
         flat, layers = self._noised(
             model, chunk.datasets, rows, coins, task.state, steps, private, projected

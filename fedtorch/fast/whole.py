@@ -23,6 +23,7 @@ from fedtorch.fast.linear import Steps
 from fedtorch.fast.loss import CrossEntropy
 from fedtorch.fast.memory import Memory
 from fedtorch.fast.ops import Behind, MakesClips, Visits
+from fedtorch.fast.projected import Projected
 from fedtorch.fast.reader import Chain, Linear
 from fedtorch.fast.schedule import LockstepOrder
 from fedtorch.fast.several import Models
@@ -106,27 +107,31 @@ class Whole:
         order: LockstepOrder,
         head: CrossEntropy,
         steps: Tensor,
-        rate: float,
-        private: PrivateSteps,
+        by: tuple[float, PrivateSteps],
+        first: Projected | None = None,
     ) -> None:
         """The same of DP-SGD: a client's weights, its gradient and its noise stay in a core's cache.
 
+        ``by``: the rate, and clip and noise; ``first``: the layer before these, whose noise is projected.
         Each example is clipped by its norm over all layers; their sum, with noise on it, over the public
         batch size is the gradient. One that is not finite counts as nothing.
         """
         layers, *_ = self.form.places
         head.check(int(layers[-1, 0]))
-        inputs = rows.flat, order.index, rows.sq_lengths
-        make, given = cast(MakesClips, rows.ops.clips), (head.y, head.losses)
-        clips, gradient = (
-            make(layers, inputs, given, order.batch),
-            torch.empty_like(self.start),
-        )
-        factor, found = -rate / private.divisor, []
+        made, given = cast(MakesClips, rows.ops.clips), (head.y, head.losses)
+        if first:
+            known, lengths = (first.seen, first.rate), first.lengths
+        else:
+            known, lengths = None, rows.sq_lengths[order.index] + float(layers[0, 3] >= 0)
+        clips = made(layers, (rows.flat, order.index, lengths), given, order.batch, known)
+        (rate, private), gradient, found = by, torch.empty_like(self.start), []
+        factor = -rate / private.divisor
         for k, own in enumerate(self.change):
             own.copy_(self.start)
             for t, n in enumerate(order.counts[: int(steps[k]), k].tolist()):
                 clips.sums(own, k, t * order.batch, n, private.clip, gradient)
+                if first:
+                    first.noise(k)
                 if not private.noisy(gradient, k, onto=(own, factor)):
                     own.add_(gradient, alpha=factor)
             found.append(clips.moved(own, self.start))

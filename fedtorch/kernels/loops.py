@@ -33,6 +33,7 @@ class Coefficients:
         self.seen, self.many = np.zeros((K, m), np.int64), np.zeros(K, np.int64)
         """Which rows are not all 0, in the order in which they came, and how many."""
         self.marks = np.zeros((K, m), np.bool_)
+        self.known = *self.given, self.seen, self.many, self.marks
 
     def outputs(
         self, s: int, k: int, B: int, keep: float = 1.0, rate: float = 1.0, end: str = ""
@@ -50,7 +51,7 @@ class Coefficients:
     def count_all(self, k: int) -> None:
         """As in ``ops``."""
         m = self.seen.shape[1]
-        self.seen[:k], self.many[:k], self.marks[:k] = np.arange(m), m, True
+        self.seen[k], self.many[k], self.marks[k] = np.arange(m), m, True
 
 
 class Clips:
@@ -62,18 +63,25 @@ class Clips:
         inputs: tuple[Tensor, ...],
         given: tuple[Tensor, Tensor],
         most: int,
+        first: tuple[Any, float] | None = None,
     ) -> None:
         """As ``ops.Ops.clips`` has it."""
         self.layers, self.inputs = layers, tuple(t.numpy() for t in inputs)
+        self.first = first and (first[0].known, self.inputs[2], first[1])
         self.y, self.losses = (t.numpy() for t in given)
         like = given[1]
-        own = (like.new_empty(most * int(layers[:, n].sum())).numpy() for n in (1, 0))
+        taken, put = (int(layers[:, n].sum()) for n in (1, 0))
+        put += int(layers[0, 1]) if first else 0
+        own = (like.new_empty(most * size).numpy() for size in (taken, put))
         self.room = *own, np.empty(most), like.new_empty(most).numpy()
 
     def sums(self, own: Tensor, k: int, s: int, n: int, clip: float, into: Tensor) -> None:
         """As in ``ops``."""
-        given = self.layers, self.inputs, self.y, self.losses
-        clips.clipped(own.numpy(), *given, (k, s, n), self.room, clip, into.numpy())
+        given = self.y, self.losses, (k, s, n), self.room, clip, into.numpy()
+        if self.first:
+            clips.behind(own.numpy(), self.layers, self.first, *given)
+        else:
+            clips.clipped(own.numpy(), self.layers, self.inputs, *given)
 
     def moved(self, own: Tensor, start: Tensor) -> float:
         """As in ``ops``."""
@@ -176,8 +184,7 @@ class Loops:
         """As in ``ops``."""
         (values, start), (layers, _, _) = own, places
         room, losing, (many, B), sums = prepared(values, start, places, given, steps)
-        known, by = (*first.given, first.seen, first.many, first.marks), (B, start.numpy())
-        behind(values.numpy(), layers, known, losing, many, by, room, sums)
+        behind(values.numpy(), layers, first.known, losing, many, (B, start.numpy()), room, sums)
         return torch.from_numpy(sums[0]), torch.from_numpy(sums[1])
 
     clips = Clips
