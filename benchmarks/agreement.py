@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scipy.stats import ttest_ind
-
 from benchmarks.contestants import BASELINE, CONTESTANTS
 from benchmarks.workloads import Workload
 
@@ -72,6 +70,8 @@ def beyond_chance(own: Runs, other: Runs) -> str | None:
         return "accuracy is not a number"
     if len(a) < 2 or abs(statistics.mean(a) - statistics.mean(b)) <= SLACK:
         return None
+    from scipy.stats import ttest_ind  # 50 MiB, which are none of a contestant's
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # equal repetitions have no variance
         p = float(ttest_ind(a, b, equal_var=False).pvalue) if len({*a, *b}) > 2 else 0.0

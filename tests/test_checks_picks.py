@@ -1,5 +1,7 @@
 """Models that move rows by what is in them: formulas of layers would clip one example's as another's."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -100,6 +102,15 @@ def filled(mid, x, real):
     return mid(x).masked_fill(~real[..., None], 0).sum(1)
 
 
+def let_go(mid, x, real):
+    """Memory in which something was made of examples, and then something else."""
+    gone = real.cumsum(1)
+    left = weakref.ref(gone)
+    del gone
+    assert left() is None
+    return mid(x)[torch.arange(real.numel()).view(real.shape)[:, 0] // real.shape[1]].sum(1)
+
+
 @pytest.mark.parametrize(
     "moved",
     [
@@ -120,7 +131,17 @@ def test_rows_that_are_moved_by_what_is_in_them_are_found(moved):
     assert picks(Rows(moved), (X, Y), Recipe())
 
 
-@pytest.mark.parametrize("moved", [last, along, filled, attended])
+def test_so_are_they_in_a_compiled_model_and_nothing_is_compiled_for_it():
+    from torch._dynamo.utils import counters
+
+    model = torch.compile(Rows(masked), backend="eager")
+    with torch.no_grad():
+        model(X)
+    frames = counters["frames"]["total"]
+    assert picks(model, (X, Y), Recipe()) and counters["frames"]["total"] == frames > 0
+
+
+@pytest.mark.parametrize("moved", [last, along, filled, attended, let_go])
 def test_what_stays_in_its_row_is_left_alone(moved):
     assert picks(Rows(moved), (X, Y), Recipe()) is None
 

@@ -363,8 +363,9 @@ def told(phase, of):
         searched.extend(f for f, _ in traceback.walk_stack(None) if "importlib" in f.f_code.co_filename)
 gc.callbacks.append(told)
 import train
-for plan in (["none"], ["sample"]):
-    train.main(["--rounds", "1", "--run-dir", sys.argv[1] + plan[0], "--privacy", *plan])
+layers = ["sample", "--engine.solver", "general", "--privacy.mode", "layers"]
+for k, plan in enumerate((["none"], ["sample"], layers)):
+    train.main(["--rounds", "1", "--run-dir", sys.argv[1] + str(k), "--privacy", *plan])
     slow = "torch._dynamo", "opacus", "sympy", "scipy.stats", "scipy.special", "absl"
     print([m for m in slow if m in sys.modules])
 print("searched whole while modules are read", searched)
@@ -374,8 +375,8 @@ print("searched whole while modules are read", searched)
         check=True, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     lines = done.stdout.splitlines()
-    assert lines.count("[]") == 2 and lines[-1].endswith("read []")
-    assert done.stdout.count("prv accountant") == 1
+    assert lines.count("[]") == 3 and lines[-1].endswith("read []")
+    assert done.stdout.count("prv accountant") == 2
 
 
 def test_an_insecure_seed_is_shown_in_every_report(fedtorch):

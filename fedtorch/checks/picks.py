@@ -4,12 +4,14 @@ Without padding, sorted by length or sent to an expert, as many rows as ever may
 examples have no padding, so that trials would find each row where it should be.
 """
 
+import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -61,9 +63,15 @@ def _watched(model: nn.Module, batch: Any, recipe: Recipe, other: int | None = N
     watch = _Watch(batch, other)
     # it may have asked if they are what they have to be, and ends there
     failing = () if other is None else (Exception,)
-    with suppress(*failing), torch.no_grad(), seeds.seeded(0), watch, _Read(watch):
+    with suppress(*failing), _plain(), torch.no_grad(), seeds.seeded(0), watch, _Read(watch):
         recipe.tried(model, batch)
     return watch
+
+
+def _plain() -> AbstractContextManager[object]:
+    """Compiled models run as they were before, if there may be any: else what hears them is compiled too."""
+    there = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if there else nullcontext()
 
 
 class _Watch(TorchDispatchMode):
@@ -76,10 +84,14 @@ class _Watch(TorchDispatchMode):
         self.read, self.asked, self.other = 0, 0, other
         self.many, self.added = size(batch), list[int]()
         """How many examples, and how many numbers each product of what was made of them adds up."""
-        self.held: list[Tensor] = []
-        """All that was made of examples: memory that is let go would be another's."""
-        self.places: set[int] = set()
+        self.places: dict[int, StorageWeakRef] = {}
+        """Where all lies that was made of examples, until it is let go: then the memory is another's."""
         self._mark(leaves(batch))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """To keep torch's compiler off, torch would read it first: a second or two, and 60 MiB."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -106,12 +118,16 @@ class _Watch(TorchDispatchMode):
         """Whether it was made of them."""
         if not isinstance(t, Tensor):
             return False
-        return t.layout != torch.strided or place(t) in self.places
+        return t.layout != torch.strided or self._lies(place(t))
+
+    def _lies(self, at: int) -> bool:
+        """Whether something lies there that was made of them, and that somebody still holds."""
+        return at in self.places and not self.places[at].expired()
 
     def _mark(self, tensors: Sequence[Tensor]) -> None:
-        some = [t for t in tensors if t.numel() and t.layout == torch.strided]
-        self.held += some
-        self.places |= set(map(place, some))
+        for t in tensors:
+            if t.numel() and t.layout == torch.strided and not self._lies(place(t)):
+                self.places[place(t)] = StorageWeakRef(t.untyped_storage())
 
     def _picks(self, name: str, args: Sequence[Any]) -> bool:
         if name in ("index", "index_put"):
