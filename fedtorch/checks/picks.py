@@ -69,7 +69,7 @@ def _watched(model: nn.Module, batch: Any, recipe: Recipe, other: int | None = N
 
 
 def _plain() -> AbstractContextManager[object]:
-    """Compiled models run as they were before, if there may be any: else what hears them is compiled too."""
+    """Compiled models run as they were before, if there may be any: else what hears them were compiled."""
     there = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if there else nullcontext()
 
