@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedtorch import seeds
+from fedtorch.checks.calls import Calls
 from fedtorch.checks.company import Near, far
 from fedtorch.checks.held import same_draws
 from fedtorch.checks.picks import BRANCHES
@@ -230,7 +230,7 @@ class _Heard:
             self.met.append(Row(name, _digest(t)))
 
 
-class _Kept(TorchDispatchMode):
+class _Kept(Calls):
     """Calls that choose between numbers give NaN wherever one of them is."""
 
     def __init__(self, other: int | None = None) -> None:

@@ -4,18 +4,17 @@ Without padding, sorted by length or sent to an expert, as many rows as ever may
 examples have no padding, so that trials would find each row where it should be.
 """
 
-import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedtorch import seeds
+from fedtorch.checks.calls import Calls
 from fedtorch.recipe import Recipe
 from fedtorch.tree import leaves, place, rows, size
 
@@ -63,18 +62,12 @@ def _watched(model: nn.Module, batch: Any, recipe: Recipe, other: int | None = N
     watch = _Watch(batch, other)
     # it may have asked if they are what they have to be, and ends there
     failing = () if other is None else (Exception,)
-    with suppress(*failing), _plain(), torch.no_grad(), seeds.seeded(0), watch, _Read(watch):
+    with suppress(*failing), torch.no_grad(), seeds.seeded(0), watch, _Read(watch):
         recipe.tried(model, batch)
     return watch
 
 
-def _plain() -> AbstractContextManager[object]:
-    """Compiled models run as they were before, if there may be any: else what hears them were compiled."""
-    there = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if there else nullcontext()
-
-
-class _Watch(TorchDispatchMode):
+class _Watch(Calls):
     """Follows what is made of examples, or drawn, by the memory where it lies."""
 
     def __init__(self, batch: Any, other: int | None = None) -> None:
@@ -87,11 +80,6 @@ class _Watch(TorchDispatchMode):
         self.places: dict[int, StorageWeakRef] = {}
         """Where all lies that was made of examples, until it is let go: then the memory is another's."""
         self._mark(leaves(batch))
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """To keep torch's compiler off, torch would read it first: a second or two, and 60 MiB."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedtorch import seeds
+from fedtorch.checks.calls import Calls
 from fedtorch.checks.held import draws_numbers
 from fedtorch.checks.mixing import mixes as mixes_examples
 from fedtorch.checks.probe import visit_alone
@@ -104,7 +104,7 @@ def _can_be_noised(model: nn.Module, batch: Any, recipe: Recipe) -> None:
         )
 
 
-class _Kinds(TorchDispatchMode):
+class _Kinds(Calls):
     """Which types of half the digits or fewer are computed in."""
 
     def __init__(self) -> None:
