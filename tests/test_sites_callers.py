@@ -4,6 +4,7 @@ import threading
 
 from fedtorch.sites.callers import MOST, Callers, new_process
 from fedtorch.sites.site import Site
+from fedtorch.types import ConfigError
 from test_sites import folder as folder  # a fixture
 from test_sites import offer, server, site_config
 
@@ -50,16 +51,23 @@ def test_two_processes_of_one_site_with_a_state_folder_each_are_noticed(folder, 
     with server(folder, offer(), minimum=2) as there:
         port = there.session.port
         made = [Site(site_config(folder, port, "north", tmp_path / s)) for s in ("one", "two")]
-        codes = {}
+        ends = {}
+
+        def work(site):
+            try:
+                site.run()
+            except ConfigError as e:
+                ends[site] = str(e)
+
         for site in made:
-            run = threading.Thread(target=lambda s=site: codes.update({s: s.run()}))
+            run = threading.Thread(target=work, args=[site])
             run.start()
             while site.plan is None:  # it has called once
                 there.session.wait_for_sites(0.01)
             if site is made[1]:
                 run.join(30)
-        assert codes == {made[1]: 1}
-        assert "a second process calls as north, which is at work already" in caplog.text
+        assert [*ends] == [made[1]] and "another process calls as north" in ends[made[1]]
+        assert "turned away a second process of north" in caplog.text
         there.session.ended = ""
         there.close()
     for site in made:

@@ -298,10 +298,8 @@ class SitesSession:
             raise MessageError(f"a message of kind {wire.short(message.kind)} cannot {method}")
         with self.change:
             if method != "report" and self.callers[site].turned_away(message.facts.get("process")):
-                raise MessageError(
-                    f"a second process calls as {site}, which is at work already: give each site a name of "
-                    "its own (--name), or end one of the two"
-                )
+                log.warning("turned away a second process of %s, beside one that is at work", site)
+                return wire.encode(Message("second"))
             if site not in self._here():
                 log.info("%s is here", site)
             self.seen[site] = time.monotonic()

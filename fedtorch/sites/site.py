@@ -420,7 +420,13 @@ class Site:
         data = self.line.call(method, wire.encode(message), seconds)
         room = MOST_PLAN if self.joined is None else wire.header_room(self.joined.schema)
         room += letters.ROSTER if self.parties.sums is not None else 0
-        return wire.decode(data, self.limit, room)
+        answer = wire.decode(data, self.limit, room)
+        if answer.kind == "second":  # it is no use to start it again
+            raise ConfigError(
+                f"another process calls as {self.config.name} and is at work already, so the server turns "
+                "this one away: give each site a name of its own (--name), or end one of the two"
+            )
+        return answer
 
 
 def _ended(why: object) -> int:
