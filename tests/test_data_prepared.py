@@ -15,7 +15,16 @@ from fedtorch.__main__ import main
 from fedtorch.commands import given, use
 from fedtorch.data import Csv, Digits, Npz, from_tensors, images
 from fedtorch.data.base import Preparation
-from fedtorch.data.prepared import FILE, Prepared, agreed, load, resumed, said, undeclared
+from fedtorch.data.prepared import (
+    FILE,
+    Prepared,
+    agreed,
+    load,
+    resumed,
+    said,
+    same_names,
+    undeclared,
+)
 
 PLAIN = [
     "--privacy",
@@ -111,6 +120,24 @@ def test_classes_that_one_file_numbers_are_no_classes_of_many_sites():
         ConfigError, match=r"sites must agree: give every site the same --dataset\.classes"
     ):
         agreed(named, Csv())
+
+
+def test_columns_and_classes_are_those_that_sites_agreed_on_in_that_order():
+    data = made(preparation=Preparation(classes=("no", "yes"), columns=("age", "chol", "sex")))
+    same_names(data, ["age", "chol", "sex"], ["no", "yes"])
+    same_names(data, [], [])
+    same_names(made(), ["age"], ["no"])  # numbers without names
+    for columns, classes, why in (
+        (
+            ["age", "sex", "chol"],
+            [],
+            "columns are in another order .*: number 2 is chol, and should be sex",
+        ),
+        (["age", "chol"], [], "columns are others .*: number 3 is sex, and should be not there"),
+        ([], ["yes", "no"], r"classes are in another order .* \(--dataset.classes\)"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            same_names(data, columns, classes)
 
 
 def test_classes_that_the_rows_made_known_are_said_under_privacy():

@@ -128,6 +128,19 @@ def test_a_cohort_in_which_no_round_could_count_is_refused(serve):
     assert serve(*few)[0] == 1  # nobody came, which is another thing
 
 
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (["--columns", "age,chol,age"], "--columns names 'age' twice"),
+        (["--classes", "well,ill,dead"], "--classes names 3, and the model has outputs for 2"),
+        (["--columns", ",".join(f"{k:0>40}" for k in range(900))], "too many for a plan"),
+    ],
+)
+def test_names_that_no_site_could_have_are_refused(serve, words, why):
+    code, said = serve(*words)
+    assert code == 2 and why in said
+
+
 def test_a_model_that_never_moved_is_exit_1(serve, told):
     code, said = serve("--privacy", "none")
     assert code == 1 and "the model never moved" in said

@@ -421,3 +421,11 @@ def test_a_run_that_was_secure_stays_so_and_its_tasks_name_who_is_in_it(data, tm
         play(Played(offer(aggregator=Secure())), data, tmp_path / "state", **own)
     again = Played(offer(aggregator=Secure()))
     assert play(again, data, tmp_path / "state", lost_state=True, **own)[0] == 0
+
+
+def test_a_site_whose_columns_are_in_another_order_is_refused(data, tmp_path):
+    csv = Csv(str(data / "rows.csv"), kind="classification")
+    ours = list(csv.load(0).preparation.columns)
+    play(Played(offer(columns=ours)), data, tmp_path / "same", dataset=csv)
+    with pytest.raises(ConfigError, match="columns are in another order"):
+        play(Played(offer(columns=ours[::-1])), data, tmp_path / "other", dataset=csv)

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from fedtorch.types import ConfigError
 
 FILE = "data.json"
 FORMAT = "fedtorch data 2"
+OPTIONS = {"columns": "features", "classes": "classes"}
+"""Which option of a dataset says what is in what order."""
 MOST_NAMES = 12
 """Names that a line shows of many."""
 
@@ -172,6 +175,26 @@ def agreed(data: Data, dataset: Any) -> None:
         raise ConfigError(
             f"{data.name}: its classes ({names}) would be numbered by what is in this file alone, and "
             f"sites must agree: give every site the same --dataset.classes, such as {names}"
+        )
+
+
+def same_names(data: Data, columns: Sequence[str], classes: Sequence[str]) -> None:
+    """Raises ConfigError where a table's columns, or the classes, are not those that sites agreed on.
+
+    None given, or none known of these data: nothing is compared.
+    """
+    done = data.preparation
+    known = {"columns": (done.columns, columns), "classes": (done.classes, classes)}
+    for what, (names, wanted) in known.items():
+        ours = [str(name) for name in names]
+        if not ours or not wanted or ours == [*wanted]:
+            continue
+        pairs = [*zip_longest(ours, wanted)]
+        at, (own, other) = next((k, p) for k, p in enumerate(pairs, 1) if p[0] != p[1])
+        how = "in another order" if sorted(ours) == sorted(wanted) else "others"
+        raise ConfigError(
+            f"{data.name}: its {what} are {how} than sites agreed on: number {at} is "
+            f"{own or 'not there'}, and should be {other or 'not there'} (--dataset.{OPTIONS[what]})"
         )
 
 

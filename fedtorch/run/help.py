@@ -22,8 +22,8 @@ Topics = Mapping[str, tuple[str, ...]]
 
 RUN_TOPICS: Topics = {
     "sites": ("sites", "address", "credentials", "he_public", "insecure", "input_shape", "outputs",
-              "kind", "language", "standardize", "statistics", "deadline", "minimum", "enough",
-              "most_examples", "patience"),
+              "kind", "language", "columns", "classes", "standardize", "statistics", "deadline", "minimum",
+              "enough", "most_examples", "patience"),
     "data": ("dataset", "partition", "clients", "validation"),
     "model": ("model", "lora", "loss", "step", "eval_step"),
     "privacy": ("privacy", "audit"),

@@ -80,6 +80,10 @@ class Plan(TrainingOptions):
     privacy: Privacy | None = None
     optimizer: str = "sgd"
     optimizer_args: dict[str, Any] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
+    """Features of a table, in their order, that every site must have; none: sites agree by themselves."""
+    classes: list[str] = field(default_factory=list)
+    """The same of the classes, in the order of the outputs."""
     standardize: list[str] = field(default_factory=list)
     """Columns that sites scale by private statistics of all of them, with public ranges: age=20:90."""
     statistics: str = "quartiles"

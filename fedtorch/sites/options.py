@@ -27,6 +27,10 @@ LIMITS = (
 )
 
 
+MOST_NAMED = 1 << 15
+"""Characters of columns and classes, half of what a site takes as a plan."""
+
+
 def check_site_name(site: str) -> None:
     """Raises ConfigError where it can be no site's name."""
     if not SITE_NAME.fullmatch(site):
@@ -177,6 +181,11 @@ class ServeConfig(RunOptions):
     """Classes, or numbers to predict."""
     kind: str = "classification"
     """classification, binary or regression: the default loss and metric."""
+    columns: list[str] = field(default_factory=list)
+    """Features of a table in their order, agreed with the sites: one whose table has others, or another
+    order, is refused; none: nobody looks."""
+    classes: list[str] = field(default_factory=list)
+    """The same of the names of the classes, in the order of the outputs."""
     standardize: list[str] = field(default_factory=list)
     """Columns that all sites scale by private statistics of all of them, with rough public ranges:
     age=0:120,chol=0:600; every site gives the same as dataset.bounds, with dataset.standardize private."""
@@ -225,6 +234,7 @@ class ServeConfig(RunOptions):
                 "some: --dataset csv --dataset.path FILE; sites test for themselves"
             )
         self._check_texts()
+        self._check_names()
         if self.kind not in DEFAULTS:
             raise ConfigError(f"kind must be one of {', '.join(DEFAULTS)}, got {self.kind!r}")
         if self.loss not in ("auto", *LOSSES):
@@ -245,6 +255,21 @@ class ServeConfig(RunOptions):
         addressed("address", self.address)
         for name in self.sites:
             check_site_name(name)
+
+    def _check_names(self) -> None:
+        given = {"columns": self.columns, "classes": self.classes}
+        for option, names in given.items():
+            if twice := [s for s, n in Counter(names).items() if n > 1]:
+                raise ConfigError(f"--{option} names {twice[0]!r} twice")
+        if sum(len(name) + 8 for names in given.values() for name in names) > MOST_NAMED:
+            raise ConfigError(
+                f"--columns and --classes have more than {MOST_NAMED:,} characters, too many for a plan: "
+                "leave them out, and let sites agree by themselves"
+            )
+        if self.classes and len(self.classes) != max(self.outputs, 2):
+            raise ConfigError(
+                f"--classes names {len(self.classes)}, and the model has outputs for {self.outputs}"
+            )
 
     def _check_texts(self) -> None:
         texts = self.model.startswith(PREFIX)

@@ -229,6 +229,7 @@ def own_data(config: ServeConfig, plan: Plan) -> Data | None:
         return None
     data: Data = config.dataset.load(config.seed)
     prepared.agreed(data, config.dataset)
+    prepared.same_names(data, config.columns, config.classes)
     statistics.agreed(plan, data)
     return data
 
@@ -257,6 +258,8 @@ def make_plan(config: ServeConfig, run: str) -> Plan:
         optimizer=config.optimizer,
         optimizer_args=config.optimizer_args,
         privacy=config.privacy and config.plan,
+        columns=config.columns,
+        classes=config.classes,
         standardize=config.standardize,
         statistics=config.statistics,
         rounds=config.rounds,

@@ -237,6 +237,7 @@ class Site:
                 f"the run's targets are {plan.kind}, but this site's data was read as "
                 f"{self.data.kind}; see --dataset.kind"
             )
+        prepared.same_names(self.data, plan.columns, plan.classes)
         huggingface.same_tokens(plan.facts, self.data.facts, plan.model)
 
     def _work(self, joined: Joined) -> Message:
