@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 from conftest import make_clients, mlp, weights
 from fedtorch import Client, ClientOptimizer, FedProx, Local, Recipe, Server
 from fedtorch.engines import Processes
+from fedtorch.privacy import SampleLevel
 from fedtorch.training.evaluate import evaluate
 from fedtorch.training.losses import cross_entropy
 from fedtorch.training.module import forward, load, snapshot, to
@@ -167,3 +168,29 @@ def test_a_model_may_have_its_own_idea_of_training():
     before = weights(model)
     next(Server(model, make_clients([9, 5])).rounds(1))
     assert torch.equal(model[0].running_mean, before["0.running_mean"])
+
+
+def shared(how: str) -> nn.Module:
+    torch.manual_seed(0)
+    again = nn.Linear(6, 6)
+    if how == "layer":
+        return nn.Sequential(again, nn.Tanh(), again, nn.Linear(6, 4))
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 4))
+    net[2].weight = net[0].weight
+    return net
+
+
+@pytest.mark.parametrize("how", ["layer", "weight"])
+@pytest.mark.parametrize("private", [False, True])
+def test_a_layer_or_a_weight_with_two_names_trains_side_by_side(how, private):
+    plan = SampleLevel(noise_multiplier=1e-9, rounds=1, steps=2, sample_rate=1.0, batch_size=8)
+    ends = []
+    for solver in ("general", "auto"):
+        net = shared(how)
+        recipe = Recipe(lr=0.5, privacy=plan if private else None)
+        server = Server(net, make_clients([8] * 9), recipe, engine=Local(solver=solver))
+        server.round()
+        ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    assert server.session.choice.solver is stacked
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+    assert (net[0] is net[2]) == (how == "layer") and net[2].weight is net[0].weight

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fedtorch import seeds
 from fedtorch.checks.calls import Calls
@@ -198,11 +199,12 @@ class _Heard:
 
     @contextmanager
     def listening(self, model: nn.Module) -> Iterator[None]:
-        """But for layers that are run by hand: what is made of them is seen behind them."""
+        """But for layers that are run by hand, seen by what follows, and what makes weights of others."""
         handles = [
             m.register_forward_hook(partial(self._forward, f"layer {name or 'model'}"))
             for name, m in model.named_modules()
-            if type(m) not in OWN and any(p.requires_grad for p in m.parameters(recurse=False))
+            if type(m) not in (*OWN, ParametrizationList)
+            and any(p.requires_grad for p in m.parameters(recurse=False))
         ]
         try:
             yield

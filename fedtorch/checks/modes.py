@@ -180,7 +180,7 @@ def _unheard(model: nn.Module, tried: tuple[Any, Any], recipe: Recipe, mode: str
     if where := crosses(model, varied, recipe, mode):
         return f"a row of {where} hangs on other examples, {by_place}"
     name = _outside(model, batch, recipe, mode)
-    return f"parameter {name} is used outside its layer" if name else None
+    return f"parameter {name} is used outside its layer, as by a penalty" if name else None
 
 
 def _outside(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> str | None:

@@ -66,11 +66,13 @@ class Stepping(nn.Module):
     """A model whose forward is the step, so that all a step takes of it may be put in another's place."""
 
     step: Step
+    ties: dict[str, str]
 
     def __init__(self, model: nn.Module, step: Step) -> None:
         super().__init__()
         self.model = model
         self.__dict__["step"] = step  # a module of its own is no part of the model
+        self.__dict__["ties"] = ties(model)
 
     def forward(self, batch: Any) -> Tensor:
         """Losses of a batch."""
@@ -79,8 +81,23 @@ class Stepping(nn.Module):
     def losses(self, params: Params, rest: Params, batch: Any) -> Tensor:
         """The same with other weights and buffers."""
         named = {f"model.{k}": v for k, v in (params | rest).items()}
-        found: Tensor = functional_call(self, named, (batch,))
+        shared = {f"model.{k}": named.get(f"model.{first}") for k, first in self.ties.items()}
+        named |= {k: v for k, v in shared.items() if v is not None}
+        # torch ties them by all names, and leaves a layer of two names without its weights
+        found: Tensor = functional_call(self, named, (batch,), tie_weights=False)
         return found
+
+
+def ties(model: nn.Module) -> dict[str, str]:
+    """Other names of weights and buffers that several layers share, and their first."""
+    first: dict[int, str] = {}
+    found = {}
+    for prefix, m in model.named_modules():
+        for name, t in (*m._parameters.items(), *m._buffers.items()):
+            place = f"{prefix}.{name}" if prefix else name
+            if t is not None and first.setdefault(id(t), place) != place:
+                found[place] = first[id(t)]
+    return found
 
 
 def backward(step: Step, model: nn.Module, batch: Any, share: float = 1.0) -> Tensor:
