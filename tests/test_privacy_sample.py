@@ -249,15 +249,20 @@ class Circular(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "wrong", "right"),
+    ("kind", "wrong", "why", "right"),
     [
-        (Borrowed, ("layers", "hooks", "ghost"), "stacked"),
-        (Circular, ("hooks", "ghost"), "auto"),  # the fast path
+        (Borrowed, ("layers", "hooks", "ghost"), "second.weight is used outside", "stacked"),
+        (
+            Circular,
+            ("hooks", "ghost"),
+            "differ from those of the examples one by one",
+            "auto",
+        ),  # fast
     ],
 )
-def test_modes_that_get_the_gradients_of_a_model_wrong_are_refused(kind, wrong, right):
+def test_modes_that_get_the_gradients_of_a_model_wrong_are_refused(kind, wrong, why, right):
     for mode in wrong:
-        with pytest.raises(ConfigError, match="differ from those of the examples one by one"):
+        with pytest.raises(ConfigError, match=why):
             server(kind(), clients(), SampleLevel(rounds=1, mode=mode))
     assert server(kind(), clients(), SampleLevel(rounds=1)).session.recipe.privacy.mode == right
 
