@@ -11,8 +11,9 @@ import hashlib
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,27 @@ def seeded(seed: int) -> Iterator[None]:
     with kept():
         set_global(seed)
         yield
+
+
+class Later(Sequence[int]):
+    """Seeds that are derived when somebody first looks at one: few strategies draw from them."""
+
+    def __init__(self, make: Callable[[], tuple[int, ...]], size: int) -> None:
+        """``size``: how many it makes."""
+        self.make, self.size = make, size
+
+    @cached_property
+    def made(self) -> tuple[int, ...]:
+        """All of them."""
+        return self.make()
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return self.size
+
+    def __getitem__(self, k: Any) -> Any:
+        """One, or a tuple of some."""
+        return self.made[k]
 
 
 class Draws:

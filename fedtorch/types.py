@@ -170,7 +170,7 @@ class Context:
     steps: Tensor
     """Optimizer steps of each client in this visit, [K]."""
     lr: float
-    seeds: tuple[int, ...] = ()
+    seeds: Sequence[int] = ()
     """What a strategy may draw from for each client in this visit, [K]; never a client's secret."""
     own: Stack = field(default_factory=dict)
     """Weights and buffers that each client keeps, as its visit starts from them, [K, ...]."""

@@ -76,3 +76,16 @@ def test_runs_in_two_threads_draw_what_each_draws_alone():
     with ThreadPoolExecutor(2) as threads:
         together = list(threads.map(train, servers))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_seeds_are_derived_once_and_only_where_somebody_looks():
+    made = []
+
+    def make():
+        made.append(1)
+        return 5, 6, 7
+
+    later = seeds.Later(make, 3)
+    assert len(later) == 3 and not made
+    assert (*later,) == (5, 6, 7) and later[1] == 6 and later[1:] == (6, 7) and 7 in later
+    assert len(made) == 1

@@ -199,7 +199,7 @@ def distance(
             streams = [stream("aes", 0, "trial") for _ in own]
             noise = PrivateSteps(0.1, 0.0, 5.0, streams, "alone")
         with seeds.seeded(SEED):
-            chunk = Chunk(few[who], own, context, noise, context.seeds)
+            chunk = Chunk(few[who], own, context, noise, (*context.seeds,))
             params, buffers = solve(model, chunk, task, recipe).rows()
         kinds = params, {} if private else buffers
         return [tmap(Tensor.clone, kind) for kind in kinds if kind]

@@ -201,7 +201,8 @@ def context(
     clients: Sequence[Client], order: Sequence[Tensor], task: Task, recipe: Recipe, model: nn.Module
 ) -> Context:
     """What strategies see of these clients' visits."""
-    patterns = recipe.strategy.personal
+    patterns, strategy_seed = recipe.strategy.personal, recipe.privacy.strategy_seed
+    ids = [c.id for c in clients]
     anchor = {k: task.state[k] for k in shared(model, patterns)}
     device = next(iter(anchor.values())).device
     known = (without_unsent(c.memory) if c.memory else {} for c in clients)
@@ -221,7 +222,7 @@ def context(
         memory={g: to(stack([m[g] for m in memory]), device) for g in memory[0]},
         steps=steps,
         lr=task.lr,
-        seeds=tuple(recipe.privacy.strategy_seed(task, c.id) for c in clients),
+        seeds=seeds.Later(lambda: tuple(strategy_seed(task, i) for i in ids), len(ids)),
         own=stack(own),
         lr_sum=rates(recipe, task.lr, steps),
         reach=partial(reach, recipe, task.lr, steps),
