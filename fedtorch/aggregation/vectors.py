@@ -224,7 +224,7 @@ def nearest(apart: Tensor, f: int) -> Tensor:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """Equal shares of those with the ``count`` lowest scores, and none of the reference."""
+    """Equal shares of those with the ``count`` lowest scores [n], and none of the reference, [n + 1]."""
     share = torch.zeros(len(scores) + 1, dtype=torch.float64)
     share[scores.argsort(stable=True)[:count]] = 1 / count
     return share

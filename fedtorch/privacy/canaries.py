@@ -30,7 +30,7 @@ class Draws(Protocol):
     def batches(
         self, sizes: Sequence[int], options: TrainingOptions, task: Task, ids: Sequence[str]
     ) -> list[Tensor]:
-        """Which examples are in which step."""
+        """Which examples of each client are in which step, [steps, batch], padded with -1."""
 
     def stream(self, *purpose: str | int) -> Stream:
         """Randomness for one purpose."""
@@ -89,7 +89,7 @@ class Watch:
         self.moved = np.zeros(self.joined.shape)
 
     def joining(self) -> np.ndarray:
-        """Coordinates of the canaries that are in the step to come."""
+        """Coordinates of the canaries that are in the step to come, a whole number for each."""
         if self.steps >= len(self.joined):
             raise ConfigError("a visit takes more noised steps than its privacy plan says")
         return np.asarray(self.at[self.joined[self.steps]])

@@ -173,7 +173,7 @@ def kind_of(kind: str, bounds: Sequence[tuple[float, float]]) -> Statistics:
 def read(
     plan: Privacy, asked: Statistics, sent: Sequence[np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Centers, widths and a warning, if any, from what each client has sent, ``Privacy.portion``."""
+    """Centers and widths [columns], and a warning, if any, from what each has sent, ``Privacy.portion``."""
     total = plan.total(sent, asked.norm)
     std = (plan.statistics_noise or 0.0) * asked.norm
     std *= math.sqrt(len(sent)) if plan.per_client else 1

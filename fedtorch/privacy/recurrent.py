@@ -54,7 +54,10 @@ def lstm(z: Tensor, w: Tensor, b: Tensor | None, h0: Tensor, c0: Tensor) -> Pass
 def lstm_back(
     way: Pass, w: Tensor, dh: Tensor, dc: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of the inputs' part, of the states' part and of the first state and cell."""
+    """Gradients of the inputs' part and the states', [T, n, 4H], and of the first state and cell, [n, H].
+
+    ``dh`` [T, n, H] and ``dc`` [n, H]: by the states and by the last cell.
+    """
     H = way.h.shape[2]
     i, f, g, o = way.gates.split(H, 2)
     tanh = way.kept[1:].tanh()
@@ -95,7 +98,7 @@ def gru(z: Tensor, w: Tensor, b: Tensor | None, h0: Tensor, c0: Tensor) -> Pass:
 def gru_back(
     way: Pass, w: Tensor, dh: Tensor, dc: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The same."""
+    """The same of a GRU, [T, n, 3H], which has no cell."""
     H = way.h.shape[2]
     r, u, new = way.gates.split(H, 2)
     dn, of_inputs, of_states = torch.zeros_like(way.h[0]), *map(torch.empty_like, (way.gates,) * 2)
@@ -131,7 +134,7 @@ def rnn(
 def rnn_back(
     slope: Callable[[Tensor], Tensor], way: Pass, w: Tensor, dh: Tensor, dc: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The same."""
+    """The same of a plain cell, [T, n, H]."""
     slopes, d, dn = slope(way.h[1:]), torch.empty_like(way.gates), torch.zeros_like(way.h[0])
     for t in range(len(d) - 1, -1, -1):
         torch.mul(dh[t] + dn, slopes[t], out=d[t])

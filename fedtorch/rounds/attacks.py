@@ -145,7 +145,7 @@ class Mimic(Threat):
 
 
 def deviation(rows: Tensor) -> Tensor:
-    """Of a sample, by coordinate."""
+    """Of a sample [n, d], by coordinate, [d]; zeros of a single row."""
     return rows.std(0) if len(rows) > 1 else torch.zeros_like(rows[0])
 
 

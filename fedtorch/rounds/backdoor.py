@@ -71,7 +71,7 @@ class Backdoor(Threat):
         return scale * own
 
     def marked(self, x: Tensor) -> Tensor:
-        """With the trigger in all of them."""
+        """``x`` [n, ...] with the trigger in each: its largest number, in a corner or the last columns."""
         x = x.clone()
         if x.dim() > 2:
             x[..., -self.size :, -self.size :] = x.max()
@@ -81,7 +81,7 @@ class Backdoor(Threat):
 
 
 def labelled(data: Dataset) -> tuple[Tensor, Tensor]:
-    """Numbers and classes of all rows; raises ConfigError where there are no such."""
+    """Numbers [n, ...] and classes [n] of all rows; raises ConfigError where there are no such."""
     pair = data.tensors if type(data) is TensorDataset and len(data.tensors) == 2 else ()
     if not pair or pair[1].is_floating_point() or pair[1].dim() != 1:
         raise ConfigError("threat backdoor is for data (x, y) with whole numbers as labels")

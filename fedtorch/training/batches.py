@@ -83,13 +83,13 @@ def batch_order(n: int, order: TrainingOptions, seed: int) -> Tensor:
 
 
 def batch_orders(sizes: Sequence[int], order: TrainingOptions, seed: Sequence[int]) -> list[Tensor]:
-    """The same of some clients, each with so many examples and a seed of its own."""
+    """The same of each of K clients, which has so many examples and a seed of its own."""
     cuts, draw = {n: Cut.of(n, order) for n in {*sizes}}, torch.Generator()
     return [shuffled(n, cuts[n], draw.manual_seed(s)) for n, s in zip(sizes, seed, strict=True)]
 
 
 def shuffled(n: int, cut: Cut, draw: torch.Generator) -> Tensor:
-    """The same of one client."""
+    """The same of one client, cut so: [steps, examples]."""
     whole, used, taken, passes, steps = cut
     if whole:  # every step sees everything: shuffling would only reorder the sum
         return torch.arange(n).expand(steps, n)

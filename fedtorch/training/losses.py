@@ -46,7 +46,7 @@ def binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
 
 
 def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """Regression: output and target of one size -> squared errors."""
+    """Regression: output and target of one size -> squared errors in the target's shape, [B, ...]."""
     return F.mse_loss(_like(output, target), target.to(output.dtype), reduction="none")
 
 
@@ -69,7 +69,7 @@ def binary_accuracy(output: Tensor, target: Tensor) -> Tensor:
 
 
 def mean_absolute_error(output: Tensor, target: Tensor) -> Tensor:
-    """Absolute error, per example."""
+    """Absolute errors, output and target of one size, in the target's shape, [B, ...]."""
     return (_like(output, target) - target).abs()
 
 
@@ -118,7 +118,7 @@ def _like(output: Tensor, target: Tensor) -> Tensor:
 
 
 def no_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Stands where a recipe has a step, which nobody asks for a loss of outputs."""
+    """Stands where a recipe has a step; raises ConfigError, as nobody asks that for a loss of outputs."""
     raise ConfigError("this recipe has a step in place of a loss")
 
 

@@ -35,7 +35,7 @@ OwnUpdate = Callable[[nn.Module, VisitBatches, float], Any]
 
 
 def own_update(update: OwnUpdate, model: nn.Module, visit: VisitBatches, lr: float) -> Tensor:
-    """Have a function of the user's own train the model; its loss, float64, NaN where it tells none.
+    """Have a function of the user's own train the model; its loss, one float64, NaN where it tells none.
 
     What it froze for a while is as it was, and no gradients stay. Raises ConfigError for other results.
     """

@@ -174,7 +174,7 @@ class RunningSum:
         return split(whole, {k: v.shape for k, v in self._start.items()})
 
     def bound(self, sq_norms: Tensor) -> Tensor:
-        """No less than the exact squares."""
+        """Of squared norms [K]: no less than the exact ones."""
         return rounded_up(sq_norms, self._numbers)
 
     def _changes(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -251,7 +251,7 @@ class Summed:
 
 
 def rounded_up(sq_norms: Tensor, numbers: int) -> Tensor:
-    """No less than the exact squares: a sum of n products errs by less than n 2^-53 of itself."""
+    """No less than the exact squares, [K]: a sum of n products errs by less than n 2^-53 of itself."""
     return sq_norms * (1 + (numbers + 8) * 2.0**-52)
 
 

@@ -75,7 +75,7 @@ class Stepping(nn.Module):
         self.__dict__["ties"] = ties(model)
 
     def forward(self, batch: Any) -> Tensor:
-        """Losses of a batch."""
+        """Losses of a batch, [B], or one number for the whole of it."""
         return asked(self.step, self.model, batch)
 
     def losses(self, params: Params, rest: Params, batch: Any) -> Tensor:
