@@ -16,7 +16,7 @@ from fedtorch.checks import combination, handed, secure, strategies
 from fedtorch.client import Client
 from fedtorch.engines import Engine, Local
 from fedtorch.engines.travels import Weights
-from fedtorch.options import NOT_NEGATIVE, fit, within
+from fedtorch.options import NOT_NEGATIVE, fit, near, within
 from fedtorch.privacy import models, persons
 from fedtorch.privacy.accounting.ledger import Ledger
 from fedtorch.privacy.run import PrivateRun, charge, opened
@@ -192,7 +192,7 @@ class Server:
     def model_of(self, id: str) -> nn.Module:
         """A copy of the model with this client's own weights and buffers in it."""
         if id not in self.ids:
-            raise ConfigError(f"there is no client {id!r}")
+            raise ConfigError(f"there is no client {id!r}{near(str(id), self.ids)}; see Server.ids")
         made = copied(self.model)
         load(made, self._weights.now() | self.own().get(id, {}))
         return made

@@ -144,7 +144,7 @@ def two_sizes(root):
         (two_sizes, {}, "2 sizes .4 x 5, 6 x 6, ....: give --dataset.size"),
         (lambda p: write(p, "."), {}, "must lie in a folder for each class"),
         (lambda p: write(p, "train", "test"), {}, "must lie in a folder for each class"),
-        (lambda p: write(p, "a", "b/c"), {}, "different depths: .*a/00.png and .*b/c/00.png"),
+        (lambda p: write(p, "a", "b/c"), {}, "different depths, .*a/00.png and .*b/c/00.png"),
         (lambda p: write(p, "a/b/c/d"), {}, "more than 3 folders deep"),
         (lambda p: write(p, "a"), {"levels": "client/class"}, r"are 2 folders, but .*00\.png lies in 1"),
         (lambda p: write(p, "a"), {"levels": "owner/class"}, "must be made of part, client and class"),

@@ -23,8 +23,11 @@ def trainable(model: nn.Module) -> None:
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         quantized = any("quantized" in type(m).__module__ for m in model.modules())
-        fix = ": quantized layers have none, hand over the model they were made from"
-        raise ConfigError(f"model {name} has no trainable parameters{fix if quantized else ''}")
+        fix = "quantized layers have none, hand over the model they were made from"
+        usual = "call requires_grad_(True) on those that are to be trained"
+        raise ConfigError(
+            f"model {name} has no trainable parameters: {fix if quantized else usual}"
+        )
     if any(p.is_complex() for p in params):
         raise ConfigError(
             f"model {name} has complex parameters, which are not supported: keep real ones of shape "

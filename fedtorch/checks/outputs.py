@@ -29,7 +29,9 @@ def classes_fit(
     """A classifier needs an output for every label there is (a batch may miss the largest one)."""
     if classes < 2:
         what = f"the target, column {column!r}," if column else "every target"
-        raise ConfigError(f"{what} is of one class: there is nothing to learn")
+        raise ConfigError(
+            f"{what} is of one class, so that there is nothing to learn: add examples of another"
+        )
     if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ConfigError(
             f"the data names {classes} classes, but its labels go from {int(labels.min())} to "

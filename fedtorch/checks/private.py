@@ -73,7 +73,8 @@ def _per_example(
             )
         raise ConfigError(
             f"model {name} or its loss mixes the examples of a batch ({why}), so that "
-            "clipping by example protects nobody"
+            "clipping by example protects nobody: let each example have a result of its own (GroupNorm in "
+            "place of BatchNorm, a loss of single examples), or protect clients (privacy client)"
         )
 
 

@@ -151,7 +151,10 @@ def _backward(model: nn.Module, client: Client, index: Tensor, recipe: Recipe) -
             "torch.no_grad() is on around the Server, and nothing could train: leave it"
         )
     if not loss.requires_grad:
-        raise ConfigError(f"the loss does not depend on the parameters of model {name}")
+        raise ConfigError(
+            f"the loss does not depend on the parameters of model {name}: compute it from the output, "
+            "without detach(), item() or torch.no_grad() in between"
+        )
     model.zero_grad()
     try:
         loss.mean().backward()

@@ -32,7 +32,8 @@ def check(
     if threat is not None:
         raise ConfigError(
             f"threat and aggregator {name} do not go together: the sum is that of aggregator mean, which "
-            "simulates the attack, and under masks no rule can find who lies"
+            "simulates the attack, and under masks no rule can find who lies; take aggregator mean, or "
+            "leave threat out"
         )
     if participation == Everyone():
         return []

@@ -63,7 +63,8 @@ def split(
     if not len(keep) or (fraction and not len(out)):
         raise ConfigError(
             f"{len(held)} examples are too few to split: with {option} {fraction:g} "
-            f"{'none is left for training' if not len(keep) else 'none is held out'}"
+            f"{'none is left for training' if not len(keep) else 'none is held out'}: give more examples, "
+            "or another share"
         )
     return keep, out
 

@@ -151,7 +151,9 @@ class ImageFolder:
         deep = {len(f.folders): f for f in reversed(files)}
         if len(deep) > 1:
             few, many = (deep[k].path for k in (min(deep), max(deep)))
-            raise ConfigError(f"pictures lie at different depths: {few} and {many}")
+            raise ConfigError(
+                f"pictures lie at different depths, {few} and {many}: put all as many folders deep"
+            )
         depth = next(iter(deep))
         levels = tuple(filter(None, self.levels.lower().split("/")))
         if self.levels:

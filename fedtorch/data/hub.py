@@ -62,7 +62,8 @@ class HuggingFace:
             x_test, other = self._inputs(found["test"])
             if other.scale != done.scale:
                 raise ConfigError(
-                    f"{self.path}: its test images are not of the kind of its training images"
+                    f"{self.path}: its test images are not of the kind of its training images: save "
+                    "both alike"
                 )
             y = self._classes([train, found["test"]])
             test = x_test, y.y[len(x) :]

@@ -57,7 +57,9 @@ class Npz:
             if x_test.shape[1:] != x.shape[1:] or y_test.shape[1:] != y.shape[1:]:
                 raise ConfigError(f"{self.path}: x_test and y_test must have the shape of x and y")
             if x_test.dtype != x.dtype:
-                raise ConfigError(f"{self.path}: x is {x.dtype} but x_test {x_test.dtype}")
+                raise ConfigError(
+                    f"{self.path}: x is {x.dtype} but x_test {x_test.dtype}: give one type"
+                )
             x, y = np.concatenate([x, x_test]), np.concatenate([y, y_test])
         y = np.char.decode(y, "utf-8") if y.dtype.kind == "S" else y
         given, done = inputs(self.path, x, self.scale, self.channels_last)
@@ -129,4 +131,6 @@ def _same_rows(path: str, **sizes: int) -> None:
     (first, n), *others = sizes.items()
     for name, other in others:
         if other != n:
-            raise ConfigError(f"{path}: {n} rows in {first} but {other} in {name}")
+            raise ConfigError(
+                f"{path}: {n} rows in {first} but {other} in {name}: give a row of each"
+            )

@@ -77,7 +77,7 @@ class Shards(Partition):
         if clients * self.per_client > len(labels):
             raise ConfigError(
                 f"{clients} clients x {self.per_client} shards are more than the "
-                f"{len(labels)} examples"
+                f"{len(labels)} examples: lower clients or partition.per_client"
             )
         order = rng.permutation(len(labels))
         order = order[np.argsort(labels[order], kind="stable")]
@@ -115,7 +115,10 @@ class Natural(Partition):
         """With fewer clients than owners, owners share: the largest first, to the least loaded."""
         names, index, sizes = np.unique(np.array(keys), return_inverse=True, return_counts=True)
         if clients > len(names):
-            raise ConfigError(f"{clients} clients asked for, but the data has {len(names)} owners")
+            raise ConfigError(
+                f"{clients} clients asked for, but the data has {len(names)} owners: lower clients, or "
+                "take another partition"
+            )
         load, of = np.zeros(clients, np.int64), np.empty(len(names), np.int64)
         for n in np.argsort(-sizes, kind="stable"):
             of[n] = load.argmin()
@@ -145,7 +148,9 @@ def partition(
     if clients < 1:
         raise ConfigError(f"clients must be at least 1, got {clients}")
     if clients > n:
-        raise ConfigError(f"{clients} clients are more than the {n} training examples")
+        raise ConfigError(
+            f"{clients} clients are more than the {n} training examples: lower clients"
+        )
     labels = np.zeros(n, np.int64) if data.labels is None else data.labels.numpy()
     rng = np.random.default_rng(seeds.derive(seed, "partition"))
     owner = how.assign(labels, data.keys or (), clients, rng)

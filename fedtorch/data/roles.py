@@ -73,7 +73,10 @@ def features(
     left = [h for h in header if h not in known]
     names = given.features or [h for h in left if h not in (*given.drop, *index)]
     if not names or known & {*names}:
-        raise ConfigError(f"{table.path} has no feature columns beside {target!r}")
+        raise ConfigError(
+            f"{table.path} has no feature columns beside {target!r}: name others in dataset.features, or "
+            "drop fewer"
+        )
     for name in () if given.features else names:
         owner = name.lower().removesuffix("_id").removesuffix(" id") in OWNERS
         if (

@@ -105,7 +105,9 @@ def _text(path: Path, encoding: str) -> tuple[str, list[str]]:
     try:
         text = raw.decode("utf-8-sig" if used.lower() in ("utf-8", "utf8") else used)
     except LookupError as e:
-        raise ConfigError(f"dataset.encoding {encoding!r} is none that Python knows") from e
+        raise ConfigError(
+            f"dataset.encoding {encoding!r} is none that Python knows: give utf-8, latin-1 or cp1252"
+        ) from e
     except UnicodeError as e:
         fix = "save it as UTF-8" if encoding else "give --dataset.encoding latin-1, or what it is"
         raise ConfigError(

@@ -161,7 +161,7 @@ def stacked(path: str, sheets: Sequence[Sheet]) -> Sheet:
             apart = sorted({*other.header} ^ {*first.header})
             raise ConfigError(
                 f"{other.path} does not have the columns of {first.path}: {', '.join(apart[:5])} "
-                "is in one of them alone"
+                "is in one of them alone; give files of the same columns"
             )
     at = [[s.header.index(h) for h in first.header] for s in sheets]
     return Sheet(

@@ -97,7 +97,10 @@ def _files(path: str, how: Format) -> Sheet:
     elif not place.exists() and any(c in path for c in "*?["):
         found = [Path(p) for p in sorted(glob(str(place)))]
         if not found:
-            raise ConfigError(f"dataset.path {path!r}: no file is called so")
+            raise ConfigError(
+                f"dataset.path {path!r}: no file is called so; a pattern stands for names, as in "
+                "'folder/*.csv'"
+            )
     read = [
         (frames.parquet if p.suffix == frames.SUFFIX else separated.read)(p, how) for p in found
     ]

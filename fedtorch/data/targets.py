@@ -45,7 +45,9 @@ def understood(where: str, values: np.ndarray, kind: str, names: Sequence[str] =
             f"dataset.kind must be auto, {', '.join(KINDS[:2])} or regression, not {kind!r}"
         )
     if names and kind == "regression":
-        raise ConfigError("dataset.classes names classes, but dataset.kind is regression")
+        raise ConfigError(
+            "dataset.classes names classes, but dataset.kind is regression: leave out one of them"
+        )
     notes: tuple[str, ...] = ()
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ConfigError(f"{where} has NaN or infinite values; fill or drop those rows first")
@@ -137,7 +139,8 @@ def _by_name(where: str, values: np.ndarray, kind: str, names: tuple[str, ...]) 
         )
     if values.dtype.kind == "f" and not (values == np.round(values)).all():
         raise ConfigError(
-            f"{where}: dataset.classes names classes, but the target holds {_few(values)}"
+            f"{where}: dataset.classes names classes, but the target holds {_few(values)}: leave it "
+            "out, or name another target"
         )
     number = {name: k for k, name in enumerate(names)}
     written = [str(v) for v in _as_python(values)]
@@ -148,7 +151,8 @@ def _by_name(where: str, values: np.ndarray, kind: str, names: tuple[str, ...]) 
     y = torch.tensor([number[w] for w in written])
     if kind == "binary" and len(names) != 2:
         raise ConfigError(
-            f"a binary target has two classes, but dataset.classes names {len(names)}"
+            f"a binary target has two classes, but dataset.classes names {len(names)}: name two, or give "
+            "dataset.kind classification"
         )
     plain = () if names == tuple(map(str, range(len(names)))) else names
     if kind == "binary":

@@ -60,7 +60,8 @@ class Text:
         if len(speakers) < 2:
             raise ConfigError(
                 f"{self.path!r} is too short: no training and test windows of {self.length} "
-                f"{'characters' if 'vocabulary' in facts else 'tokens'}"
+                f"{'characters' if 'vocabulary' in facts else 'tokens'}: give more text, or a smaller "
+                "dataset.length"
             )
         cut = torch.cat(windows)
         keep, out = split((cut, speakers), self.test_fraction, seed)

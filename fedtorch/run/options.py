@@ -88,7 +88,8 @@ class RunOptions(TrainingOptions):
             raise ConfigError("step returns the losses itself: leave out loss, or step")
         if self.lora and not self.model.startswith(PREFIX):
             raise ConfigError(
-                f"lora is for models of Hugging Face, hf:FOLDER, and not for {self.model!r}"
+                f"lora is for models of Hugging Face, and not for {self.model!r}: leave it out, or give "
+                "--model hf:FOLDER"
             )
 
     def callbacks(self) -> list[Observer]:

@@ -47,9 +47,9 @@ def settings(argv: Sequence[str]) -> tuple[list[str], list[Setting]]:
         if not re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)*", name) or not all(choices):
             raise ConfigError(f"--sweep takes option=value,value,..., but got {word!r}")
         if name in ("run_dir", "resume", "config", "tracking.compare"):
-            raise ConfigError(f"--sweep cannot vary {name}")
+            raise ConfigError(f"--sweep cannot vary {name}: leave it out")
         if name in values or len(set(choices)) < len(choices):
-            raise ConfigError(f"--sweep names {name} or one of its values twice")
+            raise ConfigError(f"--sweep names {name} or one of its values twice: name each once")
         values[name] = choices
     if not values:
         raise ConfigError("--sweep needs at least one option=value,value,...")

@@ -54,7 +54,9 @@ def build(spec: str, facts: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Mo
     """The model ``spec``; raises ConfigError naming what there is or what does not fit."""
     make = maker_of(spec)
     if isinstance(make, type) and not issubclass(make, nn.Module):
-        raise ConfigError(f"model {spec!r} is a class, but no subclass of nn.Module")
+        raise ConfigError(
+            f"model {spec!r} is a class, but no subclass of nn.Module: name one that is"
+        )
     try:
         takes = inspect.signature(make).parameters
     except (TypeError, ValueError) as e:
@@ -85,7 +87,9 @@ def build(spec: str, facts: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Mo
         odd = _odd(takes, args)
         raise ConfigError(odd or f"model {spec!r} cannot be built with {given}: {e}") from e
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model {spec!r} gave a {type(model).__name__}, not an nn.Module")
+        raise ConfigError(
+            f"model {spec!r} gave a {type(model).__name__}, not an nn.Module: return the model"
+        )
     for name, p in model.named_parameters():
         if not is_lazy(p) and not p.numel():
             raise ConfigError(
@@ -123,7 +127,7 @@ def maker_of(spec: str) -> Callable[..., Any]:
         module = _from_file(path)
     if attr:
         if not hasattr(module, attr):
-            raise ConfigError(f"{where} has no {attr!r}")
+            raise ConfigError(f"{where} has no {attr!r}{near(attr, vars(module))}")
         return getattr(module, attr)  # type: ignore[no-any-return]
     return _maker(module, where)
 
@@ -137,7 +141,10 @@ def _maker(module: ModuleType, where: str) -> Callable[..., Any]:
         if isinstance(c, type) and issubclass(c, nn.Module) and c.__module__ == module.__name__
     ]
     if not own:
-        raise ConfigError(f"{where} has neither build() nor an nn.Module class")
+        raise ConfigError(
+            f"{where} has neither build() nor an nn.Module class: write one, such as "
+            "def build(in_features: int, num_outputs: int), which returns the model"
+        )
     parts = _parts(module)
     whole = [c for c in own if c.__name__ not in parts] or own[-1:]
     if len(whole) > 1:

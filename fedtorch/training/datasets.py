@@ -116,7 +116,9 @@ def as_dataset(
     try:
         n = len_of(made)
     except (TypeError, ValueError) as e:
-        raise ConfigError(f"{owner}: its dataset has no length that is a number: {e}") from e
+        raise ConfigError(
+            f"{owner}: its dataset has no length that is a number ({e}): give it __len__"
+        ) from e
     if n == 0 and not empty:
         raise ConfigError(f"{owner} has no examples; leave it out")
     ahead = num_workers and not isinstance(made, TensorDataset)  # of which nothing has to be read
@@ -173,7 +175,10 @@ def _of_rows(data: Any, owner: str) -> Any:
     if not found or not all(t.dim() for t in found):
         raise ConfigError(f"{owner}: data must be tensors (x, y) with one row each, got {kinds}")
     if len({*map(len, found)}) != 1:
-        raise ConfigError(f"{owner}: tensors of different lengths {[len(t) for t in found]}")
+        raise ConfigError(
+            f"{owner}: tensors of different lengths {[len(t) for t in found]}: give each a row for each "
+            "example"
+        )
     _same_index(data, owner)
     return _stacked(parts)
 

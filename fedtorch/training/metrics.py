@@ -169,7 +169,7 @@ class Classification(WholeSet):
         if not 0 <= int(y.min()) <= int(y.max()) < n:
             raise ConfigError(
                 f"metric {self.name}: the targets go from {int(y.min())} to {int(y.max())}, but the model "
-                f"gives {n} classes"
+                f"gives {n} classes: give it as many outputs as there are classes"
             )
         self.there += y.bincount(minlength=n)
         if self.name in COUNTS:
@@ -202,7 +202,9 @@ class Classification(WholeSet):
 
         if top := TOP.fullmatch(self.name):
             if int(top[1]) > n:
-                raise ConfigError(f"metric {self.name}: the model gives {n} classes alone")
+                raise ConfigError(
+                    f"metric {self.name}: the model gives {n} classes alone: ask for fewer"
+                )
             return kinds.MulticlassAccuracy(n, top_k=int(top[1]), average="micro")
         if self.name == "f1" and n > 2:
             raise ConfigError(

@@ -34,7 +34,8 @@ def personal(model: nn.Module, patterns: Sequence[str]) -> set[str]:
         found |= names
     if not trained - found:
         raise ConfigError(
-            "strategy.personal fits every weight that is trained: nothing would be averaged"
+            "strategy.personal fits every weight that is trained, so that nothing would be averaged: name "
+            "fewer layers"
         )
     return found
 
