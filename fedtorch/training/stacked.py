@@ -5,8 +5,9 @@ is what a PyTorch user would write for one client; ``stacked`` gives each weight
 torch.func.vmap run K clients as one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -157,10 +158,13 @@ def stacked(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stack
     total = torch.zeros(K, dtype=torch.float64)
     # an accelerator's generator draws in an order of its own
     drawing = Drawing(chunk.seeds if device.type == "cpu" else ())
+    stepping = Stepping(model, recipe.asked)
+    learn: Callable[[Any, Tensor], Tensor] = partial(
+        _learn, stepping, params, rest, drawing=drawing, even=even
+    )
     if private is not None:
         private = replace(private, drawing=drawing)
-
-    stepping = Stepping(model, recipe.asked)
+        learn = partial(_privately, stepping, params, rest, private)
 
     # local steps, all clients side by side
     for t, (batch, mask) in enumerate(side_by_side(chunk.datasets, chunk.order, cut=even)):
@@ -168,16 +172,7 @@ def stacked(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stack
         live = t < ctx.steps
         before = None if live.all() else {k: v.detach().clone() for k, v in state.items()}
         optimizer.zero_grad()
-        # gradients, under a plan clipped and noised
-        if private is None:
-            each = vmapped_losses(stepping, params, rest, batch, mask, drawing)
-        else:
-            grads, each = stacked_gradients(stepping, params, rest, batch, mask, private)
-            for k, v in params.items():
-                v.grad = grads[k]
-        each = averaged(each, mask, even)
-        if private is None:
-            each.sum().backward()
+        each = learn(batch, mask)
         if recipe.clip_norm is not None:
             clip(params, recipe.clip_norm)
         if correct:
@@ -192,3 +187,29 @@ def stacked(model: nn.Module, chunk: Chunk, task: Task, recipe: Recipe) -> Stack
                     v.copy_(torch.where(per_client(on, v), v, before[k]))
     floats = {k: v for k, v in rest.items() if v.is_floating_point() and k in buffers(model)}
     return Stacked(near(views), near(floats), total / ctx.steps, task)
+
+
+def _learn(
+    stepping: Stepping,
+    params: Stack,
+    rest: Stack,
+    batch: Any,
+    mask: Tensor,
+    *,
+    drawing: Drawing,
+    even: bool,
+) -> Tensor:
+    """Leave the gradient of each client's batch in its weights; returns the K losses."""
+    each = averaged(vmapped_losses(stepping, params, rest, batch, mask, drawing), mask, even)
+    each.sum().backward()
+    return each
+
+
+def _privately(
+    stepping: Stepping, params: Stack, rest: Stack, private: PrivateSteps, batch: Any, mask: Tensor
+) -> Tensor:
+    """The same, clipped by example and noised."""
+    grads, each = stacked_gradients(stepping, params, rest, batch, mask, private)
+    for k, v in params.items():
+        v.grad = grads[k]
+    return averaged(each, mask, False)
