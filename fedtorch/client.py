@@ -1,5 +1,6 @@
 """Clients: data that stays with its owner. ``training/local_update.py`` is what they do with it."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from fedtorch.types import ConfigError, Params
 
 
 class Client:
-    """One data owner: an id, data that stays here, and memory that never leaves.
+    """One data owner: an id, data that stays here, and memory of a run that never leaves.
 
     ``data`` is ``(x, y)`` with one row for each example (tensors, NumPy arrays, DataFrames, nestings of
     them), any map-style dataset, or a DataLoader, which is taken apart. ``validation``, of the same kinds,
@@ -77,6 +78,12 @@ class Client:
             )
         self.sampler = sampler
         self.memory: dict[str, Params] = {}
+
+    def apart(self) -> "Client":
+        """The same owner for another run, which shares the data and remembers nothing of this one."""
+        made = copy.copy(self)
+        made.memory = {}
+        return made
 
     def __len__(self) -> int:
         """Number of training examples."""

@@ -80,6 +80,8 @@ class Server:
         self.seed: int = fit("seed", seed, int)
         runs_on: Engine = fit("engine", engine or Local(), Engine)
         self.ids = handed.names(fit("the clients", clients, Sequence))
+        # several runs may go over one list, each with what its clients remember of it
+        clients = [c.apart() if isinstance(c, Client) else c for c in clients]
         self.observers = [
             fit("an observer", o, Observer) for o in fit("observers", observers, Sequence)
         ]
@@ -111,7 +113,8 @@ class Server:
         """Calibration, budget and ledger of the privacy plan; without a plan they ask and give nothing."""
         said = handed.notes(self.model, self.recipe, like, self._coded, clients)
         self.notes = [*said, *self.session.notes, *pace.check(asked), *masks, *self.books.check()]
-        self.clients = clients
+        self.clients = tuple(clients)
+        """Those of this run, each with its memory; they stay as they are."""
         self.round_number = 0
         self.history = History()
         """Figures of all rounds that ``fit`` trained, those of one that was interrupted too."""

@@ -308,11 +308,10 @@ def test_a_strategy_that_sends_more_than_the_delta_sees_every_client():
             sent, _ = super().upload(params, ctx)
             return sent, {"last": sent["delta"]}
 
-    who = clients()
-    server = Server(mlp(), who, Recipe(Keeps(), lr=0.1), engine=Local(solver="fast"))
+    server = Server(mlp(), clients(), Recipe(Keeps(), lr=0.1), engine=Local(solver="fast"))
     server.round()
     assert seen == {1, 2, len(SIZES)}  # for names and shapes, in a trial, then for all of them
-    assert all(c.memory["last"]["1.weight"].shape == (25, 30) for c in who)
+    assert all(c.memory["last"]["1.weight"].shape == (25, 30) for c in server.clients)
 
 
 def test_a_strategy_may_draw_for_what_it_sends_by_each_clients_seed():

@@ -38,7 +38,7 @@ def test_scaffold_keeps_memory_on_the_client_and_a_variate_on_the_server():
     model, clients = mlp(), make_clients([9, 20])
     server = Server(model, clients, Recipe(Scaffold(), batch_size=4))
     server.round()
-    own = [c.memory["c"] for c in clients]
+    own = [c.memory["c"] for c in server.clients]
     mean = tmap(lambda a, b: (a + b) / 2, *own)
     # all clients took part, so c is the mean of the c_k
     assert all(torch.allclose(server.extras["c"][k], v, atol=1e-6) for k, v in mean.items())
@@ -112,9 +112,23 @@ def test_memory_that_no_visit_changed_stays_as_it_is_and_what_was_written_in_pla
         clients = make_clients([9, 20])
         server = Server(mlp(), clients, Recipe(Keeping(writes=writes), batch_size=4))
         server.round()
-        before = [c.memory["v"] for c in clients]
+        before = [c.memory["v"] for c in server.clients]
         server.round()
-        assert [c.memory["v"] is b for c, b in zip(clients, before, strict=True)] == [
+        assert [c.memory["v"] is b for c, b in zip(server.clients, before, strict=True)] == [
             not writes
         ] * 2
-        assert all(float(c.memory["v"]["0.weight"].mean()) == 2 * writes for c in clients)
+        assert all(float(c.memory["v"]["0.weight"].mean()) == 2 * writes for c in server.clients)
+
+
+def test_two_servers_over_one_list_of_clients_remember_apart():
+    def run(clients):
+        return Server(mlp(), clients, Recipe(Scaffold(), batch_size=4))
+
+    clients = make_clients([9, 20])
+    alone, *both = run(make_clients([9, 20])), run(clients), run(clients)
+    for server in (alone, alone, alone, *both * 3):
+        server.round()
+    assert all(torch.equal(alone.model[0].weight, s.model[0].weight) for s in both)
+    assert not any(c.memory for c in clients)
+    with pytest.raises(AttributeError):  # a list of one's own says nothing to a run that has begun
+        alone.clients.append(clients[0])

@@ -230,7 +230,7 @@ def test_scaffold_divides_by_the_rates_of_the_steps_that_were_taken(given, solve
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             cosine.step()
-    for k, c in client.memory["c"].items():
+    for k, c in server.clients[0].memory["c"].items():
         want = (start[k] - server.model.state_dict()[k]) / sum(rates)
         assert torch.allclose(c, want, rtol=1e-4, atol=1e-6)
 
