@@ -43,6 +43,12 @@ DEFAULT_EPSILON = 8.0
 STATISTICS_NOISE = 10.0
 """Noise multiplier of statistics of columns: the noise of a usual run grows by 0.1 % for them."""
 
+MOST_NOISE = 1e9
+"""Largest noise multiplier; an epsilon that asks for more is as much beyond what any accountant tells."""
+
+LEAST = {"epsilon": 1e-6, "metrics_epsilon": 1e-6, "delta": 1e-100}
+"""Smallest of what is to be spent."""
+
 LEAST_NOISE = 1e-30
 """Standard deviation of noise that float32 still has digits for, many steps and divisors later."""
 
@@ -171,6 +177,7 @@ class Privacy(ABC):
                 f"that vanishes in float32: their product must be at least {LEAST_NOISE:g}"
             )
         check_delta(self.delta)
+        self._check_reach()
         told.check(self)
         if self.search is not None:
             if not self.searchable:
@@ -179,6 +186,17 @@ class Privacy(ABC):
                     "(--sweep without --sweep.random), or choose privacy sample or client"
                 )
             _ = self.trials
+
+    def _check_reach(self) -> None:
+        """Refuse what the accountants' arithmetic does not reach; no run is out there."""
+        for name in ("noise_multiplier", "statistics_noise"):
+            if (getattr(self, name) or 0) > MOST_NOISE:
+                raise ConfigError(
+                    f"privacy.{name} must be at most {MOST_NOISE:g}: beyond it there is nothing but noise"
+                )
+        for name, least in LEAST.items():
+            if 0 < (value := getattr(self, name) or 0.0) < least:
+                raise ConfigError(f"privacy.{name} must be at least {least:g}, got {value:g}")
 
     @property
     def always_reports(self) -> bool:
