@@ -54,6 +54,15 @@ class Bare:
         return evaluate(self.model, self.problem.test)
 
 
+def nudged(problem: Problem, share: float = 3e-7) -> Bare:
+    """The loop from first weights that differ by a share as rounding does: how far that alone leads."""
+    bare, draw = Bare(problem), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in bare.model.parameters():
+            p.mul_(1 + share * torch.randn(p.shape, generator=draw))
+    return bare
+
+
 def moved(model: nn.Module) -> dict[str, Tensor]:
     """What a round changes: no frozen weights, and no counters."""
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}

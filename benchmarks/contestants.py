@@ -13,7 +13,7 @@ import torch
 from benchmarks.side import ANSWER
 from benchmarks.workloads import WORKLOADS, Workload, problem
 
-BASELINE = "bare"
+BASELINE, NUDGED = "bare", "nudged"
 
 
 class Contestant(NamedTuple):
@@ -29,10 +29,12 @@ class Contestant(NamedTuple):
 
 
 ALL = tuple(WORKLOADS)
+PLAIN = tuple(n for n, w in WORKLOADS.items() if w.privacy == "none")
 PRIVATE = tuple(n for n, w in WORKLOADS.items() if w.privacy == "sample")
 
 CONTESTANTS = {
     BASELINE: Contestant(ALL),
+    NUDGED: Contestant(PLAIN),
     "fedtorch": Contestant(ALL),
     "general": Contestant(ALL),
     "bf16": Contestant(("w1", "w2", "w4", "w7"), coarse=20.0),
@@ -43,8 +45,8 @@ CONTESTANTS = {
     "opacus-ghost": Contestant(PRIVATE, "opacus"),
     "flower": Contestant(("w1", "w2", "w4"), "flwr", alone=False),
 }
-"""fedtorch: what ``auto`` picks; general: the path that takes any model; bf16 and projected: options of the
-fast path; the rest are peers."""
+"""nudged: the bare loop from first weights that differ by rounding; fedtorch: what ``auto`` picks; general:
+the path that takes any model; bf16 and projected: options of the fast path; the rest are peers."""
 
 
 def missing(name: str) -> str | None:
@@ -82,9 +84,9 @@ def make(name: str, problem: Any, mnist: Path) -> Any:
             from benchmarks.peer_flower import Flower
 
             return Flower(problem, mnist)
-    from benchmarks.bare import Bare
+    from benchmarks.bare import Bare, nudged
 
-    return Bare(problem)
+    return nudged(problem) if name == NUDGED else Bare(problem)
 
 
 def started(order: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -110,12 +112,15 @@ def once(order: dict[str, Any]) -> dict[str, Any]:
     """One measurement: a warm-up round, then the workload's rounds with their evaluations."""
     contestant, found = started(order)
     work, alone = Workload(**order["work"]), CONTESTANTS[order["name"]].alone
-    cpu, clock = time.process_time(), time.perf_counter()
+    clock = cpu = 0.0
     for r in range(1, work.rounds + 1):
+        began, first = time.process_time(), time.perf_counter()
         contestant.round()
         if work.eval_every and (r % work.eval_every == 0 or r == work.rounds):
             scores = contestant.evaluate()
-    clock, cpu = time.perf_counter() - clock, time.process_time() - cpu
+        clock, cpu = clock + time.perf_counter() - first, cpu + time.process_time() - began
+        if r == 1 and work.privacy != "sample":
+            found["second_loss"] = contestant.evaluate()[1]
     accuracy, loss = scores if work.eval_every else contestant.evaluate()
     getattr(contestant, "close", lambda: None)()
     return found | {
