@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -429,3 +430,21 @@ def test_a_site_whose_columns_are_in_another_order_is_refused(data, tmp_path):
     play(Played(offer(columns=ours)), data, tmp_path / "same", dataset=csv)
     with pytest.raises(ConfigError, match="columns are in another order"):
         play(Played(offer(columns=ours[::-1])), data, tmp_path / "other", dataset=csv)
+
+
+def test_a_round_done_again_is_charged_once_more_and_no_visit_beyond_the_plan(data, tmp_path):
+    # the server was killed with its second round done and not saved, and asks for it again
+    plan = replace(PRIVATE, rounds=3)
+    server = Played(offer(privacy=plan))
+    names = [c * 32 for c in "0123"]
+    rounds = [0, 1, 1, 2]
+    after = ["", names[0], names[0], names[2]]
+    server.tasks = [server.task(*given) for given in zip(rounds, names, after, strict=True)]
+    server.tasks.append(
+        server.tasks[-1]
+    )  # a site looks at the plan anew, and is given the visit again
+    code, made = play(server, data, tmp_path, max_epsilon=50.0)
+    assert code == 0 and [bool(r.facts["ids"]) for r in server.reports] == [True, True, True, False]
+    (ledger,) = made.budget.ledgers.values()
+    assert len(ledger) == made.answered.visits(server.plan.run) == 3
+    assert made.budget.spent() == pytest.approx(plan.planned(9.0, 3), rel=1e-6)
