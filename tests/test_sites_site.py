@@ -447,4 +447,3 @@ def test_a_round_done_again_is_charged_once_more_and_no_visit_beyond_the_plan(da
     assert code == 0 and [bool(r.facts["ids"]) for r in server.reports] == [True, True, True, False]
     (ledger,) = made.budget.ledgers.values()
     assert len(ledger) == made.answered.visits(server.plan.run) == 3
-    assert made.budget.spent() == pytest.approx(plan.planned(9.0, 3), rel=1e-6)
