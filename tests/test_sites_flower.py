@@ -36,6 +36,13 @@ def test_what_cannot_be_is_refused(given, said):
         Flower(**given)
 
 
+def test_an_authority_without_a_certificate_is_named_by_its_option(tmp_path):
+    pytest.importorskip("flwr.app", reason="the extra flower is not installed")
+    (tmp_path / "ca.pem").write_text("hello")
+    with pytest.raises(ConfigError, match=r"engine.ca: .*ca.pem holds no certificate"):
+        Flower(**HERE, ca=str(tmp_path / "ca.pem")).door()
+
+
 def test_it_is_given_by_name_and_pins_nodes():
     made = objects.choose("engine", {"name": "flower", **HERE, "nodes": "north=12,south=7"})
     assert made == Flower(**HERE, nodes=["north=12", "south=7"])

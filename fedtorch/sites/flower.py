@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedtorch import disk
+from fedtorch.sites.handshakes import check_authority
 from fedtorch.types import ConfigError
 
 if TYPE_CHECKING:
@@ -88,7 +89,10 @@ class Flower:
         """The address and what opens it; raises ConfigError for files that are not there."""
         from fedtorch.sites.superlink import Door
 
-        return Door(self.address, self._file("ca"), self._file("secret"))
+        authority = self._file("ca")
+        if authority is not None:
+            check_authority("engine.ca", Path(self.ca))
+        return Door(self.address, authority, self._file("secret"))
 
     def _file(self, option: str) -> bytes | None:
         path = getattr(self, option)

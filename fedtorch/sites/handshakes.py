@@ -31,6 +31,14 @@ def check_usable(folder: Path) -> None:
         ) from e
 
 
+def check_authority(option: str, path: Path) -> None:
+    """Raises ConfigError, naming the option, where TLS finds no certificate in the file."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError as e:
+        raise ConfigError(f"{option}: {path} holds no certificate (PEM) of an authority") from e
+
+
 def why_closed(address: str, keys: Path | None, said: str) -> str:
     """Why no call will ever come through, by what gRPC ``said`` of one; nothing: it may yet."""
     host = address.rpartition(":")[0]
