@@ -208,3 +208,19 @@ def test_the_fast_path_takes_no_loss_in_which_examples_might_meet(loss, quick):
     net, recipe = nn.Linear(5, 3), Recipe(loss=each, privacy=plan)
     notes = Server(net, [Client("c", (X[:, 0], Y))], recipe).notes
     assert any(str(n).startswith("fast path") for n in notes) == quick
+
+
+def cut(mid, x, real):
+    many = int(real.sum(1).max())
+    return mid(x * (torch.arange(x.shape[1]) < many)[:, None]).sum(1)
+
+
+def test_what_the_longest_example_does_to_shorter_ones_is_found():
+    assert crosses(Rows(cut), (X, Y), Recipe(), "layers") == "layer mid"
+
+
+def test_a_constant_that_is_nan_is_nobodys():
+    def marked(mid, x, real):
+        return mid(torch.where(x > 2, torch.nan, x)).sum(1)
+
+    assert crosses(Rows(marked), (X, Y), Recipe(), "layers") is None

@@ -6,7 +6,7 @@ through a permutation by a product that moves nothing as yet, and behind a gate 
 NaN. What does not hold NaN, as whole numbers, is tried with zeros in examples' places.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,8 +36,11 @@ MANY = 5
 MARKED = 1
 """The one that is NaN: some are before and some behind it, and it is not in the middle."""
 
-EMPTIED = {1: 1, 3: 2}
-"""Those of which all is zero, or the latter half, as what fills up is: which share."""
+ALL, FIRST, LAST = slice(None), slice(0, 1), slice(1, None)
+
+EMPTIED = [({}, {1: ALL, 3: LAST}), (dict.fromkeys(range(MANY), FIRST), {1: slice(0), 3: ALL})]
+"""Halves of which examples are zero, as what fills up is, at first; and of which others then: of some that
+are full, and of the longest among short ones."""
 
 CHOOSING = ("where", "masked_fill", "nan_to_num", "fmax", "fmin")
 """Calls that may leave out a number that is NaN."""
@@ -85,9 +88,12 @@ def crosses(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> str | No
             found = _step(model, given, recipe, mode, _Kept(k))
             if where := _first(usual, found, _lost, (MARKED,)):
                 return where
-    with suppress(Exception):
-        found = _step(model, mapped(_emptied, few), recipe, mode)
-        return _first(usual, found, partial(far, near=NEAR), (*EMPTIED,))
+    for before, changed in EMPTIED:
+        with suppress(Exception):
+            both = (mapped(partial(_emptied, halves=h), few) for h in (before, before | changed))
+            one, other = (_step(model, b, recipe, mode) for b in both)
+            if where := _first(one, other, partial(far, near=NEAR), (*changed,)):
+                return where
     return None
 
 
@@ -137,13 +143,14 @@ def _lost(usual: Tensor, found: Tensor) -> bool:
     return bool((usual.isfinite() & ~found.isfinite()).any())
 
 
-def _emptied(t: Tensor) -> Tensor:
-    """Zeros in some examples, or in the latter half of them."""
-    own = t.reshape(len(t), -1).clone() if t.dim() else t[None]
-    if len(own) != MANY:
+def _emptied(t: Tensor, halves: Mapping[int, slice]) -> Tensor:
+    """Zeros in some examples, or in halves of them."""
+    if not t.dim() or len(t) != MANY:
         return t
-    for k, share in EMPTIED.items():
-        own[k, own.shape[1] - own.shape[1] // share :] = 0
+    own = t.reshape(MANY, -1).clone()
+    for k, which in halves.items():
+        for half in own[k].tensor_split(2)[which]:
+            half.zero_()
     return own.view(t.shape)
 
 
@@ -253,7 +260,9 @@ class _Kept(Calls):
         """Any call."""
         name = func._schema.name.rpartition("::")[2]
         chooses = name.rstrip("_") in CHOOSING
-        own = [t for t in leaves((args, kwargs or {})) if chooses and t.is_floating_point()]
+        own = [
+            t for t in leaves((args, kwargs or {})) if chooses and t.dim() and t.is_floating_point()
+        ]
         lost = [torch.where(t.isnan(), torch.nan, 0.0) for t in own]
         found = func(*args, **(kwargs or {}))
         if self.on and name == "_local_scalar_dense" and isinstance(found, bool):
