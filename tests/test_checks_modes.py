@@ -124,3 +124,17 @@ def test_a_hook_of_ones_own_may_change_what_a_layer_gives(mode):
         Server(net, [client], Recipe(privacy=replace(sample(), mode=way), lr=1.0)).round()
         ends.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
+class Dropping(nn.Module):
+    """Drops by a call, not by a layer."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("mode", ["alone", "layers", "stacked"])
+def test_a_model_that_drops_by_a_call_trains_in_each_way(mode):
+    net = nn.Sequential(nn.Linear(6, 5), Dropping(), nn.Linear(5, 4))
+    plan = replace(sample(), mode=mode)
+    assert len(Server(net, make_clients([8]), Recipe(privacy=plan)).round()["cohort"]) == 1

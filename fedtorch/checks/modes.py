@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -232,7 +233,7 @@ def _differs(model: nn.Module, batch: Any, recipe: Recipe, mode: str) -> bool:
         norms = [float(a.norm()) for a in alone]
         clip = min((n for n in norms if 0 < n < math.inf), default=2.0) / 2
         with same_draws(size(batch)):
-            apart = _one_step(model, batch, recipe, mode, clip)
+            apart = _one_step(model, batch, recipe, mode, clip, still=True)
         parts = apart.split([p.numel() for p in model.parameters() if p.requires_grad])
         found = [float(p.norm()) for p in parts]
         for a, norm in zip(alone, norms, strict=True):
@@ -309,15 +310,23 @@ def _alone(model: nn.Module, batch: Any, k: int, recipe: Recipe) -> Tensor:
     return _gradients(model)
 
 
-def _one_step(model: nn.Module, batch: Any, recipe: Recipe, mode: str, clip: float) -> Tensor:
-    """The sum of clipped gradients in ``mode``, flat, without noise."""
+def _one_step(
+    model: nn.Module, batch: Any, recipe: Recipe, mode: str, clip: float, still: bool = False
+) -> Tensor:
+    """The sum of clipped gradients in ``mode``, flat, without noise; ``still``: nothing is dropped."""
+
+    def losses(model: nn.Module, batch: Any) -> Tensor:
+        # within what the way itself does with calls that drop
+        with undropped(model) if still else nullcontext():
+            return recipe.losses(model, batch)
+
     steps = PrivateSteps(clip, 0.0, 1.0, [stream("aes", 0, "probe")], mode)
     model.zero_grad()
     with seeds.seeded(0):
         if mode != "stacked":
             from fedtorch.privacy.one_client import private_gradients  # few visits are private
 
-            with private_gradients(model, recipe.losses, steps) as gradients:
+            with private_gradients(model, losses, steps) as gradients:
                 gradients.backward(batch)
             return _gradients(model)
         state = snapshot(model)
