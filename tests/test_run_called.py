@@ -76,6 +76,7 @@ def test_a_name_stays_while_a_part_is_used():
     itself = Focal()
     itself.weight = itself
     assert called(itself) == "Focal(weight=Focal)"
+    assert called(partial(focal, [0] * 20_000)) == "focal(list of 20000)"
 
 
 def test_a_lambda_is_known_by_its_code_and_in_another_release_by_nothing():

@@ -19,6 +19,9 @@ LONGEST = 200
 LARGEST = 1 << 20
 """Numbers of a tensor that are looked at; of a larger one its shape alone is told."""
 
+LONG = 10_000
+"""Items of a list or table that are looked at."""
+
 OURS = ("torch.", "fedtorch.")
 """Packages whose functions are known by their names alone."""
 
@@ -77,6 +80,8 @@ def _with(
 
 def _value(value: Any, around: tuple[int, ...]) -> str:
     again = partial(_value, around=around)
+    if isinstance(value, (Mapping, list, tuple)) and len(value) > LONG:  # data, not options
+        return f"{type(value).__name__} of {len(value)}"
     if isinstance(value, (np.ndarray, Tensor)):
         return _contents(value)
     if isinstance(value, np.generic):
