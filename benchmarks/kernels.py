@@ -32,12 +32,12 @@ from fedtorch.privacy.noise import normals
 GROUPS = {
     "all on": (),
     "sparse": ("sparse",),
-    "products": ("append", "coefficients", "outputs", "inputs", "sums", "clips"),
+    "products": ("append", "coefficients", "outputs", "inputs", "sums", "behind", "clips"),
     "closing": ("closing",),
-    "visits": ("visits", "clips"),
+    "visits": ("visits", "behind", "clips"),
     "noise": ("noise",),
 }
-"""Which operations torch does instead; whole private visits take coefficients from loops alone."""
+"""Which operations torch does instead; whole visits take coefficients from loops alone."""
 GROUPS |= {"all off": tuple(op for group in GROUPS.values() for op in group), "bare": ()}
 CASES = (("w1", False), ("w4", False), ("w3", False), ("w3", True))
 
