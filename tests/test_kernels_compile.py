@@ -24,7 +24,7 @@ if not available():
 from numba.core.caching import IndexDataCacheFile
 
 from fedtorch.kernels import closing, products, sparse
-from fedtorch.privacy.noise.normals import fused
+from fedtorch.privacy.noise.normals import turned
 
 KERNELS = Path(fedtorch.kernels.__file__).parent
 
@@ -93,10 +93,10 @@ def test_a_version_that_was_not_written_to_the_end_is_not_the_one_before(tmp_pat
 @pytest.mark.parametrize(
     ("changed", "anew"),
     [
-        ("compile", {"total", "less", "step", "compress", "fused"}),
+        ("compile", {"total", "less", "step", "compress", "turned"}),
         ("vector", {"less", "step", "compress"}),
         ("products", {"less", "step"}),
-        ("processor", {"fused"}),
+        ("processor", {"turned"}),
         ("loops", set()),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_changed_file_is_compiled_anew_with_those_that_call_it_and_nothing_els
             products.less.py_func,
             closing.step.py_func,
             sparse.compress.py_func,
-            fused,
+            turned,
         )
     }
     before = {name: digest_of(loop, False) for name, loop in loops.items()}
