@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from conftest import make_clients, mlp, weights
 from fedtorch import (
@@ -31,6 +32,7 @@ from fedtorch.privacy import SampleLevel
 from fedtorch.rounds.schedules import Schedule
 from fedtorch.run import callbacks as made
 from fedtorch.run import checkpoint
+from fedtorch.run.described import layers
 
 TEST = make_clients([40])[0].data.tensors
 PLAN = SampleLevel(
@@ -399,6 +401,32 @@ def test_a_run_of_another_recipe_or_plan_is_not_gone_on_with(tmp_path, capsys):
     checkpoint.save(tmp_path / "a/checkpoints", old)
     assert resume(served(first, schedule=Falling()), tmp_path / "a")
     assert "does not say by what recipe it was made" in capsys.readouterr().out
+
+
+def test_a_model_of_other_layers_between_the_same_weights_does_not_go_on(tmp_path):
+    def dropping(rate):
+        net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(rate), nn.Linear(8, 5))
+        return Server(net, make_clients((12, 20)), Recipe(), seed=3)
+
+    dropping(0.5).fit(1, callbacks=[Checkpoint(tmp_path)], progress=False)
+    with pytest.raises(ConfigError, match=r"model_layers = '.*p=0\.5.*, not '.*p=0\.1"):
+        resume(dropping(0.1), tmp_path)
+    assert resume(dropping(0.5), tmp_path)
+    saved = checkpoint.load(tmp_path / "checkpoints")
+    saved["recipe"].pop("model_layers")
+    checkpoint.save(tmp_path / "checkpoints", saved)
+    assert resume(dropping(0.1), tmp_path)  # an older version's does not tell
+
+
+def test_a_model_is_known_by_its_layers_wherever_they_lie_and_compiled_or_not():
+    class Scaled(nn.Module):
+        def extra_repr(self):
+            return repr(object())
+
+    net, compiled = nn.Sequential(Scaled(), nn.Linear(2, 2)), nn.Module()
+    compiled._orig_mod = net  # as torch.compile holds it
+    assert layers(net) == layers(nn.Sequential(Scaled(), nn.Linear(2, 2)))
+    assert layers(net) == layers(compiled) != layers(net[1])
 
 
 def test_a_run_of_the_command_is_gone_on_with_by_the_command(tmp_path):

@@ -1,18 +1,24 @@
 """A run made in Python as a config names it, so that what goes on can be held to what began."""
 
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fedtorch.data.base import Data
 from fedtorch.run import cli, objects
-from fedtorch.run.called import called, lax, worded
+from fedtorch.run.called import called, lax, short, worded
 from fedtorch.types import ConfigError
 
 PYTHON = "python"
 """Who made the run, in its config."""
+
+LAYERS = "model_layers"
+"""What a run of an older version does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,8 @@ class Options:
     clients: int
     model: str
     model_args: dict[str, Any] = field(default_factory=dict)
+    model_layers: str
+    """As the model prints them, with rates, strides and activations that its weights do not show."""
     loss: str
     scheduler: str | None = None
     strategy: Any
@@ -57,6 +65,7 @@ def same_run(
     was, here = cli.flat(dict(before)), cli.flat(dict(now))
     if was.pop("python", None) != here.pop("python", None):
         was, here = ({k: lax(v) for k, v in table.items()} for table in (was, here))
+    free = free if LAYERS in was else (*free, LAYERS)
     for name in {**was, **here}:
         if name not in ("rounds", *free) and was.get(name) != here.get(name):
             raise ConfigError(
@@ -75,6 +84,7 @@ def _options(server: Any, rounds: int, data: Data | None) -> Options:
         dataset="in memory" if data is None else data.name,
         clients=len(server.ids),
         model=type(server.model).__name__,
+        model_layers=layers(server.model),
         loss=called(loss),
         scheduler=None if recipe.scheduler is None else called(recipe.scheduler),
         strategy=recipe.strategy,
@@ -90,6 +100,12 @@ def _options(server: Any, rounds: int, data: Data | None) -> Options:
         rounds=rounds,
         seed=server.seed,
     )
+
+
+def layers(model: nn.Module) -> str:
+    """A model's layers on a line, compiled or not; where an object lies in memory is left out."""
+    made = getattr(model, "_orig_mod", model)
+    return short(" ".join(re.sub(r" at 0x[0-9a-f]+", "", repr(made)).split()))
 
 
 def _training(server: Any) -> dict[str, Any]:
