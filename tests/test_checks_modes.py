@@ -138,3 +138,44 @@ def test_a_model_that_drops_by_a_call_trains_in_each_way(mode):
     net = nn.Sequential(nn.Linear(6, 5), Dropping(), nn.Linear(5, 4))
     plan = replace(sample(), mode=mode)
     assert len(Server(net, make_clients([8]), Recipe(privacy=plan)).round()["cohort"]) == 1
+
+
+class Cell(nn.Module):
+    """A recurrent layer of packed sequences, which no way of torch.func can take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pack, pad = nn.utils.rnn.pack_padded_sequence, nn.utils.rnn.pad_packed_sequence
+        lengths = (x != 0).any(-1).sum(1).clamp(min=1)
+        packed = pack(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        return self.head(pad(self.cell(packed)[0], batch_first=True)[0].sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_packed_sequences_train_privately_whatever_a_way_that_fails_leaves_behind():
+    x, y = make_clients([8])[0].data.tensors
+    server = Server(Cell(), [Client("a", (x.view(8, 2, 3), y))], Recipe(privacy=sample()))
+    assert any("example after example" in note for note in server.notes)
+    server.round()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_dropout_behind_attention_is_no_reason_to_take_examples_one_by_one(batch_first):
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head, self.drop = nn.Linear(2, 8), nn.Linear(8, 4), nn.Dropout(0.5)
+            self.seen = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.first(x.view(-1, 3, 2))
+            h = h if batch_first else h.transpose(0, 1)
+            h = self.drop(self.seen(h, h, h, need_weights=False)[0])
+            return self.head(h.sum(1 if batch_first else 0))
+
+    torch.manual_seed(0)
+    server = Server(Attention(), make_clients([8]), Recipe(privacy=sample()))
+    assert any("by formulas of the model's layers" in note for note in server.notes)

@@ -28,7 +28,7 @@ from fedtorch.recipe import Recipe
 from fedtorch.training.batches import fetch, len_of
 from fedtorch.training.local_steps import one_by_one
 from fedtorch.training.module import snapshot, to, training, undropped
-from fedtorch.training.outline import put_back
+from fedtorch.training.outline import untouched
 from fedtorch.training.step import Stepping
 from fedtorch.tree import expand, leaves, mapped, rows, size
 from fedtorch.types import ConfigError
@@ -131,32 +131,36 @@ def _works(model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: st
     draws = mode in ("stacked", "alone") and draws_numbers(model, batch, recipe)
     if mode == "stacked" and draws:
         return "it draws random numbers other than by dropout"
-    before = snapshot(model)
     training(model)
+    try:
+        with untouched(
+            model
+        ):  # a step of torch.func that fails leaves its tensors in recurrent layers
+            return _step_fails(model, clients, recipe, mode, batch, draws)
+    except Exception as e:
+        return _compiled(model, mode) or first(e)
+
+
+def _step_fails(
+    model: nn.Module, clients: Sequence[Client], recipe: Recipe, mode: str, batch: Any, draws: bool
+) -> str | None:
+    """The same where it is tried; what it raises counts too. ``draws``: numbers other than dropout's."""
     if mode == "ghost" and (name := _over_sequences(model, batch, recipe)):
-        put_back(model, before)
         return (
             f"layer {name} sees several rows of an example, whose gradient has to be written out for its "
             "norm: that is mode hooks"
         )
-    try:
-        tried = batch, _varied(model, clients, recipe)
-        if mode in LISTENING and (why := _unheard(model, tried, recipe, mode)):
-            return why
-        wrong = _misses(model, batch, recipe, mode)
-        if mode == "alone" and draws:  # each example has numbers of its own
-            return None
-        wrong = wrong or any(_differs(model, b, recipe, mode) for b in tried)
-        if mode != "alone" and not wrong:
-            few = rows(tried[1], slice(0, BEHIND))
-            look = partial(_differs, model, few, recipe, mode)
-            wrong = bool(behind(model, _whole(model, few, recipe), HIDDEN, look))
-    except Exception as e:
-        return _compiled(model, mode) or first(e)
-    finally:
-        training(model)
-        model.zero_grad()
-        put_back(model, before)
+    tried = batch, _varied(model, clients, recipe)
+    if mode in LISTENING and (why := _unheard(model, tried, recipe, mode)):
+        return why
+    wrong = _misses(model, batch, recipe, mode)
+    if mode == "alone" and draws:  # each example has numbers of its own
+        return None
+    wrong = wrong or any(_differs(model, b, recipe, mode) for b in tried)
+    if mode != "alone" and not wrong:
+        few = rows(tried[1], slice(0, BEHIND))
+        look = partial(_differs, model, few, recipe, mode)
+        wrong = bool(behind(model, _whole(model, few, recipe), HIDDEN, look))
     if wrong:
         return _compiled(model, mode) or (
             "its clipped gradients differ from those of the examples one by one (a weight used outside "

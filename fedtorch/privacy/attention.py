@@ -81,7 +81,9 @@ def attention(m: Any, anchor: Tensor, heard: Heard) -> Callable[..., Any]:
         else:
             seen = F.scaled_dot_product_attention(q, k, v, mask, rate)
         out = m.out_proj(seen.transpose(1, 2).flatten(2))
-        return out if m.batch_first else out.transpose(0, 1), weights
+        # in memory as the layer's own lies: by that order dropout behind it draws
+        out = out.transpose(0, 1).contiguous()
+        return out.transpose(0, 1) if m.batch_first else out, weights
 
     return forward
 
