@@ -243,7 +243,10 @@ class _Kept(Calls):
     """Calls that choose between numbers give NaN wherever one of them is."""
 
     def __init__(self, other: int | None = None) -> None:
-        """``other``: which question, if something is true of numbers, gets the other answer."""
+        """``other``: which question gets the other answer: if something is true of numbers, or how many.
+
+        A count is one more then, as of places by which rows are moved.
+        """
         super().__init__()
         self.asked, self.other, self.on = 0, other, False
 
@@ -265,9 +268,10 @@ class _Kept(Calls):
         ]
         lost = [torch.where(t.isnan(), torch.nan, 0.0) for t in own]
         found = func(*args, **(kwargs or {}))
-        if self.on and name == "_local_scalar_dense" and isinstance(found, bool):
+        if self.on and name == "_local_scalar_dense" and isinstance(found, int):
             self.asked += 1
-            return found != (self.asked - 1 == self.other)
+            other = self.asked - 1 == self.other
+            return found != other if isinstance(found, bool) else found + other
         for mark in lost:
             found = found.add_(mark) if name.endswith("_") else found + mark.to(found)
         return found
