@@ -60,6 +60,20 @@ def test_a_module_is_found_by_its_former_name_and_is_the_very_one(old):
     assert Path(now.__file__).parent.name != "fedtorch"
 
 
+def test_what_scripts_took_from_the_solvers_is_there_still():
+    from fedtorch.solvers import forward, general, load, snapshot, stacked, to
+
+    from fedtorch.training import module
+
+    assert [module.forward, module.load, module.snapshot, module.to] == [
+        forward,
+        load,
+        snapshot,
+        to,
+    ]
+    assert callable(general) and callable(stacked)
+
+
 def test_scripts_beside_the_package_import_what_there_is():
     top = Path(__file__).parents[1]
     for path in (

@@ -23,6 +23,11 @@ from fedtorch.training.correction import Corrector
 from fedtorch.training.dropout import Drawing
 from fedtorch.training.local_steps import clip
 from fedtorch.training.module import buffers, to, training
+
+# scripts have these from fedtorch.solvers
+from fedtorch.training.module import forward as forward
+from fedtorch.training.module import load as load
+from fedtorch.training.module import snapshot as snapshot
 from fedtorch.training.results import Results, Stacked
 from fedtorch.training.step import Stepping
 from fedtorch.training.trainee import Trainee
