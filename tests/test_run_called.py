@@ -1,6 +1,7 @@
 """What parts of a user's own are called: two that differ have two names, in any process."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -77,6 +78,19 @@ def test_a_name_stays_while_a_part_is_used():
     itself.weight = itself
     assert called(itself) == "Focal(weight=Focal)"
     assert called(partial(focal, [0] * 20_000)) == "focal(list of 20000)"
+
+
+@pytest.mark.parametrize(
+    "held", [set, frozenset, lambda v: Focal(set(v)), lambda v: [SimpleNamespace(of=set(v))]]
+)
+def test_a_set_has_one_name_in_whatever_order_a_process_has_it(held):
+    assert list({0, 8}) != list({8, 0})
+    one, other, third = (called(partial(focal, held(v))) for v in ([0, 8], [8, 0], [0, 9]))
+    assert one == other != third
+
+
+def test_what_torch_wraps_is_called_as_what_is_inside():
+    assert called(torch.no_grad()(focal(1.0))) == called(focal(1.0)) != called(focal(2.0))
 
 
 def test_a_lambda_is_known_by_its_code_and_in_another_release_by_nothing():

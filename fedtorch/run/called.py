@@ -27,6 +27,8 @@ OURS = ("torch.", "fedtorch.")
 
 LAMBDA = "<lambda>"
 
+SETS = (set, frozenset)
+
 
 def called(part: Any) -> str:
     """The name of a class or function, and in brackets what it was given.
@@ -62,6 +64,8 @@ def _called(part: Any, around: tuple[int, ...]) -> str:
         )
     if isinstance(part, MethodType):
         return f"{_called(part.__self__, around)}.{part.__name__}"
+    if isinstance(inner := _compiled(part), FunctionType | nn.Module):
+        return _called(inner, (*around, id(part)))
     if isinstance(part, FunctionType):
         name = part.__name__
         name = f"{name} {_digest(_code(part.__code__))}" if name == LAMBDA else name
@@ -69,6 +73,12 @@ def _called(part: Any, around: tuple[int, ...]) -> str:
     if isinstance(part, type) or hasattr(part, "__name__"):
         return str(part.__name__)
     return _with(type(part).__name__, value, (), _options(part))
+
+
+def _compiled(part: Any) -> Any:
+    """What torch.compile was given for it, or another decorator of torch; None: nothing of theirs."""
+    wraps = isinstance(part, FunctionType) and f"{part.__globals__['__name__']}.".startswith(OURS)
+    return getattr(part, "__wrapped__" if wraps else "_orig_mod", None)
 
 
 def _with(
@@ -80,7 +90,7 @@ def _with(
 
 def _value(value: Any, around: tuple[int, ...]) -> str:
     again = partial(_value, around=around)
-    if isinstance(value, (Mapping, list, tuple)) and len(value) > LONG:  # data, not options
+    if isinstance(value, (Mapping, list, tuple, *SETS)) and len(value) > LONG:  # data, not options
         return f"{type(value).__name__} of {len(value)}"
     if isinstance(value, (np.ndarray, Tensor)):
         return _contents(value)
@@ -90,6 +100,11 @@ def _value(value: Any, around: tuple[int, ...]) -> str:
         return "{" + ", ".join(f"{again(k)}: {again(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(again, value)) + "]"
+    if isinstance(value, SETS):  # its order is another in each process
+        return "{" + ", ".join(sorted(map(again, value))) + "}"
+    kept = getattr(value, "__dict__", {})
+    if not callable(value) and any(isinstance(v, SETS) for v in kept.values()):
+        return _with(type(value).__name__, again, (), kept.items())
     words = repr(value)
     # where it lies in memory is no part of what it is
     if callable(value) or " at 0x" in words:
@@ -148,7 +163,6 @@ def _options(part: Any) -> Iterator[tuple[str, Any]]:
 
 def _code(code: CodeType) -> bytes:
     """What a function does, wherever it is written."""
-    # a set's order is another in each process
     consts = [sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in code.co_consts]
     inner = [_code(c) if isinstance(c, CodeType) else repr(c).encode() for c in consts]
     return b"\0".join((code.co_code, repr(code.co_names).encode(), *inner))
