@@ -9,6 +9,7 @@ from torch.utils.data import StackDataset
 
 from conftest import make_clients, mlp
 from fedtorch import Client, Recipe, Server
+from fedtorch.engines import Local
 from fedtorch.privacy import SampleLevel
 from fedtorch.types import ConfigError
 
@@ -179,3 +180,18 @@ def test_dropout_behind_attention_is_no_reason_to_take_examples_one_by_one(batch
     torch.manual_seed(0)
     server = Server(Attention(), make_clients([8]), Recipe(privacy=sample()))
     assert any("by formulas of the model's layers" in note for note in server.notes)
+
+
+def test_a_layer_that_torch_takes_wrongly_side_by_side_trains_by_another_way():
+    # PReLU in a vmap of a vmap gives one client's gradients to another where batches allow it
+    def server(mode: str) -> Server:
+        model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2))
+        clients = [Client(str(k), (torch.randn(6, 3), torch.arange(6) % 2)) for k in range(8)]
+        plan = SampleLevel(
+            noise_multiplier=0.5, rounds=1, steps=1, batch_size=6, sample_rate=1.0, mode=mode
+        )
+        return Server(model, clients, Recipe(privacy=plan), engine=Local(solver="general"))
+
+    with pytest.raises(ConfigError, match=r"mode stacked cannot train .* differ from those"):
+        server("stacked")
+    assert "torch.func" not in str(server("auto").notes)

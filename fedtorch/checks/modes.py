@@ -30,7 +30,7 @@ from fedtorch.training.local_steps import one_by_one
 from fedtorch.training.module import snapshot, to, training, undropped
 from fedtorch.training.outline import untouched
 from fedtorch.training.step import Stepping
-from fedtorch.tree import expand, leaves, mapped, rows, size
+from fedtorch.tree import leaves, mapped, rows, size
 from fedtorch.types import ConfigError
 
 SIDE_BY_SIDE = 8
@@ -61,6 +61,9 @@ FAINT = 1e-4
 """What a weight's part may be off in any case, in clipping norms: float32 rounds it to no less."""
 
 UNCLIPPED = 1e12
+
+OTHER = 1.25
+"""How many times the weights of one client are another's, side by side with it."""
 
 BEHIND = 3
 """Examples by which what weights that begin at zero hide is tried: each is one more for large models."""
@@ -164,7 +167,7 @@ def _step_fails(
     if wrong:
         return _compiled(model, mode) or (
             "its clipped gradients differ from those of the examples one by one (a weight used outside "
-            "its layer, as by a penalty, or an option of a layer that is not known there)"
+            "its layer, as by a penalty, or a layer or an option of one that is not known there)"
         )
     return None
 
@@ -324,7 +327,7 @@ def _one_step(
         with undropped(model) if still else nullcontext():
             return recipe.losses(model, batch)
 
-    steps = PrivateSteps(clip, 0.0, 1.0, [stream("aes", 0, "probe")], mode)
+    steps = PrivateSteps(clip, 0.0, 1.0, [stream("aes", 0, "probe") for _ in range(2)], mode)
     model.zero_grad()
     with seeds.seeded(0):
         if mode != "stacked":
@@ -333,17 +336,17 @@ def _one_step(
             with private_gradients(model, losses, steps) as gradients:
                 gradients.backward(batch)
             return _gradients(model)
+        # beside a client of other weights and examples: a layer of torch may take one's for the other's
         state = snapshot(model)
         names = [k for k, p in model.named_parameters() if p.requires_grad]
-        params = expand({k: state[k] for k in names})
-        rest = expand({k: v for k, v in state.items() if k not in params})
-        batch = mapped(lambda t: t[None], batch)
-        mask = torch.ones(
-            1, len(leaves(batch)[0][0]), dtype=torch.bool, device=leaves(batch)[0].device
-        )
+        params = {k: torch.stack([state[k], OTHER * state[k]]) for k in names}
+        rest = {k: v.expand(2, *v.shape) for k, v in state.items() if k not in params}
+        batch = mapped(lambda t: torch.stack([t, t.flip(0)]), batch)
+        first = leaves(batch)[0]
+        mask = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
         stepping = Stepping(model, recipe.asked)
         grads, _ = stacked_gradients(stepping, params, rest, batch, mask, steps)
-        return torch.cat([grads[k].flatten() for k in names]).double()
+        return torch.cat([grads[k][0].flatten() for k in names]).double()
 
 
 def _gradients(model: nn.Module) -> Tensor:

@@ -77,8 +77,8 @@ def _called(part: Any, around: tuple[int, ...]) -> str:
 
 def _compiled(part: Any) -> Any:
     """What torch.compile was given for it, or another decorator of torch; None: nothing of theirs."""
-    wraps = isinstance(part, FunctionType) and f"{part.__globals__['__name__']}.".startswith(OURS)
-    return getattr(part, "__wrapped__" if wraps else "_orig_mod", None)
+    where = part.__globals__.get("__name__") if isinstance(part, FunctionType) else ""
+    return getattr(part, "__wrapped__" if f"{where}.".startswith(OURS) else "_orig_mod", None)
 
 
 def _with(
