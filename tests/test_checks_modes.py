@@ -192,6 +192,6 @@ def test_a_layer_that_torch_takes_wrongly_side_by_side_trains_by_another_way():
         )
         return Server(model, clients, Recipe(privacy=plan), engine=Local(solver="general"))
 
-    with pytest.raises(ConfigError, match=r"mode stacked cannot train .* differ from those"):
+    with pytest.raises(ConfigError, match="mode stacked cannot train"):
         server("stacked")
     assert "torch.func" not in str(server("auto").notes)
