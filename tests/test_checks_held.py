@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtorch import Client, ConfigError, Recipe, Server
@@ -96,6 +97,9 @@ CALLS = {
     "coins": lambda n: torch.bernoulli(torch.full((n, 3), 0.3)),
     "tossed": lambda n: torch.empty(n, 3).bernoulli_(0.3),
     "chance": lambda n: torch.bernoulli(torch.zeros(n, 3), 0.3),
+    "waits": lambda n: torch.empty(n, 3).exponential_(2.0),
+    "gumbel": lambda n: F.gumbel_softmax(torch.ones(n, 3), tau=0.5),
+    "chosen": lambda n: F.gumbel_softmax(torch.ones(n, 3), hard=True),
     "distribution": lambda n: torch.distributions.Normal(torch.full((n, 3), 2.0), 3.0).rsample(),
 }
 

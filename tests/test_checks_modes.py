@@ -195,3 +195,18 @@ def test_a_layer_that_torch_takes_wrongly_side_by_side_trains_by_another_way():
     with pytest.raises(ConfigError, match="mode stacked cannot train"):
         server("stacked")
     assert "torch.func" not in str(server("auto").notes)
+
+
+def test_words_that_are_masked_by_chance_are_no_reason_to_leave_formulas():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(9, 6), nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shown = torch.where(torch.rand(x.shape) < 0.3, 8, (x.abs() * 4).long() % 8)
+            return self.head(F.gumbel_softmax(self.words(shown).mean(1)))
+
+    torch.manual_seed(0)
+    server = Server(Masked(), make_clients([8]), Recipe(privacy=sample()))
+    assert any("by formulas of the model's layers" in note for note in server.notes)

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -32,6 +33,7 @@ DRAWS: dict[Any, tuple[str, tuple[str, ...]]] = {
     Tensor.bernoulli_: ("coin", ("self", "p")),
     torch.randint: ("whole", ()),
     torch.randint_like: ("whole", ()),
+    Tensor.exponential_: ("wait", ("self", "lambd")),
 }
 """Calls that draw: what kind of numbers, and the names of what they are told by place."""
 
@@ -72,6 +74,8 @@ class RowDraws(TorchFunctionMode):
     ) -> Any:
         """Only calls that draw are changed."""
         kwargs = kwargs or {}
+        if func is F.gumbel_softmax:  # no mode hears what it calls
+            return self._gumbel(*args, **kwargs)
         if func not in DRAWS or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         kind, names = DRAWS[func]
@@ -83,6 +87,8 @@ class RowDraws(TorchFunctionMode):
         elif kind == "whole":
             low, high = _limits(args, kwargs)
             numbers = (low + own * (high - low)).floor()
+        elif kind == "wait":
+            numbers = -own.log() / told.get("lambd", 1.0)
         else:
             ends = (told.get(n, v) for n, v in zip(SPREAD[kind], (0.0, 1.0), strict=True))
             zero, one = (v.detach() if isinstance(v, Tensor) else v for v in ends)
@@ -101,6 +107,17 @@ class RowDraws(TorchFunctionMode):
         table = self._moved(table, torch.rand(shape, generator=coin)).clamp(*EXTREMES)
         table = (torch.special.ndtri(table) if normal else table).to(dtype)
         return (table[self.index] if each else table).to(given.device)
+
+    def _gumbel(
+        self, logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 0, dim: int = -1
+    ) -> Tensor:
+        """As torch has it."""
+        drawn = -(-self._drawn(logits, normal=False).log()).log()
+        soft = ((logits + drawn) / tau).softmax(dim)
+        if not hard:
+            return soft
+        chosen = torch.zeros_like(soft).scatter(dim, soft.argmax(dim, keepdim=True), 1.0)
+        return chosen - soft.detach() + soft
 
     def _moved(self, table: Tensor, coins: Tensor) -> Tensor:
         """Uniform numbers as they are with this seed."""

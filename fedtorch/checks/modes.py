@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -323,8 +322,10 @@ def _one_step(
     """The sum of clipped gradients in ``mode``, flat, without noise; ``still``: nothing is dropped."""
 
     def losses(model: nn.Module, batch: Any) -> Tensor:
-        # within what the way itself does with calls that drop
-        with undropped(model) if still else nullcontext():
+        if not still:
+            return recipe.losses(model, batch)
+        # within what the way itself does with calls that drop, and anew where it looks at lengths first
+        with undropped(model), same_draws(size(batch)):
             return recipe.losses(model, batch)
 
     steps = PrivateSteps(clip, 0.0, 1.0, [stream("aes", 0, "probe") for _ in range(2)], mode)
