@@ -335,3 +335,20 @@ def test_a_model_that_takes_gradients_in_its_forward_is_refused_in_one_sentence(
         ConfigError, match=r"model Slope and its loss .* gradients in its own forward"
     ):
         found(model=Slope())
+
+
+def test_numbers_that_are_told_by_which_others_there_are_are_found():
+    class Numbered(nn.Module):
+        def __init__(self, together: bool) -> None:
+            super().__init__()
+            self.together, self.words, self.head = together, nn.Embedding(9, 5), nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.unique(x, return_inverse=True)[1] if self.together else x
+            return self.head(self.words(x).mean(1))
+
+    x = torch.arange(6).repeat(16, 1) % 2  # as examples are made up
+    for together in (True, False):
+        torch.manual_seed(0)
+        why = mixes(Numbered(together), (x, Y), Recipe(privacy=SampleLevel(rounds=1)))
+        assert bool(why) == together

@@ -68,3 +68,8 @@ def among(batch: Any, n: int, factor: float) -> Any:
         return t * scale.to(t).view(-1, *[1] * (t.dim() - 1)) if own else t
 
     return inputs(larger, batch)
+
+
+def alike(batch: Any) -> Any:
+    """The batch with ones for whole numbers: of two kinds in every example, none has what another lacks."""
+    return inputs(lambda t: t if t.is_floating_point() else torch.ones_like(t), batch)

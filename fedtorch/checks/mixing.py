@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedtorch import seeds
 from fedtorch.checks.company import LARGEST_BATCH, SCALES, WATCHED, Near, meets, tolerant
-from fedtorch.checks.crowds import AFFORD, affordable, among, enlarged, most, places
+from fedtorch.checks.crowds import AFFORD, affordable, alike, among, enlarged, most, places
 from fedtorch.checks.gates import behind
 from fedtorch.checks.held import RowDraws
 from fedtorch.checks.precise import Tried, another, precise, products
@@ -146,6 +146,12 @@ def _unlike(t: Tried) -> str | None:
                     found = t._replace(batch=among(t.batch, n, factor)).losses(index)
                     if _differ(alone, found, index[: len(alone)], t.near):
                         return "one example's result depends on its neighbours"
+        with tolerant(0.0):
+            own = t._replace(batch=alike(t.batch))
+            alone = _alone(own)
+            found = own._replace(batch=among(own.batch, n, 0.0)).losses(index)
+            if _differ(alone, found, index[: len(alone)], t.near):
+                return "one example's result depends on its neighbours"
     return None
 
 
