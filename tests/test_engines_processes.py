@@ -1,13 +1,16 @@
 """Worker processes: the same weights as in one process, whatever happens to the workers."""
 
+import multiprocessing
 import os
 import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import types
+from multiprocessing.connection import Listener
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +23,7 @@ from torch.utils.data import Dataset
 from fedtorch import Client, FedAvg, FedProx, Local, Recipe, Scaffold, Server
 from fedtorch.engines import Processes
 from fedtorch.engines.workers.board import DEATHS, Board, Job
+from fedtorch.engines.workers.forks import own_folder
 from fedtorch.engines.workers.processes import ProcessesSession
 from fedtorch.privacy import AdaptiveClip, ClientLevel, LocalDP, SampleLevel
 from fedtorch.run import checkpoint
@@ -385,7 +389,7 @@ COPIED = """
 def test_workers_copied_from_a_process_give_the_same_hold_nothing_of_it_and_end_with_it(tmp_path):
     script = tmp_path / "copied.py"
     script.write_text(textwrap.dedent(COPIED))  # without a main guard: it is not run again
-    (temporary := tmp_path / "temporary").mkdir()
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))  # a socket's path has to be short
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "held")],
         env=os.environ | {"TMPDIR": str(temporary)},
@@ -402,7 +406,16 @@ def test_workers_copied_from_a_process_give_the_same_hold_nothing_of_it_and_end_
     while any(alive(p) for p in pids) and time.monotonic() < end:
         time.sleep(0.01)
     assert not any(alive(p) for p in pids)
-    assert [*temporary.iterdir()] == []
+    temporary.rmdir()  # nothing is left in it
+
+
+def test_sockets_lie_in_tmp_where_the_usual_folder_has_too_long_a_name(tmp_path, monkeypatch):
+    (usual := tmp_path / ("long" * 20)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(usual))
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)
+    folder = Path(own_folder())
+    assert folder.parent == Path("/tmp") and tempfile.gettempdir() == str(usual)
+    Listener(family="AF_UNIX").close()  # it is short enough
 
 
 OTHER = (

@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -25,6 +26,9 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
+
+LONGEST = 70
+"""Bytes of a folder's name that leave room for a socket's in the 104 and more that systems take."""
 
 VERSIONS = ((3, 11), (3, 14))
 """Python's server of forks is started here as those from the first to before the last start it."""
@@ -162,10 +166,23 @@ def own_folder() -> str:
     """Where this process's sockets are, which it takes away as it ends; empty where another would."""
     if os.name != "posix":
         return ""
-    folder = util.get_temp_dir()
+    with _nearby():
+        folder = util.get_temp_dir()
     known: Any = util._finalizer_registry  # type: ignore[attr-defined]
     own = [f for f in known.values() if getattr(f, "_pid", None) == os.getpid()]
     return folder if any(folder in getattr(f, "_args", ()) for f in own) else ""
+
+
+@contextmanager
+def _nearby() -> Iterator[None]:
+    """Where the folder of temporary files has too long a name for a socket in it, ``/tmp`` in its place."""
+    usual, near = tempfile.gettempdir(), "/tmp"
+    long = len(os.fsencode(usual)) > LONGEST and os.access(near, os.W_OK)
+    tempfile.tempdir = near if long else usual
+    try:
+        yield
+    finally:
+        tempfile.tempdir = usual
 
 
 def sweep(folder: str) -> None:
